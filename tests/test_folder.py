@@ -1,0 +1,97 @@
+"""Class folders and image files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trex_models.data.decode import read_image
+from trex_models.data.folder import FolderSource
+
+
+def save_image(
+    path: Path, seed: int = 0, size: tuple[int, int] = (40, 30), **options: object
+) -> np.ndarray:
+    """Save a smooth random picture; return its pixels before compression."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    image.save(path, **options)  # type: ignore[arg-type]
+    return np.asarray(image)
+
+
+def test_sorted_classes_and_files_at_any_depth(tmp_path: Path) -> None:
+    for name in ("zebra/b.png", "zebra/a.jpg", "ant/deep/er/c.JPEG"):
+        save_image(tmp_path / name)
+    (tmp_path / "zebra" / "notes.txt").write_text("no image")
+    (tmp_path / "readme.txt").write_text("no class")
+    source = FolderSource(tmp_path)
+    assert source.classes == ["ant", "zebra"]
+    assert source.labels.tolist() == [0, 1, 1]
+    assert [Path(source.name(i)).name for i in range(3)] == ["c.JPEG", "a.jpg", "b.png"]
+    assert source.read(0).shape == (30, 40, 3)
+
+
+def test_names_that_are_not_ascii(tmp_path: Path) -> None:
+    save_image(tmp_path / "M\u00fcnchen" / "stra\u00dfe \u732b.png")
+    save_image(tmp_path / "other" / "x.png")
+    source = FolderSource(tmp_path)
+    index = source.classes.index("M\u00fcnchen")
+    assert source.read(index).dtype == np.uint8
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        FolderSource(tmp_path / "absent")
+    with pytest.raises(ValueError, match="0 class folders"):
+        FolderSource(tmp_path)
+    save_image(tmp_path / "only" / "a.png")
+    with pytest.raises(ValueError, match="1 class folders, at least 2"):
+        FolderSource(tmp_path)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"no images in 1 of 2 class folders \(bare\)"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
+    path = tmp_path / f"image{suffix}"
+    rgb = Image.fromarray(save_image(tmp_path / "seed.png"))
+    try:
+        rgb.convert(mode).save(path)
+    except OSError:
+        pytest.skip(f"{suffix} does not hold {mode}")
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    pixels = read_image(path)
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.flags.writeable or pixels.base is None
+
+
+def test_jpeg_pixels_are_pillows(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    save_image(path, size=(123, 77), quality=85)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(read_image(path), np.asarray(image))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\xff\xd8\xff\xe0 torn"])
+def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken.jpg cannot be read as an image.*remove it"):
+        read_image(path)
+    with pytest.raises(ValueError, match="absent.jpg"):
+        read_image(tmp_path / "absent.jpg")
+
+
+def test_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    save_image(path, size=(200, 200), quality=95)
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(ValueError, match="cut.jpg"):
+        read_image(path)

@@ -1,0 +1,140 @@
+import hashlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from trex_models.data.fractals import FractalSource
+
+
+def _stack(source: FractalSource) -> np.ndarray:
+    return np.stack([source.read(index) for index in range(len(source))])
+
+
+def _nearest_mean_accuracy(features: np.ndarray, labels: np.ndarray, train: np.ndarray) -> float:
+    means = np.stack([features[train & (labels == c)].mean(0) for c in range(labels.max() + 1)])
+    distances = ((features[~train, None] - means) ** 2).sum(-1)
+    return float((distances.argmin(1) == labels[~train]).mean())
+
+
+def test_reads_what_the_protocol_promises() -> None:
+    source = FractalSource(num_classes=3, images_per_class=2, size=32)
+    assert len(source) == 6
+    assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert source.labels.dtype == np.int64
+    assert source.classes == ["fractal 0000", "fractal 0001", "fractal 0002"]
+    image = source.read(5)
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+    assert source.name(5) == "fractal class 2 image 1"
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 224])
+def test_any_size(size: int) -> None:
+    assert FractalSource(size=size).read(0).shape == (size, size, 3)
+
+
+def test_the_same_bytes_in_any_order_and_process() -> None:
+    source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5)
+    forwards = _stack(source)
+    again = pickle.loads(pickle.dumps(source))
+    backwards = [again.read(index) for index in reversed(range(len(again)))]
+    np.testing.assert_array_equal(forwards, backwards[::-1])
+    script = (
+        "import hashlib; from trex_models.data.fractals import FractalSource\n"
+        "source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5)\n"
+        "images = [source.read(index).tobytes() for index in (5, 4, 3, 2, 1, 0)]\n"
+        "print(hashlib.sha256(b''.join(images[::-1])).hexdigest())"
+    )
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert elsewhere.stdout.strip() == hashlib.sha256(forwards.tobytes()).hexdigest()
+
+
+def test_shifts_name_the_same_classes_and_images() -> None:
+    whole = FractalSource(num_classes=4, images_per_class=3, size=16)
+    shifted = FractalSource(
+        num_classes=2, images_per_class=1, size=16, first_class=2, first_image=2
+    )
+    np.testing.assert_array_equal(shifted.read(0), whole.read(2 * 3 + 2))
+    np.testing.assert_array_equal(shifted.read(1), whole.read(3 * 3 + 2))
+    assert shifted.classes == whole.classes[2:]
+    assert shifted.labels.tolist() == [0, 1]
+    assert shifted.name(1) == whole.name(11)
+
+
+def test_shifted_sources_are_disjoint() -> None:
+    sources = [
+        FractalSource(num_classes=5, images_per_class=4, size=16),
+        FractalSource(num_classes=5, images_per_class=4, size=16, first_image=4),
+        FractalSource(num_classes=5, images_per_class=4, size=16, first_class=5),
+        FractalSource(num_classes=5, images_per_class=4, size=16, seed=1),
+    ]
+    images = [image.tobytes() for source in sources for image in _stack(source)]
+    assert len(set(images)) == len(images) == 80
+
+
+def test_classes_differ_in_shape_and_agree_within() -> None:
+    # Without variation, what is left of a class in the edges is its shape.
+    source = FractalSource(num_classes=10, images_per_class=30, size=32, variation=0)
+    grey = _stack(source).mean(3)
+    edges = np.abs(np.diff(grey, axis=1))[:, :, 1:] + np.abs(np.diff(grey, axis=2))[:, 1:]
+    folded = edges + edges[:, :, ::-1]  # instances are mirrored at random
+    features = folded.reshape(len(folded), -1)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    train = np.arange(len(source)) % 30 < 20
+    assert _nearest_mean_accuracy(features, source.labels, train) > 0.6
+
+
+def test_variation_widens_a_class() -> None:
+    def spread(variation: float) -> float:
+        source = FractalSource(num_classes=1, images_per_class=40, size=32, variation=variation)
+        edges = np.abs(np.diff(_stack(source).mean(3), axis=1)).reshape(40, -1)
+        edges /= np.linalg.norm(edges, axis=1, keepdims=True)
+        return float(1 - (edges @ edges.T).mean())
+
+    assert spread(0) < spread(4)
+
+
+def test_colour_says_nothing_about_the_class() -> None:
+    source = FractalSource(num_classes=10, images_per_class=100, size=16)
+    images = _stack(source) / 255
+    train = np.arange(len(source)) % 100 < 60
+    colour = images.mean((1, 2))
+    # Chance is 0.1 and the standard error on 400 images 0.015.
+    assert _nearest_mean_accuracy(colour, source.labels, train) < 0.17
+    # The same check does see a class that has a colour.
+    tinted = colour + 0.3 * np.eye(3)[source.labels % 3]
+    assert _nearest_mean_accuracy(tinted, source.labels, train) > 0.2
+
+
+def test_images_show_a_shape() -> None:
+    source = FractalSource(num_classes=60, images_per_class=1, size=64)
+    assert _stack(source).std((1, 2)).max(1).min() > 10
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("num_classes", 0),
+        ("images_per_class", 0),
+        ("size", -1),
+        ("seed", -1),
+        ("first_class", -1),
+        ("first_image", -1),
+        ("variation", -0.1),
+        ("variation", float("nan")),
+    ],
+)
+def test_refuses(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=argument):
+        FractalSource(**{argument: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("index", [-1, 6])
+def test_index_out_of_range(index: int) -> None:
+    with pytest.raises(IndexError, match="6 fractal images"):
+        FractalSource(num_classes=3, images_per_class=2).read(index)

@@ -1,0 +1,137 @@
+"""Batches: their order, their randomness, their contents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_folder import save_image
+from trex_models.data.folder import FolderSource
+from trex_models.data.fractals import FractalSource
+from trex_models.data.multicrop import (
+    Batch,
+    CropSpec,
+    EpochSampler,
+    MultiCropDataset,
+    augment,
+    load_batches,
+)
+from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
+
+SPECS = [
+    CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
+    CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW),
+]
+
+
+def dataset(seed: int = 0) -> MultiCropDataset:
+    return MultiCropDataset(FractalSource(3, 5, 32), SPECS, seed)
+
+
+def batch_of(keys: list[tuple[int, int]], seed: int = 0) -> Batch:
+    batch = dataset(seed).__getitems__(keys)
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def test_shapes_and_labels() -> None:
+    batch = batch_of([(0, 0), (0, 7), (0, 14), (0, 3)])
+    assert [c.shape for c in batch.crops] == [(8, 24, 24, 3), (12, 16, 16, 3)]
+    assert [p.shape for p in batch.parameters] == [(8, NUM_PARAMETERS), (12, NUM_PARAMETERS)]
+    assert batch.labels.tolist() == [0, 1, 2, 0]
+    assert batch.crops[0].dtype == torch.uint8
+    images = augment(batch, torch.device("cpu"))
+    assert [i.shape for i in images] == [(8, 3, 24, 24), (12, 3, 16, 16)]
+    assert all(i.is_contiguous(memory_format=torch.channels_last) for i in images)
+    assert all(i.dtype == torch.float32 for i in images)
+
+
+def test_a_sample_does_not_depend_on_its_batch() -> None:
+    together, alone = batch_of([(0, 3), (0, 9)]), batch_of([(0, 9)])
+    for spec, a, b, p, q in zip(
+        SPECS, together.crops, alone.crops, together.parameters, alone.parameters, strict=True
+    ):
+        second = torch.arange(spec.count) * 2 + 1  # crop-major
+        assert torch.equal(a[second], b)
+        assert torch.equal(p[second], q)
+
+
+def test_draws_differ_by_epoch_sample_seed_and_crop() -> None:
+    first = batch_of([(0, 3)])
+    for other in (batch_of([(1, 3)]), batch_of([(0, 4)]), batch_of([(0, 3)], seed=1)):
+        assert not torch.equal(first.parameters[0], other.parameters[0])
+    assert not torch.equal(first.crops[0][0], first.crops[0][1])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
+    def run(count: int) -> list[Batch]:
+        return list(load_batches(dataset(), EpochSampler(15, 4, 2, seed=5), count, False))
+
+    for a, b in zip(run(0), run(workers), strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters, b.parameters, strict=True))
+
+
+def test_epochs_are_permutations_without_the_last_part() -> None:
+    sampler = EpochSampler(10, 4, epochs=3, seed=0)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == sampler.total_steps == 6
+    orders = []
+    for epoch in range(3):
+        keys = [key for batch in batches[2 * epoch : 2 * epoch + 2] for key in batch]
+        assert {e for e, _ in keys} == {epoch}
+        indices = [i for _, i in keys]
+        assert len(set(indices)) == 8
+        assert set(indices) <= set(range(10))
+        orders.append(indices)
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_do_not_depend_on_the_world_size(world_size: int) -> None:
+    alone = list(EpochSampler(21, 8, 2, seed=3))
+    ranks = [list(EpochSampler(21, 8, 2, 3, rank, world_size)) for rank in range(world_size)]
+    for step, batch in enumerate(alone):
+        assert [key for rank in ranks for key in rank[step]] == batch
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 5])
+def test_sampler_continues_at_any_step(start: int) -> None:
+    whole = list(EpochSampler(10, 4, 3, seed=0))
+    assert list(EpochSampler(10, 4, 3, seed=0, start_step=start)) == whole[start:]
+
+
+def test_impossible_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size 16 exceeds the data set's 15 images"):
+        EpochSampler(15, 16, 1, 0)
+    with pytest.raises(ValueError, match="does not divide among 3 processes"):
+        EpochSampler(15, 4, 1, 0, 0, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_named_without_a_workers_traceback(
+    tmp_path: Path, workers: int
+) -> None:
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/4.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "b" / "3.png").write_bytes(b"torn")
+    torn = MultiCropDataset(FolderSource(tmp_path), SPECS, 0)
+    with pytest.raises(ValueError, match="3.png cannot be read") as caught:
+        list(load_batches(torn, EpochSampler(4, 4, 1, 0), workers, False))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_crops_come_from_the_image() -> None:
+    """A crop of a uniform image is uniform, whatever its box."""
+    source = FractalSource(2, 1, 32)
+    flat = np.full((50, 60, 3), (10, 200, 90), np.uint8)
+    source.read = lambda _: flat  # type: ignore[method-assign,assignment]
+    batch = MultiCropDataset(source, SPECS, 0).__getitems__([(0, 0)])
+    assert isinstance(batch, Batch)
+    for crops in batch.crops:
+        assert (crops == torch.tensor([10, 200, 90], dtype=torch.uint8)).all()

@@ -1,0 +1,1 @@
+"""Images: sources, decoding, the crop law, photometric augmentation, loading."""

@@ -1,0 +1,98 @@
+"""The crop law, for worker processes: a random box of an image, resized to a square.
+
+Boxes follow torchvision's RandomResizedCrop. Resizing is antialiased bicubic by torch's uint8
+kernel, which reads the box as a view of the decoded image, channels last, without a copy.
+
+Shapes: H, W height and width of the image; S the size of the crop.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+Box = tuple[int, int, int, int]
+
+_ATTEMPTS = 10
+
+
+def draw_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw a box with the distribution of torchvision's `RandomResizedCrop.get_params`.
+
+    Args:
+        rng: source of the draws.
+        height: H.
+        width: W.
+        scale: least and greatest share of the image's area.
+        ratio: least and greatest width / height of the box; log-uniform between them.
+
+    Returns:
+        Top, left, height and width of the box. Where ten boxes in a row do not fit into the image,
+        the largest central box of an allowed ratio.
+
+    Raises:
+        ValueError: if the image is empty, or a range is not positive and ascending.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"an image of {height} x {width} pixels has no boxes")
+    for name, (low, high) in (("scale", scale), ("ratio", ratio)):
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"{name} must be positive and ascending, not {(low, high)}")
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(log_low, log_high))
+        box_width = round(math.sqrt(area * aspect))
+        box_height = round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height, box_width = height, width
+    if width / height < ratio[0]:
+        box_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        box_width = round(height * ratio[1])
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def cut(image: NDArray[np.uint8], box: Box, size: int, out: Tensor) -> None:
+    """Resize a box of an image into `out`, seeing no pixel outside of the box.
+
+    Args:
+        image: (H, W, 3). A writeable array is read in place; of any other the box is copied, since
+            torch accepts no read-only memory.
+        box: top, left, height and width.
+        size: S.
+        out: (S, S, 3) uint8 on the CPU, contiguous: one row of a batch, written in place.
+
+    Raises:
+        ValueError: if `image` is not uint8 (H, W, 3), the box does not lie in it, or `out` does not
+            match.
+    """
+    top, left, height, width = box
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+    if min(top, left, height - 1, width - 1) < 0 or (
+        top + height > image.shape[0] or left + width > image.shape[1]
+    ):
+        raise ValueError(f"box {box} does not lie in an image of {image.shape[:2]}")
+    if out.shape != (size, size, 3) or out.dtype != torch.uint8 or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous uint8 {(size, size, 3)}, not {tuple(out.shape)}")
+    if not image.flags.writeable:
+        image, top, left = image[top : top + height, left : left + width].copy(), 0, 0
+    # The batch axis goes on before the box is cut: only strides that still read as channels last
+    # give the fast kernel and the matching output (half the time).
+    patch = torch.from_numpy(image)[None, top : top + height, left : left + width]
+    out[None].permute(0, 3, 1, 2).copy_(
+        F.interpolate(patch.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
+    )

@@ -1,0 +1,44 @@
+"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+try:
+    import simplejpeg
+except ImportError:  # an optional dependency: Pillow reads JPEG too
+    simplejpeg = None
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decode an image file.
+
+    Args:
+        path: A file in any format that Pillow reads.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: The file is missing or is not a whole image; the message names it.
+    """
+    try:
+        data = path.read_bytes()
+        if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
+            colorspace = simplejpeg.decode_jpeg_header(data)[2]
+            if colorspace in ("YCbCr", "Gray"):  # it does not convert CMYK
+                return simplejpeg.decode_jpeg(data)
+        with Image.open(io.BytesIO(data)) as image:
+            # Not np.asarray: that is read-only, and crops are cut from the memory in place.
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}); replace it or remove it"
+        ) from error

@@ -1,0 +1,330 @@
+"""Fractals as labelled images: a training task of any size that needs no files.
+
+A class is an iterated function system, an instance one rendering of it under perturbation. The
+idea is FractalDB's (Kataoka et al., "Pre-training without Natural Images", ACCV 2020). Sampling
+the maps by their singular values, so that every map contracts by a chosen amount, and giving each
+instance its own colours and background follow Anderson and Farrell ("Improving Fractal
+Pre-training", WACV 2022). Colouring along the orbit is that of fractal flames (Draves, 2003).
+
+Shapes: N maps, W words (compositions of maps), P points, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+_SYSTEM, _INSTANCE = 0, 1  # separate random streams
+_WORD_LENGTH = 5
+_BURN_IN = 24
+_MAX_TURN = np.pi / 12  # either way, at variation 1
+_MIN_MAPS, _MAX_MAPS = 2, 5
+_MAX_SINGULAR_VALUE = 0.92
+_OVERSAMPLING = 2  # cells of the histogram along a pixel's side
+_PROBE = 48  # side of the grid on which a new system is judged
+
+
+class _System(NamedTuple):
+    """An iterated function system x -> R(theta) diag(scales) R(phi) diag(signs) x + shift."""
+
+    theta: np.ndarray  # (N,), radians
+    phi: np.ndarray  # (N,), radians
+    scales: np.ndarray  # (N, 2), singular values
+    signs: np.ndarray  # (N, 2), +-1
+    shift: np.ndarray  # (N, 2)
+
+
+class FractalSource:
+    """Fractal images by index, computed when read.
+
+    An image depends on seed, class number, image number, size and variation alone, so sources that
+    differ in `first_class` hold disjoint classes, and sources that differ in `first_image` by
+    `images_per_class` or more hold disjoint images of the same classes. The first
+    `images_per_class` indices are class 0, the next class 1, and so on. Colours and background
+    are drawn for each image and say nothing about its class.
+
+    Args:
+        num_classes: Number of classes.
+        images_per_class: Number of images of each class.
+        size: Image side in pixels.
+        seed: Seed of everything; non-negative.
+        first_class: Number of the class with label 0.
+        first_image: Number of each class's first image.
+        variation: How far the images of a class differ in shape and turn; 0 leaves their place,
+            scale, mirroring and colours to differ, and more than 1 is harder to learn.
+
+    Raises:
+        ValueError: If a count or the size is not positive, or another argument is negative.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 40,
+        images_per_class: int = 150,
+        size: int = 64,
+        seed: int = 0,
+        first_class: int = 0,
+        first_image: int = 0,
+        variation: float = 1.0,
+    ) -> None:
+        positive = {"num_classes": num_classes, "images_per_class": images_per_class, "size": size}
+        for argument, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{argument} must be at least 1, not {value}")
+        natural = {"seed": seed, "first_class": first_class, "first_image": first_image}
+        for argument, value in natural.items():
+            if value < 0:
+                raise ValueError(f"{argument} must not be negative, not {value}")
+        if not 0 <= variation < float("inf"):
+            raise ValueError(f"variation must be finite and not negative, not {variation}")
+        self.images_per_class = images_per_class
+        self.size = size
+        self.seed = seed
+        self.first_class = first_class
+        self.first_image = first_image
+        self.variation = variation
+        self.classes = [f"fractal {first_class + label:04d}" for label in range(num_classes)]
+        self.labels = np.repeat(np.arange(num_classes, dtype=np.int64), images_per_class)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def read(self, index: int) -> np.ndarray:
+        """Render one image, (S, S, 3) uint8 RGB."""
+        class_number, image_number = self._numbers(index)
+        rng = np.random.default_rng((_INSTANCE, self.seed, class_number, image_number))
+        system = _perturbed(_system(self.seed, class_number), self.variation, rng)
+        turn = self.variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
+        return _render(system, turn, self.size, rng)
+
+    def name(self, index: int) -> str:
+        """Return the sample's name in messages, by its class and image numbers."""
+        class_number, image_number = self._numbers(index)
+        return f"fractal class {class_number} image {image_number}"
+
+    def _numbers(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} fractal images")
+        label, image = divmod(int(index), self.images_per_class)
+        return self.first_class + label, self.first_image + image
+
+
+@lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit what is filled
+def _system(seed: int, class_number: int) -> _System:
+    """Draw a class's system: the first of its random stream that is worth looking at."""
+    rng = np.random.default_rng((_SYSTEM, seed, class_number, 0))
+    while True:
+        system = _draw_system(rng)
+        if _is_rich(system, rng):  # one in ten
+            return system
+
+
+def _draw_system(rng: np.random.Generator) -> _System:
+    """Draw maps whose singular values sum as Anderson and Farrell found to look best.
+
+    They ask that sum_i (s_i1 + 2 s_i2) lie in [(5 + N) / 2, (6 + N) / 2].
+    """
+    n = int(rng.integers(_MIN_MAPS, _MAX_MAPS + 1))
+    target = rng.uniform(5 + n, 6 + n) / 2
+    while True:  # two draws in three pass
+        scales = np.sort(rng.uniform(0.05, _MAX_SINGULAR_VALUE, (n, 2)))[:, ::-1]
+        scales = scales * (target / (scales @ (1.0, 2.0)).sum())
+        if scales.max() <= _MAX_SINGULAR_VALUE:
+            break
+    return _System(
+        theta=rng.uniform(-np.pi, np.pi, n),
+        phi=rng.uniform(-np.pi, np.pi, n),
+        scales=scales,
+        signs=rng.choice((-1.0, 1.0), (n, 2)),
+        shift=rng.uniform(-1, 1, (n, 2)),
+    )
+
+
+def _perturbed(system: _System, variation: float, rng: np.random.Generator) -> _System:
+    """Draw an instance's variant of a class's system."""
+    n = len(system.theta)
+    return system._replace(
+        theta=system.theta + variation * rng.normal(0, 0.025, n),
+        phi=system.phi + variation * rng.normal(0, 0.025, n),
+        scales=np.minimum(system.scales * np.exp(variation * rng.normal(0, 0.015, (n, 2))), 0.95),
+        shift=system.shift + variation * rng.normal(0, 0.02, (n, 2)),
+    )
+
+
+def _affine(system: _System) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return linear parts (N, 2, 2), shifts (N, 2) and map probabilities (N,)."""
+    linear = (_rotation(system.theta) * system.scales[:, None, :]) @ _rotation(system.phi)
+    linear = linear * system.signs[:, None, :]
+    # By area, so that points cover the attractor evenly; the floor keeps thin maps in sight.
+    area = np.maximum(system.scales.prod(1), 0.02)
+    return linear, system.shift, area / area.sum()
+
+
+def _rotation(angle: np.ndarray | float) -> np.ndarray:
+    """Return rotation matrices, (..., 2, 2)."""
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+
+
+class _Attractor(NamedTuple):
+    """Samples of an attractor: each of W words applied to each of P points of it.
+
+    Points that played the chaos game for a while are samples of the attractor, and so are they
+    under any word drawn by the maps' probabilities: W * P samples cost W compositions, P short
+    games and one outer product.
+    """
+
+    points: np.ndarray  # (P, 2)
+    tones: np.ndarray  # (P,), in [0, 1]
+    linear: np.ndarray  # (W, 2, 2)
+    shift: np.ndarray  # (W, 2)
+    word_tones: np.ndarray  # (W,), in [0, 1]
+
+    def spread(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return x, y and tone of all samples, (W, P) float32 each."""
+        x, y = self.points.T.astype(np.float32)
+        m = self.linear.astype(np.float32)[..., None]
+        o = self.shift.astype(np.float32)[..., None]
+        # Elementwise, not BLAS, whose rounding may vary with the machine and thread count.
+        return (
+            m[:, 0, 0] * x + (m[:, 0, 1] * y + o[:, 0]),
+            m[:, 1, 0] * x + (m[:, 1, 1] * y + o[:, 1]),
+            (self.tones * 0.5**_WORD_LENGTH).astype(np.float32)
+            + self.word_tones.astype(np.float32)[:, None],
+        )
+
+    def seen(self, turn: np.ndarray, shift: np.ndarray) -> _Attractor:
+        """Return the attractor under x -> turn x + shift."""
+        return self._replace(linear=turn @ self.linear, shift=self.shift @ turn.T + shift)
+
+
+def _attractor(
+    system: _System, num_points: int, map_tones: np.ndarray, rng: np.random.Generator
+) -> _Attractor:
+    """Sample a system's attractor.
+
+    Args:
+        system: The iterated function system.
+        num_points: About how many samples.
+        map_tones: (N,), the tone in [0, 1] towards which each map pulls its points.
+        rng: Source of randomness.
+    """
+    linear, shift, probability = _affine(system)
+    cumulative = probability.cumsum()
+    num_words = max(16, round(np.sqrt(num_points / 8)))
+    num_points = -(-num_points // num_words)
+
+    def letters(rows: int, columns: int) -> np.ndarray:
+        # Stratified: each map has its share of every row to within one.
+        levels = (np.arange(columns) + rng.random((rows, 1))) / columns
+        drawn = np.searchsorted(cumulative, levels).clip(max=len(cumulative) - 1)
+        return rng.permuted(drawn, axis=1)
+
+    a, b, c, d = (linear[:, i, j] for i in (0, 1) for j in (0, 1))
+    x, y = rng.uniform(-1, 1, (2, num_points))
+    tones = np.full(num_points, 0.5)
+    for k in letters(_BURN_IN, num_points):
+        x, y = a[k] * x + b[k] * y + shift[k, 0], c[k] * x + d[k] * y + shift[k, 1]
+        tones = (tones + map_tones[k]) / 2
+
+    words = np.broadcast_to(np.eye(2), (num_words, 2, 2))
+    offsets = np.zeros((num_words, 2))
+    word_tones = np.zeros(num_words)
+    for k in letters(_WORD_LENGTH, num_words):
+        words = linear[k] @ words
+        offsets = (linear[k] @ offsets[..., None])[..., 0] + shift[k]
+        word_tones = (word_tones + map_tones[k]) / 2
+    return _Attractor(np.stack([x, y], 1), tones, words, offsets, word_tones)
+
+
+def _is_rich(system: _System, rng: np.random.Generator) -> bool:
+    """Say whether a system draws a shape, and no dust, stick or full blob.
+
+    It is bounded in any case: every map contracts, by its largest singular value.
+    """
+    x, y, _ = _attractor(system, 6 * _PROBE**2, np.zeros(len(system.theta)), rng).spread()
+    minor, major = np.linalg.eigvalsh(np.cov(x.ravel(), y.ravel()))
+    if minor < 0.08 * major:
+        return False
+    cell = max(np.ptp(x), np.ptp(y)) / (_PROBE - 1)
+    column = ((x - x.min()) / cell).astype(np.intp)
+    row = ((y - y.min()) / cell).astype(np.intp)
+    counts = np.bincount((row * _PROBE + column).ravel(), minlength=_PROBE**2)
+    covered = counts.reshape(_PROBE, _PROBE) > 0
+    # Where covered and bare cells meet: a measure of how intricate the shape is.
+    border = (covered[1:] != covered[:-1]).mean() + (covered[:, 1:] != covered[:, :-1]).mean()
+    return bool(0.12 < covered.mean() < 0.6 and border > 0.2)
+
+
+def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw a system, turned and perhaps mirrored, in random colours on a random background."""
+    num_maps = len(system.theta)
+    map_tones = rng.permutation(np.arange(num_maps) / (num_maps - 1))
+    attractor = _attractor(system, max(4096, 8 * size**2), map_tones, rng)
+
+    # The histogram has a margin of one cell that takes the points outside the frame.
+    fine = size * _OVERSAMPLING
+    view = _rotation(turn) * np.array([[rng.choice((-1.0, 1.0))], [1.0]])
+    # The extent without the outermost points, which lie far out for some systems.
+    low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
+    zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
+    centre = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
+    x, y, tone = attractor.seen(zoom * view, centre - zoom * (low + high) / 2).spread()
+    side = fine + 2
+    column = x.clip(0, side - 1).astype(np.int32)
+    row = y.clip(0, side - 1).astype(np.int32)
+    cell = (row * np.int32(side) + column).ravel()
+
+    count = np.bincount(cell, minlength=side**2)
+    tones = np.bincount(cell, tone.ravel(), minlength=side**2)
+    mean_tone = _pixel_sums(tones, size) / np.maximum(_pixel_sums(count, size), 1)
+    full = rng.uniform(2, 6)  # points that make a cell opaque
+    ramp = (np.minimum(np.arange(7), full) / full) ** 0.5
+    opacity = _pixel_sums(ramp[np.minimum(count, 6)], size) / _OVERSAMPLING**2
+
+    light, dark = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.4)
+    front, back = (light, dark) if rng.random() < 0.5 else (dark, light)
+    ink = _palette(front, rng)[(mean_tone * 255).astype(np.intp)]
+    paper = _palette(back, rng)[(_clouds(size, rng) * 255).astype(np.intp)]
+    return (255 * (paper + opacity[..., None] * (ink - paper)) + 0.5).astype(np.uint8)
+
+
+def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
+    """Sum a histogram's cells over each pixel, without its margin: (S, S)."""
+    side = size * _OVERSAMPLING + 2
+    inner = cells.reshape(side, side)[1:-1, 1:-1]
+    sums = np.zeros((size, size))
+    for row in range(_OVERSAMPLING):
+        for column in range(_OVERSAMPLING):
+            sums += inner[row::_OVERSAMPLING, column::_OVERSAMPLING]
+    return sums
+
+
+def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw a smooth run of 256 colours around a lightness, (256, 3) in [0, 1]."""
+    hue = rng.random() + rng.uniform(-0.35, 0.35) * np.linspace(-1, 1, 4)
+    chroma = rng.uniform(0.05, 0.6)
+    phase = 2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
+    level = lightness + rng.uniform(-0.15, 0.15, (4, 1))
+    anchors = level + chroma * 0.5 * np.cos(phase)
+    stops = np.linspace(0, 1, 4)
+    steps = np.linspace(0, 1, 256)
+    return np.stack([np.interp(steps, stops, channel) for channel in anchors.T], 1).clip(0, 1)
+
+
+def _clouds(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw smooth noise, (S, S) in [0, 1]: octaves of bilinear grids."""
+    total = np.zeros((size, size))
+    roughness = rng.uniform(0.3, 0.7)
+    for octave in range(4):
+        cells = 2 ** (octave + 1)
+        grid = rng.random((cells + 1, cells + 1))
+        at = (np.arange(size) + 0.5) / size * cells
+        # Rows and columns of a matrix that interpolates linearly between grid nodes.
+        weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))
+        total += roughness**octave * (weight @ grid @ weight.T)
+    low, high = total.min(), total.max()
+    return (total - low) / max(high - low, 1e-6)

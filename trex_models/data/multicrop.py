@@ -1,0 +1,213 @@
+"""Multi-crop batches: uint8 crops from workers, augmented in batch on the training device.
+
+Multi-crop is SwAV's (Caron et al. 2020), the augmentations are DINO's; t-ReX section 3.1.
+A sample's randomness is a function of (seed, epoch, index) alone, so that a run does not depend
+on the number of workers or processes, or on where it was interrupted.
+
+Shapes: B batch, N crops of one resolution, S their side in pixels, P photometric parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trex_models.data import photometric
+from trex_models.data.crops import cut, draw_box
+from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
+from trex_models.data.sources import Source
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """Crops of one resolution.
+
+    Args:
+        count: N, crops per image.
+        size: S, pixels.
+        scale: Smallest and largest share of the image's area.
+        law: Their photometric augmentation.
+    """
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+    law: PhotometricLaw
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a worker makes.
+
+    Args:
+        crops: One tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
+        parameters: One tensor per resolution, (N * B, P), of the augmentation still to be done.
+        labels: (B,).
+    """
+
+    crops: list[Tensor]
+    parameters: list[Tensor]
+    labels: Tensor
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; the parameters stay with the CPU."""
+        return Batch(
+            [c.pin_memory() for c in self.crops], self.parameters, self.labels.pin_memory()
+        )
+
+
+class MultiCropDataset(Dataset[Batch]):
+    """Cuts crops from a source, a whole batch at a time.
+
+    Args:
+        source: Labelled images.
+        specs: The crops, globals first.
+        seed: Of all random draws.
+    """
+
+    def __init__(self, source: Source, specs: Sequence[CropSpec], seed: int) -> None:
+        self.source = source
+        self.specs = list(specs)
+        self.seed = seed
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch | ValueError:
+        """Return the batch of some samples.
+
+        An unreadable sample's ValueError is returned, not raised: DataLoader would bury its
+        message under a worker's traceback.
+        """
+        try:
+            return self._batch(keys)
+        except ValueError as error:
+            return ValueError(str(error))
+
+    def _batch(self, keys: Sequence[Key]) -> Batch:
+        size = len(keys)
+        crops = [
+            torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
+        ]
+        parameters = [np.empty((s.count, size, NUM_PARAMETERS), np.float32) for s in self.specs]
+        for position, (epoch, index) in enumerate(keys):
+            rng = np.random.default_rng((self.seed, epoch, index))
+            image = self.source.read(index)
+            height, width, _ = image.shape
+            for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
+                for crop in range(spec.count):
+                    box = draw_box(rng, height, width, spec.scale)
+                    cut(image, box, spec.size, out[crop, position])
+                    spec.law.draw(rng, rows[crop, position])
+        labels = self.source.labels[[index for _, index in keys]]
+        return Batch(
+            [c.flatten(0, 1) for c in crops],
+            [torch.from_numpy(p).flatten(0, 1) for p in parameters],
+            torch.from_numpy(labels),
+        )
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """All batches of a run, from any step: each epoch is one permutation, cut into batches.
+
+    Every process gets its block of each global batch, so the batches do not depend on how many
+    processes there are. The last batch of an epoch is dropped if it is not full.
+
+    Args:
+        num_samples: Images in the source.
+        batch_size: Images per step, all processes together.
+        epochs: Passes over the data.
+        seed: Of the permutations.
+        rank: Of this process.
+        world_size: Number of processes.
+        start_step: First step to yield.
+
+    Raises:
+        ValueError: A batch is larger than the data set, or does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if batch_size > num_samples:
+            raise ValueError(
+                f"optim.batch_size {batch_size} exceeds the data set's {num_samples} images; "
+                f"take at most {num_samples}"
+            )
+        if batch_size % world_size:
+            raise ValueError(
+                f"optim.batch_size {batch_size} does not divide among {world_size} processes"
+            )
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.steps_per_epoch = num_samples // batch_size
+        self.total_steps = epochs * self.steps_per_epoch
+        self.seed = seed
+        self.start_step = start_step
+        share = batch_size // world_size
+        self._own = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        """Return the number of batches left."""
+        return self.total_steps - self.start_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """Yield the (epoch, index) keys of this process's share of every batch left."""
+        step = self.start_step
+        while step < self.total_steps:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            for first in range(within, self.steps_per_epoch):
+                batch = order[first * self.batch_size : (first + 1) * self.batch_size]
+                yield [(epoch, int(index)) for index in batch[self._own]]
+                step += 1
+
+
+def load_batches(
+    dataset: MultiCropDataset, sampler: EpochSampler, workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield the sampler's batches, in order, from worker processes.
+
+    Raises:
+        ValueError: A sample cannot be read.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def augment(batch: Batch, device: torch.device) -> list[Tensor]:
+    """Copy a batch's crops to a device and finish their augmentation there.
+
+    Returns:
+        One normalised float32 tensor per resolution, (N * B, 3, S, S), in channels_last format.
+    """
+    augmented = []
+    for crops, parameters in zip(batch.crops, batch.parameters, strict=True):
+        images = crops.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        augmented.append(photometric.normalize(photometric.apply(images, parameters)))
+    return augmented

@@ -1,0 +1,195 @@
+"""Real images that installed packages ship: small transfer sets that need no download.
+
+The digits are scikit-learn's copy of "Optical Recognition of Handwritten Digits" (Alpaydin and
+Kaynak, UCI, 1998). The photographs lie in the package folders of scikit-image and scikit-learn,
+whose READMEs name their authors and terms; nothing of them is redistributed here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trex_models.data.sources import ArraySource
+
+# File, and the package and folder it ships in.
+_SKIMAGE, _SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
+_PHOTOGRAPHS = {
+    "astronaut.png": _SKIMAGE,
+    "brick.png": _SKIMAGE,
+    "camera.png": _SKIMAGE,
+    "cell.png": _SKIMAGE,
+    "chelsea.png": _SKIMAGE,
+    "china.jpg": _SKLEARN,
+    "clock_motion.png": _SKIMAGE,
+    "coffee.png": _SKIMAGE,
+    "coins.png": _SKIMAGE,
+    "flower.jpg": _SKLEARN,
+    "grass.png": _SKIMAGE,
+    "gravel.png": _SKIMAGE,
+    "hubble_deep_field.jpg": _SKIMAGE,
+    "ihc.png": _SKIMAGE,
+    "moon.png": _SKIMAGE,
+    "motorcycle_left.png": _SKIMAGE,
+    "page.png": _SKIMAGE,
+    "retina.jpg": _SKIMAGE,
+    "rocket.jpg": _SKIMAGE,
+    "text.png": _SKIMAGE,
+}
+_TILES = 3  # along a photograph's shorter side
+_FLAT = 6.0  # grey levels of standard deviation below which a patch shows nothing
+
+
+def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
+    """Return scikit-learn's 1797 handwritten digits, two thirds of each class to train on.
+
+    They are 8x8, so pixels alone classify them nearly perfectly: a set for checks, not claims.
+
+    Args:
+        size: Side in pixels to which they are interpolated (bicubic).
+
+    Returns:
+        Training and test images; the split is always the same.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+        ValueError: If the size is not positive.
+    """
+    _check_positive(size=size)
+    bunch = _require("sklearn.datasets").load_digits()
+    images = [_resized(image, size) for image in (bunch.images * (255 / 16)).astype(np.uint8)]
+    labels = np.asarray(bunch.target)
+    rng = np.random.default_rng(0)
+    train: list[int] = []
+    test: list[int] = []
+    for label in range(10):
+        members = rng.permutation(np.flatnonzero(labels == label)).tolist()
+        cut = round(len(members) * 2 / 3)
+        train += members[:cut]
+        test += members[cut:]
+    names = [str(label) for label in range(10)]
+    train_set, test_set = (
+        ArraySource(np.stack([images[i] for i in part]), labels[part], names)
+        for part in (train, test)
+    )
+    return train_set, test_set
+
+
+def photographs(
+    size: int = 64, train_per_class: int = 60, test_per_class: int = 30, seed: int = 0
+) -> tuple[ArraySource, ArraySource]:
+    """Return patches of 20 photographs, labelled by the photograph.
+
+    Each photograph is cut into square tiles, a third of which are for test patches; a patch lies
+    within one tile, so no pixel is in both sets. Patches differ in place, scale and mirroring.
+    They are grey and their brightness and contrast are drawn at random, so that neither tells
+    the class.
+
+    Args:
+        size: Side of the patches in pixels.
+        train_per_class: Number of training patches of each photograph.
+        test_per_class: Number of test patches of each photograph.
+        seed: Seed of the patches; the tiles' split is always the same.
+
+    Returns:
+        Training and test patches.
+
+    Raises:
+        ImportError: If scikit-learn or scikit-image is not installed.
+        FileNotFoundError: If the installed version does not ship one of the photographs.
+        ValueError: If the size or a number of patches is not positive.
+    """
+    _check_positive(size=size, train_per_class=train_per_class, test_per_class=test_per_class)
+    names = [Path(file).stem for file in _PHOTOGRAPHS]
+    counts = {"train": train_per_class, "test": test_per_class}
+    patches: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for label, (file, (package, folder)) in enumerate(_PHOTOGRAPHS.items()):
+        photograph = _photograph(file, package, folder)
+        tiles = _tiles(*photograph.shape)
+        for part, count in counts.items():
+            rng = np.random.default_rng((seed, label, part == "test"))
+            patches[part] += [_patch(photograph, tiles[part], size, rng) for _ in range(count)]
+    train_set, test_set = (
+        ArraySource(np.stack(patches[part]), np.repeat(np.arange(len(names)), count), names)
+        for part, count in counts.items()
+    )
+    return train_set, test_set
+
+
+def _require(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        distribution = {"sklearn": "scikit-learn", "skimage": "scikit-image"}[module.split(".")[0]]
+        raise ImportError(
+            f"this set of images needs {distribution}: pip install trex-models[transfer]"
+        ) from error
+
+
+def _check_positive(**values: int) -> None:
+    for argument, value in values.items():
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, not {value}")
+
+
+def _photograph(file: str, package: str, folder: str) -> np.ndarray:
+    """Return a shipped photograph in grey, (H, W) uint8."""
+    module = _require(package)
+    path = Path(module.__file__).parent / folder / file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{package} {module.__version__} does not ship {file} (looked for {path}); "
+            "install versions that do: pip install 'scikit-image>=0.24,<0.27' scikit-learn"
+        )
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"))
+
+
+def _tiles(height: int, width: int) -> dict[str, list[tuple[int, int, int]]]:
+    """Return the (top, left, side) of a photograph's training tiles and test tiles."""
+    side = min(height, width) // _TILES
+    tiles: dict[str, list[tuple[int, int, int]]] = {"train": [], "test": []}
+    for row in range(height // side):
+        for column in range(width // side):
+            part = "test" if (row + column) % 3 == 2 else "train"
+            tiles[part].append((row * side, column * side, side))
+    return tiles
+
+
+def _window(tiles: list[tuple[int, int, int]], rng: np.random.Generator) -> tuple[int, int, int]:
+    """Draw the (top, left, side) of a square within one of the tiles."""
+    top, left, side = tiles[rng.integers(len(tiles))]
+    extent = int(rng.integers(side // 2, side + 1))
+    y, x = (int(rng.integers(start, start + side - extent + 1)) for start in (top, left))
+    return y, x, extent
+
+
+def _patch(
+    photograph: np.ndarray,
+    tiles: list[tuple[int, int, int]],
+    size: int,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Draw a patch that shows something from one of the tiles, (S, S, 3) uint8."""
+    while True:
+        y, x, extent = _window(tiles, rng)
+        patch = photograph[y : y + extent, x : x + extent]
+        if patch.std() >= _FLAT:
+            break
+    if rng.random() < 0.5:
+        patch = patch[:, ::-1]
+    standard = (patch - patch.mean()) / patch.std()
+    levels = rng.uniform(100, 156) + rng.uniform(30, 60) * standard
+    return _resized(levels.clip(0, 255).astype(np.uint8), size)
+
+
+def _resized(grey: np.ndarray, size: int) -> np.ndarray:
+    """Interpolate a grey image to (S, S, 3) uint8."""
+    image = Image.fromarray(np.ascontiguousarray(grey)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    return np.repeat(np.asarray(image)[..., None], 3, axis=2)
