@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from trex_models import CosineClassifier, Projector
+from trex_models.heads import L2Norm, cosine_logits, widen
+
+
+def reference_projector(weights: dict[str, Tensor], x: Tensor, num_layers: int) -> Tensor:
+    """Evaluate the projector by its formulas, with running BatchNorm statistics."""
+    x = x / x.pow(2).sum(1, keepdim=True).sqrt()
+    for i in range(1, num_layers + 1):
+        x = x @ weights[f"{i}.fc.weight"].T + weights[f"{i}.fc.bias"]
+        mean, var = weights[f"{i}.bn.running_mean"], weights[f"{i}.bn.running_var"]
+        x = (x - mean) / (var + 1e-5).sqrt() * weights[f"{i}.bn.weight"] + weights[f"{i}.bn.bias"]
+        x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return x @ weights[f"{num_layers + 1}.weight"].T
+
+
+@pytest.mark.parametrize("num_layers", [0, 1, 3])
+def test_projector_is_its_formulas(num_layers: int) -> None:
+    torch.manual_seed(0)
+    projector = Projector(12, num_layers, 20, 5, dtype=torch.float64)
+    for _ in range(3):  # move the running statistics
+        projector(torch.randn(16, 12, dtype=torch.float64))
+    projector.eval()
+    x = torch.randn(4, 12, dtype=torch.float64)
+    expected = reference_projector(projector.state_dict(), x, num_layers)
+    torch.testing.assert_close(projector(x), expected)
+    torch.testing.assert_close(projector(3 * x), expected)  # it sees directions alone
+
+
+def test_projector_initial_values() -> None:
+    torch.manual_seed(0)
+    weights = Projector(256, 2, 512, 128).state_dict()
+    for name, value in weights.items():
+        if name.endswith(("fc.weight", "3.weight")):
+            assert value.std().item() == pytest.approx(0.02, rel=0.03)
+            assert value.abs().max() <= 2
+        elif name.endswith("fc.bias"):
+            assert not value.any()
+    assert "3.bias" not in weights
+
+
+@pytest.mark.parametrize("sizes", [(8, -1, 4, 2), (0, 1, 4, 2), (8, 1, 0, 2), (8, 1, 4, 0)])
+def test_projector_sizes_out_of_range(sizes: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ValueError, match="hidden_layers >= 0 and widths >= 1"):
+        Projector(*sizes)
+
+
+def test_device_and_dtype_reach_every_tensor() -> None:
+    modules = [
+        Projector(8, 2, 4, 3, device="meta", dtype=torch.float64),
+        CosineClassifier(3, 5, device="meta", dtype=torch.float64),
+    ]
+    for tensor in (t for m in modules for t in m.state_dict().values()):
+        assert tensor.is_meta
+        assert tensor.dtype in (torch.float64, torch.int64)  # int64: BatchNorm's counter
+
+
+def test_cosine_logits_are_scaled_cosines() -> None:
+    torch.manual_seed(0)
+    z, w = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    expected = F.cosine_similarity(z[:, None], w[None], dim=2) / 0.1
+    torch.testing.assert_close(cosine_logits(z, w, 0.1), expected)
+    torch.testing.assert_close(cosine_logits(5 * z, 2 * w, 0.1), expected)
+
+
+def test_zero_prototype_gives_zero_logit_and_finite_gradient() -> None:
+    w = torch.randn(3, 6)
+    w[1] = 0
+    z = torch.randn(4, 6, requires_grad=True)
+    logits = cosine_logits(z, w, 0.1)
+    assert torch.equal(logits[:, 1], torch.zeros(4))
+    logits.logsumexp(1).sum().backward()
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_out_of_range(temperature: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        CosineClassifier(4, 2, temperature)
+
+
+def test_classifier_starts_like_linear() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 3)
+    torch.manual_seed(0)
+    assert torch.equal(CosineClassifier(6, 3).weight, linear.weight)
+
+
+def test_float32_islands_under_autocast() -> None:
+    torch.manual_seed(0)
+    z, w = torch.randn(64, 256), torch.randn(10, 256)
+    classifier = CosineClassifier(256, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = cosine_logits(z, w, 0.1)
+        outside = F.linear(z, w)
+        norms = L2Norm()(z)
+        from_bfloat16 = classifier(z.bfloat16())
+    assert outside.dtype == torch.bfloat16  # autocast was on
+    assert logits.dtype == norms.dtype == from_bfloat16.dtype == torch.float32
+    assert torch.equal(logits, cosine_logits(z, w, 0.1))
+    assert torch.equal(norms, F.normalize(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_whole_modules_in_one_type(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Projector(16, 1, 32, 8), CosineClassifier(8, 4)).eval()
+    x = 100 * torch.randn(5, 16)  # the sum of squares overflows float16
+    expected = model(x)
+    logits = model.to(dtype)(x.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, atol=0.2, rtol=0.05)
+
+
+def test_widen() -> None:
+    for dtype, wide in [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        assert widen(torch.zeros(1, dtype=dtype)).dtype == wide
+
+
+def test_plain_symbolic_trace() -> None:
+    """Under torch.fx's own tracer, which knows nothing of timm's leaf modules."""
+    model = nn.Sequential(Projector(16, 1, 32, 8), CosineClassifier(8, 4)).eval()
+    x = torch.randn(3, 16)
+    assert torch.equal(fx.symbolic_trace(model)(x), model(x))

@@ -1,0 +1,131 @@
+"""A pytest plugin that puts our models into timm's own tests, beside timm's ``resnet50``.
+
+Loaded by tests/test_timm_suite.py in a pytest process over timm's source distribution. timm's
+tests name their models in three ways, and each gets ``resnet50`` and ours in place of its own:
+
+- ``parametrize("model_name", list_models(...))``: where timm's list holds ``resnet50``.
+- ``parametrize("model_name", ["resnet18", ...])``: the rest of each row is kept, except that
+  arguments meant for one architecture (dicts) are emptied.
+- ``create_model("resnet18")`` or ``"test_resnet"`` in the body: the name stands for each of ours.
+
+Many such tests are about other architectures. So ``resnet50`` runs alone first, and ours with
+``--only-tests`` on what it passed. Untrained weights stand in for those of the Hub.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import timm.models._builder
+import timm.models._factory
+from timm.models import get_pretrained_cfg
+
+import trex_models  # noqa: F401  # registers the models
+
+STOCK = "resnet50"
+OURS = timm.list_models("trex*")
+STAND_IN = re.compile(r"(?:create_model|resolve_model_input_args)\(\s*'(?:test_resnet|resnet18)'")
+
+_list_models = timm.list_models
+_split_name = timm.models._factory.split_model_name_tag
+
+
+def list_models(*args: Any, **kwargs: Any) -> list[str]:
+    """Return resnet50 and our models where timm's list holds resnet50, else nothing."""
+    names = _list_models(*args, **kwargs)
+    stock = next((name for name in names if name.split(".")[0] == STOCK), None)
+    if stock is None:
+        return []
+    if "." not in stock:
+        return [stock, *OURS]
+    pretrained = kwargs.get("pretrained", False)
+    return [stock, *_list_models("trex*", pretrained=pretrained, include_tags=True)]
+
+
+def load_state_dict_from_hf(model_id: str, *_args: Any, **_kwargs: Any) -> Any:
+    """Return untrained weights of the model that the Hub id names."""
+    name = model_id.partition("/")[2]
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None
+    assert cfg.architecture is not None
+    return timm.create_model(cfg.architecture, num_classes=cfg.num_classes).state_dict()
+
+
+timm.list_models = list_models
+timm.models._builder.load_state_dict_from_hf = load_state_dict_from_hf
+
+
+@pytest.fixture
+def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the names of small ResNets in a test's body stand for the model under test."""
+
+    stood_in = []
+
+    def split_name(name: str, no_tag: str = "") -> tuple[str, str]:
+        if name in ("test_resnet", "resnet18"):
+            stood_in.append(name)
+            return request.param, no_tag
+        return _split_name(name, no_tag)
+
+    monkeypatch.setattr(timm.models._factory, "split_model_name_tag", split_name)
+    yield
+    assert stood_in, "the test built none of the ResNets that it names"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names, rows = mark.args
+        argnames = names.split(",") if isinstance(names, str) else names
+        if argnames[0].strip() not in ("model_name", "name") or not isinstance(rows, list):
+            continue
+        if len(argnames) == 1:
+            # An empty list is one of list_models, from which timm leaves ResNets out.
+            if rows and rows[0].split(".")[0] != STOCK:
+                rows[:] = [STOCK, *OURS]
+            return
+        tails = {repr(tail): tail for tail in map(_tail, rows)}
+        rows[:] = [(name, *tail) for tail in tails.values() for name in (STOCK, *OURS)]
+        return
+    if STAND_IN.search(inspect.getsource(metafunc.function)):
+        metafunc.fixturenames.append("stand_in")
+        metafunc.parametrize("stand_in", [STOCK, *OURS], indirect=True)
+
+
+def _tail(row: Any) -> list[Any]:
+    values = getattr(row, "values", row)
+    return [{} if isinstance(value, dict) else value for value in values[1:]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--only-tests", help="file of test keys, one a line: run ours on these alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    only = config.getoption("only_tests")
+    models = OURS if only else [STOCK]
+    keys = set(Path(only).read_text().splitlines()) if only else set()
+    selected, deselected = [], []
+    for item in items:
+        params = dict(getattr(item, "callspec", _NoParams).params)
+        name = next((params.pop(k) for k in ("model_name", "name", "stand_in") if k in params), "")
+        model = str(name).split(".")[0]
+        key = f"{item.nodeid.partition('[')[0]} {sorted(params.items(), key=str)}"
+        # The half of a test with vit=True builds no ResNet.
+        if model in models and not params.get("vit") and (not only or key in keys):
+            item.user_properties += [("model", model), ("key", key)]
+            selected.append(item)
+        else:
+            deselected.append(item)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = selected
+
+
+class _NoParams:
+    params: ClassVar[dict[str, Any]] = {}

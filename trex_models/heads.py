@@ -1,0 +1,180 @@
+"""The parts behind the backbone: the projector and the cosine classifier.
+
+t-ReX (Sariyildiz et al., "No Reason for No Supervision", ICLR 2023, arXiv 2206.15369),
+section 3: z = g(f(x)), logits = cos(z, w_c) / tau.
+
+Shapes: B batch, D embedding, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+# Leaves of an FX graph: their code depends on the tensor's type and device, which a proxy hides.
+fx.wrap("widen")
+fx.wrap("cosine_logits")
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if it is float16 or bfloat16, else unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Cosine similarity over temperature: cos(z, w_c) / tau.
+
+    Computed in float32 at least, under autocast too.
+
+    Args:
+        embeddings: z, (B, D).
+        weight: One vector a class, (C, D). A zero vector gives logits of exactly 0.
+        temperature: tau > 0.
+
+    Returns:
+        Logits, (B, C).
+    """
+    if torch.jit.is_scripting():  # TorchScript has no such context
+        logits = _cosine_logits(embeddings, weight, temperature)
+    else:
+        with _without_autocast(embeddings.device.type):
+            logits = _cosine_logits(embeddings, weight, temperature)
+    return logits
+
+
+def _cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    embeddings = F.normalize(widen(embeddings), dim=-1)
+    return F.linear(embeddings, F.normalize(widen(weight), dim=-1)) / temperature
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    # Only where it is on: torch.autocast raises on devices that have none, such as meta, and
+    # an exported graph is simpler without it.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+class Projector(nn.Sequential):
+    """MLP head g that training throws away: t-ReX section 3.1.
+
+    L2-normalises its input, then applies ``hidden_layers`` times
+    [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck).
+
+    Args:
+        in_dim: Width of the backbone's pooled features.
+        hidden_layers: L >= 0; 3 for t-ReX, 1 for t-ReX*. 0 leaves the bottleneck alone.
+        hidden_dim: Width of the hidden layers.
+        out_dim: D, width of the embeddings.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: A width is below 1 or ``hidden_layers`` is negative.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_layers: int = 3,
+        hidden_dim: int = 2048,
+        out_dim: int = 256,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if hidden_layers < 0 or min(in_dim, hidden_dim, out_dim) < 1:
+            raise ValueError(
+                "the projector needs hidden_layers >= 0 and widths >= 1, got "
+                f"{in_dim=}, {hidden_layers=}, {hidden_dim=}, {out_dim=}"
+            )
+        widths = [in_dim] + [hidden_dim] * hidden_layers
+        hidden = [
+            HiddenLayer(d_in, d_out, device=device, dtype=dtype) for d_in, d_out in pairwise(widths)
+        ]
+        bottleneck = nn.Linear(widths[-1], out_dim, bias=False, device=device, dtype=dtype)
+        nn.init.trunc_normal_(bottleneck.weight, std=0.02)
+        super().__init__(L2Norm(), *hidden, bottleneck)
+        self.out_dim = out_dim
+
+
+class L2Norm(nn.Module):
+    """Scale every row to unit length, (B, D) -> (B, D); the norm is taken in float32 at least."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with unit rows, in the type of ``x``."""
+        return F.normalize(widen(x), dim=-1).to(x.dtype)
+
+
+class HiddenLayer(nn.Module):
+    """Linear with bias -> BatchNorm1d -> GELU, (B, d_in) -> (B, d_out)."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc = nn.Linear(in_dim, out_dim, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm1d(out_dim, device=device, dtype=dtype)
+        self.act = nn.GELU()
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, (B, d_out)."""
+        return self.act(self.bn(self.fc(x)))
+
+
+class CosineClassifier(nn.Module):
+    """Cosine softmax with learned class weights, t-ReX Eq. 1: logits = cos(z, w_c) / tau.
+
+    ``weight`` may equally hold the class prototypes of Eq. 2.
+
+    Args:
+        in_features: D, width of the embeddings.
+        num_classes: C.
+        temperature: tau.
+        device: Where to create the weight.
+        dtype: Type of the weight.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        temperature: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.in_features = in_features
+        self.out_features = num_classes
+        self.temperature = temperature
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, in_features, device=device, dtype=dtype)
+        )
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Linear's default
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Return logits, (B, C), for embeddings, (B, D).
+
+        Their type is the weight's: float32 under autocast, bfloat16 in a bfloat16 model.
+        """
+        logits = cosine_logits(embeddings, self.weight, self.temperature)
+        return logits.to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the sizes and the temperature."""
+        return f"{self.in_features}, {self.out_features}, temperature={self.temperature}"

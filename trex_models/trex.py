@@ -1,0 +1,349 @@
+"""t-ReX ResNets: backbones, and whole models with projector and cosine classifier.
+
+t-ReX (Sariyildiz et al., "No Reason for No Supervision: Improved Generalization in Supervised
+Models", ICLR 2023, arXiv 2206.15369): supervised pre-training with multi-crop augmentation, a
+projector that is thrown away afterwards, and a cosine softmax loss.
+
+Three models of each of t-ReX (3 hidden layers in the projector) and t-ReX* (1 hidden layer):
+
+- ``trex_resnet50``: the backbone, stock timm ResNet, 2048-d features.
+- ``trex_resnet50_proj``: backbone and projector, 256-d embeddings.
+- ``trex_resnet50_cls``: backbone, projector and cosine classifier, 1000 logits.
+
+and ``trex_resnet``, the same head on any ResNet of timm. Weights ``in1k`` are the paper's; the
+authors published their backbones alone. ``in1k_r2`` were retrained with the released code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.classifier import create_classifier
+from timm.layers.helpers import get_device_dtype
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model_in_modules,
+    model_entrypoint,
+    register_model,
+)
+from timm.models._input import update_model_args
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from trex_models.heads import CosineClassifier, Projector
+
+__all__ = ["TRexResNet"]  # register_model appends the entry points
+
+
+class TRexResNet(ResNet):
+    """ResNet with the projector as its pre-logits block and a cosine classifier.
+
+    The state dict is the backbone's plus ``proj.*`` and ``fc.weight``. Without pooling
+    (``global_pool=""``) there is no projector, for it maps pooled features.
+
+    Args:
+        block: Class of the residual blocks.
+        layers: Blocks of each stage.
+        num_classes: C, outputs of the cosine classifier. 0 for none: the model returns embeddings.
+        global_pool: timm's name of the pooling; "" for none.
+        proj_layers: L, hidden layers of the projector.
+        proj_hidden_dim: Width of these layers.
+        proj_dim: D, width of the embeddings. 0 for no projector.
+        temperature: tau of the cosine softmax.
+        zero_init_last: Start the last BatchNorm of each residual block at 0. t-ReX does not.
+        device: Where to create the parameters.
+        dtype: Type of the parameters.
+        **kwargs: timm's ResNet takes them.
+
+    Raises:
+        ValueError: A size of the head or the temperature is out of range.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, ...],
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        proj_layers: int = 3,
+        proj_hidden_dim: int = 2048,
+        proj_dim: int = 256,
+        temperature: float = 0.1,
+        zero_init_last: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            block,  # type: ignore[arg-type]  # timm takes the class but declares an instance
+            layers,
+            num_classes=0,
+            global_pool=global_pool,
+            zero_init_last=zero_init_last,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        self._add_head(num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature)
+
+    @classmethod
+    def from_resnet(
+        cls,
+        model: ResNet,
+        num_classes: int = 1000,
+        proj_layers: int = 3,
+        proj_hidden_dim: int = 2048,
+        proj_dim: int = 256,
+        temperature: float = 0.1,
+    ) -> TRexResNet:
+        """Turn a stock ResNet into a TRexResNet, in place; the arguments are the class's.
+
+        timm's entry points hold each architecture's arguments and build only the stock class.
+
+        Raises:
+            ValueError: ``model`` is not a stock ResNet, or as the class.
+        """
+        if type(model) is not ResNet:
+            raise ValueError(f"expected timm's ResNet class, got {type(model).__name__}")
+        model.__class__ = cls
+        assert isinstance(model, cls)
+        model._add_head(num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature)
+        return model
+
+    def _add_head(
+        self,
+        num_classes: int,
+        proj_layers: int,
+        proj_hidden_dim: int,
+        proj_dim: int,
+        temperature: float,
+    ) -> None:
+        self.proj_layers = proj_layers
+        self.proj_hidden_dim = proj_hidden_dim
+        self.proj_dim = proj_dim
+        self.temperature = temperature
+        self.proj: nn.Module = nn.Identity()
+        if proj_dim and self.global_pool.pool_type:
+            self.proj = self._make_projector()
+        # A deep stem is a sequence. timm reads this trait before the pretrained cfg.
+        self._traits = {
+            **getattr(self, "_traits", {}),
+            "first_conv": "conv1" if isinstance(self.conv1, nn.Conv2d) else "conv1.0",
+        }
+        self.reset_classifier(num_classes)
+
+    def _make_projector(self) -> Projector:
+        return Projector(
+            self.num_features * self.global_pool.feat_mult(),
+            self.proj_layers,
+            self.proj_hidden_dim,
+            self.proj_dim,
+            **get_device_dtype(self),
+        )
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of layer groups: stem, blocks, then the projector as one."""
+        matcher = super().group_matcher(coarse=coarse)
+        return {**matcher, "proj": r"^proj"}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Make a fresh classifier.
+
+        The projector stays, with its weights. It is made afresh where the new pooling changes
+        its input's width, and dropped for good where the new pooling is none.
+
+        Args:
+            num_classes: C, or 0 for no classifier.
+            global_pool: New pooling, "" for none; None keeps the current one.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.num_classes = num_classes
+        width = self.num_features * self.global_pool.feat_mult()
+        self.global_pool, self.fc = create_classifier(self.num_features, 0, global_pool)
+        pooled_width = self.num_features * self.global_pool.feat_mult()
+        if isinstance(self.proj, Projector):
+            if not global_pool:
+                self.proj = nn.Identity()
+            elif pooled_width != width:
+                self.proj = self._make_projector()
+        if isinstance(self.proj, Projector):
+            self.head_hidden_size = self.proj_dim
+        else:
+            self.head_hidden_size = pooled_width
+            update_model_args(self, proj_dim=0)  # a saved copy must load without a projector
+        if num_classes:
+            self.fc = CosineClassifier(
+                self.head_hidden_size, num_classes, self.temperature, **get_device_dtype(self)
+            )
+        for module in (self.global_pool, self.proj, self.fc):
+            module.train(self.training)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map feature maps, (B, num_features, H, W), to the model's output.
+
+        Args:
+            x: Output of ``forward_features``.
+            pre_logits: Return the embeddings, (B, head_hidden_size), not the logits.
+        """
+        x = self.proj(self.global_pool(x))
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
+
+
+def _filter_state_dict(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Leave out the parts of the head that ``model`` lacks; check that the rest is the model's.
+
+    So the file of a whole model also serves the smaller ones. timm loads without strictness
+    where the number of classes changes, and would pass over another architecture's file.
+
+    Raises:
+        RuntimeError: The file holds another architecture.
+    """
+    wanted = model.state_dict()
+    for part in ("fc.", "proj."):
+        if not any(key.startswith(part) for key in wanted):
+            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(part)}
+    # The classifier is left to timm, which knows whether it is to be loaded.
+    missing = [k for k in wanted if k not in state_dict and not k.startswith("fc.")]
+    unexpected = [k for k in state_dict if k not in wanted and not k.startswith("fc.")]
+    if missing or unexpected:
+        name = model.pretrained_cfg["architecture"]
+        raise RuntimeError(
+            f"the weights do not fit {name}: {_some(missing)} missing, "
+            f"{_some(unexpected)} unexpected"
+        )
+    return state_dict
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} keys ({', '.join(keys[:3])}, ...)" if keys else "0 keys"
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 0,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "paper_ids": "arXiv:2206.15369",
+        "paper_name": "No Reason for No Supervision: Improved Generalization in Supervised Models",
+        **kwargs,
+    }
+
+
+def _naver(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(license="cc-by-nc-sa-4.0", origin_url="https://github.com/naver/trex", **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        # The paper's weights; the projectors and classifiers were not published.
+        "trex_resnet50.in1k": _naver(hf_hub_id="trex-models/trex_resnet50.in1k"),
+        "trexstar_resnet50.in1k": _naver(hf_hub_id="trex-models/trexstar_resnet50.in1k"),
+        # Retrained with the released code.
+        "trex_resnet50.in1k_r2": _naver(hf_hub_id="trex-models/trex_resnet50.in1k_r2"),
+        "trexstar_resnet50.in1k_r2": _naver(hf_hub_id="trex-models/trexstar_resnet50.in1k_r2"),
+        "trex_resnet50_proj.in1k_r2": _naver(hf_hub_id="trex-models/trex_resnet50_proj.in1k_r2"),
+        "trexstar_resnet50_proj.in1k_r2": _naver(
+            hf_hub_id="trex-models/trexstar_resnet50_proj.in1k_r2"
+        ),
+        "trex_resnet50_cls.in1k_r2": _naver(
+            hf_hub_id="trex-models/trex_resnet50_cls.in1k_r2", num_classes=1000
+        ),
+        "trexstar_resnet50_cls.in1k_r2": _naver(
+            hf_hub_id="trex-models/trexstar_resnet50_cls.in1k_r2", num_classes=1000
+        ),
+        "trex_resnet.untrained": _cfg(num_classes=1000),
+    }
+)
+
+
+def _create(cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
+    return build_model_with_cfg(
+        cls, variant, pretrained, pretrained_filter_fn=_filter_state_dict, **kwargs
+    )
+
+
+_RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "zero_init_last": False}
+
+
+@register_model
+def trex_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """t-ReX backbone, 2048-d features."""
+    return _create(ResNet, "trex_resnet50", pretrained, **(_RESNET50 | kwargs))
+
+
+@register_model
+def trexstar_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """t-ReX* backbone, 2048-d features."""
+    return _create(ResNet, "trexstar_resnet50", pretrained, **(_RESNET50 | kwargs))
+
+
+@register_model
+def trex_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
+    """t-ReX backbone and projector, 256-d embeddings."""
+    model_args = {**_RESNET50, "proj_layers": 3}
+    return _create(TRexResNet, "trex_resnet50_proj", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def trexstar_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
+    """t-ReX* backbone and projector, 256-d embeddings."""
+    model_args = {**_RESNET50, "proj_layers": 1}
+    return _create(TRexResNet, "trexstar_resnet50_proj", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def trex_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
+    """t-ReX backbone, projector and class prototypes, 1000 cosine logits."""
+    model_args = {**_RESNET50, "proj_layers": 3}
+    return _create(TRexResNet, "trex_resnet50_cls", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def trexstar_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
+    """t-ReX* backbone, projector and class prototypes, 1000 cosine logits."""
+    model_args = {**_RESNET50, "proj_layers": 1}
+    return _create(TRexResNet, "trexstar_resnet50_cls", pretrained, **(model_args | kwargs))
+
+
+# timm's model files that build its ResNet class.
+RESNET_MODULES = ("resnet", "res2net", "resnest", "sknet")
+
+
+def _build_on(
+    backbone: str,
+    num_classes: int = 1000,
+    proj_layers: int = 3,
+    proj_hidden_dim: int = 2048,
+    proj_dim: int = 256,
+    temperature: float = 0.1,
+    zero_init_last: bool = False,
+    **kwargs: Any,
+) -> TRexResNet:
+    if not is_model_in_modules(backbone, RESNET_MODULES):
+        raise ValueError(f"backbone {backbone!r} is not one of timm's ResNets")
+    stock = model_entrypoint(backbone)(num_classes=0, zero_init_last=zero_init_last, **kwargs)
+    return TRexResNet.from_resnet(
+        stock, num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature
+    )
+
+
+@register_model
+def trex_resnet(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> TRexResNet:
+    """t-ReX head on any ResNet of timm, such as ``backbone="resnext50_32x4d"``; no weights."""
+    model = _create(_build_on, "trex_resnet", pretrained, backbone=backbone, **kwargs)
+    model.pretrained_cfg["first_conv"] = model._traits["first_conv"]
+    return model
