@@ -1,0 +1,88 @@
+"""Our modules against the official implementation's recorded trajectories."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+
+from tests import golden
+
+FILE = Path(__file__).parent / "data" / "golden_trajectory.json"
+ENTRIES = json.loads(FILE.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry["case"]["name"] for entry in ENTRIES])
+def test_trajectory_is_reproduced(entry: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    errors = golden.compare(entry)
+    assert set(errors) == set(entry) - {"case", "world_size"}
+    assert max(errors.values()) <= golden.LIMIT, errors
+
+
+def shortened(entry: dict[str, object], path: Path, **changes: object) -> Path:
+    """Write a file with one case of one step, some recorded values replaced."""
+    entry = copy.deepcopy(entry)
+    entry["case"] |= {"epochs": 1, "steps_per_epoch": 1}  # type: ignore[operator]
+    recorded = golden.replay(entry["case"])  # type: ignore[arg-type]
+    path.write_text(json.dumps([entry | recorded | changes]))
+    return path
+
+
+def test_exit_status_tells_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shortened(ENTRIES[0], tmp_path / "same.json")
+    assert golden.main([str(path)]) == 0
+    path = shortened(ENTRIES[0], tmp_path / "other.json", loss=[2.9119])
+    assert golden.main([str(path)]) == 1
+    assert "TOO LARGE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ours", "recorded", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([], [], 0.0),
+        (None, [1.0], float("inf")),
+        ([1.0], [1.0, 2.0], float("inf")),
+        ([float("nan")], [1.0], float("inf")),
+    ],
+)
+def test_error_of_a_quantity(ours: object, recorded: object, expected: float) -> None:
+    assert golden.error(ours, recorded) == expected
+
+
+def test_unreadable_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert golden.main([str(tmp_path / "absent.json")]) == 2
+    assert "absent.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+        "wide_resnet50_2",
+        "wide_resnet101_2",
+    ],
+)
+def test_backbones_have_torchvisions_names_and_outputs(arch: str) -> None:
+    theirs = torchvision.models.get_model(arch).eval()
+    theirs.fc = torch.nn.Identity()
+    ours = timm.create_model(arch, num_classes=0).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))

@@ -1,0 +1,224 @@
+"""The method's parts against plain formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trex_models.heads import Projector
+from trex_models.train.bank import Bank
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.momentum import MomentumEncoder
+from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
+from trex_models.train.optimizer import build_sgd, learning_rates
+from trex_models.train.step import Precision, training_step
+
+
+class TinyBackbone(nn.Module):
+    """A convolution with BatchNorm, pooled; counts its calls."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.bn = nn.BatchNorm2d(6)
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.shapes.append(tuple(images.shape))
+        return self.bn(self.conv(images)).relu().mean((2, 3))
+
+
+def tiny_method(bank_size: int = 8) -> TReX:
+    torch.manual_seed(0)
+    encoder = Encoder(TinyBackbone(), Projector(6, 1, 7, 5))
+    return TReX(encoder, OnlineClassMeans(Bank(bank_size, 5, 3), 0.1), ema_momentum=0.9)
+
+
+def test_bank_wraps_and_drops_what_does_not_fit() -> None:
+    bank = Bank(5, 2, 3)
+    batch, labels = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 2])
+    bank.enqueue(batch, labels)
+    assert bank.pointer == 3
+    torch.testing.assert_close(bank.features[:3], batch)
+    bank.enqueue(batch + 10, labels)  # two of three fit
+    assert bank.pointer == 0
+    torch.testing.assert_close(bank.features[3:], batch[:2] + 10)
+    assert bank.labels.tolist() == [0, 1, 2, 0, 1]
+    bank.enqueue(batch + 20, labels)
+    torch.testing.assert_close(bank.features[:3], batch + 20)
+
+
+def test_bank_starts_as_noise_and_its_pointer_is_saved() -> None:
+    torch.manual_seed(0)
+    bank = Bank(4096, 4, 10)
+    assert abs(bank.features.mean().item()) < 0.05
+    assert bank.features.std().item() == pytest.approx(1, abs=0.05)
+    assert bank.labels.bincount(minlength=10).min() > 300
+    bank.enqueue(torch.ones(7, 4), torch.zeros(7, dtype=torch.long))
+    other = Bank(4096, 4, 10)
+    other.load_state_dict(bank.state_dict())
+    assert other.pointer == 7
+    assert torch.equal(other.features, bank.features)
+
+
+def test_class_means_are_normalised_sums_and_zero_for_absent_classes() -> None:
+    bank = Bank(4, 3, 3)
+    bank.features.copy_(torch.randn(4, 3))
+    bank.labels.copy_(torch.tensor([0, 2, 0, 0]))
+    means = bank.class_means()
+    expected = bank.features[[0, 2, 3]].mean(0)
+    torch.testing.assert_close(means[0], expected / expected.norm())
+    assert torch.equal(means[1], torch.zeros(3))
+
+
+def test_ocm_logits_and_loss_by_hand() -> None:
+    torch.manual_seed(0)
+    bank = Bank(6, 4, 3)
+    bank.labels.copy_(torch.tensor([0, 0, 1, 1, 0, 1]))  # class 2 is absent
+    z = torch.randn(4, 4, requires_grad=True)  # two images, two crops
+    labels = torch.tensor([0, 1])
+    loss, logits = OnlineClassMeans(bank, 0.1)(z, labels)
+    means = torch.stack([bank.features[bank.labels == c].mean(0) for c in (0, 1)])
+    torch.testing.assert_close(logits[:, :2], F.cosine_similarity(z[:, None], means, dim=2) / 0.1)
+    assert torch.equal(logits[:, 2], torch.zeros(4))
+    rows = torch.arange(4)
+    by_hand = (logits.logsumexp(1) - logits[rows, torch.tensor([0, 1, 0, 1])]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    loss.backward()
+    assert z.grad is not None
+    assert z.grad.abs().sum() > 0
+    assert not bank.features.requires_grad
+
+
+def test_cosine_softmax_learns_its_weights() -> None:
+    torch.manual_seed(0)
+    objective = CosineSoftmax(4, 3, 0.1)
+    weight = objective.class_weights()
+    assert weight.abs().max() <= 1 / math.sqrt(4)  # nn.Linear's default
+    z = torch.randn(5, 4)
+    loss, logits = objective(z, torch.tensor([0, 1, 2, 0, 1]))
+    torch.testing.assert_close(logits, F.cosine_similarity(z[:, None], weight, dim=2) / 0.1)
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().sum() > 0
+    assert objective.bank is None
+
+
+def test_float32_islands_under_autocast() -> None:
+    method = tiny_method()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = method([torch.randn(4, 3, 8, 8)], torch.tensor([0, 1, 2, 0]))
+        method.update_bank(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+    assert method.objective.bank is not None
+    assert logits.dtype == loss.dtype == method.objective.bank.features.dtype == torch.float32
+
+
+def test_encoder_runs_the_backbone_once_per_resolution() -> None:
+    method = tiny_method()
+    backbone = method.encoder.backbone
+    assert isinstance(backbone, TinyBackbone)
+    crops = [torch.randn(4, 3, 9, 9), torch.randn(12, 3, 6, 6)]
+    together = method.encoder.eval()(crops)
+    assert backbone.shapes == [(4, 3, 9, 9), (12, 3, 6, 6)]
+    torch.testing.assert_close(together[4:], method.encoder(crops[1:]))
+    backbone.shapes.clear()
+    method.encoder([torch.randn(4, 3, 9, 9), torch.randn(8, 3, 9, 9)])
+    assert backbone.shapes == [(12, 3, 9, 9)]
+
+
+def test_momentum_encoder_averages_parameters_only() -> None:
+    method = tiny_method()
+    online = method.encoder
+    average: Any = MomentumEncoder(online, 0.9)
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.add_(1.0)
+    before = [p.clone() for p in average.parameters()]
+    online([torch.randn(4, 3, 8, 8)])  # moves the online running statistics
+    average.update(online)
+    for old, new, target in zip(before, average.parameters(), online.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * target)
+        assert not new.requires_grad
+    assert average.encoder.backbone.bn.running_mean.abs().sum() == 0
+    average(torch.randn(4, 3, 8, 8) + 1)
+    assert average.encoder.backbone.bn.running_mean.abs().sum() > 0
+
+
+def test_step_order_of_the_method() -> None:
+    """Loss against the old bank; average of the weights before the step; first crop only."""
+    method = tiny_method(bank_size=8)
+    bank, momentum = method.objective.bank, method.momentum_encoder
+    assert bank is not None
+    assert momentum is not None
+    old_bank, old_weights = bank.features.clone(), [p.clone() for p in method.encoder.parameters()]
+    crops, labels = [torch.randn(8, 3, 8, 8), torch.randn(4, 3, 5, 5)], torch.tensor([0, 1, 2, 0])
+    expected_loss, _ = tiny_method(bank_size=8)(crops, labels)
+    optimizer = build_sgd(method, 0.9, 1e-4)
+    precision = Precision.from_name("fp32", "cpu")
+    loss, logits = training_step(method, method, optimizer, precision, crops, labels, 0.1)
+    torch.testing.assert_close(loss, expected_loss.detach())
+    assert logits.shape == (12, 3)
+    torch.testing.assert_close(
+        list(momentum.encoder.parameters()), old_weights
+    )  # the first average is of two equal encoders
+    torch.testing.assert_close(bank.features[:4], momentum(crops[0][:4]))
+    assert torch.equal(bank.features[4:], old_bank[4:])
+    assert bank.labels[:4].tolist() == labels.tolist()
+    moved = [not torch.equal(a, b) for a, b in zip(old_weights, method.encoder.parameters())]  # noqa: B905
+    assert sum(moved) > len(moved) / 2
+
+
+def test_learning_rates() -> None:
+    rates = learning_rates(peak=0.1, final=1e-6, warmup_steps=4, total_steps=12)
+    np.testing.assert_allclose(rates[:4], [0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert rates[4] == 0.1
+    assert rates[8] == pytest.approx(1e-6 + 0.5 * (0.1 - 1e-6))
+    assert (np.diff(rates[4:]) < 0).all()
+    assert len(learning_rates(0.1, 0.0, 0, 5)) == 5
+    assert len(learning_rates(0.1, 0.0, 5, 5)) == 5
+
+
+def test_weight_decay_spares_one_dimensional_parameters() -> None:
+    method = tiny_method()
+    optimizer = build_sgd(method, 0.9, 1e-4)
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 1e-4
+    assert spared["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in spared["params"])
+    count = len(decayed["params"]) + len(spared["params"])
+    assert count == len(list(method.encoder.parameters()))  # not those of the momentum encoder
+    assert not decayed["nesterov"]
+    assert decayed["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("name", ["fp16", "tf32"])
+def test_precision_that_the_cpu_lacks_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="needs CUDA"):
+        Precision.from_name(name, "cpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["auto", "fp16", "tf32"])
+def test_step_on_cuda_does_not_wait_for_the_device(name: str) -> None:
+    method = tiny_method().cuda()
+    optimizer = build_sgd(method, 0.9, 1e-4)
+    precision = Precision.from_name(name, "cuda")  # type: ignore[arg-type]
+    crops = [torch.randn(4, 3, 8, 8, device="cuda"), torch.randn(8, 3, 6, 6, device="cuda")]
+    labels = torch.tensor([0, 1, 2, 0], device="cuda")
+    training_step(method, method, optimizer, precision, crops, labels, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = training_step(method, method, optimizer, precision, crops, labels, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss)

@@ -1,0 +1,379 @@
+"""Whole runs: train, interrupt, continue, export, reload; and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import trex_models  # noqa: F401  # registers the models
+from tests.test_folder import save_image
+from trex_models.train import checkpointing, loop
+from trex_models.train.__main__ import main
+from trex_models.train.config import from_dict
+from trex_models.train.step import training_step
+
+# A run of two epochs of four steps, seconds long.
+TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
+    --optim.epochs 2 --optim.batch-size 8 --objective.bank-size 32 --system.workers 0
+    --crops.local-crops 2 --model.hidden-dim 16 --model.embedding-dim 8
+    --model.backbone-args channels=(8,8,16,16) --system.log-every 2""".split()
+
+
+def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
+    return main([recipe, "--output", str(output), *TINY, *overrides])
+
+
+def load(folder: Path | str) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def last_state(folder: Path) -> dict[str, Any]:
+    path = checkpointing.latest(folder)
+    assert path is not None
+    return checkpointing.load(path)
+
+
+def assert_same_state(a: Any, b: Any, where: str = "state") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(folder) == 0
+    return folder
+
+
+def test_run_leaves_config_metrics_and_checkpoints(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["precision"] == "fp32"  # resolved
+    assert [line["step"] for line in logged(finished)] == [2, 4, 6, 8]
+    assert logged(finished)[-1]["epoch"] == 2
+    names = sorted(p.name for p in (finished / "checkpoints").iterdir())
+    assert names == ["step_4.pt", "step_8.pt"]
+
+
+def test_exports_reload_and_reproduce_the_method(finished: Path) -> None:
+    state = last_state(finished)
+    method: Any = loop.build_method(from_dict(state["config"]), 4)
+    method.load_state_dict(state["method"])
+    method.eval()
+    images = torch.randn(3, 3, 32, 32)
+    backbone = load(finished / "export/backbone")
+    whole = load(finished / "export/cls")
+    assert type(backbone) is timm.models.ResNet
+    assert backbone.num_classes == 0
+    with torch.no_grad():
+        features = method.encoder.backbone(images)
+        torch.testing.assert_close(backbone(images), features)
+        torch.testing.assert_close(
+            whole.forward_features(images), backbone.forward_features(images)
+        )
+        logits = method.objective.logits(method.encoder.projector(features))
+        torch.testing.assert_close(whole(images), logits)
+    assert whole.pretrained_cfg["label_names"] == [f"fractal {c:04d}" for c in range(4)]
+
+
+def test_exported_config_is_ours_not_a_stock_tags(finished: Path) -> None:
+    for name, architecture in (("backbone", "resnet10t"), ("cls", "trex_resnet")):
+        config = json.loads((finished / "export" / name / "config.json").read_text())
+        cfg = config["pretrained_cfg"]
+        assert config["architecture"] == architecture
+        assert "num_classes" not in config["model_args"]
+        assert cfg["input_size"] == [3, 32, 32]
+        assert (cfg["crop_pct"], cfg["interpolation"]) == (1.0, "bicubic")
+        assert cfg["first_conv"] == "conv1.0"
+        assert not cfg.get("license")
+        assert not {"url", "hf_hub_id", "origin_url", "paper_ids"} & {
+            k for k, v in cfg.items() if v
+        }
+        files = sorted(p.name for p in (finished / "export" / name).iterdir())
+        assert files == ["config.json", "model.safetensors"]
+
+
+def test_owner_chooses_the_licence(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", "--license", "mit") == 0
+    for name in ("backbone", "cls"):
+        config = json.loads((tmp_path / "run" / "export" / name / "config.json").read_text())
+        assert config["pretrained_cfg"]["license"] == "mit"
+
+
+def test_backbone_export_needs_timm_alone(finished: Path) -> None:
+    code = (
+        "import sys, timm, torch; "
+        f"model = timm.create_model('local-dir:{finished}/export/backbone', pretrained=True); "
+        "model.eval(); "
+        "assert 'trex_models' not in sys.modules; print(tuple(model(torch.zeros(1,3,32,32)).shape))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "(1, 16)"
+
+
+def test_interrupted_run_continues_exactly(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop after step 6, two steps past the last checkpoint; the same command finishes."""
+    steps = 0
+    step = training_step
+
+    def stopping(*args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > 6:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(loop, "training_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4.pt"]
+    assert logged(tmp_path / "run")[-1]["step"] == 6
+    monkeypatch.undo()
+    assert run(tmp_path / "run", "--system.workers", "2") == 0
+    ours, theirs = last_state(tmp_path / "run"), last_state(finished)
+    for part in ("method", "optimizer", "scaler", "step", "classes"):
+        assert_same_state(ours[part], theirs[part], part)
+    assert logged(tmp_path / "run") == logged(finished)
+
+
+def test_finished_run_is_left_as_it_is(finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("checkpoints/*")}
+    assert run(finished) == 0
+    assert "finished" in capfd.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in finished.glob("checkpoints/*")}
+
+
+def test_export_of_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished / "checkpoints/step_4.pt"), "--output", str(tmp_path)]) == 0
+    early = load(tmp_path / "cls")
+    late = load(finished / "export/cls")
+    assert early.state_dict().keys() == late.state_dict().keys()
+    assert not torch.equal(early.fc.weight, late.fc.weight)
+    assert main(["export", str(finished), "--output", str(tmp_path / "again")]) == 0
+    again = load(tmp_path / "again/cls")
+    assert_same_state(dict(again.state_dict()), dict(late.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--objective.name", "cosine", "--model.hidden-layers", "3"],
+        ["--model.hidden-layers", "0", "--crops.local-crops", "0"],
+        ["--crops.global-crops", "2", "--crops.local-size", "32"],
+        ["--precision", "bf16"],
+        ["--system.no-channels-last"],
+        ["--system.compile"],
+    ],
+    ids=["cosine", "no hidden layer", "equal sizes", "bf16", "nchw", "compile"],
+)
+@pytest.mark.slow
+def test_variants_train_and_export(tmp_path: Path, overrides: list[str]) -> None:
+    assert run(tmp_path / "run", *overrides) == 0
+    assert (tmp_path / "run/export/cls/model.safetensors").exists()
+    assert all(torch.tensor(line["loss"]).isfinite() for line in logged(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "args", "whole"),
+    [
+        ("resnet18", ["drop_path_rate=0.1"], True),
+        ("regnetx_002", [], False),
+        ("convnext_atto", [], False),
+        ("vit_tiny_patch16_224", ["patch_size=8", "depth=2"], False),
+    ],
+)
+def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: bool) -> None:
+    """The size of a local crop differs from the global one: a ViT must take both."""
+    model = ["--model.backbone", backbone, "--model.backbone-args", *args]
+    assert run(tmp_path / "run", *model) == 0
+    export = tmp_path / "run" / "export"
+    assert (export / "cls").exists() == whole
+    reloaded = load(export / "backbone")
+    assert reloaded(torch.zeros(2, 3, 32, 32)).shape == (2, reloaded.num_features)
+
+
+@pytest.mark.slow
+def test_two_processes_see_the_batches_of_one(tmp_path: Path) -> None:
+    """BatchNorm statistics differ between one process and two, data order and bank do not."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+    ]
+    command += ["-m", "trex_models.train", "smoke", "--output", str(tmp_path / "two"), *TINY]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=300)
+    assert run(tmp_path / "one") == 0
+    one, two = last_state(tmp_path / "one")["method"], last_state(tmp_path / "two")["method"]
+    labels = "objective.bank.labels"
+    assert torch.equal(one[labels], two[labels])
+    assert one["objective.bank._extra_state"] == two["objective.bank._extra_state"]
+    assert [line["step"] for line in logged(tmp_path / "two")] == [2, 4, 6, 8]
+    assert (tmp_path / "two/export/cls/model.safetensors").exists()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for label in "ab":
+        for index in range(8):
+            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
+    return tmp_path / "images"
+
+
+def test_folder_of_images_trains(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--data.source", "folder", "--data.path", str(images)]
+    assert run(tmp_path / "run", *folder) == 0
+    assert last_state(tmp_path / "run")["classes"] == ["a", "b"]
+    save_image(images / "a" / "new.jpg")
+    assert run(tmp_path / "run", *folder) == 2
+    assert "saved with other num_images" in capsys.readouterr().err
+
+
+def test_unreadable_image_ends_the_run(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "a" / "3.jpg").write_bytes(b"torn")
+    assert run(tmp_path / "run", "--data.source", "folder", "--data.path", str(images)) == 2
+    assert "3.jpg cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--data.source", "folder"], "data.path is not set"),
+        (["--data.source", "folder", "--data.path", "/absent"], "/absent is no folder"),
+        (["--optim.batch-size", "33"], "exceeds the data set's 32 images"),
+        (["--model.backbone", "resnet51"], "timm has no model 'resnet51'"),
+        (["--model.backbone-args", "depht=3"], "refuses {'depht': 3"),
+        ("--model.backbone vit_tiny_patch16_224 --model.backbone-args dynamic_img_size=0".split(),
+         "does not take 16-pixel crops"),
+        (["--data.path", "images"], "add --data.source folder"),
+        (["--precision", "fp16"], "precision fp16 needs CUDA"),
+        (["--system.device", "gpu"], "no torch device"),
+        (["--optim.epochs", "0"], "epochs must be at least 1"),
+        (["--objective.bank-size", "-4"], "bank_size must be at least 1"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    status: object
+    try:
+        status = run(tmp_path / "run", *overrides)
+    except SystemExit as exit_:  # from the parser
+        status = exit_.code
+    assert status == 2
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trexx", "--output", "x"], "unknown recipe 'trexx'; choose from trex, trexstar"),
+        (["smoke"], "--output"),
+        (["smoke", "--output", "x", "--optim.lr", "3"], "--optim.lr"),
+        (["smoke", "--output", "x", "--optim.epochs", "many"], "many"),
+        (["export", "/absent", "--output", "x"], "/absent"),
+    ],
+)
+def test_bad_commands(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    status: object
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_run_is_not_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert run(finished, "--optim.base-lr", "0.3") == 2
+    assert "already holds another run (optim.base_lr: 0.4 -> 0.3)" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert run(tmp_path) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoint_of_another_architecture(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = last_state(finished)
+    state["config"]["model"]["backbone"] = "resnet14t"
+    torch.save(state, tmp_path / "step_8.pt")
+    assert main(["export", str(tmp_path / "step_8.pt"), "--output", str(tmp_path / "out")]) == 2
+    assert "belongs to another architecture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_damaged_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "step_1.pt").write_bytes(content)
+    assert main(["export", str(tmp_path / "step_1.pt"), "--output", str(tmp_path / "out")]) == 2
+    assert "step_1.pt cannot be read as a checkpoint" in capsys.readouterr().err
+    torch.save({"weights": 1}, tmp_path / "step_1.pt")
+    assert main(["export", str(tmp_path / "step_1.pt"), "--output", str(tmp_path / "out")]) == 2
+    assert "is no checkpoint of this trainer" in capsys.readouterr().err
+
+
+def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", "--optim.base-lr", "1e30") == 2
+    assert "no longer finite" in capsys.readouterr().err
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        recipe in out for recipe in ("trex", "trexstar", "plain3", "plain1", "demo", "smoke")
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["auto", "fp16", "tf32", "fp32"])
+def test_cuda_run(tmp_path: Path, precision: str) -> None:
+    assert run(tmp_path / "run", "--precision", precision, "--system.device", "cuda") == 0
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    assert saved["precision"] == ("bf16" if precision == "auto" else precision)

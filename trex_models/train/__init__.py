@@ -1,0 +1,1 @@
+"""The reference trainer: ``python -m trex_models.train RECIPE --output DIR``."""

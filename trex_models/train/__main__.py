@@ -1,0 +1,92 @@
+"""Train t-ReX models from the command line.
+
+    python -m trex_models.train RECIPE --output DIR [--FIELD VALUE ...]
+    python -m trex_models.train export RUN_OR_CHECKPOINT --output DIR
+
+``python -m trex_models.train RECIPE --help`` lists the fields. The same command continues a run
+that was interrupted, from its last checkpoint. On several GPUs:
+
+    torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trex_models.train.config import RECIPES, Config
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command != "export" and command not in RECIPES:
+        return _fail(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
+    try:
+        if command == "export":
+            return _export(rest)
+        config = parse(command, rest)
+        from trex_models.train.loop import train
+
+        for folder in train(config):
+            print(f"exported {folder}")
+    except (ValueError, OSError) as error:
+        if os.environ.get("TREX_TRACEBACK"):
+            raise
+        return _fail(str(error))
+    return 0
+
+
+def parse(recipe: str, arguments: Sequence[str]) -> Config:
+    """Apply command-line overrides to a recipe; exits with status 2 on an unknown field."""
+    try:
+        import tyro
+    except ImportError:
+        raise ValueError(
+            "the trainer needs more packages: pip install trex-models[train]"
+        ) from None
+    return tyro.cli(
+        Config,
+        default=RECIPES[recipe](tyro.MISSING),
+        args=list(arguments),
+        prog=f"python -m trex_models.train {recipe}",
+        description=RECIPES[recipe].__doc__,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def _export(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trex_models.train export",
+        description="Export a run's last checkpoint, or any one, as timm folders.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint file")
+    parser.add_argument("--output", type=Path, required=True, help="where to write the folders")
+    options = parser.parse_args(arguments)
+    from trex_models.train.loop import export_checkpoint
+
+    for folder in export_checkpoint(options.checkpoint, options.output):
+        print(f"exported {folder}")
+    return 0
+
+
+def _usage() -> str:
+    lines = [(__doc__ or "").strip(), "", "Recipes:"]
+    for name, recipe in RECIPES.items():
+        lines.append(f"  {name:<10}{(recipe.__doc__ or '').strip().splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""SGD's parameter groups and the learning rate of every step (t-ReX, training details)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def learning_rates(
+    peak: float, final: float, warmup_steps: int, total_steps: int
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Linear warm-up from 0 to ``peak`` (both ends included), then a cosine down to ``final``.
+
+    Args:
+        peak: Highest learning rate.
+        final: Where the cosine ends (it would reach it one step after the last).
+        warmup_steps: Steps of the linear part.
+        total_steps: Steps in all.
+
+    Returns:
+        One learning rate a step, (total_steps,).
+    """
+    warmup = np.linspace(0, peak, warmup_steps)
+    decay_steps = total_steps - warmup_steps
+    phase = np.pi * np.arange(decay_steps) / max(decay_steps, 1)
+    decay = final + 0.5 * (peak - final) * (1 + np.cos(phase))
+    return np.concatenate([warmup, decay])
+
+
+def build_sgd(module: nn.Module, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD without Nesterov; only parameters with more than one dimension decay.
+
+    The learning rate is set before each step.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)

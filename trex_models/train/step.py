@@ -1,0 +1,87 @@
+"""One training step, in the order that the method needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trex_models.train.config import PrecisionName
+from trex_models.train.method import TReX
+
+
+@dataclass
+class Precision:
+    """Types of the computation: what autocast casts to, and the loss scaling of float16.
+
+    The float32 islands (norms, logits, prototypes, bank) are in the modules themselves.
+    """
+
+    name: PrecisionName
+    device_type: str
+    autocast_dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def from_name(cls, name: PrecisionName, device_type: str) -> Precision:
+        """Build from fp32, tf32, bf16, fp16, or auto: bf16 on CUDA, fp32 elsewhere.
+
+        TF32 is for matrix products and convolutions that stay in float32, on CUDA.
+
+        Raises:
+            ValueError: The device cannot compute so.
+        """
+        if name == "auto":
+            name = "bf16" if device_type == "cuda" else "fp32"
+        elif name in ("tf32", "fp16") and device_type != "cuda":
+            raise ValueError(f"precision {name} needs CUDA, not {device_type}; use fp32 or bf16")
+        tf32 = name != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+        scaler = torch.amp.GradScaler(device_type, enabled=name == "fp16")
+        return cls(name, device_type, dtype, scaler)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context that the forward passes run in."""
+        return torch.autocast(
+            self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        )
+
+
+def training_step(
+    model: nn.Module,
+    method: TReX,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    crops: Sequence[Tensor],
+    labels: Tensor,
+    learning_rate: float,
+) -> tuple[Tensor, Tensor]:
+    """Forward, fill the bank, backward, optimise; nothing waits for the device.
+
+    Args:
+        model: ``method``, or DistributedDataParallel around it.
+        method: The method.
+        optimizer: Over the parameters of the encoder and the objective.
+        precision: The types to compute in.
+        crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
+        labels: (B,).
+        learning_rate: Of this step.
+
+    Returns:
+        The loss before the optimiser's step, and the logits, (N * B, C); both detached.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    with precision.autocast():
+        loss, logits = model(crops, labels)
+        # Before the optimiser's step: the average follows the weights that made this loss.
+        method.update_bank(crops[0][: len(labels)], labels)
+    optimizer.zero_grad(set_to_none=True)
+    precision.scaler.scale(loss).backward()
+    precision.scaler.step(optimizer)
+    precision.scaler.update()
+    return loss.detach(), logits.detach()
