@@ -1,0 +1,138 @@
+"""What is installed, what imports what."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import trex_models
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "trex_models"
+
+# What each part may import of this package; a part may always import itself.
+# Longest prefix counts. Everything may import heads.
+ALLOWED: dict[str, set[str]] = {
+    "heads": set(),
+    "trex": set(),
+    "data": set(),
+    "evaluation": {"data"},
+    "train": set(),
+    "train.config": set(),
+    "train.bank": set(),
+    "train.distributed": set(),
+    "train.momentum": set(),
+    "train.optimizer": set(),
+    "train.backbone": set(),
+    "train.objectives": {"train.bank"},
+    "train.method": {"train.distributed", "train.momentum", "train.objectives"},
+    "train.step": {"train.config", "train.method"},
+    "train.checkpointing": {"train.config"},
+    "train.reporting": {"train.distributed"},
+    "train.export": {"train.method"},
+    "train.loop": {"data", "train"},
+    "train.__main__": {"train.config", "train.loop"},
+    "demo": {"data", "evaluation", "train"},
+    "": {"trex"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Names of the package's modules that a file imports, with the package's prefix removed."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {n.removeprefix("trex_models.") for n in names if n.startswith("trex_models.")}
+    return found
+
+
+def allowed_for(module: str) -> set[str]:
+    prefix = max(
+        (key for key in ALLOWED if module == key or (key and module.startswith(f"{key}."))), key=len
+    )
+    own = {prefix} if prefix not in ("", "train") else set()
+    return ALLOWED[prefix] | own | {"heads"} if module != "heads" else set()
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_imports_run_one_way(path: Path) -> None:
+    allowed = allowed_for(module_name(path))
+    for name in imported_modules(path):
+        assert any(name == a or name.startswith(f"{a}.") for a in allowed), (
+            f"{module_name(path)} imports {name}"
+        )
+
+
+def test_rules_of_imports_can_fail(tmp_path: Path) -> None:
+    path = tmp_path / "bank.py"
+    path.write_text("from trex_models.train.loop import train\n")
+    assert imported_modules(path) == {"train.loop.train"}
+    allowed = allowed_for("train.bank")
+    assert not any(name.startswith(a) for name in imported_modules(path) for a in allowed)
+
+
+def test_importing_the_package_loads_no_extras() -> None:
+    code = (
+        "import sys, trex_models; "
+        "print([m for m in ('tyro', 'sklearn', 'skimage', 'matplotlib', 'simplejpeg', "
+        "'trex_models.train', 'trex_models.data') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_alone_and_works_outside_the_checkout(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"trex_models-{trex_models.__version__}-py3-none-any")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"trex_models", f"trex_models-{trex_models.__version__}.dist-info"}
+    assert "trex_models/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert any(name.endswith("licenses/NOTICE") for name in names)
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    code = (
+        "import trex_models, timm; print(trex_models.__file__); "
+        "print(timm.create_model('trex_resnet50_proj').head_hidden_size)"
+    )
+    # -P and -S -like isolation: the checkout is installed in development mode, so put ours first.
+    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    location, width = out.stdout.split()
+    assert Path(location).is_relative_to(site)
+    assert width == "256"
+
+
+def test_constraints_cover_the_dependencies() -> None:
+    pinned = {
+        line.split("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = set(re.findall(r'"([a-z-]+)>=', project))
+    assert wanted <= pinned, wanted - pinned

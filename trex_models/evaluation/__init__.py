@@ -1,0 +1,1 @@
+"""What features are worth: extraction, and classifiers on frozen features."""
