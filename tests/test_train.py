@@ -277,6 +277,7 @@ def test_unreadable_image_ends_the_run(
         (["--model.backbone-args", "depht=3"], "refuses {'depht': 3"),
         ("--model.backbone vit_tiny_patch16_224 --model.backbone-args dynamic_img_size=0".split(),
          "does not take 16-pixel crops"),
+        (["--model.backbone", "trex_resnet50", "--model.backbone-args"], "trex_resnet50"),
         (["--data.path", "images"], "add --data.source folder"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
         (["--system.device", "gpu"], "no torch device"),

@@ -39,6 +39,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(
+            self.source == "folder" or not self.path,
+            "data.path is set, but data.source is fractals; add --data.source folder",
+        )
+        _require(
             self.num_classes > 1, f"data.num_classes must be at least 2, got {self.num_classes}"
         )
         for name in ("images_per_class", "image_size"):

@@ -59,7 +59,7 @@ def export(
         RuntimeError: A reloaded model gives other outputs than the method; nothing is kept then.
     """
     method.eval()
-    images = torch.randn(2, 3, image_size, image_size)
+    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator())
     features = method.encoder.backbone(images)
     logits = method.objective.logits(method.encoder.projector(features))
     stock_cfg = timm.get_pretrained_cfg(backbone)

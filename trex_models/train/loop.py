@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -66,7 +68,11 @@ def train(config: Config) -> list[Path]:
             total_steps=sampler.total_steps,
         )
         torch.manual_seed(config.seed)
-        method = build_method(config, len(source.classes)).to(device)
+        method = build_method(config, len(source.classes))
+        if process.is_main:
+            with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
+                export_method(method, config, source.classes, Path(trial))
+        method.train().to(device)
         if config.system.channels_last:
             method.to(memory_format=torch.channels_last)
         optimizer = build_sgd(method, optim.sgd_momentum, optim.weight_decay)
@@ -149,6 +155,18 @@ def export_checkpoint(path: Path, folder: Path) -> list[Path]:
     config = from_dict(state["config"])
     method = build_method(config, len(state["classes"]))
     checkpointing.load_part(method, state, "method", path)
+    return export_method(method, config, state["classes"], folder)
+
+
+def export_method(method: TReX, config: Config, classes: Sequence[str], folder: Path) -> list[Path]:
+    """Export a method that a configuration describes; return the exported folders.
+
+    Args:
+        method: On the CPU; put into eval mode.
+        config: What it was built from.
+        classes: Names of the classes.
+        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+    """
     model = config.model
     backbone_args = full_args(
         model.backbone, model.parsed_backbone_args(), config.crops.global_size
@@ -166,7 +184,7 @@ def export_checkpoint(path: Path, folder: Path) -> list[Path]:
             "temperature": config.objective.temperature,
         },
         image_size=config.crops.global_size,
-        classes=state["classes"],
+        classes=classes,
         weights_license=config.license,
     )
 
@@ -222,7 +240,8 @@ def build_method(config: Config, num_classes: int) -> TReX:
 def _workers(config: Config) -> int:
     if config.system.workers is not None:
         return config.system.workers
-    return min(8, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
