@@ -45,7 +45,7 @@ def test_unseen_classes_and_new_images_are_new() -> None:
     for task in (new, unseen):
         names = [{p.name(i) for i in range(len(p))} for p in (task.train, task.test)]
         assert not names[0] & names[1]
-    trained = {open_source(config.data).name(i) for i in range(320)}
+    trained = {open_source(config.data).name(i) for i in range(len(open_source(config.data)))}
     assert not trained & {new.test.name(i) for i in range(len(new.test))}
     for part in (unseen.train, unseen.test):
         assert not trained & {part.name(i) for i in range(len(part))}

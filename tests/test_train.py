@@ -327,7 +327,7 @@ def test_another_run_is_not_overwritten(
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert run(finished, "--optim.base-lr", "0.3") == 2
-    assert "already holds another run (optim.base_lr: 0.4 -> 0.3)" in capsys.readouterr().err
+    assert "already holds another run (optim.base_lr: 0.8 -> 0.3)" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     (tmp_path / "thesis.txt").write_text("precious")
     assert run(tmp_path) == 2

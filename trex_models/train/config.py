@@ -36,6 +36,8 @@ class DataConfig:
     """How many images to generate per class (source fractals)."""
     image_size: int = 64
     """Side of a generated image in pixels (source fractals)."""
+    variation: float = 1.0
+    """How far the images of a class differ in shape and turn (source fractals)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -48,6 +50,7 @@ class DataConfig:
         for name in ("images_per_class", "image_size"):
             value = getattr(self, name)
             _require(value > 0, f"data.{name} must be at least 1, got {value}")
+        _require(self.variation >= 0, f"data.variation must not be negative, got {self.variation}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +322,7 @@ def demo(output: str = "") -> Config:
     """
     return Config(
         output=output,
-        data=DataConfig(source="fractals"),
+        data=DataConfig(source="fractals", variation=0.4),
         crops=CropsConfig(
             global_size=32,
             global_scale=(0.40, 1.0),
@@ -334,8 +337,9 @@ def demo(output: str = "") -> Config:
             hidden_dim=192,
             embedding_dim=48,
         ),
-        objective=ObjectiveConfig(bank_size=2048),
-        optim=OptimConfig(epochs=12, batch_size=64, base_lr=0.4, warmup_epochs=1),
+        # A thousand steps are too few for an average over as many.
+        objective=ObjectiveConfig(bank_size=2048, ema_momentum=0.97),
+        optim=OptimConfig(epochs=12, batch_size=64, base_lr=0.8, warmup_epochs=1),
         system=SystemConfig(workers=1),
     )
 
@@ -348,10 +352,10 @@ def smoke(output: str = "") -> Config:
     config = demo(output)
     return replace(
         config,
-        data=replace(config.data, num_classes=10, images_per_class=32),
+        data=replace(config.data, num_classes=10, images_per_class=64),
         objective=replace(config.objective, bank_size=256),
-        optim=replace(config.optim, epochs=4, batch_size=32),
-        system=replace(config.system, log_every=5),
+        optim=replace(config.optim, epochs=6, batch_size=32),
+        system=replace(config.system, log_every=10),
     )
 
 

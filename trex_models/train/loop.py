@@ -196,7 +196,9 @@ def open_source(data: DataConfig) -> Source:
         ValueError: There is no path, or the folder will not do.
     """
     if data.source == "fractals":
-        return FractalSource(data.num_classes, data.images_per_class, data.image_size)
+        return FractalSource(
+            data.num_classes, data.images_per_class, data.image_size, variation=data.variation
+        )
     if not data.path:
         raise ValueError(
             "data.path is not set; name the folder of class folders by --data.path, or train on "
