@@ -30,7 +30,7 @@ from torch.optim.swa_utils import update_bn
 from trex_models.data.fractals import FractalSource
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.samples import digits, photographs
-from trex_models.data.sources import Source
+from trex_models.data.sources import ArraySource, Source
 from trex_models.evaluation.classifiers import knn_accuracy, logistic_accuracy
 from trex_models.evaluation.features import extract_features, image_batches, pixel_features
 from trex_models.train.config import Config, demo
@@ -82,6 +82,12 @@ def tasks(config: Config) -> list[Task]:
         Task("digits", *digits(data.image_size)),
         Task("photograph patches", *photographs(data.image_size)),
     ]
+
+
+def in_memory(source: Source) -> ArraySource:
+    """Render a source's images once, for several encoders."""
+    images = [source.read(index) for index in range(len(source))]
+    return ArraySource(images, source.labels, source.classes)
 
 
 def untrained_twin(config: Config, source: Source, transform: Callable[..., Tensor]) -> nn.Module:
@@ -203,8 +209,10 @@ def run(config: Config) -> dict[str, Any]:
 
     model = timm.create_model(f"local-dir:{folder / 'export' / 'backbone'}", pretrained=True)
     transform = create_transform(**resolve_model_data_config(model))
-    source = open_source(config.data)
-    twin = untrained_twin(config, source, transform)
+    benchmarks = [
+        Task(task.name, in_memory(task.train), in_memory(task.test)) for task in tasks(config)
+    ]
+    twin = untrained_twin(config, benchmarks[0].train, transform)
     encoders: dict[str, Callable[[Source], np.ndarray]] = {
         "pixels": lambda images: pixel_features(images, PIXEL_SIDE),
         "untrained": lambda images: extract_features(twin, images, transform),
@@ -212,7 +220,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     started = time.monotonic()
     results = {}
-    for task in tasks(config):
+    for task in benchmarks:
         print(f"evaluating on {task.name}: {len(task.test)} test images", flush=True)
         results[task.name] = evaluate(encoders, task)
     seconds["evaluation"] = time.monotonic() - started
@@ -222,7 +230,9 @@ def run(config: Config) -> dict[str, Any]:
     (folder / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     images_per_class = config.data.images_per_class
-    sheet = crop_sheet(config, source, [images_per_class * label for label in range(4)])
+    sheet = crop_sheet(
+        config, open_source(config.data), [images_per_class * label for label in range(4)]
+    )
     draw(metrics, sheet, results, folder / "demo.png")
     print(f"wrote {folder / 'demo.json'} and {folder / 'demo.png'}")
     return report

@@ -42,7 +42,7 @@ def logistic_accuracy(
     labels: np.ndarray,
     test_features: np.ndarray,
     test_labels: np.ndarray,
-    strengths: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
+    strengths: Sequence[float] = (0.03, 0.3, 3.0),
     seed: int = 0,
 ) -> float:
     """Return the test accuracy of multinomial logistic regression.
