@@ -205,7 +205,7 @@ def run(config: Config) -> dict[str, Any]:
     folder = Path(config.output)
     started = time.monotonic()
     train(config)
-    seconds = {"training": time.monotonic() - started}
+    seconds = {"training_this_time": time.monotonic() - started}
 
     model = timm.create_model(f"local-dir:{folder / 'export' / 'backbone'}", pretrained=True)
     transform = create_transform(**resolve_model_data_config(model))
