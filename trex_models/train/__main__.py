@@ -57,7 +57,7 @@ def parse(recipe: str, arguments: Sequence[str]) -> Config:
         args=list(arguments),
         prog=f"python -m trex_models.train {recipe}",
         description=RECIPES[recipe].__doc__,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
