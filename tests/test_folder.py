@@ -89,6 +89,16 @@ def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
         read_image(tmp_path / "absent.jpg")
 
 
+def test_stray_bytes_that_pillow_forgives(tmp_path: Path) -> None:
+    path = tmp_path / "stray.jpg"
+    save_image(path, size=(50, 40))
+    data = path.read_bytes()
+    scan = data.index(b"\xff\xda")  # start of scan
+    path.write_bytes(data[:scan] + b"\x00\x00\x00" + data[scan:])
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(read_image(path), np.asarray(image))
+
+
 def test_truncated_jpeg_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.jpg"
     save_image(path, size=(200, 200), quality=95)

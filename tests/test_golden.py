@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
 
-from tests import golden
+from tests import golden, reference_method
 
 FILE = Path(__file__).parent / "data" / "golden_trajectory.json"
 ENTRIES = json.loads(FILE.read_text())
@@ -49,12 +50,46 @@ def test_exit_status_tells_agreement(tmp_path: Path, capsys: pytest.CaptureFixtu
         ([1.0, 2.0], [1.0, 4.0], 0.5),
         ([], [], 0.0),
         (None, [1.0], float("inf")),
+        (["1.0"], ["1.0"], float("inf")),
         ([1.0], [1.0, 2.0], float("inf")),
         ([float("nan")], [1.0], float("inf")),
     ],
 )
 def test_error_of_a_quantity(ours: object, recorded: object, expected: float) -> None:
     assert golden.error(ours, recorded) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: [], "not a list of recorded runs"),
+        (lambda _: {}, "not a list of recorded runs"),
+        (lambda _: [1], "entry 0 has no case"),
+        (lambda e: [{**e, "case": {**e["case"], "tau": None}}], "case.tau is None"),
+        (lambda e: [{**e, "case": {**e["case"], "arch": "resnet19"}}], "no model 'resnet19'"),
+        (lambda e: [{**e, "world_size": 0}], "world_size is 0"),
+        (lambda e: [{"case": e["case"], "world_size": 1}], "records no loss"),
+    ],
+)
+def test_file_in_another_format_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(change(ENTRIES[0])))
+    assert golden.main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_nine_steps_of_a_deep_network(arch: str) -> None:
+    """Against plain formulas: deep networks amplify any difference in rounding."""
+    torch.set_num_threads(1)
+    case = ENTRIES[0]["case"] | {"arch": arch, "lr": 1.6, "hidden_layers": 3}
+    recorded = reference_method.train(case)
+    assert len(recorded["loss"]) == 9
+    errors = golden.compare({"case": case, "world_size": 1, **recorded})
+    assert max(errors.values()) <= golden.LIMIT, errors
 
 
 def test_unreadable_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

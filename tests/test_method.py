@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trex_models.heads import Projector
+from trex_models.train import distributed
 from trex_models.train.bank import Bank
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.momentum import MomentumEncoder
 from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
-from trex_models.train.optimizer import build_sgd, learning_rates
+from trex_models.train.optimizer import build_sgd, learning_rates, match_memory_format
 from trex_models.train.step import Precision, training_step
 
 
@@ -174,6 +177,50 @@ def test_step_order_of_the_method() -> None:
     assert bank.labels[:4].tolist() == labels.tolist()
     moved = [not torch.equal(a, b) for a, b in zip(old_weights, method.encoder.parameters())]  # noqa: B905
     assert sum(moved) > len(moved) / 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_restored_momentum_follows_the_parameters_layout(layout: torch.memory_format) -> None:
+    """A run may be continued in another memory format."""
+
+    def build(layout: torch.memory_format) -> tuple[nn.Conv2d, torch.optim.SGD]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 5, 3).to(memory_format=layout)
+        return model, build_sgd(model, 0.9, 1e-4)
+
+    def step(model: nn.Module, optimizer: torch.optim.SGD, number: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        for p in model.parameters():
+            values = torch.arange(p.numel()).view(p.shape).float() + number
+            p.grad = torch.empty_like(p).copy_(values)
+        optimizer.step()
+
+    model, optimizer = build(torch.channels_last)
+    step(model, optimizer, 0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    step(model, optimizer, 1)
+
+    resumed, resumed_optimizer = build(layout)
+    resumed.load_state_dict(saved[0])
+    resumed_optimizer.load_state_dict(saved[1])
+    match_memory_format(resumed_optimizer)
+    step(resumed, resumed_optimizer, 1)
+    torch.testing.assert_close(resumed.weight, model.weight)
+
+
+def test_synchronised_batchnorm_keeps_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm's BatchNormAct2d holds an activation that torch's own conversion would drop."""
+    model = timm.create_model("regnety_002", num_classes=0)
+    converted: list[nn.Module] = []
+    monkeypatch.setattr(
+        distributed, "DistributedDataParallel", lambda module, **_: converted.append(module)
+    )
+    process = distributed.Process(0, 2, torch.device("cuda", 0))
+    distributed.data_parallel(model, process, sync_batchnorm=True)
+    norms = [m for m in converted[0].modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) > 20
+    assert any(isinstance(getattr(m, "act", None), nn.ReLU) for m in norms)
 
 
 def test_learning_rates() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,13 @@ def test_owner_chooses_the_licence(tmp_path: Path) -> None:
         assert config["pretrained_cfg"]["license"] == "mit"
 
 
+def test_licence_may_be_chosen_afterwards(finished: Path, tmp_path: Path) -> None:
+    command = ["export", str(finished), "--output", str(tmp_path), "--license", "cc-by-4.0"]
+    assert main(command) == 0
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
+
+
 def test_backbone_export_needs_timm_alone(finished: Path) -> None:
     code = (
         "import sys, timm, torch; "
@@ -207,6 +215,7 @@ def test_variants_train_and_export(tmp_path: Path, overrides: list[str]) -> None
         ("regnetx_002", [], False),
         ("convnext_atto", [], False),  # its stride is 32, and it does not pad
         ("vit_tiny_patch16_224", ["patch_size=8", "depth=2"], False),
+        ("mobilenetv3_small_050", [], False),  # wider at its head than num_features says
     ],
 )
 def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: bool) -> None:
@@ -217,7 +226,8 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
     export = tmp_path / "run" / "export"
     assert (export / "cls").exists() == whole
     reloaded = load(export / "backbone")
-    assert reloaded(torch.zeros(2, 3, 48, 48)).shape == (2, reloaded.num_features)
+    features = reloaded(torch.zeros(2, 3, 48, 48))
+    assert features.shape == (2, reloaded.head_hidden_size)
 
 
 @pytest.mark.slow
@@ -284,6 +294,9 @@ def test_unreadable_image_ends_the_run(
         (["--data.path", "images"], "add --data.source folder"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
         (["--system.device", "gpu"], "no torch device"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--optim.batch-size", "1"], "BatchNorm needs at least 2"),
+        (["--model.backbone", "hf-hub:timm/resnet18.a1_in1k"], "name the architecture alone"),
         (["--optim.epochs", "0"], "epochs must be at least 1"),
         (["--objective.bank-size", "-4"], "bank_size must be at least 1"),
     ],
@@ -332,6 +345,15 @@ def test_another_run_is_not_overwritten(
     assert run(finished, "--optim.base-lr", "0.3") == 2
     assert "already holds another run (optim.base_lr: 0.8 -> 0.3)" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("[]")
+    assert run(tmp_path / "other") == 2
+    assert "is no configuration; choose another --output" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file" / "run") == 2
+    assert "cannot be made" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "file").unlink()
     (tmp_path / "thesis.txt").write_text("precious")
     assert run(tmp_path) == 2
     assert "holds no run" in capsys.readouterr().err
@@ -364,6 +386,12 @@ def test_damaged_checkpoint_is_named(
 def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "run", "--optim.base-lr", "1e30") == 2
     assert "no longer finite" in capsys.readouterr().err
+    path = checkpointing.latest(tmp_path / "run")
+    assert path is None or all(
+        tensor.isfinite().all()
+        for tensor in checkpointing.load(path)["method"].values()
+        if isinstance(tensor, torch.Tensor)
+    )
 
 
 def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:

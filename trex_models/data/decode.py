@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,12 +30,15 @@ def read_image(path: Path) -> np.ndarray:
         ValueError: The file is missing or is not a whole image; the message names it.
     """
     try:
-        data = path.read_bytes()
-        if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
-            colorspace = simplejpeg.decode_jpeg_header(data)[2]
-            if colorspace in ("YCbCr", "Gray"):  # it does not convert CMYK
-                return simplejpeg.decode_jpeg(data)
-        with Image.open(io.BytesIO(data)) as image:
+        if simplejpeg is not None:
+            data = path.read_bytes()
+            # What is not quite in order, or CMYK, is left to Pillow.
+            with suppress(ValueError):
+                if data[:3] == b"\xff\xd8\xff" and (
+                    simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
+                ):
+                    return simplejpeg.decode_jpeg(data)
+        with Image.open(path) as image:
             # Not np.asarray: that is read-only, and crops are cut from the memory in place.
             return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -25,6 +25,8 @@ from trex_models.data.sources import Source
 
 Key = tuple[int, int]  # (epoch, index)
 
+_SAMPLE, _ORDER = 0, 1  # separate random streams
+
 
 @dataclass(frozen=True)
 class CropSpec:
@@ -96,7 +98,7 @@ class MultiCropDataset(Dataset[Batch]):
         ]
         parameters = [np.empty((s.count, size, NUM_PARAMETERS), np.float32) for s in self.specs]
         for position, (epoch, index) in enumerate(keys):
-            rng = np.random.default_rng((self.seed, epoch, index))
+            rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
             image = self.source.read(index)
             height, width, _ = image.shape
             for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
@@ -128,7 +130,8 @@ class EpochSampler(Sampler[list[Key]]):
         start_step: First step to yield.
 
     Raises:
-        ValueError: A batch is larger than the data set, or does not divide among the processes.
+        ValueError: A batch is larger than the data set, or does not divide among the processes,
+            or leaves one of them a single image.
     """
 
     def __init__(
@@ -157,6 +160,11 @@ class EpochSampler(Sampler[list[Key]]):
         self.seed = seed
         self.start_step = start_step
         share = batch_size // world_size
+        if share < 2:
+            raise ValueError(
+                f"optim.batch_size {batch_size} on {world_size} processes leaves {share} image to "
+                "each; BatchNorm needs at least 2"
+            )
         self._own = slice(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:
@@ -168,7 +176,7 @@ class EpochSampler(Sampler[list[Key]]):
         step = self.start_step
         while step < self.total_steps:
             epoch, within = divmod(step, self.steps_per_epoch)
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+            order = np.random.default_rng((_ORDER, self.seed, epoch)).permutation(self.num_samples)
             for first in range(within, self.steps_per_epoch):
                 batch = order[first * self.batch_size : (first + 1) * self.batch_size]
                 yield [(epoch, int(index)) for index in batch[self._own]]

@@ -68,10 +68,11 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint file")
     parser.add_argument("--output", type=Path, required=True, help="where to write the folders")
+    parser.add_argument("--license", help="licence to state; the run's own if it is not given")
     options = parser.parse_args(arguments)
     from trex_models.train.loop import export_checkpoint
 
-    for folder in export_checkpoint(options.checkpoint, options.output):
+    for folder in export_checkpoint(options.checkpoint, options.output, options.license):
         print(f"exported {folder}")
     return 0
 

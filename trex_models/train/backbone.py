@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import timm
@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 
-def build_backbone(name: str, args: Mapping[str, Any], sizes: Sequence[int]) -> nn.Module:
+def build_backbone(
+    name: str, args: Mapping[str, Any], sizes: Sequence[int]
+) -> tuple[nn.Module, int]:
     """Create a timm model without classifier, with random weights.
 
     Args:
         name: A timm model name.
         args: Its further arguments.
         sizes: The sides of the crops that it must take, in pixels, the global one first.
+
+    Returns:
+        The model, and the width of the features that it returns.
 
     Raises:
         ValueError: timm has no such model, it refuses the arguments, or it cannot turn crops of
@@ -26,9 +31,8 @@ def build_backbone(name: str, args: Mapping[str, Any], sizes: Sequence[int]) -> 
     args = full_args(name, args, sizes[0])
     with torch.device("meta"):  # shapes alone: no memory, no time
         probe = _create(name, args).eval()
-        for size in sizes:
-            _check_output(name, probe, size)
-    return _create(name, args)
+        widths = [_feature_width(name, probe, size) for size in sizes]
+    return _create(name, args), widths[0]
 
 
 def full_args(name: str, args: Mapping[str, Any], global_size: int) -> dict[str, Any]:
@@ -38,19 +42,28 @@ def full_args(name: str, args: Mapping[str, Any], global_size: int) -> dict[str,
         ValueError: timm has no such model, or it refuses the arguments.
     """
     _check_name(name)
+    full = dict(args)
+    wanted: tuple[dict[str, Any], ...] = (
+        {"zero_init_last": False},
+        {"dynamic_img_size": True, "img_size": global_size},
+    )
     with torch.device("meta"):
-        accepted = inspect.signature(type(_create(name, args)).__init__).parameters
-    added: dict[str, Any] = {}
-    if "zero_init_last" in accepted:
-        added["zero_init_last"] = False
-    if "dynamic_img_size" in accepted:
-        added |= {"dynamic_img_size": True, "img_size": global_size}
-    return added | dict(args)
+        _create(name, full)
+        for more in wanted:
+            with suppress(ValueError):
+                _create(name, more | full)
+                full = more | full
+    return full
 
 
 def _check_name(name: str) -> None:
     if timm.is_model(name):
         return
+    if ":" in name:
+        raise ValueError(
+            f"model.backbone: {name!r} is pretrained; training starts from random weights, so name "
+            "the architecture alone"
+        )
     similar = timm.list_models(f"{name[:6]}*")[:5]
     hint = f"; similar names: {', '.join(similar)}" if similar else ""
     raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
@@ -63,16 +76,17 @@ def _create(name: str, args: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"model.backbone_args: {name} refuses {dict(args)}: {error}") from error
 
 
-def _check_output(name: str, model: nn.Module, size: int) -> None:
+def _feature_width(name: str, model: nn.Module, size: int) -> int:
     try:
-        shape = tuple(model(torch.empty(2, 3, size, size)).shape)
+        shape = model(torch.empty(2, 3, size, size)).shape
     except Exception as error:  # each model fails in its own way
         raise ValueError(
             f"model.backbone: {name} does not take {size}-pixel crops ({error}); take a "
             "convolutional network or a ViT with dynamic_img_size, or change the crop sizes"
         ) from error
-    if shape != (2, model.num_features):
+    if len(shape) != 2:
         raise ValueError(
-            f"model.backbone: {name} turns an image into {shape[1:]}, not a vector of "
-            f"{model.num_features}; take one that pools"
+            f"model.backbone: {name} turns an image into {tuple(shape[1:])}, not a vector; "
+            "take one that pools"
         )
+    return int(shape[1])

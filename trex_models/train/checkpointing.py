@@ -45,9 +45,9 @@ def claim_folder(config: Config) -> None:
     if path.exists():
         try:
             saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON ({error}); choose another --output") from error
-        different = differences(saved, config)
+            different = differences(saved, config)
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is no configuration; choose another --output") from error
         if different:
             raise ValueError(
                 f"{folder} already holds another run ({'; '.join(different)}); choose another "
@@ -56,7 +56,12 @@ def claim_folder(config: Config) -> None:
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} is in use and holds no run; choose another --output")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}); choose another --output"
+        ) from error
     beside = path.with_suffix(".tmp")
     beside.write_text(to_json(config))
     beside.replace(path)
@@ -90,6 +95,8 @@ def save(folder: Path, step: int, parts: Mapping[str, Stateful], facts: Mapping[
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    for torn in path.parent.glob("*.tmp"):  # of a process that was killed
+        torn.unlink()
     for old in _checkpoints(folder)[:-_KEPT]:
         old.unlink()
 
@@ -144,7 +151,10 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}); delete it to go on from the one "
+            "before it"
+        ) from error
     if not isinstance(state, dict) or not {"config", "step", "method"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of this trainer (no config, step and method)")
     return state

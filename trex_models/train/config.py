@@ -170,7 +170,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemConfig:
-    """How the run is carried out; nothing here changes what is learned beyond rounding."""
+    """How the run is carried out.
+
+    Nothing here but sync_batchnorm changes what is learned beyond rounding.
+    """
 
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU. Or a torch device name."""
@@ -214,9 +217,15 @@ class Config:
     license: str = ""
     """Licence of the trained weights, written into the export; yours to choose."""
 
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+
 
 # What may differ when a run is continued: it does not change what is learned.
-_FREE_FIELDS = {"output", "license", "system"}
+_FREE_FIELDS = {"output", "license"} | {
+    f"system.{name}"
+    for name in ("device", "workers", "channels_last", "compile", "log_every", "save_every")
+}
 
 
 def to_json(config: Config) -> str:
@@ -257,14 +266,14 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     Args:
         saved: The parsed config.json of a run.
         config: The new configuration. Fields that do not change what is learned
-            (output, license, system) are not compared.
+            (output, license, most of system) are not compared.
     """
     old = _flatten(saved)
     new = _flatten(json.loads(to_json(config)))
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.split(".")[0] not in _FREE_FIELDS
+        if old.get(key) != new.get(key) and key not in _FREE_FIELDS
     ]
 
 

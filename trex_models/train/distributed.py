@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,7 +92,7 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     if process.world_size == 1:
         return module
     if sync_batchnorm and process.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        convert_sync_batchnorm(module)  # timm's: torch's drops the activations of BatchNormAct
     # Newer torch has a new name for it and warns of the old one.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"

@@ -56,8 +56,15 @@ def export(
         The folders written.
 
     Raises:
+        ValueError: ``folder`` cannot be made.
         RuntimeError: A reloaded model gives other outputs than the method; nothing is kept then.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made ({error.strerror}); choose another folder"
+        ) from error
     method.eval()
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator())
     features = method.encoder.backbone(images)
@@ -104,7 +111,6 @@ def _whole_state(method: TReX) -> dict[str, Tensor]:
 
 def _write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
     """Save beside ``folder``, reload, compare with ``expected``, and move into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         save_for_hf(model, str(beside), safe_serialization=True)

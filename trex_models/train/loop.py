@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from trex_models.train.config import Config, CropsConfig, DataConfig, from_dict
 from trex_models.train.export import export
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
-from trex_models.train.optimizer import build_sgd, learning_rates
+from trex_models.train.optimizer import build_sgd, learning_rates, match_memory_format
 from trex_models.train.reporting import Meter, Reporter
 from trex_models.train.step import Precision, training_step
 
@@ -90,6 +89,7 @@ def train(config: Config) -> list[Path]:
         latest = checkpointing.latest(folder)
         if latest is not None:
             sampler.start_step = checkpointing.restore(latest, parts, facts)
+            match_memory_format(optimizer)
 
         if config.system.compile:
             method.encoder.compile()
@@ -121,24 +121,29 @@ def train(config: Config) -> list[Path]:
                 reporter.advance()
 
                 done = step + 1
-                last = done == sampler.total_steps
-                if last or done % config.system.log_every == 0:
-                    reporter.report(done, {**meter.read(), "learning_rate": rate})
                 epoch, within = divmod(done, sampler.steps_per_epoch)
-                if last or (within == 0 and epoch % config.system.save_every == 0):
-                    if process.is_main:
-                        saved = {"config": dataclasses.asdict(config), **facts}
-                        checkpointing.save(folder, done, parts, saved)
+                save = within == 0 and epoch % config.system.save_every == 0
+                save |= done == sampler.total_steps
+                if save or done % config.system.log_every == 0:
+                    # Stops where the loss is not finite: such weights are not saved.
+                    reporter.report(done, {**meter.read(), "learning_rate": rate})
+                if save and process.is_main:
+                    saved = {"config": dataclasses.asdict(config), **facts}
+                    checkpointing.save(folder, done, parts, saved)
+                if save:
                     distributed.barrier()
-        return export_checkpoint(folder, folder / "export") if process.is_main else []
+        if not process.is_main:
+            return []
+        return export_checkpoint(folder, folder / "export", config.license)
 
 
-def export_checkpoint(path: Path, folder: Path) -> list[Path]:
+def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
     """Export any checkpoint of the trainer, of a finished run or not.
 
     Args:
         path: A file of a run's checkpoints folder, or the run's folder: its last one.
         folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+        weights_license: Licence to state; None for the one that the run was started with.
 
     Returns:
         The exported folders.
@@ -153,6 +158,8 @@ def export_checkpoint(path: Path, folder: Path) -> list[Path]:
         path = latest
     state = checkpointing.load(path)
     config = from_dict(state["config"])
+    if weights_license is not None:
+        config = replace(config, license=weights_license)
     method = build_method(config, len(state["classes"]))
     checkpointing.load_part(method, state, "method", path)
     return export_method(method, config, state["classes"], folder)
@@ -223,13 +230,8 @@ def build_method(config: Config, num_classes: int) -> TReX:
     """
     model, objective = config.model, config.objective
     sizes = [spec.size for spec in crop_specs(config.crops)]
-    backbone = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
-    projector = Projector(
-        cast("int", backbone.num_features),
-        model.hidden_layers,
-        model.hidden_dim,
-        model.embedding_dim,
-    )
+    backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
+    projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
     loss: Objective
     if objective.name == "ocm":
         bank = Bank(objective.bank_size, model.embedding_dim, num_classes)

@@ -28,7 +28,11 @@ class MomentumEncoder(nn.Module):
     def update(self, online: nn.Module) -> None:
         """Move the average towards the online encoder's parameters."""
         average: list[Tensor] = list(self.encoder.parameters())
-        torch._foreach_lerp_(average, list(online.parameters()), 1 - self.momentum)
+        # As written above, not lerp: it rounds otherwise, and deep networks amplify that.
+        torch._foreach_mul_(average, self.momentum)
+        torch._foreach_add_(
+            average, torch._foreach_mul(list(online.parameters()), 1 - self.momentum)
+        )
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

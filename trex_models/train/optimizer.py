@@ -39,3 +39,14 @@ def build_sgd(module: nn.Module, momentum: float, weight_decay: float) -> torch.
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+
+
+def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
+    """Lay out a restored optimiser's buffers as its parameters are.
+
+    Fused SGD walks both in memory order: with other strides it would mix up their elements.
+    """
+    for parameter, state in optimizer.state.items():
+        buffer = state.get("momentum_buffer")
+        if buffer is not None:
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)

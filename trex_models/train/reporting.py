@@ -146,7 +146,7 @@ def _truncate(path: Path, start_step: int) -> None:
             try:
                 if json.loads(line)["step"] <= start_step:
                     kept.append(line + "\n")
-            except ValueError:
+            except (KeyError, TypeError, ValueError):
                 break
     beside = path.with_suffix(".tmp")
     beside.write_text("".join(kept))
