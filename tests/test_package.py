@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.step": {"train.config", "train.method"},
     "train.checkpointing": {"train.config"},
     "train.reporting": {"train.distributed"},
-    "train.export": {"train.method"},
+    "train.export": {"train.checkpointing", "train.method"},
     "train.loop": {"data", "train"},
     "train.__main__": {"train.config", "train.loop"},
     "demo": {"data", "evaluation", "train"},

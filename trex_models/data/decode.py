@@ -30,17 +30,18 @@ def read_image(path: Path) -> np.ndarray:
         ValueError: The file is missing or is not a whole image; the message names it.
     """
     try:
-        if simplejpeg is not None:
-            data = path.read_bytes()
-            # What is not quite in order, or CMYK, is left to Pillow.
-            with suppress(ValueError):
-                if data[:3] == b"\xff\xd8\xff" and (
-                    simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
-                ):
-                    return simplejpeg.decode_jpeg(data)
-        with Image.open(path) as image:
-            # Not np.asarray: that is read-only, and crops are cut from the memory in place.
-            return np.array(image.convert("RGB"))
+        with path.open("rb") as file:
+            if simplejpeg is not None and file.read(3) == b"\xff\xd8\xff":
+                file.seek(0)
+                data = file.read()
+                # What is not quite in order, or CMYK, is left to Pillow.
+                with suppress(ValueError):
+                    if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):
+                        return simplejpeg.decode_jpeg(data)
+            file.seek(0)
+            with Image.open(file) as image:
+                # Not np.asarray: that is read-only, and crops are cut from the memory in place.
+                return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} cannot be read as an image ({error}); replace it or remove it"

@@ -56,15 +56,24 @@ def claim_folder(config: Config) -> None:
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} is in use and holds no run; choose another --output")
+    make_folder(folder)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(to_json(config))
+    beside.replace(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents, where they are missing.
+
+    Raises:
+        ValueError: It cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be made ({error.strerror}); choose another --output"
         ) from error
-    beside = path.with_suffix(".tmp")
-    beside.write_text(to_json(config))
-    beside.replace(path)
 
 
 def latest(folder: Path) -> Path | None:

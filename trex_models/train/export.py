@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from trex_models.train.checkpointing import make_folder
 from trex_models.train.method import TReX
 
 # Where the parts of the method stand in a whole model; the class weights become fc.weight.
@@ -59,12 +60,7 @@ def export(
         ValueError: ``folder`` cannot be made.
         RuntimeError: A reloaded model gives other outputs than the method; nothing is kept then.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be made ({error.strerror}); choose another folder"
-        ) from error
+    make_folder(folder)
     method.eval()
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator())
     features = method.encoder.backbone(images)

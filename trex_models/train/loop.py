@@ -68,7 +68,7 @@ def train(config: Config) -> list[Path]:
         )
         torch.manual_seed(config.seed)
         method = build_method(config, len(source.classes))
-        if process.is_main:
+        if process.is_main and checkpointing.latest(folder) is None:
             with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
                 export_method(method, config, source.classes, Path(trial))
         method.train().to(device)
