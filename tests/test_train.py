@@ -367,7 +367,9 @@ def test_checkpoint_of_another_architecture(
     state["config"]["model"]["backbone"] = "resnet14t"
     torch.save(state, tmp_path / "step_8.pt")
     assert main(["export", str(tmp_path / "step_8.pt"), "--output", str(tmp_path / "out")]) == 2
-    assert "belongs to another architecture" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "belongs to another architecture" in err
+    assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 

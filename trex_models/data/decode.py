@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +43,8 @@ def read_image(path: Path) -> np.ndarray:
                 # Not np.asarray: that is read-only, and crops are cut from the memory in place.
                 return np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names a file object
+        reason = "the format is unknown" if unknown else error
         raise ValueError(
-            f"{path} cannot be read as an image ({error}); replace it or remove it"
+            f"{path} cannot be read as an image ({reason}); replace it or remove it"
         ) from error

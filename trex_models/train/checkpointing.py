@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -144,8 +145,9 @@ def load_part(part: Stateful, state: Mapping[str, Any], name: str, path: Path) -
     try:
         part.load_state_dict(state[name])
     except (KeyError, RuntimeError, ValueError) as error:
+        reason = shorten(str(error), 200)  # torch lists every key
         raise ValueError(
-            f"the {name} in {path} does not fit its configuration ({error}); it belongs to "
+            f"the {name} in {path} does not fit its configuration ({reason}); it belongs to "
             "another architecture"
         ) from error
 
