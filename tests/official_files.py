@@ -1,0 +1,273 @@
+"""Files of the official release's format, filled with random numbers.
+
+    python -m tests.official_files FOLDER [--small]
+
+Writes the six files of the release under their names. Sizes are the official ones; --small
+leaves out the optimizer's momentum and shortens the memory bank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+import sys
+import types
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+KEYS = Path(__file__).parent / "data" / "full_checkpoint_keys.json"
+BACKBONE = "module.model.encoder."
+NUMPY_MODULES = {"new": "numpy._core.multiarray", "old": "numpy.core.multiarray"}
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_GOLDEN_DEPTH = 3
+_BATCH = 256
+_EPOCH_STEPS = 5004
+_EPOCHS = 100
+_SMALL_BANK = 1024
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def layout(
+    depth: int, memory: bool = True, num_classes: int = 1000, bank_size: int = 8192
+) -> Layout:
+    """Shape and dtype of every tensor in the ``model`` entry of a full checkpoint."""
+    names: Layout = {}
+    for golden_name, (golden_shape, dtype) in json.loads(KEYS.read_text()).items():
+        name, shape = golden_name, tuple(golden_shape)
+        encoder, found, rest = name.partition(".head.layers.")
+        if found:
+            index, _, leaf = rest.partition(".")
+            if depth < int(index) <= _GOLDEN_DEPTH:
+                continue
+            if int(index) > _GOLDEN_DEPTH:
+                name = f"{encoder}.head.layers.{depth + 1}.{leaf}"
+        if not memory and not name.startswith("module.model."):
+            continue
+        if name in ("module.memory.features", "module.memory.labels"):
+            shape = (bank_size, *shape[1:])
+        names[name] = shape, getattr(torch, dtype.removeprefix("torch."))
+    if not memory:
+        names["module.clf.fc.weight"] = (num_classes, 256), torch.float32
+    return names
+
+
+def full_checkpoint(
+    depth: int,
+    memory: bool = True,
+    seed: int = 0,
+    num_classes: int = 1000,
+    *,
+    bank_size: int = 8192,
+    absent: Sequence[int] = (),
+    optimizer: bool = True,
+) -> dict[str, Any]:
+    """Build the content of a full checkpoint.
+
+    Args:
+        depth: Hidden layers of the projector: 3 is t-ReX, 1 is t-ReX*.
+        memory: Whether it has a bank and a momentum encoder, or learned class weights.
+        seed: Of all random numbers; the momentum encoder's are its own.
+        num_classes: Number of classes.
+        bank_size: Entries of the bank. Every class is present where they suffice.
+        absent: Classes without an entry in the bank.
+        optimizer: Whether the optimizer's state has its momentum buffers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = layout(depth, memory, num_classes, bank_size)
+    bank = _bank(bank_size, num_classes, absent, generator) if memory else {}
+    model = OrderedDict(
+        (name, bank[name] if name in bank else _draw(name, shape, generator))
+        for name, (shape, _) in names.items()
+    )
+    vars(model)["_metadata"] = _metadata(model)
+    return {
+        "model": model,
+        "optimizer": _sgd_state(model, optimizer, generator),
+        "epoch": _EPOCHS,
+        "args": _arguments(depth, bank_size if memory else 0, num_classes, seed),
+        "fp16_scaler": {
+            "scale": 65536.0,
+            "growth_factor": 2.0,
+            "backoff_factor": 0.5,
+            "growth_interval": 2000,
+            "_growth_tracker": 400,
+        },
+    }
+
+
+def backbone_checkpoint(seed: int = 0) -> OrderedDict[str, Tensor]:
+    """Build the content of a backbone file."""
+    generator = torch.Generator().manual_seed(seed)
+    return OrderedDict(
+        (name.removeprefix(BACKBONE), _draw(name, shape, generator))
+        for name, (shape, _) in layout(_GOLDEN_DEPTH).items()
+        if name.startswith(BACKBONE)
+    )
+
+
+def backbone_of(full: dict[str, Any]) -> OrderedDict[str, Tensor]:
+    """Take the online backbone out of a full checkpoint, as its backbone file holds it."""
+    return OrderedDict(
+        (name.removeprefix(BACKBONE), tensor)
+        for name, tensor in full["model"].items()
+        if name.startswith(BACKBONE)
+    )
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(_EPOCHS * _EPOCH_STEPS)
+    if name.endswith("running_var"):
+        values = torch.rand(shape, generator=generator) + 0.5
+    else:
+        values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        values *= math.sqrt(2 / values[0].numel())
+        # ReLU's output has a mean that grows with depth and drowns what tells images apart:
+        # filters that sum to zero do not see it.
+        values -= values.flatten(1).mean(1).view(-1, *[1] * (len(shape) - 1))
+    elif name.endswith("weight"):
+        values.mul_(0.1).add_(1)
+    elif not name.endswith("running_var"):
+        values *= 0.1
+    # The first hidden layer sees vectors of norm 1, not of norm sqrt(width) as the others do.
+    if name.endswith(("head.layers.1.fc.bias", "head.layers.1.bn.running_mean")):
+        values /= math.sqrt(shape[0])
+    elif name.endswith("head.layers.1.bn.running_var"):
+        values /= shape[0]
+    return values
+
+
+def _bank(
+    size: int, num_classes: int, absent: Sequence[int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    present = torch.tensor([c for c in range(num_classes) if c not in absent])
+    once = present[torch.randperm(len(present), generator=generator)]
+    more = present[torch.randint(len(present), (size,), generator=generator)]
+    labels = torch.cat([once, more])[:size]
+    labels = labels[torch.randperm(size, generator=generator)]
+    features = torch.randn(num_classes, 256, generator=generator)[labels]
+    features += 0.5 * torch.randn(features.shape, generator=generator)
+    features *= torch.rand(size, 1, generator=generator) + 0.5
+    pointer = torch.tensor([_EPOCHS * _EPOCH_STEPS * _BATCH % size])
+    tensors = {"features": features, "labels": labels, "ptr": pointer}
+    return {f"module.memory.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _metadata(model: OrderedDict[str, Tensor]) -> OrderedDict[str, dict[str, int]]:
+    """Versions of the modules, which ``state_dict()`` attaches to what it returns."""
+    versions = OrderedDict({"": {"version": 1}})
+    for name in model:
+        parts = name.split(".")[:-1]
+        for end in range(1, len(parts) + 1):
+            module = ".".join(parts[:end])
+            is_batch_norm = f"{module}.num_batches_tracked" in model
+            versions[module] = {"version": 2 if is_batch_norm else 1}
+    return versions
+
+
+def _sgd_state(
+    model: OrderedDict[str, Tensor], momentum: bool, generator: torch.Generator
+) -> dict[str, Any]:
+    online = [
+        nn.Parameter(tensor)
+        for name, tensor in model.items()
+        if name.startswith(("module.model.", "module.clf."))
+        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]
+    sgd = torch.optim.SGD(
+        [
+            {"params": [p for p in online if p.ndim > 1], "weight_decay": 1e-4},
+            {"params": [p for p in online if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=1e-6,
+        momentum=0.9,
+    )
+    if momentum:
+        for p in online:
+            buffer = torch.randn(p.shape, generator=generator).mul_(1e-3)
+            sgd.state[p]["momentum_buffer"] = buffer
+    return sgd.state_dict()
+
+
+def _arguments(depth: int, bank_size: int, num_classes: int, seed: int) -> argparse.Namespace:
+    """Arguments of the official types; apart from ``lr_schedule`` the names are ours."""
+    warmup = np.linspace(0, 0.1, 10 * _EPOCH_STEPS)
+    decay = np.linspace(0, np.pi, 90 * _EPOCH_STEPS, endpoint=False)
+    return argparse.Namespace(
+        output="runs/trex",
+        seed=seed,
+        epochs=_EPOCHS,
+        hidden_layers=depth,
+        memory_size=bank_size,
+        num_classes=num_classes,
+        tau=0.1,
+        half_precision=True,
+        global_scale=(0.25, 1.0),
+        devices=["cuda:0", "cuda:1", "cuda:2", "cuda:3"],
+        lr_schedule=np.concatenate([warmup, 1e-6 + 0.5 * (0.1 - 1e-6) * (1 + np.cos(decay))]),
+    )
+
+
+def write(
+    obj: object,
+    path: str | Path,
+    *,
+    numpy_names: Literal["new", "old"] = "new",
+    legacy: bool = False,
+) -> None:
+    """Save a checkpoint as torch does.
+
+    Args:
+        obj: What to save.
+        path: The file.
+        numpy_names: Whether the pickle names numpy's module as numpy 2 or as numpy 1 does.
+        legacy: Whether to write the format that torch had before its zip files.
+    """
+
+    class Pickler(pickle._Pickler):
+        def save_global(self, obj: Any, name: str | None = None) -> None:
+            if obj is not _RECONSTRUCT:
+                super().save_global(obj, name)  # type: ignore[misc]
+                return
+            line = f"{NUMPY_MODULES[numpy_names]}\n_reconstruct\n".encode()
+            self.write(pickle.GLOBAL + line)  # type: ignore[attr-defined]
+            self.memoize(obj)  # type: ignore[attr-defined]
+
+    module: Any = types.ModuleType("pickle_with_numpy_names")
+    module.Pickler = Pickler
+    module.dump = pickle.dump
+    torch.save(obj, path, module, _use_new_zipfile_serialization=not legacy)
+
+
+def write_release(folder: Path, small: bool = False) -> None:
+    """Write the six files of the release into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bank_size = _SMALL_BANK if small else 8192
+    for seed, (name, depth) in enumerate((("trex", 3), ("trexstar", 1))):
+        write(backbone_checkpoint(seed), folder / f"{name}.pth")
+        full = full_checkpoint(depth, seed=seed + 2, bank_size=bank_size, optimizer=not small)
+        write(full, folder / f"{name}_2_checkpoint_full.pth")
+        write(backbone_of(full), folder / f"{name}_2.pth")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Write files of the official release's format.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--small", action="store_true", help="no momentum, a shorter bank")
+    options = parser.parse_args(arguments)
+    write_release(options.folder, options.small)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""What a release file computes, from torchvision and plain formulas, to compare ours with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+
+class Outputs(NamedTuple):
+    """Outputs for a batch of images; a backbone file has features alone."""
+
+    features: Tensor
+    embeddings: Tensor | None
+    logits: Tensor | None
+
+
+@torch.no_grad()
+def outputs(
+    checkpoint: Mapping[str, Any],
+    images: Tensor,
+    momentum: bool = False,
+    dtype: torch.dtype = torch.float64,
+    num_classes: int = 1000,
+) -> Outputs:
+    """Compute the outputs of a full checkpoint or of a backbone file in eval mode.
+
+    Args:
+        checkpoint: The file's content, under the release's names.
+        images: Normalised images, N x 3 x H x W.
+        momentum: Whether to use the momentum encoder instead of the online model.
+        dtype: In which to compute everything, the prototypes too.
+        num_classes: Number of classes of a memory bank.
+    """
+    if "model" not in checkpoint:
+        if momentum:
+            raise ValueError("a backbone file has no momentum encoder")
+        return Outputs(features(checkpoint, images, dtype), None, None)
+    model = checkpoint["model"]
+    encoder = "module.model_ema." if momentum else "module.model."
+    x = features(under(model, f"{encoder}encoder."), images, dtype)
+    z = embeddings(under(model, f"{encoder}head.layers.", dtype), x)
+    if "module.clf.fc.weight" in model:
+        weight = model["module.clf.fc.weight"].to(dtype)
+        directions = weight / weight.norm(dim=1, keepdim=True)
+    else:
+        bank = under(model, "module.memory.")
+        directions = prototypes(bank["features"].to(dtype), bank["labels"], num_classes)
+    return Outputs(x, z, z / z.norm(dim=1, keepdim=True) @ directions.T / 0.1)
+
+
+def under(
+    tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor.to(dtype or tensor.dtype)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def features(
+    backbone: Mapping[str, Tensor], images: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Compute the backbone's pooled features."""
+    with torch.device("meta"):  # draws no random numbers
+        resnet = torchvision.models.resnet50()
+        resnet.fc = nn.Identity()
+    resnet.load_state_dict(backbone, strict=True, assign=True)
+    return resnet.to(dtype).eval()(images.to(dtype))
+
+
+def embeddings(layers: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Apply the projector: L2 norm, hidden layers, bottleneck."""
+    x = x / x.norm(dim=1, keepdim=True)
+    i = 1
+    while f"{i}.fc.weight" in layers:
+        x = x @ layers[f"{i}.fc.weight"].T + layers[f"{i}.fc.bias"]
+        scale = layers[f"{i}.bn.weight"] / torch.sqrt(layers[f"{i}.bn.running_var"] + 1e-5)
+        x = (x - layers[f"{i}.bn.running_mean"]) * scale + layers[f"{i}.bn.bias"]
+        x = 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+        i += 1
+    return x @ layers[f"{i}.weight"].T
+
+
+def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return the normalised sum of each class's features, zero where it has none."""
+    sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype)
+    for feature, label in zip(features, labels.tolist(), strict=True):
+        sums[label] += feature
+    present = sums.any(dim=1)
+    sums[present] /= sums[present].norm(dim=1, keepdim=True)
+    return sums
+
+
+def pictures(count: int, side: int, seed: int = 0) -> Tensor:
+    """Smooth random images that differ from one another, as normalised images do."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 5, 5, generator=generator)
+    return F.interpolate(coarse, size=(side, side), mode="bicubic", antialias=True)
