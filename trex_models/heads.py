@@ -3,7 +3,7 @@
 t-ReX (Sariyildiz et al., "No Reason for No Supervision", ICLR 2023, arXiv 2206.15369),
 section 3: z = g(f(x)), logits = cos(z, w_c) / tau.
 
-Shapes: B batch, D embedding, C classes.
+Shapes: B batch, D embedding, C classes, Q bank size.
 """
 
 from __future__ import annotations
@@ -50,6 +50,22 @@ def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Ten
 def _cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
     embeddings = F.normalize(widen(embeddings), dim=-1)
     return F.linear(embeddings, F.normalize(widen(weight), dim=-1)) / temperature
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return L2-normalised class means, the prototypes of t-ReX Eq. 2.
+
+    Args:
+        features: Embeddings, (Q, D), not normalised.
+        labels: (Q,).
+        num_classes: C.
+
+    Returns:
+        (C, D); zero for a class without entries.
+    """
+    sums = features.new_zeros(num_classes, features.shape[1])
+    sums.index_add_(0, labels, features)
+    return F.normalize(sums, dim=1)  # the sum and the mean share a direction
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[None]:

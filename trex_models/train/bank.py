@@ -7,8 +7,9 @@ Shapes: B batch, D embedding, Q bank size, C classes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trex_models.heads import class_means
 
 
 class Bank(nn.Module):
@@ -54,9 +55,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     def class_means(self) -> Tensor:
         """Return L2-normalised class means, (C, D); zero for a class without entries."""
-        sums = self.features.new_zeros(self.num_classes, self.features.shape[1])
-        sums.index_add_(0, self.labels, self.features)
-        return F.normalize(sums, dim=1)  # the sum and the mean share a direction
+        return class_means(self.features, self.labels, self.num_classes)
 
     def get_extra_state(self) -> int:
         """Return the pointer, which belongs to the state."""

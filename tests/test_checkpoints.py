@@ -1,0 +1,319 @@
+"""Every form of checkpoint into our names; what is damaged, foreign or unsafe is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import trex_models
+from tests import official_files
+from tests.reference_resnet import outputs, pictures
+from trex_models import checkpoints
+from trex_models.checkpoints import CheckpointError, read, split
+from trex_models.train.bank import Bank
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
+
+Contents = dict[str, Any]
+SMALL: Contents = {"bank_size": 1200, "optimizer": False}
+
+
+@pytest.fixture(scope="module", params=[(3, True), (1, True), (3, False)], ids=str)
+def full(request: pytest.FixtureRequest) -> Contents:
+    depth, memory = request.param
+    return official_files.full_checkpoint(depth, memory, seed=depth, absent=[7], **SMALL)
+
+
+@pytest.fixture(scope="module")
+def star() -> Contents:
+    """The smallest full state; copy before changing."""
+    return official_files.full_checkpoint(1, seed=5, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Contents:
+    return official_files.backbone_checkpoint(seed=4)
+
+
+def copied(contents: Contents) -> Contents:
+    return {**contents, "model": dict(contents["model"])}
+
+
+def saved(contents: object, folder: Path, name: str = "weights.pth") -> Path:
+    torch.save(contents, folder / name)
+    return folder / name
+
+
+@torch.no_grad()
+def results(checkpoint: checkpoints.Checkpoint, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, embeddings and logits in float64, of our model with the checkpoint's weights."""
+    assert checkpoint.class_weights is not None
+    args: Contents = {"num_classes": len(checkpoint.class_weights), **checkpoint.head_args()}
+    model: Any = timm.create_model("trex_resnet50_cls", **args)
+    model.load_state_dict(checkpoint.state_dict())
+    model.double().eval()
+    features = model.forward_features(images.double())
+    return (
+        features.mean((2, 3)),
+        model.forward_head(features, pre_logits=True),
+        model.forward_head(features),
+    )
+
+
+def assert_same(ours: Tensor, reference: Tensor | None) -> None:
+    assert reference is not None
+    error = (ours - reference).abs().max() / reference.abs().max()
+    assert error < 1e-6, error  # prototypes are float32 in our models
+
+
+def test_full_state_gives_the_source_s_outputs(full: Contents) -> None:
+    images = pictures(3, 96)
+    reference = outputs(full, images)
+    checkpoint = split(full)
+    features, embeddings, logits = results(checkpoint, images)
+    assert_same(features, reference.features)
+    assert_same(embeddings, reference.embeddings)
+    assert_same(logits, reference.logits)
+    if "module.memory.labels" in full["model"]:
+        assert checkpoint.absent_classes == (7,)
+        assert torch.equal(logits[:, 7], torch.zeros(3, dtype=torch.float64))
+    else:
+        assert checkpoint.absent_classes == ()
+
+
+def test_momentum_encoder(star: Contents) -> None:
+    images = pictures(2, 64)
+    reference = outputs(star, images, momentum=True)
+    features, embeddings, logits = results(split(star, momentum_encoder=True), images)
+    assert_same(features, reference.features)
+    assert_same(embeddings, reference.embeddings)
+    assert_same(logits, reference.logits)
+    assert not torch.allclose(features, outputs(star, images).features)
+
+
+def test_every_key_has_a_fate(full: Contents) -> None:
+    for momentum in [False, True] if "module.memory.ptr" in full["model"] else [False]:
+        checkpoint = split(full, momentum_encoder=momentum)
+        assert checkpoint.fates.keys() == full["model"].keys() | full.keys() - {"model"}
+        assert {"optimizer", "epoch", "args", "fp16_scaler"} == {
+            key for key, fate in checkpoint.fates.items() if fate == "dropped: not weights"
+        }
+        made = {fate for fate in checkpoint.fates.values() if "." in fate}
+        assert made - {"prototypes: L2-normalised class sums"} <= checkpoint.state_dict().keys()
+        for key, tensor in checkpoint.state_dict().items():
+            sources = [source for source, fate in checkpoint.fates.items() if fate == key]
+            if key == "fc.weight" and "module.memory.ptr" in full["model"]:
+                assert sources == []
+            else:
+                (source,) = sources
+                assert torch.equal(tensor, full["model"][source])
+
+
+@pytest.mark.parametrize("numpy_names", ["new", "old"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_official_pickles(star: Contents, tmp_path: Path, numpy_names: Any, legacy: bool) -> None:
+    path = tmp_path / "full.pth"
+    official_files.write(star, path, numpy_names=numpy_names, legacy=legacy)
+    found, expected = read(path).state_dict(), split(star).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_flat_file_and_its_wrappers(backbone: Contents, tmp_path: Path) -> None:
+    for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        path = saved({prefix + key: value for key, value in backbone.items()}, tmp_path)
+        checkpoint = read(path)
+        assert checkpoint.form == "model"
+        assert (checkpoint.projector, checkpoint.class_weights) == ({}, None)
+        assert checkpoint.backbone.keys() == backbone.keys()
+        assert torch.equal(checkpoint.backbone["conv1.weight"], backbone["conv1.weight"])
+    save_file(dict(backbone), tmp_path / "model.safetensors")
+    assert read(tmp_path).backbone.keys() == backbone.keys()
+
+
+def test_wrappers_inside_names(star: Contents) -> None:
+    inside = {
+        key.replace("module.model.encoder.", "_orig_mod.module.model.encoder._orig_mod."): value
+        for key, value in star["model"].items()
+    }
+    assert split({"model": inside}).backbone.keys() == split(star).backbone.keys()
+
+
+STEM = "encoder.backbone.conv1.0.weight"
+
+
+def tiny_method(bank: bool) -> TReX:
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", num_classes=0)
+    encoder = Encoder(network, trex_models.Projector(512, 2, 32, 16))
+    if bank:
+        return TReX(encoder, OnlineClassMeans(Bank(64, 16, 5), 0.1))
+    return TReX(encoder, CosineSoftmax(16, 5, 0.1))
+
+
+@pytest.mark.parametrize("bank", [True, False])
+def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
+    method = tiny_method(bank).eval()
+    if method.momentum_encoder is not None:
+        nn.init.constant_(method.momentum_encoder.get_parameter(STEM), 0.5)
+    state = {"config": {}, "classes": list("abcde"), "num_images": 9, "step": 3}
+    state |= {"method": method.state_dict(), "optimizer": {}, "scaler": {}}
+    path = saved(state, tmp_path)
+    checkpoint = read(path, backbone="resnet10t")
+    assert checkpoint.form == "trainer"
+    assert checkpoint.proj_layers == 2
+    args: Contents = {"backbone": "resnet10t", **checkpoint.head_args()}
+    whole = timm.create_model("trex_resnet", num_classes=5, **args)
+    whole.load_state_dict(checkpoint.state_dict())
+    images = pictures(2, 64)
+    with torch.no_grad():
+        expected = method.objective.logits(method.encoder([images]))
+        assert torch.allclose(whole.eval()(images), expected, atol=1e-5)
+    assert set(checkpoint.fates) == set(method.state_dict()) | set(state) - {"method"}
+    if bank:
+        momentum = read(path, momentum_encoder=True, backbone=None)
+        assert torch.all(momentum.backbone["conv1.0.weight"] == 0.5)
+    else:
+        with pytest.raises(CheckpointError, match=r"weights\.pth: it holds no momentum encoder"):
+            read(path, momentum_encoder=True, backbone=None)
+
+
+def rename(old: str, new: str) -> Callable[[Contents], None]:
+    def change(model: Contents) -> None:
+        model[new] = model.pop(old)
+
+    return change
+
+
+def put(key: str, value: Any) -> Callable[[Contents], None]:
+    return lambda model: model.__setitem__(key, value)
+
+
+def drop(*parts: str) -> Callable[[Contents], None]:
+    def change(model: Contents) -> None:
+        for key in [key for key in model if any(part in key for part in parts)]:
+            del model[key]
+
+    return change
+
+
+def fill(key: str, value: float) -> Callable[[Contents], None]:
+    def change(model: Contents) -> None:
+        model[key] = model[key].clone()
+        model[key].view(-1)[3] = value
+
+    return change
+
+
+CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("model.encoder.layer4.2.conv3"), r"1 \(layer4\.2\.conv3\.weight\) missing, 0 unexp"),
+        (drop("module.model.encoder."), "holds no backbone"),
+        (drop(HEAD), "without its projector"),
+        (drop(f"{HEAD}2.weight"), "projector is incomplete"),
+        (drop(f"{HEAD}1.bn.bias"), r"projector of 1 hidden layers: 1 \(1\.bn\.bias\) missing"),
+        (drop("memory.labels"), "bank has no labels"),
+        (
+            put("module.extra", torch.ones(1)),
+            "unexpected key 'module.extra' beside those of an",
+        ),
+        (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
+        (put("model.encoder.conv1.weight", torch.ones(1)), "stands in the file twice"),
+        (put(CONV, "text"), "is a str, not a tensor"),
+        (put(CONV, torch.ones(64, 3, 3, 3)), r"conv1\.weight is \(64, 3, 3, 3\) torch.float32; a"),
+        (put(CONV, torch.ones(64, 3, 7, 7).half()), r"\(64, 3, 7, 7\) torch.float16; a resnet50"),
+        (fill(CONV, float("nan")), r"conv1\.weight has 1 values that are not finite"),
+        (fill(f"{HEAD}2.weight", float("inf")), r"proj\.2\.weight has 1 values that are not fin"),
+        (fill("module.memory.features", float("nan")), "bank's features has 1 values that are no"),
+        (fill("module.memory.labels", 1000), "labels run from 0 to 1000, outside 1000 classes"),
+        (fill("module.memory.labels", -1), "labels run from -1 to 999"),
+        (put("module.memory.labels", torch.zeros(1200).long()), "entries of 1 of 1000 classes"),
+        (put("module.memory.labels", torch.zeros(7).long()), "do not fit its features"),
+        (put("module.memory.features", torch.randn(1200, 9)), "do not fit embeddings of 256"),
+        (rename(CONV, "module.model.encodr.conv1.weight"), "unexpected key .*encodr"),
+    ],
+)
+def test_refused_states(
+    star: Contents, change: Callable[[Contents], None], message: str, tmp_path: Path
+) -> None:
+    contents = copied(star)
+    change(contents["model"])
+    with pytest.raises(CheckpointError, match=rf"weights\.pth: .*{message}"):
+        read(saved(contents, tmp_path))
+
+
+def test_unknown_entries(star: Contents) -> None:
+    with pytest.raises(CheckpointError, match=r"unknown entries \['surprise'\] beside 'model'"):
+        split({**star, "surprise": 1})
+
+
+def test_other_number_of_classes() -> None:
+    contents = official_files.full_checkpoint(1, num_classes=20, **SMALL)
+    with pytest.raises(CheckpointError, match="20 of 1000 classes only.*--num-classes"):
+        split(contents)
+    checkpoint = split(contents, num_classes=20)
+    assert checkpoint.class_weights is not None
+    assert checkpoint.class_weights.shape == (20, 256)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet101", "resnet50", "convnext_atto"])
+def test_other_networks(name: str, tmp_path: Path) -> None:
+    """A stock ResNet-50 with its classifier is one, too."""
+    state = timm.create_model(name).state_dict()
+    with pytest.raises(CheckpointError, match=r"not those of a resnet50: \d+ .*missing, \d+ .*un"):
+        read(saved(state, tmp_path))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("executed",)
+
+
+def test_damaged_and_foreign_files(
+    backbone: Contents, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = saved(dict(backbone), tmp_path, "whole.pth")
+    data = whole.read_bytes()
+
+    def refused(contents: bytes | object, message: str) -> None:
+        path = tmp_path / "bad.pth"
+        if isinstance(contents, bytes):
+            path.write_bytes(contents)
+        else:
+            torch.save(contents, path)
+        with pytest.raises(CheckpointError, match=rf"bad\.pth: .*{message}"):
+            read(path)
+
+    for end in (0, 3, 100, len(data) // 2, len(data) - 30):
+        refused(data[:end], "it is damaged or cut short|no file of torch")
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    refused(bytes(flipped), "damaged or cut short")
+    refused(b"\n <!DOCTYPE html><html>Not Found</html>", "a web page, not weights; download")
+    refused(b"PNG....", "no file of torch or safetensors")
+    refused({"model": backbone, "args": Evil()}, "refused: it wants to run print, which")
+    assert "executed" not in capfd.readouterr().out
+    refused([1, 2], "it holds a list, not a state dict")
+    refused({"epoch": 3, "net": {}}, r"its entries are 2 \(epoch, net\); expected weights")
+    refused({}, "its entries are 0")
+    save_file({"a": torch.ones(9)}, tmp_path / "bad.safetensors")
+    refused((tmp_path / "bad.safetensors").read_bytes()[:-5], "damaged or cut short")
+
+    with pytest.raises(CheckpointError, match=r"none\.pth: it cannot be read \(No such file"):
+        read(tmp_path / "none.pth")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: it cannot be read"):
+        read(tmp_path)
+    shutil.copy(whole, tmp_path / "folder.pth")
+    assert read(tmp_path / "folder.pth").backbone.keys() == backbone.keys()

@@ -1,0 +1,432 @@
+"""Read any t-ReX checkpoint safely, into the names of our models.
+
+Four forms: the official release's backbone files (flat, torchvision's names), its full training
+states (online encoder, momentum encoder, memory bank, optimizer, arguments), its full states
+without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
+Pickles are read under ``weights_only=True``. A key that the table below does not name is an error.
+
+Shapes: C classes, D embedding, Q bank size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from trex_models.heads import Projector, class_means
+
+
+class CheckpointError(ValueError):
+    """A file is damaged, unsafe, or not a t-ReX checkpoint; the message says what to do."""
+
+
+class Row(NamedTuple):
+    """What the keys under a prefix are; a prefix without a trailing dot is one key's full name."""
+
+    form: str
+    prefix: str
+    part: str
+
+
+# The longest prefix that fits decides.
+TABLE = (
+    Row("official", "model.encoder.", "backbone"),
+    Row("official", "model.head.layers.", "projector"),
+    Row("official", "model_ema.encoder.", "momentum backbone"),
+    Row("official", "model_ema.head.layers.", "momentum projector"),
+    Row("official", "memory.features", "bank features"),
+    Row("official", "memory.labels", "bank labels"),
+    Row("official", "memory.ptr", "bank pointer"),
+    Row("official", "clf.fc.weight", "class weights"),
+    Row("trainer", "encoder.backbone.", "backbone"),
+    Row("trainer", "encoder.projector.", "projector"),
+    Row("trainer", "momentum_encoder.encoder.backbone.", "momentum backbone"),
+    Row("trainer", "momentum_encoder.encoder.projector.", "momentum projector"),
+    Row("trainer", "objective.bank.features", "bank features"),
+    Row("trainer", "objective.bank.labels", "bank labels"),
+    Row("trainer", "objective.bank._extra_state", "bank pointer"),
+    Row("trainer", "objective.classifier.weight", "class weights"),
+    Row("model", "proj.", "projector"),
+    Row("model", "fc.weight", "class weights"),
+    Row("model", "", "backbone"),
+)
+
+# Where the weights stand in a training state, and its other entries, which are not weights.
+CONTAINERS = {
+    "model": {"optimizer", "epoch", "args", "fp16_scaler"},
+    "method": {"config", "classes", "num_images", "step", "optimizer", "scaler"},
+}
+
+# Modules around a module: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# Of torch's default allow-list an official full file needs these besides: its ``args``, whose
+# learning rates are a float64 array. numpy 2 renamed the module of the array's constructor.
+_array_constructor: Any = np.zeros(0).__reduce__()[0]
+OFFICIAL_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    (_array_constructor, "numpy._core.multiarray._reconstruct"),
+    (_array_constructor, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    np.dtypes.Float64DType,
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parts of a checkpoint, in the names of our models.
+
+    Attributes:
+        form: "official" (full, with or without a bank), "trainer" or "model" (a backbone file or
+            an exported model).
+        backbone: timm's names.
+        projector: Names of ``heads.Projector``; empty where the file has none.
+        class_weights: Prototypes of the bank (Eq. 2) or learned weights (Eq. 1), (C, D).
+        absent_classes: Classes without an entry in the bank; their prototypes are zero.
+        fates: What became of every key and entry of the file.
+    """
+
+    form: str
+    backbone: dict[str, Tensor]
+    projector: dict[str, Tensor] = field(default_factory=dict)
+    class_weights: Tensor | None = None
+    absent_classes: tuple[int, ...] = ()
+    fates: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def proj_layers(self) -> int:
+        """L, the projector's hidden layers; 0 without one, too."""
+        return sum(key.endswith(".fc.weight") for key in self.projector)
+
+    def head_args(self) -> dict[str, int]:
+        """Return ``TRexResNet``'s arguments for this head: depth and widths."""
+        bottleneck = self.projector[f"{self.proj_layers + 1}.weight"]
+        return {
+            "proj_layers": self.proj_layers,
+            "proj_hidden_dim": bottleneck.shape[1],
+            "proj_dim": bottleneck.shape[0],
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole model's state dict: backbone, ``proj.*`` and ``fc.weight``."""
+        state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
+        if self.class_weights is not None:
+            state["fc.weight"] = self.class_weights
+        return state
+
+
+def read(
+    path: Path | str,
+    *,
+    momentum_encoder: bool = False,
+    num_classes: int | None = None,
+    backbone: str | None = "resnet50",
+) -> Checkpoint:
+    """Read a checkpoint and check that it is whole.
+
+    Args:
+        path: A .pth, .pt or .safetensors file, or a timm folder with model.safetensors.
+        momentum_encoder: Take the momentum encoder's weights, not the online encoder's.
+        num_classes: C of a bank, whose labels do not tell it: None for 1000 (ImageNet-1K) or
+            what a trainer's checkpoint says.
+        backbone: timm's name of the backbone that the file must hold; None for any.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe, or no t-ReX checkpoint; or its
+            backbone or projector lacks keys, has others, other shapes or types, or values that
+            are not finite.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    contents = load(path)
+    try:
+        checkpoint = split(contents, momentum_encoder=momentum_encoder, num_classes=num_classes)
+        if backbone is not None:
+            with torch.device("meta"):
+                expected = timm.create_model(backbone, num_classes=0).state_dict()
+            _check_keys(checkpoint.backbone, expected, backbone)
+        _check_finite(checkpoint.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return checkpoint
+
+
+def split(
+    contents: Mapping[str, Any], *, momentum_encoder: bool = False, num_classes: int | None = None
+) -> Checkpoint:
+    """Split what a file holds into the parts of our models, by ``TABLE``.
+
+    Args:
+        contents: A state dict, or a training state around one.
+        momentum_encoder: As ``read``.
+        num_classes: As ``read``.
+
+    Raises:
+        CheckpointError: A key or entry is unknown, a needed one is missing, or the projector's
+            or the bank's shapes do not fit each other.
+    """
+    state, fates = _unwrap(contents)
+    names = {key: _unwrapped_name(key) for key in state}
+    rows = {key: _row(name) for key, name in names.items()}
+    form = _form(rows.values())
+
+    encoder = "momentum " if momentum_encoder else ""
+    parts: dict[str, dict[str, Any]] = {row.part: {} for row in TABLE}
+    for key, row in rows.items():
+        name = names[key].removeprefix(row.prefix)
+        if row.form != form:
+            raise CheckpointError(
+                f"unexpected key {key!r} beside those of {_FORMS[form]}; if that is another "
+                "network's, load its own file"
+            )
+        if name in parts[row.part]:
+            raise CheckpointError(f"{names[key]!r} stands in the file twice, once as {key!r}")
+        parts[row.part][name] = state[key]
+        fates[key] = _fate(row.part, name, encoder)
+
+    backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
+    if not backbone:
+        wanted = f"{encoder}encoder" if encoder else "backbone"
+        raise CheckpointError(f"it holds no {wanted}, among {len(state)} keys; use another file")
+    if form != "model" and not projector:
+        raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) and rows[key].part != "bank pointer":
+            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
+    _check_projector(projector)
+    if num_classes is None and form == "trainer" and "classes" in contents:
+        num_classes = len(contents["classes"])
+    class_weights = parts["class weights"].get("")
+    absent: tuple[int, ...] = ()
+    if parts["bank features"]:
+        class_weights, absent = _prototypes(parts, num_classes)
+    if class_weights is not None and projector:
+        _check_widths(class_weights, projector)
+    return Checkpoint(form, backbone, projector, class_weights, absent, fates)
+
+
+def form_of(contents: Mapping[str, Any]) -> str:
+    """Return the form of what a file holds: "official", "trainer" or "model"."""
+    container = _container(contents)
+    state = contents if container is None else contents[container]
+    return _form(_row(_unwrapped_name(key)) for key in state)
+
+
+def _form(rows: Iterable[Row]) -> str:
+    return next((row.form for row in rows if row.form != "model"), "model")
+
+
+_FORMS = {
+    "official": "an official training state",
+    "trainer": "a checkpoint of this trainer",
+    "model": "a model",
+}
+
+
+def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Return the weights of a training state, and the fates of its other entries."""
+    container = _container(contents)
+    if container is not None:
+        expected = CONTAINERS[container]
+        unknown = [name for name in contents if name not in expected and name != container]
+        if unknown:
+            raise CheckpointError(
+                f"unknown entries {unknown} beside {container!r}; expected only {sorted(expected)}"
+            )
+        fates = {name: "dropped: not weights" for name in contents if name in expected}
+        return contents[container], fates
+    if not any(isinstance(value, Tensor) for value in contents.values()):
+        raise CheckpointError(
+            f"it is no t-ReX checkpoint: its entries are {_some(list(contents))}; expected "
+            f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
+        )
+    return contents, {}
+
+
+def _container(contents: Mapping[str, Any]) -> str | None:
+    return next((name for name in CONTAINERS if isinstance(contents.get(name), Mapping)), None)
+
+
+def _unwrapped_name(key: str) -> str:
+    return ".".join(segment for segment in key.split(".") if segment not in WRAPPERS)
+
+
+def _row(name: str) -> Row:
+    fitting = [
+        row
+        for row in TABLE
+        if (name.startswith(row.prefix) if row.prefix.endswith(".") else name == row.prefix)
+        or not row.prefix
+    ]
+    return max(fitting, key=lambda row: len(row.prefix))
+
+
+def _fate(part: str, name: str, encoder: str) -> str:
+    if part == "bank pointer":
+        return "dropped: where the bank would go on"
+    if part.startswith("bank "):
+        return "prototypes: L2-normalised class sums"
+    if part == "class weights":
+        return "fc.weight"
+    if part.startswith("momentum ") != bool(encoder):
+        return f"dropped: {'online' if encoder else 'momentum'} encoder"
+    return name if part.endswith("backbone") else f"proj.{name}"
+
+
+def _prototypes(
+    parts: Mapping[str, Any], told_classes: int | None
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the bank's L2-normalised class sums, (C, D), and the classes without an entry."""
+    features, labels = parts["bank features"][""], parts["bank labels"].get("")
+    if labels is None:
+        raise CheckpointError("the memory bank has no labels; it is cut down: use another file")
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise CheckpointError(
+            f"the bank's labels, {tuple(labels.shape)} {labels.dtype}, do not fit its features, "
+            f"{tuple(features.shape)}"
+        )
+    num_classes = 1000 if told_classes is None else told_classes
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise CheckpointError(
+            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; give the "
+            "number of classes that the model was trained on (--num-classes)"
+        )
+    counts = torch.bincount(labels, minlength=num_classes)
+    absent = tuple((counts == 0).nonzero().flatten().tolist())
+    if told_classes is None and len(absent) > num_classes / 2:
+        raise CheckpointError(
+            f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
+            "give the number of classes that the model was trained on (--num-classes)"
+        )
+    _check_finite({"the bank's features": features})
+    return class_means(features, labels, num_classes), absent
+
+
+def _check_projector(projector: Mapping[str, Tensor]) -> None:
+    if not projector:
+        return
+    layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
+    last = projector.get(f"{layers[-1]}.weight") if layers else None
+    first = projector.get(f"{layers[0]}.fc.weight", last) if layers else None
+    if last is None or first is None or last.ndim != 2 or first.ndim != 2:
+        raise CheckpointError(
+            f"its projector is incomplete: the last of layers {layers} must be a bias-free Linear"
+        )
+    with torch.device("meta"):
+        expected = Projector(first.shape[1], len(layers) - 1, last.shape[1], last.shape[0])
+    _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
+
+
+def _check_widths(class_weights: Tensor, projector: Mapping[str, Tensor]) -> None:
+    width = list(projector.values())[-1].shape[0]
+    if class_weights.ndim != 2 or class_weights.shape[1] != width:
+        raise CheckpointError(
+            f"its class weights, {tuple(class_weights.shape)}, do not fit embeddings of {width}"
+        )
+
+
+def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Require exactly the expected keys, shapes and types."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"its keys are not those of a {name}: {_some(missing)} missing, "
+            f"{_some(unexpected)} unexpected; use a whole file of a t-ReX model"
+        )
+    for key, tensor in expected.items():
+        found = state[key]
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise CheckpointError(
+                f"{key} is {tuple(found.shape)} {found.dtype}; a {name} has "
+                f"{tuple(tensor.shape)} {tensor.dtype}; use a file of a t-ReX model"
+            )
+
+
+def _check_finite(state: Mapping[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{key} has {count} values that are not finite (NaN or infinity), of "
+                f"{tensor.numel()}; the file is damaged or its training diverged"
+            )
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
+    return f"{len(keys)} ({shown})" if keys else "0"
+
+
+def load(path: Path | str) -> Mapping[str, Any]:
+    """Read a file's contents: a state dict or a training state, on the CPU.
+
+    Tensors stay in the file until they are used, where its format allows that.
+
+    Args:
+        path: A .pth, .pt or .safetensors file; the first bytes decide.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe, or something else.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
+    if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
+        raise CheckpointError(f"{path}: it is a web page, not weights; download the file again")
+    damaged = (
+        f"{path}: it is damaged or cut short ({size} bytes); download or copy it again, and "
+        "compare sizes"
+    )
+    is_zip = start.startswith(b"PK\x03\x04")
+    try:
+        if start[8:9] == b"{":
+            return safetensors.torch.load_file(path)
+        if not is_zip and not start.startswith(b"\x80"):
+            raise CheckpointError(
+                f"{path}: it is no file of torch or safetensors (it begins with {start[:16]!r}); "
+                "download or copy it again"
+            )
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:  # torch passes over wrong checksums
+                if archive.testzip() is not None:
+                    raise CheckpointError(damaged)
+        with safe_globals(OFFICIAL_GLOBALS):
+            # Files of torch < 1.6 are no zip and cannot be mapped into memory.
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except CheckpointError:
+        raise
+    except Exception as error:  # both libraries raise many kinds for a damaged file
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise CheckpointError(damaged) from error
+        raise CheckpointError(
+            f"{path}: refused: it wants to run {found[1]}, which no t-ReX checkpoint needs; a "
+            "file from elsewhere can execute any code that way"
+        ) from error
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(
+            f"{path}: it holds a {type(contents).__name__}, not a state dict; save "
+            "model.state_dict()"
+        )
+    return contents

@@ -1,0 +1,66 @@
+"""A model as a timm folder: model.safetensors and config.json, checked by reloading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
+    """Save a model, reload the copy by ``timm.create_model("local-dir:...")``, and compare.
+
+    Args:
+        model: Made by ``timm.create_model``.
+        folder: Where to write; an earlier folder is replaced in one move.
+        images: (B, 3, S, S).
+        expected: What the reloaded model must give for them.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        RuntimeError: The copy gives other outputs, by more than 1e-4 of the largest; nothing is
+            written then.
+    """
+    with replaced(folder) as beside:
+        save_for_hf(model, str(beside), safe_serialization=True)
+        config_path = beside / "config.json"
+        config = json.loads(config_path.read_text())
+        # It stands at the top level too, and transformers refuses to be told twice.
+        config.get("model_args", {}).pop("num_classes", None)
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
+        # save_file's are private
+        (beside / "model.safetensors").chmod(config_path.stat().st_mode)
+        reloaded = timm.create_model(f"local-dir:{beside}", pretrained=True).eval()
+        error = (reloaded(images) - expected).abs().max().item()
+        if not error <= 1e-4 * expected.abs().max().item():
+            raise RuntimeError(f"the copy in {folder} does not reproduce the model: off by {error}")
+    return folder
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """Give a fresh folder beside ``folder``, which takes its place unless an error is raised."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)  # mkdtemp's folders are private
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            folder.replace(old)
+            beside.replace(folder)
+            shutil.rmtree(old)
+        else:
+            beside.replace(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
