@@ -20,7 +20,12 @@ PACKAGE = ROOT / "trex_models"
 # Longest prefix counts. Everything may import heads.
 ALLOWED: dict[str, set[str]] = {
     "heads": set(),
-    "trex": set(),
+    "checkpoints": set(),
+    "folders": set(),
+    "manifest": set(),
+    "naver": {"checkpoints", "manifest"},
+    "weights": {"checkpoints", "manifest", "naver"},
+    "trex": {"checkpoints", "naver", "weights"},
     "data": set(),
     "evaluation": {"data"},
     "train": set(),
@@ -35,11 +40,11 @@ ALLOWED: dict[str, set[str]] = {
     "train.step": {"train.config", "train.method"},
     "train.checkpointing": {"train.config"},
     "train.reporting": {"train.distributed"},
-    "train.export": {"train.checkpointing", "train.method"},
+    "train.export": {"checkpoints", "folders", "train.checkpointing", "train.method"},
     "train.loop": {"data", "train"},
     "train.__main__": {"train.config", "train.loop"},
     "demo": {"data", "evaluation", "train"},
-    "": {"trex"},
+    "": {"checkpoints", "manifest", "trex"},
 }
 
 
@@ -109,7 +114,7 @@ def test_wheel_holds_the_package_alone_and_works_outside_the_checkout(tmp_path: 
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"trex_models", f"trex_models-{trex_models.__version__}.dist-info"}
-    assert "trex_models/py.typed" in names
+    assert {"trex_models/py.typed", "trex_models/manifest.json"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert any(name.endswith("licenses/NOTICE") for name in names)
 

@@ -100,9 +100,11 @@ def test_import_loads_only_what_timm_loads() -> None:
 
 def test_exported_names() -> None:
     assert sorted(trex_models.__all__) == [
+        "CheckpointError",
         "CosineClassifier",
         "Projector",
         "TRexResNet",
+        "WeightsError",
         "__version__",
     ]
 

@@ -6,8 +6,17 @@ Importing this package registers the models with timm:
     model = timm.create_model("trex_resnet50", pretrained=True)
 """
 
+from trex_models.checkpoints import CheckpointError
 from trex_models.heads import CosineClassifier, Projector
+from trex_models.manifest import WeightsError
 from trex_models.trex import TRexResNet
 
-__all__ = ["CosineClassifier", "Projector", "TRexResNet", "__version__"]
+__all__ = [
+    "CheckpointError",
+    "CosineClassifier",
+    "Projector",
+    "TRexResNet",
+    "WeightsError",
+    "__version__",
+]
 __version__ = "0.1.0.dev0"

@@ -16,6 +16,7 @@ authors published their backbones alone. ``in1k_r2`` were retrained with the rel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,10 +31,13 @@ from timm.models import (
     model_entrypoint,
     register_model,
 )
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._input import update_model_args
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.serialization import safe_globals
 
+from trex_models import checkpoints, naver, weights
 from trex_models.heads import CosineClassifier, Projector
 
 __all__ = ["TRexResNet"]  # register_model appends the entry points
@@ -197,29 +201,36 @@ class TRexResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def _filter_state_dict(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _filter_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Leave out the parts of the head that ``model`` lacks; check that the rest is the model's.
 
-    So the file of a whole model also serves the smaller ones. timm loads without strictness
-    where the number of classes changes, and would pass over another architecture's file.
+    So the file of a whole model also serves the smaller ones, and a training state serves all.
+    timm loads without strictness where the number of classes changes, and would pass over
+    another architecture's file.
 
     Raises:
+        CheckpointError: It is a training state with a part missing.
         RuntimeError: The file holds another architecture.
     """
+    if checkpoints.form_of(state_dict) == "model":
+        found = dict(state_dict)
+    else:
+        classes = model.pretrained_cfg.get("num_classes") or None
+        found = checkpoints.split(state_dict, num_classes=classes).state_dict()
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
         if not any(key.startswith(part) for key in wanted):
-            state_dict = {k: v for k, v in state_dict.items() if not k.startswith(part)}
+            found = {k: v for k, v in found.items() if not k.startswith(part)}
     # The classifier is left to timm, which knows whether it is to be loaded.
-    missing = [k for k in wanted if k not in state_dict and not k.startswith("fc.")]
-    unexpected = [k for k in state_dict if k not in wanted and not k.startswith("fc.")]
+    missing = [k for k in wanted if k not in found and not k.startswith("fc.")]
+    unexpected = [k for k in found if k not in wanted and not k.startswith("fc.")]
     if missing or unexpected:
         name = model.pretrained_cfg["architecture"]
         raise RuntimeError(
             f"the weights do not fit {name}: {_some(missing)} missing, "
             f"{_some(unexpected)} unexpected"
         )
-    return state_dict
+    return found
 
 
 def _some(keys: list[str]) -> str:
@@ -244,7 +255,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _naver(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(license="cc-by-nc-sa-4.0", origin_url="https://github.com/naver/trex", **kwargs)
+    return _cfg(license=naver.LICENSE, origin_url="https://github.com/naver/trex", **kwargs)
 
 
 default_cfgs = generate_default_cfgs(
@@ -270,10 +281,54 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: Any, variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    return build_model_with_cfg(
-        cls, variant, pretrained, pretrained_filter_fn=_filter_state_dict, **kwargs
-    )
+# What timm is not told explicitly is fetched by these names.
+_BY_HUB_ID = {
+    cfg.hf_hub_id: f"{name}.{tag}"
+    for name, default in default_cfgs.items()
+    for tag, cfg in default.cfgs.items()
+    if cfg.hf_hub_id
+}
+
+
+def _create(
+    cls: Any,
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Build by timm, after finding the weights where nobody said explicitly where they are."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    overlay = dict(pretrained_cfg_overlay or {})
+    filter_fn = _filter_state_dict
+    if pretrained:
+        if cfg.license == naver.LICENSE:
+            weights.notice()
+        explicit = cfg.source or cfg.file or cfg.state_dict or cfg.url
+        if not explicit and cfg.hf_hub_id in _BY_HUB_ID:
+            overlay["file"] = str(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
+            filter_fn = _filter_fetched
+        elif cfg.file and not cfg.source and not cfg.state_dict:
+            checkpoints.load(cfg.file)  # its errors say more than timm's
+    with safe_globals(checkpoints.OFFICIAL_GLOBALS):
+        return build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=filter_fn,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+
+
+def _filter_fetched(state_dict: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    # The path is this machine's and stays out of saved configs; the filter is its last reader.
+    del model.pretrained_cfg["file"]
+    return _filter_state_dict(state_dict, model)
 
 
 _RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "zero_init_last": False}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,12 +25,16 @@ import pytest
 import timm
 import timm.models._builder
 import timm.models._factory
+from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 
 import trex_models  # noqa: F401  # registers the models
+from trex_models import weights
 
 STOCK = "resnet50"
 OURS = timm.list_models("trex*")
+FOLDER = tempfile.TemporaryDirectory()
+WEIGHTS = Path(FOLDER.name)
 STAND_IN = re.compile(r"(?:create_model|resolve_model_input_args)\(\s*'(?:test_resnet|resnet18)'")
 
 _list_models = timm.list_models
@@ -48,17 +53,25 @@ def list_models(*args: Any, **kwargs: Any) -> list[str]:
     return [stock, *_list_models("trex*", pretrained=pretrained, include_tags=True)]
 
 
-def load_state_dict_from_hf(model_id: str, *_args: Any, **_kwargs: Any) -> Any:
-    """Return untrained weights of the model that the Hub id names."""
-    name = model_id.partition("/")[2]
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None
-    assert cfg.architecture is not None
-    return timm.create_model(cfg.architecture, num_classes=cfg.num_classes).state_dict()
+def fetch(name: str, cache_dir: object = None) -> Path:  # noqa: ARG001
+    """Return a file of untrained weights of a model of ours."""
+    path = WEIGHTS / f"{name}.safetensors"
+    if not path.exists():
+        cfg = get_pretrained_cfg(name)
+        assert cfg is not None
+        model = timm.create_model(name, num_classes=cfg.num_classes)
+        save_file(model.state_dict(), path)
+    return path
+
+
+def load_state_dict_from_hf(*_args: Any, **_kwargs: Any) -> Any:
+    """Return untrained weights of resnet50."""
+    return timm.create_model(STOCK).state_dict()
 
 
 timm.list_models = list_models
 timm.models._builder.load_state_dict_from_hf = load_state_dict_from_hf
+weights.fetch = fetch
 
 
 @pytest.fixture

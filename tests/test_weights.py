@@ -1,0 +1,617 @@
+"""pretrained=True by name: the cache, the Hub and NAVER's file, and all that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor
+
+from tests import official_files
+from tests.file_server import FileServer
+from tests.loopback import Fault, sha256
+from tests.loopback_hub import Hub, HubServer
+from tests.reference_resnet import outputs, pictures
+from trex_models import CheckpointError, WeightsError, manifest, naver, weights
+
+ROOT = Path(__file__).parents[1]
+# The tensor of the reference's outputs that a model gives, and the file that has its weights.
+MODELS = {
+    "trex_resnet50.in1k": (0, "trex.pth"),
+    "trexstar_resnet50.in1k": (0, "trexstar.pth"),
+    "trex_resnet50.in1k_r2": (0, "trex_2.pth"),
+    "trexstar_resnet50.in1k_r2": (0, "trexstar_2.pth"),
+    "trex_resnet50_proj.in1k_r2": (1, "trex_2_checkpoint_full.pth"),
+    "trexstar_resnet50_proj.in1k_r2": (1, "trexstar_2_checkpoint_full.pth"),
+    "trex_resnet50_cls.in1k_r2": (2, "trex_2_checkpoint_full.pth"),
+    "trexstar_resnet50_cls.in1k_r2": (2, "trexstar_2_checkpoint_full.pth"),
+}
+IMAGES = pictures(2, 64)
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("release")
+    official_files.write_release(folder, small=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def expected(release: Path) -> dict[str, Tensor]:
+    """Outputs of every model for IMAGES, (2, ...) float64, by the independent reference."""
+    loaded = {
+        path.name: outputs(torch.load(path, weights_only=False), IMAGES)
+        for path in release.iterdir()
+    }
+    found = {name: loaded[file][part] for name, (part, file) in MODELS.items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@pytest.fixture
+def server(release: Path) -> Iterator[FileServer]:
+    with FileServer({path.name: path for path in release.iterdir()}) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, with the loopback server in NAVER's place and an empty manifest."""
+    manifest.save(manifest.Manifest(), tmp_path / "manifest.json")
+    monkeypatch.setenv("TREX_MODELS_MANIFEST", str(tmp_path / "manifest.json"))
+    monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield tmp_path / "cache"
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+
+def visible(cache: Path) -> list[str]:
+    """Files in our cache, but for empty locks."""
+    return sorted(p.name for p in (cache / "naver").glob("*") if p.suffix != ".lock")
+
+
+@torch.no_grad()
+def assert_outputs(model: Any, reference: Tensor) -> None:
+    found = model.double().eval()(IMAGES.double())
+    error = (found - reference).abs().max() / reference.abs().max()
+    assert error < 1e-6, error
+
+
+# NAVER's files, in this process
+
+
+def test_every_name_from_naver(
+    cache: Path, server: FileServer, expected: dict[str, Tensor], tmp_path: Path
+) -> None:
+    for name, reference in expected.items():
+        model: Any = timm.create_model(name, pretrained=True)
+        assert "file" not in model.pretrained_cfg
+        assert_outputs(model, reference)
+    assert sorted(r.path for r in server.log) == sorted(
+        naver.url(file).removeprefix(server.url.removesuffix(server.prefix))
+        for file in {file for _, file in MODELS.values()}
+    )
+    assert all(request.authorization is None for request in server.log)
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+    bare: Any = timm.create_model("trex_resnet50", pretrained=True, features_only=True)
+    assert "file" not in bare.pretrained_cfg
+    tuned: Any = timm.create_model("trex_resnet50_cls", pretrained=True, num_classes=10, in_chans=1)
+    assert tuned.fc.weight.shape == (10, 256)
+    assert len(server.log) == 6
+
+    found = {path.suffix for path in (cache / "naver").iterdir()}
+    assert found == {".json", ".safetensors", ".lock"}
+    for path in (cache / "naver").glob("*.safetensors"):
+        assert path.stat().st_mode & 0o777 == path.with_suffix(".json").stat().st_mode & 0o777
+        record = json.loads(path.with_suffix(".json").read_text())
+        assert record["sha256"] == sha256(server.files[record["file"]])
+        assert record["converted_sha256"] == sha256(path)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_full_file_in_the_cache_serves_the_backbone(server: FileServer) -> None:
+    whole = weights.fetch("trexstar_resnet50_cls.in1k_r2")
+    assert weights.fetch("trexstar_resnet50.in1k_r2") == whole
+    assert len(server.log) == 1
+    assert timm.create_model("trexstar_resnet50.in1k_r2", pretrained=True).num_classes == 0
+
+
+@pytest.mark.usefixtures("cache")
+def test_messages(server: FileServer, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    weights.notice.cache_clear()
+    for _ in range(2):
+        timm.create_model("trex_resnet50", pretrained=True)
+    said = [record.getMessage() for record in caplog.records if "trex" in record.name]
+    digest = sha256(server.files["trex.pth"])
+    assert [message for message in said if "not for commercial use" in message] == said[:1]
+    assert said[1] == f"downloading {server.url}trex.pth for trex_resnet50.in1k, once"
+    assert f"trex.pth (SHA-256 {digest}, recorded at this first use)" in said[2]
+    assert len(said) == 3
+    caplog.clear()
+    weights.notice.cache_clear()
+    monkeypatch.setenv("TREX_MODELS_NO_NOTICE", "1")
+    timm.create_model("trex_resnet50", pretrained=True)
+    timm.create_model("trex_resnet50")
+    assert not [record for record in caplog.records if "trex" in record.name]
+    weights.notice.cache_clear()
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("reset", [False, True])
+def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, reset: bool) -> None:
+    server.faults = [Fault("GET", cut_after=31_000_000, times=2, reset=reset)]
+    found = load_file(weights.fetch("trex_resnet50.in1k"))
+    starts = [request.range for request in server.log]
+    assert starts == [None, f"bytes={20 * MIB}-", f"bytes={40 * MIB}-"]  # the client's pieces
+    original = torch.load(release / "trex.pth", weights_only=True)
+    assert all(torch.equal(found[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault("GET", status=404), r"trex\.pth cannot be had: .*404"),
+        (Fault("GET", status=500), r"trex\.pth cannot be had: .*500"),
+        (Fault("GET", cut_after=0), r"trex\.pth cannot be had: "),
+        (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part: it is a web page"),
+        (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or cut short"),
+    ],
+    ids=["404", "500", "cut", "web page", "damaged"],
+)
+def test_what_naver_does_not_give(
+    cache: Path, server: FileServer, fault: Fault, reason: str
+) -> None:
+    server.faults = [fault]
+    with pytest.raises(WeightsError, match=reason) as caught:
+        timm.create_model("trex_resnet50", pretrained=True)
+    message = str(caught.value)
+    assert message.startswith("no weights for trex_resnet50.in1k.\n")
+    assert "Hub: trex_resnet50.in1k is not published there yet" in message
+    for remedy in (f"place {server.url}trex.pth at {cache}/naver/trex.pth", "file=", "convert nav"):
+        assert remedy in message
+    assert visible(cache) == []
+    server.faults = []
+    assert weights.fetch("trex_resnet50.in1k").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "served", "reason"),
+    [
+        ("trex_resnet50_cls", "trexstar_2_checkpoint_full.pth", "found a projector of 1 hidden"),
+        ("trex_resnet50_cls", "trex_2.pth", "expected a projector of 3.*found a backbone alone"),
+        ("trex_resnet50", "trex_2_checkpoint_full.pth", "expected a backbone alone, found a proj"),
+    ],
+)
+def test_renamed_files(
+    cache: Path, server: FileServer, name: str, served: str, reason: str
+) -> None:
+    file = "trex_2_checkpoint_full.pth" if name.endswith("cls") else "trex.pth"
+    server.files[file] = server.files[served]
+    with pytest.raises(WeightsError, match=reason):
+        timm.create_model(name, pretrained=True)
+    assert visible(cache) == []
+
+
+def test_values_that_are_not_finite(cache: Path, server: FileServer, tmp_path: Path) -> None:
+    state = official_files.backbone_checkpoint()
+    state["layer1.0.conv1.weight"][0, 0] = float("nan")
+    official_files.write(state, tmp_path / "nan.pth")
+    server.files["trex.pth"] = tmp_path / "nan.pth"
+    with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight has 1 values that are not"):
+        weights.fetch("trex_resnet50.in1k")
+    assert visible(cache) == []
+
+
+def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Path) -> None:
+    first = weights.fetch("trex_resnet50.in1k")
+    digest = sha256(server.files["trex.pth"])
+    first.unlink()
+    server.files["trex.pth"] = server.files["trexstar.pth"]
+    with pytest.raises(WeightsError, match=rf"refused: .* but {digest} was recorded when it was"):
+        weights.fetch("trex_resnet50.in1k")
+    assert visible(cache) == ["trex.json"]
+    shutil.rmtree(cache)
+    known = manifest.Manifest(naver={"trex.pth": digest})
+    manifest.save(known, tmp_path / "manifest.json")
+    with pytest.raises(WeightsError, match=rf"refused: .* but {digest} was recorded"):
+        weights.fetch("trex_resnet50.in1k")
+    assert visible(cache) == []
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_changed_cache_is_refused() -> None:
+    path = weights.fetch("trex_resnet50.in1k")
+    state = load_file(path)
+    state["conv1.weight"] += 1
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=rf"SHA-256 of {path} is .*trex\.json; delete both"):
+        weights.fetch("trex_resnet50.in1k")
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"trex\.json is damaged .*delete it"):
+        weights.fetch("trex_resnet50.in1k")
+
+
+def test_file_placed_by_hand_offline(
+    cache: Path, server: FileServer, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="not asked: HF_HUB_OFFLINE is set"):
+        weights.fetch("trexstar_resnet50_proj.in1k_r2")
+    file = "trexstar_2_checkpoint_full.pth"
+    (cache / "naver").mkdir(parents=True)
+    shutil.copy(release / file, cache / "naver" / file)
+    assert weights.fetch("trexstar_resnet50_proj.in1k_r2").stem == Path(file).stem
+    assert weights.fetch("trexstar_resnet50.in1k_r2").stem == Path(file).stem
+    assert (cache / "naver" / file).exists()
+    assert server.log == []
+
+
+def test_cache_dir_of_the_call(cache: Path, tmp_path: Path) -> None:
+    timm.create_model("trex_resnet50", pretrained=True, cache_dir=tmp_path / "other")
+    assert not cache.exists()
+    assert (tmp_path / "other" / "trex_models" / "naver" / "trex.safetensors").exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_malformed_manifests(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    entry = {"repository": "a/b", "revision": "0" * 40, "sha256": "0" * 64}
+    for contents in (
+        "",
+        "[]",
+        "{}",
+        '{"models": {"x": {}}, "naver": {}}',
+        json.dumps({"models": {"x": entry | {"revision": "main"}}, "naver": {}}),
+        json.dumps({"models": {"x": entry | {"sha256": None}}, "naver": {}}),
+    ):
+        path.write_text(contents)
+        with pytest.raises(WeightsError, match=r"manifest\.json is no manifest of weights"):
+            timm.create_model("trex_resnet50", pretrained=True)
+    path.unlink()
+    with pytest.raises(WeightsError, match="No such file"):
+        weights.fetch("trex_resnet50.in1k")
+
+
+def test_packaged_manifest() -> None:
+    packaged = manifest.load(manifest.PACKAGED)
+    assert packaged.models.keys() <= naver.FILES.keys()
+    assert packaged.naver.keys() <= {file for _, file in MODELS.values()}
+
+
+# What timm is told explicitly
+
+
+def test_explicit_files(
+    cache: Path, server: FileServer, release: Path, expected: dict[str, Tensor]
+) -> None:
+    def load(name: str, file: str, **kwargs: Any) -> Any:
+        overlay = {"file": str(release / file)}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+    full = "trexstar_2_checkpoint_full.pth"
+    for part in ("_cls", "_proj", ""):
+        name = f"trexstar_resnet50{part}"
+        assert_outputs(load(name, full), expected[f"{name}.in1k_r2"])
+    assert load("trexstar_resnet50_cls", full, num_classes=3).fc.weight.shape == (3, 256)
+    assert_outputs(load("trex_resnet50", "trexstar.pth"), expected["trexstar_resnet50.in1k"])
+    with pytest.raises(RuntimeError, match="do not fit trex_resnet50_proj: .*missing"):
+        load("trex_resnet50_proj", "trex.pth")
+    with pytest.raises(RuntimeError, match="do not fit trex_resnet50_cls: .*missing"):
+        load("trex_resnet50_cls", full)
+    with pytest.raises(CheckpointError, match=r"none\.pth: it cannot be read"):
+        load("trex_resnet50", "none.pth")
+    state = torch.load(release / "trex.pth", weights_only=True)
+    given = timm.create_model(
+        "trex_resnet50", pretrained=True, pretrained_cfg_overlay={"state_dict": state}
+    )
+    assert_outputs(given, expected["trex_resnet50.in1k"])
+    assert server.log == []
+    assert not cache.exists()
+
+
+# Whole processes, as users run them, against the loopback Hub
+
+CHILD = """
+import json, sys, time
+import timm, torch, trex_models
+from tests.reference_resnet import pictures
+
+for i, name in enumerate(sys.argv[2:]):
+    start = time.perf_counter()
+    try:
+        model = timm.create_model(name, pretrained=True).eval()
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    else:
+        with torch.no_grad():
+            torch.save(model.double()(pictures(2, 64).double()), f"{sys.argv[1]}/{i}.pt")
+        result = {"error": None}
+    print(json.dumps({**result, "seconds": time.perf_counter() - start}), flush=True)
+"""
+
+
+class Result:
+    """What a process that created models left behind."""
+
+    def __init__(self, folder: Path, names: tuple[str, ...], done: Any) -> None:
+        self.stderr = done.stderr
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        self.errors = dict(zip(names, [line["error"] for line in lines], strict=True))
+        self.seconds = [line["seconds"] for line in lines]
+        self.folder = folder
+
+    def assert_outputs(self, expected: dict[str, Tensor]) -> None:
+        for i, (name, error) in enumerate(self.errors.items()):
+            assert error is None, error
+            found = torch.load(self.folder / f"{i}.pt")
+            reference = expected[name.removeprefix("hf-hub:trex-models/").partition("@")[0]]
+            assert (found - reference).abs().max() < 1e-6 * reference.abs().max()
+
+
+class Place:
+    """A Hub, NAVER's server, and a user's home."""
+
+    def __init__(self, hub: HubServer, server: FileServer, folder: Path) -> None:
+        self.hub = hub
+        self.server = server
+        self.folder = folder
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "TREX_MODELS_MANIFEST": str(folder / "manifest.json"),
+            "TREX_MODELS_NAVER_URL": server.url,
+        }
+
+    def start(self, *names: str, **environment: str) -> subprocess.Popen[str]:
+        (self.folder / "out").mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(self.folder / "out"), *names],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def create(self, *names: str, **environment: str) -> Result:
+        process = self.start(*names, **environment)
+        out, err = process.communicate(timeout=300)
+        done = subprocess.CompletedProcess([], process.returncode, out, err)
+        return Result(self.folder / "out", names, done)
+
+
+@pytest.fixture(scope="module")
+def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """model.safetensors of every model, written by hand from the release's tensors."""
+    folder = tmp_path_factory.mktemp("converted")
+    found = {}
+    for name, (_, file) in MODELS.items():
+        if file.endswith("full.pth"):
+            continue
+        state = torch.load(release / file, weights_only=True)
+        found[name] = folder / f"{name}.safetensors"
+        save_file(state, found[name], {"format": "pt"})
+    yield found
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(server: FileServer, converted: dict[str, Path], tmp_path: Path) -> Iterator[Place]:
+    hub = Hub()
+    published = {}
+    for name, path in converted.items():
+        config = b'{"architecture": "resnet50", "num_classes": 0, "pretrained_cfg": {}}'
+        files: dict[str, Path | bytes] = {"model.safetensors": path, "config.json": config}
+        revision = hub.add(f"trex-models/{name}", files)
+        hub.add(f"trex-models/{name}", {"later": b"commit"})
+        published[name] = manifest.Published(f"trex-models/{name}", revision, sha256(path))
+    manifest.save(manifest.Manifest(published), tmp_path / "manifest.json")
+    with HubServer(hub) as hub_server:
+        yield Place(hub_server, server, tmp_path)
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
+
+
+def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
+    place.create(*BACKBONES).assert_outputs(expected)
+    revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
+    pinned = manifest.load(place.folder / "manifest.json").models.values()
+    assert revisions == {entry.revision for entry in pinned}
+    assert place.server.log == []
+    before = len(place.hub.log)
+    place.create(*BACKBONES).assert_outputs(expected)
+    place.create(*BACKBONES, HF_HUB_OFFLINE="1").assert_outputs(expected)
+    assert len(place.hub.log) == before
+
+
+def test_explicit_hub_folder(place: Place, expected: dict[str, Tensor]) -> None:
+    """timm's own way, with any organisation's repository."""
+    name = "hf-hub:trex-models/trex_resnet50.in1k"
+    revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"].commits[0].sha
+    place.create(name, f"{name}@{revision}").assert_outputs(expected)
+
+
+def test_hub_serves_other_weights(place: Place, converted: dict[str, Path]) -> None:
+    name = "trex_resnet50.in1k"
+    other = converted["trexstar_resnet50.in1k"]
+    repo = place.hub.hub.repos[f"trex-models/{name}"]
+    # Someone rewrote the pinned commit.
+    repo.commits[0] = repo.commits[0]._replace(
+        files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
+    )
+    for _ in range(2):
+        error = place.create(name).errors[name]
+        assert f"is {sha256(other)}, not {sha256(converted[name])} of the manifest" in error
+        assert "delete the file and try again" in error
+    assert place.server.log == []
+
+
+def test_hub_fails_and_naver_serves(place: Place, expected: dict[str, Tensor]) -> None:
+    del place.hub.hub.repos["trex-models/trex_resnet50.in1k"]
+    place.hub.faults = [
+        Fault("trexstar_resnet50.in1k/", status=404),
+        Fault("trex_resnet50.in1k_r2/", status=403),
+        Fault(r"GET.*trexstar_resnet50.in1k_r2/", cut_after=0),
+    ]
+    result = place.create(*BACKBONES)
+    result.assert_outputs(expected)
+    for name in BACKBONES:
+        assert f"{name} cannot be had from the Hub (" in result.stderr
+        assert f"downloading {place.server.url}" in result.stderr
+    assert len(place.server.log) == 4
+    asked = len(place.hub.log)
+    place.create(*BACKBONES).assert_outputs(expected)
+    assert (len(place.server.log), len(place.hub.log)) == (4, asked)
+
+
+def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
+    place.hub.faults = [Fault("", status=500)]
+    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    assert len(place.hub.requests("/resolve/")) == 1
+    result = place.create("trexstar_resnet50.in1k", HF_ENDPOINT="http://127.0.0.1:9")
+    result.assert_outputs(expected)
+
+
+def test_connection_to_the_hub_breaks_and_is_resumed(
+    place: Place, expected: dict[str, Tensor]
+) -> None:
+    place.hub.faults = [Fault("GET.*model.safetensors", cut_after=30_000_000, times=1)]
+    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    ranges = [request.range for request in place.hub.requests("^GET .*/resolve/")]
+    assert ranges == [None, f"bytes={20 * MIB}-"]
+    assert place.server.log == []
+
+
+def test_models_that_are_not_published_are_not_asked_for(
+    place: Place, expected: dict[str, Tensor]
+) -> None:
+    published = manifest.load(place.folder / "manifest.json").models
+    del published["trex_resnet50.in1k"]
+    manifest.save(manifest.Manifest(published), place.folder / "manifest.json")
+    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    assert place.hub.log == []
+    assert len(place.server.log) == 1
+
+
+def test_offline_without_a_cache(place: Place) -> None:
+    result = place.create("trex_resnet50", "trexstar_resnet50_cls", HF_HUB_OFFLINE="1")
+    for error in result.errors.values():
+        assert error.startswith("WeightsError: no weights for trex")
+        assert "Hub: not asked: HF_HUB_OFFLINE is set" in error
+    assert place.hub.log == place.server.log == []
+    assert not (place.folder / "home" / "trex_models").exists()
+
+
+def test_two_processes_at_once(place: Place, expected: dict[str, Tensor]) -> None:
+    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    place.server.faults = [Fault("GET", delay=3)]
+    name = "trexstar_resnet50.in1k"
+    processes = [place.start(name) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        done = subprocess.CompletedProcess([], process.returncode, out, err)
+        Result(place.folder / "out", (name,), done).assert_outputs(expected)
+    assert len(place.server.log) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> None:
+    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    place.server.faults = [Fault("GET", cut_after=50_000_000, times=1, headers={"X": "1"})]
+    process = place.start("trex_resnet50.in1k")
+    folder = place.folder / "home" / "trex_models" / "naver"
+    deadline = time.monotonic() + 60
+    while not place.server.log and time.monotonic() < deadline:
+        time.sleep(0.05)
+    part = folder / ".trex.pth.part"
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    left = [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+    assert left == ([] if number == signal.SIGINT else [part.name])
+    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    found = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    assert found == {"trex.json", "trex.safetensors"}
+
+
+def test_read_only_cache(place: Place, expected: dict[str, Tensor]) -> None:
+    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    home = place.folder / "home"
+    code = (
+        "import os, sys; from trex_models import weights\n"
+        "os.geteuid() or os.setresuid(65534, 65534, 65534)  # permissions do not stop root\n"
+        "try: print(weights.fetch(sys.argv[1]))\n"
+        "except weights.WeightsError as error: print(error)\n"
+    )
+    folders = [home, *[path for path in home.rglob("*") if path.is_dir()]]
+    for folder in folders:
+        folder.chmod(0o555)
+    for folder in (home, *home.parents):  # pytest's folders are private
+        if folder.owner() == place.folder.owner() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+
+    def fetch(name: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, name],
+            env={**place.environment, "HOME": str(place.folder)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert fetch("trex_resnet50.in1k").strip().endswith("trex_models/naver/trex.safetensors")
+    message = fetch("trexstar_resnet50.in1k")
+    assert "naver cannot be written (Permission denied); set TREX_MODELS_CACHE" in message
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+def limit_files() -> None:
+    """Before a child starts: a write fails at 20 MB, as it would on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+
+
+def test_disk_is_full(place: Place) -> None:
+    code = (
+        "from trex_models import weights\n"
+        "try: weights.fetch('trex_resnet50.in1k')\n"
+        "except weights.WeightsError as error: print(error)\n"
+    )
+    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=place.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=limit_files,
+    )
+    assert "cannot be written (File too large); set TREX_MODELS_CACHE to a folder" in done.stdout
+    assert visible(place.folder / "home" / "trex_models") == []

@@ -1,0 +1,106 @@
+"""The manifest: which weights are published where, at which revision, with which SHA-256.
+
+manifest.json stands in the package; the maintainers' tools write it. The environment variable
+TREX_MODELS_MANIFEST names another one, for mirrors and tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PACKAGED = Path(__file__).with_name("manifest.json")
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be had, or are not the ones they should be; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model's folder on the Hub."""
+
+    repository: str
+    """Organisation and name."""
+    revision: str
+    """The commit, 40 hexadecimal digits."""
+    sha256: str
+    """Of model.safetensors."""
+    outputs: tuple[float, ...] = ()
+    """First outputs for the fixed input of ``python -m hub verify``."""
+
+    def __post_init__(self) -> None:
+        for name, pattern in (
+            ("repository", r"[\w.-]+/[\w.-]+"),
+            ("revision", r"[0-9a-f]{40}"),
+            ("sha256", r"[0-9a-f]{64}"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not re.fullmatch(pattern, value):
+                raise ValueError(f"{name} is {value!r}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is published."""
+
+    models: dict[str, Published] = field(default_factory=dict)
+    """By model and tag, such as trex_resnet50.in1k."""
+    naver: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of NAVER's files, by name, as the first maintainer who fetched them found it."""
+
+
+def load(path: Path | None = None) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        path: The file; None for TREX_MODELS_MANIFEST, or the package's own.
+
+    Raises:
+        WeightsError: It is missing or malformed.
+    """
+    path = path or Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED)
+    try:
+        contents: dict[str, Any] = json.loads(path.read_text())
+        models = {name: Published(**entry) for name, entry in contents["models"].items()}
+        return Manifest(models, dict(contents["naver"]))
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is no manifest of weights ({type(error).__name__}: {error}); correct it or "
+            "unset TREX_MODELS_MANIFEST"
+        ) from error
+
+
+def save(manifest: Manifest, path: Path) -> None:
+    """Write a manifest beside its place and move it there."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+    beside.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str, source: str) -> None:
+    """Refuse a file that is not the expected one.
+
+    Args:
+        path: The file.
+        expected: Its SHA-256.
+        source: Where that was recorded, and what to do, for the message.
+
+    Raises:
+        WeightsError: The file is another one.
+    """
+    found = sha256(path)
+    if found != expected:
+        raise WeightsError(f"refused: the SHA-256 of {path} is {found}, not {expected} of {source}")

@@ -1,0 +1,127 @@
+"""Where ``pretrained=True`` finds its file, by name.
+
+1. The cache: the Hub's own, or NAVER's file converted earlier.
+2. The Hub: models that the manifest lists, at its revision.
+3. NAVER's file: downloaded, converted, cached.
+
+Whatever the source, the file's SHA-256 is checked each time. HF_HUB_OFFLINE forbids 2 and 3.
+What timm is told explicitly (a file, a state dict, hf-hub:, local-dir:) does not come here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+
+from trex_models import manifest, naver
+from trex_models.checkpoints import CheckpointError
+from trex_models.manifest import Manifest, Published, WeightsError
+
+_logger = logging.getLogger(__name__)
+
+
+def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
+    """Return a verified file of a model's weights, from wherever they can be had.
+
+    Args:
+        name: Model and tag, such as trex_resnet50.in1k.
+        cache_dir: The Hub's cache and ours; None for the default ones.
+
+    Returns:
+        A safetensors file, of the model or of one that contains it.
+
+    Raises:
+        WeightsError: They cannot be had, or are not the ones they should be.
+    """
+    published = manifest.load()
+    entry = published.models.get(name)
+    cache = cache_folder(cache_dir)
+    path = _hub_cached(entry, cache_dir) or naver.cached(name, cache)
+    if path is not None:
+        return path
+    return _from_hub(name, entry, cache_dir) or _from_naver(name, cache, published, entry)
+
+
+def cache_folder(cache_dir: Path | str | None = None) -> Path:
+    """Return our cache's folder: TREX_MODELS_CACHE, or one beside the Hub's own cache."""
+    if cache_dir is not None:
+        return Path(cache_dir) / "trex_models"
+    return Path(os.environ.get("TREX_MODELS_CACHE") or Path(constants.HF_HOME) / "trex_models")
+
+
+@functools.cache
+def notice() -> None:
+    """Say once per process that the weights are not free for every use."""
+    if not os.environ.get("TREX_MODELS_NO_NOTICE"):
+        _logger.warning(
+            "these t-ReX weights are NAVER's, licence CC BY-NC-SA 4.0: not for commercial use "
+            "(TREX_MODELS_NO_NOTICE=1 silences this)"
+        )
+
+
+def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path | None:
+    if entry is None:
+        return None
+    found = try_to_load_from_cache(
+        entry.repository, "model.safetensors", cache_dir=cache_dir, revision=entry.revision
+    )
+    return _verified(Path(found), entry) if isinstance(found, str) else None
+
+
+def _verified(path: Path, entry: Published) -> Path:
+    source = f"the manifest for {entry.repository}@{entry.revision}; delete the file and try again"
+    manifest.check_sha256(path, entry.sha256, source)
+    return path
+
+
+def _from_hub(name: str, entry: Published | None, cache_dir: Path | str | None) -> Path | None:
+    if entry is None or constants.HF_HUB_OFFLINE:
+        return None
+    file = "model.safetensors"
+    try:
+        # Asked once: hf_hub_download tries for 23 seconds, or minutes where nothing answers.
+        get_hf_file_metadata(hf_hub_url(entry.repository, file, revision=entry.revision))
+        found = hf_hub_download(
+            entry.repository, file, revision=entry.revision, cache_dir=cache_dir
+        )
+    except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
+        _logger.warning(
+            "%s cannot be had from the Hub (%s: %s); trying NAVER's file",
+            name,
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
+        return None
+    return _verified(Path(found), entry)
+
+
+def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | None) -> Path:
+    try:
+        return naver.obtain(name, cache, published)
+    except (CheckpointError, WeightsError) as error:
+        file = naver.FILES[name][0]
+        hub = "gave no file" if entry else f"{name} is not published there yet"
+        if constants.HF_HUB_OFFLINE:
+            hub = "not asked: HF_HUB_OFFLINE is set"
+        raise WeightsError(
+            f"no weights for {name}.\n"
+            f"  cache: none under {cache}\n"
+            f"  Hub: {hub}\n"
+            f"  NAVER: {error}\n"
+            f"Any one of these helps:\n"
+            f"  - place {naver.url(file)} at {cache / 'naver' / file}; it is converted once\n"
+            f"  - copy {cache / 'naver'} here from a machine where this works\n"
+            f"  - pretrained_cfg_overlay=dict(file={file!r}), with the path of your copy\n"
+            f"  - in a checkout: python -m convert naver {file} OUT, then "
+            f'create_model("local-dir:OUT/{name}")'
+        ) from error
