@@ -135,6 +135,11 @@ def test_flat_file_and_its_wrappers(backbone: Contents, tmp_path: Path) -> None:
         assert (checkpoint.projector, checkpoint.class_weights) == ({}, None)
         assert checkpoint.backbone.keys() == backbone.keys()
         assert torch.equal(checkpoint.backbone["conv1.weight"], backbone["conv1.weight"])
+    last = {
+        k: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v
+        for k, v in backbone.items()
+    }
+    assert all(value.is_contiguous() for value in split(last).state_dict().values())
     save_file(dict(backbone), tmp_path / "model.safetensors")
     assert read(tmp_path).backbone.keys() == backbone.keys()
 
@@ -193,7 +198,7 @@ def rename(old: str, new: str) -> Callable[[Contents], None]:
     return change
 
 
-def put(key: str, value: Any) -> Callable[[Contents], None]:
+def put(key: Any, value: Any) -> Callable[[Contents], None]:
     return lambda model: model.__setitem__(key, value)
 
 
@@ -225,6 +230,9 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
         (drop(f"{HEAD}2.weight"), "projector is incomplete"),
         (drop(f"{HEAD}1.bn.bias"), r"projector of 1 hidden layers: 1 \(1\.bn\.bias\) missing"),
         (drop("memory.labels"), "bank has no labels"),
+        (drop("memory.features"), "bank has no features"),
+        (put("module.clf.fc.weight", torch.ones(1000, 256)), "both a memory bank and learned cl"),
+        (put(3, torch.ones(1)), "the key 3 is no name"),
         (
             put("module.extra", torch.ones(1)),
             "unexpected key 'module.extra' beside those of an",
@@ -252,6 +260,16 @@ def test_refused_states(
     change(contents["model"])
     with pytest.raises(CheckpointError, match=rf"weights\.pth: .*{message}"):
         read(saved(contents, tmp_path))
+
+
+def test_bank_in_half_precision_is_averaged_in_full(star: Contents) -> None:
+    contents = copied(star)
+    half = contents["model"]["module.memory.features"].half()
+    contents["model"]["module.memory.features"] = half
+    found = split(contents).class_weights
+    contents["model"]["module.memory.features"] = half.float()
+    assert found is not None
+    assert torch.equal(found, split(contents).state_dict()["fc.weight"])
 
 
 def test_unknown_entries(star: Contents) -> None:

@@ -289,6 +289,18 @@ def test_malformed_manifests(tmp_path: Path) -> None:
         weights.fetch("trex_resnet50.in1k")
 
 
+def test_unknown_name() -> None:
+    with pytest.raises(WeightsError, match=r"no weights are known for 'trex_resnet50', only"):
+        weights.fetch("trex_resnet50")
+
+
+def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    entry = manifest.Published("a/b", "0" * 40, "1" * 64, outputs=(1.5, -2.0))
+    written = manifest.Manifest({"trex_resnet50.in1k": entry}, {"trex.pth": "2" * 64})
+    manifest.save(written, tmp_path / "manifest.json")
+    assert manifest.load(tmp_path / "manifest.json") == written
+
+
 def test_packaged_manifest() -> None:
     packaged = manifest.load(manifest.PACKAGED)
     assert packaged.models.keys() <= naver.FILES.keys()

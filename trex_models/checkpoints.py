@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from trex_models.heads import Projector, class_means
+from trex_models.heads import Projector, class_means, widen
 
 
 class CheckpointError(ValueError):
@@ -122,11 +122,11 @@ class Checkpoint:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole model's state dict: backbone, ``proj.*`` and ``fc.weight``."""
+        """Return the whole model's state dict, contiguous: backbone, ``proj.*``, ``fc.weight``."""
         state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
         if self.class_weights is not None:
             state["fc.weight"] = self.class_weights
-        return state
+        return {key: value.contiguous() for key, value in state.items()}
 
 
 def read(
@@ -181,6 +181,9 @@ def split(
             or the bank's shapes do not fit each other.
     """
     state, fates = _unwrap(contents)
+    for key in state:
+        if not isinstance(key, str):
+            raise CheckpointError(f"the key {key!r} is no name; save model.state_dict()")
     names = {key: _unwrapped_name(key) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = _form(rows.values())
@@ -213,7 +216,12 @@ def split(
         num_classes = len(contents["classes"])
     class_weights = parts["class weights"].get("")
     absent: tuple[int, ...] = ()
-    if parts["bank features"]:
+    if parts["bank features"] or parts["bank labels"]:
+        if class_weights is not None:
+            raise CheckpointError(
+                "it holds both a memory bank and learned class weights, which no run writes; use "
+                "the file that training wrote"
+            )
         class_weights, absent = _prototypes(parts, num_classes)
     if class_weights is not None and projector:
         _check_widths(class_weights, projector)
@@ -292,9 +300,10 @@ def _prototypes(
     parts: Mapping[str, Any], told_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return the bank's L2-normalised class sums, (C, D), and the classes without an entry."""
-    features, labels = parts["bank features"][""], parts["bank labels"].get("")
-    if labels is None:
-        raise CheckpointError("the memory bank has no labels; it is cut down: use another file")
+    features, labels = parts["bank features"].get(""), parts["bank labels"].get("")
+    if features is None or labels is None:
+        missing = "features" if features is None else "labels"
+        raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
     if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
         raise CheckpointError(
             f"the bank's labels, {tuple(labels.shape)} {labels.dtype}, do not fit its features, "
@@ -315,7 +324,7 @@ def _prototypes(
             "give the number of classes that the model was trained on (--num-classes)"
         )
     _check_finite({"the bank's features": features})
-    return class_means(features, labels, num_classes), absent
+    return class_means(widen(features), labels, num_classes), absent
 
 
 def _check_projector(projector: Mapping[str, Tensor]) -> None:

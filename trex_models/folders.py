@@ -50,7 +50,13 @@ def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> P
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
-    """Give a fresh folder beside ``folder``, which takes its place unless an error is raised."""
+    """Give a fresh folder beside ``folder``, which takes its place unless an error is raised.
+
+    Raises:
+        NotADirectoryError: ``folder`` is a file.
+    """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; choose another folder")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield beside

@@ -36,6 +36,7 @@ class Published:
     """First outputs for the fixed input of ``python -m hub verify``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "outputs", tuple(self.outputs))  # JSON has lists
         for name, pattern in (
             ("repository", r"[\w.-]+/[\w.-]+"),
             ("revision", r"[0-9a-f]{40}"),
@@ -72,8 +73,8 @@ def load(path: Path | None = None) -> Manifest:
         return Manifest(models, dict(contents["naver"]))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{path} is no manifest of weights ({type(error).__name__}: {error}); correct it or "
-            "unset TREX_MODELS_MANIFEST"
+            f"{path} is no manifest of weights ({type(error).__name__}: {error}); correct it, "
+            "or name another one (TREX_MODELS_MANIFEST)"
         ) from error
 
 

@@ -20,6 +20,7 @@ from typing import BinaryIO
 from huggingface_hub import constants
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trex_models import checkpoints
@@ -111,9 +112,10 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
                 return _convert(part, file, cache, manifest)
             finally:
                 part.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
+        reason = getattr(error, "strerror", None) or error
         raise WeightsError(
-            f"{folder} cannot be written ({error.strerror or error}); set TREX_MODELS_CACHE to a "
+            f"{folder} cannot be written ({reason}); set TREX_MODELS_CACHE to a "
             "folder with room that can"
         ) from error
 

@@ -43,6 +43,8 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
     Raises:
         WeightsError: They cannot be had, or are not the ones they should be.
     """
+    if name not in naver.FILES:
+        raise WeightsError(f"no weights are known for {name!r}, only for {', '.join(naver.FILES)}")
     published = manifest.load()
     entry = published.models.get(name)
     cache = cache_folder(cache_dir)
