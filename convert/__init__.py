@@ -1,0 +1,1 @@
+"""Tools of the checkout: convert official files to timm folders."""

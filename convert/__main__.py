@@ -1,0 +1,74 @@
+"""Convert checkpoints from the command line.
+
+    python -m convert naver FILE OUT_DIR [--model NAME.TAG] [--momentum-encoder]
+                                         [--num-classes N] [--tag TAG]
+
+A tool of the checkout: run it there. TREX_TRACEBACK=1 shows where an error comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TREX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert", description="Convert checkpoints.")
+    commands = parser.add_subparsers(title="commands", required=True)
+    naver = commands.add_parser(
+        "naver",
+        help="an official file to timm folders",
+        description="Convert an official t-ReX file, a backbone or a full training state, to timm "
+        "folders named as the Hub's repositories, and report what became of each of its keys.",
+    )
+    naver.add_argument("file", type=Path, metavar="FILE", help="the .pth file")
+    naver.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="where to write the folders")
+    naver.add_argument(
+        "--model",
+        metavar="NAME.TAG",
+        help="what a backbone file is if its name does not tell, such as trex_resnet50.in1k",
+    )
+    naver.add_argument(
+        "--momentum-encoder", action="store_true", help="convert the momentum encoder's weights"
+    )
+    naver.add_argument(
+        "--num-classes", type=int, metavar="N", help="classes of the bank (default: 1000)"
+    )
+    naver.add_argument("--tag", help="tag of the folders (default: by the file)")
+    naver.set_defaults(run=_naver)
+    return parser
+
+
+def _naver(options: argparse.Namespace) -> None:
+    from convert.naver import convert
+
+    convert(
+        options.file,
+        options.out_dir,
+        model=options.model,
+        momentum_encoder=options.momentum_encoder,
+        num_classes=options.num_classes,
+        tag=options.tag,
+        say=partial(print, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

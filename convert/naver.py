@@ -1,0 +1,399 @@
+"""Convert an official file to timm folders, named as the Hub's repositories.
+
+OUT_DIR/trex_resnet50.in1k_r2         the backbone, for stock timm
+OUT_DIR/trex_resnet50_proj.in1k_r2    with the projector
+OUT_DIR/trex_resnet50_cls.in1k_r2     with projector and classifier
+OUT_DIR/FILE.report.tsv               what became of every key of the file
+
+A backbone file gives the first alone. All models are built and compared with the source before
+the first is written, and all are written before the first is moved into its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from convert import report, source
+from trex_models import folders, naver
+from trex_models.checkpoints import Checkpoint, CheckpointError, load, read
+from trex_models.manifest import sha256
+
+# Largest difference between the source's outputs and a converted model's, relative to the largest
+# value. A ResNet-50 in float32 is off by up to 3e-5 from float64.
+TOLERANCE = 1e-4
+
+# The official sizes. The family follows from the projector's depth.
+DEPTHS = {"trex": 3, "trexstar": 1}
+WIDTHS = {"proj_hidden_dim": 2048, "proj_dim": 256}
+NUM_CLASSES = 1000
+
+KNOWN_FILES = sorted({file for files in naver.FILES.values() for file in files})
+PUBLISHED_TAGS = {name.partition(".")[2] for name in naver.FILES}
+# A backbone's own file is the first of its files.
+BACKBONE_FILES = {files[0]: name for name, files in naver.FILES.items() if "50." in name}
+
+
+class Model(NamedTuple):
+    """A converted model and what it must reproduce."""
+
+    module: nn.Module
+    expected: Tensor
+    """The source's outputs."""
+
+
+def convert(
+    path: Path,
+    out_dir: Path,
+    *,
+    model: str | None = None,
+    momentum_encoder: bool = False,
+    num_classes: int | None = None,
+    tag: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Convert a file; say what is being done, and at the end what was.
+
+    Args:
+        path: A backbone file or a full training state.
+        out_dir: Where to write; earlier folders of the same names are replaced.
+        model: Backbone and tag, such as trex_resnet50.in1k, for a backbone file whose name is not
+            an official one.
+        momentum_encoder: Take the momentum encoder's weights.
+        num_classes: C of a bank of another data set than ImageNet-1K.
+        tag: Tag of the folders, instead of the one that follows from the file.
+        say: Takes lines of text.
+
+    Returns:
+        The folders written.
+
+    Raises:
+        ValueError: The file cannot be converted, an option does not fit it, or a converted model
+            does not reproduce the source. Nothing is written then.
+        OSError: The folders cannot be written; the message says what was.
+    """
+    started, memory_before = time.perf_counter(), _peak_memory()
+    _check_paths(path, out_dir)
+    say(f"reading {path}")
+    checkpoint = read(path, momentum_encoder=momentum_encoder, num_classes=num_classes)
+    family, suggested_tag = _identify(path, checkpoint, model, momentum_encoder, num_classes)
+    tag = _checked_tag(path, tag, suggested_tag)
+
+    say("computing the source's outputs and the checksums of its keys")
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    # A mapping of its own: the pages that it touches leave the memory with it.
+    contents = load(path)
+    classes = NUM_CLASSES if checkpoint.class_weights is None else len(checkpoint.class_weights)
+    expected = source.outputs(
+        contents, images, momentum_encoder=momentum_encoder, num_classes=classes
+    )
+    rows = report.rows(contents, checkpoint.fates)
+    del contents
+    facts = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    say("building the models and comparing them with the source")
+    models = _build(checkpoint, expected, family, tag)
+    errors = {name: _error(model, images) for name, model in models.items()}
+    _check_errors(path, errors)
+
+    report_name = f"{path.stem}.report.tsv"
+    tensors = [t for model in models.values() for t in model.module.state_dict().values()]
+    needed = sum(tensor.nbytes for tensor in tensors) + 2**20  # and the small files
+    with _staged(out_dir, [*models, report_name], needed) as (stage, done):
+        for name, (module, wanted) in models.items():
+            say(f"writing {name}")
+            folders.write(module, stage / name, images, wanted)
+        report.write(stage / report_name, facts | {"models": " ".join(models)}, rows)
+        for name in models:
+            with folders.replaced(out_dir / name) as beside:
+                (stage / name).replace(beside)
+            done.append(name)
+        (stage / report_name).replace(out_dir / report_name)
+
+    absent = checkpoint.absent_classes
+    say("")
+    say("\n".join(f"{name:<10}{value}" for name, value in facts.items()))
+    say(f"holds     {_holds(checkpoint, rows)}")
+    if checkpoint.class_weights is not None:
+        say(f"absent    {len(absent)} classes{': ' if absent else ''}{_listed(absent)}")
+    say(f"keys      {len(rows)}")
+    for fate, count in report.counts(rows).items():
+        say(f"{count:>10}  {fate}")
+    say(f"checked   error relative to the largest value, at most {TOLERANCE:.0e}:")
+    for name, error in errors.items():
+        say(f"{error:>10.1e}  {name}")
+    say("written   model.safetensors and its SHA-256:")
+    for name in models:
+        weights = out_dir / name / "model.safetensors"
+        say(f"{_megabytes(weights.stat().st_size):>10}  {sha256(weights)}  {out_dir / name}")
+    say(f"report    {out_dir / report_name}")
+    say(f"time      {time.perf_counter() - started:.1f} s")
+    memory = _peak_memory()
+    say(f"memory    {_megabytes(memory)} at most, {_megabytes(memory_before)} before reading")
+    return [out_dir / name for name in models]
+
+
+def _holds(checkpoint: Checkpoint, rows: list[report.Row]) -> str:
+    if not checkpoint.projector:
+        return "a ResNet-50 backbone alone"
+    sizes = checkpoint.head_args()
+    assert checkpoint.class_weights is not None
+    entries = [row.shape.partition("x")[0] for row in rows if row.fate.startswith("prototypes:")]
+    return (
+        f"a full training state: ResNet-50, projector of {sizes['proj_layers']} hidden layers of "
+        f"{sizes['proj_hidden_dim']}, embeddings of {sizes['proj_dim']}, "
+        f"{len(checkpoint.class_weights)} classes with "
+        f"{f'prototypes from a bank of {entries[0]}' if entries else 'learned weights'}"
+    )
+
+
+def _listed(classes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+
+
+def _check_paths(path: Path, out_dir: Path) -> None:
+    """Refuse early what the end of the work would trip over.
+
+    Raises:
+        ValueError: There is no such file.
+        OSError: The output cannot be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the .pth file itself")
+    if not path.exists():
+        raise ValueError(
+            f"{path} does not exist; check the path, or download one of {', '.join(KNOWN_FILES)} "
+            f"from {naver.BASE_URL}"
+        )
+    existing = _existing(out_dir)
+    if not existing.is_dir():
+        raise OSError(f"{existing} is a file; choose another OUT_DIR")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{existing} cannot be written by this user; choose another OUT_DIR")
+
+
+def _identify(
+    path: Path,
+    checkpoint: Checkpoint,
+    model: str | None,
+    momentum_encoder: bool,
+    num_classes: int | None,
+) -> tuple[str, str]:
+    """Return the family, trex or trexstar, and the tag of a file's models.
+
+    Raises:
+        ValueError: The file is another one than its name says, or no official one; or an option
+            is missing or does not fit.
+    """
+    if path.name in KNOWN_FILES:
+        naver.check_contents(checkpoint, path.name)
+    if checkpoint.form == "trainer":
+        raise CheckpointError(
+            f"{path} is a checkpoint of this project's trainer; export it by "
+            "python -m trex_models.train export"
+        )
+    if checkpoint.form == "official":
+        if model:
+            raise ValueError(
+                f"{path}: --model {model} is for backbone files, and this is a full one, which "
+                "tells by its projector; leave it out"
+            )
+        return _identify_full(path, checkpoint, momentum_encoder, num_classes)
+    if checkpoint.projector or checkpoint.class_weights is not None:
+        raise CheckpointError(
+            f"{path} holds a whole model, not an official file; timm loads it as it is, by "
+            f"pretrained_cfg_overlay=dict(file={path.name!r})"
+        )
+    if num_classes is not None:
+        raise ValueError(
+            f"{path}: --num-classes {num_classes} is for a memory bank, and this file is a "
+            "backbone alone; leave it out"
+        )
+    return _identify_backbone(path, model)
+
+
+def _identify_full(
+    path: Path, checkpoint: Checkpoint, momentum_encoder: bool, num_classes: int | None
+) -> tuple[str, str]:
+    if checkpoint.class_weights is None:
+        raise CheckpointError(
+            f"{path} holds neither a memory bank nor class weights; it is cut down: use the file "
+            "that training wrote"
+        )
+    learned = "fc.weight" in checkpoint.fates.values()
+    classes = len(checkpoint.class_weights)
+    if num_classes not in (None, classes):
+        raise ValueError(
+            f"{path}: --num-classes {num_classes} does not fit its class weights, of {classes} "
+            "classes; leave it out"
+        )
+    # What sets it apart from the published models, so that it cannot pass for one of them.
+    sizes = checkpoint.head_args()
+    marks = ["in1k_r2" if classes == NUM_CLASSES else f"c{classes}"]
+    if sizes["proj_layers"] not in DEPTHS.values():
+        marks.append(f"l{sizes['proj_layers']}")
+    for name, letter in (("proj_hidden_dim", "h"), ("proj_dim", "d")):
+        if sizes[name] != WIDTHS[name]:
+            marks.append(f"{letter}{sizes[name]}")
+    if learned:
+        marks.append("learned")
+    if momentum_encoder:
+        marks.append("momentum")
+    family = "trexstar" if sizes["proj_layers"] == DEPTHS["trexstar"] else "trex"
+    return family, "_".join(marks)
+
+
+def _identify_backbone(path: Path, model: str | None) -> tuple[str, str]:
+    by_name = BACKBONE_FILES.get(path.name)
+    if model is None and by_name is None:
+        raise ValueError(
+            f"{path}: a backbone alone does not tell t-ReX from t-ReX*, and {path.name!r} is none "
+            f"of {', '.join(BACKBONE_FILES)}; say which it is by --model "
+            f"{' or --model '.join(BACKBONE_FILES.values())}"
+        )
+    if model and by_name and model != by_name:
+        raise ValueError(
+            f"{path}: --model {model} contradicts the file's name, which is that of {by_name}; "
+            "leave --model out, or rename the file"
+        )
+    family, _, tag = (model or by_name or "").partition("_resnet50.")
+    if family not in DEPTHS or not tag:
+        raise ValueError(
+            f"{path}: --model {model} is no backbone and tag; choose from "
+            f"{', '.join(BACKBONE_FILES.values())}, or one with another tag"
+        )
+    return family, tag
+
+
+def _checked_tag(path: Path, tag: str | None, suggested: str) -> str:
+    if tag in PUBLISHED_TAGS and tag != suggested:
+        raise ValueError(
+            f"{path}: --tag {tag} is for the published weights, and this would be {suggested}; "
+            "choose another tag"
+        )
+    tag = suggested if tag is None else tag
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", tag):
+        raise ValueError(
+            f"{path}: the tag {tag!r} would be a part of folders' names; choose one of letters, "
+            "digits, _ and - alone"
+        )
+    return tag
+
+
+def _build(
+    checkpoint: Checkpoint, expected: source.Outputs, family: str, tag: str
+) -> dict[str, Model]:
+    """Make the models, by name and tag; they share their tensors with the checkpoint."""
+    state = checkpoint.state_dict()
+    backbone = f"{family}_resnet50"
+    # Stock timm and transformers load the backbone, without this package.
+    models = {f"{backbone}.{tag}": _model("resnet50", backbone, tag, state, expected.features)}
+    if expected.embeddings is not None and expected.logits is not None:
+        standard = {"proj_layers": DEPTHS[family], **WIDTHS}
+        args = {k: v for k, v in checkpoint.head_args().items() if v != standard[k]}
+        for part, outputs in (("proj", expected.embeddings), ("cls", expected.logits)):
+            name = f"{backbone}_{part}"
+            models[f"{name}.{tag}"] = _model(name, name, tag, state, outputs, **args)
+    return models
+
+
+def _model(
+    architecture: str, like: str, tag: str, state: dict[str, Tensor], expected: Tensor, **args: Any
+) -> Model:
+    row = timm.get_pretrained_cfg(like)
+    assert row is not None
+    num_classes = expected.shape[1] if row.num_classes else 0
+    cfg = dataclasses.replace(
+        row, architecture=architecture, num_classes=num_classes, tag=tag, hf_hub_id=None
+    )
+    with torch.device("meta"):  # without memory of its own
+        model = timm.create_model(
+            architecture, pretrained_cfg=cfg, num_classes=num_classes, **args
+        ).eval()
+    model.load_state_dict({key: state[key] for key in model.state_dict()}, assign=True)
+    return Model(model, expected)
+
+
+@torch.no_grad()
+def _error(model: Model, images: Tensor) -> float:
+    difference = (model.module(images) - model.expected).abs().max()
+    return float(difference / model.expected.abs().max())
+
+
+def _check_errors(path: Path, errors: dict[str, float]) -> None:
+    wrong = [
+        f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: the converted models do not reproduce it ({'; '.join(wrong)} of the largest "
+            f"value, more than {TOLERANCE:.0e}); nothing was written; please report this"
+        )
+
+
+@contextmanager
+def _staged(out_dir: Path, names: list[str], needed: int) -> Iterator[tuple[Path, list[str]]]:
+    """Give a folder inside ``out_dir`` to write in, and a list for what is moved out of it.
+
+    Args:
+        out_dir: Made if it is missing.
+        names: What is to be written: folders, then a file.
+        needed: Bytes.
+
+    Raises:
+        OSError: The disk is full or refuses; the message says what was written.
+    """
+    missing = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    free = shutil.disk_usage(_existing(out_dir)).free
+    done: list[str] = []
+    try:
+        if free < needed:
+            raise OSError("the disk has too little room")
+        for name in names[:-1]:
+            if (out_dir / name).is_file():
+                raise OSError(f"{name} there is a file")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".convert.", dir=out_dir))
+        try:
+            yield stage, done
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
+        raise OSError(
+            f"{out_dir}: {getattr(error, 'strerror', None) or error}; written: "
+            f"{', '.join(done) or 'nothing'}; not written: "
+            f"{', '.join(name for name in names if name not in done)}; {_megabytes(needed)} are "
+            f"needed there and {_megabytes(free)} were free; make room or choose another OUT_DIR"
+        ) from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # it is not empty: not missing any more
+                folder.rmdir()
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

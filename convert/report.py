@@ -1,0 +1,62 @@
+"""What became of every key of a file, with checksums, as a tab-separated file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from convert import source
+
+
+class Row(NamedTuple):
+    """A key of the file and its fate, a line of the report."""
+
+    key: str
+    shape: str
+    dtype: str
+    sha256: str
+    """Of the tensor's bytes in row-major order, the first 16 hexadecimal digits."""
+    fate: str
+    """The key in the converted models, or what else happened."""
+
+
+def rows(contents: Mapping[str, Any], fates: Mapping[str, str]) -> list[Row]:
+    """Describe every key of a file, in the file's order."""
+    return [_row(key, value, fates[key]) for key, value in source.entries(contents)]
+
+
+def _row(key: str, value: Any, fate: str) -> Row:
+    if not isinstance(value, Tensor):
+        return Row(key, "-", type(value).__name__, "-", fate)
+    data = value.contiguous().view(-1).view(torch.uint8).numpy().data  # numpy has no bfloat16
+    shape = "x".join(map(str, value.shape)) or "scalar"
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Row(key, shape, dtype, hashlib.sha256(data).hexdigest()[:16], fate)
+
+
+def counts(rows: Iterable[Row]) -> Counter[str]:
+    """Count the keys by fate; those that are kept, by part of the model."""
+    return Counter(_kind(row.fate) for row in rows)
+
+
+def _kind(fate: str) -> str:
+    if ":" in fate:
+        return fate
+    parts = {"proj": "projector", "fc": "class weights"}
+    return parts.get(fate.partition(".")[0], "backbone")
+
+
+def write(path: Path, facts: Mapping[str, object], rows: Iterable[Row]) -> None:
+    """Write a report, headed by facts about the file."""
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream, "excel-tab", lineterminator="\n")
+        writer.writerows((f"# {name}", value) for name, value in facts.items())
+        writer.writerow(("key", "shape", "dtype", "sha256_16", "fate"))
+        writer.writerows(rows)
