@@ -1,0 +1,79 @@
+"""A model's card: MODEL_CARD.md at the root of the checkout, filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hub import figures, licenses
+from hub.folder import Model
+
+TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
+
+
+def render(
+    model: Model,
+    identifier: str,
+    owner: str | None,
+    namespace: str,
+    measured: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the README.md of a model's repository.
+
+    Args:
+        model: The model.
+        identifier: Of its licence.
+        owner: Whose weights they are; None for NAVER's.
+        namespace: Organisation or user on the Hub.
+        measured: This model's results in imagenet.json; None where it was not measured.
+    """
+    architecture, _, tag = model.name.partition(".")
+    backbone = f"{architecture.partition('_')[0]}_resnet50.{tag}"
+    repository = f"{namespace}/{model.name}"
+    card = ModelCard.from_template(
+        metadata(model, identifier),
+        template_path=str(TEMPLATE),
+        name=model.name,
+        repository=repository,
+        create=model.name if model.is_naver else f"hf-hub:{repository}",
+        naver=model.is_naver,
+        part=model.part,
+        stock=model.is_stock,
+        star=architecture.startswith("trexstar"),
+        tag=tag,
+        backbone_name=backbone,
+        backbone_repository=f"{namespace}/{backbone}",
+        config=model.config,
+        num_features=model.config["num_features"],
+        num_classes=model.config["num_classes"],
+        embedding_dim=model.config.get("model_args", {}).get("proj_dim", 256),
+        has_label_names="label_names" in model.config
+        or "label_names" in model.config["pretrained_cfg"],
+        size=model.config["pretrained_cfg"]["input_size"][-1],
+        absent_classes=model.absent_classes,
+        licence=licenses.find(identifier),
+        owner=owner,
+        figures=figures.reported(model.name) if model.is_naver else None,
+        ours=measured,
+    )
+    return f"{card}\n"
+
+
+def metadata(model: Model, identifier: str) -> ModelCardData:
+    """Return the card's YAML header.
+
+    It has no results: the authors' figures are theirs, and nothing else is measured.
+    """
+    tags = ["image-feature-extraction", "timm", "trex"]
+    if model.part == "cls":
+        tags.append("image-classification")
+    return ModelCardData(
+        license=identifier,
+        library_name="timm",
+        pipeline_tag="image-classification" if model.part == "cls" else tags[0],
+        tags=tags,
+        datasets=["imagenet-1k"] if model.is_naver else None,
+    )

@@ -1,0 +1,52 @@
+"""Outputs for one fixed input, by which a published model is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COUNT = 8
+TOLERANCE = 1e-3
+"""Of the largest recorded output. Other processors and thread counts round differently, by about
+1e-6 in these networks."""
+
+
+def images(size: Sequence[int]) -> Tensor:
+    """Return the input, 2 sin((c + 1) (x + 2 y) / 17) in channel c, row y and column x.
+
+    A formula, so that it depends on no random generator, computed in float64.
+
+    Args:
+        size: (C, H, W).
+
+    Returns:
+        (1, C, H, W) float32.
+    """
+    channels, height, width = size
+    c = torch.arange(channels, dtype=torch.float64).view(-1, 1, 1)
+    y = torch.arange(height, dtype=torch.float64).view(1, -1, 1)
+    x = torch.arange(width, dtype=torch.float64).view(1, 1, -1)
+    return (2 * torch.sin((c + 1) * (x + 2 * y) / 17)).float()[None]
+
+
+@torch.inference_mode()
+def outputs(model: Any) -> tuple[float, ...]:
+    """Return a timm model's first outputs for the input, to 6 significant digits.
+
+    Args:
+        model: In eval mode; its pretrained_cfg tells the input's size.
+    """
+    values = model(images(model.pretrained_cfg["input_size"]))[0, :COUNT].tolist()
+    return tuple(float(f"{value:.6g}") for value in values)
+
+
+def difference(found: Sequence[float], recorded: Sequence[float]) -> float:
+    """Return the largest difference, relative to the largest recorded value."""
+    if len(found) != len(recorded):
+        return float("inf")
+    scale = max((abs(value) for value in recorded), default=0.0)
+    errors = [abs(a - b) for a, b in zip(found, recorded, strict=True)]
+    return max(errors, default=0.0) / max(scale, 1e-12)

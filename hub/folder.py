@@ -1,0 +1,176 @@
+"""A model's folder, as it stands on the Hub: which files, and what they must hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from timm.models import model_entrypoint
+
+from hub.licenses import ORIGIN
+from trex_models import naver
+
+TIMM_FILES = ("config.json", "model.safetensors")
+FILES = (*TIMM_FILES, "README.md", "LICENSE", "NOTICE")
+_ENTRIES = ("architecture", "num_classes", "num_features", "pretrained_cfg")
+_LOCAL_PATH = re.compile(
+    r"/|~|\.{1,2}/|file:|[A-Za-z]:[\\/]|(?!https?://).*\.(bin|ckpt|pt|pth|safetensors|tar)$"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in a folder."""
+
+    name: str
+    """Of its repository: model and tag for NAVER's, such as trex_resnet50.in1k."""
+    folder: Path
+    config: dict[str, Any]
+    part: str
+    """How far it goes: backbone, proj or cls."""
+    is_stock: bool
+    """Whether timm builds it without trex_models."""
+    absent_classes: tuple[int, ...] = ()
+    """Classes whose prototype is zero."""
+
+    @property
+    def is_naver(self) -> bool:
+        """Whether the weights are NAVER's."""
+        return self.name in naver.FILES
+
+    @property
+    def license(self) -> str | None:
+        """The licence that config.json states, by the Hub's identifier."""
+        return self.config["pretrained_cfg"].get("license")
+
+
+def load(folder: Path, pretrained: bool = True) -> Any:
+    """Return the model of a timm folder, in eval mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=pretrained).eval()
+
+
+def inspect(folder: Path, name: str) -> Model:
+    """Check a timm folder, or a Hub folder, and describe its model.
+
+    Args:
+        folder: Holds config.json and model.safetensors, and nothing that a Hub folder has not.
+        name: Of the repository.
+
+    Raises:
+        ValueError: A file is missing or does not belong there, config.json is not fit to be
+            published, or the weights are not finite or do not load in timm.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"{name!r} cannot be a repository's name; use letters, digits, _ . and -")
+    found = sorted(path.name for path in folder.iterdir())
+    for file in found:
+        if file not in FILES:
+            raise ValueError(
+                f"{folder / file} does not belong into a Hub folder; remove it (expected: "
+                f"{', '.join(FILES)})"
+            )
+    for file in TIMM_FILES:
+        if file not in found:
+            raise ValueError(f"{folder} has no {file}; convert or export the model again")
+    config = _read_config(folder / "config.json")
+    absent = _check_weights(folder / "model.safetensors")
+    try:
+        network = load(folder)
+    except Exception as error:  # timm, torch and safetensors raise many kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder}: timm cannot load it ({reason}); convert or export it again"
+        ) from error
+    is_stock = model_entrypoint(config["architecture"]).__module__.startswith("timm.")
+    model = Model(name, folder, config, _part(network, is_stock), is_stock, absent)
+    _check_kind(model)
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(path.read_text()))
+        missing = [entry for entry in _ENTRIES if entry not in config]
+        if "input_size" not in config["pretrained_cfg"]:
+            missing.append("pretrained_cfg.input_size")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no model's configuration ({type(error).__name__}: {error}); convert or "
+            "export the model again"
+        ) from error
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; convert or export the model again")
+    for place, text in _strings(config, ""):
+        if _LOCAL_PATH.match(text):
+            raise ValueError(f"{path}: {place} is a path of this machine, {text!r}; remove it")
+    if "num_classes" in config.get("model_args", {}):
+        raise ValueError(
+            f"{path}: model_args has num_classes, which transformers refuses; remove it there, it "
+            "stands at the top"
+        )
+    return config
+
+
+def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from _strings(part, f"{place}.{key}".lstrip("."))
+
+
+def _check_weights(path: Path) -> tuple[int, ...]:
+    """Require finite values; return the classes whose prototype is zero."""
+    absent: tuple[int, ...] = ()
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # it is no dict
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ValueError(
+                        f"{path}: {key} has values that are not finite; do not publish"
+                    )
+                if key == "fc.weight":
+                    absent = tuple((~tensor.any(1)).nonzero().flatten().tolist())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); convert again") from error
+    return absent
+
+
+def _part(network: Any, is_stock: bool) -> str:
+    if is_stock:
+        return "backbone"
+    return "cls" if network.num_classes else "proj"
+
+
+def _check_kind(model: Model) -> None:
+    """Require of a backbone that stock timm builds it, and of NAVER's what their names say."""
+    architecture, classes = model.config["architecture"], model.config.get("num_classes")
+    path = model.folder / "config.json"
+    if model.is_stock and classes != 0:
+        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
+    if not model.is_naver:
+        if model.config["pretrained_cfg"].get("origin_url") == ORIGIN:
+            raise ValueError(
+                f"{path}: the weights are NAVER's by its origin_url, but {model.name!r} is none "
+                f"of their names ({', '.join(naver.FILES)}); keep the name, and with it the licence"
+            )
+        return
+    base = model.name.partition(".")[0]
+    wanted = base if base.endswith(("_proj", "_cls")) else "resnet50"
+    if architecture != wanted:
+        raise ValueError(
+            f"{path}: the architecture of {model.name} is {architecture!r}, not {wanted!r}; "
+            "convert NAVER's file again"
+        )
+    if model.license not in (None, naver.LICENSE):
+        raise ValueError(
+            f"{path}: the licence of NAVER's weights is {naver.LICENSE}, not {model.license!r}"
+        )

@@ -1,0 +1,142 @@
+"""The licences of weights, and the files LICENSE and NOTICE of a Hub folder."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+from trex_models import naver
+
+ORIGIN = "https://github.com/naver/trex"
+PAPER = (
+    'Sariyildiz, Kalantidis, Alahari, Larlus, "No Reason for No Supervision: Improved '
+    'Generalization in Supervised Models", ICLR 2023, https://arxiv.org/abs/2206.15369'
+)
+
+
+class License(NamedTuple):
+    """A licence that weights can have."""
+
+    name: str
+    spdx: str
+    url: str
+    meaning: str
+
+
+_CC = "https://creativecommons.org"
+_ATTRIBUTION = "name the source, link to the licence and say what you changed"
+
+# By the Hub's identifiers. A licence that is missing here is one row away.
+LICENSES = {
+    "apache-2.0": License(
+        "Apache License 2.0",
+        "Apache-2.0",
+        "https://www.apache.org/licenses/LICENSE-2.0",
+        "Use, change and share them, commercially too: keep the notices, say what you changed.",
+    ),
+    "mit": License(
+        "MIT License",
+        "MIT",
+        "https://opensource.org/license/mit",
+        "Use, change and share them, commercially too: keep the copyright notice.",
+    ),
+    "cc0-1.0": License(
+        "Creative Commons Zero 1.0 Universal",
+        "CC0-1.0",
+        f"{_CC}/publicdomain/zero/1.0/",
+        "Use, change and share them for any purpose, without conditions.",
+    ),
+    "cc-by-4.0": License(
+        "Creative Commons Attribution 4.0 International",
+        "CC-BY-4.0",
+        f"{_CC}/licenses/by/4.0/",
+        f"Use, change and share them, commercially too: {_ATTRIBUTION}.",
+    ),
+    "cc-by-sa-4.0": License(
+        "Creative Commons Attribution-ShareAlike 4.0 International",
+        "CC-BY-SA-4.0",
+        f"{_CC}/licenses/by-sa/4.0/",
+        f"Use, change and share them, commercially too: {_ATTRIBUTION}, and share what you "
+        "derive from them under the same licence.",
+    ),
+    "cc-by-nc-4.0": License(
+        "Creative Commons Attribution-NonCommercial 4.0 International",
+        "CC-BY-NC-4.0",
+        f"{_CC}/licenses/by-nc/4.0/",
+        f"Not for commercial use. Otherwise use, change and share them: {_ATTRIBUTION}.",
+    ),
+    "cc-by-nc-sa-4.0": License(
+        "Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International",
+        "CC-BY-NC-SA-4.0",
+        f"{_CC}/licenses/by-nc-sa/4.0/",
+        f"Not for commercial use. Otherwise use, change and share them: {_ATTRIBUTION}, and "
+        "share what you derive from them, fine-tuned weights too, under the same licence.",
+    ),
+}
+
+
+def find(identifier: str) -> License:
+    """Return a licence by the Hub's identifier.
+
+    Raises:
+        ValueError: It is not in the table.
+    """
+    if identifier not in LICENSES:
+        raise ValueError(
+            f"unknown licence {identifier!r}; choose one of {', '.join(LICENSES)}, or add it to "
+            "hub/licenses.py"
+        )
+    return LICENSES[identifier]
+
+
+def license_text(identifier: str) -> str:
+    """Return a LICENSE file that points to the licence."""
+    licence = find(identifier)
+    return (
+        f"Licence of the weights in this repository: {licence.name}\n"
+        f"SPDX-License-Identifier: {licence.spdx}\n"
+        f"Full text: {licence.url}\n\n"
+        f"{textwrap.fill(f'What it means, in short: {licence.meaning}', 80)}\n\n"
+        "NOTICE says whose weights they are. The full text alone is binding.\n"
+    )
+
+
+def naver_notice(name: str, changes: str) -> str:
+    """Return the NOTICE file of one of NAVER's models.
+
+    Args:
+        name: Model and tag.
+        changes: What the conversion did to the weights.
+    """
+    files = " or ".join(f"{naver.BASE_URL}/{file}" for file in naver.FILES[name])
+    return _paragraphs(
+        name,
+        "The weights in this repository are NAVER Corporation's, trained and released by the "
+        f"authors of t-ReX: {PAPER}",
+        f"Source: {files} ({ORIGIN})",
+        f"Licence: {find(naver.LICENSE).name} (LICENSE). They must not be used commercially, and "
+        "what is derived from them must be shared under the same licence. (That is what the "
+        "release's own LICENSE says; its NOTICE says Attribution-NonCommercial. The stricter one "
+        "is stated here.)",
+        f"Changes: {changes}",
+        "They were converted, not trained, by the authors of trex_models, whom NAVER has not "
+        "endorsed. They come without any warranty.",
+    )
+
+
+def owner_notice(name: str, owner: str, identifier: str) -> str:
+    """Return the NOTICE file of a model that somebody trained with this package."""
+    return _paragraphs(
+        name,
+        f"The weights in this repository are {owner}'s, trained with trex_models.",
+        f"Licence: {find(identifier).name} (LICENSE).",
+        f"The method is t-ReX: {PAPER}. Its authors had no part in these weights.",
+    )
+
+
+def _paragraphs(*paragraphs: str) -> str:
+    # Addresses are longer than lines.
+    wrapped = [
+        textwrap.fill(p, 80, break_long_words=False, break_on_hyphens=False) for p in paragraphs
+    ]
+    return "\n\n".join(wrapped) + "\n"
