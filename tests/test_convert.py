@@ -691,7 +691,7 @@ BAD_FULL_FILES = {
         "the bank's features has 1 values that are not finite",
     ),
     "no labels": (change(f"{BANK}labels", None), "the memory bank has no labels; it is cut down"),
-    "no features": (change(f"{BANK}features", None), "the memory bank has no features; it is cut down"),
+    "no features": (change(f"{BANK}features", None), "bank has no features; it is cut down"),
     "labels of more classes": (
         change(f"{BANK}labels", lambda t: t + 1),
         r"labels run from 1 to 7, outside 7 classes; give the number of classes",
