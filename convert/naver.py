@@ -89,6 +89,8 @@ def convert(
     """
     started, memory_before = time.perf_counter(), _peak_memory()
     _check_paths(path, out_dir)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"{path}: --num-classes {num_classes} must be at least 1")
     say(f"reading {path}")
     checkpoint = read(path, momentum_encoder=momentum_encoder, num_classes=num_classes)
     family, suggested_tag = _identify(path, checkpoint, model, momentum_encoder, num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from tests.file_server import FileServer
 from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer
 from tests.reference_resnet import outputs, pictures
-from trex_models import CheckpointError, WeightsError, manifest, naver, weights
+from tests.test_checkpoints import tiny_method
+from trex_models import CheckpointError, WeightsError, checkpoints, manifest, naver, weights
 
 ROOT = Path(__file__).parents[1]
 # The tensor of the reference's outputs that a model gives, and the file that has its weights.
@@ -140,9 +143,9 @@ def test_messages(server: FileServer, caplog: pytest.LogCaptureFixture, monkeypa
         timm.create_model("trex_resnet50", pretrained=True)
     said = [record.getMessage() for record in caplog.records if "trex" in record.name]
     digest = sha256(server.files["trex.pth"])
-    assert [message for message in said if "not for commercial use" in message] == said[:1]
-    assert said[1] == f"downloading {server.url}trex.pth for trex_resnet50.in1k, once"
-    assert f"trex.pth (SHA-256 {digest}, recorded at this first use)" in said[2]
+    assert said[0] == f"downloading {server.url}trex.pth for trex_resnet50.in1k, once"
+    assert f"trex.pth (SHA-256 {digest}, recorded at first use)" in said[1]
+    assert "not for commercial use" in said[2]
     assert len(said) == 3
     caplog.clear()
     weights.notice.cache_clear()
@@ -230,9 +233,34 @@ def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Pa
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
     manifest.save(known, tmp_path / "manifest.json")
-    with pytest.raises(WeightsError, match=rf"refused: .* but {digest} was recorded"):
+    with pytest.raises(WeightsError, match=rf"refused: .* but the manifest says {digest}"):
         weights.fetch("trex_resnet50.in1k")
     assert visible(cache) == []
+
+
+def test_a_first_use_that_the_manifest_contradicts(
+    cache: Path, server: FileServer, tmp_path: Path
+) -> None:
+    weights.fetch("trex_resnet50.in1k")
+    known = manifest.Manifest(naver={"trex.pth": sha256(server.files["trexstar.pth"])})
+    manifest.save(known, tmp_path / "manifest.json")
+    with pytest.raises(WeightsError, match=r"refused: .* but the manifest says .*delete what was"):
+        weights.fetch("trex_resnet50.in1k")
+    shutil.rmtree(cache)
+    server.files["trex.pth"] = server.files["trexstar.pth"]
+    assert weights.fetch("trex_resnet50.in1k").exists()
+
+
+@pytest.mark.usefixtures("cache")
+def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server.ranges = False
+    server.faults = [Fault("GET", cut_after=31_000_000)]
+    with pytest.raises(WeightsError, match="breaks each time, and the server cannot resume"):
+        weights.fetch("trex_resnet50.in1k")
+    assert len(server.log) == 7
+    server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
+    assert weights.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.usefixtures("cache")
@@ -311,7 +339,7 @@ def test_packaged_manifest() -> None:
 
 
 def test_explicit_files(
-    cache: Path, server: FileServer, release: Path, expected: dict[str, Tensor]
+    cache: Path, server: FileServer, release: Path, expected: dict[str, Tensor], tmp_path: Path
 ) -> None:
     def load(name: str, file: str, **kwargs: Any) -> Any:
         overlay = {"file": str(release / file)}
@@ -330,21 +358,100 @@ def test_explicit_files(
     with pytest.raises(CheckpointError, match=r"none\.pth: it cannot be read"):
         load("trex_resnet50", "none.pth")
     state = torch.load(release / "trex.pth", weights_only=True)
-    given = timm.create_model(
-        "trex_resnet50", pretrained=True, pretrained_cfg_overlay={"state_dict": state}
-    )
-    assert_outputs(given, expected["trex_resnet50.in1k"])
+    for wrapped in (state, {f"module.{key}": value for key, value in state.items()}):
+        given: Any = timm.create_model(
+            "trex_resnet50", pretrained=True, pretrained_cfg_overlay={"state_dict": wrapped}
+        )
+        assert "state_dict" not in given.pretrained_cfg
+        assert_outputs(given, expected["trex_resnet50.in1k"])
+    empty: list[dict[str, Any]] = [{"state_dict": {}}, {"file": ""}]
+    for nothing in empty:
+        with pytest.raises(CheckpointError):
+            timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=nothing)
     assert server.log == []
+    overlay = {"url": f"{server.url}trexstar.pth"}
+    at_url = timm.create_model(
+        "trex_resnet50",
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=tmp_path / "url",
+    )
+    assert_outputs(at_url, expected["trexstar_resnet50.in1k"])
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("key", ["layer1.0.conv1.weight", "bn1.running_mean"])
+@pytest.mark.usefixtures("cache")
+def test_explicit_file_with_bad_values(key: str, tmp_path: Path) -> None:
+    state = official_files.backbone_checkpoint()
+    for tensor, message in [
+        (torch.full_like(state[key], float("nan")), f"{key} has .* values that are not finite"),
+        (state[key].long(), f"{key} is torch.int64, not torch.float32"),
+    ]:
+        torch.save({**state, key: tensor}, tmp_path / "bad.pth")
+        overlay = {"file": str(tmp_path / "bad.pth")}
+        with pytest.raises((CheckpointError, RuntimeError), match=message):
+            timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_file_of_timm_s_trainer(release: Path, tmp_path: Path) -> None:
+    state = torch.load(release / "trex.pth", weights_only=True)
+    average = torch.load(release / "trexstar.pth", weights_only=True)
+    checkpoint = {"arch": "trex_resnet50", "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    checkpoint |= {"state_dict": state, "metric": 0.5}
+    for extra, weight in ({}, state), ({"state_dict_ema": average}, average):
+        torch.save(checkpoint | extra, tmp_path / "last.pth.tar")
+        overlay = {"file": str(tmp_path / "last.pth.tar")}
+        model: Any = timm.create_model(
+            "trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        assert torch.equal(model.conv1.weight, weight["conv1.weight"])
+
+
+@pytest.mark.parametrize("bank", [True, False])
+def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
+    method = tiny_method(bank).eval()
+    state = {"config": {"license": "mit"}, "classes": list("abcde"), "num_images": 9, "step": 3}
+    state |= {"method": method.state_dict(), "optimizer": {}, "scaler": {}}
+    torch.save(state, tmp_path / "step_3.pt")
+    args: dict[str, Any] = {
+        "backbone": "resnet10t",
+        "proj_layers": 2,
+        "proj_hidden_dim": 32,
+        "proj_dim": 16,
+    }
+
+    def load(**kwargs: Any) -> Any:
+        overlay = {"file": str(tmp_path / "step_3.pt")}
+        return timm.create_model(
+            "trex_resnet", pretrained=True, pretrained_cfg_overlay=overlay, **args, **kwargs
+        ).eval()
+
+    with torch.no_grad():
+        logits = method.objective.logits(method.encoder([IMAGES]))
+        for model in (load(), load(num_classes=5)):
+            assert torch.allclose(model(IMAGES), logits, atol=1e-5)
+            assert model.pretrained_cfg["license"] == "mit"
+            assert "origin_url" not in model.pretrained_cfg
+    assert load(num_classes=3).fc.weight.shape == (3, 16)
+
+
+def test_threads(release: Path) -> None:
+    """Loading changes no state of torch that another thread relies on."""
+    files = [release / "trexstar_2_checkpoint_full.pth", release / "trex.pth"] * 3
+    with ThreadPoolExecutor(6) as threads:
+        assert len(list(threads.map(checkpoints.load, files))) == 6
+    assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 # Whole processes, as users run them, against the loopback Hub
 
 CHILD = """
-import json, sys, time
+import json, signal, sys, time
 import timm, torch, trex_models
 from tests.reference_resnet import pictures
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 for i, name in enumerate(sys.argv[2:]):
     start = time.perf_counter()
     try:
@@ -432,7 +539,7 @@ def place(server: FileServer, converted: dict[str, Path], tmp_path: Path) -> Ite
     hub = Hub()
     published = {}
     for name, path in converted.items():
-        config = b'{"architecture": "resnet50", "num_classes": 0, "pretrained_cfg": {}}'
+        config = f'{{"architecture": "{name.partition(".")[0]}", "num_classes": 0}}'.encode()
         files: dict[str, Path | bytes] = {"model.safetensors": path, "config.json": config}
         revision = hub.add(f"trex-models/{name}", files)
         hub.add(f"trex-models/{name}", {"later": b"commit"})
@@ -459,11 +566,44 @@ def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) ->
     assert len(place.hub.log) == before
 
 
+def test_hub_s_cache_is_damaged(place: Place, expected: dict[str, Tensor]) -> None:
+    name = "trex_resnet50.in1k"
+    place.create(name).assert_outputs(expected)
+    (path,) = (place.folder / "home" / "hub").glob(f"models--*{name}/snapshots/*/*.safetensors")
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    error = place.create(name).errors[name]
+    assert f"SHA-256 of {path.resolve()} is" in error
+    assert "delete the file and try again" in error
+    path.resolve().unlink()
+    place.create(name).assert_outputs(expected)
+    assert place.server.log == []
+
+
+def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) -> None:
+    """Before what was made of NAVER's file, here another one."""
+    name = "trex_resnet50.in1k"
+    listed = (place.folder / "manifest.json").read_text()
+    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    place.server.files["trex.pth"] = place.server.files["trexstar.pth"]
+    other = {name: expected["trexstar_resnet50.in1k"]}
+    place.create(name).assert_outputs(other)
+    (place.folder / "manifest.json").write_text(listed)
+    place.create(name).assert_outputs(other)  # a cache comes before the network
+    shutil.move(place.folder / "home" / "trex_models", place.folder / "aside")
+    place.create(name).assert_outputs(expected)
+    shutil.move(place.folder / "aside", place.folder / "home" / "trex_models")
+    place.create(name).assert_outputs(expected)
+
+
 def test_explicit_hub_folder(place: Place, expected: dict[str, Tensor]) -> None:
     """timm's own way, with any organisation's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"].commits[0].sha
     place.create(name, f"{name}@{revision}").assert_outputs(expected)
+    assert not (place.folder / "home" / "trex_models").exists()
+    assert place.server.log == []
 
 
 def test_hub_serves_other_weights(place: Place, converted: dict[str, Path]) -> None:

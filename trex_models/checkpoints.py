@@ -3,7 +3,8 @@
 Four forms: the official release's backbone files (flat, torchvision's names), its full training
 states (online encoder, momentum encoder, memory bank, optimizer, arguments), its full states
 without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
-Pickles are read under ``weights_only=True``. A key that the table below does not name is an error.
+Pickles are read under ``weights_only=True``. In a training state a key that the table below does
+not name is an error; in a model's file it is taken for the backbone's, and compared with it later.
 
 Shapes: C classes, D embedding, Q bank size.
 """
@@ -24,7 +25,7 @@ import safetensors.torch
 import timm
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
+from torch.serialization import add_safe_globals
 
 from trex_models.heads import Projector, class_means, widen
 
@@ -65,7 +66,10 @@ TABLE = (
 )
 
 # Where the weights stand in a training state, and its other entries, which are not weights.
+_TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
 CONTAINERS = {
+    "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
+    "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
     "method": {"config", "classes", "num_images", "step", "optimizer", "scaler"},
 }
@@ -142,7 +146,7 @@ def read(
         path: A .pth, .pt or .safetensors file, or a timm folder with model.safetensors.
         momentum_encoder: Take the momentum encoder's weights, not the online encoder's.
         num_classes: C of a bank, whose labels do not tell it: None for 1000 (ImageNet-1K) or
-            what a trainer's checkpoint says.
+            what a trainer's checkpoint says. 0 leaves the class weights out.
         backbone: timm's name of the backbone that the file must hold; None for any.
 
     Raises:
@@ -160,7 +164,7 @@ def read(
             with torch.device("meta"):
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
             _check_keys(checkpoint.backbone, expected, backbone)
-        _check_finite(checkpoint.state_dict())
+        check_finite(checkpoint.state_dict())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
@@ -216,7 +220,9 @@ def split(
         num_classes = len(contents["classes"])
     class_weights = parts["class weights"].get("")
     absent: tuple[int, ...] = ()
-    if parts["bank features"] or parts["bank labels"]:
+    if num_classes == 0:
+        class_weights = None
+    elif parts["bank features"] or parts["bank labels"]:
         if class_weights is not None:
             raise CheckpointError(
                 "it holds both a memory bank and learned class weights, which no run writes; use "
@@ -226,13 +232,6 @@ def split(
     if class_weights is not None and projector:
         _check_widths(class_weights, projector)
     return Checkpoint(form, backbone, projector, class_weights, absent, fates)
-
-
-def form_of(contents: Mapping[str, Any]) -> str:
-    """Return the form of what a file holds: "official", "trainer" or "model"."""
-    container = _container(contents)
-    state = contents if container is None else contents[container]
-    return _form(_row(_unwrapped_name(key)) for key in state)
 
 
 def _form(rows: Iterable[Row]) -> str:
@@ -296,6 +295,12 @@ def _fate(part: str, name: str, encoder: str) -> str:
     return name if part.endswith("backbone") else f"proj.{name}"
 
 
+_TELL = (
+    "give the number of classes that the model was trained on (--num-classes, or num_classes in "
+    "pretrained_cfg_overlay)"
+)
+
+
 def _prototypes(
     parts: Mapping[str, Any], told_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -304,6 +309,11 @@ def _prototypes(
     if features is None or labels is None:
         missing = "features" if features is None else "labels"
         raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
+    if features.ndim != 2 or not len(features) or not features.is_floating_point():
+        raise CheckpointError(
+            f"the bank's features are {tuple(features.shape)} {features.dtype}; expected (Q, D) "
+            "floats: use another file"
+        )
     if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
         raise CheckpointError(
             f"the bank's labels, {tuple(labels.shape)} {labels.dtype}, do not fit its features, "
@@ -313,18 +323,22 @@ def _prototypes(
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise CheckpointError(
-            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; give the "
-            "number of classes that the model was trained on (--num-classes)"
+            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_TELL}"
         )
     counts = torch.bincount(labels, minlength=num_classes)
     absent = tuple((counts == 0).nonzero().flatten().tolist())
     if told_classes is None and len(absent) > num_classes / 2:
         raise CheckpointError(
             f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
-            "give the number of classes that the model was trained on (--num-classes)"
+            f"{_TELL}"
         )
-    _check_finite({"the bank's features": features})
+    check_finite({"the bank's features": features})
     return class_means(widen(features), labels, num_classes), absent
+
+
+def _bottleneck(projector: Mapping[str, Tensor]) -> int:
+    """Return the index of the last layer."""
+    return max(int(key.split(".")[0]) for key in projector)
 
 
 def _check_projector(projector: Mapping[str, Tensor]) -> None:
@@ -343,7 +357,7 @@ def _check_projector(projector: Mapping[str, Tensor]) -> None:
 
 
 def _check_widths(class_weights: Tensor, projector: Mapping[str, Tensor]) -> None:
-    width = list(projector.values())[-1].shape[0]
+    width = projector[f"{_bottleneck(projector)}.weight"].shape[0]
     if class_weights.ndim != 2 or class_weights.shape[1] != width:
         raise CheckpointError(
             f"its class weights, {tuple(class_weights.shape)}, do not fit embeddings of {width}"
@@ -368,7 +382,12 @@ def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], nam
             )
 
 
-def _check_finite(state: Mapping[str, Tensor]) -> None:
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Require finite values.
+
+    Raises:
+        CheckpointError: A tensor has others.
+    """
     for key, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
@@ -420,9 +439,11 @@ def load(path: Path | str) -> Mapping[str, Any]:
             with zipfile.ZipFile(path) as archive:  # torch passes over wrong checksums
                 if archive.testzip() is not None:
                     raise CheckpointError(damaged)
-        with safe_globals(OFFICIAL_GLOBALS):
-            # Files of torch < 1.6 are no zip and cannot be mapped into memory.
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        # For good: safe_globals would take away what other threads and the user rely on. Each
+        # time: timm's loading takes Namespace away.
+        add_safe_globals(OFFICIAL_GLOBALS)
+        # Files of torch < 1.6 are no zip and cannot be mapped into memory.
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
     except Exception as error:  # both libraries raise many kinds for a damaged file

@@ -66,7 +66,7 @@ def load(path: Path | None = None) -> Manifest:
     Raises:
         WeightsError: It is missing or malformed.
     """
-    path = path or Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED)
+    path = path or Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED).expanduser()
     try:
         contents: dict[str, Any] = json.loads(path.read_text())
         models = {name: Published(**entry) for name, entry in contents["models"].items()}

@@ -10,6 +10,7 @@ finite values, and its SHA-256 is recorded when it is first used. A later change
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -51,12 +52,13 @@ def url(file: str) -> str:
     return f"{base.rstrip('/')}/{file}"
 
 
-def cached(name: str, cache: Path) -> Path | None:
+def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
     """Return the converted weights of a model if the cache has them.
 
     Args:
         name: Model and tag.
         cache: The cache's folder.
+        manifest: SHA-256 of files that are known.
 
     Raises:
         WeightsError: They are not what was once written there.
@@ -64,6 +66,7 @@ def cached(name: str, cache: Path) -> Path | None:
     for file in FILES[name]:
         weights, record = _places(file, cache)
         if weights.exists() and record.exists():
+            _check_known(file, _recorded(record, "sha256"), manifest)
             check_sha256(
                 weights,
                 _recorded(record, "converted_sha256"),
@@ -99,14 +102,14 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / f".{file}.lock"):
-            made = cached(name, cache)
+            made = cached(name, cache, manifest)
             if made is not None:
                 return made
             if placed:
                 return _convert(original, file, cache, manifest)
             part = folder / f".{file}.part"
             try:
-                with part.open("wb") as stream:
+                with _Part(io.FileIO(part, "w")) as stream:
                     _logger.warning("downloading %s for %s, once", url(file), name)
                     download(url(file), stream)
                 return _convert(part, file, cache, manifest)
@@ -118,6 +121,19 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
             f"{folder} cannot be written ({reason}); set TREX_MODELS_CACHE to a "
             "folder with room that can"
         ) from error
+
+
+class _Part(io.BufferedWriter):
+    """A file that is being downloaded; it is not begun anew for ever."""
+
+    restarts = 0
+
+    def truncate(self, size: int | None = None) -> int:
+        """Drop what a server that cannot resume will send again."""
+        self.restarts += 1
+        if self.restarts > 5:
+            raise WeightsError("the connection breaks each time, and the server cannot resume")
+        return super().truncate(size)
 
 
 def download(address: str, stream: BinaryIO) -> None:
@@ -132,6 +148,8 @@ def download(address: str, stream: BinaryIO) -> None:
             name = address.rpartition("/")[2]
             http_get(address, stream, resume_size=start, displayed_filename=name)
             break
+        except WeightsError:
+            raise
         except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
             if isinstance(error, OSError) and error.errno is not None:  # of the disk
                 raise
@@ -146,14 +164,14 @@ def download(address: str, stream: BinaryIO) -> None:
 def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
     weights, record = _places(file, cache)
     digest = sha256(path)
-    known = manifest.naver.get(file)
-    if known is None and record.exists():
-        known = _recorded(record, "sha256")
-    if known is not None and digest != known:
-        raise WeightsError(
-            f"refused: the SHA-256 of {file} is {digest}, but {known} was recorded when it was "
-            f"first used; if NAVER has really replaced it, delete {record}"
-        )
+    _check_known(file, digest, manifest)
+    if record.exists():
+        first = _recorded(record, "sha256")
+        if digest != first:
+            raise WeightsError(
+                f"refused: the SHA-256 of {file} is {digest}, but {first} was recorded when it "
+                f"was first used; if NAVER has really replaced it, delete {record}"
+            )
     checkpoint = checkpoints.read(path)
     check_contents(checkpoint, file)
     beside = weights.with_name(f".{weights.name}.tmp")
@@ -177,10 +195,19 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
         "converted %s (SHA-256 %s, %s) to %s",
         file,
         digest,
-        "as known" if known else "recorded at this first use",
+        "as the manifest says" if file in manifest.naver else "recorded at first use",
         weights,
     )
     return weights
+
+
+def _check_known(file: str, digest: str, manifest: Manifest) -> None:
+    known = manifest.naver.get(file)
+    if known not in (None, digest):
+        raise WeightsError(
+            f"refused: the SHA-256 of {file} is {digest}, but the manifest says {known}; delete "
+            "what was made of it from the cache, and download it again"
+        )
 
 
 def check_contents(checkpoint: checkpoints.Checkpoint, file: str) -> None:

@@ -16,11 +16,11 @@ authors published their backbones alone. ``in1k_r2`` were retrained with the rel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.classifier import create_classifier
 from timm.layers.helpers import get_device_dtype
@@ -33,9 +33,9 @@ from timm.models import (
 )
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._input import update_model_args
+from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
-from torch.serialization import safe_globals
 
 from trex_models import checkpoints, naver, weights
 from trex_models.heads import CosineClassifier, Projector
@@ -201,22 +201,16 @@ class TRexResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def _filter_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, Any]:
+def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Leave out the parts of the head that ``model`` lacks; check that the rest is the model's.
 
-    So the file of a whole model also serves the smaller ones, and a training state serves all.
-    timm loads without strictness where the number of classes changes, and would pass over
-    another architecture's file.
+    So the file of a whole model also serves the smaller ones. timm loads without strictness where
+    the number of classes changes, and would pass over another architecture's file.
 
     Raises:
-        CheckpointError: It is a training state with a part missing.
-        RuntimeError: The file holds another architecture.
+        CheckpointError: Values are not finite.
+        RuntimeError: The weights are another architecture's.
     """
-    if checkpoints.form_of(state_dict) == "model":
-        found = dict(state_dict)
-    else:
-        classes = model.pretrained_cfg.get("num_classes") or None
-        found = checkpoints.split(state_dict, num_classes=classes).state_dict()
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
         if not any(key.startswith(part) for key in wanted):
@@ -224,12 +218,19 @@ def _filter_state_dict(state_dict: Mapping[str, Any], model: Any) -> dict[str, A
     # The classifier is left to timm, which knows whether it is to be loaded.
     missing = [k for k in wanted if k not in found and not k.startswith("fc.")]
     unexpected = [k for k in found if k not in wanted and not k.startswith("fc.")]
+    name = model.pretrained_cfg["architecture"]
     if missing or unexpected:
-        name = model.pretrained_cfg["architecture"]
         raise RuntimeError(
             f"the weights do not fit {name}: {_some(missing)} missing, "
             f"{_some(unexpected)} unexpected"
         )
+    for key in found.keys() & wanted.keys():
+        if found[key].is_floating_point() != wanted[key].is_floating_point():
+            raise RuntimeError(
+                f"the weights do not fit {name}: {key} is {found[key].dtype}, not "
+                f"{wanted[key].dtype}"
+            )
+    checkpoints.check_finite(found)
     return found
 
 
@@ -299,36 +300,68 @@ def _create(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build by timm, after finding the weights where nobody said explicitly where they are."""
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    """Build by timm, after finding and reading the weights.
+
+    Raises:
+        CheckpointError: The file that was named is damaged, unsafe, or no checkpoint.
+        RuntimeError: The weights are another architecture's.
+        WeightsError: Nobody named a file, and the model's own cannot be had.
+    """
     overlay = dict(pretrained_cfg_overlay or {})
-    filter_fn = _filter_state_dict
-    if pretrained:
-        if cfg.license == naver.LICENSE:
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    given: dict[str, Tensor] | None = None  # what timm is not to look for
+    if pretrained and not cfg.source:
+        if cfg.state_dict is not None or cfg.file is not None:
+            given = _read(cfg, overlay)
+        elif cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in _BY_HUB_ID:
+            if cfg.url and "hf_hub_id" not in overlay:
+                overlay["hf_hub_id"] = None  # timm would prefer it to the url
+        else:
+            given = load_file(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
             weights.notice()
-        explicit = cfg.source or cfg.file or cfg.state_dict or cfg.url
-        if not explicit and cfg.hf_hub_id in _BY_HUB_ID:
-            overlay["file"] = str(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
-            filter_fn = _filter_fetched
-        elif cfg.file and not cfg.source and not cfg.state_dict:
-            checkpoints.load(cfg.file)  # its errors say more than timm's
-    with safe_globals(checkpoints.OFFICIAL_GLOBALS):
-        return build_model_with_cfg(
-            cls,
-            variant,
-            pretrained,
-            pretrained_cfg=pretrained_cfg,
-            pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=filter_fn,
-            cache_dir=cache_dir,
-            **kwargs,
-        )
+    elif pretrained and cfg.license == naver.LICENSE:
+        weights.notice()
+    if given is not None:
+        overlay |= {"state_dict": {"given": True}, "file": None}
+
+    def filter_fn(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        model.pretrained_cfg.pop("state_dict", None)  # it is the weights' no more
+        if given is not None:
+            return _fit(given, model)
+        return _fit(checkpoints.split(found, num_classes=cfg.num_classes).state_dict(), model)
+
+    return build_model_with_cfg(
+        cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=filter_fn,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
 
 
-def _filter_fetched(state_dict: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    # The path is this machine's and stays out of saved configs; the filter is its last reader.
-    del model.pretrained_cfg["file"]
-    return _filter_state_dict(state_dict, model)
+def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of the file or the state dict that timm was told of, in our names.
+
+    Writes into the overlay what they are: their number of classes, which decides whether timm
+    keeps their classifier; and of this trainer's checkpoints the licence, which is not NAVER's.
+    """
+    contents: Any = cfg.state_dict
+    if contents is None:
+        contents = checkpoints.load(str(cfg.file))
+    told = overlay.get("num_classes") if cfg.num_classes else 0
+    try:
+        checkpoint = checkpoints.split(contents, num_classes=told)
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
+    if cfg.num_classes and checkpoint.class_weights is not None:
+        overlay["num_classes"] = len(checkpoint.class_weights)
+    if checkpoint.form == "trainer":
+        stated = contents.get("config", {}).get("license")
+        overlay |= {"license": stated or None, "origin_url": None}
+    return checkpoint.state_dict()
 
 
 _RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "zero_init_last": False}

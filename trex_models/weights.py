@@ -4,7 +4,8 @@
 2. The Hub: models that the manifest lists, at its revision.
 3. NAVER's file: downloaded, converted, cached.
 
-Whatever the source, the file's SHA-256 is checked each time. HF_HUB_OFFLINE forbids 2 and 3.
+Whatever the source, the file's SHA-256 is checked each time. Under HF_HUB_OFFLINE nothing is asked
+of the network: what is left is 1, and of 3 a file placed by hand.
 What timm is told explicitly (a file, a state dict, hf-hub:, local-dir:) does not come here.
 """
 
@@ -48,7 +49,13 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
     published = manifest.load()
     entry = published.models.get(name)
     cache = cache_folder(cache_dir)
-    path = _hub_cached(entry, cache_dir) or naver.cached(name, cache)
+    try:
+        path = _hub_cached(entry, cache_dir) or naver.cached(name, cache, published)
+    except OSError as error:
+        raise WeightsError(
+            f"{error.filename} cannot be read ({error.strerror}); make it readable, or set "
+            "TREX_MODELS_CACHE or HF_HOME to another folder"
+        ) from error
     if path is not None:
         return path
     return _from_hub(name, entry, cache_dir) or _from_naver(name, cache, published, entry)
@@ -58,7 +65,8 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
     """Return our cache's folder: TREX_MODELS_CACHE, or one beside the Hub's own cache."""
     if cache_dir is not None:
         return Path(cache_dir) / "trex_models"
-    return Path(os.environ.get("TREX_MODELS_CACHE") or Path(constants.HF_HOME) / "trex_models")
+    told = os.environ.get("TREX_MODELS_CACHE")
+    return Path(told).expanduser() if told else Path(constants.HF_HOME) / "trex_models"
 
 
 @functools.cache
@@ -82,7 +90,8 @@ def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path |
 
 def _verified(path: Path, entry: Published) -> Path:
     source = f"the manifest for {entry.repository}@{entry.revision}; delete the file and try again"
-    manifest.check_sha256(path, entry.sha256, source)
+    # The Hub's cache links to its files, and would link to a wrong one again.
+    manifest.check_sha256(path.resolve(), entry.sha256, source)
     return path
 
 
@@ -125,5 +134,5 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
             f"  - copy {cache / 'naver'} here from a machine where this works\n"
             f"  - pretrained_cfg_overlay=dict(file={file!r}), with the path of your copy\n"
             f"  - in a checkout: python -m convert naver {file} OUT, then "
-            f'create_model("local-dir:OUT/{name}")'
+            f'create_model("local-dir:OUT/{name}", pretrained=True)'
         ) from error
