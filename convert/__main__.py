@@ -21,6 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise

@@ -120,7 +120,8 @@ def convert(
         for name, (module, wanted) in models.items():
             say(f"writing {name}")
             folders.write(module, stage / name, images, wanted)
-        report.write(stage / report_name, facts | {"models": " ".join(models)}, rows)
+        written = {name: sha256(stage / name / "model.safetensors") for name in models}
+        report.write(stage / report_name, facts | written, rows)
         for name in models:
             with folders.replaced(out_dir / name) as beside:
                 (stage / name).replace(beside)

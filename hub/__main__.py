@@ -36,6 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         return 0 if options.run(options) else 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        return 130
     except (ValueError, OSError, HubError, WeightsError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise

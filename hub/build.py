@@ -84,6 +84,11 @@ def build(
 def _timm_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; give a timm folder, or a folder of them")
+    if (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"{path} is a training run; give {path / 'export' / 'backbone'} or "
+            f"{path / 'export' / 'cls'}"
+        )
     if (path / "config.json").exists():
         return [path]
     found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -98,6 +103,11 @@ def _timm_folders(path: Path) -> list[Path]:
 def _license(model: Model, owner: Owner) -> str:
     """Return the licence's identifier: NAVER's, or what the owner chose, never a default."""
     if model.is_naver:
+        if owner.name:
+            raise ValueError(
+                f"--owner {owner.name}: {model.name} is the name of weights of NAVER's; leave "
+                "--owner out, or choose another --name"
+            )
         if owner.license not in (None, naver.LICENSE):
             raise ValueError(
                 f"--license {owner.license}: the licence of {model.name} is {naver.LICENSE}, "

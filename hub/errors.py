@@ -25,7 +25,8 @@ def explained(repository: str) -> Iterator[None]:
         repository: What the requests are about.
     """
     try:
-        yield
+        with _unwrapped():
+            yield
     except HfHubHTTPError as error:
         raise HubError(f"{repository}: {_explain(error, repository)}") from error
     except HTTPError as error:
@@ -39,6 +40,17 @@ def explained(repository: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0]
         raise HubError(f"{repository}: {reason}; run the same command again") from error
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what went wrong with a large file's upload, which the client hides behind another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, HTTPError | OSError):
+            raise error.__cause__ from error
+        raise
 
 
 def _explain(error: HfHubHTTPError, repository: str) -> str:

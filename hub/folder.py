@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from timm.models import model_entrypoint
 
@@ -66,13 +68,15 @@ def inspect(folder: Path, name: str) -> Model:
         ValueError: A file is missing or does not belong there, config.json is not fit to be
             published, or the weights are not finite or do not load in timm.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise ValueError(f"{name!r} cannot be a repository's name; use letters, digits, _ . and -")
+    try:
+        validate_repo_id(f"owner/{name}")
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} cannot be a repository's name: {error}") from error
     found = sorted(path.name for path in folder.iterdir())
     for file in found:
         if file not in FILES:
             raise ValueError(
-                f"{folder / file} does not belong into a Hub folder; remove it (expected: "
+                f"{folder / file} does not belong into a Hub folder; move it away (expected: "
                 f"{', '.join(FILES)})"
             )
     for file in TIMM_FILES:
@@ -160,10 +164,11 @@ def _check_kind(model: Model) -> None:
         if model.config["pretrained_cfg"].get("origin_url") == ORIGIN:
             raise ValueError(
                 f"{path}: the weights are NAVER's by its origin_url, but {model.name!r} is none "
-                f"of their names ({', '.join(naver.FILES)}); keep the name, and with it the licence"
+                f"of their names ({', '.join(naver.FILES)}); publish NAVER's weights under theirs, "
+                f"and what is derived from them by hand, with attribution and {naver.LICENSE}"
             )
         return
-    base = model.name.partition(".")[0]
+    base, _, tag = model.name.partition(".")
     wanted = base if base.endswith(("_proj", "_cls")) else "resnet50"
     if architecture != wanted:
         raise ValueError(
@@ -173,4 +178,10 @@ def _check_kind(model: Model) -> None:
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
             f"{path}: the licence of NAVER's weights is {naver.LICENSE}, not {model.license!r}"
+        )
+    cfg = model.config["pretrained_cfg"]
+    if (cfg.get("origin_url"), cfg.get("tag")) != (ORIGIN, tag):
+        raise ValueError(
+            f"{path}: {model.name} is the name of weights of NAVER's, which these are not by their "
+            "origin_url and tag; choose another --name, or convert NAVER's file"
         )

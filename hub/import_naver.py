@@ -52,16 +52,25 @@ def import_naver(
         if file not in FILES:
             raise ValueError(f"NAVER has no file {file!r}; choose from {', '.join(FILES)}")
     converted = output / "converted"
+    if imagenet is not None and not (imagenet / "val").is_dir():
+        raise ValueError(f"{imagenet} has no folder val; give ImageNet's, with val (and train)")
     for folder in (output / "files", converted):
         folder.mkdir(parents=True, exist_ok=True)
     agree = True
+    failures = []
     for file in files:
         path = output / "files" / file
-        digest = _obtain(path, manifest_path)
+        try:
+            digest = _obtain(path, manifest_path)
+        except WeightsError as error:
+            failures.append(f"{error} (or place it at {path} by hand)")
+            continue
         if _is_converted(file, digest, converted):
             print(f"{file}: converted already", flush=True)
         else:
             agree &= _convert(path, converted)
+    if failures:
+        raise WeightsError(f"{len(failures)} of {len(files)} files: {'; '.join(failures)}")
     if imagenet is None:
         return agree
     results = measure(converted, imagenet, output, protocol)
@@ -107,11 +116,17 @@ def _check(path: Path, file: str, manifest_path: Path) -> str:
 
 
 def _is_converted(file: str, digest: str, converted: Path) -> bool:
+    """Tell whether the report is of this file, and the folders are what it says was written."""
     report = converted / f"{Path(file).stem}.report.tsv"
-    return (
-        report.exists()
-        and f"# sha256\t{digest}\n" in report.read_text()
-        and all((converted / name).is_dir() for name in _models(file))
+    if not report.exists():
+        return False
+    lines = report.read_text().splitlines()
+    places = {name: converted / name / "model.safetensors" for name in _models(file)}
+    return f"# sha256\t{digest}" in lines and all(
+        place.exists()
+        and place.with_name("config.json").exists()
+        and f"# {name}\t{sha256(place)}" in lines
+        for name, place in places.items()
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,21 +57,23 @@ def publish(
         WeightsError: The manifest is damaged.
     """
     models = [_checked(folder, namespace) for folder in sources]
+    for name, count in Counter(model.name for model in models).items():
+        if count > 1:
+            raise ValueError(f"{count} of the folders are named {name}; publish them one by one")
     recorded = load_or_new(manifest_path)
+    if not os.access(manifest_path.parent, os.W_OK):
+        raise ValueError(f"{manifest_path.parent} cannot be written; choose another --manifest")
     if not dry_run:
         print(f"publishing to {namespace} as {_who(api)}", flush=True)
     for model in models:
         repository = f"{namespace}/{model.name}"
+        digest = sha256(model.folder / "model.safetensors")
+        outputs = fixed_input.outputs(load(model.folder))
         revision = _upload(model, repository, api, dry_run)
         if revision is None:
             print(f"  would record it in {manifest_path}")
             continue
-        entry = Published(
-            repository,
-            revision,
-            sha256(model.folder / "model.safetensors"),
-            fixed_input.outputs(load(model.folder)),
-        )
+        entry = Published(repository, revision, digest, outputs)
         recorded = dataclasses.replace(recorded, models=recorded.models | {model.name: entry})
         manifest.save(recorded, manifest_path)
         print(f"  recorded {repository}@{revision} in {manifest_path}", flush=True)
@@ -87,8 +91,14 @@ def _checked(folder: Path, namespace: str) -> Model:
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}; make it: python -m hub build")
     model = inspect(folder, folder.resolve().name)
-    card = (folder / "README.md").read_text()
-    stated = ModelCard(card).data.get("license")
+    try:
+        card = (folder / "README.md").read_text()
+        stated = ModelCard(card).data.get("license")
+    except Exception as error:  # of the YAML reader
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{folder / 'README.md'} is damaged ({reason}); build the folder again"
+        ) from error
     wanted = naver.LICENSE if model.is_naver else model.license
     if not wanted or stated != wanted:
         raise ValueError(
@@ -114,6 +124,11 @@ def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | N
     """Make the repository hold the folder's files; return its commit, or None on a dry run."""
     with explained(repository):
         remote = _read(repository, api)
+    if foreign := sorted(remote.files.keys() - {*FILES, ".gitattributes"}):
+        raise ValueError(
+            f"{repository} has files on the Hub that do not belong there: {', '.join(foreign)}; "
+            "delete them there, or choose another --namespace"
+        )
     changed = [file for file in FILES if not _same(model.folder / file, remote.files.get(file))]
     state = "unchanged" if not changed else "new" if remote.revision is None else "changed"
     print(f"{repository}: {state}")

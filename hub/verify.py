@@ -77,6 +77,8 @@ def _compare(
     files = {sibling.rfilename for sibling in info.siblings or []}
     if unexpected := sorted(files - {*FILES, ".gitattributes"}):
         return [f"files that do not belong there: {', '.join(unexpected)}"]
+    if missing := [file for file in FILES if file not in files]:
+        return [f"files that are missing: {', '.join(missing)}"]
     found = sha256(weights)
     if found != entry.sha256:
         return [f"SHA-256 of model.safetensors is {found}, recorded is {entry.sha256}"]

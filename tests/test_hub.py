@@ -326,6 +326,21 @@ def test_naver_name_binds_architecture_and_licence(tiny: Path, tmp_path: Path) -
         build(tmp_path / "nowhere", tmp_path / "out", owner=OWNER)
 
 
+def test_own_weights_do_not_take_naver_s_names(tmp_path: Path) -> None:
+    owner = Owner("Ada", "mit")
+    model = timm.create_model("resnet50", num_classes=0).eval()
+    images = torch.ones(1, 3, 64, 64)
+    folders.write(model, tmp_path / "own", images, model(images).detach())
+    edit_config(tmp_path / "own", lambda config: config["pretrained_cfg"].pop("license", None))
+    with pytest.raises(ValueError, match=r"weights of NAVER's, which these are not"):
+        build(tmp_path / "own", tmp_path / "hub", name="trex_resnet50.in1k")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a training run; give .*export/backbone or"):
+        build(tmp_path / "run", tmp_path / "hub", owner=owner)
+    assert not (tmp_path / "hub").exists()
+
+
 def test_build_again_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
     first = build(tiny, tmp_path / "out", owner=OWNER)
     second = build(tiny, tmp_path / "out", owner=Owner("Ada", "mit"))
@@ -340,7 +355,9 @@ def test_build_again_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--license mit: the licence of trexstar_resnet50"):
-        build(official, tmp_path / "hub", owner=Owner("Ada", "mit"))
+        build(official, tmp_path / "hub", owner=Owner(license="mit"))
+    with pytest.raises(ValueError, match="--owner Ada: trexstar_resnet50"):
+        build(official, tmp_path / "hub", owner=Owner("Ada"))
     # The report of the conversion beside the folders is no model.
     built = build(official, tmp_path / "hub")
     assert [path.name for path in built] == [
@@ -453,9 +470,11 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
 
 
 def test_figures_are_those_of_the_specification() -> None:
-    assert figures.reported("trexstar_resnet50_proj.in1k_r2") == (80.2, 0.8800)
     assert figures.reported("trex_resnet50.in1k") == (78.0, 1.1704)
-    assert {figures.reported(name) for name in naver.FILES} == set(figures.REPORTED.values())
+    assert figures.reported("trexstar_resnet50.in1k") == (80.2, 0.8829)
+    for part in ("", "_proj", "_cls"):
+        assert figures.reported(f"trex_resnet50{part}.in1k_r2") == (77.9, 1.1664)
+        assert figures.reported(f"trexstar_resnet50{part}.in1k_r2") == (80.2, 0.8800)
 
 
 def test_origin_is_that_of_the_zoo() -> None:
@@ -656,6 +675,8 @@ ONE_LINE = r"[^\n]*"
         (Fault("POST .*commit", 500), f"answered 500{ONE_LINE}a fault of its own; run the same"),
         (Fault("POST .*commit", 429), f"answered 429{ONE_LINE}wait some minutes"),
         (Fault("POST .*commit", 400), f"answered 400{ONE_LINE}correct the request"),
+        (Fault("PUT /lfs", 403), f"answered 403{ONE_LINE}ask an owner of trex-models for write"),
+        (Fault("PUT /lfs", 0), f"cannot be reached{ONE_LINE}check the network and HF_ENDPOINT"),
         (Fault("whoami", 0), f"cannot be reached{ONE_LINE}check the network and HF_ENDPOINT"),
     ],
     ids=lambda value: str(value.status or "cut") if isinstance(value, Fault) else "",
@@ -675,6 +696,36 @@ def test_errors_of_the_hub_are_one_line(
     assert not (tmp_path / "manifest.json").exists()
     server.faults.clear()
     assert list(push(built / "small_trex").models) == ["small_trex"]  # and then it goes on
+
+
+def test_foreign_files_on_the_hub_are_refused(
+    built: Path, server: HubServer, push: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
+    with pytest.raises(ValueError, match=r"do not belong there: pytorch_model\.bin; delete them"):
+        push(built / "small_trex")
+    assert not (tmp_path / "manifest.json").exists()
+    assert server.requests("^(POST|PUT) .*(commit|lfs)") == []
+
+
+def test_what_cannot_be_recorded_is_not_sent(
+    built: Path, server: HubServer, push: Callable[..., Manifest], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="2 of the folders are named small_trex"):
+        push(built / "small_trex", built / "small_trex")
+    copy = tmp_path / "small_trex"
+    shutil.copytree(built / "small_trex", copy)
+    (copy / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md is damaged .*; build the folder again"):
+        push(copy)
+    with pytest.raises(ValueError, match="none cannot be written; choose another --manifest"):
+        publish(
+            [built / "small_trex"],
+            HfApi(endpoint=server.url, token="hf_x"),
+            namespace="trex-models",
+            manifest_path=tmp_path / "none" / "manifest.json",
+        )
+    assert server.log == []
 
 
 def test_interruption_leaves_a_correct_manifest(
@@ -1129,6 +1180,26 @@ def test_import_keeps_no_wrong_file(files: FileServer, tmp_path: Path) -> None:
     files.files["trex.pth"] = right
     with pytest.raises(ValueError, match="NAVER has no file 'trex.zip'; choose from trex.pth"):
         import_naver(tmp_path / "out", ["trex.zip"], manifest_path=path)
+
+
+def test_import_goes_on_and_makes_again_what_is_damaged(
+    files: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "manifest.json", tmp_path / "out"
+    files.faults.append(Fault("trex.pth", 404))
+    with pytest.raises(WeightsError, match=r"1 of 2 files: .*404.*place it at .*trex\.pth by"):
+        import_naver(out, ["trex.pth", "trexstar_2.pth"], manifest_path=path)
+    weights = out / "converted" / "trexstar_resnet50.in1k_r2" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
+    capsys.readouterr()
+    import_naver(out, ["trexstar_2.pth"], manifest_path=path)
+    assert "converted already" not in capsys.readouterr().out
+    assert weights.read_bytes() == whole
+    assert import_naver(out, ["trexstar_2.pth"], manifest_path=path)
+    assert "converted already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no folder val"):
+        import_naver(out, ["trexstar_2.pth"], manifest_path=path, imagenet=tmp_path)
 
 
 @pytest.mark.usefixtures("files")

@@ -36,7 +36,8 @@ class Published:
     """First outputs for the fixed input of ``python -m hub verify``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "outputs", tuple(self.outputs))  # JSON has lists
+        # JSON has lists.
+        object.__setattr__(self, "outputs", tuple(float(value) for value in self.outputs))
         for name, pattern in (
             ("repository", r"[\w.-]+/[\w.-]+"),
             ("revision", r"[0-9a-f]{40}"),
