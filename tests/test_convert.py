@@ -318,11 +318,12 @@ def test_conversion_is_deterministic(conversion: Conversion, scratch: Path) -> N
 def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None:
     facts, rows = conversion.report()
     data = conversion.path.read_bytes()
-    assert sorted(facts.pop("models").split()) == [path.name for path in conversion.models()]
+    files = {path.name: path / "model.safetensors" for path in conversion.models()}
     assert facts == {
         "file": conversion.path.name,
         "bytes": str(len(data)),
         "sha256": hashlib.sha256(data).hexdigest(),
+        **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
     }
     with torch.serialization.safe_globals(checkpoints.OFFICIAL_GLOBALS):
         contents = torch.load(conversion.path, weights_only=True, mmap=True)
