@@ -305,7 +305,14 @@ def test_by_hand(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_bytes(b"{}")
     command = [sys.executable, "-m", "tests.loopback_hub", "0", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background commands ignore it, and hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         url, *repos = process.stdout.readline().split()
         assert repos == [REPO]

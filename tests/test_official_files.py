@@ -187,6 +187,16 @@ def test_pickle_names_the_wanted_numpy(
         }
 
 
+@pytest.fixture
+def torch_s_own_globals() -> Iterator[None]:
+    """Without what trex_models has added to the process's allow-list."""
+    added = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.add_safe_globals(added)
+
+
+@pytest.mark.usefixtures("torch_s_own_globals")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("numpy_names", ["new", "old"])
 def test_loads_with_the_allow_list_alone(
