@@ -30,7 +30,7 @@ from hub.linear import Setting, accuracies, fit, held_out
 from trex_models import naver
 from trex_models.data.folder import FolderSource
 from trex_models.evaluation.features import image_batches
-from trex_models.manifest import sha256
+from trex_models.manifest import sha256, write_whole
 
 SETTINGS = tuple(
     Setting(rate, decay)
@@ -101,7 +101,7 @@ def measure(
         else:
             found = {"top1": 100 * prototype_accuracy(folder, val, protocol)}
         results[name] = facts | found | _compared(name, kind, found["top1"])
-        _write_whole(path, json.dumps(results, indent=2) + "\n")
+        write_whole(path, json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -244,9 +244,3 @@ def _compared(name: str, kind: str, top1: float) -> dict[str, Any]:
         "tolerance": tolerance,
         "within_tolerance": abs(top1 - figure) <= tolerance,
     }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)

@@ -80,9 +80,14 @@ def load(path: Path | None = None) -> Manifest:
 
 
 def save(manifest: Manifest, path: Path) -> None:
-    """Write a manifest beside its place and move it there."""
+    """Write a manifest."""
+    write_whole(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+    beside.write_text(text)
     beside.replace(path)
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trex_models import checkpoints
-from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
+from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256, write_whole
 
 LICENSE = "cc-by-nc-sa-4.0"
 BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"
@@ -186,7 +186,7 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             "converted_sha256": sha256(beside),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        _write_whole(record, json.dumps(facts, indent=2) + "\n")
+        write_whole(record, json.dumps(facts, indent=2) + "\n")
         beside.chmod(record.stat().st_mode)  # save_file's are private; a cache may be shared
         beside.replace(weights)
     finally:
@@ -242,9 +242,3 @@ def _recorded(record: Path, field: str) -> str:
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{record} is damaged ({error}); delete it") from error
     return value
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
