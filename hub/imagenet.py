@@ -30,7 +30,8 @@ from hub.linear import Setting, accuracies, fit, held_out
 from trex_models import naver
 from trex_models.data.folder import FolderSource
 from trex_models.evaluation.features import image_batches
-from trex_models.manifest import sha256, write_whole
+from trex_models.files import write_whole
+from trex_models.manifest import sha256
 
 SETTINGS = tuple(
     Setting(rate, decay)

@@ -169,7 +169,7 @@ def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
     method = tiny_method(bank).eval()
     if method.momentum_encoder is not None:
         nn.init.constant_(method.momentum_encoder.get_parameter(STEM), 0.5)
-    state = {"config": {}, "classes": list("abcde"), "num_images": 9, "step": 3}
+    state = {"config": {}, "classes": list("abcde"), "images": "0" * 64, "step": 3}
     state |= {"method": method.state_dict(), "optimizer": {}, "scaler": {}}
     path = saved(state, tmp_path)
     checkpoint = read(path, backbone="resnet10t")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from trex_models import demo
+from trex_models.train.build import open_source
 from trex_models.train.config import smoke
-from trex_models.train.loop import open_source
 
 
 @pytest.mark.slow
@@ -21,6 +21,7 @@ def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = replace(
         config,
         data=replace(config.data, num_classes=4, images_per_class=16),
+        objective=replace(config.objective, bank_size=64),
         optim=replace(config.optim, epochs=1, batch_size=16),
         system=replace(config.system, workers=0, log_every=2),
     )

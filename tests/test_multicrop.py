@@ -11,13 +11,13 @@ import torch
 from tests.test_folder import save_image
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.loading import load_batches
 from trex_models.data.multicrop import (
     Batch,
     CropSpec,
     EpochSampler,
     MultiCropDataset,
     augment,
-    load_batches,
 )
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
 

@@ -71,7 +71,10 @@ CONTAINERS = {
     "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
     "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
-    "method": {"config", "classes", "num_images", "step", "optimizer", "scaler"},
+    "method": {
+        *("config", "classes", "images", "processes", "step", "optimizer", "scaler", "meter"),
+        *("process", "crops", "labels"),  # of a step whose loss was not finite
+    },
 }
 
 # Modules around a module: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.

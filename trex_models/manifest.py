@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trex_models.files import write_whole
+
 PACKAGED = Path(__file__).with_name("manifest.json")
 
 
@@ -82,13 +84,6 @@ def load(path: Path | None = None) -> Manifest:
 def save(manifest: Manifest, path: Path) -> None:
     """Write a manifest."""
     write_whole(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
 
 
 def sha256(path: Path) -> str:

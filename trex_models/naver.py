@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trex_models import checkpoints
-from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256, write_whole
+from trex_models.files import write_whole
+from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
 
 LICENSE = "cc-by-nc-sa-4.0"
 BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"

@@ -9,6 +9,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trex_models.data.decode import read_image
+from trex_models.data.sources import digest
 
 
 class FolderSource:
@@ -57,6 +58,11 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Return the image's path."""
         return os.fsdecode(self._paths[index])
+
+    def digest(self) -> str:
+        """Return a hash of the images' paths below the root, and so of their classes."""
+        start = len(os.fsencode(self.root))
+        return digest(*(path[start:] for path in self._paths.tolist()))
 
 
 def _image_files(folder: Path) -> list[bytes]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from trex_models.data.sources import digest
+
 _SYSTEM, _INSTANCE = 0, 1  # separate random streams
 _WORD_LENGTH = 5
 _BURN_IN = 24
@@ -104,6 +106,11 @@ class FractalSource:
         """Return the sample's name in messages, by its class and image numbers."""
         class_number, image_number = self._numbers(index)
         return f"fractal class {class_number} image {image_number}"
+
+    def digest(self) -> str:
+        """Return a hash of what the images depend on."""
+        numbers = (self.seed, self.first_class, self.first_image, self.size, self.variation)
+        return digest(self.labels, repr(numbers))
 
     def _numbers(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

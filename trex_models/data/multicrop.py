@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from trex_models.data import photometric
 from trex_models.data.crops import cut, draw_box
@@ -80,18 +79,8 @@ class MultiCropDataset(Dataset[Batch]):
         self.specs = list(specs)
         self.seed = seed
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | ValueError:
-        """Return the batch of some samples.
-
-        An unreadable sample's ValueError is returned, not raised: DataLoader would bury its
-        message under a worker's traceback.
-        """
-        try:
-            return self._batch(keys)
-        except ValueError as error:
-            return ValueError(str(error))
-
-    def _batch(self, keys: Sequence[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        """Return the batch of some samples; ValueError names one that cannot be read."""
         size = len(keys)
         crops = [
             torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
@@ -181,31 +170,6 @@ class EpochSampler(Sampler[list[Key]]):
                 batch = order[first * self.batch_size : (first + 1) * self.batch_size]
                 yield [(epoch, int(index)) for index in batch[self._own]]
                 step += 1
-
-
-def load_batches(
-    dataset: MultiCropDataset, sampler: EpochSampler, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Yield the sampler's batches, in order, from worker processes.
-
-    Raises:
-        ValueError: A sample cannot be read.
-    """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-    )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def augment(batch: Batch, device: torch.device) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Return what an error message calls the sample: a path, or a phrase."""
+        ...
+
+    def digest(self) -> str:
+        """Return a hash of what each index stands for, for a run that goes on to compare."""
         ...
 
 
@@ -83,3 +88,18 @@ class ArraySource:
     def name(self, index: int) -> str:
         """Return the sample's name in messages."""
         return f"{self.classes[self.labels[index]]} image {index}"
+
+    def digest(self) -> str:
+        """Return a hash of pixels, labels and classes."""
+        return digest(self.labels, *self.classes, *self.images)
+
+
+def digest(*parts: np.ndarray | bytes | str) -> str:
+    """Return the SHA-256 of parts, each with its length, as 64 hexadecimal digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.tobytes() if isinstance(part, np.ndarray) else part
+        data = data.encode() if isinstance(data, str) else data
+        found.update(len(data).to_bytes(8, "little"))
+        found.update(data)
+    return found.hexdigest()

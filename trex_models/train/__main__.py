@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from trex_models.train.config import RECIPES, Config
@@ -31,16 +32,55 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if command == "export":
             return _export(rest)
-        config = parse(command, rest)
-        from trex_models.train.loop import train
-
-        for folder in train(config):
-            print(f"exported {folder}")
+        with _first_process_speaks():
+            config = parse(command, rest)
+        return _train(config)
     except (ValueError, OSError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
-        return _fail(str(error))
+        return _fail(str(error), _process())
+
+
+def _train(config: Config) -> int:
+    from trex_models.train.distributed import PeerError, SharedError
+    from trex_models.train.loop import train
+    from trex_models.train.signals import Stopped
+
+    try:
+        for folder in train(config):
+            print(f"exported {folder}")
+    except Stopped as stopped:
+        with _first_process_speaks():
+            print(stopped)
+        return 128 + stopped.number
+    except SharedError as error:
+        with _first_process_speaks():
+            return _fail(str(error))
+    except PeerError as error:
+        _fail(str(error), _process())
+        return 1
     return 0
+
+
+@contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Silence the others where all would print the same."""
+    with ExitStack() as stack:
+        if _rank() > 0:
+            silence = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+        yield
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _process() -> str:
+    """Return which process this is, as the start of a message, where there are many."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"process {_rank()} of {processes}: " if processes > 1 else ""
 
 
 def parse(recipe: str, arguments: Sequence[str]) -> Config:
@@ -70,7 +110,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="where to write the folders")
     parser.add_argument("--license", help="licence to state; the run's own if it is not given")
     options = parser.parse_args(arguments)
-    from trex_models.train.loop import export_checkpoint
+    from trex_models.train.build import export_checkpoint
 
     for folder in export_checkpoint(options.checkpoint, options.output, options.license):
         print(f"exported {folder}")
@@ -84,8 +124,9 @@ def _usage() -> str:
     return "\n".join(lines)
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(message: str, who: str = "") -> int:
+    for line in message.splitlines():
+        print(f"error: {who}{line}", file=sys.stderr)
     return 2
 
 

@@ -4,23 +4,30 @@ DIR/config.json                the resolved configuration
 DIR/metrics.jsonl              one line per report
 DIR/checkpoints/step_N.pt      the state after N steps; the last two are kept
 DIR/export/backbone, .../cls   the trained model for timm
+
+A checkpoint is a zip file of torch's, with a checksum of each tensor, which is verified when it
+is read. It holds no random generators' states: what is drawn in a step is a function of (seed,
+step, process), and what is drawn for a sample one of (seed, epoch, sample).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 
+from trex_models import checkpoints
+from trex_models.files import replacing, sync_folder, write_whole
 from trex_models.train.config import Config, differences, to_json
 
-_KEPT = 2
+KEPT = 2
 
 
 class Stateful(Protocol):
@@ -35,18 +42,25 @@ class Stateful(Protocol):
         ...
 
 
-def claim_folder(config: Config) -> None:
-    """Make ``config.output`` this run's folder.
+class DamagedError(ValueError):
+    """A checkpoint is cut short, or its checksums do not fit."""
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Make ``config.output`` this run's folder, and this process the only one that writes to it.
+
+    The lock ends with the process, however that ends.
 
     Raises:
-        ValueError: It holds another run, or files that are no run; nothing is touched then.
+        ValueError: The folder holds another run or files that are no run, is in use by another
+            process, or cannot be made; nothing is touched then.
     """
     folder = Path(config.output)
     path = folder / "config.json"
     if path.exists():
         try:
-            saved = json.loads(path.read_text())
-            different = differences(saved, config)
+            different = differences(json.loads(path.read_text()), config)
         except (AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no configuration; choose another --output") from error
         if different:
@@ -54,13 +68,32 @@ def claim_folder(config: Config) -> None:
                 f"{folder} already holds another run ({'; '.join(different)}); choose another "
                 "--output, or the run's own settings to continue it"
             )
-        return
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    elif folder.is_file() or (folder.is_dir() and any(map(_foreign, folder.iterdir()))):
         raise ValueError(f"{folder} is in use and holds no run; choose another --output")
-    make_folder(folder)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(to_json(config))
-    beside.replace(path)
+    make_folder(folder / "checkpoints")
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process is training in {folder}; wait for its end, or choose another --output"
+        ) from None
+    except NotImplementedError:  # the file system has no locks
+        pass
+    try:
+        if not path.exists():
+            write_whole(path, to_json(config))
+        sync_folder(folder.parent)
+        yield
+    finally:
+        lock.release()
+
+
+def _foreign(path: Path) -> bool:
+    """Return whether a file is not one of those that a run leaves before its config.json."""
+    if path.name == "checkpoints" and path.is_dir():
+        return any(path.iterdir())
+    return path.name not in (".lock", ".config.json.tmp")
 
 
 def make_folder(folder: Path) -> None:
@@ -77,95 +110,144 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the run's last checkpoint, or None."""
-    return next(reversed(_checkpoints(folder)), None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
     found = [p for p in (folder / "checkpoints").glob("step_*.pt") if re.search(r"_\d+$", p.stem)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")))
+    return sorted(found, key=_step)
 
 
-def save(folder: Path, step: int, parts: Mapping[str, Stateful], facts: Mapping[str, Any]) -> None:
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def save(folder: Path, state: Mapping[str, Any]) -> Path:
     """Write a checkpoint beside its place, move it there, and drop the oldest ones.
 
     Args:
         folder: The run's folder.
-        step: Steps done.
-        parts: What has a state, by name.
-        facts: Plain values that describe the run.
-    """
-    state = {**facts, "step": step} | {name: part.state_dict() for name, part in parts.items()}
-    path = folder / "checkpoints" / f"step_{step}.pt"
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    for torn in path.parent.glob("*.tmp"):  # of a process that was killed
-        torn.unlink()
-    for old in _checkpoints(folder)[:-_KEPT]:
-        old.unlink()
-
-
-def restore(path: Path, parts: Mapping[str, Stateful], facts: Mapping[str, Any]) -> int:
-    """Load a checkpoint into the parts; return the steps done.
-
-    Args:
-        path: The checkpoint.
-        parts: What ``save`` was given.
-        facts: As they are now.
+        state: What ``load`` returns: config, step, method and more.
 
     Raises:
-        ValueError: The file is damaged or foreign, or a fact is another one now, such as the
-            classes of a data folder that has changed.
+        ValueError: It cannot be written, for example because the disk is full; the checkpoints
+            before it stay.
     """
-    state = load(path)
+    path = folder / "checkpoints" / f"step_{state['step']}.pt"
+    write(path, state)
+    for old in files(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a state to a file, which is whole or absent.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    try:
+        with replacing(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        # What torch says of a file that it cannot write hides the reason.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise ValueError(
+            f"{path} cannot be written ({reason.strerror}); make room, then the same command goes "
+            "on from the last checkpoint"
+        ) from error
+
+
+def newest(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """Read the last whole checkpoint of a run.
+
+    A damaged one is put aside, with the ending .damaged, and the one before it is taken.
+
+    Args:
+        folder: The run's folder.
+        say: What to do with a line about a damaged file.
+
+    Returns:
+        The file and its contents, or None where the run has no checkpoint yet.
+
+    Raises:
+        ValueError: A file is not a checkpoint of this trainer, or all are damaged.
+    """
+    found = files(folder)
+    for path in reversed(found):
+        try:
+            return path, load(path)
+        except DamagedError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            path.replace(aside)
+            say(f"{error}; it is put aside as {aside.name}")
+    if found:
+        raise ValueError(
+            f"no checkpoint of {folder} is whole; delete its folder checkpoints to begin anew"
+        )
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of the trainer, onto the CPU, and verify its checksums.
+
+    Raises:
+        DamagedError: The file is cut short or damaged.
+        ValueError: It is missing, or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
+    try:
+        state = checkpoints.load(path)
+    except checkpoints.CheckpointError as error:
+        raise DamagedError(f"{path} cannot be read as a checkpoint: it is damaged") from error
+    if not {"config", "step", "method"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of this trainer (no config, step and method)")
+    return dict(state)
+
+
+def check_belongs(
+    path: Path, state: Mapping[str, Any], config: Config, facts: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint of another run, or of other data.
+
+    Args:
+        path: The file, for the message.
+        state: Its contents.
+        config: The run's configuration.
+        facts: Plain values that describe the run's data, as they are now.
+
+    Raises:
+        ValueError: A setting or a fact was another one when it was saved, such as the classes of
+            a data folder that has changed.
+    """
+    different = differences(state["config"], config)
+    if state["step"] != _step(path):
+        different.append(f"step: {state['step']}")
+    if different:
+        raise ValueError(
+            f"{path} is of another run ({'; '.join(different)}); take it out of the folder"
+        )
     changed = [name for name, value in facts.items() if state.get(name) != value]
     if changed:
         raise ValueError(
             f"{path} was saved with other {' and '.join(changed)}; restore the data that the run "
             "began with, or choose another --output"
         )
+
+
+def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any], path: Path) -> None:
+    """Load a checkpoint's contents into the parts of a run.
+
+    Raises:
+        ValueError: A part does not fit.
+    """
     for name, part in parts.items():
-        load_part(part, state, name, path)
-    step: int = state["step"]
-    return step
-
-
-def load_part(part: Stateful, state: Mapping[str, Any], name: str, path: Path) -> None:
-    """Load one part of a checkpoint's state.
-
-    Raises:
-        ValueError: It does not fit.
-    """
-    try:
-        part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = shorten(str(error), 200)  # torch lists every key
-        raise ValueError(
-            f"the {name} in {path} does not fit its configuration ({reason}); it belongs to "
-            "another architecture"
-        ) from error
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of the trainer, onto the CPU.
-
-    Raises:
-        ValueError: The file is missing, damaged, or something else.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}); delete it to go on from the one "
-            "before it"
-        ) from error
-    if not isinstance(state, dict) or not {"config", "step", "method"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of this trainer (no config, step and method)")
-    return state
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = shorten(str(error), 200)  # torch lists every key
+            raise ValueError(
+                f"the {name} in {path} does not fit its configuration ({reason}); it belongs to "
+                "another architecture"
+            ) from error

@@ -180,6 +180,8 @@ class SystemConfig:
     workers: int | None = None
     """Loader processes per training process; 0 loads in the training process itself.
     Unset: as many as there are cores, at most 8."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """How processes exchange tensors. auto: nccl on CUDA, gloo on the CPU."""
     sync_batchnorm: bool = True
     """Share BatchNorm statistics between CUDA processes, as the paper's models did."""
     channels_last: bool = True
@@ -188,13 +190,34 @@ class SystemConfig:
     """Compile the encoder with torch.compile."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
-    save_every: int = 1
-    """Epochs between two checkpoints; the last two are kept."""
+    save_minutes: float = 15.0
+    """Minutes between two checkpoints; 0 for none by time. The last two are kept."""
+    save_steps: int = 0
+    """Steps between two checkpoints; 0 for none by steps."""
 
     def __post_init__(self) -> None:
-        _require((self.workers or 0) >= 0, "system.workers must not be negative")
+        _require(self.log_every > 0, f"system.log_every must be at least 1, got {self.log_every}")
+        for name in ("workers", "save_minutes", "save_steps"):
+            value = getattr(self, name) or 0
+            _require(value >= 0, f"system.{name} must not be negative, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Top-1 and top-5 accuracy of the training head on images that are not trained on."""
+
+    every: int = 1
+    """Epochs between two validations."""
+    path: str = ""
+    """The folder of class folders, the same classes as data.path (source folder); none if empty."""
+    images_per_class: int = 0
+    """How many further images to generate per class (source fractals); none if 0."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, f"validation.every must be at least 1, got {self.every}")
         _require(
-            min(self.log_every, self.save_every) > 0, "system.log_every and save_every start at 1"
+            self.images_per_class >= 0,
+            f"validation.images_per_class must not be negative, got {self.images_per_class}",
         )
 
 
@@ -209,6 +232,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
     precision: PrecisionName = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU. fp16 scales the loss, as the paper's models did."""
@@ -221,11 +245,15 @@ class Config:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
 
 
-# What may differ when a run is continued: it does not change what is learned.
-_FREE_FIELDS = {"output", "license"} | {
-    f"system.{name}"
-    for name in ("device", "workers", "channels_last", "compile", "log_every", "save_every")
-}
+# What may differ when a run is continued: it does not change what is learned. Where the images
+# lie is free, too: that they are the same ones is checked by their names.
+_FREE_FIELDS = {
+    "output",
+    "license",
+    "data.path",
+    *(f"validation.{item.name}" for item in dataclasses.fields(ValidationConfig)),
+    *(f"system.{item.name}" for item in dataclasses.fields(SystemConfig)),
+} - {"system.sync_batchnorm"}
 
 
 def to_json(config: Config) -> str:
@@ -266,7 +294,7 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     Args:
         saved: The parsed config.json of a run.
         config: The new configuration. Fields that do not change what is learned
-            (output, license, most of system) are not compared.
+            (output, license, data.path, validation, most of system) are not compared.
     """
     old = _flatten(saved)
     new = _flatten(json.loads(to_json(config)))
@@ -349,6 +377,7 @@ def demo(output: str = "") -> Config:
         # A thousand steps are too few for an average over as many.
         objective=ObjectiveConfig(bank_size=2048, ema_momentum=0.97),
         optim=OptimConfig(epochs=12, batch_size=64, base_lr=0.8, warmup_epochs=1),
+        validation=ValidationConfig(images_per_class=10),
         system=SystemConfig(workers=1),
     )
 

@@ -1,5 +1,6 @@
-"""One process or many: set-up from torchrun's environment, gather, reduce, barrier.
+"""One process or many: set-up from the environment, exchange of tensors, objects and errors.
 
+torchrun, or a Slurm script, sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 Every function is a no-op where there is one process.
 """
 
@@ -7,16 +8,26 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class SharedError(ValueError):
+    """An error that every process raises alike, so that one of them is enough to print it."""
+
+
+class PeerError(RuntimeError):
+    """Another process failed; its own error is the one to read."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +45,54 @@ class Process:
 
 
 @contextmanager
-def process_group(device: str = "auto") -> Iterator[Process]:
-    """Join torchrun's process group, if there is one, for the duration of the block.
+def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Process]:
+    """Join the process group, if there is one, for the duration of the block.
 
     Args:
         device: ``auto`` (CUDA where there is one, else the CPU) or a torch device name.
+        backend: ``nccl``, ``gloo``, or ``auto``: nccl on CUDA. What is on the CPU goes by gloo.
 
     Raises:
-        ValueError: The device does not exist.
+        ValueError: The device does not exist, or the processes cannot meet.
+        PeerError: Another process failed while this one waited for it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size == 1:
         yield Process(0, 1, chosen)
         return
-    cuda = chosen.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=chosen if cuda else None)
+    nccl = backend == "nccl" or (backend == "auto" and chosen.type == "cuda")
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=chosen if nccl else None
+        )
+    except (dist.DistError, ValueError) as error:
+        raise ValueError(
+            f"process {os.environ.get('RANK')} of {world_size} cannot meet the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
+        ) from error
     try:
         yield Process(dist.get_rank(), world_size, chosen)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise PeerError(f"another process failed ({error})") from error
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """Return the device of a process.
+
+    Args:
+        name: ``auto`` (CUDA where there is one, else the CPU) or a torch device name.
+        local_rank: Of this process among those of the machine: which CUDA device is its own.
+
+    Raises:
+        ValueError: It does not exist.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -81,8 +115,8 @@ def _device(name: str, local_rank: int) -> torch.device:
 def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> nn.Module:
     """Return ``module``, or DistributedDataParallel around it where there are many processes.
 
-    Buffers (BatchNorm's running statistics, the bank) are not broadcast: the bank is equal on
-    all ranks already, and the statistics of rank 0 are the ones that are saved.
+    Buffers (BatchNorm's running statistics, the bank) are not broadcast at each step: the bank is
+    equal on all ranks already, and the statistics of rank 0 are the ones that are saved.
 
     Args:
         module: On the process's device.
@@ -91,7 +125,7 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     """
     if process.world_size == 1:
         return module
-    if sync_batchnorm and process.device.type == "cuda":
+    if synchronizes(process, sync_batchnorm):
         convert_sync_batchnorm(module)  # timm's: torch's drops the activations of BatchNormAct
     # Newer torch has a new name for it and warns of the old one.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -100,6 +134,11 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     if process.device.type == "cuda":
         options["device_ids"] = [process.device]
     return DistributedDataParallel(module, **options)
+
+
+def synchronizes(process: Process, sync_batchnorm: bool) -> bool:
+    """Return whether BatchNorm's statistics are those of the global batch."""
+    return process.world_size == 1 or (sync_batchnorm and process.device.type == "cuda")
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -120,7 +159,113 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(value: T) -> T:
+    """Return rank 0's value, anything that can be pickled."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks rank 0's buffers, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let all processes pass the block, or none: an error of one is raised by all.
+
+    Raises:
+        SharedError: A process raised a ValueError or OSError; the message says which and why.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    by_message: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        if message is not None:
+            by_message.setdefault(message, []).append(rank)
+    if by_message:
+        alike = len(next(iter(by_message.values()))) == len(messages)
+        lines = [
+            message if alike else f"process {', '.join(map(str, ranks))}: {message}"
+            for message, ranks in by_message.items()
+        ]
+        raise SharedError("\n".join(lines)) from error
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+class SharedFlags:
+    """Flags that any process may raise and that all see at the same step.
+
+    With many processes the answer is one call old: the exchange goes on beside the step, between
+    the CPUs, so that nothing waits for the device.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._seen = torch.zeros(count, dtype=torch.uint8)
+        self._work: dist.Work | None = None
+
+    def exchange(self, *raised: bool) -> list[bool]:
+        """Raise this process's flags, and return those that any process had raised before."""
+        mine = torch.tensor(raised, dtype=torch.uint8)
+        if not dist.is_initialized():
+            return [bool(flag) for flag in mine]
+        if self._work is not None:
+            self._work.wait()
+        answer = [bool(flag) for flag in self._seen]
+        self._seen = mine
+        self._work = dist.all_reduce(self._seen, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def finish(self) -> None:
+        """Wait for the exchange under way."""
+        if self._work is not None:
+            self._work.wait()
+
+
+@torch.no_grad()
+def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
+    """Compare checksums of tensors that every process should hold alike.
+
+    Args:
+        parts: Tensors by the name of what they belong to.
+
+    Raises:
+        SharedError: They differ; the message names the parts and the processes.
+    """
+    if not dist.is_initialized():
+        return
+    own = torch.stack([torch.stack([_checksum(t) for t in ts]).sum() for ts in parts.values()])
+    sums = gather(own[None]).cpu()
+    for name, column in zip(parts, sums.T, strict=True):
+        others = [rank for rank, value in enumerate(column.tolist()) if value != column[0]]
+        if others:
+            raise SharedError(
+                f"the {name} of process {', '.join(map(str, others))} is no longer that of process "
+                "0; a device or the network may be faulty: start again from the last checkpoint"
+            )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return a sum over the bits, exact and weighted by position, modulo 2**64."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(integer[tensor.element_size()]).flatten().long()
+    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()

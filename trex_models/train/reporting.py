@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -13,18 +12,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trex_models.train.distributed import mean
+from trex_models.files import append, write_whole
+from trex_models.train.distributed import Process, gather
 
 
 class Meter:
     """Means over the steps since the last reading, kept on the device until they are read.
 
     Args:
-        device: Of the losses and logits.
+        process: This process; losses and logits are on its device.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, device=device)
+    def __init__(self, process: Process) -> None:
+        self._rank = process.rank
+        self._world_size = process.world_size
+        self._sums = torch.zeros(3, device=process.device)  # loss, accuracy, steps
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a step.
@@ -38,19 +40,19 @@ class Meter:
         self._sums += torch.stack([loss.float(), correct, torch.ones_like(correct)])
 
     def read(self) -> dict[str, float]:
-        """Return the means over steps and processes, and start anew; waits for the device.
-
-        Raises:
-            ValueError: The loss is not finite.
-        """
-        loss, correct, steps = mean(self._sums).tolist()
+        """Return the means over steps and processes, and start anew; waits for the device."""
+        loss, correct, steps = self.gathered().sum(0).tolist()
         self._sums.zero_()
-        if not math.isfinite(loss):
-            raise ValueError(
-                "the loss is no longer finite; lower optim.base_lr, lengthen optim.warmup_epochs, "
-                "or take --precision bf16 or fp32"
-            )
         return {"loss": loss / steps, "accuracy": correct / steps}
+
+    def gathered(self) -> Tensor:
+        """Return the sums of all processes, (processes, 3); all of them must call it."""
+        return gather(self._sums[None])
+
+    def restore(self, sums: Tensor) -> None:
+        """Take on this process's part of ``gathered``; the mean where there were more or fewer."""
+        own = sums[self._rank] if len(sums) == self._world_size else sums.mean(0)
+        self._sums.copy_(own)
 
 
 class Reporter:
@@ -119,8 +121,7 @@ class Reporter:
         self._last_time, self._last_step = now, done
         epoch = done / self._steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
+        append(self._path, json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
         shown = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self._bar.disable:
             print(
@@ -142,15 +143,13 @@ def _truncate(path: Path, start_step: int) -> None:
     """Drop the lines of steps after ``start_step`` and a torn last line."""
     kept = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= start_step:
                     kept.append(line + "\n")
             except (KeyError, TypeError, ValueError):
                 break
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def _duration(seconds: float) -> str:

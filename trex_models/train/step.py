@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +54,10 @@ class Precision:
         )
 
 
+class NonFiniteLossError(ValueError):
+    """The loss is NaN or infinite; weights, optimiser and bank are as they were before the step."""
+
+
 def training_step(
     model: nn.Module,
     method: TReX,
@@ -60,7 +67,7 @@ def training_step(
     labels: Tensor,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, fill the bank, backward, optimise; nothing waits for the device.
+    """Forward, backward, fill the bank, optimise.
 
     Args:
         model: ``method``, or DistributedDataParallel around it.
@@ -73,15 +80,46 @@ def training_step(
 
     Returns:
         The loss before the optimiser's step, and the logits, (N * B, C); both detached.
+
+    Raises:
+        NonFiniteLossError: The loss of this process is not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     with precision.autocast():
         loss, logits = model(crops, labels)
-        # Before the optimiser's step: the average follows the weights that made this loss.
-        method.update_bank(crops[0][: len(labels)], labels)
+    read_loss = _read_later(loss.detach())
     optimizer.zero_grad(set_to_none=True)
     precision.scaler.scale(loss).backward()
+    # The device is busy with the backward pass meanwhile: this wait does not leave it idle.
+    if not math.isfinite(read_loss()):
+        raise NonFiniteLossError("the loss is no longer finite")
+    with precision.autocast():
+        # Before the optimiser's step: the average follows the weights that made this loss.
+        method.update_bank(crops[0][: len(labels)], labels)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach(), logits.detach()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed all global generators: what a step draws (drop path) depends on these numbers alone."""
+    drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
+    torch.manual_seed(drawn)
+    random.seed(drawn)
+    np.random.seed(drawn)  # noqa: NPY002  # a backbone may draw from it
+
+
+def _read_later(scalar: Tensor) -> Callable[[], float]:
+    """Start to copy a scalar to the host; the function returned waits for that copy alone."""
+    if scalar.device.type != "cuda":
+        return scalar.item
+    copy = torch.empty_like(scalar, device="cpu", pin_memory=True).copy_(scalar, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return copy.item()
+
+    return read

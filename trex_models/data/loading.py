@@ -1,0 +1,125 @@
+"""Batches from worker processes, in order, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+_MOST_DEATHS = 3
+
+
+class BatchDataset(Protocol):
+    """A data set that makes whole batches; a batch is a function of its keys."""
+
+    def __getitems__(self, keys: Sequence[Any], /) -> Any:
+        """Return the batch of some samples; ValueError names one that cannot be read."""
+        ...
+
+
+def load_batches(
+    dataset: BatchDataset,
+    batches: Iterable[Sequence[Any]],
+    workers: int,
+    pin_memory: bool = False,
+    say: Callable[[str], object] = print,
+) -> Iterator[Any]:
+    """Yield the data set's batches in order.
+
+    When a worker process dies (the system ends one when memory runs out), loading starts again
+    from the batch that was awaited: a run of days should not end for it.
+
+    Args:
+        dataset: What makes a batch of keys.
+        batches: The keys of every batch; the same ones each time that it is iterated.
+        workers: Worker processes; 0 loads in this process.
+        pin_memory: Whether to copy the batches to page-locked memory.
+        say: What to do with a line about a worker's death.
+
+    Raises:
+        ValueError: A sample cannot be read, or workers keep dying on the same batch.
+    """
+    done, deaths = 0, 0
+    while True:
+        loader: DataLoader[Any] = DataLoader(
+            _Quoting(dataset),
+            batch_sampler=_Rest(batches, done),
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+        try:
+            for batch in _started(loader):
+                if isinstance(batch, ValueError):
+                    raise batch
+                yield batch
+                done, deaths = done + 1, 0
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            deaths += 1
+            if deaths == _MOST_DEATHS:
+                raise ValueError(
+                    f"loader workers died {deaths} times over one batch ({error}); the machine may "
+                    "be short of memory (see dmesg): lower --system.workers"
+                ) from error
+            say(f"{error}; loading starts again from the batch that was awaited")
+        else:
+            return
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers, without DataLoader's handler of their deaths.
+
+    It raises its error at any line of the main thread, in the middle of a step, too. Without it
+    the error comes out of the loader, within 5 seconds.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    previous = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, previous)
+    return batches
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    """Ignore the signals that reach all processes of a job; the parent decides when to stop.
+
+    SIGTERM is DataLoader's own means of ending its workers.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class _Quoting(Dataset[Any]):
+    """Returns a ValueError, not raises it: DataLoader would bury it under a worker's traceback."""
+
+    def __init__(self, dataset: BatchDataset) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            return self._dataset.__getitems__(keys)
+        except ValueError as error:
+            return ValueError(str(error))
+
+
+class _Rest:
+    """The batches from one on."""
+
+    def __init__(self, batches: Iterable[Sequence[Any]], start: int) -> None:
+        self._batches = batches
+        self._start = start
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return map(list, islice(self._batches, self._start, None))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,77 @@
+"""Files that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file beside ``path`` that takes its place if the block ends without an error.
+
+    The bytes are on the disk before it does, and the new name is before the context ends.
+
+    Raises:
+        OSError: It cannot be written; what stood at ``path`` still stands there.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise _named(error, path) from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and move it there.
+
+    Raises:
+        OSError: As ``replacing``.
+    """
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file, down to the disk.
+
+    Raises:
+        OSError: It cannot be written; a part of the text may have been.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _named(error, path) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Write a folder's names down to the disk, where its file system knows how."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """Return the error with the file's name, which a failed write does not know."""
+    return error if error.filename else OSError(error.errno, error.strerror, str(path))

@@ -1,0 +1,269 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trex_models.data.folder import FolderSource
+from trex_models.data.fractals import FractalSource
+from trex_models.data.multicrop import CropSpec, EpochSampler
+from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
+from trex_models.data.sources import Source
+from trex_models.heads import Projector
+from trex_models.train import checkpointing, preflight
+from trex_models.train.backbone import build_backbone, full_args
+from trex_models.train.bank import Bank
+from trex_models.train.config import Config, CropsConfig, DataConfig, from_dict
+from trex_models.train.distributed import Process, choose_device
+from trex_models.train.export import export
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
+from trex_models.train.optimizer import learning_rates
+from trex_models.train.step import Precision, seed_step
+from trex_models.train.validation import ValidationDataset
+
+
+def open_source(data: DataConfig) -> Source:
+    """Open the images to train on.
+
+    Raises:
+        ValueError: There is no path, or the folder will not do.
+    """
+    if data.source == "fractals":
+        return FractalSource(
+            data.num_classes, data.images_per_class, data.image_size, variation=data.variation
+        )
+    if not data.path:
+        raise ValueError(
+            "data.path is not set; name the folder of class folders by --data.path, or train on "
+            "generated images by --data.source fractals"
+        )
+    return FolderSource(data.path)
+
+
+def open_validation(config: Config, source: Source) -> ValidationDataset | None:
+    """Open the images to validate on, if there are any.
+
+    Raises:
+        ValueError: The folder will not do, or has other classes than the training images.
+    """
+    data, validation = config.data, config.validation
+    held_out: Source
+    if data.source == "fractals" and validation.images_per_class:
+        held_out = FractalSource(
+            data.num_classes,
+            validation.images_per_class,
+            data.image_size,
+            first_image=data.images_per_class,
+            variation=data.variation,
+        )
+    elif data.source == "folder" and validation.path:
+        held_out = FolderSource(validation.path)
+    else:
+        return None
+    if list(held_out.classes) != list(source.classes):
+        raise ValueError(
+            f"validation.path {validation.path} has {len(held_out.classes)} classes, data.path "
+            f"{data.path} has {len(source.classes)}; both need the same class folders"
+        )
+    return ValidationDataset(held_out, config.crops.global_size)
+
+
+def crop_specs(crops: CropsConfig) -> list[CropSpec]:
+    """Return the crops of each resolution, globals first."""
+    specs = [CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_LAW)]
+    if crops.local_crops:
+        specs.append(CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_LAW))
+    return specs
+
+
+def build_sampler(config: Config, num_images: int, process: Process) -> EpochSampler:
+    """Build the order of a run's batches.
+
+    Raises:
+        ValueError: The batch does not fit the data or the processes.
+    """
+    return EpochSampler(
+        num_images,
+        config.optim.batch_size,
+        config.optim.epochs,
+        config.seed,
+        process.rank,
+        process.world_size,
+    )
+
+
+def build_rates(config: Config, steps_per_epoch: int) -> np.ndarray:
+    """Return the learning rate of every step."""
+    optim = config.optim
+    return learning_rates(
+        peak=optim.base_lr * optim.batch_size / 256,
+        final=optim.final_lr,
+        warmup_steps=optim.warmup_epochs * steps_per_epoch,
+        total_steps=optim.epochs * steps_per_epoch,
+    )
+
+
+def build_method(config: Config, num_classes: int) -> TReX:
+    """Build the method with random weights, a function of the seed, on the CPU.
+
+    Raises:
+        ValueError: The backbone will not do.
+    """
+    torch.manual_seed(config.seed)
+    model, objective = config.model, config.objective
+    sizes = [spec.size for spec in crop_specs(config.crops)]
+    backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
+    projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
+    loss: Objective
+    if objective.name == "ocm":
+        bank = Bank(objective.bank_size, model.embedding_dim, num_classes)
+        loss = OnlineClassMeans(bank, objective.temperature)
+    else:
+        loss = CosineSoftmax(model.embedding_dim, num_classes, objective.temperature)
+    return TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
+
+
+def num_workers(config: Config) -> int:
+    """Return the loader processes of each training process."""
+    if config.system.workers is not None:
+        return config.system.workers
+    return min(8, max(1, preflight.free_cores() // local_processes()))
+
+
+def local_processes() -> int:
+    """Return the number of training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def check(config: Config, source: Source, method: TReX, process: Process) -> list[str]:
+    """Look for what would fail or go badly later; return warnings.
+
+    Raises:
+        ValueError: Something would fail; one line each.
+    """
+    specs, folder = crop_specs(config.crops), Path(config.output)
+    share = config.optim.batch_size // process.world_size
+    batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
+    checks: list[Callable[[], str | None]] = [
+        lambda: preflight.samples(source),
+        lambda: preflight.shared_memory(batch_bytes, num_workers(config), local_processes()),
+        lambda: preflight.cpu_bfloat16(
+            config.precision, process.device, [spec.size for spec in specs]
+        ),
+    ]
+    if config.objective.name == "ocm":
+        size = config.objective.bank_size
+        checks.append(lambda: preflight.bank(size, source.labels, len(source.classes)))
+    if process.is_main:
+        # One more than are kept: the next is written before the oldest is deleted.
+        more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
+        checks.append(lambda: preflight.disk_space(folder, method, more))
+    return preflight.all_of(*checks)
+
+
+def export_method(method: TReX, config: Config, classes: list[str], folder: Path) -> list[Path]:
+    """Export a method that a configuration describes; return the exported folders.
+
+    Args:
+        method: On the CPU; put into eval mode.
+        config: What it was built from.
+        classes: Names of the classes.
+        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+    """
+    model = config.model
+    backbone_args = full_args(
+        model.backbone, model.parsed_backbone_args(), config.crops.global_size
+    )
+    backbone_args.pop("zero_init_last", None)  # of initial weights alone
+    return export(
+        method,
+        folder,
+        backbone=model.backbone,
+        backbone_args=backbone_args,
+        head_args={
+            "proj_layers": model.hidden_layers,
+            "proj_hidden_dim": model.hidden_dim,
+            "proj_dim": model.embedding_dim,
+            "temperature": config.objective.temperature,
+        },
+        image_size=config.crops.global_size,
+        classes=classes,
+        weights_license=config.license,
+    )
+
+
+def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
+    """Export any checkpoint of the trainer, of a finished run or not.
+
+    Args:
+        path: A file of a run's checkpoints folder, or the run's folder: its last whole one.
+        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+        weights_license: Licence to state; None for the one that the run was started with.
+
+    Returns:
+        The exported folders.
+
+    Raises:
+        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
+    """
+    method, state = load_method(path)
+    config = from_dict(state["config"])
+    if weights_license is not None:
+        config = replace(config, license=weights_license)
+    return export_method(method, config, state["classes"], folder)
+
+
+def load_step(path: Path | str) -> tuple[TReX, list[Tensor], Tensor, Precision]:
+    """Load a step whose loss was not finite, as its process saw it.
+
+    ``with precision.autocast(): loss, logits = method(crops, labels)`` is then its forward pass.
+
+    Args:
+        path: The file that training named.
+
+    Returns:
+        The method in training mode, the crops of each resolution, the labels, and the precision;
+        on CUDA where there is one, else on the CPU. The global generators are seeded as they were.
+
+    Raises:
+        ValueError: The file is not such a step, or its precision needs CUDA.
+    """
+    path = Path(path)
+    device = choose_device()
+    method, state = load_method(path)
+    if "crops" not in state:
+        raise ValueError(f"{path} is a checkpoint, not a step: it holds no crops")
+    precision = Precision.from_name(state["config"]["precision"], device.type)
+    seed_step(state["config"]["seed"], state["step"], state["process"])
+    crops = [images.to(device) for images in state["crops"]]
+    return method.train().to(device), crops, state["labels"].to(device), precision
+
+
+def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
+    """Build a checkpoint's method, on the CPU; return it and all that the file holds.
+
+    Args:
+        path: A file, or a run's folder: its last whole checkpoint.
+
+    Raises:
+        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
+    """
+    if path.is_dir():
+        newest = checkpointing.newest(path, print)
+        if newest is None:
+            raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
+        path, state = newest
+    else:
+        state = checkpointing.load(path)
+    method = build_method(from_dict(state["config"]), len(state["classes"]))
+    checkpointing.restore({"method": method}, state, path)
+    return method, state

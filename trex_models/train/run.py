@@ -1,0 +1,188 @@
+"""A run made ready: its parts built, checked, its folder taken, its last checkpoint restored."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trex_models.data.multicrop import EpochSampler, MultiCropDataset
+from trex_models.data.sources import Source
+from trex_models.train import build, checkpointing, distributed
+from trex_models.train.config import Config, to_json
+from trex_models.train.distributed import Process
+from trex_models.train.method import TReX
+from trex_models.train.optimizer import build_sgd, match_memory_format
+from trex_models.train.reporting import Meter
+from trex_models.train.step import Precision
+from trex_models.train.validation import ValidationDataset
+
+
+@dataclass
+class Run:
+    """What a run consists of, at the step that ``sampler.start_step`` says.
+
+    Attributes:
+        config: With its precision resolved.
+        process: This process.
+        precision: The types to compute in.
+        dataset: The training images' crops.
+        validation: The images to validate on, if there are any.
+        sampler: The order of the batches.
+        rates: The learning rate of every step.
+        method: On the device, in training mode.
+        optimizer: Over what is trained.
+        meter: Loss and accuracy since the last report.
+        facts: What a checkpoint says of the data.
+        messages: What to tell before the first step.
+    """
+
+    config: Config
+    process: Process
+    precision: Precision
+    dataset: MultiCropDataset
+    validation: ValidationDataset | None
+    sampler: EpochSampler
+    rates: np.ndarray
+    method: TReX
+    optimizer: torch.optim.Optimizer
+    meter: Meter
+    facts: dict[str, Any]
+    messages: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output)
+
+    @property
+    def parts(self) -> dict[str, checkpointing.Stateful]:
+        """What has a state that is alike in all processes."""
+        return {
+            "method": self.method,
+            "optimizer": self.optimizer,
+            "scaler": self.precision.scaler,
+        }
+
+    @property
+    def steps_between_validations(self) -> int:
+        """Steps from one validation to the next."""
+        return self.config.validation.every * self.sampler.steps_per_epoch
+
+    def shared_tensors(self) -> dict[str, Iterable[Tensor]]:
+        """What every process must hold alike: all but BatchNorm's running statistics."""
+        method = self.method
+        shared: dict[str, Iterable[Tensor]] = {"encoder": method.encoder.parameters()}
+        if method.momentum_encoder is None or method.objective.bank is None:
+            return shared | {"head": method.objective.parameters()}
+        shared["momentum encoder"] = method.momentum_encoder.parameters()
+        return shared | {"bank": method.objective.bank.buffers()}
+
+    def state_after(self, steps: int) -> dict[str, Any]:
+        """Return what a checkpoint holds but for the meter's sums, which all processes share."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        config, processes = json.loads(to_json(self.config)), self.process.world_size
+        return {**state, **self.facts, "config": config, "processes": processes, "step": steps}
+
+
+@contextmanager
+def prepared(config: Config, process: Process) -> Iterator[Run]:
+    """Build a run, or continue the one that ``config.output`` holds.
+
+    What would fail later is refused here, by all processes alike, before anything is written. The
+    main process alone reads and writes the folder; the others need not see it.
+
+    Raises:
+        ValueError: The configuration, the data, the folder or its checkpoint will not do; a line
+            for each trouble.
+    """
+    with distributed.together():
+        precision = Precision.from_name(config.precision, process.device.type)
+        config = replace(config, precision=precision.name)
+        source = build.open_source(config.data)
+        validation = build.open_validation(config, source)
+        sampler = build.build_sampler(config, len(source), process)
+        method = build.build_method(config, len(source.classes))
+        warnings = build.check(config, source, method, process)
+        classes = list(source.classes)
+        if process.is_main and not checkpointing.files(Path(config.output)):
+            with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
+                build.export_method(method, config, classes, Path(trial))
+
+    method.train().to(process.device)
+    if config.system.channels_last:
+        method.to(memory_format=torch.channels_last)
+    run = Run(
+        config=config,
+        process=process,
+        precision=precision,
+        dataset=MultiCropDataset(source, build.crop_specs(config.crops), config.seed),
+        validation=validation,
+        sampler=sampler,
+        rates=build.build_rates(config, sampler.steps_per_epoch),
+        method=method,
+        optimizer=build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay),
+        meter=Meter(process),
+        facts={"classes": classes, "images": source.digest()},
+        messages=[_describe(config, source, process), *(f"warning: {w}" for w in warnings)],
+    )
+    with _claimed(run) as saved:
+        if saved is not None:
+            _restore(run, *saved)
+        yield run
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
+    """Hold the run's folder; give its last checkpoint to all processes."""
+    saved = None
+    with ExitStack() as stack:
+        with distributed.together():
+            if run.process.is_main:
+                stack.enter_context(checkpointing.claimed(run.config))
+                saved = checkpointing.newest(run.folder, run.messages.append)
+                if saved is not None:
+                    checkpointing.check_belongs(*saved, run.config, run.facts)
+                    _check_processes(run, *saved)
+        yield distributed.broadcast(saved)
+
+
+def _check_processes(run: Run, path: Path, state: dict[str, Any]) -> None:
+    before, now = state["processes"], run.process.world_size
+    if before == now:
+        return
+    if not distributed.synchronizes(run.process, run.config.system.sync_batchnorm):
+        raise ValueError(
+            f"{path} was saved by {before} processes, each of which normalised its own share of a "
+            f"batch; start {before}, not {now}"
+        )
+    run.messages.append(
+        f"warning: {before} processes began the run, {now} continue it: equal up to rounding, not "
+        "bit for bit"
+    )
+
+
+def _restore(run: Run, path: Path, state: dict[str, Any]) -> None:
+    checkpointing.restore(run.parts, state, path)
+    run.meter.restore(state["meter"])
+    match_memory_format(run.optimizer)
+    run.sampler.start_step = state["step"]
+    finished = state["step"] == run.sampler.total_steps
+    run.messages.append(f"the run {'is finished:' if finished else 'continues from'} {path}")
+
+
+def _describe(config: Config, source: Source, process: Process) -> str:
+    model = config.model
+    return (
+        f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, projector with "
+        f"{model.hidden_layers} hidden layers, {config.objective.name}; {config.precision} on "
+        f"{process.world_size} x {process.device}"
+    )
