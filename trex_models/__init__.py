@@ -6,6 +6,20 @@ Importing this package registers the models with timm:
     model = timm.create_model("trex_resnet50", pretrained=True)
 """
 
+try:
+    import torchvision as _torchvision  # noqa: F401  # timm needs it; a wrong one fails oddly
+except ModuleNotFoundError:
+    raise
+except (ImportError, OSError, RuntimeError) as _error:
+    from importlib.metadata import version as _version
+
+    # With our name, ``python -m trex_models.train`` prints one line and no traceback.
+    raise ImportError(
+        f"torch {_version('torch')} and the installed torchvision do not fit each other "
+        f"({_error}); install both from one place: pip install --force-reinstall torch torchvision",
+        name=__name__,
+    ) from _error
+
 from trex_models.checkpoints import CheckpointError
 from trex_models.heads import CosineClassifier, Projector
 from trex_models.manifest import WeightsError

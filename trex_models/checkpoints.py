@@ -72,7 +72,8 @@ CONTAINERS = {
     "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
     "method": {
-        *("config", "classes", "images", "processes", "step", "optimizer", "scaler", "meter"),
+        *("config", "classes", "images", "step", "optimizer", "scaler", "meter"),
+        *("environment", "batchnorm_groups"),
         *("process", "crops", "labels"),  # of a step whose loss was not finite
     },
 }

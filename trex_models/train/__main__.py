@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _train(config: Config) -> int:
+    import torch
+
     from trex_models.train.distributed import PeerError, SharedError
     from trex_models.train.loop import train
     from trex_models.train.signals import Stopped
@@ -59,6 +62,13 @@ def _train(config: Config) -> int:
     except PeerError as error:
         _fail(str(error), _process())
         return 1
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        return _fail(f"{reason} Lower optim.batch_size, or use more processes", _process())
+    except KeyboardInterrupt:
+        with _first_process_speaks():
+            print("interrupted; the same command continues from the last checkpoint")
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,9 @@ def claimed(config: Config) -> Iterator[None]:
         if not path.exists():
             write_whole(path, to_json(config))
         sync_folder(folder.parent)
+        for torn in [*folder.glob("checkpoints/.*.tmp"), *folder.glob("export/.*")]:
+            # Of a process that was killed.
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         yield
     finally:
         lock.release()

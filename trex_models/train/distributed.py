@@ -77,7 +77,7 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         yield Process(dist.get_rank(), world_size, chosen)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise PeerError(f"another process failed ({error})") from error
+            raise PeerError("another process failed; its own error tells why") from error
         raise
     finally:
         dist.destroy_process_group()

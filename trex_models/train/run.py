@@ -17,7 +17,7 @@ from torch import Tensor
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.train import build, checkpointing, distributed
-from trex_models.train.config import Config, to_json
+from trex_models.train.config import Config, differences, to_json
 from trex_models.train.distributed import Process
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
@@ -89,8 +89,31 @@ class Run:
     def state_after(self, steps: int) -> dict[str, Any]:
         """Return what a checkpoint holds but for the meter's sums, which all processes share."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        config, processes = json.loads(to_json(self.config)), self.process.world_size
-        return {**state, **self.facts, "config": config, "processes": processes, "step": steps}
+        return {
+            **state,
+            **self.facts,
+            "config": json.loads(to_json(self.config)),
+            "step": steps,
+            "environment": self.environment,
+            "batchnorm_groups": self.batchnorm_groups,
+        }
+
+    @property
+    def environment(self) -> dict[str, int | str]:
+        """What changes the rounding of the same computation."""
+        device = self.process.device
+        return {
+            "processes": self.process.world_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    @property
+    def batchnorm_groups(self) -> int:
+        """Into how many parts a batch falls that are normalised each by itself."""
+        synchronized = distributed.synchronizes(self.process, self.config.system.sync_batchnorm)
+        return 1 if synchronized else self.process.world_size
 
 
 @contextmanager
@@ -144,30 +167,45 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
 def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
     """Hold the run's folder; give its last checkpoint to all processes."""
     saved = None
+    first = distributed.broadcast((to_json(run.config), run.facts))
     with ExitStack() as stack:
         with distributed.together():
+            _check_alike(run, *first)
             if run.process.is_main:
                 stack.enter_context(checkpointing.claimed(run.config))
-                saved = checkpointing.newest(run.folder, run.messages.append)
+                saved = checkpointing.newest(run.folder, print)
                 if saved is not None:
                     checkpointing.check_belongs(*saved, run.config, run.facts)
-                    _check_processes(run, *saved)
+                    _check_environment(run, *saved)
         yield distributed.broadcast(saved)
 
 
-def _check_processes(run: Run, path: Path, state: dict[str, Any]) -> None:
-    before, now = state["processes"], run.process.world_size
-    if before == now:
-        return
-    if not distributed.synchronizes(run.process, run.config.system.sync_batchnorm):
+def _check_alike(run: Run, config: str, facts: dict[str, Any]) -> None:
+    different = differences(json.loads(config), run.config)
+    if different:
+        raise ValueError(f"settings differ from those of process 0: {'; '.join(different)}")
+    if facts != run.facts:
         raise ValueError(
-            f"{path} was saved by {before} processes, each of which normalised its own share of a "
-            f"batch; start {before}, not {now}"
+            f"{run.config.data.path} holds other images than process 0 finds; copy the data anew"
         )
-    run.messages.append(
-        f"warning: {before} processes began the run, {now} continue it: equal up to rounding, not "
-        "bit for bit"
-    )
+
+
+def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
+    before, now = state["environment"], run.environment
+    if state["batchnorm_groups"] != run.batchnorm_groups:
+        raise ValueError(
+            f"{path} was saved by {before['processes']} processes, and BatchNorm saw "
+            f"{state['batchnorm_groups']} parts of each batch; with {now['processes']} it would "
+            f"see {run.batchnorm_groups}: start {before['processes']}"
+        )
+    changed = [
+        f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]
+    ]
+    if changed:
+        run.messages.append(
+            f"warning: saved elsewhere ({'; '.join(changed)}): what follows is what it would have "
+            "been up to rounding, not bit for bit"
+        )
 
 
 def _restore(run: Run, path: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,287 @@
+"""Checkpoints that are torn or foreign, folders of other runs, and steps kept for study."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_train import assert_same_state, last_state, logged, run
+from trex_models.train import build, checkpointing
+from trex_models.train.checkpointing import DamagedError
+
+# Saves in the middle of an epoch of four steps.
+MIDWAY = ["--system.save-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run(folder, *MIDWAY) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def cut(data: bytes, offset: int) -> bytes:
+    return data[:offset]
+
+
+def flip(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1 << offset % 8]) + data[offset + 1 :]
+
+
+def blank(data: bytes, offset: int) -> bytes:
+    """Zero the page that the offset lies in, as a power cut may leave it."""
+    start = offset // 4096 * 4096
+    end = min(start + 4096, len(data))
+    return data[:start] + bytes(end - start) + data[end:]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, blank])
+def test_damage_at_any_offset_is_noticed_or_harmless(
+    finished: Path, tmp_path: Path, damage: Callable[[bytes, int], bytes]
+) -> None:
+    """Harmless: in the padding between tensors, and in fields of the zip that are not read."""
+    data = checkpointing.files(finished)[-1].read_bytes()
+    whole = copy.deepcopy(last_state(finished))
+    draw = random.Random(0)
+    ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # the zip's own records
+    noticed = 0
+    for offset in ends + [draw.randrange(len(data)) for _ in range(150)]:
+        path = tmp_path / "step_8.pt"
+        path.write_bytes(damage(data, offset))
+        try:
+            state = checkpointing.load(path)
+        except DamagedError:
+            noticed += 1
+        else:
+            assert damage is not cut
+            assert_same_state(state, whole)
+    assert noticed > 200
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(5000)])
+def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
+    copied: Path, finished: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    assert names(copied) == ["step_6.pt", "step_8.pt"]
+    (copied / "checkpoints/step_8.pt").write_bytes(content)
+    assert run(copied, *MIDWAY) == 0
+    out = capsys.readouterr().out
+    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is put aside" in out
+    assert f"continues from {copied}/checkpoints/step_6.pt" in out
+    assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
+    assert_same_state(last_state(copied), last_state(finished) | {"config": any_output(copied)})
+    assert logged(copied) == logged(finished)
+
+
+def any_output(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text())
+    return config | {"output": str(folder)}
+
+
+def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in checkpointing.files(copied):
+        path.write_bytes(path.read_bytes()[:-100])
+    assert run(copied, *MIDWAY) == 2
+    assert "no checkpoint of" in capsys.readouterr().err
+    assert len(logged(copied)) == len(logged(copied))
+    assert names(copied) == ["step_6.pt.damaged", "step_8.pt.damaged"]
+
+
+def test_foreign_checkpoint_is_refused(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(copied / "checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
+    assert run(copied, *MIDWAY) == 2
+    assert "step_12.pt is of another run (step: 8); take it out" in capsys.readouterr().err
+    assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
+    shutil.move(tmp_path / "other/checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
+    assert run(copied, *MIDWAY) == 2
+    assert "step_12.pt is of another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
+    torch.save({"weights": torch.zeros(3)}, copied / "checkpoints/step_12.pt")
+    assert run(copied, *MIDWAY) == 2
+    assert "step_12.pt is no checkpoint of this trainer" in capsys.readouterr().err
+    assert names(copied) == ["step_12.pt", "step_6.pt", "step_8.pt"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--seed", "1"], "seed: 0 -> 1"),
+        (["--precision", "bf16", "--crops.local-size", "24"], "precision: fp32 -> bf16"),
+        (["--optim.epochs", "3"], "optim.epochs: 2 -> 3"),
+        (["--optim.batch-size", "4"], "optim.batch_size: 8 -> 4"),
+        (["--objective.temperature", "0.2"], "objective.temperature: 0.1 -> 0.2"),
+        (["--objective.bank-size", "16"], "objective.bank_size: 32 -> 16"),
+        (["--crops.local-crops", "1"], "crops.local_crops: 2 -> 1"),
+        (["--model.embedding-dim", "16"], "model.embedding_dim: 8 -> 16"),
+        (["--data.images-per-class", "9"], "data.images_per_class: 8 -> 9"),
+        (["--system.no-sync-batchnorm"], "system.sync_batchnorm: True -> False"),
+    ],
+)
+def test_a_folder_with_other_settings_is_refused_by_their_names(
+    finished: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], named: str
+) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert run(finished, *MIDWAY, *overrides) == 2
+    err = capsys.readouterr().err
+    assert f"{finished} already holds another run (" in err
+    assert named in err
+    assert len(err.splitlines()) == 1
+    assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+
+
+def test_what_does_not_change_the_result_may_change(
+    copied: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpointing.files(copied)[-1].unlink()
+    free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
+    assert run(copied, *free.split()) == 0
+    assert "continues from" in capsys.readouterr().out
+    assert names(copied) == ["step_6.pt", "step_8.pt"]
+    assert logged(copied)[-1].keys() == logged(finished)[-1].keys()
+
+
+def test_processes_that_normalise_other_parts_of_a_batch_are_refused(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpointing.files(copied)[-1]
+    state = copy.deepcopy(checkpointing.load(path))
+    four = {"environment": state["environment"] | {"processes": 4}}
+    checkpointing.write(path, state | four | {"batchnorm_groups": 4})
+    assert run(copied, *MIDWAY) == 2
+    assert "was saved by 4 processes, and BatchNorm saw 4 parts" in capsys.readouterr().err
+    checkpointing.write(path, state | four)  # synchronised
+    assert run(copied, *MIDWAY) == 0
+    assert "warning: saved elsewhere (processes: 4 -> 1)" in capsys.readouterr().out
+
+
+def test_time_is_a_reason_to_save(tmp_path: Path, finished: Path) -> None:
+    """Every step takes longer than the interval, so that each is saved."""
+    assert run(tmp_path / "run", "--system.save-steps", "0", "--system.save-minutes", "1e-6") == 0
+    assert names(tmp_path / "run") == ["step_7.pt", "step_8.pt"]
+    ours, theirs = last_state(tmp_path / "run"), last_state(finished)
+    for part in ("method", "optimizer", "meter"):
+        assert_same_state(ours[part], theirs[part])
+    assert logged(tmp_path / "run") == logged(finished)
+
+
+def test_a_folder_that_a_killed_start_left_behind_is_taken(tmp_path: Path) -> None:
+    """Killed before config.json was there."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / ".lock").touch()
+    (folder / ".config.json.tmp").write_text("{")
+    assert run(folder) == 0
+    assert not (folder / ".config.json.tmp").exists()
+
+
+def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
+    checkpointing.files(copied)[-1].unlink()
+    (copied / "checkpoints/.step_7.pt.tmp").write_bytes(b"half")
+    (copied / "export/.backbone.x1").mkdir()
+    assert run(copied, *MIDWAY) == 0
+    assert names(copied) == ["step_6.pt", "step_8.pt"]
+    assert sorted(p.name for p in (copied / "export").iterdir()) == ["backbone", "cls"]
+
+
+def test_a_step_that_diverged_can_be_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["--optim.base-lr", "1e30", "--model.backbone-args", "channels=(8,8,16,16)"]
+    assert run(tmp_path / "run", *overrides, "drop_path_rate=0.1") == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
+    assert "lower optim.base_lr" in err
+    assert f"trex_models.train.build.load_step('{path}')" in err
+    method, crops, labels, precision = build.load_step(path)
+    before = copy.deepcopy(method.state_dict())
+    assert all(parameter.isfinite().all() for parameter in method.parameters())
+    with precision.autocast():
+        loss, _ = method(crops, labels)
+    assert not loss.isfinite()
+    assert len(labels) == 8
+    assert [tuple(c.shape) for c in crops] == [(8, 3, 32, 32), (16, 3, 16, 16)]
+    bank: Any = method.objective.bank
+    step = checkpointing.load(path)["step"]
+    assert f"the loss of step {step} " in err
+    assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
+    assert torch.equal(before["objective.bank.features"], bank.features)
+    with pytest.raises(ValueError, match="is a checkpoint, not a step"):
+        build.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
+
+
+def save_as_checkpoint(path: Path, target: Path) -> Path:
+    state = checkpointing.load(path)
+    checkpointing.write(target, {k: v for k, v in state.items() if k != "crops"})
+    return target
+
+
+def test_drop_path_continues_exactly(tmp_path: Path) -> None:
+    """Its draws are those of the step, not of a generator that runs on."""
+    deep = ["--model.backbone-args", "channels=(8,8,16,16)", "drop_path_rate=0.5", *MIDWAY]
+    assert run(tmp_path / "whole", *deep) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut/checkpoints/step_8.pt").unlink()
+    assert run(tmp_path / "cut", *deep) == 0
+    whole, cut = last_state(tmp_path / "whole"), last_state(tmp_path / "cut")
+    assert_same_state(cut["method"], whole["method"])
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+def test_moved_images_are_the_same_and_renamed_ones_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.test_folder import save_image
+
+    for label in "ab":
+        for index in range(8):
+            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
+    folder = ["--data.source", "folder", "--objective.bank-size", "16", "--data.path"]
+    assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 0
+    assert "the run is finished" in capsys.readouterr().out
+    (tmp_path / "moved/a/3.jpg").rename(tmp_path / "moved/a/9.jpg")
+    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 2
+    assert "was saved with other images" in capsys.readouterr().err
+
+
+def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    code = f"""
+        import runpy, sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        sys.argv = ["train", "smoke", "--output", "unused"]
+        runpy._run_module_as_main("trex_models.train")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "do not fit each other (operator torchvision::nms does not exist)" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,69 @@
+"""Training on CUDA: two processes against one, resume, and a loss that is not finite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_train import TINY, last_state, logged, run
+from trex_models.train import build, checkpointing
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CUDA = ["--system.device", "cuda:0", "--system.save-steps", "3"]
+
+
+def assert_close_runs(a: Path, b: Path) -> None:
+    one, two = last_state(a)["method"], last_state(b)["method"]
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(two[key], value, rtol=2e-3, atol=2e-4, msg=key)
+        else:
+            assert torch.equal(torch.as_tensor(two[key]), torch.as_tensor(value)), key
+    for line, other in zip(logged(a), logged(b), strict=True):
+        assert other == pytest.approx(line, rel=1e-3)
+
+
+def test_two_synchronised_processes_equal_one_of_the_double_batch(tmp_path: Path) -> None:
+    """Both on the same GPU, which nccl refuses: by gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "trex_models.train", "smoke", *TINY, *CUDA]
+    command += ["--precision", "fp32", "--system.backend", "gloo"]
+    output = ["--output", str(tmp_path / "two")]
+    subprocess.run([*command, *output], check=True, env=os.environ, timeout=600)
+    assert run(tmp_path / "one", *CUDA, "--precision", "fp32") == 0
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
+    """To rounding: on CUDA the order of atomic additions is not fixed."""
+    options = [*CUDA, "--precision", precision]
+    assert run(tmp_path / "whole", *options) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    checkpointing.files(tmp_path / "cut")[-1].unlink()
+    assert run(tmp_path / "cut", *options) == 0
+    assert logged(tmp_path / "cut")[-1]["loss"] == pytest.approx(
+        logged(tmp_path / "whole")[-1]["loss"], rel=0.05
+    )
+    assert last_state(tmp_path / "cut")["scaler"] == last_state(tmp_path / "whole")["scaler"]
+
+
+def test_step_that_diverged_is_kept(tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *CUDA, "--precision", "fp16", "--optim.base-lr", "1e30") == 2
+    (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
+    method, crops, labels, precision = build.load_step(path)
+    assert crops[0].is_cuda
+    with precision.autocast():
+        loss, _ = method(crops, labels)
+    assert not loss.isfinite()

@@ -1,0 +1,108 @@
+"""docs/slurm.sh, under commands that stand in for Slurm's own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import TINY, last_state, logged
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
+
+# Starts the tasks; sends SIGUSR1 to each, and to its loader workers, once the first line is logged.
+SRUN = """
+import os, pathlib, signal, subprocess, sys, time
+folder, warn = pathlib.Path(os.environ["RUN_FOLDER"]), bool(int(os.environ["WARN"]))
+command = [argument for argument in sys.argv[1:] if argument != "--kill-on-bad-exit=1"]
+tasks = [
+    subprocess.Popen(
+        command,
+        env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        start_new_session=True,
+    )
+    for rank in range(int(os.environ["SLURM_NTASKS"]))
+]
+metrics = folder / "metrics.jsonl"
+while warn and all(task.poll() is None for task in tasks):
+    if metrics.exists() and metrics.read_text():
+        for task in tasks:
+            os.killpg(task.pid, signal.SIGUSR1)
+        break
+    time.sleep(0.02)
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+SCONTROL = """
+import os, pathlib, sys
+if sys.argv[1:3] == ["show", "hostnames"]:
+    print("127.0.0.1")
+    print("another machine")
+else:
+    pathlib.Path(os.environ["REQUEUED"]).write_text(" ".join(sys.argv[1:]))
+"""
+
+
+def command(folder: Path, name: str, code: str) -> None:
+    path = folder / name
+    path.write_text(f"#!{sys.executable}\n{code}")
+    path.chmod(0o755)
+
+
+@pytest.mark.slow
+def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    command(programs, "srun", SRUN)
+    command(programs, "scontrol", SCONTROL)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python").chmod(0o755)
+    requeued = tmp_path / "requeued"
+
+    def job(folder: Path, *overrides: str, warn: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(SCRIPT.parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_JOB_NODELIST": "machine[1-2]",
+            "SLURM_NTASKS": "2",
+            "SLURM_NTASKS_PER_NODE": "2",
+            "RUN_FOLDER": str(folder),
+            "REQUEUED": str(requeued),
+            "WARN": str(int(warn)),
+        }
+        arguments = ["smoke", "--output", str(folder), *TINY, "--system.workers", "1"]
+        arguments += ["--optim.epochs", "6", *overrides]
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    first = job(tmp_path / "run", warn=True)
+    assert first.returncode == 0, first.stderr
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 24, saved", first.stdout)
+    assert stopped is not None
+    assert last_state(tmp_path / "run")["step"] == int(stopped[1]) < 24
+    assert requeued.read_text() == f"requeue {os.getpid()}"
+    assert "Traceback" not in first.stderr
+    second = job(tmp_path / "run")
+    assert second.returncode == 0, second.stderr
+    assert f"continues from {tmp_path}/run/checkpoints/step_{stopped[1]}.pt" in second.stdout
+    assert last_state(tmp_path / "run")["step"] == 24
+    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(2, 25, 2))
+
+    requeued.unlink()
+    other = job(tmp_path / "run", "--seed", "3")
+    assert other.returncode == 2
+    assert other.stderr.count("error: ") == 1
+    assert "already holds another run (seed: 0 -> 3)" in other.stderr
+    assert not requeued.exists()
