@@ -168,9 +168,10 @@ def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
     """Hold the run's folder; give its last checkpoint to all processes."""
     saved = None
     first = distributed.broadcast((to_json(run.config), run.facts))
+    with distributed.together():
+        _check_alike(run, *first)
     with ExitStack() as stack:
         with distributed.together():
-            _check_alike(run, *first)
             if run.process.is_main:
                 stack.enter_context(checkpointing.claimed(run.config))
                 saved = checkpointing.newest(run.folder, print)
@@ -182,11 +183,12 @@ def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
 
 def _check_alike(run: Run, config: str, facts: dict[str, Any]) -> None:
     different = differences(json.loads(config), run.config)
-    if different:
-        raise ValueError(f"settings differ from those of process 0: {'; '.join(different)}")
     if facts != run.facts:
+        different.append("the images")
+    if different:
         raise ValueError(
-            f"{run.config.data.path} holds other images than process 0 finds; copy the data anew"
+            f"this process and process 0 differ in {'; '.join(different)}; start all with the same "
+            "command and the same data"
         )
 
 

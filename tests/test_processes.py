@@ -1,0 +1,88 @@
+"""Two training processes: one that fails stops both with its error shown; none trains apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_folder import save_image
+from tests.test_train import TINY
+from trex_models.data.multicrop import EpochSampler
+
+FOLDER = ["--data.source", "folder", "--data.path"]
+
+
+def start(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "trex_models.train", "smoke", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run_two(first: list[str], second: list[str]) -> list[tuple[int, str]]:
+    """Return status and standard error of both processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(rank, port, *arguments) for rank, arguments in enumerate([first, second])]
+    ends = []
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        ends.append((process.returncode, errors))
+    return ends
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for label in "ab":
+        for index in range(40):
+            save_image(tmp_path / "images" / label / f"{index:02}.jpg", seed=index)
+    return tmp_path / "images"
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both_and_is_shown(images: Path, tmp_path: Path) -> None:
+    """An image that the second process alone reads, and not before the first step."""
+    keys = next(iter(EpochSampler(80, 8, 1, seed=0, rank=1, world_size=2)))
+    index = next(i for _, i in keys if i not in np.linspace(0, 79, 16).astype(int))
+    torn = images / "ab"[index // 40] / f"{index % 40:02}.jpg"
+    torn.write_bytes(b"torn")
+    arguments = ["--output", str(tmp_path / "run"), *TINY, *FOLDER, str(images)]
+    (status, errors), (other_status, other_errors) = run_two(arguments, arguments)
+    assert other_status == 2
+    assert f"error: process 1 of 2: {torn} cannot be read as an image" in other_errors
+    assert status == 1
+    assert "error: process 0 of 2: another process failed" in errors
+    assert "Traceback" not in errors + other_errors
+
+
+@pytest.mark.slow
+def test_processes_that_would_train_apart_do_not_start(images: Path, tmp_path: Path) -> None:
+    other = images.with_name("other")
+    shutil.copytree(images, other)
+    (other / "a/03.jpg").rename(other / "a/99.jpg")
+    arguments = ["--output", str(tmp_path / "run"), *TINY, *FOLDER]
+    ends = run_two([*arguments, str(images)], [*arguments, str(other), "--optim.base-lr", "3"])
+    assert [status for status, _ in ends] == [2, 2]
+    assert ends[0][1] == (
+        "error: process 1: this process and process 0 differ in optim.base_lr: 0.8 -> 3.0; the "
+        "images; start all with the same command and the same data\n"
+    )
+    assert ends[1][1] == ""
+    assert not (tmp_path / "run").exists()
