@@ -201,6 +201,8 @@ def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     checkpointing.files(copied)[-1].unlink()
     (copied / "checkpoints/.step_7.pt.tmp").write_bytes(b"half")
     (copied / "export/.backbone.x1").mkdir()
+    shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_4.pt")
+    shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_5.pt")
     assert run(copied, *MIDWAY) == 0
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert sorted(p.name for p in (copied / "export").iterdir()) == ["backbone", "cls"]

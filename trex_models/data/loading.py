@@ -59,16 +59,19 @@ def load_batches(
                     raise batch
                 yield batch
                 done, deaths = done + 1, 0
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            # A death shows as "DataLoader worker exited", as a broken connection, or in the thread
+            # that pins. What the data set itself raised, torch marks.
+            if not workers or str(error).startswith("Caught "):
                 raise
             deaths += 1
+            reason = f"{type(error).__name__}: {error}"
             if deaths == _MOST_DEATHS:
                 raise ValueError(
-                    f"loader workers died {deaths} times over one batch ({error}); the machine may "
-                    "be short of memory (see dmesg): lower --system.workers"
+                    f"loader workers died {deaths} times over one batch ({reason}); the machine "
+                    "may be short of memory (see dmesg): lower --system.workers"
                 ) from error
-            say(f"{error}; loading starts again from the batch that was awaited")
+            say(f"a loader worker died ({reason}); loading starts again from the awaited batch")
         else:
             return
 
@@ -83,7 +86,8 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     previous = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    signal.signal(signal.SIGCHLD, previous)
+    if previous is not None:  # not one of a C library
+        signal.signal(signal.SIGCHLD, previous)
     return batches
 
 

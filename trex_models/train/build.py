@@ -69,10 +69,11 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
         held_out = FolderSource(validation.path)
     else:
         return None
-    if list(held_out.classes) != list(source.classes):
+    lonely = sorted(set(held_out.classes) ^ set(source.classes))
+    if lonely:
         raise ValueError(
-            f"validation.path {validation.path} has {len(held_out.classes)} classes, data.path "
-            f"{data.path} has {len(source.classes)}; both need the same class folders"
+            f"validation.path {validation.path} and data.path {data.path} need the same class "
+            f"folders; one of them alone has {', '.join(lonely[:3])}"
         )
     return ValidationDataset(held_out, config.crops.global_size)
 
@@ -144,17 +145,26 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check(config: Config, source: Source, method: TReX, process: Process) -> list[str]:
+def check(
+    config: Config,
+    source: Source,
+    validation: ValidationDataset | None,
+    method: TReX,
+    process: Process,
+) -> list[str]:
     """Look for what would fail or go badly later; return warnings.
 
     Raises:
         ValueError: Something would fail; one line each.
     """
     specs, folder = crop_specs(config.crops), Path(config.output)
+    sources = [source, validation.source] if validation is not None else [source]
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
+    if validation is not None:  # float32, beside the crops that wait
+        batch_bytes += share * 4 * 3 * config.crops.global_size**2
     checks: list[Callable[[], str | None]] = [
-        lambda: preflight.samples(source),
+        *(lambda images=images: preflight.samples(images) for images in sources),
         lambda: preflight.shared_memory(batch_bytes, num_workers(config), local_processes()),
         lambda: preflight.cpu_bfloat16(
             config.precision, process.device, [spec.size for spec in specs]
@@ -258,7 +268,7 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
         ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
     """
     if path.is_dir():
-        newest = checkpointing.newest(path, print)
+        newest = checkpointing.newest(path, lambda _, error: print(error))
         if newest is None:
             raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
         path, state = newest

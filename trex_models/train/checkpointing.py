@@ -88,6 +88,7 @@ def claimed(config: Config) -> Iterator[None]:
         for torn in [*folder.glob("checkpoints/.*.tmp"), *folder.glob("export/.*")]:
             # Of a process that was killed.
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        _prune(folder)
         yield
     finally:
         lock.release()
@@ -137,9 +138,13 @@ def save(folder: Path, state: Mapping[str, Any]) -> Path:
     """
     path = folder / "checkpoints" / f"step_{state['step']}.pt"
     write(path, state)
+    _prune(folder)
+    return path
+
+
+def _prune(folder: Path) -> None:
     for old in files(folder)[:-KEPT]:
         old.unlink()
-    return path
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
@@ -162,14 +167,14 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def newest(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+def newest(
+    folder: Path, pass_over: Callable[[Path, DamagedError], object]
+) -> tuple[Path, dict[str, Any]] | None:
     """Read the last whole checkpoint of a run.
-
-    A damaged one is put aside, with the ending .damaged, and the one before it is taken.
 
     Args:
         folder: The run's folder.
-        say: What to do with a line about a damaged file.
+        pass_over: What to do with a damaged file, before the one before it is taken.
 
     Returns:
         The file and its contents, or None where the run has no checkpoint yet.
@@ -182,14 +187,18 @@ def newest(folder: Path, say: Callable[[str], object]) -> tuple[Path, dict[str, 
         try:
             return path, load(path)
         except DamagedError as error:
-            aside = path.with_name(f"{path.name}.damaged")
-            path.replace(aside)
-            say(f"{error}; it is put aside as {aside.name}")
+            pass_over(path, error)
     if found:
         raise ValueError(
             f"no checkpoint of {folder} is whole; delete its folder checkpoints to begin anew"
         )
     return None
+
+
+def put_aside(path: Path, error: DamagedError) -> None:
+    """Rename a damaged checkpoint, so that it does not count as one of the last two, and say so."""
+    aside = path.replace(path.with_name(f"{path.name}.damaged"))
+    print(f"{error}; it is put aside as {aside.name}")
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -200,8 +200,9 @@ def together() -> Iterator[None]:
     if by_message:
         alike = len(next(iter(by_message.values()))) == len(messages)
         lines = [
-            message if alike else f"process {', '.join(map(str, ranks))}: {message}"
+            line if alike else f"process {', '.join(map(str, ranks))}: {line}"
             for message, ranks in by_message.items()
+            for line in message.splitlines()
         ]
         raise SharedError("\n".join(lines)) from error
 
@@ -253,7 +254,7 @@ def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
     """
     if not dist.is_initialized():
         return
-    own = torch.stack([torch.stack([_checksum(t) for t in ts]).sum() for ts in parts.values()])
+    own = torch.stack([_checksum(torch.stack([*map(_checksum, ts)])) for ts in parts.values()])
     sums = gather(own[None]).cpu()
     for name, column in zip(parts, sums.T, strict=True):
         others = [rank for rank, value in enumerate(column.tolist()) if value != column[0]]
@@ -265,7 +266,7 @@ def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return a sum over the bits, exact and weighted by position, modulo 2**64."""
+    """Return a sum over the bits, weighted by odd numbers that tell the position, modulo 2**64."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(integer[tensor.element_size()]).flatten().long()
-    return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()

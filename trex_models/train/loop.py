@@ -59,8 +59,9 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     model = distributed.data_parallel(run.method, process, system.sync_batchnorm)
     workers, pinned = build.num_workers(run.config), process.device.type == "cuda"
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
+    say = reporter.say
 
-    batches = load_batches(run.dataset, sampler, workers, pinned, reporter.say)
+    batches = load_batches(run.dataset, sampler, workers, pinned, say)
     for step, batch in enumerate(batches, start=sampler.start_step):
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device)
@@ -82,7 +83,7 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             measured |= run.meter.read() | {"learning_rate": rate}
         if run.validation and done % run.steps_between_validations == 0:
             measured |= validate(
-                run.method, run.validation, process, run.precision, len(labels), workers
+                run.method, run.validation, process, run.precision, len(labels), workers, say
             )
         if measured:
             reporter.report(done, measured)

@@ -59,6 +59,7 @@ def bank(size: int, labels: np.ndarray, num_classes: int) -> str | None:
     """
     counts = np.bincount(labels, minlength=num_classes)
     counts = counts[counts > 0]
+    num_classes = len(counts)
     if size > len(labels):
         raise ValueError(
             f"objective.bank_size {size} exceeds the data set's {len(labels)} images, so that it "

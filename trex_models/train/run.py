@@ -84,7 +84,9 @@ class Run:
         if method.momentum_encoder is None or method.objective.bank is None:
             return shared | {"head": method.objective.parameters()}
         shared["momentum encoder"] = method.momentum_encoder.parameters()
-        return shared | {"bank": method.objective.bank.buffers()}
+        bank = method.objective.bank
+        pointer = torch.tensor(bank.pointer, device=bank.labels.device)
+        return shared | {"bank": [*bank.buffers(), pointer]}
 
     def state_after(self, steps: int) -> dict[str, Any]:
         """Return what a checkpoint holds but for the meter's sums, which all processes share."""
@@ -134,7 +136,7 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         validation = build.open_validation(config, source)
         sampler = build.build_sampler(config, len(source), process)
         method = build.build_method(config, len(source.classes))
-        warnings = build.check(config, source, method, process)
+        warnings = build.check(config, source, validation, method, process)
         classes = list(source.classes)
         if process.is_main and not checkpointing.files(Path(config.output)):
             with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
@@ -174,7 +176,7 @@ def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
         with distributed.together():
             if run.process.is_main:
                 stack.enter_context(checkpointing.claimed(run.config))
-                saved = checkpointing.newest(run.folder, print)
+                saved = checkpointing.newest(run.folder, checkpointing.put_aside)
                 if saved is not None:
                     checkpointing.check_belongs(*saved, run.config, run.facts)
                     _check_environment(run, *saved)

@@ -50,13 +50,13 @@ class Alarm:
 class StopSignals:
     """Notes the first of SIGTERM, SIGUSR1 and SIGINT while the block runs, in the main thread.
 
-    Repeated signals change nothing (torchrun and Slurm send them twice), but for a second Ctrl-C,
-    which ends the process at once.
+    Repeated signals change nothing (torchrun and Slurm send them twice), but for another Ctrl-C a
+    second or more after the first, which ends the process at once.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._at = 0.0
+        self._interrupted: float | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -71,8 +71,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._at = signal.Signals(number), now
-        elif number == signal.SIGINT and now - self._at > 1:
-            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > 1:
+                raise KeyboardInterrupt
+            self._interrupted = self._interrupted or now

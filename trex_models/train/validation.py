@@ -67,6 +67,7 @@ def validate(
     precision: Precision,
     batch_size: int,
     workers: int,
+    say: Callable[[str], object] = print,
 ) -> dict[str, float]:
     """Measure the online encoder and the head, in eval mode, with rank 0's BatchNorm statistics.
 
@@ -79,6 +80,7 @@ def validate(
         precision: The types to compute in.
         batch_size: Images at a time, of this process.
         workers: Loader processes.
+        say: What to do with a line about a worker's death.
 
     Returns:
         val_top1 and val_top5, shares of all N images; exact integers are summed.
@@ -92,15 +94,17 @@ def validate(
     own = range(process.rank, len(dataset.source), process.world_size)
     batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
     counts = torch.zeros(3, dtype=torch.int64, device=process.device)  # top-1, top-5, images
-    for batch in load_batches(dataset, batches, workers, process.device.type == "cuda"):
-        images = batch.images.to(process.device, non_blocking=True)
-        labels = batch.labels.to(process.device, non_blocking=True)
-        with precision.autocast():
-            logits = method.objective.logits(method.encoder([images]))
-        ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        counts += torch.stack(
-            [ranked[:, 0].sum(), ranked.sum(), torch.tensor(len(labels), device=process.device)]
-        )
-    method.train(was_training)
+    pinned = process.device.type == "cuda"
+    try:
+        for batch in load_batches(dataset, batches, workers, pinned, say):
+            images = batch.images.to(process.device, non_blocking=True)
+            labels = batch.labels.to(process.device, non_blocking=True)
+            with precision.autocast():
+                logits = method.objective.logits(method.encoder([images]))
+            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            seen = torch.tensor(len(labels), device=process.device)
+            counts += torch.stack([ranked[:, 0].sum(), ranked.sum(), seen])
+    finally:
+        method.train(was_training)
     top1, top5, images_seen = gather(counts[None]).sum(0).tolist()
     return {"val_top1": top1 / images_seen, "val_top5": top5 / images_seen}

@@ -1,0 +1,312 @@
+"""What processes exchange, on two and three gloo processes and on one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from trex_models.train import distributed
+from trex_models.train.distributed import (
+    Process,
+    SharedFlags,
+    check_identical,
+    process_group,
+    together,
+)
+from trex_models.train.reporting import Meter
+
+Work = Callable[[Path], Any]
+
+
+def spawn(work: Work, world_size: int, folder: Path) -> list[Any]:
+    """Call a function in that many processes, set up as by torchrun; return what each returned."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_member, (work, world_size, port, folder), nprocs=world_size)
+    return [pickle.loads(file.read_bytes()) for file in _results(folder, world_size)]
+
+
+def _results(folder: Path, world_size: int) -> list[Path]:
+    return [folder / f"{rank}.pickle" for rank in range(world_size)]
+
+
+def _member(rank: int, work: Work, world_size: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    returned = work(folder)
+    _results(folder, world_size)[rank].write_bytes(pickle.dumps(returned))
+
+
+def message_of(function: Callable[[], object]) -> str:
+    """Return the type and text of the error that a function raises; nothing if it raises none."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def block(error: Exception | None) -> None:
+    with together():
+        if error is not None:
+            raise error
+
+
+def group_of_checks(folder: Path) -> dict[str, Any]:
+    """Use every kind of exchange; then the last process leaves without a word."""
+    seen: dict[str, Any] = {}
+
+    def work() -> None:
+        with process_group("cpu") as process:
+            seen.update(exchanges(process, folder))
+            if process.rank == process.world_size - 1:
+                results = _results(folder, process.world_size)
+                results[process.rank].write_bytes(pickle.dumps(seen))
+                os._exit(0)
+            while True:
+                distributed.mean(torch.zeros(1))
+
+    return seen | {"peer left": message_of(work), "group left": not dist.is_initialized()}
+
+
+def exchanges(process: Process, folder: Path) -> dict[str, Any]:
+    rank, is_last = process.rank, process.rank == process.world_size - 1
+    seen: dict[str, Any] = {"process": process}
+
+    seen["none fails"] = message_of(lambda: block(None))
+    seen["last fails"] = message_of(lambda: block(ValueError("torn") if is_last else None))
+    seen["all fail"] = message_of(lambda: block(OSError("full")))
+    seen["each fails"] = message_of(lambda: block(ValueError(f"at {rank}")))
+    seen["two troubles"] = message_of(lambda: block(ValueError("a\nb") if is_last else None))
+    seen["first differs"] = message_of(lambda: block(ValueError("a" if rank == 0 else "b")))
+
+    flags = SharedFlags(2)
+    raised = [(False, False), (is_last, False), (False, rank == 0), (False, False), (False, False)]
+    seen["flags"] = [flags.exchange(*mine) for mine in raised]
+    flags.finish()
+
+    seen["identical"] = {
+        name: message_of(partial(check_identical, shared)) for name, shared in parts(is_last)
+    }
+
+    seen["object"] = distributed.broadcast({"rank": rank, "path": folder / str(rank)})
+    seen["gather"] = distributed.gather(torch.full((2, 1), rank)).flatten().tolist()
+    own = torch.tensor([float(rank)])
+    seen["mean"] = (distributed.mean(own).item(), own.item())
+    norm = nn.BatchNorm1d(2)
+    for tensor in (*norm.buffers(), *norm.parameters()):
+        tensor.data.fill_(rank + 5)
+    distributed.broadcast_buffers(norm)
+    seen["buffers"] = [buffer.tolist() for buffer in norm.buffers()]
+    seen["parameters"] = [parameter.tolist() for parameter in norm.parameters()]
+
+    meter = Meter(process)
+    for step in range(rank + 1):
+        update(meter, loss=0.1 * (step + 1) + rank, correct=rank % 2 == 0)
+    sums = meter.gathered()
+    seen["sums"] = sums
+    restored = Meter(process)
+    restored.restore(sums)
+    seen["restored exactly"] = torch.equal(restored.gathered(), sums)
+    seen["read"] = meter.read()
+    seen["started anew"] = meter.gathered().abs().sum().item()
+
+    distributed.barrier()
+    return seen
+
+
+def parts(changed: bool) -> Iterator[tuple[str, dict[str, list[Tensor]]]]:
+    """Yield parts that are alike but where ``changed``."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, generator=generator)
+    labels = torch.randint(9, (5,), generator=generator)
+    zero = torch.zeros(3)
+
+    def both(encoder: Tensor, bank: Tensor = labels) -> dict[str, list[Tensor]]:
+        return {"encoder": [zero, encoder], "bank": [bank]}
+
+    yield "equal", both(weight)
+    yield "strides", both(weight.T.contiguous().T if changed else weight)
+    for bit in (0, 12, 30, 31):
+        flipped = weight.clone()
+        flipped.view(torch.int32)[3, 1] ^= 1 << bit if bit < 31 else -(1 << 31)
+        yield f"bit {bit}", both(flipped if changed else weight)
+    rows = weight[[0, 2, 1, 3, 4, 5]]
+    yield "rows", both(rows if changed else weight)
+    yield "tensors", {"encoder": [-weight, weight] if changed else [weight, -weight]}
+    yield "high bit", both(weight, labels ^ -(1 << 63) if changed else labels)
+    yield "integer", both(weight, labels + torch.tensor([0, 0, 0, 1, 0]) if changed else labels)
+    negative = torch.tensor([0.0, 0.0, -0.0])
+    yield "sign of zero", {"encoder": [negative if changed else zero]}
+    nan = torch.full((2,), torch.nan)
+    yield "nan alike", {"encoder": [nan]}
+    half = weight.bfloat16()
+    yield "bfloat16", {"encoder": [half], "bank": [half.flip(1) if changed else half]}
+    yield "scalar", {"encoder": [torch.tensor(4 if changed else 3)]}
+    yield "both", both(weight + 1 if changed else weight, labels + 1 if changed else labels)
+
+
+def update(meter: Meter, loss: float, correct: bool) -> None:
+    meter.update(torch.tensor(loss), torch.tensor([[0.0, 1.0]]), torch.tensor([int(correct)]))
+
+
+@pytest.fixture(scope="module", params=[3])
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What each of the processes saw."""
+    return spawn(group_of_checks, request.param, tmp_path_factory.mktemp("group"))
+
+
+Seen = list[dict[str, Any]]
+
+
+def alike(seen: Seen, name: str) -> Any:
+    """Return what all processes saw, which must be equal."""
+    assert all(one[name] == seen[0][name] for one in seen)
+    return seen[0][name]
+
+
+def test_processes_come_from_the_environment(seen: Seen) -> None:
+    cpu = torch.device("cpu")
+    assert [one["process"] for one in seen] == [
+        Process(rank, len(seen), cpu) for rank in range(len(seen))
+    ]
+    assert [one["process"].is_main for one in seen] == [True] + [False] * (len(seen) - 1)
+
+
+def test_together_all_pass_or_none(seen: Seen) -> None:
+    last = len(seen) - 1
+    assert alike(seen, "none fails") == ""
+    assert alike(seen, "last fails") == f"SharedError: process {last}: torn"
+    assert alike(seen, "two troubles") == f"SharedError: process {last}: a\nprocess {last}: b"
+    assert alike(seen, "all fail") == "SharedError: full"
+    lines = [f"process {rank}: at {rank}" for rank in range(len(seen))]
+    assert alike(seen, "each fails") == "SharedError: " + "\n".join(lines)
+    others = ", ".join(str(rank) for rank in range(1, len(seen)))
+    assert alike(seen, "first differs") == f"SharedError: process 0: a\nprocess {others}: b"
+
+
+def test_flags_are_seen_by_all_at_the_next_call(seen: Seen) -> None:
+    down = [False, False]
+    assert alike(seen, "flags") == [down, down, [True, False], [False, True], down]
+
+
+def test_what_is_no_longer_identical_is_named(seen: Seen) -> None:
+    found: dict[str, str] = alike(seen, "identical")
+    passing = {name for name, message in found.items() if not message}
+    assert passing == {"equal", "strides", "nan alike"}
+    last = len(seen) - 1
+    for name, message in found.items():
+        part = "bank" if name in ("integer", "bfloat16", "high bit") else "encoder"
+        if name not in passing:
+            start = f"SharedError: the {part} of process {last} is no longer that of process 0;"
+            assert message.startswith(start), name
+
+
+def test_tensors_and_objects_are_exchanged(seen: Seen) -> None:
+    size = len(seen)
+    assert alike(seen, "object")["rank"] == 0
+    assert alike(seen, "object")["path"].name == "0"
+    assert alike(seen, "gather") == [rank for rank in range(size) for _ in range(2)]
+    mean = sum(range(size)) / size
+    assert [one["mean"] for one in seen] == [(mean, rank) for rank in range(size)]  # not in place
+
+
+def test_buffers_become_those_of_process_0_and_parameters_do_not(seen: Seen) -> None:
+    assert alike(seen, "buffers") == [[5, 5], [5, 5], 5]
+    assert [one["parameters"] for one in seen] == [[[r + 5] * 2] * 2 for r in range(len(seen))]
+
+
+def test_meter_of_many_processes(seen: Seen) -> None:
+    size = len(seen)
+    losses = [[0.1 * (step + 1) + rank for step in range(rank + 1)] for rank in range(size)]
+    steps = [len(own) for own in losses]
+    correct = sum(count for rank, count in enumerate(steps) if rank % 2 == 0)
+    assert seen[0]["sums"].shape == (size, 3)
+    assert all(torch.equal(one["sums"], seen[0]["sums"]) for one in seen)
+    assert seen[0]["sums"][:, 0].tolist() == pytest.approx([sum(own) for own in losses])
+    assert seen[0]["sums"][:, 2].tolist() == steps
+    assert alike(seen, "restored exactly")
+    assert alike(seen, "read") == pytest.approx(
+        {"loss": sum(map(sum, losses)) / sum(steps), "accuracy": correct / sum(steps)}
+    )
+    assert alike(seen, "started anew") == 0
+
+
+def test_meter_of_another_number_of_processes(seen: Seen) -> None:
+    """The means go on: of 2 or 3 processes' sums, one process takes the mean."""
+    one = Meter(Process(0, 1, torch.device("cpu")))
+    update(one, loss=99.0, correct=False)  # forgotten
+    one.restore(seen[0]["sums"])
+    torch.testing.assert_close(one.gathered(), seen[0]["sums"].mean(0, keepdim=True))
+    assert one.read() == pytest.approx(seen[0]["read"])
+
+
+def test_process_that_waits_for_one_that_left_says_so(seen: Seen) -> None:
+    for one in seen[:-1]:
+        assert one["peer left"].startswith("PeerError: another process failed")
+        assert one["group left"]
+
+
+def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group("cpu") as process:
+        assert process == Process(0, 1, torch.device("cpu"))
+        assert not dist.is_initialized()
+        assert message_of(lambda: block(ValueError("torn"))) == "ValueError: torn"
+        assert message_of(lambda: block(None)) == ""
+        flags = SharedFlags(2)
+        assert flags.exchange(False, True) == [False, True]
+        assert flags.exchange(True, False) == [True, False]
+        flags.finish()
+        check_identical({"encoder": [torch.zeros(2)]})
+        assert distributed.broadcast("object") == "object"
+        tensor = torch.arange(3)
+        assert distributed.gather(tensor) is tensor
+        assert distributed.mean(tensor) is tensor
+        module = nn.Linear(2, 2)
+        assert distributed.data_parallel(module, process, sync_batchnorm=True) is module
+        distributed.broadcast_buffers(module)
+        distributed.barrier()
+
+
+def test_other_errors_of_a_block_are_not_caught() -> None:
+    with pytest.raises(RuntimeError, match="a defect"):
+        block(RuntimeError("a defect"))
+
+
+def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(ValueError, match="process 1 of 2 cannot meet the others at .*MASTER_ADDR"),
+        process_group("cpu"),
+    ):
+        raise AssertionError("not reached")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_device_that_does_not_exist(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^system\.device: "):
+        distributed.choose_device(name)

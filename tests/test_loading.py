@@ -1,0 +1,227 @@
+"""Batches from workers: their order, errors, deaths and signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import dataloader
+from torch.utils.data._utils import signal_handling
+
+from trex_models.data.loading import load_batches
+
+BATCHES = [[10 * batch + item for item in range(3)] for batch in range(8)]
+
+pytestmark = pytest.mark.timeout(120)  # what breaks here hangs
+
+
+@pytest.fixture(autouse=True)
+def first_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let DataLoader set its handler of deaths anew, and look for deaths more often."""
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    look = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.5,))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    signal.signal(signal.SIGCHLD, before)
+    assert multiprocessing.active_children() == []
+
+
+@dataclass
+class Numbers:
+    """A batch is its keys and the process that made it; at ``trouble`` something happens.
+
+    A file in ``folder`` counts how often it did; after ``times`` it does no more.
+    """
+
+    folder: Path
+    trouble: int = -1
+    kind: str = ""
+    times: int = 1
+
+    def __getitems__(self, keys: Sequence[int]) -> tuple[Tensor, int]:
+        if self.trouble in keys:
+            self._misbehave()
+        return torch.tensor(keys), os.getpid()
+
+    def happened(self) -> int:
+        log = self.folder / "happened"
+        return log.stat().st_size if log.exists() else 0
+
+    def _misbehave(self) -> None:
+        if self.happened() >= self.times:
+            return
+        with (self.folder / "happened").open("a") as log:
+            log.write("x")
+        if self.kind == "ValueError":
+            raise ValueError(f"sample {self.trouble} is torn")
+        if self.kind == "RuntimeError":
+            raise RuntimeError(f"defect at {self.trouble}")
+        os.kill(os.getpid(), getattr(signal, self.kind))
+
+
+def keys_of(batches: Iterator[Any]) -> list[list[int]]:
+    return [keys.tolist() for keys, _ in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_come_in_order_from_as_many_processes(tmp_path: Path, workers: int) -> None:
+    made = list(load_batches(Numbers(tmp_path), BATCHES, workers))
+    assert [keys.tolist() for keys, _ in made] == BATCHES
+    makers = {process for _, process in made}
+    if workers:
+        assert len(makers) == workers
+        assert os.getpid() not in makers
+    else:
+        assert makers == {os.getpid()}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_batches(tmp_path: Path, workers: int) -> None:
+    assert list(load_batches(Numbers(tmp_path), [], workers)) == []
+
+
+def error_of(batches: Iterator[Any]) -> str:
+    """Return the type and text of the error that ends the batches; drop what it holds on to."""
+    try:
+        keys_of(batches)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the loader
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_sample_that_cannot_be_read(tmp_path: Path, workers: int) -> None:
+    batches = load_batches(Numbers(tmp_path, 31, "ValueError"), BATCHES, workers)
+    assert [next(batches)[0].tolist() for _ in range(3)] == BATCHES[:3]
+    assert error_of(batches) == "ValueError: sample 31 is torn"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_defect_of_the_data_set_comes_out(tmp_path: Path, workers: int) -> None:
+    told: list[str] = []
+    dataset = Numbers(tmp_path, 31, "RuntimeError")
+    error = error_of(load_batches(dataset, BATCHES, workers, say=told.append))
+    assert error.startswith("RuntimeError: ")
+    assert "defect at 31" in error
+    assert dataset.happened() == 1
+    assert told == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("attempt", range(4))
+def test_dead_worker_is_replaced(tmp_path: Path, workers: int, attempt: int) -> None:
+    """Several times: tensors that it leaves in the queue fail to open in one way or another."""
+    told: list[str] = []
+    dataset = Numbers(tmp_path, BATCHES[attempt + 1][0], "SIGKILL")
+    assert keys_of(load_batches(dataset, BATCHES, workers, say=told.append)) == BATCHES
+    assert dataset.happened() == 1
+    assert len(told) == 1
+    assert "loading starts again" in told[0]
+    assert "\n" not in told[0]
+
+
+def test_deaths_at_different_batches_do_not_add_up(tmp_path: Path) -> None:
+    told: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 1, say=told.append)
+    seen = []
+    for keys, maker in batches:
+        seen.append(keys.tolist())
+        if len(seen) in (1, 3, 5, 7):
+            kill(maker)
+    assert seen == BATCHES
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_that_always_dies_ends_the_loading(tmp_path: Path, workers: int) -> None:
+    told: list[str] = []
+    dataset = Numbers(tmp_path, 0, "SIGKILL", times=99)
+    message = error_of(load_batches(dataset, BATCHES, workers, say=told.append))
+    assert message.startswith("ValueError: ")
+    assert "died 3 times" in message
+    assert "lower --system.workers" in message
+    assert "\n" not in message
+    assert dataset.happened() == 3
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("kind", ["SIGINT", "SIGUSR1"])
+def test_workers_leave_signals_to_the_parent(tmp_path: Path, kind: str) -> None:
+    told: list[str] = []
+    dataset = Numbers(tmp_path, 31, kind)
+    assert keys_of(load_batches(dataset, BATCHES, 1, say=told.append)) == BATCHES
+    assert dataset.happened() == 1
+    assert told == []
+
+
+def test_death_does_not_disturb_what_the_consumer_does(tmp_path: Path) -> None:
+    told: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2, say=told.append)
+    keys, maker = next(batches)
+    seen = [keys.tolist()]
+    kill(maker)  # would raise here or in the lines below if DataLoader's handler were there
+    assert sum(range(100_000)) == 4_999_950_000
+    assert told == []
+    assert seen + keys_of(batches) == BATCHES
+    assert len(told) == 1
+
+
+def kill(process: int) -> None:
+    """End a child and wait for its death, which is left for others to notice."""
+    os.kill(process, signal.SIGKILL)
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+
+
+def test_handler_of_childrens_deaths_is_left_alone(tmp_path: Path) -> None:
+    def own(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGCHLD, own)
+    batches = load_batches(Numbers(tmp_path), BATCHES, 1)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is own
+    keys_of(batches)
+    assert signal.signal(signal.SIGCHLD, before) is own
+
+
+def test_outside_the_main_thread(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+    thread = threading.Thread(
+        target=lambda: seen.extend(keys_of(load_batches(Numbers(tmp_path), BATCHES, 1)))
+    )
+    thread.start()
+    thread.join()
+    assert seen == BATCHES
+
+
+def test_consumer_that_stops_early_leaves_no_workers(tmp_path: Path) -> None:
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert multiprocessing.active_children() == []
+
+
+def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
+    """A RuntimeError between batches is no worker's death, whatever it says."""
+    told: list[str] = []
+
+    def consume() -> None:
+        for _ in load_batches(Numbers(tmp_path), BATCHES, 1, say=told.append):
+            raise RuntimeError("DataLoader worker is what this happens to say")
+
+    with pytest.raises(RuntimeError, match="happens to say"):
+        consume()
+    assert told == []

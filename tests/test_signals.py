@@ -1,0 +1,140 @@
+"""Signals that ask a run to stop, and the time to save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from trex_models.train import signals
+from trex_models.train.signals import ASKING, Alarm, Stopped, StopSignals
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(signals, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[dict[int, object]]:
+    """Put harmless handlers of our own in place, one for each signal."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    own = {int(number): lambda *_: None for number in ASKING}
+    for number, handler in own.items():
+        signal.signal(number, handler)
+    yield dict(own)
+    for number, previous in before.items():
+        signal.signal(number, previous)
+
+
+def test_the_signals_are_those_of_schedulers_and_ctrl_c() -> None:
+    assert {number.name for number in ASKING} == {"SIGTERM", "SIGUSR1", "SIGINT"}
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_first_signal_is_noted(number: signal.Signals) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(number)
+        assert stop.received is number
+    assert stop.received is number
+
+
+def test_repeats_and_later_signals_change_nothing(clock: Clock) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            clock.now += 100
+            signal.raise_signal(number)
+        assert stop.received is signal.SIGUSR1
+
+
+def test_second_ctrl_c_ends_at_once_but_for_an_echo_of_the_first(clock: Clock) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        clock.now += 0.9  # Slurm's or torchrun's copy of the same one
+        signal.raise_signal(signal.SIGINT)
+        clock.now += 0.2  # 1.1 after the first
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.received is signal.SIGINT
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_handlers_are_restored(handlers: dict[int, object], error: type[Exception] | None) -> None:
+    try:
+        with StopSignals():
+            assert all(signal.getsignal(number) != own for number, own in handlers.items())
+            if error:
+                raise error
+    except ValueError:
+        pass
+    assert {int(number): signal.getsignal(number) for number in ASKING} == handlers
+
+
+def test_signals_before_and_after_the_block_are_not_noted() -> None:
+    signal.raise_signal(signal.SIGTERM)
+    with StopSignals() as stop:
+        pass
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.received is None
+
+
+def test_outside_the_main_thread_nothing_is_touched(handlers: dict[int, object]) -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        with StopSignals() as stop:
+            seen.append({int(number): signal.getsignal(number) for number in ASKING})
+            seen.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [handlers, None]
+    assert {int(number): signal.getsignal(number) for number in ASKING} == handlers
+
+
+def test_stopped_says_where_and_how_to_go_on() -> None:
+    stopped = Stopped(signal.SIGUSR1, 7, 20)
+    assert (
+        str(stopped) == "stopped by SIGUSR1 after step 7 of 20, saved; the same command continues"
+    )
+    assert stopped.number == signal.SIGUSR1
+    elsewhere = Stopped(None, 7, 20)
+    assert "a signal to another process after step 7 of 20" in str(elsewhere)
+    assert elsewhere.number == signal.SIGTERM
+
+
+def test_alarm_counts_from_when_it_was_last_due(clock: Clock) -> None:
+    alarm = Alarm(60)
+    clock.now += 59
+    assert not alarm.due()
+    clock.now += 1
+    assert alarm.due()
+    assert not alarm.due()
+    clock.now += 150  # late: the two that were missed are not made up for
+    assert alarm.due()
+    clock.now += 59
+    assert not alarm.due()
+    clock.now += 1
+    assert alarm.due()
+
+
+def test_alarm_of_no_seconds_is_never_due(clock: Clock) -> None:
+    alarm = Alarm(0)
+    clock.now += 1e9
+    assert not alarm.due()

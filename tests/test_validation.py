@@ -1,0 +1,288 @@
+"""Accuracy on held-out images: exact on any number of processes, and without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+
+from tests.test_distributed import spawn
+from tests.test_folder import save_image
+from tests.test_method import TinyBackbone
+from tests.test_train import assert_same_state, last_state, logged, run
+from trex_models.data.folder import FolderSource
+from trex_models.data.fractals import FractalSource
+from trex_models.data.sources import ArraySource, Source
+from trex_models.heads import Projector
+from trex_models.train import build
+from trex_models.train.bank import Bank
+from trex_models.train.config import DataConfig, ValidationConfig, smoke
+from trex_models.train.distributed import Process, process_group
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.objectives import OnlineClassMeans
+from trex_models.train.step import Precision
+from trex_models.train.validation import ValidationDataset, validate
+
+SIDE = 24
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+class Recording(ArraySource):
+    """Pictures of several sizes and shapes, smaller and larger than a crop; notes its reads."""
+
+    def __init__(self, count: int, num_classes: int) -> None:
+        rng = np.random.default_rng(0)
+        images = []
+        for _ in range(count):
+            noise = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            width, height = rng.integers(15, 70, 2).tolist()
+            images.append(np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC)))
+        labels = rng.integers(num_classes, size=count)
+        super().__init__(images, labels, [f"class {c}" for c in range(num_classes)])
+        self.seen: list[int] = []
+
+    def read(self, index: int) -> np.ndarray:
+        self.seen.append(index)
+        return super().read(index)
+
+
+def make_method(source: Source, offset: float = 0.0) -> TReX:
+    """A method whose bank holds some of the images, so that it is right about half the time.
+
+    Args:
+        source: The images.
+        offset: What is added to BatchNorm's running statistics afterwards.
+    """
+    torch.manual_seed(0)
+    encoder = Encoder(TinyBackbone(), Projector(6, 1, 7, 5))
+    bank = Bank(len(source), 5, len(source.classes))
+    method = TReX(encoder, OnlineClassMeans(bank, 0.1), ema_momentum=0.9)
+    images = torch.stack([crop(source, index, SIDE) for index in range(len(source))])
+    with torch.no_grad():
+        for _ in range(30):
+            encoder([images])  # BatchNorm's running statistics become those of the images
+        bank.features.copy_(encoder.eval()([images]))
+        bank.labels.copy_(torch.from_numpy(source.labels))
+        for name, buffer in method.named_buffers():  # the momentum encoder's, too
+            if name.endswith("running_var"):
+                buffer *= torch.exp(offset * torch.linspace(-1, 1, len(buffer)))
+    return method.train()
+
+
+def crop(source: Source, index: int, side: int) -> Tensor:
+    """Cut out the centre with torchvision: 224 of 256, in proportion."""
+    transform = transforms.Compose(
+        [
+            transforms.Resize(side * 256 // 224, transforms.InterpolationMode.BILINEAR),
+            transforms.CenterCrop(side),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    return transform(Image.fromarray(source.read(index)))
+
+
+def by_hand(method: TReX, source: Source, side: int = SIDE) -> dict[str, float]:
+    """Measure image by image."""
+    method, top1, top5 = copy.deepcopy(method).eval(), 0, 0
+    for index, label in enumerate(source.labels.tolist()):
+        with torch.no_grad():
+            logits = method.objective.logits(method.encoder([crop(source, index, side)[None]]))[0]
+        better = int((logits > logits[label]).sum())
+        top1 += better < 1
+        top5 += better < 5
+    return {"val_top1": top1 / len(source), "val_top5": top5 / len(source)}
+
+
+def measure(
+    method: TReX, source: Source, process: Process = ALONE, batch_size: int = 8, workers: int = 0
+) -> dict[str, float]:
+    precision = Precision.from_name("fp32", "cpu")
+    dataset = ValidationDataset(source, SIDE)
+    return validate(method, dataset, process, precision, batch_size, workers)
+
+
+@pytest.mark.parametrize("side", [24, 32, 224])
+def test_crops_are_torchvisions(side: int) -> None:
+    source = Recording(3, 2)
+    batch = ValidationDataset(source, side).__getitems__([2, 0])
+    assert batch.labels.tolist() == source.labels[[2, 0]].tolist()
+    torch.testing.assert_close(
+        batch.images, torch.stack([crop(source, 2, side), crop(source, 0, side)])
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(8, 0), (1, 0), (37, 0), (100, 0), (8, 1)])
+def test_accuracy_is_that_of_a_plain_loop(batch_size: int, workers: int) -> None:
+    source = Recording(37, 20)
+    method = make_method(source, offset=0.4)
+    expected = by_hand(method, source)
+    assert 0.1 < expected["val_top1"] < expected["val_top5"] < 1  # it can be told apart
+    assert measure(method, source, ALONE, batch_size, workers) == expected
+
+
+def test_fewer_than_five_classes() -> None:
+    source = Recording(13, 3)
+    method = make_method(source, offset=0.4)
+    expected = by_hand(method, source)
+    assert expected["val_top1"] < 1
+    assert measure(method, source) == expected | {"val_top5": 1.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_changed(training: bool) -> None:
+    source = Recording(11, 3)
+    method = make_method(source).train(training)
+    for parameter in method.parameters():
+        assert parameter.grad is None
+    before = copy.deepcopy(method.state_dict())
+    measure(method, source)
+    assert_same_state(method.state_dict(), before)
+    assert all(module.training == training for module in method.modules())
+    assert all(parameter.grad is None for parameter in method.parameters())
+
+
+def validate_in_a_group(folder: Path) -> dict[str, Any]:
+    del folder
+    with process_group("cpu") as process:
+        source = Recording(37, 20)
+        method = make_method(source, offset=0.4 + 2 * process.rank)
+        source.seen.clear()
+        before = copy.deepcopy(method.state_dict())
+        own = by_hand(method, Recording(37, 20))
+        seen = {
+            "measured": measure(method, source, process),
+            "own statistics": own,
+            "reads": source.seen,
+            "before": before,
+            "after": method.state_dict(),
+            "training": all(module.training for module in method.modules()),
+        }
+        two = Recording(2, 20)  # fewer images than the three processes
+        return seen | {"of two images": measure(method, two, process)}
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_many_processes_measure_what_one_does(world_size: int, tmp_path: Path) -> None:
+    """Their BatchNorm statistics differ before it: those of process 0 count."""
+    source = Recording(37, 20)
+    method = make_method(source, offset=0.4)
+    seen = spawn(validate_in_a_group, world_size, tmp_path)
+    expected = by_hand(method, source)
+    assert [one["measured"] for one in seen] == [expected] * world_size
+    assert all(one["own statistics"] != expected for one in seen[1:])
+    assert sorted(index for one in seen for index in one["reads"]) == list(range(37))
+    assert max(len(one["reads"]) for one in seen) == -(-37 // world_size)
+    assert all(one["training"] for one in seen)
+    assert_same_state(seen[0]["after"], seen[0]["before"])
+    for one in seen[1:]:
+        shared = {k: v for k, v in one["after"].items() if k in names_of_buffers(method.encoder)}
+        assert_same_state(one["after"], one["before"] | shared)
+        assert_same_state(shared, {name: seen[0]["after"][name] for name in shared})
+    of_two = by_hand(method, Recording(2, 20))
+    assert [one["of two images"] for one in seen] == [of_two] * world_size
+
+
+def names_of_buffers(encoder: nn.Module) -> set[str]:
+    return {f"encoder.{name}" for name, _ in encoder.named_buffers()}
+
+
+def save_classes(folder: Path, names: Iterable[str], images: int = 4) -> Path:
+    for name in names:
+        for index in range(images):
+            save_image(folder / name / f"{index}.png", seed=index)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int) -> None:
+    source = FolderSource(save_classes(tmp_path, "abc"))
+    method = make_method(source)
+    (tmp_path / "b" / "2.png").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"^\S*b/2\.png cannot be read as an image.*$") as caught:
+        measure(method, source, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that validates after each of its two epochs, with stochastic depth."""
+    folder = tmp_path_factory.mktemp("runs") / "validated"
+    assert run(folder, *STOCHASTIC, "--validation.images-per-class", "3",
+               "--system.workers", "1") == 0  # fmt: skip
+    return folder
+
+
+STOCHASTIC = ["--model.backbone-args", "channels=(8,8,16,16)", "drop_path_rate=0.5"]
+
+
+def test_validation_leaves_no_trace_in_what_is_learned(validated: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "run", *STOCHASTIC, "--validation.images-per-class", "0") == 0
+    ours, theirs = last_state(validated), last_state(tmp_path / "run")
+    for part in ("method", "optimizer", "meter", "step"):
+        assert_same_state(ours[part], theirs[part], part)
+    plain = [{k: v for k, v in line.items() if "val_" not in k} for line in logged(validated)]
+    assert plain == logged(tmp_path / "run")
+
+
+def test_each_epoch_is_measured(validated: Path, tmp_path: Path) -> None:
+    measured = [line["step"] for line in logged(validated) if "val_top1" in line]
+    assert measured == [4, 8]
+    assert run(tmp_path / "run", "--validation.every", "2") == 0
+    assert [line["step"] for line in logged(tmp_path / "run") if "val_top1" in line] == [8]
+
+
+def test_what_is_logged_is_the_accuracy_of_the_checkpoint(validated: Path) -> None:
+    for step, line in ((4, logged(validated)[1]), (8, logged(validated)[3])):
+        method, state = build.load_method(validated / "checkpoints" / f"step_{step}.pt")
+        assert state["step"] == line["step"] == step
+        held_out = FractalSource(4, 3, 32, first_image=8, variation=0.4)
+        expected = by_hand(method, held_out, side=32)
+        assert {name: line[name] for name in expected} == expected
+
+
+def test_generated_images_are_held_out() -> None:
+    data = DataConfig(source="fractals", num_classes=2, images_per_class=5, image_size=16)
+    config = smoke("x")
+    config = type(config)(output="x", data=data, validation=ValidationConfig(images_per_class=4))
+    source = build.open_source(data)
+    dataset = build.open_validation(config, source)
+    assert dataset is not None
+    held_out = dataset.source
+    assert held_out.labels.tolist() == [0] * 4 + [1] * 4
+    trained = {source.read(index).tobytes() for index in range(len(source))}
+    assert not trained & {held_out.read(index).tobytes() for index in range(len(held_out))}
+    assert build.open_validation(type(config)(output="x", data=data), source) is None
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "c"]], ids=["more", "others"])
+def test_other_classes_are_refused(
+    names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
+    save_classes(held_out, names)
+    folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
+    assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 2
+    err = capsys.readouterr().err
+    assert str(held_out) in err
+    assert "need the same class folders; one of them alone has" in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_held_out_images(tmp_path: Path) -> None:
+    train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
+    save_classes(held_out, "ab", 3)
+    folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
+    assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 0
+    method, _ = build.load_method(tmp_path / "run")
+    expected = by_hand(method, FolderSource(held_out), side=32)
+    assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected
