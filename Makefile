@@ -11,6 +11,8 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(PY) -m trex_models.demo --output runs/demo
 
+# Two workers on two cores: a thread each.
+test: export OMP_NUM_THREADS = 1
 test: lint
 	$(PY) -m pytest -n 2 --dist worksteal
 

@@ -22,11 +22,14 @@ mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${machines[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 
-# One task per GPU, each a training process: torchrun is not needed. If one fails, srun ends all.
+# One task per GPU, each a training process: torchrun is not needed. All stop with the same status,
+# but not at the same moment, so that srun must not end the others for the first. If one fails, the
+# others are ended five minutes later; as long has the first one to export what it has trained.
 status=0
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-    exec python -m trex_models.train "$@"' trex "$@" || status=$?
+    exec python -m trex_models.train "$@"' \
+    trex "$1" --system.workers "$SLURM_CPUS_PER_TASK" "${@:2}" || status=$?
 
 if ((status == 128 + 10)); then
     scontrol requeue "$SLURM_JOB_ID"

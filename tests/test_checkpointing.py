@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 from tests.test_train import assert_same_state, last_state, logged, run
-from trex_models.train import build, checkpointing
-from trex_models.train.checkpointing import DamagedError
+from trex_models.checkpoints import DamagedError
+from trex_models.train import checkpointing, loop, saved
+from trex_models.train.__main__ import main
+from trex_models.train.step import training_step
 
 # Saves in the middle of an epoch of four steps.
 MIDWAY = ["--system.save-steps", "3"]
@@ -103,10 +106,61 @@ def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
 ) -> None:
     for path in checkpointing.files(copied):
         path.write_bytes(path.read_bytes()[:-100])
-    assert run(copied, *MIDWAY) == 2
-    assert "no checkpoint of" in capsys.readouterr().err
-    assert len(logged(copied)) == len(logged(copied))
+    lines = logged(copied)
+    for _ in range(2):
+        assert run(copied, *MIDWAY) == 2
+        assert "no checkpoint of" in capsys.readouterr().err
+    assert logged(copied) == lines
     assert names(copied) == ["step_6.pt.damaged", "step_8.pt.damaged"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_passing_trouble_does_not_condemn_a_checkpoint(
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fail(_: zipfile.ZipFile) -> None:
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    if isinstance(error, OSError):
+        assert run(copied, *MIDWAY) == 2
+        assert "step_8.pt: it cannot be read (Input/output error)" in capsys.readouterr().err
+    else:
+        with pytest.raises(MemoryError):
+            run(copied, *MIDWAY)
+    assert names(copied) == ["step_6.pt", "step_8.pt"]
+
+
+def test_an_export_reads_without_changing_anything(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "checkpoints/step_8.pt").write_bytes(b"torn")
+    assert main(["export", str(copied), "--output", str(tmp_path / "out")]) == 0
+    assert "step_8.pt cannot be read as a checkpoint" in capsys.readouterr().out
+    assert names(copied) == ["step_6.pt", "step_8.pt"]
+    (tmp_path / "out/cls/thesis.txt").write_text("precious")
+    assert main(["export", str(copied), "--output", str(tmp_path / "out")]) == 2
+    assert "cls holds other files (thesis.txt)" in capsys.readouterr().err
+    assert (tmp_path / "out/cls/thesis.txt").read_text() == "precious"
+
+
+def test_a_continued_run_does_not_hold_its_checkpoint(copied: Path) -> None:
+    """It would take the place of a deleted file on the disk, or in memory."""
+    checkpointing.files(copied)[-1].unlink()
+    held: list[str] = []
+
+    def step(*arguments: Any) -> Any:
+        held.append(Path("/proc/self/maps").read_text())
+        return training_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "training_step", step)
+        assert run(copied, *MIDWAY) == 0
+    assert held
+    assert not any("step_6.pt" in maps for maps in held)
 
 
 def test_foreign_checkpoint_is_refused(
@@ -158,7 +212,9 @@ def test_what_does_not_change_the_result_may_change(
     checkpointing.files(copied)[-1].unlink()
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
     assert run(copied, *free.split()) == 0
-    assert "continues from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "continues from" in out
+    assert "warning: saved elsewhere (channels_last: True -> False)" in out
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert logged(copied)[-1].keys() == logged(finished)[-1].keys()
 
@@ -201,11 +257,12 @@ def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     checkpointing.files(copied)[-1].unlink()
     (copied / "checkpoints/.step_7.pt.tmp").write_bytes(b"half")
     (copied / "export/.backbone.x1").mkdir()
+    (copied / "export/.git").mkdir()
     shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_4.pt")
     shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_5.pt")
     assert run(copied, *MIDWAY) == 0
     assert names(copied) == ["step_6.pt", "step_8.pt"]
-    assert sorted(p.name for p in (copied / "export").iterdir()) == ["backbone", "cls"]
+    assert sorted(p.name for p in (copied / "export").iterdir()) == [".git", "backbone", "cls"]
 
 
 def test_a_step_that_diverged_can_be_repeated(
@@ -217,8 +274,8 @@ def test_a_step_that_diverged_can_be_repeated(
     assert len(err.splitlines()) == 1
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "lower optim.base_lr" in err
-    assert f"trex_models.train.build.load_step('{path}')" in err
-    method, crops, labels, precision = build.load_step(path)
+    assert f"trex_models.train.saved.load_step('{path}')" in err
+    method, crops, labels, precision = saved.load_step(path)
     before = copy.deepcopy(method.state_dict())
     assert all(parameter.isfinite().all() for parameter in method.parameters())
     with precision.autocast():
@@ -232,7 +289,7 @@ def test_a_step_that_diverged_can_be_repeated(
     assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
     assert torch.equal(before["objective.bank.features"], bank.features)
     with pytest.raises(ValueError, match="is a checkpoint, not a step"):
-        build.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
+        saved.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
 
 
 def save_as_checkpoint(path: Path, target: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_train import TINY, last_state, logged, run
-from trex_models.train import build, checkpointing
+from trex_models.train import checkpointing, saved
 
 pytestmark = [
     pytest.mark.cuda,
@@ -62,7 +62,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: s
 def test_step_that_diverged_is_kept(tmp_path: Path) -> None:
     assert run(tmp_path / "run", *CUDA, "--precision", "fp16", "--optim.base-lr", "1e30") == 2
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
-    method, crops, labels, precision = build.load_step(path)
+    method, crops, labels, precision = saved.load_step(path)
     assert crops[0].is_cuda
     with precision.autocast():
         loss, _ = method(crops, labels)

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.export": {"checkpoints", "folders", "train.checkpointing", "train.method"},
     "train.build": {"data", "train"},
     "train.run": {"data", "train"},
+    "train.saved": {"train"},
     "train.loop": {"data", "train"},
     "train.__main__": {"train"},
     "demo": {"data", "evaluation", "train"},

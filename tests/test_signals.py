@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def handlers() -> Iterator[dict[int, object]]:
 
 
 def test_the_signals_are_those_of_schedulers_and_ctrl_c() -> None:
-    assert {number.name for number in ASKING} == {"SIGTERM", "SIGUSR1", "SIGINT"}
+    assert {number.name for number in ASKING} == {"SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"}
 
 
 @pytest.mark.parametrize("number", ASKING)
@@ -114,9 +115,27 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
         str(stopped) == "stopped by SIGUSR1 after step 7 of 20, saved; the same command continues"
     )
     assert stopped.number == signal.SIGUSR1
-    elsewhere = Stopped(None, 7, 20)
-    assert "a signal to another process after step 7 of 20" in str(elsewhere)
-    assert elsewhere.number == signal.SIGTERM
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    """As SIGHUP under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("announce", [True, False])
+def test_first_signal_is_announced(announce: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignals(announce):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    expected = "SIGINT: stopping after this step, saved; Ctrl-C again ends at once\n"
+    assert capfd.readouterr().out == (expected if announce else "")
 
 
 def test_alarm_counts_from_when_it_was_last_due(clock: Clock) -> None:

@@ -18,7 +18,9 @@ SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 SRUN = """
 import os, pathlib, signal, subprocess, sys, time
 folder, warn = pathlib.Path(os.environ["RUN_FOLDER"]), bool(int(os.environ["WARN"]))
-command = [argument for argument in sys.argv[1:] if argument != "--kill-on-bad-exit=1"]
+options = [argument for argument in sys.argv[1:] if argument.startswith("--")][:3]
+assert options == ["--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=1"], options
+command = sys.argv[1 + len(options):]
 tasks = [
     subprocess.Popen(
         command,
@@ -72,14 +74,15 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
             "SLURM_JOB_NODELIST": "machine[1-2]",
             "SLURM_NTASKS": "2",
             "SLURM_NTASKS_PER_NODE": "2",
+            "SLURM_CPUS_PER_TASK": "1",
             "RUN_FOLDER": str(folder),
             "REQUEUED": str(requeued),
             "WARN": str(int(warn)),
         }
-        arguments = ["smoke", "--output", str(folder), *TINY, "--system.workers", "1"]
-        arguments += ["--optim.epochs", "6", *overrides]
+        arguments = ["smoke", "--output", str(folder), *TINY[: TINY.index("--system.workers")]]
+        arguments += [*TINY[TINY.index("--system.workers") + 2 :], "--optim.epochs", "6"]
         return subprocess.run(
-            ["bash", str(SCRIPT), *arguments],
+            ["bash", str(SCRIPT), *arguments, *overrides],
             env=environment,
             capture_output=True,
             text=True,

@@ -22,7 +22,7 @@ from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.heads import Projector
-from trex_models.train import build
+from trex_models.train import build, saved
 from trex_models.train.bank import Bank
 from trex_models.train.config import DataConfig, ValidationConfig, smoke
 from trex_models.train.distributed import Process, process_group
@@ -242,7 +242,7 @@ def test_each_epoch_is_measured(validated: Path, tmp_path: Path) -> None:
 
 def test_what_is_logged_is_the_accuracy_of_the_checkpoint(validated: Path) -> None:
     for step, line in ((4, logged(validated)[1]), (8, logged(validated)[3])):
-        method, state = build.load_method(validated / "checkpoints" / f"step_{step}.pt")
+        method, state = saved.load_method(validated / "checkpoints" / f"step_{step}.pt")
         assert state["step"] == line["step"] == step
         held_out = FractalSource(4, 3, 32, first_image=8, variation=0.4)
         expected = by_hand(method, held_out, side=32)
@@ -283,6 +283,6 @@ def test_folder_of_held_out_images(tmp_path: Path) -> None:
     save_classes(held_out, "ab", 3)
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 0
-    method, _ = build.load_method(tmp_path / "run")
+    method, _ = saved.load_method(tmp_path / "run")
     expected = by_hand(method, FolderSource(held_out), side=32)
     assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected

@@ -12,6 +12,7 @@ Shapes: C classes, D embedding, Q bank size.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,10 @@ from trex_models.heads import Projector, class_means, widen
 
 class CheckpointError(ValueError):
     """A file is damaged, unsafe, or not a t-ReX checkpoint; the message says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A file is cut short, or its contents do not fit its checksums."""
 
 
 class Row(NamedTuple):
@@ -415,7 +420,8 @@ def load(path: Path | str) -> Mapping[str, Any]:
         path: A .pth, .pt or .safetensors file; the first bytes decide.
 
     Raises:
-        CheckpointError: The file is missing, damaged, unsafe, or something else.
+        DamagedError: The file is cut short, or its contents do not fit its checksums.
+        CheckpointError: It is missing, unreadable, unsafe, or something else.
     """
     path = Path(path)
     try:
@@ -435,25 +441,29 @@ def load(path: Path | str) -> Mapping[str, Any]:
         if start[8:9] == b"{":
             return safetensors.torch.load_file(path)
         if not is_zip and not start.startswith(b"\x80"):
-            raise CheckpointError(
+            raise DamagedError(
                 f"{path}: it is no file of torch or safetensors (it begins with {start[:16]!r}); "
                 "download or copy it again"
             )
         if is_zip:
             with zipfile.ZipFile(path) as archive:  # torch passes over wrong checksums
                 if archive.testzip() is not None:
-                    raise CheckpointError(damaged)
+                    raise DamagedError(damaged)
         # For good: safe_globals would take away what other threads and the user rely on. Each
         # time: timm's loading takes Namespace away.
         add_safe_globals(OFFICIAL_GLOBALS)
         # Files of torch < 1.6 are no zip and cannot be mapped into memory.
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except CheckpointError:
+    except (CheckpointError, MemoryError):
         raise
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a position before the file's start, from a wrong field
+            raise DamagedError(damaged) from error
+        raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error})") from error
     except Exception as error:  # both libraries raise many kinds for a damaged file
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise CheckpointError(damaged) from error
+            raise DamagedError(damaged) from error
         raise CheckpointError(
             f"{path}: refused: it wants to run {found[1]}, which no t-ReX checkpoint needs; a "
             "file from elsewhere can execute any code that way"

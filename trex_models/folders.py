@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -31,9 +32,19 @@ def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> P
     Raises:
         RuntimeError: The copy gives other outputs, by more than 1e-4 of the largest; nothing is
             written then.
+        OSError: The folder holds other files, or cannot be written.
     """
+    others = {path.name for path in folder.glob("*")} - {"config.json", "model.safetensors"}
+    if others:
+        raise FileExistsError(
+            f"{folder} holds other files ({', '.join(sorted(others)[:3])}), which an export would "
+            "replace; move them, or choose another folder"
+        )
     with replaced(folder) as beside:
-        save_for_hf(model, str(beside), safe_serialization=True)
+        try:
+            save_for_hf(model, str(beside), safe_serialization=True)
+        except SafetensorError as problem:  # its own, also for the disk's
+            raise OSError(f"{folder} cannot be written ({problem})") from problem
         config_path = beside / "config.json"
         config = json.loads(config_path.read_text())
         # It stands at the top level too, and transformers refuses to be told twice.

@@ -36,16 +36,20 @@ def main(arguments: Sequence[str]) -> int:
         with _first_process_speaks():
             config = parse(command, rest)
         return _train(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
-        return _fail(str(error), _process())
+        status = _explain(error)
+        if status is None:
+            raise
+        return status
+    except KeyboardInterrupt:
+        with _first_process_speaks():
+            print("interrupted; the same command continues from the last checkpoint")
+        return 128 + signal.SIGINT
 
 
 def _train(config: Config) -> int:
-    import torch
-
-    from trex_models.train.distributed import PeerError, SharedError
     from trex_models.train.loop import train
     from trex_models.train.signals import Stopped
 
@@ -56,20 +60,25 @@ def _train(config: Config) -> int:
         with _first_process_speaks():
             print(stopped)
         return 128 + stopped.number
-    except SharedError as error:
+    return 0
+
+
+def _explain(error: Exception) -> int | None:
+    """Print an error that a user can do something about; None for a defect of ours."""
+    import torch
+
+    from trex_models.train.distributed import PeerError, SharedError
+
+    if isinstance(error, SharedError):
         with _first_process_speaks():
             return _fail(str(error))
-    except PeerError as error:
+    if isinstance(error, PeerError):
         _fail(str(error), _process())
         return 1
-    except torch.OutOfMemoryError as error:
+    if isinstance(error, torch.OutOfMemoryError):
         reason = str(error).partition("\n")[0]
         return _fail(f"{reason} Lower optim.batch_size, or use more processes", _process())
-    except KeyboardInterrupt:
-        with _first_process_speaks():
-            print("interrupted; the same command continues from the last checkpoint")
-        return 128 + signal.SIGINT
-    return 0
+    return _fail(str(error), _process()) if isinstance(error, (ValueError, OSError)) else None
 
 
 @contextmanager
@@ -120,7 +129,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="where to write the folders")
     parser.add_argument("--license", help="licence to state; the run's own if it is not given")
     options = parser.parse_args(arguments)
-    from trex_models.train.build import export_checkpoint
+    from trex_models.train.saved import export_checkpoint
 
     for folder in export_checkpoint(options.checkpoint, options.output, options.license):
         print(f"exported {folder}")
@@ -141,4 +150,10 @@ def _fail(message: str, who: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status and _process():
+        # No tidy end: nccl would wait for the other processes, and they for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

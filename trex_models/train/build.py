@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
@@ -21,13 +18,12 @@ from trex_models.heads import Projector
 from trex_models.train import checkpointing, preflight
 from trex_models.train.backbone import build_backbone, full_args
 from trex_models.train.bank import Bank
-from trex_models.train.config import Config, CropsConfig, DataConfig, from_dict
-from trex_models.train.distributed import Process, choose_device
+from trex_models.train.config import Config, CropsConfig, DataConfig
+from trex_models.train.distributed import Process
 from trex_models.train.export import export
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
 from trex_models.train.optimizer import learning_rates
-from trex_models.train.step import Precision, seed_step
 from trex_models.train.validation import ValidationDataset
 
 
@@ -209,71 +205,3 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
         classes=classes,
         weights_license=config.license,
     )
-
-
-def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
-    """Export any checkpoint of the trainer, of a finished run or not.
-
-    Args:
-        path: A file of a run's checkpoints folder, or the run's folder: its last whole one.
-        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
-        weights_license: Licence to state; None for the one that the run was started with.
-
-    Returns:
-        The exported folders.
-
-    Raises:
-        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
-    """
-    method, state = load_method(path)
-    config = from_dict(state["config"])
-    if weights_license is not None:
-        config = replace(config, license=weights_license)
-    return export_method(method, config, state["classes"], folder)
-
-
-def load_step(path: Path | str) -> tuple[TReX, list[Tensor], Tensor, Precision]:
-    """Load a step whose loss was not finite, as its process saw it.
-
-    ``with precision.autocast(): loss, logits = method(crops, labels)`` is then its forward pass.
-
-    Args:
-        path: The file that training named.
-
-    Returns:
-        The method in training mode, the crops of each resolution, the labels, and the precision;
-        on CUDA where there is one, else on the CPU. The global generators are seeded as they were.
-
-    Raises:
-        ValueError: The file is not such a step, or its precision needs CUDA.
-    """
-    path = Path(path)
-    device = choose_device()
-    method, state = load_method(path)
-    if "crops" not in state:
-        raise ValueError(f"{path} is a checkpoint, not a step: it holds no crops")
-    precision = Precision.from_name(state["config"]["precision"], device.type)
-    seed_step(state["config"]["seed"], state["step"], state["process"])
-    crops = [images.to(device) for images in state["crops"]]
-    return method.train().to(device), crops, state["labels"].to(device), precision
-
-
-def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
-    """Build a checkpoint's method, on the CPU; return it and all that the file holds.
-
-    Args:
-        path: A file, or a run's folder: its last whole checkpoint.
-
-    Raises:
-        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
-    """
-    if path.is_dir():
-        newest = checkpointing.newest(path, lambda _, error: print(error))
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
-        path, state = newest
-    else:
-        state = checkpointing.load(path)
-    method = build_method(from_dict(state["config"]), len(state["classes"]))
-    checkpointing.restore({"method": method}, state, path)
-    return method, state

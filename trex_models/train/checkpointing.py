@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from trex_models import checkpoints
+from trex_models.checkpoints import CheckpointError, DamagedError
 from trex_models.files import replacing, sync_folder, write_whole
 from trex_models.train.config import Config, differences, to_json
 
@@ -41,10 +42,6 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """Take on a state."""
         ...
-
-
-class DamagedError(ValueError):
-    """A checkpoint is cut short, or its checksums do not fit."""
 
 
 @contextmanager
@@ -85,10 +82,11 @@ def claimed(config: Config) -> Iterator[None]:
         if not path.exists():
             write_whole(path, to_json(config))
         sync_folder(folder.parent)
-        for torn in [*folder.glob("checkpoints/.*.tmp"), *folder.glob("export/.*")]:
-            # Of a process that was killed.
-            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        _prune(folder)
+        # Of a process that was killed.
+        for torn in folder.glob("checkpoints/.step_*.tmp"):
+            torn.unlink()
+        for torn in [*folder.glob("export/.backbone.*"), *folder.glob("export/.cls.*")]:
+            shutil.rmtree(torn)
         yield
     finally:
         lock.release()
@@ -138,11 +136,12 @@ def save(folder: Path, state: Mapping[str, Any]) -> Path:
     """
     path = folder / "checkpoints" / f"step_{state['step']}.pt"
     write(path, state)
-    _prune(folder)
+    prune(folder)
     return path
 
 
-def _prune(folder: Path) -> None:
+def prune(folder: Path) -> None:
+    """Delete all but the last two checkpoints; a process that was killed may have left one more."""
     for old in files(folder)[:-KEPT]:
         old.unlink()
 
@@ -182,13 +181,12 @@ def newest(
     Raises:
         ValueError: A file is not a checkpoint of this trainer, or all are damaged.
     """
-    found = files(folder)
-    for path in reversed(found):
+    for path in reversed(files(folder)):
         try:
             return path, load(path)
         except DamagedError as error:
             pass_over(path, error)
-    if found:
+    if any((folder / "checkpoints").glob("step_*.pt*")):
         raise ValueError(
             f"no checkpoint of {folder} is whole; delete its folder checkpoints to begin anew"
         )
@@ -212,8 +210,10 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
     try:
         state = checkpoints.load(path)
-    except checkpoints.CheckpointError as error:
+    except DamagedError as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint: it is damaged") from error
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
     if not {"config", "step", "method"} <= state.keys():
         raise ValueError(f"{path} is no checkpoint of this trainer (no config, step and method)")
     return dict(state)

@@ -64,23 +64,26 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         yield Process(0, 1, chosen)
         return
     nccl = backend == "nccl" or (backend == "auto" and chosen.type == "cuda")
+    if nccl and chosen.type != "cuda":
+        raise ValueError(f"system.backend: nccl is for CUDA, not for {chosen}; use auto or gloo")
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=chosen if nccl else None
         )
     except (dist.DistError, ValueError) as error:
         raise ValueError(
-            f"process {os.environ.get('RANK')} of {world_size} cannot meet the others at "
+            "this process cannot meet the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
         ) from error
     try:
         yield Process(dist.get_rank(), world_size, chosen)
-    except RuntimeError as error:
+    except BaseException as error:
+        if not nccl:  # which would wait for the others
+            dist.destroy_process_group()
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise PeerError("another process failed; its own error tells why") from error
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -136,6 +139,27 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     return DistributedDataParallel(module, **options)
 
 
+def rehearse(model: nn.Module, *inputs: Any) -> None:
+    """Let DistributedDataParallel order its gradients, as it does after its first backward pass.
+
+    The first step of a process's life would sum them in another order than later ones, which from
+    three processes on changes the rounding: a run that was cut would not end bit for bit alike.
+    Parameters and buffers stay as they are.
+
+    Args:
+        model: From ``data_parallel``; its output's first item is the loss.
+        inputs: Its inputs, of the shapes to come.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    before = [buffer.clone() for buffer in model.buffers()]
+    model(*inputs)[0].backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+
+
 def synchronizes(process: Process, sync_batchnorm: bool) -> bool:
     """Return whether BatchNorm's statistics are those of the global batch."""
     return process.world_size == 1 or (sync_batchnorm and process.device.type == "cuda")
@@ -148,15 +172,6 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
-
-
-def mean(tensor: Tensor) -> Tensor:
-    """Return the mean of the ranks' tensors."""
-    if dist.is_initialized():
-        tensor = tensor.clone()
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
 
 
 def broadcast(value: T) -> T:
@@ -214,7 +229,7 @@ def barrier() -> None:
 
 
 class SharedFlags:
-    """Flags that any process may raise and that all see at the same step.
+    """Small numbers that any process may raise and that all see at the same step: the largest.
 
     With many processes the answer is one call old: the exchange goes on beside the step, between
     the CPUs, so that nothing waits for the device.
@@ -224,14 +239,14 @@ class SharedFlags:
         self._seen = torch.zeros(count, dtype=torch.uint8)
         self._work: dist.Work | None = None
 
-    def exchange(self, *raised: bool) -> list[bool]:
-        """Raise this process's flags, and return those that any process had raised before."""
+    def exchange(self, *raised: int) -> list[int]:
+        """Raise this process's flags, 0 to 255, and return those that were raised before."""
         mine = torch.tensor(raised, dtype=torch.uint8)
         if not dist.is_initialized():
-            return [bool(flag) for flag in mine]
+            return mine.tolist()
         if self._work is not None:
             self._work.wait()
-        answer = [bool(flag) for flag in self._seen]
+        answer: list[int] = self._seen.tolist()
         self._seen = mine
         self._work = dist.all_reduce(self._seen, dist.ReduceOp.MAX, async_op=True)
         return answer

@@ -140,7 +140,7 @@ class Reporter:
 
 
 def _truncate(path: Path, start_step: int) -> None:
-    """Drop the lines of steps after ``start_step`` and a torn last line."""
+    """Drop the lines of steps after ``start_step`` and torn ones."""
     kept = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -148,7 +148,7 @@ def _truncate(path: Path, start_step: int) -> None:
                 if json.loads(line)["step"] <= start_step:
                     kept.append(line + "\n")
             except (KeyError, TypeError, ValueError):
-                break
+                continue
     write_whole(path, "".join(kept))
 
 

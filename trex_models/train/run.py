@@ -25,6 +25,8 @@ from trex_models.train.reporting import Meter
 from trex_models.train.step import Precision
 from trex_models.train.validation import ValidationDataset
 
+_REMEDY = "lower optim.base_lr, lengthen optim.warmup_epochs, or take --precision bf16 or fp32"
+
 
 @dataclass
 class Run:
@@ -77,7 +79,54 @@ class Run:
         """Steps from one validation to the next."""
         return self.config.validation.every * self.sampler.steps_per_epoch
 
-    def shared_tensors(self) -> dict[str, Iterable[Tensor]]:
+    def blank_inputs(self) -> tuple[list[Tensor], Tensor]:
+        """Return crops and labels of the shapes of a step, of this process."""
+        share = self.config.optim.batch_size // self.process.world_size
+        device = self.process.device
+        crops = [
+            torch.zeros(s.count * share, 3, s.size, s.size, device=device).to(
+                memory_format=torch.channels_last
+            )
+            for s in self.dataset.specs
+        ]
+        return crops, torch.zeros(share, dtype=torch.int64, device=device)
+
+    def save(self, done: int) -> None:
+        """Save the state after ``done`` steps, if all processes agree on it and it is finite.
+
+        Every process must call it.
+
+        Raises:
+            SharedError: The processes hold different weights, or another bank.
+            ValueError: Weights are not finite, or the checkpoint cannot be written.
+        """
+        distributed.check_identical(self._shared_tensors())
+        if not torch.stack([p.isfinite().all() for p in self.method.parameters()]).all():
+            raise ValueError(
+                f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
+            )
+        state = self._state_after(done) | {"meter": self.meter.gathered()}
+        if self.process.is_main:
+            checkpointing.save(self.folder, state)
+        distributed.barrier()  # a process that ends early would have the others ended, too
+
+    def keep_step(self, step: int, crops: list[Tensor], labels: Tensor) -> str:
+        """Save a step whose loss is not finite, for ``saved.load_step``; return what to tell."""
+        rank = self.process.rank
+        path = self.folder / f"nonfinite_step_{step}_process_{rank}.pt"
+        inputs = {"process": rank, "crops": [c.cpu() for c in crops], "labels": labels.cpu()}
+        trouble = f"the loss of step {step} is no longer finite; {_REMEDY}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)  # another machine's
+            checkpointing.write(path, self._state_after(step) | inputs)
+        except (OSError, ValueError) as error:
+            return f"{trouble} ({error})"
+        return (
+            f"{trouble}. Its inputs and state: method, crops, labels, precision = "
+            f"trex_models.train.saved.load_step({str(path)!r})"
+        )
+
+    def _shared_tensors(self) -> dict[str, Iterable[Tensor]]:
         """What every process must hold alike: all but BatchNorm's running statistics."""
         method = self.method
         shared: dict[str, Iterable[Tensor]] = {"encoder": method.encoder.parameters()}
@@ -88,7 +137,7 @@ class Run:
         pointer = torch.tensor(bank.pointer, device=bank.labels.device)
         return shared | {"bank": [*bank.buffers(), pointer]}
 
-    def state_after(self, steps: int) -> dict[str, Any]:
+    def _state_after(self, steps: int) -> dict[str, Any]:
         """Return what a checkpoint holds but for the meter's sums, which all processes share."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {
@@ -109,6 +158,8 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "channels_last": self.config.system.channels_last,
+            "compile": self.config.system.compile,
         }
 
     @property
@@ -159,28 +210,37 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         facts={"classes": classes, "images": source.digest()},
         messages=[_describe(config, source, process), *(f"warning: {w}" for w in warnings)],
     )
-    with _claimed(run) as saved:
-        if saved is not None:
-            _restore(run, *saved)
-        yield run
-
-
-@contextmanager
-def _claimed(run: Run) -> Iterator[tuple[Path, dict[str, Any]] | None]:
-    """Hold the run's folder; give its last checkpoint to all processes."""
-    saved = None
     first = distributed.broadcast((to_json(run.config), run.facts))
     with distributed.together():
         _check_alike(run, *first)
     with ExitStack() as stack:
         with distributed.together():
-            if run.process.is_main:
+            if process.is_main:
                 stack.enter_context(checkpointing.claimed(run.config))
-                saved = checkpointing.newest(run.folder, checkpointing.put_aside)
-                if saved is not None:
-                    checkpointing.check_belongs(*saved, run.config, run.facts)
-                    _check_environment(run, *saved)
-        yield distributed.broadcast(saved)
+        _continue(run)
+        yield run
+
+
+def _continue(run: Run) -> None:
+    """Take on the state of the run's last checkpoint, which the main process reads for all."""
+    saved = None
+    with distributed.together():
+        if run.process.is_main:
+            saved = checkpointing.newest(run.folder, checkpointing.put_aside)
+            if saved is not None:
+                checkpointing.check_belongs(*saved, run.config, run.facts)
+                _check_environment(run, *saved)
+                checkpointing.prune(run.folder)
+    saved = distributed.broadcast(saved)
+    if saved is None:
+        return
+    path, state = saved
+    checkpointing.restore(run.parts, state, path)
+    run.meter.restore(state["meter"])
+    match_memory_format(run.optimizer)
+    run.sampler.start_step = state["step"]
+    finished = state["step"] == run.sampler.total_steps
+    run.messages.append(f"the run {'is finished:' if finished else 'continues from'} {path}")
 
 
 def _check_alike(run: Run, config: str, facts: dict[str, Any]) -> None:
@@ -212,19 +272,10 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _restore(run: Run, path: Path, state: dict[str, Any]) -> None:
-    checkpointing.restore(run.parts, state, path)
-    run.meter.restore(state["meter"])
-    match_memory_format(run.optimizer)
-    run.sampler.start_step = state["step"]
-    finished = state["step"] == run.sampler.total_steps
-    run.messages.append(f"the run {'is finished:' if finished else 'continues from'} {path}")
-
-
 def _describe(config: Config, source: Source, process: Process) -> str:
     model = config.model
     return (
         f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, projector with "
-        f"{model.hidden_layers} hidden layers, {config.objective.name}; {config.precision} on "
-        f"{process.world_size} x {process.device}"
+        f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}, "
+        f"{config.objective.name}; {config.precision} on {process.world_size} x {process.device}"
     )
