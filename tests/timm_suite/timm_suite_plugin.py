@@ -32,7 +32,8 @@ import trex_models  # noqa: F401  # registers the models
 from trex_models import weights
 
 STOCK = "resnet50"
-OURS = timm.list_models("trex*")
+# Of models that differ in the depth of the projector alone, one of each kind.
+OURS = ["trex_resnet", "trex_resnet50", "trex_resnet50_cls", "trexstar_resnet50_proj"]
 FOLDER = tempfile.TemporaryDirectory()
 WEIGHTS = Path(FOLDER.name)
 STAND_IN = re.compile(r"(?:create_model|resolve_model_input_args)\(\s*'(?:test_resnet|resnet18)'")
@@ -50,7 +51,8 @@ def list_models(*args: Any, **kwargs: Any) -> list[str]:
     if "." not in stock:
         return [stock, *OURS]
     pretrained = kwargs.get("pretrained", False)
-    return [stock, *_list_models("trex*", pretrained=pretrained, include_tags=True)]
+    tagged = _list_models("trex*", pretrained=pretrained, include_tags=True)
+    return [stock, *(name for name in tagged if name.split(".")[0] in OURS)]
 
 
 def fetch(name: str, cache_dir: object = None) -> Path:  # noqa: ARG001

@@ -70,10 +70,11 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=chosen if nccl else None
         )
-    except (dist.DistError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             "this process cannot meet the others at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error})"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason})"
         ) from error
     try:
         yield Process(dist.get_rank(), world_size, chosen)

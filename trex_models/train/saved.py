@@ -47,7 +47,8 @@ def load_step(path: Path | str) -> tuple[TReX, list[Tensor], Tensor, Precision]:
 
     Returns:
         The method in training mode, the crops of each resolution, the labels, and the precision;
-        on CUDA where there is one, else on the CPU. The global generators are seeded as they were.
+        on CUDA where there is one, else on the CPU. The global generators are seeded as they were;
+        BatchNorm's running statistics alone are those after the step's forward pass.
 
     Raises:
         ValueError: The file is not such a step, or its precision needs CUDA.
