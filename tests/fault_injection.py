@@ -55,6 +55,7 @@ _MEETING_SECONDS = 10.0  # the same in start-up; before they have met, only a la
 _ORPHAN_SECONDS = 15.0  # for a loader worker to notice that its parent is gone
 _MOST_ANOMALIES = 20
 _POLL = 0.0005
+_PEER_FAILED = r"error: .*another process failed.*\n"
 _NOT_MET = r"error: .*this process cannot meet the others.*\n"
 
 _context = get_context("forkserver")
@@ -498,11 +499,11 @@ class Tormentor:
                 self.results.waiting += 1
             elif status is None:
                 self._note(f"{who} did not end", life, rank)
-            elif status == 0 and all_saved:
-                pass
-            elif phase == "start-up" and status == 2 and re.fullmatch(_NOT_MET, err):
-                pass
-            elif status != 1 or not re.fullmatch(r"error: .*another process failed.*\n", err):
+            elif not (
+                (status == 0 and all_saved)
+                or (status == 1 and re.fullmatch(_PEER_FAILED, err))
+                or (status == 2 and re.fullmatch(_NOT_MET, err) and phase == "start-up")
+            ):
                 self._note(f"{who} ended with {status}", life, rank)
 
     def _check_stopped(
