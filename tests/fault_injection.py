@@ -56,7 +56,8 @@ _ORPHAN_SECONDS = 15.0  # for a loader worker to notice that its parent is gone
 _MOST_ANOMALIES = 20
 _POLL = 0.0005
 _PEER_FAILED = r"error: .*another process failed.*\n"
-_NOT_MET = r"error: .*this process cannot meet the others.*\n"
+# Before it torch logs its own stack.
+_NOT_MET = r"(?m)^error: .*this process cannot meet the others.*\n\Z"
 
 _context = get_context("forkserver")
 # Nothing of this computes, so that there is no thread when a run is forked.
@@ -502,7 +503,7 @@ class Tormentor:
             elif not (
                 (status == 0 and all_saved)
                 or (status == 1 and re.fullmatch(_PEER_FAILED, err))
-                or (status == 2 and re.fullmatch(_NOT_MET, err) and phase == "start-up")
+                or (status == 2 and re.search(_NOT_MET, err) and phase == "start-up")
             ):
                 self._note(f"{who} ended with {status}", life, rank)
 
