@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -225,3 +229,48 @@ def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="happens to say"):
         consume()
     assert told == []
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys, warnings
+import torch
+from trex_models.data.loading import load_batches
+
+class Zeros:
+    def __getitems__(self, keys):
+        return torch.zeros(3)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = load_batches(Zeros(), [[index] for index in range(1000)], 2)
+    next(batches)
+    print([child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, start_method: str) -> None:
+    """Behind a fork server torch's own watch waits for the server's end, and the server for it."""
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run(
+        [sys.executable, str(script), start_method], env=environment, stdout=subprocess.PIPE
+    )
+    assert killed.returncode == -signal.SIGKILL
+    workers = json.loads(killed.stdout)
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(map(is_running, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return status not in "ZX"

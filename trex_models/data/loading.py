@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from multiprocessing import parent_process
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
@@ -51,7 +53,7 @@ def load_batches(
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_depend_on_parent,
         )
         try:
             for batch in _started(loader):
@@ -91,14 +93,24 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     return batches
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """Ignore the signals that reach all processes of a job; the parent decides when to stop.
+def _depend_on_parent(_: int) -> None:
+    """Leave it to the parent when to stop, and end with it.
 
-    SIGTERM is DataLoader's own means of ending its workers.
+    Signals that reach all processes of a job are ignored; SIGTERM is DataLoader's own means of
+    ending its workers. DataLoader's watch over the parent misses one that was killed before it
+    began, and one behind a fork server.
     """
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Quoting(Dataset[Any]):
