@@ -22,8 +22,8 @@ def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
         config,
         data=replace(config.data, num_classes=4, images_per_class=16),
         objective=replace(config.objective, bank_size=64),
-        optim=replace(config.optim, epochs=1, batch_size=16),
-        system=replace(config.system, workers=0, log_every=2),
+        optim=replace(config.optim, epochs=2, batch_size=16),
+        system=replace(config.system, workers=0, log_every=3),
     )
     report = demo.run(config)
     out = capsys.readouterr().out

@@ -161,6 +161,7 @@ def draw(
     halves: Any = top.subfigures(1, 2, width_ratios=(1, 1.25))
     left, right = halves
 
+    metrics = [line for line in metrics if "loss" in line]  # the others are of a validation alone
     axis = left.subplots()
     epochs = [line["epoch"] for line in metrics]
     axis.plot(epochs, [line["loss"] for line in metrics], color="#333333")
