@@ -278,25 +278,29 @@ def test_config(name: str, conversion: Conversion) -> None:
         assert not {"file", "url", "hf_hub_id", "source"} & cfg.keys()
 
 
-@files("trex", "backbone")
-def test_backbone_loads_in_stock_timm(conversion: Conversion, scratch: Path) -> None:
-    folder = conversion.models()[0]
-    code = f"""
+def test_backbones_load_in_stock_timm(
+    trex: Conversion, backbone: Conversion, scratch: Path
+) -> None:
+    code = """
 import sys, timm, torch
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-with torch.no_grad():
-    torch.save(model(torch.load("images.pt")), "features.pt")
+for i, folder in enumerate(sys.argv[1:]):
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.save(model(torch.load("images.pt")), f"{i}.pt")
 assert "trex_models" not in sys.modules
 """
     images = reference_resnet.pictures(2, 64)
     torch.save(images, scratch / "images.pt")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=scratch)
-    wanted = reference_resnet.outputs(conversion.contents, images).features
-    found = torch.load(scratch / "features.pt")
-    assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+    conversions = trex, backbone
+    folders = [str(conversion.models()[0]) for conversion in conversions]
+    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=scratch)
+    for i, conversion in enumerate(conversions):
+        wanted = reference_resnet.outputs(conversion.contents, images).features
+        found = torch.load(scratch / f"{i}.pt")
+        assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max()
 
 
-@files("learned", "renamed")
+@files("narrow", "renamed")
 def test_conversion_is_deterministic(conversion: Conversion, scratch: Path) -> None:
     status, _, err = run(conversion.path, scratch / "again", *conversion.options)
     assert status == 0, err
@@ -479,8 +483,10 @@ def left(out: Path) -> list[str]:
     return sorted(str(path.relative_to(out)) for path in out.rglob("*"))
 
 
-@pytest.mark.parametrize("error", [FULL_DISK, SafetensorError("No space left on device")])
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("error", "existing"),
+    [(FULL_DISK, True), (SafetensorError("No space left on device"), False)],
+)
 def test_full_disk_midway_leaves_nothing(
     error: Exception,
     existing: bool,
@@ -843,12 +849,18 @@ def test_traceback_on_demand(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_command_line(scratch: Path) -> None:
-    command = [sys.executable, "-m", "convert", "naver"]
-    for arguments, status in ((["--help"], 0), ([], 2), (["none.pth", str(scratch)], 2)):
-        done = subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert done.returncode == status
+    for arguments, status in ((["--help"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == status
+    done = subprocess.run(
+        [sys.executable, "-m", "convert", "naver", "none.pth", str(scratch)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2
     assert done.stderr.startswith("error: none.pth does not exist")
     assert done.stdout == ""
 

@@ -688,7 +688,9 @@ def test_errors_of_the_hub_are_one_line(
     server: HubServer,
     push: Callable[..., Manifest],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
     server.faults.append(fault)
     with pytest.raises(HubError, match=message) as error:
         push(built / "small_trex")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
@@ -26,7 +30,7 @@ from torch import Tensor
 from tests import official_files
 from tests.file_server import FileServer
 from tests.loopback import Fault, sha256
-from tests.loopback_hub import Hub, HubServer
+from tests.loopback_hub import Hub, HubServer, environment, serving
 from tests.reference_resnet import outputs, pictures
 from tests.test_checkpoints import tiny_method
 from trex_models import CheckpointError, WeightsError, checkpoints, manifest, naver, weights
@@ -91,7 +95,10 @@ def visible(cache: Path) -> list[str]:
 
 @torch.no_grad()
 def assert_outputs(model: Any, reference: Tensor) -> None:
-    found = model.double().eval()(IMAGES.double())
+    assert_close(model.double().eval()(IMAGES.double()), reference)
+
+
+def assert_close(found: Tensor, reference: Tensor) -> None:
     error = (found - reference).abs().max() / reference.abs().max()
     assert error < 1e-6, error
 
@@ -444,79 +451,86 @@ def test_threads(release: Path) -> None:
     assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
-# Whole processes, as users run them, against the loopback Hub
+# Against the loopback Hub
 
 CHILD = """
-import json, signal, sys, time
+import signal, sys
 import timm, torch, trex_models
 from tests.reference_resnet import pictures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 for i, name in enumerate(sys.argv[2:]):
-    start = time.perf_counter()
-    try:
-        model = timm.create_model(name, pretrained=True).eval()
-    except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}"}
-    else:
-        with torch.no_grad():
-            torch.save(model.double()(pictures(2, 64).double()), f"{sys.argv[1]}/{i}.pt")
-        result = {"error": None}
-    print(json.dumps({**result, "seconds": time.perf_counter() - start}), flush=True)
+    model = timm.create_model(name, pretrained=True).eval()
+    with torch.no_grad():
+        torch.save(model.double()(pictures(2, 64).double()), f"{sys.argv[1]}/{i}.pt")
 """
-
-
-class Result:
-    """What a process that created models left behind."""
-
-    def __init__(self, folder: Path, names: tuple[str, ...], done: Any) -> None:
-        self.stderr = done.stderr
-        assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        self.errors = dict(zip(names, [line["error"] for line in lines], strict=True))
-        self.seconds = [line["seconds"] for line in lines]
-        self.folder = folder
-
-    def assert_outputs(self, expected: dict[str, Tensor]) -> None:
-        for i, (name, error) in enumerate(self.errors.items()):
-            assert error is None, error
-            found = torch.load(self.folder / f"{i}.pt")
-            reference = expected[name.removeprefix("hf-hub:trex-models/").partition("@")[0]]
-            assert (found - reference).abs().max() < 1e-6 * reference.abs().max()
 
 
 class Place:
     """A Hub, NAVER's server, and a user's home."""
 
-    def __init__(self, hub: HubServer, server: FileServer, folder: Path) -> None:
+    def __init__(
+        self, hub: HubServer, server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         self.hub = hub
         self.server = server
         self.folder = folder
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_DISABLE_XET": "1",
+        self.home = folder / "home"
+        self.monkeypatch = monkeypatch
+        variables = {
             "TREX_MODELS_MANIFEST": str(folder / "manifest.json"),
             "TREX_MODELS_NAVER_URL": server.url,
         }
+        self.environment = environment(hub.url, self.home) | {"PYTHONPATH": str(ROOT)} | variables
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        # The client read its own variables when it was imported.
+        monkeypatch.setattr(constants, "HF_HOME", str(self.home))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.home / "hub"))
+        self.set_endpoint(hub.url)
 
-    def start(self, *names: str, **environment: str) -> subprocess.Popen[str]:
-        (self.folder / "out").mkdir(exist_ok=True)
+    def set_endpoint(self, url: str) -> None:
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        self.monkeypatch.setattr(constants, "ENDPOINT", url)
+        self.monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    def create(self, expected: dict[str, Tensor], *names: str) -> None:
+        """Create models in this process and compare their outputs."""
+        for name in names:
+            model = timm.create_model(name, pretrained=True)
+            assert_outputs(model, expected[plain(name)])
+
+    def error(self, name: str) -> str:
+        """Return the message where a model cannot be created."""
+        with pytest.raises(WeightsError) as caught:
+            timm.create_model(name, pretrained=True)
+        return str(caught.value)
+
+    def start(self, *names: str, **variables: str) -> subprocess.Popen[str]:
+        """Create models in a process of their own, as users do."""
+        out = Path(tempfile.mkdtemp(dir=self.folder, prefix="out"))
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(self.folder / "out"), *names],
-            env={**self.environment, **environment},
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", CHILD, str(out), *names],
+            env=self.environment | variables,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def create(self, *names: str, **environment: str) -> Result:
-        process = self.start(*names, **environment)
-        out, err = process.communicate(timeout=300)
-        done = subprocess.CompletedProcess([], process.returncode, out, err)
-        return Result(self.folder / "out", names, done)
+    def finish(self, process: subprocess.Popen[str], expected: dict[str, Tensor]) -> str:
+        """Wait for a process, compare its models' outputs, and return what it said."""
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert isinstance(process.args, list)
+        _, _, _, out, *names = process.args
+        for i, name in enumerate(names):
+            assert_close(torch.load(Path(out) / f"{i}.pt"), expected[plain(name)])
+        shutil.rmtree(out)
+        return err
+
+
+def plain(name: str) -> str:
+    """Return the name that the zoo gives to a model."""
+    return name.removeprefix("hf-hub:trex-models/").partition("@")[0]
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +549,12 @@ def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def place(server: FileServer, converted: dict[str, Path], tmp_path: Path) -> Iterator[Place]:
+def place(
+    server: FileServer,
+    converted: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Place]:
     hub = Hub()
     published = {}
     for name, path in converted.items():
@@ -545,39 +564,45 @@ def place(server: FileServer, converted: dict[str, Path], tmp_path: Path) -> Ite
         hub.add(f"trex-models/{name}", {"later": b"commit"})
         published[name] = manifest.Published(f"trex-models/{name}", revision, sha256(path))
     manifest.save(manifest.Manifest(published), tmp_path / "manifest.json")
-    with HubServer(hub) as hub_server:
-        yield Place(hub_server, server, tmp_path)
+    with serving(hub) as hub_server:
+        yield Place(hub_server, server, tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
-    place.create(*BACKBONES).assert_outputs(expected)
+    """In processes that know of the Hub, the home and the mode by their environment alone."""
+    said = place.finish(place.start(*BACKBONES), expected)
+    assert said.count("not for commercial use") == 1
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
     pinned = manifest.load(place.folder / "manifest.json").models.values()
     assert revisions == {entry.revision for entry in pinned}
     assert place.server.log == []
     before = len(place.hub.log)
-    place.create(*BACKBONES).assert_outputs(expected)
-    place.create(*BACKBONES, HF_HUB_OFFLINE="1").assert_outputs(expected)
+    place.create(expected, *BACKBONES)
+    assert len(place.hub.log) == before
+    offline = place.start(*BACKBONES, "trex_resnet50_cls", HF_HUB_OFFLINE="1")
+    _, err = offline.communicate(timeout=300)
+    assert offline.returncode == 1
+    assert "Hub: not asked: HF_HUB_OFFLINE is set" in err
+    assert len(list(place.folder.glob("out*/*.pt"))) == len(BACKBONES)
     assert len(place.hub.log) == before
 
 
 def test_hub_s_cache_is_damaged(place: Place, expected: dict[str, Tensor]) -> None:
     name = "trex_resnet50.in1k"
-    place.create(name).assert_outputs(expected)
-    (path,) = (place.folder / "home" / "hub").glob(f"models--*{name}/snapshots/*/*.safetensors")
+    place.create(expected, name)
+    (path,) = (place.home / "hub").glob(f"models--*{name}/snapshots/*/*.safetensors")
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    error = place.create(name).errors[name]
+    error = place.error(name)
     assert f"SHA-256 of {path.resolve()} is" in error
     assert "delete the file and try again" in error
     path.resolve().unlink()
-    place.create(name).assert_outputs(expected)
+    place.create(expected, name)
     assert place.server.log == []
 
 
@@ -588,21 +613,21 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
     manifest.save(manifest.Manifest(), place.folder / "manifest.json")
     place.server.files["trex.pth"] = place.server.files["trexstar.pth"]
     other = {name: expected["trexstar_resnet50.in1k"]}
-    place.create(name).assert_outputs(other)
+    place.create(other, name)
     (place.folder / "manifest.json").write_text(listed)
-    place.create(name).assert_outputs(other)  # a cache comes before the network
-    shutil.move(place.folder / "home" / "trex_models", place.folder / "aside")
-    place.create(name).assert_outputs(expected)
-    shutil.move(place.folder / "aside", place.folder / "home" / "trex_models")
-    place.create(name).assert_outputs(expected)
+    place.create(other, name)  # a cache comes before the network
+    shutil.move(place.home / "trex_models", place.folder / "aside")
+    place.create(expected, name)
+    shutil.move(place.folder / "aside", place.home / "trex_models")
+    place.create(expected, name)
 
 
 def test_explicit_hub_folder(place: Place, expected: dict[str, Tensor]) -> None:
     """timm's own way, with any organisation's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"].commits[0].sha
-    place.create(name, f"{name}@{revision}").assert_outputs(expected)
-    assert not (place.folder / "home" / "trex_models").exists()
+    place.create(expected, name, f"{name}@{revision}")
+    assert not (place.home / "trex_models").exists()
     assert place.server.log == []
 
 
@@ -615,43 +640,48 @@ def test_hub_serves_other_weights(place: Place, converted: dict[str, Path]) -> N
         files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
     )
     for _ in range(2):
-        error = place.create(name).errors[name]
+        error = place.error(name)
         assert f"is {sha256(other)}, not {sha256(converted[name])} of the manifest" in error
         assert "delete the file and try again" in error
     assert place.server.log == []
 
 
-def test_hub_fails_and_naver_serves(place: Place, expected: dict[str, Tensor]) -> None:
+def test_hub_fails_and_naver_serves(
+    place: Place, expected: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     del place.hub.hub.repos["trex-models/trex_resnet50.in1k"]
     place.hub.faults = [
         Fault("trexstar_resnet50.in1k/", status=404),
         Fault("trex_resnet50.in1k_r2/", status=403),
         Fault(r"GET.*trexstar_resnet50.in1k_r2/", cut_after=0),
     ]
-    result = place.create(*BACKBONES)
-    result.assert_outputs(expected)
+    place.create(expected, *BACKBONES)
+    # Of a level that reaches stderr though no logging is set up.
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for name in BACKBONES:
-        assert f"{name} cannot be had from the Hub (" in result.stderr
-        assert f"downloading {place.server.url}" in result.stderr
+        assert any(f"{name} cannot be had from the Hub (" in message for message in said)
+        wanted = re.compile(rf"downloading {re.escape(place.server.url)}\w+\.pth for {name}")
+        assert any(map(wanted.match, said))
     assert len(place.server.log) == 4
     asked = len(place.hub.log)
-    place.create(*BACKBONES).assert_outputs(expected)
+    place.create(expected, *BACKBONES)
     assert (len(place.server.log), len(place.hub.log)) == (4, asked)
 
 
 def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
     place.hub.faults = [Fault("", status=500)]
-    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    place.create(expected, "trex_resnet50.in1k")
     assert len(place.hub.requests("/resolve/")) == 1
-    result = place.create("trexstar_resnet50.in1k", HF_ENDPOINT="http://127.0.0.1:9")
-    result.assert_outputs(expected)
+    place.set_endpoint("http://127.0.0.1:9")
+    place.create(expected, "trexstar_resnet50.in1k")
+    assert len(place.hub.log) == 1
 
 
 def test_connection_to_the_hub_breaks_and_is_resumed(
     place: Place, expected: dict[str, Tensor]
 ) -> None:
     place.hub.faults = [Fault("GET.*model.safetensors", cut_after=30_000_000, times=1)]
-    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    place.create(expected, "trex_resnet50.in1k")
     ranges = [request.range for request in place.hub.requests("^GET .*/resolve/")]
     assert ranges == [None, f"bytes={20 * MIB}-"]
     assert place.server.log == []
@@ -663,29 +693,27 @@ def test_models_that_are_not_published_are_not_asked_for(
     published = manifest.load(place.folder / "manifest.json").models
     del published["trex_resnet50.in1k"]
     manifest.save(manifest.Manifest(published), place.folder / "manifest.json")
-    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    place.create(expected, "trex_resnet50.in1k")
     assert place.hub.log == []
     assert len(place.server.log) == 1
 
 
-def test_offline_without_a_cache(place: Place) -> None:
-    result = place.create("trex_resnet50", "trexstar_resnet50_cls", HF_HUB_OFFLINE="1")
-    for error in result.errors.values():
-        assert error.startswith("WeightsError: no weights for trex")
+def test_offline_without_a_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("trex_resnet50", "trexstar_resnet50_cls"):
+        error = place.error(name)
+        assert error.startswith("no weights for trex")
         assert "Hub: not asked: HF_HUB_OFFLINE is set" in error
     assert place.hub.log == place.server.log == []
-    assert not (place.folder / "home" / "trex_models").exists()
+    assert not (place.home / "trex_models").exists()
 
 
 def test_two_processes_at_once(place: Place, expected: dict[str, Tensor]) -> None:
     manifest.save(manifest.Manifest(), place.folder / "manifest.json")
     place.server.faults = [Fault("GET", delay=3)]
-    name = "trexstar_resnet50.in1k"
-    processes = [place.start(name) for _ in range(2)]
+    processes = [place.start("trexstar_resnet50.in1k") for _ in range(2)]
     for process in processes:
-        out, err = process.communicate(timeout=120)
-        done = subprocess.CompletedProcess([], process.returncode, out, err)
-        Result(place.folder / "out", (name,), done).assert_outputs(expected)
+        place.finish(process, expected)
     assert len(place.server.log) == 1
 
 
@@ -694,7 +722,7 @@ def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> 
     manifest.save(manifest.Manifest(), place.folder / "manifest.json")
     place.server.faults = [Fault("GET", cut_after=50_000_000, times=1, headers={"X": "1"})]
     process = place.start("trex_resnet50.in1k")
-    folder = place.folder / "home" / "trex_models" / "naver"
+    folder = place.home / "trex_models" / "naver"
     deadline = time.monotonic() + 60
     while not place.server.log and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -706,64 +734,68 @@ def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> 
     assert process.returncode != 0
     left = [path.name for path in folder.iterdir() if path.suffix != ".lock"]
     assert left == ([] if number == signal.SIGINT else [part.name])
-    place.create("trex_resnet50.in1k").assert_outputs(expected)
+    place.create(expected, "trex_resnet50.in1k")
     found = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
     assert found == {"trex.json", "trex.safetensors"}
 
 
-def test_read_only_cache(place: Place, expected: dict[str, Tensor]) -> None:
-    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
-    place.create("trex_resnet50.in1k").assert_outputs(expected)
-    home = place.folder / "home"
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that other users may enter, as pytest's are not."""
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        folder.chmod(0o755)
+        yield folder
+
+
+def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest.save(manifest.Manifest(), shared / "manifest.json")
+    home = shared / "home"
+    variables = {
+        "TREX_MODELS_MANIFEST": str(shared / "manifest.json"),
+        "TREX_MODELS_NAVER_URL": server.url,
+        "TREX_MODELS_CACHE": str(home / "trex_models"),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    weights.fetch("trex_resnet50.in1k")
     code = (
         "import os, sys; from trex_models import weights\n"
         "os.geteuid() or os.setresuid(65534, 65534, 65534)  # permissions do not stop root\n"
-        "try: print(weights.fetch(sys.argv[1]))\n"
-        "except weights.WeightsError as error: print(error)\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(weights.fetch(name))\n"
+        "    except weights.WeightsError as error: print(str(error).replace('\\n', ' '))\n"
     )
     folders = [home, *[path for path in home.rglob("*") if path.is_dir()]]
     for folder in folders:
         folder.chmod(0o555)
-    for folder in (home, *home.parents):  # pytest's folders are private
-        if folder.owner() == place.folder.owner() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-
-    def fetch(name: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-c", code, name],
-            env={**place.environment, "HOME": str(place.folder)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-
-    assert fetch("trex_resnet50.in1k").strip().endswith("trex_models/naver/trex.safetensors")
-    message = fetch("trexstar_resnet50.in1k")
-    assert "naver cannot be written (Permission denied); set TREX_MODELS_CACHE" in message
-    for folder in folders:
-        folder.chmod(0o755)
-
-
-def limit_files() -> None:
-    """Before a child starts: a write fails at 20 MB, as it would on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
-
-
-def test_disk_is_full(place: Place) -> None:
-    code = (
-        "from trex_models import weights\n"
-        "try: weights.fetch('trex_resnet50.in1k')\n"
-        "except weights.WeightsError as error: print(error)\n"
-    )
-    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=place.environment,
+        [sys.executable, "-c", code, "trex_resnet50.in1k", "trexstar_resnet50.in1k"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(shared), "HF_HOME": str(home)},
         capture_output=True,
         text=True,
         check=True,
-        preexec_fn=limit_files,
     )
-    assert "cannot be written (File too large); set TREX_MODELS_CACHE to a folder" in done.stdout
-    assert visible(place.folder / "home" / "trex_models") == []
+    for folder in folders:
+        folder.chmod(0o755)
+    path, message = done.stdout.splitlines()
+    assert path.endswith("trex_models/naver/trex.safetensors")
+    assert "naver cannot be written (Permission denied); set TREX_MODELS_CACHE" in message
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """A write fails at 20 MB, as it would on a full disk; Python ignores the signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("release", "small_disk")
+def test_disk_is_full(cache: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        weights.fetch("trex_resnet50.in1k")
+    message = "cannot be written (File too large); set TREX_MODELS_CACHE to a folder"
+    assert message in str(caught.value)
+    assert visible(cache) == []

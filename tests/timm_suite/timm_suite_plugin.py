@@ -8,13 +8,14 @@ tests name their models in three ways, and each gets ``resnet50`` and ours in pl
   arguments meant for one architecture (dicts) are emptied.
 - ``create_model("resnet18")`` or ``"test_resnet"`` in the body: the name stands for each of ours.
 
-Many such tests are about other architectures. So ``resnet50`` runs alone first, and ours with
-``--only-tests`` on what it passed. Untrained weights stand in for those of the Hub.
+Many such tests are about other architectures. So ``resnet50`` runs first, and ours are skipped
+where it does not pass. Untrained weights stand in for those of the Hub.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -25,8 +26,11 @@ import pytest
 import timm
 import timm.models._builder
 import timm.models._factory
+import torch
 from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
+from torch import Tensor
+from torch.nn import init
 
 import trex_models  # noqa: F401  # registers the models
 from trex_models import weights
@@ -37,6 +41,11 @@ OURS = ["trex_resnet", "trex_resnet50", "trex_resnet50_cls", "trexstar_resnet50_
 FOLDER = tempfile.TemporaryDirectory()
 WEIGHTS = Path(FOLDER.name)
 STAND_IN = re.compile(r"(?:create_model|resolve_model_input_args)\(\s*'(?:test_resnet|resnet18)'")
+
+# Most of the suite's time would go into drawing initial values.
+NUMBERS = torch.randn(1 << 24)
+NOT_PASSED: set[str] = set()
+PASSED: set[str] = set()
 
 _list_models = timm.list_models
 _split_name = timm.models._factory.split_model_name_tag
@@ -71,9 +80,28 @@ def load_state_dict_from_hf(*_args: Any, **_kwargs: Any) -> Any:
     return timm.create_model(STOCK).state_dict()
 
 
+@torch.no_grad()
+def kaiming(
+    tensor: Tensor,
+    a: float = 0,
+    mode: init._FanMode = "fan_in",
+    nonlinearity: init._NonlinearityType = "leaky_relu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Initialize by normal numbers drawn before, from a random one of them on."""
+    if tensor.is_meta:
+        return tensor
+    fan = init._calculate_correct_fan(tensor, mode)
+    std = init.calculate_gain(nonlinearity, a) / math.sqrt(fan)
+    last = len(NUMBERS) - tensor.numel()
+    first = torch.randint(last, (), generator=generator, device="cpu").item()
+    return tensor.copy_(NUMBERS[first : first + tensor.numel()].view_as(tensor)).mul_(std)
+
+
 timm.list_models = list_models
 timm.models._builder.load_state_dict_from_hf = load_state_dict_from_hf
 weights.fetch = fetch
+init.kaiming_normal_ = init.kaiming_uniform_ = kaiming
 
 
 @pytest.fixture
@@ -118,14 +146,7 @@ def _tail(row: Any) -> list[Any]:
     return [{} if isinstance(value, dict) else value for value in values[1:]]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--only-tests", help="file of test keys, one a line: run ours on these alone")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    only = config.getoption("only_tests")
-    models = OURS if only else [STOCK]
-    keys = set(Path(only).read_text().splitlines()) if only else set()
     selected, deselected = [], []
     for item in items:
         params = dict(getattr(item, "callspec", _NoParams).params)
@@ -133,13 +154,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         model = str(name).split(".")[0]
         key = f"{item.nodeid.partition('[')[0]} {sorted(params.items(), key=str)}"
         # The half of a test with vit=True builds no ResNet.
-        if model in models and not params.get("vit") and (not only or key in keys):
+        if model in (STOCK, *OURS) and not params.get("vit"):
             item.user_properties += [("model", model), ("key", key)]
             selected.append(item)
         else:
             deselected.append(item)
     config.hook.pytest_deselected(items=deselected)
-    items[:] = selected
+    items[:] = sorted(selected, key=lambda item: ("model", STOCK) not in item.user_properties)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    properties = dict(item.user_properties)
+    if properties["model"] != STOCK and properties["key"] not in PASSED - NOT_PASSED:
+        pytest.skip(f"{STOCK} does not pass it")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    properties = dict(report.user_properties)
+    if properties["model"] == STOCK:
+        if not report.passed:
+            NOT_PASSED.add(str(properties["key"]))
+        elif report.when == "call":
+            PASSED.add(str(properties["key"]))
 
 
 class _NoParams:
