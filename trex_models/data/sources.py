@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class Source(Protocol):
@@ -103,3 +103,12 @@ def digest(*parts: np.ndarray | bytes | str) -> str:
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)
     return found.hexdigest()
+
+
+def sorted_classes(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels in sorted order; as numbers if all are integers."""
+    names = sorted(set(labels))
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return names

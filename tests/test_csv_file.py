@@ -1,0 +1,147 @@
+"""CSV files that list images."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_folder import save_image
+from trex_models.data.csv_file import CsvSource
+from trex_models.data.decode import UnreadableImageError
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_images_labels_and_names(tmp_path: Path) -> None:
+    pixels = save_image(tmp_path / "images" / "a b.png", seed=1)
+    other = save_image(tmp_path / "elsewhere" / "c.png", seed=2)
+    away = tmp_path / "elsewhere" / "c.png"
+    path = write(
+        tmp_path / "list.csv",
+        f"note,path,label\nx,images/a b.png,zebra\n,{away},ant\n\n,images/absent.png,zebra\n",
+    )
+    source = CsvSource(path)
+    assert source.classes == ["ant", "zebra"]
+    assert source.labels.tolist() == [1, 0, 1]
+    assert source.labels.dtype == np.int64
+    assert len(source) == 3
+    np.testing.assert_array_equal(source.read(0), pixels)
+    np.testing.assert_array_equal(source.read(1), other)
+    assert source.name(0) == str(tmp_path / "images" / "a b.png")
+    assert source.name(1) == str(away)
+    with pytest.raises(UnreadableImageError, match=r"images.absent\.png .*No such file"):
+        source.read(2)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), pixels)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_dialects(tmp_path: Path, delimiter: str, newline: str, encoding: str) -> None:
+    rows = [
+        ["label", "file"],
+        ['"two, words; "', '"a ""b"", \t;.png"'],
+        ["stra\u00dfe", "\u732b.png"],
+        ['"line\nbreak"', "c.png"],
+    ]
+    text = "".join(delimiter.join(row) + newline for row in rows)
+    source = CsvSource(write(tmp_path / "list.csv", text, encoding), image_column="file")
+    assert source.classes == ["line\nbreak", "stra\u00dfe", "two, words;"]
+    assert source.labels.tolist() == [2, 1, 0]
+    assert source.name(0) == str(tmp_path / 'a "b", \t;.png')
+    assert source.name(1) == str(tmp_path / "\u732b.png")
+
+
+def test_spaces_and_the_last_line(tmp_path: Path) -> None:
+    source = CsvSource(write(tmp_path / "list.csv", "path , label\na.png, b \nc.png,d"))
+    assert source.classes == ["b", "d"]
+
+
+def test_classes_sort_as_numbers_if_all_are(tmp_path: Path) -> None:
+    head = "path,label\n"
+    source = CsvSource(write(tmp_path / "list.csv", head + "a,10\nb,9\nc,-1\nd,9\n"))
+    assert source.classes == ["-1", "9", "10"]
+    assert source.labels.tolist() == [2, 1, 0, 1]
+    assert CsvSource(write(tmp_path / "list.csv", head + "a,10\nb,9\nc,x\n")).classes == [
+        *("10", "9", "x")
+    ]
+
+
+def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.csv", "path,label\na,dog\nb,dog\n")
+    source = CsvSource(path, classes=["cat", "cow", "dog"])
+    assert source.classes == ["cat", "cow", "dog"]
+    assert source.labels.tolist() == [2, 2]
+    write(path, "path,label\na,dog\nb,emu\n")
+    with pytest.raises(ValueError, match=r"list.csv, line 3: the label 'emu' is none of the 2 cl"):
+        CsvSource(path, classes=["cat", "dog"])
+
+
+def test_an_image_may_be_listed_twice_with_one_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "list.csv", "path,label\na,x\nb,y\na,x\n")
+    assert CsvSource(path).labels.tolist() == [0, 1, 0]
+    write(path, "path,label\na,x\nb,y\na,y\n")
+    with pytest.raises(ValueError, match="line 4: a has the label 'y' here and 'x' above; remove"):
+        CsvSource(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"names no columns 'path' \(it has nothing\); add a header or give --data\.image-col"),
+        ("\n", r"names no columns 'path' \(it has nothing\)"),
+        ("a.png,dog\n", r"names no columns 'path' \(it has 'a.png', 'dog'\); add a header"),
+        ("path;class\n", r"columns 'label' \(it has 'path', 'class'\).*--data\.label-column NAME"),
+        ("path,label,path\n", "names 2 columns 'path'"),
+        ("path,label\n\n", "has a header and no rows; add"),
+        ("path,label\na,x\nb,x\n", "every label is 'x', at least 2 classes are needed; add"),
+        ("path,label\na,x\n\nb\n", "line 4: 1 fields, but the header has 2; correct the row"),
+        ("path,label\na,x\nb,y,z\n", r"line 3: 3 fields.*text that holds ',' must be quoted"),
+        ("path,label\na,x\n,y\n", "line 3: 'path' is empty; fill it in or remove the row"),
+        ("path,label\na,x\nb, \n", "line 3: 'label' is empty; fill it in"),
+        ('path,label\na,x\n"b,y\nc,x\n', "line 4: .*; correct the row's quotes"),
+        ('path,label\na,x\n"b"c,y\n', "line 3: .*; correct the row's quotes"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "list.csv", text)
+    with pytest.raises(ValueError, match=message) as caught:
+        CsvSource(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_csv_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent.csv cannot be read \(No such file or directory"):
+        CsvSource(tmp_path / "absent.csv")
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); name a CSV file"):
+        CsvSource(tmp_path)
+    path = write(tmp_path / "list.csv", "path,label\na,x\nb,stra\u00dfe\n", "latin-1")
+    with pytest.raises(ValueError, match=r"no UTF-8 text \(it holds a byte 0xdf\); save it as UTF"):
+        CsvSource(path)
+    write(path, "path,label\na,x\n", "utf-16")
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        CsvSource(path)
+
+
+def test_the_digest_holds_rows_and_not_the_place(tmp_path: Path) -> None:
+    text = "path,label\na,x\nb,y\nc,x\n"
+    path = write(tmp_path / "one" / "list.csv", text)
+    digest = CsvSource(path).digest()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert CsvSource(tmp_path / "two" / "list.csv").digest() == digest
+    assert CsvSource(path, classes=["x", "y"]).digest() == digest
+    assert CsvSource(path, classes=["x", "y", "z"]).digest() != digest
+    for changed in (
+        *("path,label\na,x\nb,y\nd,x\n", "path,label\na,x\nb,y\nc,y\n"),
+        *("path,label\nb,y\na,x\nc,x\n", "path,label\na,x\nb,z\nc,x\n"),
+    ):
+        assert CsvSource(write(path, changed)).digest() != digest

@@ -1,0 +1,438 @@
+"""Image files to pixels, each against an expectation worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from trex_models.data import decode
+from trex_models.data.decode import UnreadableImageError, decode_image, read_image
+
+JPEG_OPTIONS: dict[str, Any] = {"quality": 100, "subsampling": 0}  # within 4 of the original
+UNREADABLE = r"^x\.img cannot be read as an image \(.+\); replace it or remove it$"
+
+
+def picture(height: int = 30, width: int = 40, channels: int = 3, seed: int = 0) -> np.ndarray:
+    """Smooth random pixels, (H, W, channels) uint8."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    planes = [
+        Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
+        for c in range(channels)
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def over_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    share = alpha[:, :, None] / 255
+    return colours * share + 255 * (1 - share)
+
+
+def same(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 0) -> None:
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
+    assert pixels.shape == expected.shape
+    assert np.abs(pixels - expected.astype(float)).max() <= tolerance
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def _each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "Pillow":
+        monkeypatch.setattr(decode, "simplejpeg", None)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM", "WEBP"])
+def test_rgb(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    same(decode_image(encode(picture(), kind, **options), "x.img"), picture())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+def test_grey_and_one_bit(kind: str) -> None:
+    grey = picture(channels=1)
+    same(decode_image(encode(grey[:, :, 0], kind), "x.img"), grey.repeat(3, axis=2))
+    bits = np.where(grey > 127, 255, 0).astype(np.uint8)
+    image = Image.fromarray(bits[:, :, 0]).convert("1", dither=Image.Dither.NONE)
+    same(decode_image(encode(image, kind), "x.img"), bits.repeat(3, axis=2))
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_jpeg_pixels_are_pillows(options: dict[str, Any]) -> None:
+    for image in (picture(77, 123), picture(77, 123, channels=1)[:, :, 0]):
+        data = encode(image, "JPEG", quality=85, **options)
+        with Image.open(io.BytesIO(data)) as expected:
+            same(decode_image(data, "x.img"), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("transform", ["CMYK", "YCCK"])
+def test_jpeg_for_print(transform: str) -> None:
+    inks = picture(channels=4)
+    if transform == "CMYK":  # Pillow inverts, as Adobe does
+        data = encode(Image.fromarray(inks, "CMYK"), "JPEG", **JPEG_OPTIONS)
+    else:
+        data = simplejpeg.encode_jpeg(255 - inks, 100, "CMYK", "444")
+    assert simplejpeg.decode_jpeg_header(data)[2] == transform
+    light = 255 - inks.astype(float)
+    same(decode_image(data, "x.img"), light[:, :, :3] * light[:, :, 3:] / 255, tolerance=5)
+
+
+def test_jpeg_of_rgb() -> None:
+    data = encode(picture(), "JPEG", **JPEG_OPTIONS, keep_rgb=True)
+    assert simplejpeg.decode_jpeg_header(data)[2] == "RGB"
+    same(decode_image(data, "x.img"), picture(), tolerance=4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_palette(kind: str) -> None:
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    colours = picture(1, 12)[0]
+    image = Image.fromarray(indices)
+    image.putpalette(colours.tobytes())
+    same(decode_image(encode(image, kind), "x.img"), colours[indices])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_a_transparent_colour(kind: str) -> None:
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    colours = picture(1, 12)[0]
+    image = Image.fromarray(indices)
+    image.putpalette(colours.tobytes())
+    data = encode(image, kind, transparency=5)
+    same(decode_image(data, "x.img"), np.where(indices[:, :, None] == 5, 255, colours[indices]))
+
+
+def test_palette_with_an_opacity_for_each_colour() -> None:
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    colours = picture(1, 12)[0]
+    alpha = np.linspace(0, 255, 12).astype(np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(colours.tobytes())
+    data = encode(image, "PNG", transparency=alpha.tobytes())
+    expected = over_white(colours[indices], alpha[indices])
+    same(decode_image(data, "x.img"), expected, tolerance=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_rgb_with_opacity_is_laid_over_white(kind: str) -> None:
+    pixels = picture(channels=4)
+    pixels[:5, :, 3], pixels[5:10, :, 3] = 0, 255
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    expected = over_white(pixels[:, :, :3], pixels[:, :, 3])
+    same(decode_image(encode(pixels, kind, **options), "x.img"), expected, tolerance=1)
+    assert (decode_image(encode(pixels, kind, **options), "x.img")[:5] == 255).all()
+
+
+def test_opaque_pixels_keep_their_values() -> None:
+    pixels = picture(channels=4)
+    pixels[:, :, 3] = 255
+    same(decode_image(encode(pixels, "PNG"), "x.img"), pixels[:, :, :3])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_with_opacity_is_laid_over_white(kind: str) -> None:
+    grey, alpha = np.moveaxis(picture(channels=2), 2, 0)
+    image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    expected = over_white(grey[:, :, None].repeat(3, axis=2), alpha)
+    same(decode_image(encode(image, kind), "x.img"), expected, tolerance=1)
+
+
+def test_palette_with_a_band_of_opacity() -> None:
+    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    colours = picture(1, 12)[0]
+    alpha = np.linspace(0, 255, 12).astype(np.uint8)[indices]
+    # Of the formats that Pillow reads as PA it writes none: a TIFF by hand.
+    data = tiff(np.stack([indices, alpha], axis=2), 8, photometric=3, palette=colours)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "PA"
+    same(decode_image(data, "x.img"), over_white(colours[indices], alpha), tolerance=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_with_one_transparent_colour(channels: int) -> None:
+    pixels = picture(channels=channels)
+    key = pixels[7, 9].copy()
+    colour = tuple(key.tolist()) if channels == 3 else int(key[0])
+    data = encode(pixels.squeeze(), "PNG", transparency=colour)
+    expected = np.where((pixels == key).all(axis=2, keepdims=True), 255, pixels)
+    same(decode_image(data, "x.img"), np.broadcast_to(expected, (30, 40, 3)))
+
+
+def tiff(
+    pixels: np.ndarray,
+    bits: int,
+    order: Literal["<", ">"] = "<",
+    photometric: int = 2,
+    palette: np.ndarray | None = None,
+) -> bytes:
+    """Write an uncompressed TIFF, (H, W, channels)."""
+    height, width, channels = pixels.shape
+    body = pixels.astype(np.dtype(f"u{bits // 8}").newbyteorder(order)).tobytes()
+    extra = struct.pack(f"{order}{channels}H", *[bits] * channels)
+    fields: list[tuple[int, int, int, int]] = [
+        *((256, 4, 1, width), (257, 4, 1, height)),
+        (258, 3, channels, bits * 0x10001 if channels == 2 else 8 + len(body)),  # two fit inline
+        *((259, 4, 1, 1), (262, 4, 1, photometric), (273, 4, 1, 8), (277, 4, 1, channels)),
+        *((278, 4, 1, height), (279, 4, 1, len(body))),
+    ]
+    if palette is not None:
+        table = np.zeros((3, 256), np.uint16)
+        table[:, : len(palette)] = palette.T.astype(np.uint16) * 257
+        fields += [(320, 3, 768, 8 + len(body) + len(extra)), (338, 4, 1, 2)]
+        extra += table.tobytes()
+    directory = struct.pack(f"{order}H", len(fields))
+    directory += b"".join(struct.pack(f"{order}HHII", *field) for field in fields)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    start = struct.pack(f"{order}I", 8 + len(body) + len(extra))
+    return mark + start + body + extra + directory + bytes(4)
+
+
+def png_of_rgb16(pixels: np.ndarray) -> bytes:
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def grey16() -> np.ndarray:
+    values = np.random.default_rng(1).integers(0, 65536, (6, 5), dtype=np.uint16)
+    values.flat[:6] = 0, 255, 256, 257, 65279, 65535
+    return values
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda v: encode(v, "PNG"), id="png"),
+        pytest.param(lambda v: encode(v, "TIFF"), id="tiff"),
+        pytest.param(lambda v: encode(Image.fromarray(v.astype(">u2")), "TIFF"), id="tiff-big"),
+        pytest.param(lambda v: encode(Image.fromarray(v.astype(np.int32)), "TIFF"), id="tiff-32"),
+        pytest.param(lambda v: b"P5 5 6 65535\n" + v.astype(">u2").tobytes(), id="pgm"),
+    ],
+)
+def test_grey_of_16_bits_keeps_the_upper_byte(write: Callable[[np.ndarray], bytes]) -> None:
+    expected = (grey16() // 256)[:, :, None].repeat(3, axis=2)
+    same(decode_image(write(grey16()), "x.img"), expected)
+
+
+def test_grey_of_16_bits_with_one_transparent_value() -> None:
+    values = grey16()
+    expected = np.where(values == values[2, 2], 255, values // 256)
+    data = encode(values, "PNG", transparency=int(values[2, 2]))
+    same(decode_image(data, "x.img"), expected[:, :, None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(png_of_rgb16, id="png"),
+        pytest.param(lambda v: tiff(v, 16), id="tiff"),
+        pytest.param(lambda v: tiff(v, 16, ">"), id="tiff-big"),
+    ],
+)
+def test_rgb_of_16_bits_keeps_the_upper_byte(write: Callable[[np.ndarray], bytes]) -> None:
+    pixels = np.stack([grey16(), grey16()[::-1], grey16()[:, ::-1]], axis=2)
+    same(decode_image(write(pixels), "x.img"), pixels // 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.linspace(0, 1, 30, dtype=np.float32).reshape(5, 6), "floating-point"),
+        (np.arange(30, dtype=np.int32).reshape(5, 6) * 9999, "values from 0 to 289971"),
+        (np.arange(30, dtype=np.int32).reshape(5, 6) - 1, "values from -1 to 28"),
+    ],
+)
+def test_values_without_a_defined_range_are_refused(values: np.ndarray, reason: str) -> None:
+    with pytest.raises(UnreadableImageError, match=reason) as caught:
+        decode_image(encode(values, "TIFF"), "x.img")
+    caught.match(UNREADABLE)
+
+
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    0: lambda upright: upright,
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: np.rot90(upright, 2),
+    4: lambda upright: upright[::-1],
+    5: lambda upright: np.rot90(upright[:, ::-1], 1),
+    6: lambda upright: np.rot90(upright, 1),  # shown turned clockwise, so stored turned back
+    7: lambda upright: np.rot90(upright[:, ::-1], -1),
+    8: lambda upright: np.rot90(upright, -1),
+    9: lambda upright: upright,
+}
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_orientation(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(TURNED[orientation](picture()))
+    options: dict[str, Any] = {
+        "JPEG": {**JPEG_OPTIONS, "exif": exif},
+        "TIFF": {"tiffinfo": {0x0112: orientation}},
+        "WEBP": {"lossless": True, "exif": exif},
+        "PNG": {"exif": exif},
+    }[kind]
+    data = encode(stored, kind, **options)
+    same(decode_image(data, "x.img"), picture(), tolerance=4 if kind == "JPEG" else 0)
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize(
+    "block",
+    [
+        *(b"", b"II", b"nonsense", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05\x01"),
+        b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\0\0\xff\xff\xff\xff\0\0\0\0",
+    ],
+)
+def test_a_broken_exif_block_leaves_the_image_readable(block: bytes) -> None:
+    data = encode(picture(), "JPEG", **JPEG_OPTIONS, exif=b"Exif\0\0" + block)
+    same(decode_image(data, "x.img"), picture(), tolerance=4)
+    data = encode(picture(), "PNG", exif=b"Exif\0\0" + block)
+    same(decode_image(data, "x.img"), picture())
+
+
+@pytest.mark.usefixtures("_each_decoder")
+def test_orientation_behind_other_blocks() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = np.ascontiguousarray(TURNED[6](picture()))
+    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif, comment=b"\xff\xe1")
+    start = data.index(b"\xff\xe1")
+    length = 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    block = b"\xff\xed" + (60000).to_bytes(2, "big") + b"\xff\xda" * 29999
+    rest = data[2:start] + data[start + length :]
+    data = data[:2] + block + b"\xff\xff" + data[start + 1 : start + length] + rest
+    same(decode_image(data, "x.img"), picture(), tolerance=4)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_the_first_of_several_frames(kind: str) -> None:
+    frames = [picture(seed=seed) for seed in (0, 1, 2)]
+    images = [Image.fromarray(frame) for frame in frames]
+    if kind == "GIF":
+        images = [image.quantize(256) for image in images]
+        frames = [np.asarray(image.convert("RGB")) for image in images]
+    options: dict[str, Any] = {"WEBP": {"lossless": True}, "MPO": JPEG_OPTIONS}.get(kind, {})
+    data = encode(images[0], kind, save_all=True, append_images=images[1:], **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert getattr(image, "n_frames", 1) == 3
+    same(decode_image(data, "x.img"), frames[0], tolerance=4 if kind == "MPO" else 0)
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 1), (17, 1)])
+def test_tiny_and_thin(size: tuple[int, int]) -> None:
+    same(decode_image(encode(picture(*size), "PNG"), "x.img"), picture(*size))
+    data = encode(picture(*size), "JPEG", **JPEG_OPTIONS)
+    same(decode_image(data, "x.img"), picture(*size), tolerance=4)
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_huge_images_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(30, 40), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(UnreadableImageError, match="1200 pixels") as caught:
+        decode_image(data, "x.img")
+    caught.match(UNREADABLE)
+    for limit in (600, 1199, None):  # up to twice the limit Pillow alone would warn
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert decode_image(data, "x.img").shape == (30, 40, 3)
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "PNG"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.98])
+def test_torn_images_are_refused(kind: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    options = {"progressive": True} if kind == "progressive" else {}
+    data = encode(noise, "PNG" if kind == "PNG" else "JPEG", **options)
+    with pytest.raises(UnreadableImageError, match=UNREADABLE):
+        decode_image(data[: int(len(data) * share)], "x.img")
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_trailing_bytes_are_ignored(kind: str) -> None:
+    data = encode(picture(), kind)
+    for tail in (b"\0", b"trailing" * 100, data):
+        same(decode_image(data + tail, "x.img"), decode_image(data, "x.img"))
+
+
+def test_stray_bytes_that_pillow_forgives() -> None:
+    data = encode(picture(), "JPEG")
+    scan = data.index(b"\xff\xda")
+    data = data[:scan] + b"\x00\x00\x00" + data[scan:]
+    with Image.open(io.BytesIO(data)) as image:
+        same(decode_image(data, "x.img"), np.asarray(image))
+
+
+@pytest.mark.usefixtures("_each_decoder")
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0\x0f\x01\x02\0\xff"
+    image = Image.fromarray(picture()).quantize(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        decode_image(encode(picture(), "JPEG", exif=exif), "x.img")
+        decode_image(encode(picture(), "PNG", exif=exif), "x.img")
+        decode_image(encode(image, "PNG", transparency=b"\0\x80" * 8), "x.img")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\xff\xd8\xff\xe0 torn", b"\xff"])
+def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"broken\.jpg cannot be .*; replace it or rem"):
+        read_image(path)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImageError, match=r"absent\.jpg .*\(No such file or directory\)"):
+        read_image(tmp_path / "absent.jpg")
+    with pytest.raises(UnreadableImageError, match=r"\(Is a directory\)"):
+        read_image(tmp_path)
+    with pytest.raises(UnreadableImageError, match="cannot be read"):
+        read_image(tmp_path / "a\0b.jpg")
+
+
+def test_a_file_and_its_content_give_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encode(picture(), "JPEG"))
+    same(read_image(path), decode_image(path.read_bytes(), "x.img"))
+
+
+def test_the_error_can_be_sent_to_another_process() -> None:
+    with pytest.raises(UnreadableImageError) as caught:
+        decode_image(b"", "x.img")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(copy, UnreadableImageError)
+    assert isinstance(copy, ValueError)
+    assert str(copy) == str(caught.value)
