@@ -229,12 +229,11 @@ def _outputs(model: Any, source: FolderSource, protocol: Protocol) -> Iterator[t
     transform = create_transform(**resolve_model_data_config(model))
     batches = image_batches(source, transform, protocol.image_batch, protocol.workers)
     start = 0
-    try:
-        for images in tqdm(batches, desc=source.root.name, unit="batch", dynamic_ncols=True):
+    with tqdm(total=len(source), desc=source.root.name, unit="image", dynamic_ncols=True) as bar:
+        for images in batches:
             yield start, model(images.to(protocol.device)).float()
             start += len(images)
-    except ValueError as error:  # a loader process puts its traceback before the message
-        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
+            bar.update(len(images))
 
 
 def _compared(name: str, kind: str, top1: float) -> dict[str, Any]:

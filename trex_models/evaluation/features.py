@@ -5,18 +5,18 @@ Shapes: N images, F features, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
 
 
-class TransformedSource(Dataset[Tensor]):
+class TransformedSource:
     """A source's images through a transform of PIL images, such as timm's.
 
     Args:
@@ -28,13 +28,11 @@ class TransformedSource(Dataset[Tensor]):
         self.source = source
         self.transform = transform
 
-    def __len__(self) -> int:
-        """Return N."""
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return one transformed image, (3, S, S)."""
-        return self.transform(Image.fromarray(self.source.read(index)))
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """Return transformed images, (B, 3, S, S); ValueError names one that cannot be read."""
+        return torch.stack(
+            [self.transform(Image.fromarray(self.source.read(index))) for index in indices]
+        )
 
 
 def image_batches(
@@ -42,10 +40,15 @@ def image_batches(
     transform: Callable[[Image.Image], Tensor],
     batch_size: int = 256,
     workers: int = 0,
-) -> DataLoader[Tensor]:
-    """Return a loader of transformed images in the source's order, (<= batch_size, 3, S, S)."""
-    dataset = TransformedSource(source, transform)
-    return DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+) -> Iterator[Tensor]:
+    """Yield transformed images in the source's order, (<= batch_size, 3, S, S).
+
+    Raises:
+        ValueError: An image cannot be read; the message names it.
+    """
+    images = range(len(source))
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    return load_batches(TransformedSource(source, transform), batches, workers)
 
 
 @torch.inference_mode()
@@ -67,6 +70,9 @@ def extract_features(
 
     Returns:
         (N, F) float32.
+
+    Raises:
+        ValueError: An image cannot be read.
     """
     device = next(model.parameters()).device
     was_training = model.training

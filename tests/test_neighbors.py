@@ -1,0 +1,235 @@
+"""Weighted k-NN against a full-matrix computation and scikit-learn."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from trex_models.evaluation.neighbors import hits, nearest_neighbors, nearest_votes
+
+
+def sample(
+    references: int = 203, queries: int = 61, width: int = 12, classes: int = 7
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, labels, queries."""
+    generator = torch.Generator().manual_seed(references + queries)
+    return (
+        torch.randn(references, width, generator=generator),
+        torch.randint(classes, (references,), generator=generator),
+        torch.randn(queries, width, generator=generator),
+    )
+
+
+def brute_force(
+    features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, temperature: float
+) -> Tensor:
+    """Votes by the full matrix in float64, relative to each query's nearest reference."""
+    cosines = F.normalize(queries.double(), dim=1) @ F.normalize(features.double(), dim=1).T
+    best, order = cosines.sort(dim=1, descending=True)
+    weights = (best[:, :k] / temperature).exp() / (best[:, :1] / temperature).exp()
+    return torch.einsum("mk,mkc->mc", weights, F.one_hot(labels[order[:, :k]], classes).double())
+
+
+@pytest.mark.parametrize("chunk", [3, 61, 64, 203, 4096])
+@pytest.mark.parametrize("k", [1, 20, 500])
+def test_votes_equal_those_of_the_full_matrix(chunk: int, k: int) -> None:
+    features, labels, queries = sample()
+    votes = nearest_votes(features, labels, queries, 7, k, chunk=chunk)
+    expected = brute_force(features, labels, queries, 7, k, 0.07)
+    assert votes.dtype == torch.float32
+    torch.testing.assert_close(votes.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [5, 20])
+def test_digits_as_scikit_learn_classifies_them(k: int) -> None:
+    pixels, digits = load_digits(return_X_y=True)
+    train, test = slice(0, 1200), slice(1200, None)
+    reference = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(pixels[train], digits[train])
+    expected = torch.from_numpy(reference.predict_proba(pixels[test]))
+
+    x, y = torch.from_numpy(pixels).float(), torch.from_numpy(digits)
+    votes = nearest_votes(x[train], y[train], x[test], 10, k, chunk=500)
+    shares = votes / votes.sum(1, keepdim=True)
+    torch.testing.assert_close(shares.double(), expected, rtol=1e-3, atol=1e-5)
+    top1, top5 = hits(votes, y[test])[:, [0, -1]].float().mean(0).tolist()
+    assert top1 == pytest.approx(reference.score(pixels[test], digits[test]), abs=1e-6)
+    assert 0.9 < top1 < top5 <= 1
+
+
+def test_neighbors_are_the_nearest_in_order() -> None:
+    features, _, queries = sample()
+    similarities, indices = nearest_neighbors(features, queries, 9, chunk=50)
+    assert (similarities.diff(dim=1) <= 0).all()
+    cosines = F.cosine_similarity(queries[:, None], features[indices], dim=2)
+    torch.testing.assert_close(similarities, cosines)
+    assert all(len(set(row)) == 9 for row in indices.tolist())
+
+
+def test_order_of_the_references_does_not_matter() -> None:
+    features, labels, queries = sample()
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(5))
+    votes = nearest_votes(features, labels, queries, 7, chunk=30)
+    torch.testing.assert_close(
+        nearest_votes(features[order], labels[order], queries, 7, chunk=30), votes
+    )
+    assert torch.equal(nearest_votes(features, labels, queries, 7, chunk=30), votes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_computed_in_float32_and_autocast_changes_nothing(
+    dtype: torch.dtype,
+) -> None:
+    features, labels, queries = sample()
+    narrow, narrow_queries = features.to(dtype), queries.to(dtype)
+    expected = nearest_votes(narrow.float(), labels, narrow_queries.float(), 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_votes(narrow, labels, narrow_queries, 7), expected)
+
+
+def test_length_of_a_vector_does_not_matter() -> None:
+    features, labels, queries = sample()
+    expected = nearest_votes(features, labels, queries, 7)
+    for scale in (1e-30, 1e30):
+        votes = nearest_votes(features * scale, labels, queries / scale, 7)
+        torch.testing.assert_close(votes, expected)
+
+
+def test_zeros_have_no_direction() -> None:
+    features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    queries = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    labels = torch.tensor([0, 1, 2])
+    similarities, indices = nearest_neighbors(features, queries, 3)
+    assert similarities[0].tolist() == [1, 0, -1]
+    assert indices[0].tolist() == [1, 0, 2]
+    votes = nearest_votes(features, labels, queries, 3, temperature=1.0)
+    torch.testing.assert_close(votes[0], torch.tensor([-1.0, 0.0, -2.0]).exp())
+    assert votes[1].tolist() == [0, 0, 0]
+    assert not hits(votes, torch.tensor([1, 0]))[1].any()
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.01, 100.0])
+def test_extreme_temperatures_keep_every_neighbour_a_voter(temperature: float) -> None:
+    features, labels, queries = sample()
+    votes = nearest_votes(features, labels, queries, 7, 20, temperature)
+    _, indices = nearest_neighbors(features, queries, 20)
+    assert votes.isfinite().all()
+    assert torch.equal(votes > 0, F.one_hot(labels[indices], 7).any(1))
+    _, nearest = nearest_neighbors(features, queries, 1)
+    if temperature < 1:
+        assert torch.equal(votes.argmax(1), labels[nearest[:, 0]])
+
+
+def test_a_class_without_a_vote_is_never_a_hit() -> None:
+    votes = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]]).expand(6, 6)
+    found = hits(votes, torch.arange(6))
+    assert found[:, 0].tolist() == [False, True, False, False, False, False]
+    assert found[:, -1].tolist() == [False, True, False, True, False, False]
+    assert hits(votes[:, :2], torch.zeros(6, dtype=torch.int64)).shape == (6, 2)
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made and alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(leaf)._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _storage(leaf)._cdata not in given:
+                size = _storage(leaf).nbytes()
+                self.now += size
+                weakref.finalize(_storage(leaf), self._free, size)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def test_memory_is_bounded() -> None:
+    """The full matrix would take 200 MB, and the widened features 51."""
+    features, labels, queries = sample(50_000, 1_000, 256)
+    features, block = features.half(), 512
+    with Memory() as memory:
+        votes = nearest_votes(features, labels, queries, 7, chunk=block)
+        assert memory.now == 4 * votes.numel()
+    blocks = 4 * block**2 + 20 * 256 * block + 60 * block * 20
+    assert 4 * block**2 < memory.peak <= blocks + 1_000 * (28 * 20 + 4 * 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.ones(3)}, r"shapes \(N, F\) and \(M, F\), got \(3,\) and \(61, 12\)"),
+        ({"queries": torch.ones(2, 11)}, r"got \(203, 12\) and \(2, 11\)"),
+        ({"features": torch.ones(0, 12)}, r"must not be empty, got \(0, 12\)"),
+        ({"queries": torch.ones(0, 12)}, r"must not be empty.* and \(0, 12\)"),
+        ({"queries": torch.full((9, 12), torch.nan)}, "queries must be finite, but row 0"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, r"203 integers.*got torch.int64.*\(9,\)"),
+        ({"labels": torch.zeros(203)}, "203 integers.*got torch.float32"),
+        ({"num_classes": 6}, r"labels must lie in \[0, 6\), got 0 to 6"),
+        ({"labels": torch.full((203,), -1)}, "got -1 to -1"),
+        ({"k": 0}, "k and chunk must be at least 1, got 0 and 4096"),
+        ({"chunk": 0}, "k and chunk must be at least 1, got 20 and 0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
+    features, labels, queries = sample()
+    given: dict[str, Any] = {
+        "features": features,
+        "labels": labels,
+        "queries": queries,
+        "num_classes": 7,
+    }
+    with pytest.raises(ValueError, match=message):
+        nearest_votes(**(given | change))
+
+
+def test_the_row_that_is_not_finite_is_named() -> None:
+    features, labels, queries = sample()
+    features[150, 3] = torch.inf
+    with pytest.raises(ValueError, match="features must be finite, but row 150 has"):
+        nearest_votes(features, labels, queries, 7, chunk=40)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_in_full_precision_within_the_stated_memory() -> None:
+    features, labels, queries = sample(50_000, 5_000, 256)
+    expected = nearest_votes(features, labels, queries, 7)
+    on_device = features.cuda()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            votes = nearest_votes(on_device, labels, queries, 7, chunk=2048)
+            again = nearest_votes(on_device, labels, queries, 7, chunk=2048)
+        peak = torch.cuda.max_memory_allocated() - before
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.equal(votes, again)
+    torch.testing.assert_close(votes.cpu(), expected, rtol=1e-3, atol=1e-4)
+    blocks = 16 * 2048 * 2048 + 4 * 256 * 5 * 2048 + 60 * 2048 * 20
+    assert peak < blocks + 5_000 * (28 * 20 + 4 * 7) + 8 * 50_000 + (16 << 20)  # cuBLAS's own

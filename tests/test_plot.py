@@ -1,0 +1,282 @@
+"""Curves of runs: what is read, what is drawn, what is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trex_models import plot
+from trex_models.train.config import Config, ObjectiveConfig, demo, to_json, trex
+
+Line = dict[str, float]
+Make = Callable[..., Path]
+
+
+def lines(count: int, every: int = 20) -> list[Line]:
+    """What a run with everything on reports."""
+    rng = np.random.default_rng(0)
+    found = []
+    for index in range(1, count + 1):
+        line: Line = {"step": index * every, "epoch": index / 10}
+        line |= {"loss": 7 / index + 0.1 * rng.random(), "accuracy": 1 - 1 / index}
+        line |= {"learning_rate": 0.1, "images_per_second": 1000.0, "waiting_for_data": 0.02}
+        line |= {"bank_classes": 0.9, "bank_age": 16.0, "bank_initial": 1 / index}
+        line |= {"empty_prototypes": 3, "prototype_change": 0.5**index, "unreadable": 0}
+        if index % 10 == 0:
+            line |= {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25}
+        found.append(line)
+    return found
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Make:
+    def make(name: str, metrics: Iterable[Line], config: Config | None = None) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        text = "".join(json.dumps(line) + "\n" for line in metrics)
+        (folder / "metrics.jsonl").write_text(text)
+        (folder / "config.json").write_text(to_json(config or trex(str(folder))))
+        return folder
+
+    return make
+
+
+def titles(figure: Any) -> list[str]:
+    return [axis.get_title(loc="left") for axis in figure.axes]
+
+
+def test_one_run_is_drawn_into_its_folder(
+    make_run: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("first", lines(40))
+    assert plot.main([str(folder)]) == 0
+    with Image.open(folder / "curves.png") as picture:
+        assert picture.width >= 1400
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
+    header, row, last = capsys.readouterr().out.splitlines()
+    assert header.split()[:4] == ["step", "epoch", "loss", "accuracy"]
+    loss = f"{lines(40)[-1]['loss']:.4g}"
+    assert row.split() == [
+        *("first", "800", "4.00", loss, "97.5%", "50.0%", "50.0%", "25.0%", "1,000", "2.0%")
+    ]
+    assert last == f"wrote {folder / 'curves.png'}"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("config.json", "curves.png", "metrics.jsonl")
+    ]
+
+
+def test_panels_are_of_what_any_run_has(make_run: Make) -> None:
+    full = plot.read_run(make_run("full", lines(40)))
+    bare = [{"step": 1, "epoch": 0.1, "loss": 2.0}, {"step": 2, "epoch": 0.2, "loss": 1.0}]
+    small = plot.read_run(make_run("small", bare))
+    expected = [panel.title for panel in plot.LARGE + plot.SMALL]
+    assert titles(plot.draw([full])) == expected
+    assert titles(plot.draw([small, full])) == expected
+    assert titles(plot.draw([small])) == ["training loss"]
+    assert len(titles(plot.draw([small, full, full]))) == len(expected) + 1
+
+
+def test_several_runs_have_one_colour_each_and_a_legend(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = ("a/_run", "b/_run", "$x$")
+    folders = [make_run(name, lines(20)) for name in names]
+    figure = plot.draw([plot.read_run(folder) for folder in folders])
+    for axis in figure.axes:
+        assert {line.get_color() for line in axis.lines} == set(plot.PALETTE[:3])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(names)
+    monkeypatch.chdir(tmp_path)
+    assert plot.main([str(folder) for folder in folders]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("count", [7, 8, 20])
+def test_colours_stay_distinct(make_run: Make, count: int) -> None:
+    run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
+    runs = [replace(run, folder=Path(str(index))) for index in range(count)]
+    (axis,) = plot.draw(runs).axes
+    assert len({str(line.get_color()) for line in axis.lines}) == count
+
+
+@pytest.mark.parametrize(
+    ("suffix", "head"), [(".svg", b"<?xml"), (".PDF", b"%PDF"), (".png", b"\x89PNG")]
+)
+def test_the_suffix_chooses_the_format(
+    make_run: Make, tmp_path: Path, suffix: str, head: bytes
+) -> None:
+    metrics = [{"step": 1, "epoch": 0.1, "loss": 2.0}]
+    output = tmp_path / f"picture{suffix}"
+    assert plot.main([str(make_run("run", metrics)), "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(head)
+
+
+def test_a_picture_that_fails_leaves_the_old_one(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    folder = make_run("run", lines(3))
+    (folder / "curves.png").write_text("old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    assert plot.main([str(folder)]) == 2
+    assert (folder / "curves.png").read_text() == "old"
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_long_runs_are_thinned_and_smoothed(make_run: Make) -> None:
+    rng = np.random.default_rng(0)
+    run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
+    steps = np.arange(1.0, 50_001)
+    columns = {"step": steps, "epoch": steps / 500, "loss": 3 + rng.normal(size=len(steps))}
+    (axis,) = plot.draw([replace(run, columns=columns)]).axes
+    raw, smooth = axis.lines
+    for line in (raw, smooth):
+        assert 1000 < len(line.get_xdata()) <= plot.DRAWN_POINTS
+        assert line.get_xdata()[[0, -1]].tolist() == [1 / 500, 100]
+    assert np.std(raw.get_ydata()) > 0.9
+    assert np.std(smooth.get_ydata()) < 0.1
+    assert np.mean(smooth.get_ydata()) == pytest.approx(3, abs=0.02)
+
+
+def test_running_mean() -> None:
+    values = np.array([1.0, 2.0, 6.0, 3.0, 8.0])
+    np.testing.assert_allclose(plot.smoothed(values, 3), [1.5, 3, 11 / 3, 17 / 3, 5.5])
+    np.testing.assert_allclose(plot.smoothed(values, 100), [4] * 5)
+
+
+def test_unfinished_resumed_and_torn(make_run: Make) -> None:
+    """A line being written is left out; what was done anew replaces what was there."""
+    metrics: list[Line] = [
+        {"step": 10, "epoch": 0.1, "loss": 5.0},
+        {"step": 20, "epoch": 0.2, "loss": 4.0},
+        {"step": 30, "epoch": 0.3, "loss": 3.0},
+        {"step": 20, "epoch": 0.2, "loss": 4.5},
+        {"step": 25, "epoch": 0.25, "val_top1": 0.5},
+        {"step": 30, "epoch": 0.3, "loss": float("nan")},
+    ]
+    folder = make_run("run", metrics)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "epo')
+    run = plot.read_run(folder)
+    assert run.columns["step"].tolist() == [10, 20, 25, 30]
+    assert run.values("loss").tolist() == [5.0, 4.5]
+    assert run.values("val_top1").tolist() == [0.5]
+    assert run.values("accuracy").tolist() == []
+    assert "50.0%" in plot.table([run])
+    plot.draw([run])
+
+
+def test_hours_are_those_of_training(make_run: Make) -> None:
+    metrics: list[Line] = [
+        {"step": 1000, "epoch": 1, "loss": 1.0, "images_per_second": 256},
+        {"step": 4600, "epoch": 2, "loss": 1.0, "images_per_second": 512},
+    ]
+    run = plot.read_run(make_run("run", metrics))
+    np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
+    folder = make_run("other", lines(2))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="other does not tell its hours.*use --x step"):
+        plot.read_run(folder).x("hours")
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step", "hours"])
+def test_axis_is_named(make_run: Make, unit: str) -> None:
+    run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "images_per_second": 2.0}]))
+    (axis,) = plot.draw([run], unit).axes
+    assert axis.get_xlabel() == unit
+
+
+def test_labels_are_distinct(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a/x/run", "b/x/run", "b/y/run", "c")]
+    assert plot.labels(folders) == ["a/x/run", "b/x/run", "y/run", "c"]
+    assert plot.labels([Path()]) == [Path.cwd().name]
+
+
+def test_headline_says_what_differs(make_run: Make) -> None:
+    one = trex("x")
+    two = replace(one, output="y", objective=ObjectiveConfig(name="cosine"))
+    first, second = (
+        plot.read_run(make_run(name, lines(2), config)) for name, config in (("1", one), ("2", two))
+    )
+    assert plot.headline([first, second]) == "objective.name: ocm | cosine"
+    assert plot.headline([first, first]) == "equal configurations"
+    assert plot.headline([second]) == (
+        "resnet50, cosine, hidden layers 3, epochs 100, batch 256, at step 40 (epoch 0.2)"
+    )
+    other = plot.read_run(make_run("3", lines(2), demo("z")))
+    text = plot.headline([first, other, second])
+    assert text.startswith("model.backbone: resnet50 | resnet10t  ")
+    assert text.endswith(" more")
+
+
+def test_a_run_given_twice_counts_once(make_run: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run("run", [{"step": 1, "epoch": 0.1, "loss": 2.0}])
+    assert plot.main([str(folder), str(folder) + os.sep]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing"], r"missing is not a folder; give the one that a training wrote"),
+        (["empty"], r"empty has no metrics.jsonl; is it a run's folder\?"),
+        (["new"], r"no line: nothing to draw yet; wait for the first report \(system.log_every\)"),
+        (["torn"], "nothing to draw yet"),
+        (["csv"], r"metrics.jsonl, line 1 is not one of a run's metrics \('step,loss'\)"),
+        (["text"], r"line 1 is not one of a run's metrics \('nothing of the kind'\)"),
+        (["other"], "line 2 is not one of a run's metrics"),
+        (["list"], r"line 1 is not one of a run's metrics \('\[1, 2\]'\); delete the line, or"),
+        (["config"], "config.json is not a run's configuration"),
+        (["missing", "--output", "a.jpg"], r"a.jpg must end in .png, .svg, .pdf"),
+        (["good", "--output", "a"], r"a must end in .png, .svg, .pdf"),
+        (["good", "--output", "no/where.png"], "no is not a folder; make it, or choose another"),
+    ],
+)
+def test_errors_are_one_line_that_helps(
+    make_run: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    good = '{"step": 1, "epoch": 1, "loss": 1}\n'
+    files = {"new": "", "torn": '{"step": 1', "csv": "step,loss\n1,2\n", "good": good}
+    files |= {"text": "nothing of the kind", "list": "[1, 2]\n", "config": good}
+    files |= {"other": good + '{"step": 2, "loss": 1}\n'}
+    for name, text in files.items():
+        folder = make_run(name, [])
+        (folder / "metrics.jsonl").write_text(text)
+    (tmp_path / "config" / "config.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert plot.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(line)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_matplotlib_may_be_missing(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run("run", lines(1))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(folder)]) == 2
+    assert "pip install trex-models[train]" in capsys.readouterr().err
