@@ -46,6 +46,7 @@ import torch
 
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
+from trex_models.train.reporting import TIMINGS
 
 _STEPS_PER_EPOCH = 4
 _PHASES = ("start-up", "steps", "save", "export")
@@ -316,7 +317,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def reports(run: Path) -> list[dict[str, float]]:
     """Return the lines of metrics.jsonl without their speeds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 def _contents(run: Path) -> dict[str, bytes]:

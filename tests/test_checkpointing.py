@@ -275,11 +275,11 @@ def test_a_step_that_diverged_can_be_repeated(
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "lower optim.base_lr" in err
     assert f"trex_models.train.saved.load_step('{path}')" in err
-    method, crops, labels, precision = saved.load_step(path)
+    method, (crops, labels, ids), precision = saved.load_step(path)
     before = copy.deepcopy(method.state_dict())
     assert all(parameter.isfinite().all() for parameter in method.parameters())
     with precision.autocast():
-        loss, _ = method(crops, labels)
+        loss, _ = method(crops, labels, ids)
     assert not loss.isfinite()
     assert len(labels) == 8
     assert [tuple(c.shape) for c in crops] == [(8, 3, 32, 32), (16, 3, 16, 16)]

@@ -62,8 +62,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: s
 def test_step_that_diverged_is_kept(tmp_path: Path) -> None:
     assert run(tmp_path / "run", *CUDA, "--precision", "fp16", "--optim.base-lr", "1e30") == 2
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
-    method, crops, labels, precision = saved.load_step(path)
-    assert crops[0].is_cuda
+    method, inputs, precision = saved.load_step(path)
+    assert inputs[0][0].is_cuda
     with precision.autocast():
-        loss, _ = method(crops, labels)
+        loss, _ = method(*inputs)
     assert not loss.isfinite()

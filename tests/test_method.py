@@ -48,14 +48,14 @@ def tiny_method(bank_size: int = 8) -> TReX:
 def test_bank_wraps_and_drops_what_does_not_fit() -> None:
     bank = Bank(5, 2, 3)
     batch, labels = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 2])
-    bank.enqueue(batch, labels)
+    bank.enqueue(batch, labels, labels)
     assert bank.pointer == 3
     torch.testing.assert_close(bank.features[:3], batch)
-    bank.enqueue(batch + 10, labels)  # two of three fit
+    bank.enqueue(batch + 10, labels, labels)  # two of three fit
     assert bank.pointer == 0
     torch.testing.assert_close(bank.features[3:], batch[:2] + 10)
     assert bank.labels.tolist() == [0, 1, 2, 0, 1]
-    bank.enqueue(batch + 20, labels)
+    bank.enqueue(batch + 20, labels, labels)
     torch.testing.assert_close(bank.features[:3], batch + 20)
 
 
@@ -65,7 +65,7 @@ def test_bank_starts_as_noise_and_its_pointer_is_saved() -> None:
     assert abs(bank.features.mean().item()) < 0.05
     assert bank.features.std().item() == pytest.approx(1, abs=0.05)
     assert bank.labels.bincount(minlength=10).min() > 300
-    bank.enqueue(torch.ones(7, 4), torch.zeros(7, dtype=torch.long))
+    bank.enqueue(torch.ones(7, 4), *torch.zeros(2, 7, dtype=torch.long))
     other = Bank(4096, 4, 10)
     other.load_state_dict(bank.state_dict())
     assert other.pointer == 7
@@ -88,7 +88,7 @@ def test_ocm_logits_and_loss_by_hand() -> None:
     bank.labels.copy_(torch.tensor([0, 0, 1, 1, 0, 1]))  # class 2 is absent
     z = torch.randn(4, 4, requires_grad=True)  # two images, two crops
     labels = torch.tensor([0, 1])
-    loss, logits = OnlineClassMeans(bank, 0.1)(z, labels)
+    loss, logits = OnlineClassMeans(bank, 0.1)(z, labels, labels)
     means = torch.stack([bank.features[bank.labels == c].mean(0) for c in (0, 1)])
     torch.testing.assert_close(logits[:, :2], F.cosine_similarity(z[:, None], means, dim=2) / 0.1)
     assert torch.equal(logits[:, 2], torch.zeros(4))
@@ -107,7 +107,7 @@ def test_cosine_softmax_learns_its_weights() -> None:
     weight = objective.class_weights()
     assert weight.abs().max() <= 1 / math.sqrt(4)  # nn.Linear's default
     z = torch.randn(5, 4)
-    loss, logits = objective(z, torch.tensor([0, 1, 2, 0, 1]))
+    loss, logits = objective(z, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5))
     torch.testing.assert_close(logits, F.cosine_similarity(z[:, None], weight, dim=2) / 0.1)
     loss.backward()
     assert weight.grad is not None
@@ -118,8 +118,9 @@ def test_cosine_softmax_learns_its_weights() -> None:
 def test_float32_islands_under_autocast() -> None:
     method = tiny_method()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logits = method([torch.randn(4, 3, 8, 8)], torch.tensor([0, 1, 2, 0]))
-        method.update_bank(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+        labels, ids = torch.tensor([[0, 1, 2, 0], [4, 5, 6, 7]])
+        loss, logits = method([torch.randn(4, 3, 8, 8)], labels, ids)
+        method.update_bank(torch.randn(4, 3, 8, 8), labels, ids)
     assert method.objective.bank is not None
     assert logits.dtype == loss.dtype == method.objective.bank.features.dtype == torch.float32
 
@@ -163,10 +164,10 @@ def test_step_order_of_the_method() -> None:
     assert momentum is not None
     old_bank, old_weights = bank.features.clone(), [p.clone() for p in method.encoder.parameters()]
     crops, labels = [torch.randn(8, 3, 8, 8), torch.randn(4, 3, 5, 5)], torch.tensor([0, 1, 2, 0])
-    expected_loss, _ = tiny_method(bank_size=8)(crops, labels)
+    expected_loss, _ = tiny_method(bank_size=8)(crops, labels, labels)
     optimizer = build_sgd(method, 0.9, 1e-4)
     precision = Precision.from_name("fp32", "cpu")
-    loss, logits = training_step(method, method, optimizer, precision, crops, labels, 0.1)
+    loss, logits = training_step(method, method, optimizer, precision, crops, labels, labels, 0.1)
     torch.testing.assert_close(loss, expected_loss.detach())
     assert logits.shape == (12, 3)
     torch.testing.assert_close(
@@ -262,10 +263,10 @@ def test_step_on_cuda_does_not_wait_for_the_device(name: str) -> None:
     precision = Precision.from_name(name, "cuda")  # type: ignore[arg-type]
     crops = [torch.randn(4, 3, 8, 8, device="cuda"), torch.randn(8, 3, 6, 6, device="cuda")]
     labels = torch.tensor([0, 1, 2, 0], device="cuda")
-    training_step(method, method, optimizer, precision, crops, labels, 0.1)
+    training_step(method, method, optimizer, precision, crops, labels, labels, 0.1)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = training_step(method, method, optimizer, precision, crops, labels, 0.1)
+        loss, _ = training_step(method, method, optimizer, precision, crops, labels, labels, 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(loss)

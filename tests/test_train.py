@@ -20,6 +20,7 @@ from tests.test_folder import save_image
 from trex_models.train import build, checkpointing, loop
 from trex_models.train.__main__ import main
 from trex_models.train.config import from_dict
+from trex_models.train.reporting import TIMINGS
 from trex_models.train.step import training_step
 
 # A run of two epochs of four steps, seconds long.
@@ -59,7 +60,7 @@ def assert_same_state(a: Any, b: Any, where: str = "state") -> None:
 
 def logged(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="module")

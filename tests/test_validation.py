@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.heads import Projector
-from trex_models.train import build, saved
+from trex_models.train import build, saved, validation
 from trex_models.train.bank import Bank
 from trex_models.train.config import DataConfig, ValidationConfig, smoke
 from trex_models.train.distributed import Process, process_group
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import OnlineClassMeans
 from trex_models.train.step import Precision
-from trex_models.train.validation import ValidationDataset, validate
+from trex_models.train.validation import Neighbors, ValidationDataset, Validator
 
 SIDE = 24
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -103,11 +104,65 @@ def by_hand(method: TReX, source: Source, side: int = SIDE) -> dict[str, float]:
 
 
 def measure(
-    method: TReX, source: Source, process: Process = ALONE, batch_size: int = 8, workers: int = 0
+    method: TReX,
+    source: Source,
+    process: Process = ALONE,
+    batch_size: int = 8,
+    workers: int = 0,
+    neighbors: Neighbors | None = None,
 ) -> dict[str, float]:
     precision = Precision.from_name("fp32", "cpu")
     dataset = ValidationDataset(source, SIDE)
-    return validate(method, dataset, process, precision, batch_size, workers)
+    return Validator(dataset, process, precision, batch_size, workers, neighbors).measure(method)
+
+
+K = 3
+
+
+def some_neighbors(source: Source, count: int) -> Neighbors:
+    return Neighbors(ValidationDataset(source, SIDE), np.arange(len(source))[::-1][:count], K)
+
+
+def knn_by_hand(method: TReX, source: Source, references: Source, count: int) -> float:
+    """Vote image by image, with exp(cosine / 0.07), among the last ``count`` references."""
+    backbone, right = copy.deepcopy(method.encoder.backbone).eval(), 0
+    with torch.no_grad():
+        known = [
+            (backbone(crop(references, i, SIDE)[None])[0], int(references.labels[i]))
+            for i in range(len(references) - count, len(references))
+        ]
+        for index, label in enumerate(source.labels.tolist()):
+            feature = backbone(crop(source, index, SIDE)[None])[0]
+            found = [(float(torch.cosine_similarity(feature, f, dim=0)), c) for f, c in known]
+            votes: dict[int, float] = {}
+            for similarity, voted in sorted(found)[-K:]:
+                votes[voted] = votes.get(voted, 0) + math.exp(similarity / 0.07)
+            right += max(votes, key=lambda voted: votes[voted]) == label
+    return right / len(source)
+
+
+def test_nearest_neighbours_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, references = Recording(37, 6), Recording(37, 6)
+    method = make_method(source, offset=0.4)
+    expected = knn_by_hand(method, source, references, 21)
+    references.seen.clear()
+    for queries in (1, 10, 4096):
+        monkeypatch.setattr(validation, "_QUERIES", queries)
+        measured = measure(method, source, neighbors=some_neighbors(references, 21))
+        assert measured == by_hand(method, source) | {"val_knn": expected}
+    assert 0.2 < expected < 1
+    assert sorted(references.seen) == sorted(3 * list(range(16, 37)))
+
+
+def test_very_long_images_are_cut_before_they_are_resized() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((3, 40000, 3), (40000, 2, 3), (1, 1, 3), (30, 601, 3)):
+        image = rng.integers(0, 256, shape, dtype=np.uint8)
+        source = ArraySource([image], [0], ["a", "b"])
+        seen = ValidationDataset(source, SIDE).__getitems__([0]).images[0]
+        assert seen.shape == (3, SIDE, SIDE)
+        if max(shape) < 1000:  # what torchvision can resize
+            assert (seen - crop(source, 0, SIDE)).abs().max() < 0.1  # of about 4.5
 
 
 @pytest.mark.parametrize("side", [24, 32, 224])
@@ -161,13 +216,15 @@ def validate_in_a_group(folder: Path) -> dict[str, Any]:
         seen = {
             "measured": measure(method, source, process),
             "own statistics": own,
-            "reads": source.seen,
+            "reads": list(source.seen),
             "before": before,
             "after": method.state_dict(),
             "training": all(module.training for module in method.modules()),
         }
-        two = Recording(2, 20)  # fewer images than the three processes
-        return seen | {"of two images": measure(method, two, process)}
+        near = some_neighbors(Recording(2, 20), 2)  # fewer images than the three processes
+        two = measure(method, Recording(2, 20), process, neighbors=near)
+        among = measure(method, source, process, neighbors=some_neighbors(source, 31))
+        return seen | {"of two images": two, "k-NN": among["val_knn"]}
 
 
 @pytest.mark.parametrize("world_size", [3])
@@ -188,7 +245,8 @@ def test_many_processes_measure_what_one_does(world_size: int, tmp_path: Path) -
         assert_same_state(one["after"], one["before"] | shared)
         assert_same_state(shared, {name: seen[0]["after"][name] for name in shared})
     of_two = by_hand(method, Recording(2, 20))
-    assert [one["of two images"] for one in seen] == [of_two] * world_size
+    assert [one["of two images"] for one in seen] == [of_two | {"val_knn": 1.0}] * world_size
+    assert [one["k-NN"] for one in seen] == [knn_by_hand(method, source, source, 31)] * world_size
 
 
 def names_of_buffers(encoder: nn.Module) -> set[str]:

@@ -15,7 +15,7 @@ import argparse
 import errno
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,10 +63,14 @@ TABLE = (
     Row("trainer", "momentum_encoder.encoder.projector.", "momentum projector"),
     Row("trainer", "objective.bank.features", "bank features"),
     Row("trainer", "objective.bank.labels", "bank labels"),
+    Row("trainer", "objective.bank.ids", "bank ids"),
+    Row("trainer", "objective.bank.written", "bank ages"),
     Row("trainer", "objective.bank._extra_state", "bank pointer"),
     Row("trainer", "objective.classifier.weight", "class weights"),
+    Row("trainer", "objective.classifier.bias", "class biases"),
     Row("model", "proj.", "projector"),
     Row("model", "fc.weight", "class weights"),
+    Row("model", "fc.bias", "class biases"),
     Row("model", "", "backbone"),
 )
 
@@ -78,8 +82,8 @@ CONTAINERS = {
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
     "method": {
         *("config", "classes", "images", "step", "optimizer", "scaler", "meter"),
-        *("environment", "batchnorm_groups"),
-        *("process", "crops", "labels"),  # of a step whose loss was not finite
+        *("environment", "batchnorm_groups", "unreadable"),
+        *("process", "crops", "labels", "ids"),  # of a step whose loss was not finite
     },
 }
 
@@ -109,6 +113,7 @@ class Checkpoint:
         backbone: timm's names.
         projector: Names of ``heads.Projector``; empty where the file has none.
         class_weights: Prototypes of the bank (Eq. 2) or learned weights (Eq. 1), (C, D).
+        class_biases: Of a linear classifier, (C,).
         absent_classes: Classes without an entry in the bank; their prototypes are zero.
         fates: What became of every key and entry of the file.
     """
@@ -117,6 +122,7 @@ class Checkpoint:
     backbone: dict[str, Tensor]
     projector: dict[str, Tensor] = field(default_factory=dict)
     class_weights: Tensor | None = None
+    class_biases: Tensor | None = None
     absent_classes: tuple[int, ...] = ()
     fates: dict[str, str] = field(default_factory=dict)
 
@@ -135,10 +141,12 @@ class Checkpoint:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole model's state dict, contiguous: backbone, ``proj.*``, ``fc.weight``."""
+        """Return the whole model's state dict, contiguous: backbone, ``proj.*``, ``fc.*``."""
         state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
         if self.class_weights is not None:
             state["fc.weight"] = self.class_weights
+        if self.class_biases is not None:
+            state["fc.bias"] = self.class_biases
         return {key: value.contiguous() for key, value in state.items()}
 
 
@@ -173,6 +181,11 @@ def read(
             with torch.device("meta"):
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
             _check_keys(checkpoint.backbone, expected, backbone)
+            if checkpoint.class_biases is not None and not checkpoint.projector:
+                raise CheckpointError(
+                    f"it is a {backbone} with a linear classifier, not a t-ReX model; use the "
+                    "file of one"
+                )
         check_finite(checkpoint.state_dict())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -193,16 +206,65 @@ def split(
         CheckpointError: A key or entry is unknown, a needed one is missing, or the projector's
             or the bank's shapes do not fit each other.
     """
-    state, fates = _unwrap(contents)
+    form, parts, places = sort(contents)
+    encoder = "momentum " if momentum_encoder else ""
+    backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
+    if not backbone:
+        wanted = f"{encoder}encoder" if encoder else "backbone"
+        raise CheckpointError(f"it holds no {wanted}, among {len(places)} keys; use another file")
+    if form != "model" and not projector and _had_projector(contents, form):
+        raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
+    _check_projector(projector)
+    if num_classes is None and form == "trainer" and "classes" in contents:
+        num_classes = len(contents["classes"])
+    class_weights = parts["class weights"].get("")
+    class_biases = parts["class biases"].get("")
+    absent: tuple[int, ...] = ()
+    if num_classes == 0:
+        class_weights = class_biases = None
+    elif parts["bank features"] or parts["bank labels"]:
+        if class_weights is not None:
+            raise CheckpointError(
+                "it holds both a memory bank and learned class weights, which no run writes; use "
+                "the file that training wrote"
+            )
+        class_weights, absent = _prototypes(parts, num_classes)
+    if class_weights is not None and projector:
+        _check_widths(class_weights, projector)
+    fates = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
+    return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, fates)
+
+
+class Sorted(NamedTuple):
+    """What a file holds, by the parts of ``TABLE``."""
+
+    form: str
+    """official, trainer or model."""
+    parts: dict[str, dict[str, Any]]
+    """Of every part of the table, its values by name, without the prefix."""
+    places: dict[str, tuple[str, str]]
+    """Of every key and entry of the file, its part and its name there."""
+
+
+def sort(contents: Mapping[str, Any]) -> Sorted:
+    """Sort the weights of a file into the parts of ``TABLE``.
+
+    Args:
+        contents: A state dict, or a training state around one.
+
+    Raises:
+        CheckpointError: A key or entry is unknown, stands there twice, or is no tensor.
+    """
+    state, others = _unwrap(contents)
     for key in state:
         if not isinstance(key, str):
             raise CheckpointError(f"the key {key!r} is no name; save model.state_dict()")
     names = {key: _unwrapped_name(key) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
-    form = _form(rows.values())
+    form = next((row.form for row in rows.values() if row.form != "model"), "model")
 
-    encoder = "momentum " if momentum_encoder else ""
     parts: dict[str, dict[str, Any]] = {row.part: {} for row in TABLE}
+    places = dict.fromkeys(others, ("", ""))
     for key, row in rows.items():
         name = names[key].removeprefix(row.prefix)
         if row.form != form:
@@ -213,38 +275,19 @@ def split(
         if name in parts[row.part]:
             raise CheckpointError(f"{names[key]!r} stands in the file twice, once as {key!r}")
         parts[row.part][name] = state[key]
-        fates[key] = _fate(row.part, name, encoder)
-
-    backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
-    if not backbone:
-        wanted = f"{encoder}encoder" if encoder else "backbone"
-        raise CheckpointError(f"it holds no {wanted}, among {len(state)} keys; use another file")
-    if form != "model" and not projector:
-        raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
+        places[key] = row.part, name
     for key, value in state.items():
         if not isinstance(value, Tensor) and rows[key].part != "bank pointer":
             raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
-    _check_projector(projector)
-    if num_classes is None and form == "trainer" and "classes" in contents:
-        num_classes = len(contents["classes"])
-    class_weights = parts["class weights"].get("")
-    absent: tuple[int, ...] = ()
-    if num_classes == 0:
-        class_weights = None
-    elif parts["bank features"] or parts["bank labels"]:
-        if class_weights is not None:
-            raise CheckpointError(
-                "it holds both a memory bank and learned class weights, which no run writes; use "
-                "the file that training wrote"
-            )
-        class_weights, absent = _prototypes(parts, num_classes)
-    if class_weights is not None and projector:
-        _check_widths(class_weights, projector)
-    return Checkpoint(form, backbone, projector, class_weights, absent, fates)
+    return Sorted(form, parts, places)
 
 
-def _form(rows: Iterable[Row]) -> str:
-    return next((row.form for row in rows if row.form != "model"), "model")
+def _had_projector(contents: Mapping[str, Any], form: str) -> bool:
+    """Return whether a training state was one with a projector, as all official ones are."""
+    if form != "trainer":
+        return True
+    model = contents.get("config", {}).get("model", {})
+    return model.get("projector", "none") != "none"
 
 
 _FORMS = {
@@ -254,8 +297,8 @@ _FORMS = {
 }
 
 
-def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
-    """Return the weights of a training state, and the fates of its other entries."""
+def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the weights of a training state, and its other entries."""
     container = _container(contents)
     if container is not None:
         expected = CONTAINERS[container]
@@ -264,14 +307,13 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, s
             raise CheckpointError(
                 f"unknown entries {unknown} beside {container!r}; expected only {sorted(expected)}"
             )
-        fates = {name: "dropped: not weights" for name in contents if name in expected}
-        return contents[container], fates
+        return contents[container], [name for name in contents if name in expected]
     if not any(isinstance(value, Tensor) for value in contents.values()):
         raise CheckpointError(
             f"it is no t-ReX checkpoint: its entries are {_some(list(contents))}; expected "
             f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
         )
-    return contents, {}
+    return contents, []
 
 
 def _container(contents: Mapping[str, Any]) -> str | None:
@@ -293,12 +335,16 @@ def _row(name: str) -> Row:
 
 
 def _fate(part: str, name: str, encoder: str) -> str:
+    if not part:
+        return "dropped: not weights"
     if part == "bank pointer":
         return "dropped: where the bank would go on"
+    if part in ("bank ids", "bank ages"):
+        return "dropped: which samples the bank holds, and since when"
     if part.startswith("bank "):
         return "prototypes: L2-normalised class sums"
-    if part == "class weights":
-        return "fc.weight"
+    if part in ("class weights", "class biases"):
+        return "fc.weight" if part == "class weights" else "fc.bias"
     if part.startswith("momentum ") != bool(encoder):
         return f"dropped: {'online' if encoder else 'momentum'} encoder"
     return name if part.endswith("backbone") else f"proj.{name}"

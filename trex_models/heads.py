@@ -42,7 +42,7 @@ def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Ten
     if torch.jit.is_scripting():  # TorchScript has no such context
         logits = _cosine_logits(embeddings, weight, temperature)
     else:
-        with _without_autocast(embeddings.device.type):
+        with without_autocast(embeddings.device.type):
             logits = _cosine_logits(embeddings, weight, temperature)
     return logits
 
@@ -68,7 +68,8 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return F.normalize(sums, dim=1)  # the sum and the mean share a direction
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Return a context in which a device's computations keep the types of their inputs."""
     # Only where it is on: torch.autocast raises on devices that have none, such as meta, and
     # an exported graph is simpler without it.
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

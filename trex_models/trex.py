@@ -46,7 +46,7 @@ __all__ = ["TRexResNet"]  # register_model appends the entry points
 class TRexResNet(ResNet):
     """ResNet with the projector as its pre-logits block and a cosine classifier.
 
-    The state dict is the backbone's plus ``proj.*`` and ``fc.weight``. Without pooling
+    The state dict is the backbone's plus ``proj.*`` and ``fc.*``. Without pooling
     (``global_pool=""``) there is no projector, for it maps pooled features.
 
     Args:
@@ -58,6 +58,7 @@ class TRexResNet(ResNet):
         proj_hidden_dim: Width of these layers.
         proj_dim: D, width of the embeddings. 0 for no projector.
         temperature: tau of the cosine softmax.
+        linear_classifier: Classify by a linear layer with bias, not by cosines.
         zero_init_last: Start the last BatchNorm of each residual block at 0. t-ReX does not.
         device: Where to create the parameters.
         dtype: Type of the parameters.
@@ -77,6 +78,7 @@ class TRexResNet(ResNet):
         proj_hidden_dim: int = 2048,
         proj_dim: int = 256,
         temperature: float = 0.1,
+        linear_classifier: bool = False,
         zero_init_last: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,7 +94,9 @@ class TRexResNet(ResNet):
             dtype=dtype,
             **kwargs,
         )
-        self._add_head(num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature)
+        self._add_head(
+            num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature, linear_classifier
+        )
 
     @classmethod
     def from_resnet(
@@ -103,6 +107,7 @@ class TRexResNet(ResNet):
         proj_hidden_dim: int = 2048,
         proj_dim: int = 256,
         temperature: float = 0.1,
+        linear_classifier: bool = False,
     ) -> TRexResNet:
         """Turn a stock ResNet into a TRexResNet, in place; the arguments are the class's.
 
@@ -115,7 +120,9 @@ class TRexResNet(ResNet):
             raise ValueError(f"expected timm's ResNet class, got {type(model).__name__}")
         model.__class__ = cls
         assert isinstance(model, cls)
-        model._add_head(num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature)
+        model._add_head(
+            num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature, linear_classifier
+        )
         return model
 
     def _add_head(
@@ -125,11 +132,13 @@ class TRexResNet(ResNet):
         proj_hidden_dim: int,
         proj_dim: int,
         temperature: float,
+        linear_classifier: bool,
     ) -> None:
         self.proj_layers = proj_layers
         self.proj_hidden_dim = proj_hidden_dim
         self.proj_dim = proj_dim
         self.temperature = temperature
+        self.linear_classifier = linear_classifier
         self.proj: nn.Module = nn.Identity()
         if proj_dim and self.global_pool.pool_type:
             self.proj = self._make_projector()
@@ -181,10 +190,11 @@ class TRexResNet(ResNet):
         else:
             self.head_hidden_size = pooled_width
             update_model_args(self, proj_dim=0)  # a saved copy must load without a projector
-        if num_classes:
-            self.fc = CosineClassifier(
-                self.head_hidden_size, num_classes, self.temperature, **get_device_dtype(self)
-            )
+        sizes = self.head_hidden_size, num_classes
+        if num_classes and self.linear_classifier:
+            self.fc = nn.Linear(*sizes, **get_device_dtype(self))
+        elif num_classes:
+            self.fc = CosineClassifier(*sizes, self.temperature, **get_device_dtype(self))
         for module in (self.global_pool, self.proj, self.fc):
             module.train(self.training)
 
@@ -418,6 +428,7 @@ def _build_on(
     proj_hidden_dim: int = 2048,
     proj_dim: int = 256,
     temperature: float = 0.1,
+    linear_classifier: bool = False,
     zero_init_last: bool = False,
     **kwargs: Any,
 ) -> TRexResNet:
@@ -425,7 +436,13 @@ def _build_on(
         raise ValueError(f"backbone {backbone!r} is not one of timm's ResNets")
     stock = model_entrypoint(backbone)(num_classes=0, zero_init_last=zero_init_last, **kwargs)
     return TRexResNet.from_resnet(
-        stock, num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature
+        stock,
+        num_classes,
+        proj_layers,
+        proj_hidden_dim,
+        proj_dim,
+        temperature,
+        linear_classifier,
     )
 
 

@@ -10,7 +10,7 @@ Shapes: B batch, N crops of one resolution, S their side in pixels, P photometri
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from torch.utils.data import Dataset, Sampler
 
 from trex_models.data import photometric
 from trex_models.data.crops import cut, draw_box
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
 from trex_models.data.sources import Source
 
 Key = tuple[int, int]  # (epoch, index)
 
-_SAMPLE, _ORDER = 0, 1  # separate random streams
+_SAMPLE, _ORDER, _SUBSTITUTE = 0, 1, 2  # separate random streams
+_MOST_SUBSTITUTES = 16
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,23 @@ class Batch:
         crops: One tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
         parameters: One tensor per resolution, (N * B, P), of the augmentation still to be done.
         labels: (B,).
+        ids: Which samples of the source these are, (B,).
+        unreadable: What is wrong with the samples that others stand in for.
     """
 
     crops: list[Tensor]
     parameters: list[Tensor]
     labels: Tensor
+    ids: Tensor
+    unreadable: list[str]
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the parameters stay with the CPU."""
-        return Batch(
-            [c.pin_memory() for c in self.crops], self.parameters, self.labels.pin_memory()
+        return replace(
+            self,
+            crops=[crops.pin_memory() for crops in self.crops],
+            labels=self.labels.pin_memory(),
+            ids=self.ids.pin_memory(),
         )
 
 
@@ -72,34 +81,58 @@ class MultiCropDataset(Dataset[Batch]):
         source: Labelled images.
         specs: The crops, globals first.
         seed: Of all random draws.
+        substitute: Whether another sample, a function of (seed, epoch, index), takes the place of
+            one that cannot be read.
     """
 
-    def __init__(self, source: Source, specs: Sequence[CropSpec], seed: int) -> None:
+    def __init__(
+        self, source: Source, specs: Sequence[CropSpec], seed: int, substitute: bool = False
+    ) -> None:
         self.source = source
         self.specs = list(specs)
         self.seed = seed
+        self.substitute = substitute
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return the batch of some samples; ValueError names one that cannot be read."""
         size = len(keys)
+        ids: list[int] = []
+        unreadable: list[str] = []
         crops = [
             torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
         ]
         parameters = [np.empty((s.count, size, NUM_PARAMETERS), np.float32) for s in self.specs]
         for position, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
-            image = self.source.read(index)
+            image, found = self._read(epoch, index, unreadable)
+            ids.append(found)
             height, width, _ = image.shape
             for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
                 for crop in range(spec.count):
                     box = draw_box(rng, height, width, spec.scale)
                     cut(image, box, spec.size, out[crop, position])
                     spec.law.draw(rng, rows[crop, position])
-        labels = self.source.labels[[index for _, index in keys]]
         return Batch(
             [c.flatten(0, 1) for c in crops],
             [torch.from_numpy(p).flatten(0, 1) for p in parameters],
-            torch.from_numpy(labels),
+            torch.from_numpy(self.source.labels[ids]),
+            torch.tensor(ids),
+            unreadable,
+        )
+
+    def _read(self, epoch: int, index: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+        """Return a sample's image, or its substitute's, and whose it is."""
+        stand_ins = np.random.default_rng((_SUBSTITUTE, self.seed, epoch, index))
+        for _ in range(_MOST_SUBSTITUTES):
+            try:
+                return self.source.read(index), index
+            except UnreadableImageError as error:
+                if not self.substitute:
+                    raise
+                unreadable.append(str(error))
+                index = int(stand_ins.integers(len(self.source)))
+        raise ValueError(
+            f"{_MOST_SUBSTITUTES} images in a row cannot be read; the last: {unreadable[-1]}"
         )
 
 

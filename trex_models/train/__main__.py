@@ -54,8 +54,7 @@ def _train(config: Config) -> int:
     from trex_models.train.signals import Stopped
 
     try:
-        for folder in train(config):
-            print(f"exported {folder}")
+        train(config)
     except Stopped as stopped:
         with _first_process_speaks():
             print(stopped)

@@ -13,7 +13,7 @@ from trex_models.heads import class_means
 
 
 class Bank(nn.Module):
-    """FIFO of raw (not normalised) embeddings and their labels.
+    """FIFO of raw (not normalised) embeddings, their labels, and which samples they are of.
 
     Starts as N(0, 1) noise with uniform random labels, so that every class has a
     prototype from the first step.
@@ -23,44 +23,60 @@ class Bank(nn.Module):
         dim: D.
         num_classes: C.
         dtype: Type of the embeddings; float32 whatever the precision of training.
+
+    Attributes:
+        features: (Q, D).
+        labels: (Q,).
+        ids: Each entry's sample, (Q,); -1 where it is none of this run's.
+        written: Number of the batch that wrote each entry, from 0 on, (Q,); -1 likewise.
+        pointer: Where the next batch goes.
+        batches: How many were enqueued.
     """
 
     features: Tensor
     labels: Tensor
+    ids: Tensor
+    written: Tensor
 
     def __init__(
         self, size: int, dim: int, num_classes: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.pointer = 0  # a Python int: reading it must not wait for the device
+        self.pointer = self.batches = 0  # Python ints: reading them must not wait for the device
         self.register_buffer("features", torch.randn(size, dim, dtype=dtype))
         self.register_buffer("labels", torch.randint(num_classes, (size,)))
+        self.register_buffer("ids", torch.full((size,), -1))
+        self.register_buffer("written", torch.full((size,), -1))
 
     @torch.no_grad()
-    def enqueue(self, features: Tensor, labels: Tensor) -> None:
+    def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
         """Write a batch at the pointer; what does not fit before the end is dropped.
 
         Args:
             features: (B, D).
             labels: (B,).
+            ids: (B,).
         """
         size = len(self.labels)
-        written = min(len(labels), size - self.pointer)
-        window = slice(self.pointer, self.pointer + written)
-        self.features[window] = features[:written].to(self.features.dtype)
-        self.labels[window] = labels[:written]
-        self.pointer = (self.pointer + written) % size
+        count = min(len(labels), size - self.pointer)
+        window = slice(self.pointer, self.pointer + count)
+        self.features[window] = features[:count].to(self.features.dtype)
+        self.labels[window] = labels[:count]
+        self.ids[window] = ids[:count]
+        self.written[window] = self.batches
+        self.pointer = (self.pointer + count) % size
+        self.batches += 1
 
     @torch.no_grad()
     def class_means(self) -> Tensor:
         """Return L2-normalised class means, (C, D); zero for a class without entries."""
         return class_means(self.features, self.labels, self.num_classes)
 
-    def get_extra_state(self) -> int:
-        """Return the pointer, which belongs to the state."""
-        return self.pointer
+    def get_extra_state(self) -> dict[str, int]:
+        """Return the counters, which belong to the state."""
+        return {"pointer": self.pointer, "batches": self.batches}
 
-    def set_extra_state(self, state: int) -> None:
-        """Restore the pointer."""
-        self.pointer = state
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restore the counters."""
+        self.pointer, self.batches = state["pointer"], state["batches"]

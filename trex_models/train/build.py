@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
+from trex_models.data.csv_file import CsvSource
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, EpochSampler
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
 from trex_models.data.sources import Source
@@ -18,20 +22,36 @@ from trex_models.heads import Projector
 from trex_models.train import checkpointing, preflight
 from trex_models.train.backbone import build_backbone, full_args
 from trex_models.train.bank import Bank
-from trex_models.train.config import Config, CropsConfig, DataConfig
+from trex_models.train.config import Config, CropsConfig, DataConfig, ObjectiveConfig
 from trex_models.train.distributed import Process
 from trex_models.train.export import export
+from trex_models.train.look import LOOK
 from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
+from trex_models.train.objectives import (
+    CosineSoftmax,
+    LinearSoftmax,
+    Objective,
+    OnlineClassMeans,
+)
 from trex_models.train.optimizer import learning_rates
-from trex_models.train.validation import ValidationDataset
+from trex_models.train.validation import Neighbors, ValidationDataset
+
+_PATHS = {
+    "folder": "the folder of class folders",
+    "csv": "the CSV file",
+    "huggingface": "the data set's folder or parquet file",
+}
 
 
-def open_source(data: DataConfig) -> Source:
-    """Open the images to train on.
+def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Source:
+    """Open the images that a configuration names.
+
+    Args:
+        data: What to open.
+        classes: Class names that the labels are to be counted by; None for the data set's own.
 
     Raises:
-        ValueError: There is no path, or the folder will not do.
+        ValueError: There is no path, or what it leads to will not do.
     """
     if data.source == "fractals":
         return FractalSource(
@@ -39,8 +59,20 @@ def open_source(data: DataConfig) -> Source:
         )
     if not data.path:
         raise ValueError(
-            "data.path is not set; name the folder of class folders by --data.path, or train on "
+            f"data.path is not set; name {_PATHS[data.source]} by --data.path, or train on "
             "generated images by --data.source fractals"
+        )
+    if data.source == "csv":
+        image_column, label_column = data.image_column or "path", data.label_column or "label"
+        return CsvSource(data.path, image_column, label_column, classes)
+    if data.source == "huggingface":
+        return HuggingFaceSource(
+            data.path, data.split, data.image_column, data.label_column, classes
+        )
+    if Path(data.path).is_file():
+        raise ValueError(
+            f"{data.path} is a file; a CSV file needs --data.source csv, a parquet file "
+            "--data.source huggingface"
         )
     return FolderSource(data.path)
 
@@ -49,29 +81,47 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
     """Open the images to validate on, if there are any.
 
     Raises:
-        ValueError: The folder will not do, or has other classes than the training images.
+        ValueError: What the path leads to will not do, or has other classes than the training
+            images.
     """
     data, validation = config.data, config.validation
-    held_out: Source
-    if data.source == "fractals" and validation.images_per_class:
-        held_out = FractalSource(
+    if data.source == "fractals":
+        if not validation.images_per_class:
+            return None
+        held_out: Source = FractalSource(
             data.num_classes,
             validation.images_per_class,
             data.image_size,
             first_image=data.images_per_class,
             variation=data.variation,
         )
-    elif data.source == "folder" and validation.path:
-        held_out = FolderSource(validation.path)
+    elif validation.path or validation.split:
+        data = replace(data, path=validation.path or data.path, split=validation.split)
+        held_out = open_source(data, source.classes)
     else:
         return None
     lonely = sorted(set(held_out.classes) ^ set(source.classes))
     if lonely:
         raise ValueError(
-            f"validation.path {validation.path} and data.path {data.path} need the same class "
-            f"folders; one of them alone has {', '.join(lonely[:3])}"
+            f"validation.path {validation.path} and data.path {config.data.path} need the same "
+            f"class folders; one of them alone has {', '.join(lonely[:3])}"
         )
-    return ValidationDataset(held_out, config.crops.global_size)
+    return ValidationDataset(held_out, config.crops.global_size, data.unreadable == "skip")
+
+
+def build_neighbors(config: Config, source: Source) -> Neighbors | None:
+    """Draw the training images that validation compares features with, if it does.
+
+    Args:
+        config: The configuration.
+        source: The training images.
+    """
+    validation = config.validation
+    if not validation.neighbors:
+        return None
+    drawn = np.random.default_rng(config.seed).permutation(len(source))
+    dataset = ValidationDataset(source, config.crops.global_size, config.data.unreadable == "skip")
+    return Neighbors(dataset, drawn[: validation.neighbors_among], validation.neighbors)
 
 
 def crop_specs(crops: CropsConfig) -> list[CropSpec]:
@@ -119,14 +169,23 @@ def build_method(config: Config, num_classes: int) -> TReX:
     model, objective = config.model, config.objective
     sizes = [spec.size for spec in crop_specs(config.crops)]
     backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
-    projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
-    loss: Objective
-    if objective.name == "ocm":
-        bank = Bank(objective.bank_size, model.embedding_dim, num_classes)
-        loss = OnlineClassMeans(bank, objective.temperature)
-    else:
-        loss = CosineSoftmax(model.embedding_dim, num_classes, objective.temperature)
+    projector: nn.Module = nn.Identity()
+    if model.projector == "mlp":
+        projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
+        width = model.embedding_dim
+    loss = _build_objective(objective, width, num_classes)
     return TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
+
+
+def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Objective:
+    if config.name == "softmax":
+        return LinearSoftmax(dim, num_classes)
+    if config.name == "cosine":
+        return CosineSoftmax(dim, num_classes, config.temperature)
+    bank = Bank(config.bank_entries, dim, num_classes)
+    if config.name == "look":
+        return LOOK(bank, config.temperature, config.neighbors)
+    return OnlineClassMeans(bank, config.temperature)
 
 
 def num_workers(config: Config) -> int:
@@ -155,20 +214,26 @@ def check(
     """
     specs, folder = crop_specs(config.crops), Path(config.output)
     sources = [source, validation.source] if validation is not None else [source]
+    skip = config.data.unreadable == "skip"
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
     if validation is not None:  # float32, beside the crops that wait
         batch_bytes += share * 4 * 3 * config.crops.global_size**2
     checks: list[Callable[[], str | None]] = [
-        *(lambda images=images: preflight.samples(images) for images in sources),
+        *(lambda images=images: preflight.samples(images, skip) for images in sources),
+        lambda: preflight.classes(source),
         lambda: preflight.shared_memory(batch_bytes, num_workers(config), local_processes()),
         lambda: preflight.cpu_bfloat16(
             config.precision, process.device, [spec.size for spec in specs]
         ),
     ]
-    if config.objective.name == "ocm":
-        size = config.objective.bank_size
+    if size := config.objective.bank_entries:
         checks.append(lambda: preflight.bank(size, source.labels, len(source.classes)))
+    if config.validation.neighbors and validation is None:
+        raise ValueError(
+            "validation.neighbors is set, but there are no images to validate on; name them by "
+            "validation.path, validation.split or validation.images_per_class"
+        )
     if process.is_main:
         # One more than are kept: the next is written before the oldest is deleted.
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
@@ -183,7 +248,7 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
         method: On the CPU; put into eval mode.
         config: What it was built from.
         classes: Names of the classes.
-        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+        folder: Where to write, as ``export.export``.
     """
     model = config.model
     backbone_args = full_args(
@@ -198,7 +263,7 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
         head_args={
             "proj_layers": model.hidden_layers,
             "proj_hidden_dim": model.hidden_dim,
-            "proj_dim": model.embedding_dim,
+            "proj_dim": model.embedding_dim if model.projector == "mlp" else 0,
             "temperature": config.objective.temperature,
         },
         image_size=config.crops.global_size,

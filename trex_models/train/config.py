@@ -22,14 +22,35 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_SOURCES_WITH = {
+    "split": ("huggingface",),
+    "image_column": ("csv", "huggingface"),
+    "label_column": ("csv", "huggingface"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the images come from."""
 
-    source: Literal["folder", "fractals"] = "folder"
-    """folder: one folder of images per class under ``path``. fractals: generated images."""
+    source: Literal["folder", "csv", "huggingface", "fractals"] = "folder"
+    """folder: one folder of images per class under ``path``. csv: a table of image paths and
+    labels. huggingface: a data set on disk, saved by ``datasets`` or as parquet files. fractals:
+    generated images."""
     path: str = ""
-    """The folder of class folders (source folder)."""
+    """The folder of class folders, the CSV file, or the data set's folder or parquet file."""
+    split: str = ""
+    """Which split to train on (source huggingface); may be empty where there is one alone."""
+    image_column: str = ""
+    """Column of the image or its path. Unset: path (source csv), the only image column
+    (source huggingface)."""
+    label_column: str = ""
+    """Column of the label. Unset: label, or the only one of class labels (source huggingface)."""
+    unreadable: Literal["raise", "skip"] = "raise"
+    """What an image that cannot be read does. raise: it ends the run. skip: another one, drawn by
+    the seed, takes its place; they are counted and listed in unreadable.txt."""
+    max_unreadable: float = 0.01
+    """Share of the images above which the run ends, if they are skipped."""
     num_classes: int = 40
     """How many classes to generate (source fractals)."""
     images_per_class: int = 150
@@ -41,8 +62,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.source == "folder" or not self.path,
-            "data.path is set, but data.source is fractals; add --data.source folder",
+            self.source != "fractals" or not self.path,
+            "data.path is set, but data.source is fractals; add --data.source folder, csv or "
+            "huggingface",
+        )
+        for name, sources in _SOURCES_WITH.items():
+            _require(
+                not getattr(self, name) or self.source in sources,
+                f"data.{name} is set, but data.source {self.source} has none; it is for "
+                f"{' and '.join(sources)}",
+            )
+        _require(
+            0 <= self.max_unreadable < 1,
+            f"data.max_unreadable is a share in [0, 1), got {self.max_unreadable}",
         )
         _require(
             self.num_classes > 1, f"data.num_classes must be at least 2, got {self.num_classes}"
@@ -89,8 +121,12 @@ class ModelConfig:
     """A timm model name: a convolutional network, or a ViT that takes dynamic_img_size."""
     backbone_args: tuple[str, ...] = ()
     """Further arguments of the backbone as key=value, for example drop_path_rate=0.1."""
+    projector: Literal["mlp", "none"] = "mlp"
+    """mlp: the paper's, thrown away after training. none: the objective sees the backbone's
+    features; the fields below do not count then."""
     hidden_layers: int = 3
-    """L, the projector's depth: deeper transfers better, shallower classifies better."""
+    """L, the projector's depth: deeper transfers better, shallower classifies better. 0 leaves
+    the L2 norm and the bottleneck."""
     hidden_dim: int = 2048
     """Width of the projector's hidden layers."""
     embedding_dim: int = 256
@@ -121,18 +157,36 @@ class ModelConfig:
 class ObjectiveConfig:
     """The classification loss."""
 
-    name: Literal["ocm", "cosine"] = "ocm"
-    """ocm: online class means of the bank (Eq. 2). cosine: learned class weights (Eq. 1)."""
+    name: Literal["ocm", "cosine", "look", "softmax"] = "ocm"
+    """ocm: online class means of the bank (Eq. 2). cosine: learned class weights (Eq. 1). look:
+    the image's nearest neighbours in the bank (a reconstruction of LOOK, Feng et al. 2022).
+    softmax: a linear classifier with bias, the plain baseline."""
     temperature: float = 0.1
-    """tau of the cosine softmax."""
-    bank_size: int = 8192
-    """Q, embeddings in the memory bank (ocm)."""
+    """tau of cosine similarities (all but softmax)."""
+    bank_size: int | None = None
+    """Q, embeddings in the memory bank (ocm, look). Unset: 8192 for ocm, 65536 for look."""
+    neighbors: int = 256
+    """k, nearest neighbours in the bank (look); the whole bank if that is smaller."""
     ema_momentum: float = 0.999
-    """m of the momentum encoder's moving average (ocm)."""
+    """m of the moving average that fills the bank (ocm, look)."""
+
+    @property
+    def bank_entries(self) -> int:
+        """Q, with its default; 0 for an objective without a bank."""
+        default = {"ocm": 8192, "look": 65536}.get(self.name, 0)
+        return default if self.bank_size is None or not default else self.bank_size
+
+    def resolved(self) -> ObjectiveConfig:
+        """Return a copy with the bank's size filled in, where there is a bank."""
+        return replace(self, bank_size=self.bank_entries or self.bank_size)
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature must be above 0")
-        _require(self.bank_size > 0, "objective.bank_size must be at least 1")
+        for name in ("bank_size", "neighbors"):
+            value = getattr(self, name)
+            _require(
+                value is None or value > 0, f"objective.{name} must be at least 1, got {value}"
+            )
         _require(0 <= self.ema_momentum <= 1, "objective.ema_momentum must lie in [0, 1]")
 
 
@@ -194,6 +248,8 @@ class SystemConfig:
     """Minutes between two checkpoints; 0 for none by time. The last two are kept."""
     save_steps: int = 0
     """Steps between two checkpoints; 0 for none by steps."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard, too, into the run's folder tensorboard."""
 
     def __post_init__(self) -> None:
         _require(self.log_every > 0, f"system.log_every must be at least 1, got {self.log_every}")
@@ -204,21 +260,30 @@ class SystemConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Top-1 and top-5 accuracy of the training head on images that are not trained on."""
+    """Accuracy on held-out images: of the training head, and of k-NN on the backbone's features."""
 
     every: int = 1
     """Epochs between two validations."""
     path: str = ""
-    """The folder of class folders, the same classes as data.path (source folder); none if empty."""
+    """As data.path, of the same classes; no validation if this, split and images_per_class are
+    empty."""
+    split: str = ""
+    """Which split to validate on (source huggingface), of data.path if path is empty."""
     images_per_class: int = 0
-    """How many further images to generate per class (source fractals); none if 0."""
+    """How many further images to generate per class (source fractals)."""
+    neighbors: int = 0
+    """k of the k-NN classifier on features; 0 for none."""
+    neighbors_among: int = 50_000
+    """How many training images it compares with, drawn by the seed: 2 GB of memory per 250,000
+    of a ResNet-50, and the time to read them at each validation."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, f"validation.every must be at least 1, got {self.every}")
-        _require(
-            self.images_per_class >= 0,
-            f"validation.images_per_class must not be negative, got {self.images_per_class}",
-        )
+        for name in ("every", "neighbors_among"):
+            value = getattr(self, name)
+            _require(value > 0, f"validation.{name} must be at least 1, got {value}")
+        for name in ("images_per_class", "neighbors"):
+            value = getattr(self, name)
+            _require(value >= 0, f"validation.{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +292,10 @@ class Config:
 
     output: str
     """Folder for the run: config.json, metrics.jsonl, checkpoints/ and export/."""
+    init_from: str = ""
+    """Weights to start from instead of random ones: any t-ReX checkpoint (NAVER's, a run or a
+    checkpoint of this trainer, a timm folder). What fits is taken on, bank and momentum encoder
+    included; what was and was not is said before the first step."""
     data: DataConfig = field(default_factory=DataConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -243,6 +312,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(
+            not self.validation.split or self.data.source == "huggingface",
+            f"validation.split is set, but data.source {self.data.source} has none; it is for "
+            "huggingface",
+        )
 
 
 # What may differ when a run is continued: it does not change what is learned. Where the images
@@ -250,7 +324,7 @@ class Config:
 _FREE_FIELDS = {
     "output",
     "license",
-    "data.path",
+    *("data.path", "data.unreadable", "data.max_unreadable"),
     *(f"validation.{item.name}" for item in dataclasses.fields(ValidationConfig)),
     *(f"system.{item.name}" for item in dataclasses.fields(SystemConfig)),
 } - {"system.sync_batchnorm"}

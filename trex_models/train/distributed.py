@@ -175,6 +175,24 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, whose numbers of rows may differ, in rank order."""
+    counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, anything that can be pickled, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(value: T) -> T:
     """Return rank 0's value, anything that can be pickled."""
     if not dist.is_initialized():
@@ -207,8 +225,7 @@ def together() -> Iterator[None]:
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
+    messages = gather_objects(None if error is None else str(error))
     by_message: dict[str, list[int]] = {}
     for rank, message in enumerate(messages):
         if message is not None:

@@ -9,11 +9,13 @@ from trex_models.data.loading import load_batches
 from trex_models.data.multicrop import augment
 from trex_models.train import build, distributed, saved
 from trex_models.train.config import Config
+from trex_models.train.health import class_directions, head_health
 from trex_models.train.reporting import Reporter
 from trex_models.train.run import Run, prepared
 from trex_models.train.signals import Alarm, Stopped, StopSignals
 from trex_models.train.step import NonFiniteLossError, seed_step, training_step
-from trex_models.train.validation import validate
+from trex_models.train.summary import summarize
+from trex_models.train.validation import Validator
 
 
 def train(config: Config) -> list[Path]:
@@ -39,6 +41,7 @@ def train(config: Config) -> list[Path]:
             steps_per_epoch=run.sampler.steps_per_epoch,
             images_per_step=config.optim.batch_size,
             enabled=process.is_main,
+            tensorboard=run.folder / "tensorboard" if config.system.tensorboard else None,
         ) as reporter,
     ):
         for message in run.messages:
@@ -46,7 +49,10 @@ def train(config: Config) -> list[Path]:
         _steps(run, signals, reporter)
         if not process.is_main:
             return []
-        return saved.export_checkpoint(run.folder, run.folder / "export", config.license)
+        exported = saved.export_checkpoint(run.folder, run.folder / "export", run.config.license)
+        for line in summarize(run.folder, config.optim.batch_size, exported):
+            reporter.say(line)
+        return exported
 
 
 def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
@@ -60,35 +66,45 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     with run.precision.autocast():
         distributed.rehearse(model, *run.blank_inputs())
     workers, pinned = build.num_workers(run.config), process.device.type == "cuda"
+    validator = _validator(run, workers, reporter)
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
-    say = reporter.say
+    batches = reporter.timed(load_batches(run.dataset, sampler, workers, pinned, reporter.say))
 
-    batches = load_batches(run.dataset, sampler, workers, pinned, say)
-    for step, batch in enumerate(batches, start=sampler.start_step):
+    for step in range(sampler.start_step, sampler.total_steps):
+        try:
+            batch = next(batches)
+        except ValueError:
+            if process.world_size == 1 and step > sampler.start_step:
+                run.save(step)  # so that nothing is lost; many processes may be at two steps
+            raise
+        run.unreadable.add(batch.unreadable)
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device)
-        labels = batch.labels.to(process.device, non_blocking=True)
+        labels, ids = (x.to(process.device, non_blocking=True) for x in (batch.labels, batch.ids))
         rate = float(run.rates[step])
-        try:
-            loss, logits = training_step(
-                model, run.method, run.optimizer, run.precision, crops, labels, rate
-            )
-        except NonFiniteLossError:
-            raise ValueError(run.keep_step(step, crops, labels)) from None
-        run.meter.update(loss, logits[: len(labels)], labels)
-        reporter.advance()
 
         done = step + 1
         last = done == sampler.total_steps
-        measured: dict[str, float] = {}
-        if last or done % system.log_every == 0:
-            measured |= run.meter.read() | {"learning_rate": rate}
-        if run.validation and (last or done % run.steps_between_validations == 0):
-            measured |= validate(
-                run.method, run.validation, process, run.precision, len(labels), workers, say
+        reports = last or done % system.log_every == 0
+        before = class_directions(run.method.objective) if reports else None
+        try:
+            loss, logits = training_step(
+                model, run.method, run.optimizer, run.precision, crops, labels, ids, rate
             )
+        except NonFiniteLossError:
+            raise ValueError(run.keep_step(step, crops, labels, ids)) from None
+        run.meter.update(loss, logits[: len(labels)], labels)
+        reporter.advance()
+
+        measured: dict[str, float] = {}
+        if reports:
+            measured |= run.meter.read() | {"learning_rate": rate}
+            measured |= head_health(run.method.objective, before)
+        if validator and (last or done % run.steps_between_validations == 0):
+            with reporter.aside():
+                measured |= validator.measure(run.method)
         if measured:
-            reporter.report(done, measured)
+            _report(run, reporter, done, measured)
 
         # The main process knows the time, any one may be told to stop: all act at the same step.
         due, stop = flags.exchange(process.is_main and alarm.due(), signals.received or 0)
@@ -98,3 +114,30 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             flags.finish()
             raise Stopped(Signals(stop), done, sampler.total_steps)
     flags.finish()
+
+
+def _validator(run: Run, workers: int, reporter: Reporter) -> Validator | None:
+    if run.validation is None:
+        return None
+    return Validator(
+        run.validation,
+        run.process,
+        run.precision,
+        run.config.optim.batch_size // run.process.world_size,
+        workers,
+        neighbors=run.neighbors,
+        say=reporter.say,
+        watch=reporter.watched,
+        pass_over=run.unreadable.add_of_validation,
+    )
+
+
+def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
+    """Report, and end the run where too many images cannot be read, after saving it."""
+    too_many = run.share_unreadable(reporter.say)
+    if run.unreadable:
+        measured["unreadable"] = len(run.unreadable)
+    reporter.report(done, measured)
+    if too_many:
+        run.save(done)
+        raise distributed.SharedError(run.unreadable.too_many())

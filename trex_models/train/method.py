@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from trex_models.heads import Projector, widen
+from trex_models.heads import widen
 from trex_models.train.distributed import gather
 from trex_models.train.momentum import MomentumEncoder
 from trex_models.train.objectives import Objective
@@ -24,10 +24,10 @@ class Encoder(nn.Module):
 
     Args:
         backbone: Maps (B, 3, S, S) to (B, F).
-        projector: Maps (B, F) to (B, D).
+        projector: Maps (B, F) to (B, D): ``heads.Projector``, or the identity.
     """
 
-    def __init__(self, backbone: nn.Module, projector: Projector) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
@@ -73,17 +73,20 @@ class TReX(nn.Module):
         if objective.bank is not None:
             self.momentum_encoder = MomentumEncoder(encoder, ema_momentum)
 
-    def forward(self, crops: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, crops: Sequence[Tensor], labels: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return the loss and the logits, (N * B, C), against the bank as it is.
 
         Args:
             crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
             labels: (B,).
+            ids: Which samples the images are, (B,).
         """
-        return self.objective(self.encoder(crops), labels)
+        return self.objective(self.encoder(crops), labels, ids)
 
     @torch.no_grad()
-    def update_bank(self, images: Tensor, labels: Tensor) -> None:
+    def update_bank(self, images: Tensor, labels: Tensor, ids: Tensor) -> None:
         """Update the momentum encoder and enqueue its embeddings, of all processes in rank order.
 
         Belongs between ``forward`` and the optimiser's step. No-op without a bank.
@@ -91,9 +94,11 @@ class TReX(nn.Module):
         Args:
             images: The first global crop, (B, 3, S, S).
             labels: (B,).
+            ids: (B,).
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return
         self.momentum_encoder.update(self.encoder)
         embeddings = widen(self.momentum_encoder(images))
-        self.objective.bank.enqueue(gather(embeddings), gather(labels))
+        labels, ids = gather(torch.stack([labels, ids], 1)).unbind(1)
+        self.objective.bank.enqueue(gather(embeddings), labels, ids)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.sources import Source
 
 _TOLERATED = 0.01  # share of classes without a prototype above which we warn
@@ -149,18 +150,49 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
         )
 
 
-def samples(source: Source) -> None:
+def samples(source: Source, skip: bool = False) -> str | None:
     """Read a few images from all over a source.
 
+    Args:
+        source: The images.
+        skip: Whether those that cannot be read will be passed over.
+
+    Returns:
+        A warning where some cannot be read and will be passed over.
+
     Raises:
-        ValueError: One cannot be read, or is not (H, W, 3) uint8.
+        ValueError: One cannot be read, or none of many; or one is not (H, W, 3) uint8.
     """
-    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist():
-        image = source.read(index)
+    indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
+    reasons = []
+    for index in indices:
+        try:
+            image = source.read(index)
+        except UnreadableImageError as error:
+            if not skip:
+                raise ValueError(
+                    f"{error}, or pass over such images: --data.unreadable skip"
+                ) from error
+            reasons.append(str(error))
+            continue
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
                 f"{source.name(index)} is {image.dtype} {image.shape}, not uint8 (H, W, 3)"
             )
+    if len(reasons) == len(indices):
+        raise ValueError(f"none of {len(indices)} images can be read; the last: {reasons[-1]}")
+    if reasons:
+        return f"{len(reasons)} of {len(indices)} images cannot be read, such as: {reasons[0]}"
+    return None
+
+
+def classes(source: Source) -> str | None:
+    """Return a warning where classes have no images."""
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
+    if empty:
+        return f"{len(empty)} of {len(counts)} classes have no images, such as {empty[0]}"
+    return None
 
 
 def cpu_bfloat16(precision: str, device: torch.device, sizes: Iterable[int]) -> None:

@@ -1,12 +1,14 @@
-"""All output of a run: the console's progress line and metrics.jsonl."""
+"""All output of a run: the console's progress, metrics.jsonl, and TensorBoard's files."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,12 @@ from tqdm import tqdm
 
 from trex_models.files import append, write_whole
 from trex_models.train.distributed import Process, gather
+
+T = TypeVar("T")
+
+# Of a line of metrics.jsonl, what is not the same when the same run is repeated.
+TIMINGS = ("seconds", "images_per_second", "waiting_for_data")
+_CONSOLE = ("loss", "accuracy", "val_top1", "val_top5", "val_knn", "unreadable")
 
 
 class Meter:
@@ -56,7 +64,7 @@ class Meter:
 
 
 class Reporter:
-    """Progress with rate and remaining time, and one JSON line per report.
+    """Progress with rate, remaining time and waiting for data, and one JSON line per report.
 
     On a terminal the progress is a bar, elsewhere a line per report. Processes other than the
     main one stay silent.
@@ -69,6 +77,10 @@ class Reporter:
         steps_per_epoch: Steps of an epoch.
         images_per_step: Global batch size.
         enabled: Whether this is the main process.
+        tensorboard: Folder for TensorBoard's files; None for none.
+
+    Raises:
+        ValueError: tensorboard is not installed.
     """
 
     def __init__(
@@ -79,6 +91,7 @@ class Reporter:
         steps_per_epoch: int,
         images_per_step: int,
         enabled: bool,
+        tensorboard: Path | None = None,
     ) -> None:
         self._path = path
         self._total = total_steps
@@ -87,6 +100,7 @@ class Reporter:
         self._enabled = enabled
         self._started = self._last_time = time.monotonic()
         self._start_step = self._last_step = start_step
+        self._waited = self._set_aside = 0.0
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -94,13 +108,56 @@ class Reporter:
             disable=not enabled or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        self._writer: Any = None
         if enabled:
+            if tensorboard is not None:
+                self._writer = _tensorboard_writer(tensorboard, start_step)
             _truncate(path, start_step)
 
     def say(self, message: str) -> None:
         """Print one line above the progress bar."""
         if self._enabled:
             tqdm.write(message)
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches, and count the time that is spent waiting for them."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - started
+            yield batch
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the time of the block, in which nothing is trained, out of the rates."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._set_aside += time.monotonic() - started
+
+    def watched(self, batches: Iterator[T], count: int, name: str) -> Iterator[T]:
+        """Yield the batches under a second progress bar, which vanishes at the end.
+
+        Args:
+            batches: What to yield.
+            count: How many there are.
+            name: What is done with them.
+        """
+        return iter(
+            tqdm(
+                batches,
+                name,
+                count,
+                leave=False,
+                unit="batch",
+                disable=bool(self._bar.disable),
+                dynamic_ncols=True,
+            )
+        )
 
     def advance(self) -> None:
         """Count one step."""
@@ -116,27 +173,53 @@ class Reporter:
         if not self._enabled:
             return
         now = time.monotonic()
-        rate = (done - self._last_step) * self._images_per_step / max(now - self._last_time, 1e-9)
+        seconds = max(now - self._last_time, 1e-9)
+        training = max(seconds - self._set_aside, 1e-9)
+        rate = (done - self._last_step) * self._images_per_step / training
+        waiting = self._waited / training
         remaining = (now - self._started) / (done - self._start_step) * (self._total - done)
         self._last_time, self._last_step = now, done
+        self._waited = self._set_aside = 0.0
         epoch = done / self._steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
-        append(self._path, json.dumps(line | {"images_per_second": round(rate, 1)}) + "\n")
-        shown = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        line |= dict(
+            zip(TIMINGS, (round(seconds, 4), round(rate, 1), round(waiting, 4)), strict=True)
+        )
+        append(self._path, json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, done)
+            self._writer.flush()
+        shown = " ".join(f"{name} {metrics[name]:.4g}" for name in _CONSOLE if name in metrics)
+        speed = f"{rate:.0f} images/s, {waiting:.0%} waiting for data"
         if self._bar.disable:
+            left = duration(remaining)
             print(
-                f"step {done}/{self._total} epoch {epoch:.2f} {shown} "
-                f"{rate:.0f} images/s, {_duration(remaining)} left",
+                f"step {done}/{self._total} epoch {epoch:.2f} {shown} {speed}, {left} left",
                 flush=True,
             )
         else:
-            self._bar.set_postfix_str(f"{shown} {rate:.0f} images/s")
+            self._bar.set_postfix_str(f"{shown} {speed}")
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> Any:
+    """Open a writer; what earlier lives of the run wrote of later steps is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "system.tensorboard needs tensorboard: pip install trex-models[train]"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 def _truncate(path: Path, start_step: int) -> None:
@@ -152,7 +235,8 @@ def _truncate(path: Path, start_step: int) -> None:
     write_whole(path, "".join(kept))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trex_models import naver
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.train import build, checkpointing, distributed
 from trex_models.train.config import Config, differences, to_json
 from trex_models.train.distributed import Process
+from trex_models.train.initial import init_from
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
 from trex_models.train.reporting import Meter
 from trex_models.train.step import Precision
-from trex_models.train.validation import ValidationDataset
+from trex_models.train.unreadable import UnreadableImages
+from trex_models.train.validation import Neighbors, ValidationDataset
 
 _REMEDY = "lower optim.base_lr, lengthen optim.warmup_epochs, or take --precision bf16 or fp32"
 
@@ -38,11 +41,13 @@ class Run:
         precision: The types to compute in.
         dataset: The training images' crops.
         validation: The images to validate on, if there are any.
+        neighbors: What a k-NN classifier compares them with, if one is wanted.
         sampler: The order of the batches.
         rates: The learning rate of every step.
         method: On the device, in training mode.
         optimizer: Over what is trained.
         meter: Loss and accuracy since the last report.
+        unreadable: Images that were passed over.
         facts: What a checkpoint says of the data.
         messages: What to tell before the first step.
     """
@@ -52,11 +57,13 @@ class Run:
     precision: Precision
     dataset: MultiCropDataset
     validation: ValidationDataset | None
+    neighbors: Neighbors | None
     sampler: EpochSampler
     rates: np.ndarray
     method: TReX
     optimizer: torch.optim.Optimizer
     meter: Meter
+    unreadable: UnreadableImages
     facts: dict[str, Any]
     messages: list[str]
 
@@ -79,8 +86,8 @@ class Run:
         """Steps from one validation to the next."""
         return self.config.validation.every * self.sampler.steps_per_epoch
 
-    def blank_inputs(self) -> tuple[list[Tensor], Tensor]:
-        """Return crops and labels of the shapes of a step, of this process."""
+    def blank_inputs(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return crops, labels and ids of the shapes of a step, of this process."""
         share = self.config.optim.batch_size // self.process.world_size
         device = self.process.device
         crops = [
@@ -89,7 +96,15 @@ class Run:
             )
             for s in self.dataset.specs
         ]
-        return crops, torch.zeros(share, dtype=torch.int64, device=device)
+        return crops, *torch.zeros(2, share, dtype=torch.int64, device=device)
+
+    def share_unreadable(self, say: Callable[[str], object]) -> bool:
+        """Share what images were passed over; return whether they are too many.
+
+        Every process must call it.
+        """
+        skips = self.config.data.unreadable == "skip"
+        return skips and self.unreadable.exchange(self.process.is_main, say)
 
     def save(self, done: int) -> None:
         """Save the state after ``done`` steps, if all processes agree on it and it is finite.
@@ -105,16 +120,22 @@ class Run:
             raise ValueError(
                 f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
             )
+        self.share_unreadable(print)
         state = self._state_after(done) | {"meter": self.meter.gathered()}
         if self.process.is_main:
             checkpointing.save(self.folder, state)
         distributed.barrier()  # a process that ends early would have the others ended, too
 
-    def keep_step(self, step: int, crops: list[Tensor], labels: Tensor) -> str:
+    def keep_step(self, step: int, crops: list[Tensor], labels: Tensor, ids: Tensor) -> str:
         """Save a step whose loss is not finite, for ``saved.load_step``; return what to tell."""
         rank = self.process.rank
         path = self.folder / f"nonfinite_step_{step}_process_{rank}.pt"
-        inputs = {"process": rank, "crops": [c.cpu() for c in crops], "labels": labels.cpu()}
+        inputs = {
+            "process": rank,
+            "crops": [c.cpu() for c in crops],
+            "labels": labels.cpu(),
+            "ids": ids.cpu(),
+        }
         trouble = f"the loss of step {step} is no longer finite; {_REMEDY}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)  # another machine's
@@ -122,7 +143,7 @@ class Run:
         except (OSError, ValueError) as error:
             return f"{trouble} ({error})"
         return (
-            f"{trouble}. Its inputs and state: method, crops, labels, precision = "
+            f"{trouble}. Its inputs and state: method, inputs, precision = "
             f"trex_models.train.saved.load_step({str(path)!r})"
         )
 
@@ -143,6 +164,7 @@ class Run:
         return {
             **state,
             **self.facts,
+            "unreadable": self.unreadable.state(),
             "config": json.loads(to_json(self.config)),
             "step": steps,
             "environment": self.environment,
@@ -182,17 +204,19 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
     """
     with distributed.together():
         precision = Precision.from_name(config.precision, process.device.type)
-        config = replace(config, precision=precision.name)
+        config = replace(config, precision=precision.name, objective=config.objective.resolved())
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
         sampler = build.build_sampler(config, len(source), process)
         method = build.build_method(config, len(source.classes))
         warnings = build.check(config, source, validation, method, process)
         classes = list(source.classes)
+        facts = {"classes": classes, "images": source.digest()}
         if process.is_main and not checkpointing.files(Path(config.output)):
             with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
                 build.export_method(method, config, classes, Path(trial))
 
+    config, started_from = _initialised(config, method, facts, process)
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -200,15 +224,25 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         config=config,
         process=process,
         precision=precision,
-        dataset=MultiCropDataset(source, build.crop_specs(config.crops), config.seed),
+        dataset=MultiCropDataset(
+            source, build.crop_specs(config.crops), config.seed, config.data.unreadable == "skip"
+        ),
         validation=validation,
+        neighbors=build.build_neighbors(config, source),
         sampler=sampler,
         rates=build.build_rates(config, sampler.steps_per_epoch),
         method=method,
         optimizer=build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay),
         meter=Meter(process),
-        facts={"classes": classes, "images": source.digest()},
-        messages=[_describe(config, source, process), *(f"warning: {w}" for w in warnings)],
+        unreadable=UnreadableImages(
+            Path(config.output) / "unreadable.txt", len(source), config.data.max_unreadable
+        ),
+        facts=facts,
+        messages=[
+            _describe(config, source, process),
+            *(f"warning: {warning}" for warning in warnings),
+            *started_from,
+        ],
     )
     first = distributed.broadcast((to_json(run.config), run.facts))
     with distributed.together():
@@ -219,6 +253,43 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
                 stack.enter_context(checkpointing.claimed(run.config))
         _continue(run)
         yield run
+
+
+def _initialised(
+    config: Config, method: TReX, facts: dict[str, Any], process: Process
+) -> tuple[Config, list[str]]:
+    """Take on the weights of ``config.init_from``, unless the run has a checkpoint of its own.
+
+    The main process reads the file for all.
+
+    Returns:
+        The configuration with the licence of these weights, and what to tell.
+
+    Raises:
+        ValueError: The file will not do, or its licence forbids the one that was chosen.
+    """
+    begins = not checkpointing.files(Path(config.output))
+    if not distributed.broadcast(bool(config.init_from) and begins):
+        return config, []
+    lines: list[str] = []
+    license_of_weights = ""
+    with distributed.together():
+        if process.is_main:
+            lines, license_of_weights = init_from(
+                Path(config.init_from), method, facts["classes"], facts["images"]
+            )
+            if license_of_weights == naver.LICENSE and config.license not in ("", naver.LICENSE):
+                raise ValueError(
+                    f"license: the weights in {config.init_from} are under {naver.LICENSE}, and so "
+                    f"is what is trained from them, not under {config.license}; leave --license out"
+                )
+    state, license_of_weights = distributed.broadcast((method.state_dict(), license_of_weights))
+    method.load_state_dict(state)
+    if license_of_weights and not config.license:
+        lines.append(
+            f"  licence of the weights, and of what is trained from them: {license_of_weights}"
+        )
+    return replace(config, license=config.license or license_of_weights), lines
 
 
 def _continue(run: Run) -> None:
@@ -237,6 +308,9 @@ def _continue(run: Run) -> None:
     path, state = saved
     checkpointing.restore(run.parts, state, path)
     run.meter.restore(state["meter"])
+    run.unreadable.add(state["unreadable"])
+    if not run.config.license:  # what init_from told at the start
+        run.config = replace(run.config, license=state["config"]["license"])
     match_memory_format(run.optimizer)
     run.sampler.start_step = state["step"]
     finished = state["step"] == run.sampler.total_steps
@@ -274,8 +348,9 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
 
 def _describe(config: Config, source: Source, process: Process) -> str:
     model = config.model
+    layers = f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}"
+    projector = f"projector with {layers}" if model.projector == "mlp" else "no projector"
     return (
-        f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, projector with "
-        f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}, "
+        f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, {projector}, "
         f"{config.objective.name}; {config.precision} on {process.world_size} x {process.device}"
     )

@@ -37,18 +37,19 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
     return export_method(method, config, state["classes"], folder)
 
 
-def load_step(path: Path | str) -> tuple[TReX, list[Tensor], Tensor, Precision]:
+def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
     """Load a step whose loss was not finite, as its process saw it.
 
-    ``with precision.autocast(): loss, logits = method(crops, labels)`` is then its forward pass.
+    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass.
 
     Args:
         path: The file that training named.
 
     Returns:
-        The method in training mode, the crops of each resolution, the labels, and the precision;
-        on CUDA where there is one, else on the CPU. The global generators are seeded as they were;
-        BatchNorm's running statistics alone are those after the step's forward pass.
+        The method in training mode, its inputs (the crops of each resolution, the labels, and
+        which samples they are), and the precision; on CUDA where there is one, else on the CPU.
+        The global generators are seeded as they were; BatchNorm's running statistics alone are
+        those after the step's forward pass.
 
     Raises:
         ValueError: The file is not such a step, or its precision needs CUDA.
@@ -61,7 +62,8 @@ def load_step(path: Path | str) -> tuple[TReX, list[Tensor], Tensor, Precision]:
     precision = Precision.from_name(state["config"]["precision"], device.type)
     seed_step(state["config"]["seed"], state["step"], state["process"])
     crops = [images.to(device) for images in state["crops"]]
-    return method.train().to(device), crops, state["labels"].to(device), precision
+    inputs = crops, state["labels"].to(device), state["ids"].to(device)
+    return method.train().to(device), inputs, precision
 
 
 def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:

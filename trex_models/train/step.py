@@ -65,6 +65,7 @@ def training_step(
     precision: Precision,
     crops: Sequence[Tensor],
     labels: Tensor,
+    ids: Tensor,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, fill the bank, optimise.
@@ -76,6 +77,7 @@ def training_step(
         precision: The types to compute in.
         crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
         labels: (B,).
+        ids: Which samples the images are, (B,).
         learning_rate: Of this step.
 
     Returns:
@@ -87,7 +89,7 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     with precision.autocast():
-        loss, logits = model(crops, labels)
+        loss, logits = model(crops, labels, ids)
     read_loss = _read_later(loss.detach())
     optimizer.zero_grad(set_to_none=True)
     precision.scaler.scale(loss).backward()
@@ -96,7 +98,7 @@ def training_step(
         raise NonFiniteLossError("the loss is no longer finite")
     with precision.autocast():
         # Before the optimiser's step: the average follows the weights that made this loss.
-        method.update_bank(crops[0][: len(labels)], labels)
+        method.update_bank(crops[0][: len(labels)], labels, ids)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach(), logits.detach()

@@ -1,25 +1,31 @@
-"""Top-1 and top-5 accuracy of the training head, exact on any number of processes.
+"""Accuracy on held-out images: of the training head, and of nearest neighbours among features.
 
-Shapes: N images, B batch, C classes, S side in pixels.
+Exact on any number of processes.
+Shapes: N images, B batch, C classes, F features, S side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
-from trex_models.train.distributed import Process, broadcast_buffers, gather
+from trex_models.evaluation.neighbors import hits, nearest_votes
+from trex_models.heads import widen
+from trex_models.train.distributed import Process, broadcast_buffers, gather, gather_rows
 from trex_models.train.method import TReX
 from trex_models.train.step import Precision
 
 _CROP_PCT = 224 / 256  # resize the shorter side to 256, cut out the central 224
+_QUERIES = 4096
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,16 @@ class Images:
     Args:
         images: (B, 3, S, S), normalised.
         labels: (B,).
+        unreadable: What is wrong with the images that are left out.
     """
 
     images: Tensor
     labels: Tensor
+    unreadable: list[str]
 
     def pin_memory(self) -> Images:
         """Return the batch in page-locked memory."""
-        return Images(self.images.pin_memory(), self.labels.pin_memory())
+        return Images(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
 
 class ValidationDataset:
@@ -45,66 +53,197 @@ class ValidationDataset:
     Args:
         source: Labelled images.
         size: S.
+        skip: Whether images that cannot be read are left out.
     """
 
-    def __init__(self, source: Source, size: int) -> None:
+    def __init__(self, source: Source, size: int, skip: bool = False) -> None:
         self.source = source
+        self.skip = skip
+        self._size = size
         self._transform: Callable[[Image.Image], Tensor] = create_transform(
             (3, size, size), interpolation="bilinear", crop_pct=_CROP_PCT
         )
 
     def __getitems__(self, indices: Sequence[int]) -> Images:
-        """Return a batch; ValueError names an image that cannot be read."""
-        images = [self._transform(Image.fromarray(self.source.read(index))) for index in indices]
-        return Images(torch.stack(images), torch.from_numpy(self.source.labels[list(indices)]))
+        """Return a batch, which may be empty; ValueError names an image that cannot be read."""
+        images, read, unreadable = [torch.empty(0, 3, self._size, self._size)], [], []
+        for index in indices:
+            try:
+                image = Image.fromarray(self.source.read(index))
+            except UnreadableImageError as error:
+                if not self.skip:
+                    raise
+                unreadable.append(str(error))
+            else:
+                images.append(self._transform(_shortened(image))[None])
+                read.append(index)
+        return Images(torch.cat(images), torch.from_numpy(self.source.labels[read]), unreadable)
 
 
-@torch.no_grad()
-def validate(
-    method: TReX,
-    dataset: ValidationDataset,
-    process: Process,
-    precision: Precision,
-    batch_size: int,
-    workers: int,
-    say: Callable[[str], object] = print,
-) -> dict[str, float]:
-    """Measure the online encoder and the head, in eval mode, with rank 0's BatchNorm statistics.
+def _shortened(image: Image.Image) -> Image.Image:
+    """Return the middle of a very long image: resized as a whole it may not fit into memory."""
+    width, height = image.size
+    most = 8 * min(width, height)
+    if max(width, height) <= most:
+        return image
+    # The same centre, to half a pixel.
+    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+    return image.crop((left, top, width - left, height - top))
 
-    Every process must call it. Nothing that training depends on is changed.
+
+@dataclass(frozen=True)
+class Neighbors:
+    """What a weighted k-NN classifier compares features with.
 
     Args:
-        method: The method; its mode is restored.
+        dataset: Of the training images.
+        indices: Which of them, (N,).
+        k: Neighbours that vote.
+    """
+
+    dataset: ValidationDataset
+    indices: np.ndarray
+    k: int
+
+
+class Validator:
+    """Measures a method in eval mode, with rank 0's BatchNorm statistics.
+
+    Nothing that training depends on is changed.
+
+    Args:
         dataset: The images.
         process: This process: it takes every world_size-th image from its rank on.
         precision: The types to compute in.
         batch_size: Images at a time, of this process.
         workers: Loader processes.
+        neighbors: What to compare features with; None for no k-NN classifier.
         say: What to do with a line about a worker's death.
-
-    Returns:
-        val_top1 and val_top5, shares of all N images; exact integers are summed.
-
-    Raises:
-        ValueError: An image cannot be read.
+        watch: Yields the batches that it is given, their number and what they are for, while
+            someone may be watching.
+        pass_over: What to do with the reasons why images were left out.
     """
-    was_training = method.training
-    method.eval()
-    broadcast_buffers(method.encoder)
-    own = range(process.rank, len(dataset.source), process.world_size)
-    batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
-    counts = torch.zeros(3, dtype=torch.int64, device=process.device)  # top-1, top-5, images
-    pinned = process.device.type == "cuda"
-    try:
-        for batch in load_batches(dataset, batches, workers, pinned, say):
-            images = batch.images.to(process.device, non_blocking=True)
-            labels = batch.labels.to(process.device, non_blocking=True)
-            with precision.autocast():
-                logits = method.objective.logits(method.encoder([images]))
-            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            seen = torch.tensor(len(labels), device=process.device)
-            counts += torch.stack([ranked[:, 0].sum(), ranked.sum(), seen])
-    finally:
-        method.train(was_training)
-    top1, top5, images_seen = gather(counts[None]).sum(0).tolist()
-    return {"val_top1": top1 / images_seen, "val_top5": top5 / images_seen}
+
+    def __init__(
+        self,
+        dataset: ValidationDataset,
+        process: Process,
+        precision: Precision,
+        batch_size: int,
+        workers: int,
+        neighbors: Neighbors | None = None,
+        say: Callable[[str], object] = print,
+        watch: Callable[[Iterator[Images], int, str], Iterator[Images]] = lambda batches, *_: (
+            batches
+        ),
+        pass_over: Callable[[list[str]], object] = lambda _: None,
+    ) -> None:
+        self._dataset = dataset
+        self._process = process
+        self._precision = precision
+        self._batch_size = batch_size
+        self._workers = workers
+        self._neighbors = neighbors
+        self._say = say
+        self._watch = watch
+        self._pass_over = pass_over
+
+    @torch.no_grad()
+    def measure(self, method: TReX) -> dict[str, float]:
+        """Measure the online encoder and the head; every process must call it.
+
+        Args:
+            method: The method; its mode is restored.
+
+        Returns:
+            val_top1 and val_top5, shares of the images that could be read; val_knn, the share
+            that the k-NN classifier has right. Exact integers are summed.
+
+        Raises:
+            ValueError: An image cannot be read, or none can.
+        """
+        was_training = method.training
+        method.eval()
+        broadcast_buffers(method.encoder)
+        try:
+            counts = self._count(method)
+        finally:
+            method.train(was_training)
+        top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
+        if not images:
+            raise ValueError("none of the validation images can be read")
+        measured = {"val_top1": top1 / images, "val_top5": top5 / images}
+        return measured | ({"val_knn": nearest / images} if self._neighbors else {})
+
+    def _count(self, method: TReX) -> Tensor:
+        """Return how many of this process's images are right: top-1, top-5, k-NN; and of all."""
+        references = self._references(method)
+        counts = torch.zeros(4, dtype=torch.int64, device=self._process.device)
+        waiting: list[tuple[Tensor, Tensor]] = []  # many queries at once are faster
+        for features, labels in self._features(
+            method, self._dataset, range(len(self._dataset.source)), "validation"
+        ):
+            with self._precision.autocast():
+                logits = method.objective.logits(method.encoder.projector(widen(features)))
+            ranked = logits.topk(min(5, logits.shape[1]))
+            # Of a vote, -inf is no vote at all.
+            hit = (ranked.indices == labels[:, None]) & (ranked.values > -torch.inf)
+            counts[0] += hit[:, 0].sum()
+            counts[1] += hit.sum()
+            counts[3] += len(labels)
+            if references is not None:
+                waiting.append((features, labels))
+                if sum(len(part) for _, part in waiting) >= _QUERIES:
+                    counts[2] += self._count_nearest(references, waiting)
+                    waiting = []
+        if references is not None and waiting:
+            counts[2] += self._count_nearest(references, waiting)
+        return counts
+
+    def _references(self, method: TReX) -> tuple[Tensor, Tensor] | None:
+        """Return features and labels of the training images to compare with, of all processes."""
+        if self._neighbors is None:
+            return None
+        among = self._neighbors
+        parts = list(self._features(method, among.dataset, among.indices, "features"))
+        device = self._process.device
+        width = parts[0][0].shape[1] if parts else 0
+        width = int(gather(torch.tensor([width], device=device)).max())
+        if not width:
+            raise ValueError("none of the training images to compare with can be read")
+        # Of a process without images: there may be fewer of them than processes.
+        none = (
+            torch.zeros(0, width, device=device),
+            torch.zeros(0, dtype=torch.int64, device=device),
+        )
+        features, labels = zip(none, *parts, strict=True)
+        return gather_rows(torch.cat([*map(widen, features)])), gather_rows(torch.cat(labels))
+
+    def _count_nearest(
+        self, references: tuple[Tensor, Tensor], queries: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        assert self._neighbors is not None
+        features, labels = (torch.cat(column) for column in zip(*queries, strict=True))
+        num_classes = len(self._dataset.source.classes)
+        votes = nearest_votes(*references, features, num_classes, self._neighbors.k)
+        return hits(votes, labels, 1).sum()
+
+    def _features(
+        self,
+        method: TReX,
+        dataset: ValidationDataset,
+        indices: Sequence[int] | np.ndarray,
+        name: str,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the backbone's features, (<= B, F), and labels of this process's images."""
+        own = indices[self._process.rank :: self._process.world_size]
+        size, device = self._batch_size, self._process.device
+        batches = [[int(i) for i in own[at : at + size]] for at in range(0, len(own), size)]
+        loaded = load_batches(dataset, batches, self._workers, device.type == "cuda", self._say)
+        for batch in self._watch(loaded, len(batches), name):
+            self._pass_over(batch.unreadable)
+            if len(batch.labels):
+                images = batch.images.to(device, non_blocking=True)
+                with self._precision.autocast():
+                    features = method.encoder.backbone(images)
+                yield features, batch.labels.to(device, non_blocking=True)

@@ -1,0 +1,155 @@
+"""The same images from each kind of source train the same weights; and what is refused."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from tests.test_folder import save_image
+from tests.test_train import assert_same_state, last_state, run
+
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of unequal classes as a folder, a CSV file, a saved data set and a parquet file."""
+    root = tmp_path_factory.mktemp("data")
+    rows: list[tuple[Path, str]] = []
+    for label, count in zip(CLASSES, (4, 8, 20), strict=True):
+        for number in range(count):
+            path = root / "folder" / label / f"{number:02}.png"
+            save_image(path, seed=len(rows))
+            rows.append((path, label))
+    for part, chosen in {"train": rows, "held": rows[::3]}.items():
+        with (root / f"{part}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(
+                [("path", "label"), *((path.relative_to(root), label) for path, label in chosen)]
+            )
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    )
+
+    def saved(chosen: list[tuple[Path, str]]) -> Any:
+        columns = {
+            "image": [{"bytes": path.read_bytes(), "path": path.name} for path, _ in chosen],
+            "label": [CLASSES.index(label) for _, label in chosen],
+        }
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    splits = datasets.DatasetDict({"train": saved(rows), "held": saved(rows[::3])})
+    splits.save_to_disk(str(root / "saved"))
+    splits["train"].to_parquet(str(root / "train.parquet"))
+    return root
+
+
+def options(data: Path, source: str) -> list[str]:
+    kind, path = {
+        "folder": ("folder", "folder"),
+        "csv": ("csv", "train.csv"),
+        "saved": ("huggingface", "saved"),
+        "parquet": ("huggingface", "train.parquet"),
+    }[source]
+    chosen = ["--data.source", kind, "--data.path", str(data / path), "--optim.epochs", "1"]
+    return chosen + (["--data.split", "train"] if source == "saved" else [])
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> dict[str, Any]:
+    folder = data / "runs" / "folder"
+    assert run(folder, *options(data, "folder")) == 0
+    return last_state(folder)
+
+
+@pytest.mark.parametrize("source", ["csv", "saved", "parquet"])
+def test_every_source_trains_the_same_weights(
+    source: str,
+    data: Path,
+    trained: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "run"
+    workers = ["--system.workers", "1"] if source == "parquet" else []
+    assert run(folder, *options(data, source), *workers) == 0
+    state = last_state(folder)
+    assert_same_state(state["method"], trained["method"])
+    assert state["classes"] == CLASSES
+
+
+@pytest.mark.parametrize("source", ["csv", "saved"])
+def test_validation_on_another_file_or_split(source: str, data: Path, tmp_path: Path) -> None:
+    held = {
+        "csv": ["--validation.path", str(data / "held.csv")],
+        "saved": ["--validation.split", "held"],
+    }[source]
+    assert run(tmp_path / "run", *options(data, source), *held) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert '"val_top1"' in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            ["--data.path", "{data}/train.csv"],
+            r"train\.csv is a file; a CSV file needs --data\.source csv",
+        ),
+        (["--data.source", "csv"], "name the CSV file by --data.path"),
+        (["--data.source", "csv", "--data.path", "{data}/folder"], r"folder"),
+        (
+            ["--data.source", "huggingface", "--data.path", "{data}/saved"],
+            r"held, train.*--data\.split|train, held.*--data\.split",
+        ),
+        (
+            ["--data.source", "huggingface", "--data.path", "{data}/saved", "--data.split", "test"],
+            "test",
+        ),
+        (
+            ["--data.source", "folder", "--data.split", "train"],
+            "data.split is set, but data.source folder",
+        ),
+        (["--data.source", "fractals", "--data.label-column", "x"], "data.label_column is set"),
+        (["--data.source", "fractals", "--validation.split", "x"], "validation.split is set"),
+        (
+            ["--data.source", "fractals", "--data.max-unreadable", "1"],
+            r"a share in \[0, 1\), got 1.0",
+        ),
+        (
+            [
+                "--data.source",
+                "fractals",
+                "--validation.images-per-class",
+                "0",
+                "--validation.neighbors",
+                "5",
+            ],
+            "there are no images to validate on",
+        ),
+        (
+            ["--data.source", "fractals", "--objective.neighbors", "0"],
+            "objective.neighbors must be at",
+        ),
+    ],
+)
+def test_refused_in_one_line(
+    wrong: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    chosen = [option.format(data=data) for option in wrong]
+    if "--data.source" not in chosen:
+        chosen += ["--data.source", "folder"]
+    try:
+        status = run(tmp_path / "run", *chosen)
+    except SystemExit as stop:  # of the command line's parser
+        status = int(str(stop.code))
+    err = " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
+    assert status == 2
+    assert re.search(message, err), err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,70 @@
+"""Figures about a head's health, against counting by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trex_models.train.bank import Bank
+from trex_models.train.health import class_directions, head_health
+from trex_models.train.look import LOOK
+from trex_models.train.objectives import CosineSoftmax, LinearSoftmax, OnlineClassMeans
+
+
+def fill(bank: Bank, labels: list[int]) -> None:
+    bank.enqueue(torch.randn(len(labels), 3), torch.tensor(labels), torch.arange(len(labels)))
+
+
+def test_bank_of_noise_then_of_entries() -> None:
+    torch.manual_seed(0)
+    bank = Bank(6, 3, 4)
+    objective = OnlineClassMeans(bank, 0.1)
+    fresh = head_health(objective, class_directions(objective))
+    assert fresh["bank_initial"] == 1
+    assert fresh["bank_classes"] == fresh["bank_age"] == fresh["prototype_change"] == 0
+    fill(bank, [0, 0])
+    fill(bank, [3, 0])
+    assert head_health(objective, None) == {
+        "bank_classes": 2 / 4,
+        "bank_age": 0.5,
+        "bank_oldest": 1,
+        "bank_initial": pytest.approx(2 / 6),
+    }
+    fill(bank, [1, 1, 1, 1])  # two fit
+    fill(bank, [1, 1])
+    assert bank.written.tolist() == [3, 3, 1, 1, 2, 2]
+    assert bank.ids.tolist() == [0, 1, 0, 1, 0, 1]
+    health = head_health(objective, class_directions(objective))
+    assert health["bank_classes"] == 3 / 4
+    assert health["bank_age"] == pytest.approx((0 + 0 + 2 + 2 + 1 + 1) / 6)
+    assert health["bank_oldest"] == 2
+    assert health["bank_initial"] == 0
+    assert health["empty_prototypes"] == 1
+
+
+def test_ages_survive_a_checkpoint() -> None:
+    bank, other = Bank(4, 3, 2), Bank(4, 3, 2)
+    fill(bank, [0, 1])
+    fill(bank, [0])
+    other.load_state_dict(bank.state_dict())
+    fill(other, [1])
+    assert other.written.tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("objective", [CosineSoftmax(3, 4, 0.1), LinearSoftmax(3, 4)])
+def test_change_of_class_vectors(objective: CosineSoftmax | LinearSoftmax) -> None:
+    before = class_directions(objective)
+    weight = objective.classifier.weight
+    with torch.no_grad():
+        weight[0] *= 2  # no other direction
+        weight[1] *= -1
+    assert head_health(objective, before) == {
+        "prototype_change": pytest.approx(2 / 4),
+        "empty_prototypes": 0,
+    }
+
+
+def test_look_has_no_class_vectors() -> None:
+    objective = LOOK(Bank(6, 3, 4), 0.1, 2)
+    assert class_directions(objective) is None
+    assert "prototype_change" not in head_health(objective, None)

@@ -1,0 +1,319 @@
+"""Starting from a checkpoint: what is taken on, what is told, and the loss that it starts at."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import trex_models  # noqa: F401  # registers the models
+from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from trex_models.data.multicrop import MultiCropDataset, augment
+from trex_models.train import build, checkpointing, initial
+from trex_models.train.__main__ import parse
+from trex_models.train.config import from_dict
+from trex_models.train.distributed import Process
+from trex_models.train.method import TReX
+
+OFFICIAL = {
+    "encoder.backbone.": "module.model.encoder.",
+    "encoder.projector.": "module.model.head.layers.",
+    "momentum_encoder.encoder.backbone.": "module.model_ema.encoder.",
+    "momentum_encoder.encoder.projector.": "module.model_ema.head.layers.",
+    "objective.bank.": "module.memory.",
+    "objective.classifier.": "module.clf.fc.",
+}
+
+
+def official_form(method: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's weights as a full file of the official release."""
+    weights: dict[str, Any] = {}
+    for key, value in method.items():
+        (prefix,) = [prefix for prefix in OFFICIAL if key.startswith(prefix)]
+        name = key.removeprefix(prefix)
+        if name == "_extra_state":
+            weights["module.memory.ptr"] = torch.tensor([value["pointer"]])
+        elif name not in ("ids", "written"):
+            weights[OFFICIAL[prefix] + name] = value
+    return {"model": weights, "epoch": 100, "optimizer": {}, "fp16_scaler": {}}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each objective, and one in the official form."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = {}
+    for objective in ("ocm", "cosine", "softmax"):
+        found[objective] = folder / objective
+        assert run(folder / objective, "--objective.name", objective) == 0
+        found[f"official {objective}"] = folder / f"{objective}.pth"
+        torch.save(
+            official_form(last_state(folder / objective)["method"]), folder / f"{objective}.pth"
+        )
+    return found
+
+
+def started(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> list[str]:
+    """Start a run from a file; return the lines about it."""
+    assert run(folder, "--init-from", str(path), *more) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index(f"from {file_of(path)}:")
+    return [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
+
+
+def file_of(path: Path) -> Path:
+    if (path / "checkpoints").is_dir():
+        return checkpointing.files(path)[-1]
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+FROZEN = ["--optim.epochs", "1", "--optim.base-lr", "0", "--optim.final-lr", "0"]
+
+
+@pytest.mark.parametrize("objective", ["ocm", "cosine", "softmax"])
+@pytest.mark.parametrize("form", ["", "official "])
+def test_continuing_starts_at_that_models_loss(
+    objective: str,
+    form: str,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if (form, objective) == ("official ", "softmax"):
+        pytest.skip("the official release has no such classifier")
+    source = last_state(sources[objective])
+    lines = started(
+        sources[form + objective],
+        tmp_path / "run",
+        capsys,
+        *("--objective.name", objective, *FROZEN),
+    )
+    assert all(line.endswith(": restored") for line in lines if not line.startswith("licence"))
+    trained: Any = build.build_method(from_dict(source["config"]), 4)
+    trained.load_state_dict(source["method"])
+    # Weights that do not move: the run's first batch has the loss of the model it started from.
+    order = first_steps_loss(trained, tmp_path / "run", steps=2)
+    assert logged(tmp_path / "run")[0]["loss"] == pytest.approx(order, rel=1e-5)
+    random: Any = build.build_method(from_dict(source["config"]), 4)
+    assert abs(first_steps_loss(random, tmp_path / "run", steps=2) - order) > 1e-3
+    if objective == "ocm":
+        bank = last_state(tmp_path / "run")["method"]["objective.bank._extra_state"]
+        before = source["method"]["objective.bank._extra_state"]
+        assert bank["pointer"] == (before["pointer"] + 4 * 8) % 32
+
+
+def first_steps_loss(method: TReX, folder: Path, steps: int) -> float:
+    """Mean loss of the first steps of a run whose weights do not move."""
+    config = from_dict(json.loads((folder / "config.json").read_text()))
+    source = build.open_source(config.data)
+    dataset = MultiCropDataset(source, build.crop_specs(config.crops), config.seed)
+    sampler = build.build_sampler(config, len(source), Process(0, 1, torch.device("cpu")))
+    losses = []
+    for _, keys in zip(range(steps), sampler, strict=False):
+        batch = dataset.__getitems__(keys)
+        crops = augment(batch, torch.device("cpu"))
+        with torch.no_grad():
+            loss, _ = method.train()(crops, batch.labels, batch.ids)
+            method.update_bank(crops[0][: len(batch.labels)], batch.labels, batch.ids)
+        losses.append(float(loss))
+    return sum(losses) / steps
+
+
+def fates(lines: list[str]) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_bank_and_momentum_encoder_are_taken_on(sources: dict[str, Path]) -> None:
+    config = from_dict(last_state(sources["ocm"])["config"])
+    saved = last_state(sources["ocm"])
+    for name in ("ocm", "official ocm"):
+        method = build.build_method(config, 4)
+        lines, _ = initial.init_from(sources[name], method, saved["classes"], saved["images"])
+        assert set(fates(lines[1:]).values()) == {"restored"}, lines
+        state = method.state_dict()
+        assert (state.pop("objective.bank.written") == -1).all()  # not by this run
+        ids = state.pop("objective.bank.ids")
+        if name == "ocm":
+            assert torch.equal(ids, saved["method"]["objective.bank.ids"])
+        else:
+            assert (ids == -1).all()
+        assert state.pop("objective.bank._extra_state") == {"pointer": 0, "batches": 0}
+        assert_same_state(state, {key: saved["method"][key] for key in state})
+
+
+def test_other_images_do_not_know_the_banks_samples(sources: dict[str, Path]) -> None:
+    saved = last_state(sources["ocm"])
+    method: Any = build.build_method(from_dict(saved["config"]), 4)
+    initial.init_from(sources["ocm"], method, saved["classes"], "others")
+    assert (method.objective.bank.ids == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "expected"),
+    [
+        (
+            "ocm",
+            ["--model.hidden-layers", "2"],
+            {
+                "backbone": "restored",
+                "projector": "random: .* such as",
+                "momentum encoder": "copy of the encoder: ",
+                "memory bank": "noise: ",
+            },
+        ),
+        (
+            "ocm",
+            ["--model.projector", "none"],
+            {"projector": "random: the run has none", "memory bank": "noise: the run has none"},
+        ),
+        (
+            "ocm",
+            ["--objective.bank-size", "16"],
+            {
+                "momentum encoder": "restored",
+                "memory bank": r"noise: .*\(32, 8\).*\(16, 8\).*bank_size",
+            },
+        ),
+        (
+            "ocm",
+            ["--data.num-classes", "5"],
+            {
+                "projector": "restored",
+                "memory bank": "noise: the file's 4 classes are not the run's 5",
+            },
+        ),
+        (
+            "ocm",
+            ["--objective.name", "cosine"],
+            {
+                "momentum encoder": "not used: the objective has none",
+                "class weights, from the bank's prototypes": "restored",
+            },
+        ),
+        (
+            "ocm",
+            ["--objective.name", "softmax"],
+            {"class weights, from the bank's prototypes": "random: .*cosine"},
+        ),
+        ("ocm", ["--objective.name", "look"], {"memory bank": "restored"}),
+        (
+            "cosine",
+            [],
+            {
+                "momentum encoder": "copy of the encoder: the file has none",
+                "memory bank": "noise: the file has none",
+                "class weights": "not used: the objective has none",
+            },
+        ),
+        ("softmax", ["--objective.name", "cosine"], {"class weights": "random: .*biases"}),
+        (
+            "official ocm",
+            ["--data.num-classes", "9"],
+            {"memory bank": "noise: the bank's labels go up to 3, the run has 9 classes"},
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told(
+    source: str,
+    overrides: list[str],
+    expected: dict[str, str],
+    sources: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    config = parse("smoke", ["--output", str(tmp_path), *TINY, *overrides])
+    names = [f"fractal {label:04d}" for label in range(config.data.num_classes)]
+    method = build.build_method(config, len(names))
+    lines, _ = initial.init_from(sources[source], method, names, "images")
+    told = fates([line.strip() for line in lines[1:]])
+    for part, fate in expected.items():
+        assert re.match(fate, told[part]), (part, told)
+    assert told["backbone"] == "restored"
+
+
+def test_what_is_not_restored_keeps_its_random_weights(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    config = parse("smoke", ["--output", str(tmp_path), *TINY, "--model.hidden-layers", "2"])
+    method, untouched = (build.build_method(config, 4) for _ in range(2))
+    initial.init_from(sources["ocm"], method, ["a", "b", "c", "d"], "")
+    assert_same_state(
+        method.encoder.projector.state_dict(), untouched.encoder.projector.state_dict()
+    )
+    assert_same_state(method.objective.state_dict(), untouched.objective.state_dict())
+    assert method.momentum_encoder is not None
+    assert_same_state(method.momentum_encoder.encoder.state_dict(), method.encoder.state_dict())
+    saved = last_state(sources["ocm"])["method"]
+    for key, value in method.encoder.backbone.state_dict().items():
+        assert torch.equal(value, saved[f"encoder.backbone.{key}"])
+
+
+@pytest.mark.parametrize("part", ["backbone", "cls"])
+def test_timm_folders_are_taken(
+    part: str, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = started(
+        sources["cosine"] / "export" / part,
+        tmp_path / "run",
+        capsys,
+        *("--objective.name", "cosine", *FROZEN),
+    )
+    told = fates(lines)
+    whole = part == "cls"
+    assert told == {
+        "backbone": "restored",
+        "projector": "restored" if whole else "random: the file has none",
+        "class weights": "restored" if whole else "random: the file has none",
+    }
+
+
+def test_naver_licence_stays(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through an interruption too, where the file is read no more."""
+    command = ["--init-from", str(sources["official ocm"])]
+    assert run(tmp_path / "run", *command, "--license", "mit") == 2
+    assert (
+        "cc-by-nc-sa-4.0, and so is what is trained from them, not under mit"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", *command) == 0
+    assert "what is trained from them: cc-by-nc-sa-4.0" in capsys.readouterr().out
+    assert run(tmp_path / "run", *command) == 0
+    assert f"from {sources['official ocm']}" not in capsys.readouterr().out
+    for part in ("backbone", "cls"):
+        config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
+        assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"
+    # And what is trained from that is under it again.
+    assert run(tmp_path / "next", "--init-from", str(tmp_path / "run"), "--license", "mit") == 2
+
+
+def test_files_that_will_not_do(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.pth"
+    page.write_text("<!doctype html><p>Not found")
+    spoilt = last_state(sources["ocm"])
+    spoilt["method"]["encoder.projector.1.fc.bias"][0] = float("nan")
+    torch.save(spoilt, tmp_path / "nan.pth")
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for path, reason in {
+        tmp_path / "none.pth": "cannot be read",
+        page: "web page",
+        tmp_path / "nan.pth": "projector.1.fc.bias has 1 values that are not finite",
+        tmp_path
+        / "other.pth": r"its backbone is not the run's \(.* keys missing.*set model.backbone",
+        tmp_path / "empty": "holds no checkpoint yet",
+    }.items():
+        assert run(tmp_path / "run", "--init-from", str(path)) == 2
+        err = capsys.readouterr().err
+        assert re.search(reason, err), err
+        assert len(err.splitlines()) == 1
+        assert str(path) in err
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,134 @@
+"""LOOK against plain loops, and against SNCA where its neighbours are the whole bank."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trex_models.train.bank import Bank
+from trex_models.train.look import LOOK
+
+TAU, D, C = 0.1, 6, 5
+
+
+def make_bank(size: int = 40, seed: int = 0) -> Bank:
+    torch.manual_seed(seed)
+    bank = Bank(size, D, C, torch.float64)
+    bank.ids.copy_(torch.randint(0, 12, (size,)))  # several entries of a sample
+    return bank
+
+
+def batch(images: int = 4, crops: int = 3, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    z = torch.randn(images * crops, D, dtype=torch.float64, requires_grad=True)
+    return z, torch.randint(C, (images,)), torch.arange(images)
+
+
+def loss_by_hand(bank: Bank, z: Tensor, label: int, sample: int, k: int) -> Tensor:
+    """The loss of one crop, from the formula."""
+    scores = torch.stack(
+        [F.cosine_similarity(z, entry, dim=0) / TAU for entry in bank.features.unbind()]
+    )
+    others = [j for j in range(len(scores)) if bank.ids[j] != sample]
+    ranked = sorted(others, key=lambda j: -scores[j].item())
+    neighbors, rest = ranked[:k], ranked[k:]
+    if not any(bank.labels[j] == label for j in neighbors):
+        neighbors += [j for j in rest if bank.labels[j] == label][:1]
+    alike = [j for j in neighbors if bank.labels[j] == label]
+    if not alike:
+        return torch.zeros((), dtype=z.dtype)
+    return -torch.log(sum(scores[j].exp() for j in alike) / sum(scores[j].exp() for j in neighbors))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40, 1000])
+def test_loss_and_gradient_are_those_of_a_plain_loop(k: int) -> None:
+    bank = make_bank()
+    z, labels, ids = batch()
+    bank.labels[bank.labels == labels[0]] = (labels[0] + 1) % C  # the bank has none of its class
+    loss, _ = LOOK(bank, TAU, k)(z, labels, ids)
+    rows = [
+        loss_by_hand(bank, z[crop * 4 + image], int(labels[image]), image, k)
+        for crop in range(3)
+        for image in range(4)
+    ]
+    expected = torch.stack(rows).mean()
+    torch.testing.assert_close(loss, expected)
+    (ours,) = torch.autograd.grad(loss, z)
+    (theirs,) = torch.autograd.grad(expected, z)
+    torch.testing.assert_close(ours, theirs)
+    absent = [row for row, label in enumerate(labels.repeat(3)) if label == labels[0]]
+    assert torch.equal(ours[absent], torch.zeros(len(absent), D, dtype=z.dtype))
+    assert ours.abs().sum() > 0
+
+
+def test_the_whole_bank_as_neighbours_is_snca() -> None:
+    """Wu, Efros, Yu 2018, Eq. 4 and 5: p_ij is a softmax over all but i; the loss -log sum p_ij."""
+    bank = make_bank(size=12 * C)
+    bank.ids.copy_(torch.arange(len(bank.ids)))
+    images = torch.arange(8)
+    z = bank.features[images].clone().requires_grad_()  # as SNCA: queries are entries themselves
+    labels = bank.labels[images]
+    loss, _ = LOOK(bank, TAU, len(bank.labels))(z, labels, images)
+
+    v = F.normalize(bank.features, dim=1)
+    logits = F.normalize(z, dim=1) @ v.T / TAU
+    logits = logits.masked_fill(torch.eye(len(v))[images].bool(), -math.inf)
+    p = logits.softmax(dim=1)
+    same = bank.labels == labels[:, None]
+    snca = -(p * same).sum(1).log().mean()
+    torch.testing.assert_close(loss, snca, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, snca)))
+
+
+def test_own_entries_do_not_count() -> None:
+    bank = make_bank()
+    z, labels, ids = batch(images=1, crops=1)
+    before, votes = LOOK(bank, TAU, 5)(z, labels, ids)
+    own = bank.ids == 0
+    bank.features[own] = z.detach()  # nearest of all, of the right class, if they counted
+    bank.labels[own] = labels[0]
+    after, same_votes = LOOK(bank, TAU, 5)(z, labels, ids)
+    assert torch.equal(before, after)
+    assert torch.equal(votes, same_votes)
+    counted, _ = LOOK(bank, TAU, 5)(z, labels, ids + 100)
+    assert counted < 0.5 * after
+
+
+def test_a_bank_of_own_entries_alone_adds_no_loss() -> None:
+    bank = make_bank()
+    bank.ids.zero_()
+    z, labels, ids = batch(images=1, crops=2)
+    loss, votes = LOOK(bank, TAU, 3)(z, labels, ids)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss == 0
+    assert torch.equal(gradient, torch.zeros_like(z))
+    assert (votes == -math.inf).all()
+
+
+def test_votes_are_the_weighted_nearest_neighbours() -> None:
+    bank = make_bank()
+    z, _, _ = batch()
+    votes = LOOK(bank, TAU, 7).logits(z.detach())
+    for row, query in zip(votes, z.detach(), strict=True):
+        scores = F.cosine_similarity(query[None], bank.features) / TAU
+        nearest = scores.topk(7)
+        expected = torch.zeros(C, dtype=torch.float64)
+        for score, entry in zip(nearest.values, nearest.indices, strict=True):
+            expected[bank.labels[entry]] += score.exp()
+        torch.testing.assert_close(row.exp(), expected / expected.sum())
+
+
+def test_float32_under_autocast_and_no_gradient_to_the_bank() -> None:
+    torch.manual_seed(0)
+    bank = Bank(16, D, C)
+    z = torch.randn(4, D, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, votes = LOOK(bank, TAU, 4)(z, torch.tensor([0, 1, 2, 3]), torch.arange(4))
+    plain, _ = LOOK(bank, TAU, 4)(z, torch.tensor([0, 1, 2, 3]), torch.arange(4))
+    assert loss.dtype == votes.dtype == torch.float32
+    assert torch.equal(loss, plain)
+    assert not bank.features.requires_grad

@@ -1,0 +1,149 @@
+"""Images that cannot be read: raise or skip, exactly, listed, and not too many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_folder import save_image
+from tests.test_train import assert_same_state, last_state, logged, run
+from trex_models.train import checkpointing
+from trex_models.train.unreadable import UnreadableImages
+
+NAMES = [f"{label}/{i}.png" for label in "ab" for i in range(16)]
+BROKEN = ["a/3.png", "b/8.png"]  # neither tried before the start nor in the first batch
+
+
+def make_folder(root: Path, broken: list[str]) -> list[str]:
+    """Two classes of 16 images, some of them cut short; return the options of a run on them."""
+    for seed, name in enumerate(NAMES):
+        save_image(root / name, seed)
+        if name in broken:
+            (root / name).write_bytes((root / name).read_bytes()[:200])
+    return [
+        "--data.source",
+        "folder",
+        "--data.path",
+        str(root),
+        "--validation.images-per-class",
+        "0",
+    ]
+
+
+SKIP = ["--data.unreadable", "skip", "--data.max-unreadable", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The options of a data set with two broken images, and a run that skips them."""
+    folder = tmp_path_factory.mktemp("skipped")
+    options = make_folder(folder / "images", BROKEN)
+    assert run(folder / "run", *options, *SKIP) == 0
+    return options, folder / "run"
+
+
+def test_the_list_names_file_and_reason(skipped: tuple[list[str], Path]) -> None:
+    _, folder = skipped
+    lines = (folder / "unreadable.txt").read_text().splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, BROKEN, strict=True):
+        assert f"{folder.parent / 'images' / name} cannot be read" in line
+    assert logged(folder)[-1]["unreadable"] == 2
+    assert last_state(folder)["unreadable"] == lines
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_stand_ins_do_not_depend_on_the_workers(
+    workers: str,
+    skipped: tuple[list[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options, folder = skipped
+    assert run(tmp_path / "run", *options, *SKIP, "--system.workers", workers) == 0
+    out = capsys.readouterr().out
+    assert f"2 images could not be read and were passed over: see {tmp_path}" in out
+    assert out.count("skipped: ") == 2  # once each, not once an epoch
+    ours, theirs = last_state(tmp_path / "run"), last_state(folder)
+    for state in (ours, theirs):
+        del state["config"]
+    assert_same_state(ours, theirs)
+    assert logged(tmp_path / "run") == logged(folder)
+
+
+def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
+    skipped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, folder = skipped
+    command = [*options, "--system.save-steps", "0"]
+    assert run(tmp_path / "run", *command) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert any(f"{name} cannot be read as an image" in err for name in BROKEN)
+    (kept,) = checkpointing.files(tmp_path / "run")  # the last whole step, though none was due
+    assert checkpointing.load(kept)["step"] > 0
+    assert run(tmp_path / "run", *command, *SKIP) == 0
+    ours, theirs = last_state(tmp_path / "run"), last_state(folder)
+    for state in (ours, theirs):
+        del state["config"]
+    assert_same_state(ours, theirs)
+    assert logged(tmp_path / "run") == logged(folder)
+
+
+def test_too_many_end_the_run_after_it_is_saved(
+    skipped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, folder = skipped
+    few = [*options, *SKIP[:3], "0.04"]  # of 32: one
+    assert run(tmp_path / "run", *few) == 2
+    err = capsys.readouterr().err
+    assert "2 training images cannot be read, 1 may be (data.max_unreadable)" in err
+    assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 2
+    assert run(tmp_path / "run", *options, *SKIP) == 0
+    assert_same_state(last_state(tmp_path / "run")["method"], last_state(folder)["method"])
+
+
+def test_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first image of all is among those that are tried."""
+    options = make_folder(tmp_path / "images", ["a/0.png"])
+    assert run(tmp_path / "run", *options) == 2
+    assert "or pass over such images: --data.unreadable skip" in capsys.readouterr().err
+    assert run(tmp_path / "run", *options, *SKIP) == 0
+    assert "warning: 1 of 16 images cannot be read, such as: " in capsys.readouterr().out
+    options = make_folder(tmp_path / "broken", NAMES)
+    assert run(tmp_path / "other", *options, *SKIP) == 2
+    assert "none of 16 images can be read" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_validation_leaves_them_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = make_folder(tmp_path / "images", [])
+    make_folder(tmp_path / "held", BROKEN)
+    make_folder(tmp_path / "whole", [])
+    for name in BROKEN:
+        (tmp_path / "whole" / name).unlink()
+    for held in ("held", "whole"):
+        validation = ["--validation.path", str(tmp_path / held), "--optim.epochs", "1"]
+        assert run(tmp_path / f"on {held}", *options, *SKIP, *validation) == 0
+    seen, expected = (logged(tmp_path / f"on {held}")[-1] for held in ("held", "whole"))
+    assert seen == expected  # they are not counted among the training images
+    assert len((tmp_path / "on held" / "unreadable.txt").read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert run(tmp_path / "raise", *options, "--validation.path", str(tmp_path / "held")) == 2
+    assert "held" in capsys.readouterr().err
+
+
+def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
+    images = UnreadableImages(tmp_path / "unreadable.txt", 100, 0.5)
+    said: list[str] = []
+    images.add(f"image {i}" for i in range(50))
+    assert not images.exchange(True, said.append)
+    assert len(said) == 6
+    assert said[-1] == f"skipped: 45 more, listed in {tmp_path / 'unreadable.txt'}"
+    assert not images.exchange(True, said.append)
+    assert len(said) == 6  # nothing is new
+    images.add(["image 50"])
+    assert images.exchange(True, said.append)
+    assert said[-1] == "skipped: image 50"
+    assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == len(images) == 51

@@ -1,0 +1,176 @@
+"""What a person sees of a run: the lines, TensorBoard's files, the summary."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_train import logged, run
+from trex_models.train import reporting
+from trex_models.train.reporting import Reporter
+from trex_models.train.summary import summarize
+
+METRICS = ["--validation.images-per-class", "4", "--validation.neighbors", "3"]
+
+
+class Clock:
+    """A time that goes on by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(reporting, "time", clock)
+    return clock
+
+
+def reporter(folder: Path, **options: Any) -> Reporter:
+    plan = {"start_step": 0, "total_steps": 8, "steps_per_epoch": 4, "images_per_step": 16}
+    return Reporter(folder / "metrics.jsonl", **(plan | {"enabled": True} | options))
+
+
+def slow(clock: Clock, seconds: float) -> Iterator[int]:
+    for number in itertools.count():
+        clock.now += seconds
+        yield number
+
+
+def test_rate_waiting_and_time_left(
+    clock: Clock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reporter(tmp_path) as report:
+        batches = report.timed(slow(clock, 1.0))
+        for _ in range(2):
+            next(batches)
+            clock.now += 3.0  # the step
+        with report.aside():
+            clock.now += 12.0  # a validation
+        report.report(2, {"loss": 2.5, "accuracy": 0.25, "learning_rate": 0.1})
+        next(batches)
+        report.report(3, {"loss": 2.0})
+    first, second = (json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {
+        "step": 2,
+        "epoch": 0.5,
+        "loss": 2.5,
+        "accuracy": 0.25,
+        "learning_rate": 0.1,
+        "seconds": 20.0,
+        "images_per_second": 4.0,
+        "waiting_for_data": 0.25,
+    }
+    assert (second["images_per_second"], second["waiting_for_data"]) == (16.0, 1.0)
+    shown = capsys.readouterr().out.splitlines()[0]
+    assert shown == (
+        "step 2/8 epoch 0.50 loss 2.5 accuracy 0.25 4 images/s, 25% waiting for data, 1:00 left"
+    )
+
+
+def test_on_a_terminal_it_is_a_bar(
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with reporter(tmp_path) as report:
+        batches = report.timed(slow(clock, 1.0))
+        next(batches)
+        clock.now += 1.0
+        report.advance()
+        report.say("a message")
+        list(report.watched(iter(range(3)), 3, "validation"))
+        report.report(1, {"loss": 2.5, "bank_age": 3.0})
+    captured = capsys.readouterr()
+    assert captured.out == "a message\n"  # no line per report beside the bar
+    assert "validation" in captured.err
+    bar = captured.err.split("\r")[-1]
+    assert "1/8" in bar
+    assert "loss 2.5 8 images/s, 50% waiting for data" in bar
+    assert "bank_age" not in bar  # of the figures, the few that are looked at most
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    assert run(folder, *METRICS, "--system.tensorboard") == 0
+    return folder
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_what_the_lines_hold(watched: Path) -> None:
+    shown = scalars(watched)
+    lines = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
+    for name in {name for line in lines for name in line} - {"step"}:
+        expected = {
+            line["step"]: pytest.approx(line[name], rel=1e-6) for line in lines if name in line
+        }
+        assert shown[name] == expected, name
+
+
+def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+    for start, value in ((0, 1.0), (2, 2.0)):
+        with reporter(tmp_path, start_step=start, tensorboard=tmp_path / "tensorboard") as report:
+            for done in range(start + 1, 5):
+                report.report(done, {"loss": value})
+    assert scalars(tmp_path)["loss"] == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
+
+
+def test_every_line_tells_the_heads_health(watched: Path) -> None:
+    last = logged(watched)[-1]
+    assert last["bank_classes"] == 1
+    assert last["bank_initial"] == 0
+    assert last["bank_age"] == pytest.approx(1.5)  # 32 entries of batches of 8
+    assert last["bank_oldest"] == 3
+    assert last["empty_prototypes"] == 0
+    assert 0 < last["prototype_change"] < 2
+    assert {"val_top1", "val_top5", "val_knn"} <= last.keys()
+    assert [line["bank_initial"] for line in logged(watched)] == [0.5, 0, 0, 0]
+
+
+def test_summary(watched: Path) -> None:
+    lines = summarize(watched, 8, [watched / "export/backbone", watched / "export/cls"])
+    text = "\n".join(lines)
+    assert re.match(
+        r"finished: 8 steps, 2 epochs, 64 images in 0:\d\d \(\d+ images/s, \d+% wai", text
+    )
+    last = logged(watched)[-1]
+    assert f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}" in text
+    best = max(line["val_top1"] for line in logged(watched) if "val_top1" in line)
+    assert f"top-1 {last['val_top1']:.1%} (best {best:.1%}" in text
+    assert f"k-NN {last['val_knn']:.1%}" in text
+    assert f"python -m trex_models.plot {watched}" in text
+    assert f'timm.create_model("local-dir:{watched / "export/backbone"}", pretrained=True)' in text
+    assert f"python -m hub build {watched / 'export/backbone'} --output" in text
+
+
+def test_tensorboard_is_asked_for_only_where_it_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run(tmp_path / "with", "--system.tensorboard") == 2
+    assert "pip install trex-models[train]" in capsys.readouterr().err
+    assert run(tmp_path / "without", "--optim.epochs", "1") == 0

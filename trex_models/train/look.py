@@ -1,0 +1,118 @@
+"""LOOK: the leave-one-out error of a k-nearest-neighbour classifier over the memory bank.
+
+A reconstruction: of Feng et al., "Rethinking supervised pre-training for better downstream
+transferring" (ICLR 2022, arXiv 2110.06014), only the abstract could be verified, and its code is
+not public. An image need only share its label with most of its nearest neighbours, so that a class
+may have several modes. With N_k(i) the k entries of the bank most similar to z_i, the image's own
+entries left out, and s = cosine:
+
+    L_i = -log( sum_{j in N_k(i), y_j = y_i} exp(s_ij / tau) / sum_{j in N_k(i)} exp(s_ij / tau) )
+
+Ours: where none of the k has the image's label, the nearest entry that has joins them; where the
+bank has none, the crop's loss is 0. With k = Q it is SNCA (Wu, Efros, Yu, ECCV 2018).
+
+Shapes: B batch, N crops, D embedding, Q bank size, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trex_models.heads import widen, without_autocast
+from trex_models.train.bank import Bank
+from trex_models.train.objectives import Objective
+
+
+class LOOK(Objective):
+    """The loss over the bank's nearest neighbours; its logits are their weighted vote.
+
+    Args:
+        bank: The memory bank. No gradient flows through it.
+        temperature: tau.
+        neighbors: k; the whole bank if it is smaller.
+    """
+
+    bank: Bank
+
+    def __init__(self, bank: Bank, temperature: float, neighbors: int) -> None:
+        super().__init__(bank)
+        self.temperature = temperature
+        self.neighbors = min(neighbors, len(bank.labels))
+
+    def class_weights(self) -> None:
+        """Return None: a class has no vector of its own."""
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logarithm of each class's share of the vote, -inf for a class without one."""
+        bank = self._unit_features()
+        votes = [
+            self._votes(*self._nearest(self._scores(part, bank)))
+            for part in embeddings.split(_ROWS)
+        ]
+        return torch.cat(votes)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over all crops, and the votes of their neighbours.
+
+        Args:
+            embeddings: (N * B, D), crop-major.
+            labels: (B,).
+            ids: Which samples the images are, (B,): entries of the same sample are left out.
+        """
+        bank = self._unit_features()
+        losses, votes = [], []
+        for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory
+            loss, vote = self._compare(self._scores(crop, bank), labels, ids)
+            losses.append(loss)
+            votes.append(vote)
+        return torch.cat(losses).mean(), torch.cat(votes)
+
+    def _compare(self, scores: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss, (B,), and the votes, (B, C), of one crop of every image."""
+        with torch.no_grad():
+            others = scores.masked_fill(ids[:, None] == self.bank.ids, -math.inf)
+            nearest, entries = self._nearest(others)
+            votes = self._votes(nearest, entries)
+            counts = nearest > -math.inf  # not its own, where k reaches that far
+            alike = counts & (self.bank.labels[entries] == labels[:, None])
+
+            of_class = self.bank.labels == labels[:, None]
+            best, entry = others.masked_fill(~of_class, -math.inf).max(1)
+            joins = (~alike.any(1) & (best > -math.inf))[:, None]
+            entries = torch.cat([entries, entry[:, None]], 1)
+            counts = torch.cat([counts, joins], 1)
+            alike = torch.cat([alike, joins], 1)
+            # The bank has none of the class: both sums are then the same, and their ratio 1.
+            none = ~alike.any(1, keepdim=True)
+            counts, alike = counts | none, alike | none
+        chosen = scores.gather(1, entries)
+        every = chosen.masked_fill(~counts, -math.inf).logsumexp(1)
+        same = chosen.masked_fill(~alike, -math.inf).logsumexp(1)
+        return every - same, votes
+
+    def _unit_features(self) -> Tensor:
+        """Return the bank's embeddings at unit length, once for all crops, (Q, D)."""
+        return F.normalize(self.bank.features, dim=1)
+
+    def _scores(self, embeddings: Tensor, bank: Tensor) -> Tensor:
+        """Return similarity over temperature, (B, Q), in float32 at least."""
+        with without_autocast(embeddings.device.type):
+            return F.linear(F.normalize(widen(embeddings), dim=1), bank) / self.temperature
+
+    def _nearest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the k largest scores and their entries, (B, k) each."""
+        nearest, entries = scores.detach().topk(self.neighbors, dim=1)
+        return nearest, entries
+
+    def _votes(self, nearest: Tensor, entries: Tensor) -> Tensor:
+        """Return the logarithm of the classes' shares in exp(score), (B, C)."""
+        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 where all entries are the image's own
+        votes = shares.new_zeros(len(shares), self.bank.num_classes)
+        return votes.scatter_add_(1, self.bank.labels[entries], shares).log()
+
+
+_ROWS = 256  # similarities of so many embeddings at a time: 67 MB with a bank of 65536
