@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from hub import figures, licenses
+from hub import anatomy, figures, licenses
 from hub.folder import Model
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"

@@ -35,7 +35,7 @@ class Model:
     folder: Path
     config: dict[str, Any]
     part: str
-    """How far it goes: backbone, proj or cls."""
+    """How far it goes: backbone, proj (embeddings) or cls (logits)."""
     is_stock: bool
     """Whether timm builds it without trex_models."""
     absent_classes: tuple[int, ...] = ()
@@ -149,17 +149,15 @@ def _check_weights(path: Path) -> tuple[int, ...]:
 
 
 def _part(network: Any, is_stock: bool) -> str:
-    if is_stock:
-        return "backbone"
-    return "cls" if network.num_classes else "proj"
+    if network.num_classes:
+        return "cls"
+    return "backbone" if is_stock else "proj"
 
 
 def _check_kind(model: Model) -> None:
-    """Require of a backbone that stock timm builds it, and of NAVER's what their names say."""
-    architecture, classes = model.config["architecture"], model.config.get("num_classes")
+    """Require of NAVER's weights what their names say, and of others that they are not NAVER's."""
+    architecture, classes = model.config["architecture"], model.config["num_classes"]
     path = model.folder / "config.json"
-    if model.is_stock and classes != 0:
-        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
     if not model.is_naver:
         if model.config["pretrained_cfg"].get("origin_url") == ORIGIN:
             raise ValueError(
@@ -175,6 +173,8 @@ def _check_kind(model: Model) -> None:
             f"{path}: the architecture of {model.name} is {architecture!r}, not {wanted!r}; "
             "convert NAVER's file again"
         )
+    if model.is_stock and classes != 0:
+        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
             f"{path}: the licence of NAVER's weights is {naver.LICENSE}, not {model.license!r}"

@@ -71,12 +71,12 @@ class Panel:
 
 LOSS = Panel("training loss", (Curve("loss"),), from_zero=False)
 TRAINED = (
-    Curve("accuracy", "training images", width=0.9),
-    Curve("val_top1", "validation, top-1", "-", "o"),
+    Curve("accuracy", "training", width=0.9),
+    Curve("val_top1", "val top-1", "-", "o"),
 )
 OTHERS = (
-    Curve("val_top5", "validation, top-5", "--", "^"),
-    Curve("val_knn", "validation, k-NN", ":", "s"),
+    Curve("val_top5", "val top-5", "--", "^"),
+    Curve("val_knn", "val k-NN", ":", "s"),
 )
 LARGE = (LOSS, Panel("accuracy, %", TRAINED + OTHERS, scale=100))
 LARGE_OF_MANY = (
@@ -133,14 +133,13 @@ class Run:
         """
         if unit != "hours":
             return self.columns[unit]
-        batch_size = self.config.get("optim.batch_size")
-        steps, rates = self.columns["step"], self.values("images_per_second")
-        if not batch_size or len(rates) < len(steps) or not (rates > 0).all():
+        seconds = self.values("seconds")
+        if len(seconds) < len(self.columns["step"]):
             raise ValueError(
-                f"{self.folder} does not tell its hours (optim.batch_size in config.json, and "
-                "images_per_second in each line of metrics.jsonl); use --x step"
+                f"{self.folder} does not tell its hours (seconds in each line of metrics.jsonl); "
+                "use --x step"
             )
-        return np.cumsum(np.diff(steps, prepend=0) * batch_size / rates) / 3600
+        return np.cumsum(seconds) / 3600
 
 
 def read_run(folder: Path) -> Run:
@@ -282,7 +281,7 @@ def draw(runs: Sequence[Run], unit: str = "epoch") -> Any:
         unit: Of the x axis: epoch, step or hours.
 
     Raises:
-        ValueError: matplotlib is missing, or the hours cannot be told.
+        ValueError: matplotlib is missing, the hours cannot be told, or there is nothing to draw.
     """
     try:
         from matplotlib import colormaps, rc_context
@@ -298,6 +297,8 @@ def draw(runs: Sequence[Run], unit: str = "epoch") -> Any:
     places = [run.x(unit) for run in runs]
     large = _present(LARGE if len(runs) < CROWD else LARGE_OF_MANY, runs)
     rows = [*([large] if large else []), *_even_rows(_present(SMALL, runs))]
+    if not rows:
+        raise ValueError(f"{runs[0].folder} has no figure to draw in its metrics.jsonl")
     with rc_context({"axes.titlesize": 11, "font.size": 9.5, "axes.titlelocation": "left"}):
         heights = [4.0 if row is large else 2.4 for row in rows]
         figure: Any = Figure((14, sum(heights) + 1.0), dpi=110, layout="constrained")
@@ -395,7 +396,12 @@ def _finish(axis: Any, panel: Panel, runs: Sequence[Run], unit: str, last: bool)
             Line2D([], [], color="#555555", ls=c.style, lw=c.width, marker=c.marker, ms=4.5)
             for c in drawn
         ]
-        axis.legend(keys, [c.name for c in drawn], loc="best", fontsize=9, framealpha=0.85)
+        # Many would cover the curves: they go beside the title.
+        place: dict[str, Any] = {"loc": "best", "framealpha": 0.85}
+        if len(drawn) > 2:
+            place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(drawn)}
+            place |= {"frameon": False, "borderaxespad": 0.2, "columnspacing": 1.2}
+        axis.legend(keys, [c.name for c in drawn], fontsize=9, **place)
 
 
 def table(runs: Sequence[Run]) -> str:

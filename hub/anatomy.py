@@ -1,0 +1,90 @@
+"""What a model consists of and what timm can do with it, by the network itself: for its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from hub.folder import Model, load
+from trex_models.heads import CosineClassifier, Projector
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's parts."""
+
+    backbone: str
+    """timm's name of it."""
+    is_resnet: bool
+    num_features: int
+    """Width of the backbone's pooled features."""
+    embedding_dim: int
+    """Width of the projector's embeddings; 0 without a projector."""
+    classifier: str
+    """cosine, linear, or empty for none; "other" for two of them, or one with hidden layers."""
+    temperature: float
+    """Of the cosine classifier."""
+    has_pyramid: bool
+    """Whether timm builds it with ``features_only=True``."""
+
+
+@torch.inference_mode()
+def examine(model: Model) -> Anatomy:
+    """Load a model and describe it.
+
+    Raises:
+        ValueError: It does not turn an image of its own input size into a vector.
+    """
+    network = load(model.folder)
+    size = model.config["pretrained_cfg"]["input_size"]
+    images = torch.zeros(1, *size)
+    try:
+        maps = network.forward_features(images)
+        vector = network.forward_head(maps, pre_logits=True)
+    except Exception as error:  # each model fails in its own way
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{model.folder}: it does not take images of its own input_size, {tuple(size)} "
+            f"({reason}); export it again"
+        ) from error
+    if not isinstance(vector, Tensor) or vector.ndim != 2:
+        raise ValueError(
+            f"{model.folder}: its output is no vector; export it again, with a global_pool"
+        )
+    has_projector = isinstance(getattr(network, "proj", None), Projector)
+    width = vector.shape[1]
+    backbone = model.config["architecture"]
+    if not model.is_stock:
+        backbone = model.config.get("model_args", {}).get("backbone", "resnet50")
+    return Anatomy(
+        backbone=backbone,
+        is_resnet=isinstance(network, ResNet),
+        num_features=network.global_pool(maps).shape[1] if has_projector else width,
+        embedding_dim=width if has_projector else 0,
+        classifier=_classifier(network) if network.num_classes else "",
+        temperature=getattr(network, "temperature", 1.0),
+        has_pyramid=_has_pyramid(model.folder, images),
+    )
+
+
+def _classifier(network: Any) -> str:
+    classifier = network.get_classifier()
+    if isinstance(classifier, CosineClassifier):
+        return "cosine"
+    return "linear" if isinstance(classifier, nn.Linear) else "other"
+
+
+def _has_pyramid(folder: Path, images: Tensor) -> bool:
+    """Try it: which architectures and depths can is written nowhere."""
+    try:
+        pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
+        pyramid.eval()(images)
+    except Exception:  # each model fails in its own way
+        return False
+    return True
