@@ -6,14 +6,15 @@
     python -m hub verify
 
 and for models of your own: python -m hub build RUN/export/backbone --output HUB --name NAME
---owner YOU --license ID. A tool of the checkout: run it there. TREX_TRACEBACK=1 shows where an
-error comes from.
+--owner YOU --license ID --namespace YOU, which says how to publish it. A tool of the checkout: run
+it there. TREX_TRACEBACK=1 shows where an error comes from.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from hub.build import NAMESPACE, Owner, build
 from hub.errors import HubError
 from hub.publish import publish
 from hub.verify import verify
+from trex_models import naver
 from trex_models.manifest import PACKAGED, WeightsError
 
 
@@ -111,6 +113,14 @@ def _build(options: argparse.Namespace) -> bool:
     )
     for folder in written:
         print(f"built {folder}")
+    own = [str(folder) for folder in written if folder.name not in naver.FILES]
+    if own:
+        again = ", once built again with --namespace YOU" * (options.namespace == NAMESPACE)
+        name = "YOU" if again else options.namespace
+        print(
+            f"publish your own{again}: python -m hub publish {shlex.join(own)} "
+            f"--namespace {name} --manifest manifest.json"
+        )
     return True
 
 

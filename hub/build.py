@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,7 @@ def build(
     Raises:
         ValueError: There is no model, one is not fit to be published, its licence or owner is
             unknown, or the results are another file's.
+        OSError: A folder cannot be written, by name.
     """
     sources = _timm_folders(converted)
     if name is not None and len(sources) > 1:
@@ -73,22 +76,40 @@ def build(
     owner = owner or Owner()
     identifiers = [_license(model, owner) for model in models]
     measured = [_measured(model, results) for model in models]
-    output.mkdir(parents=True, exist_ok=True)
+    rendered = [
+        cards.render(model, identifier, owner.name, namespace, figures)
+        for model, identifier, figures in zip(models, identifiers, measured, strict=True)
+    ]
+    with _explained(output):
+        output.mkdir(parents=True, exist_ok=True)
     written = []
-    for model, identifier, figures in zip(models, identifiers, measured, strict=True):
-        card = cards.render(model, identifier, owner.name, namespace, figures)
-        written.append(_write(model, identifier, owner, card, output / model.name))
+    for model, identifier, card in zip(models, identifiers, rendered, strict=True):
+        with _explained(output / model.name):
+            written.append(_write(model, identifier, owner, card, output / model.name))
     return written
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say which folder the system does not let be written, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it is explained already
+            raise
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}); free space there, or choose another "
+            "--output"
+        ) from error
 
 
 def _timm_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; give a timm folder, or a folder of them")
     if (path / "checkpoints").is_dir():
-        raise ValueError(
-            f"{path} is a training run; give {path / 'export' / 'backbone'} or "
-            f"{path / 'export' / 'cls'}"
-        )
+        known = [path / "export" / part for part in ("backbone", "cls", "proj")]
+        found = [folder for folder in known if folder.is_dir()] or known[:2]
+        raise ValueError(f"{path} is a training run; give {' or '.join(map(str, found))}")
     if (path / "config.json").exists():
         return [path]
     found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -155,6 +176,6 @@ def _write(model: Model, identifier: str, owner: Owner, card: str, folder: Path)
         shutil.copyfile(model.folder / "model.safetensors", beside / "model.safetensors")
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (beside / "LICENSE").write_text(licenses.license_text(identifier))
-        (beside / "NOTICE").write_text(notice)
-        (beside / "README.md").write_text(card)
+        (beside / "NOTICE").write_text(notice, encoding="utf-8")
+        (beside / "README.md").write_text(card, encoding="utf-8")
     return folder

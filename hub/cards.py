@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from hub import anatomy, figures, licenses
 from hub.folder import Model
+from trex_models import naver
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
 
@@ -50,17 +51,35 @@ def render(
         config=model.config,
         num_features=model.config["num_features"],
         num_classes=model.config["num_classes"],
-        embedding_dim=model.config.get("model_args", {}).get("proj_dim", 256),
-        has_label_names="label_names" in model.config
-        or "label_names" in model.config["pretrained_cfg"],
+        embedding_dim=256,
+        own=None if model.is_naver else anatomy.examine(model),
+        classes=_classes(model),
         size=model.config["pretrained_cfg"]["input_size"][-1],
+        normalisation=_normalisation(model.config["pretrained_cfg"]),
         absent_classes=model.absent_classes,
         licence=licenses.find(identifier),
+        under_naver_licence=identifier == naver.LICENSE,
         owner=owner,
         figures=figures.reported(model.name) if model.is_naver else None,
         ours=measured,
     )
     return f"{card}\n"
+
+
+def _classes(model: Model) -> list[str]:
+    """Return the names of the classes as code in Markdown; none where the model tells none."""
+    cfg = model.config["pretrained_cfg"]
+    names = model.config.get("label_names") or cfg.get("label_names") or ()
+    if not isinstance(names, list | tuple) or len(names) != model.config["num_classes"]:
+        return []
+    return [f"`{' '.join(str(name).split()).replace('`', chr(39))}`" for name in names]
+
+
+def _normalisation(cfg: Mapping[str, Any]) -> str:
+    mean, std = (tuple(cfg.get(key) or ()) for key in ("mean", "std"))
+    if (mean, std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
+        return "ImageNet's mean and standard deviation"
+    return f"mean {mean} and standard deviation {std}"
 
 
 def metadata(model: Model, identifier: str) -> ModelCardData:

@@ -166,6 +166,8 @@ def _check_kind(model: Model) -> None:
                 f"and what is derived from them by hand, with attribution and {naver.LICENSE}"
             )
         return
+    if model.is_stock and classes != 0:
+        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
     base, _, tag = model.name.partition(".")
     wanted = base if base.endswith(("_proj", "_cls")) else "resnet50"
     if architecture != wanted:
@@ -173,8 +175,6 @@ def _check_kind(model: Model) -> None:
             f"{path}: the architecture of {model.name} is {architecture!r}, not {wanted!r}; "
             "convert NAVER's file again"
         )
-    if model.is_stock and classes != 0:
-        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
             f"{path}: the licence of NAVER's weights is {naver.LICENSE}, not {model.license!r}"

@@ -126,12 +126,18 @@ def naver_notice(name: str, changes: str) -> str:
 
 def owner_notice(name: str, owner: str, identifier: str) -> str:
     """Return the NOTICE file of a model that somebody trained with this package."""
-    return _paragraphs(
-        name,
+    paragraphs = [
         f"The weights in this repository are {owner}'s, trained with trex_models.",
         f"Licence: {find(identifier).name} (LICENSE).",
-        f"The method is t-ReX: {PAPER}. Its authors had no part in these weights.",
-    )
+        f"trex_models implements t-ReX: {PAPER}. Its authors did not train these weights.",
+    ]
+    if identifier == naver.LICENSE:
+        paragraphs.append(
+            "This is also the licence of NAVER Corporation's weights. If the training started "
+            f"from those (init_from in its config.json), these are derived from them ({ORIGIN}), "
+            "changed by that training."
+        )
+    return _paragraphs(name, *paragraphs)
 
 
 def _paragraphs(*paragraphs: str) -> str:

@@ -92,7 +92,7 @@ def _checked(folder: Path, namespace: str) -> Model:
             raise ValueError(f"{folder} has no {file}; make it: python -m hub build")
     model = inspect(folder, folder.resolve().name)
     try:
-        card = (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text(encoding="utf-8")
         stated = ModelCard(card).data.get("license")
     except Exception as error:  # of the YAML reader
         reason = str(error).partition("\n")[0]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_train import TINY, last_state, logged, run
+from tests.test_look import batch, make_bank
+from tests.test_train import TINY, assert_same_state, last_state, logged, run
 from trex_models.train import checkpointing, saved
+from trex_models.train.look import LOOK
 
 pytestmark = [
     pytest.mark.cuda,
@@ -29,7 +31,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             torch.testing.assert_close(two[key], value, rtol=2e-3, atol=2e-4, msg=key)
         else:
-            assert torch.equal(torch.as_tensor(two[key]), torch.as_tensor(value)), key
+            assert_same_state(two[key], value, key)
     for line, other in zip(logged(a), logged(b), strict=True):
         assert other == pytest.approx(line, rel=1e-3)
 
@@ -67,3 +69,24 @@ def test_step_that_diverged_is_kept(tmp_path: Path) -> None:
     with precision.autocast():
         loss, _ = method(*inputs)
     assert not loss.isfinite()
+
+
+@pytest.mark.parametrize("objective", ["look", "cosine", "softmax"])
+def test_every_objective_with_its_validation(tmp_path: Path, objective: str) -> None:
+    validation = ["--validation.images-per-class", "4", "--validation.neighbors", "3"]
+    options = ["--objective.name", objective, "--precision", "bf16", *validation]
+    assert run(tmp_path / "run", *CUDA, *options) == 0
+    last = logged(tmp_path / "run")[-1]
+    assert 0 < last["loss"] < 10
+    assert {"val_top1", "val_top5", "val_knn"} <= last.keys()
+
+
+def test_look_is_that_of_the_cpu() -> None:
+    """Float32 without TF32, under autocast too."""
+    bank, (z, labels, ids) = make_bank().float(), batch()
+    expected, votes = LOOK(bank, 0.1, 7)(z.float(), labels, ids)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, on_cuda = LOOK(bank.cuda(), 0.1, 7)(z.float().cuda(), labels.cuda(), ids.cuda())
+    torch.testing.assert_close(loss.cpu(), expected)
+    torch.testing.assert_close(on_cuda.cpu(), votes)

@@ -94,11 +94,13 @@ def test_on_a_terminal_it_is_a_bar(
         report.say("a message")
         list(report.watched(iter(range(3)), 3, "validation"))
         report.report(1, {"loss": 2.5, "bank_age": 3.0})
+        report.report(2, {"loss": 2.5, "val_top1": 0.5, "val_knn": 0.25})
     captured = capsys.readouterr()
-    assert captured.out == "a message\n"  # no line per report beside the bar
+    # No line per report beside the bar, but one per validation.
+    assert captured.out == "a message\nepoch 0.5: val_top1 0.5 val_knn 0.25\n"
     assert "validation" in captured.err
-    bar = captured.err.split("\r")[-1]
-    assert "1/8" in bar
+    bar = next(x for x in captured.err.split("\r") if "waiting" in x)
+    assert "step 1/8" in bar
     assert "loss 2.5 8 images/s, 50% waiting for data" in bar
     assert "bank_age" not in bar  # of the figures, the few that are looked at most
 

@@ -50,6 +50,7 @@ def train(config: Config) -> list[Path]:
         if not process.is_main:
             return []
         exported = saved.export_checkpoint(run.folder, run.folder / "export", run.config.license)
+        reporter.finish()
         for line in summarize(run.folder, config.optim.batch_size, exported):
             reporter.say(line)
         return exported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 # Of a line of metrics.jsonl, what is not the same when the same run is repeated.
 TIMINGS = ("seconds", "images_per_second", "waiting_for_data")
-_CONSOLE = ("loss", "accuracy", "val_top1", "val_top5", "val_knn", "unreadable")
+_TRAINED = ("loss", "accuracy", "unreadable")
+_VALIDATED = ("val_top1", "val_top5", "val_knn")
+_BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Meter:
@@ -66,8 +68,8 @@ class Meter:
 class Reporter:
     """Progress with rate, remaining time and waiting for data, and one JSON line per report.
 
-    On a terminal the progress is a bar, elsewhere a line per report. Processes other than the
-    main one stay silent.
+    On a terminal the progress is a bar, with a line above it for each validation; elsewhere it is
+    a line per report. Processes other than the main one stay silent.
 
     Args:
         path: The metrics file; lines of steps from ``start_step`` on, which an interrupted run
@@ -104,7 +106,7 @@ class Reporter:
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
-            unit="step",
+            bar_format=_BAR,
             disable=not enabled or not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -191,24 +193,34 @@ class Reporter:
                 if name != "step":
                     self._writer.add_scalar(name, value, done)
             self._writer.flush()
-        shown = " ".join(f"{name} {metrics[name]:.4g}" for name in _CONSOLE if name in metrics)
+        trained, validated = (_shown(metrics, names) for names in (_TRAINED, _VALIDATED))
         speed = f"{rate:.0f} images/s, {waiting:.0%} waiting for data"
         if self._bar.disable:
-            left = duration(remaining)
             print(
-                f"step {done}/{self._total} epoch {epoch:.2f} {shown} {speed}, {left} left",
+                f"step {done}/{self._total} epoch {epoch:.2f} {trained}{validated}{speed}, "
+                f"{duration(remaining)} left",
                 flush=True,
             )
         else:
-            self._bar.set_postfix_str(f"{shown} {speed}")
+            if validated:
+                self.say(f"epoch {epoch:g}: {validated.rstrip()}")
+            self._bar.set_postfix_str(trained + speed)
+
+    def finish(self) -> None:
+        """Leave the bar as it is; what is said from now on stands below it."""
+        self._bar.close()
 
     def __enter__(self) -> Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self.finish()
         if self._writer is not None:
             self._writer.close()
+
+
+def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
+    return "".join(f"{name} {metrics[name]:.4g} " for name in names if name in metrics)
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:
