@@ -74,6 +74,7 @@ class Setting:
     save_steps: int = 1
     epochs: int = 3
     log_every: int = 2
+    more: tuple[str, ...] = ()
 
     @property
     def total_steps(self) -> int:
@@ -91,13 +92,14 @@ class Setting:
     @property
     def command(self) -> list[str]:
         """What comes after ``python -m trex_models.train``; the folder is relative."""
-        return f"""smoke --output run
+        command = f"""smoke --output run
             --data.num-classes 4 --data.images-per-class {self.batch_size} --data.image-size 32
             --optim.epochs {self.epochs} --optim.batch-size {self.batch_size}
             --objective.bank-size 32 --crops.local-crops 2
             --model.hidden-dim {self.hidden_dim} --model.embedding-dim 8
             --model.backbone-args channels=(8,8,16,16) --system.workers {self.workers}
             --system.log-every {self.log_every} --system.save-steps {self.save_steps}""".split()
+        return [*command, *self.more]
 
 
 class Life:
@@ -566,15 +568,22 @@ class Tormentor:
         self._check_orphans(wait=True)
 
 
+_LOOK = (
+    *("--objective.name", "look", "--objective.neighbors", "8"),
+    *("--validation.images-per-class", "2", "--validation.neighbors", "3"),
+)
+
+
 def settings(processes: int) -> list[Setting]:
-    """Return what to torment: saves at each step and at every other one, with and without workers.
+    """Return what to torment: both objectives with a bank, with and without workers.
 
     Args:
         processes: 1, 2 or 3.
     """
     if processes == 1:
-        return [Setting(), Setting(workers=1, save_steps=2), Setting(workers=2)]
-    return [Setting(processes, workers=0), Setting(processes, workers=1, save_steps=2)]
+        look = Setting(workers=2, more=_LOOK)
+        return [Setting(), Setting(workers=1, save_steps=2), look]
+    return [Setting(processes, workers=0, more=_LOOK), Setting(processes, workers=1, save_steps=2)]
 
 
 def main(arguments: Sequence[str]) -> int:
