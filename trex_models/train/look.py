@@ -64,23 +64,32 @@ class LOOK(Objective):
             ids: Which samples the images are, (B,): entries of the same sample are left out.
         """
         bank = self._unit_features()
+        own = ids[:, None] == self.bank.ids
+        of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
         for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory
-            loss, vote = self._compare(self._scores(crop, bank), labels, ids)
+            loss, vote = self._compare(self._scores(crop, bank), own, of_class)
             losses.append(loss)
             votes.append(vote)
         return torch.cat(losses).mean(), torch.cat(votes)
 
-    def _compare(self, scores: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, (B,), and the votes, (B, C), of one crop of every image."""
+    def _compare(self, scores: Tensor, own: Tensor, of_class: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the votes of one crop of every image.
+
+        Args:
+            scores: Similarity over temperature, (B, Q).
+            own: Which entries are of the image itself, (B, Q).
+            of_class: Which entries are of the image's class, (B, Q).
+
+        Returns:
+            (B,) and (B, C).
+        """
         with torch.no_grad():
-            others = scores.masked_fill(ids[:, None] == self.bank.ids, -math.inf)
+            others = scores.masked_fill(own, -math.inf)
             nearest, entries = self._nearest(others)
             votes = self._votes(nearest, entries)
             counts = nearest > -math.inf  # not its own, where k reaches that far
-            alike = counts & (self.bank.labels[entries] == labels[:, None])
-
-            of_class = self.bank.labels == labels[:, None]
+            alike = counts & of_class.gather(1, entries)
             best, entry = others.masked_fill(~of_class, -math.inf).max(1)
             joins = (~alike.any(1) & (best > -math.inf))[:, None]
             entries = torch.cat([entries, entry[:, None]], 1)
