@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from hub import anatomy, figures, licenses
 from hub.folder import Model
@@ -54,8 +55,7 @@ def render(
         embedding_dim=256,
         own=None if model.is_naver else anatomy.examine(model),
         classes=_classes(model),
-        size=model.config["pretrained_cfg"]["input_size"][-1],
-        normalisation=_normalisation(model.config["pretrained_cfg"]),
+        **_transform(model.config["pretrained_cfg"]),
         absent_classes=model.absent_classes,
         licence=licenses.find(identifier),
         under_naver_licence=identifier == naver.LICENSE,
@@ -75,11 +75,20 @@ def _classes(model: Model) -> list[str]:
     return [f"`{' '.join(str(name).split()).replace('`', chr(39))}`" for name in names]
 
 
-def _normalisation(cfg: Mapping[str, Any]) -> str:
-    mean, std = (tuple(cfg.get(key) or ()) for key in ("mean", "std"))
+def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what timm's transform does to an image, in words and pixels."""
+    data = resolve_data_config(pretrained_cfg=dict(cfg))
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    normalisation = f"mean {mean} and standard deviation {std}"
     if (mean, std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        return "ImageNet's mean and standard deviation"
-    return f"mean {mean} and standard deviation {std}"
+        normalisation = "ImageNet's mean and standard deviation"
+    size = data["input_size"][-1]
+    return {
+        "size": size,
+        "resized": math.floor(size / data["crop_pct"]),
+        "interpolation": data["interpolation"],
+        "normalisation": normalisation,
+    }
 
 
 def metadata(model: Model, identifier: str) -> ModelCardData:

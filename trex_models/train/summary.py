@@ -44,7 +44,7 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
     lines.append(f'use it: timm.create_model("local-dir:{backbone}", pretrained=True)')
     lines.append(
         f"for the Hub, in a checkout: python -m hub build {backbone} --output HUB --name NAME "
-        "--owner YOU --license ID"
+        "--owner YOU --namespace YOU [--license ID]"
     )
     return lines
 

@@ -1,0 +1,252 @@
+"""``python -m hub build`` of every kind of model that the trainer exports: card and examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+from hub.__main__ import main
+from hub.build import Owner, build
+from hub.folder import FILES
+from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
+from trex_models import folders, naver
+from trex_models.train.build import build_method, export_method
+from trex_models.train.config import RECIPES, from_dict
+
+OWNER = Owner("Ada", "cc-by-4.0")
+CLASSES = ["ant", "bee`s", "na\u00efve cat", "dog"]
+TREX_WORDS = ("memory bank", "ImageNet-1K", "t-ReX*", "ResNet-50", "NAVER Corporation", "1.17")
+RESNET = {"backbone": "resnet10t", "backbone_args": ("channels=(8,8,16,16)",)}
+VIT = {"backbone": "vit_tiny_patch16_224", "backbone_args": ("depth=1",)}
+WIDER = {"backbone": "mobilenetv3_small_050", "backbone_args": ()}
+
+
+def export(folder: Path, objective: str, projector: str, **model: Any) -> Path:
+    """What the trainer exports of a method that has not trained."""
+    settings = dataclasses.asdict(RECIPES["smoke"]("unused"))
+    settings["model"] |= {"projector": projector, "hidden_dim": 16, "embedding_dim": 8, **model}
+    settings["objective"] |= {"name": objective, "bank_size": 32, "temperature": 0.2}
+    settings["crops"] |= {"global_size": 32, "local_size": 16}
+    config = from_dict(settings)
+    method = build_method(config, len(CLASSES))
+    export_method(method, config, CLASSES, folder)
+    return folder
+
+
+def own(source: Path, output: Path) -> tuple[Path, str]:
+    """Build a model of Ada's; return its folder and its card, in one line."""
+    (folder,) = build(source, output, name="own", owner=OWNER, namespace="ada")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert not re.search(r"\{\{|\{%|(?<!\[)None\b(?! are)|Undefined| +$|\n\n\n", card, re.MULTILINE)
+    return folder, card
+
+
+def run_here(folder: Path, card: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a card's examples on the folder; what they print is what their comments say."""
+    capsys.readouterr()
+    blocks = [
+        block.replace("hf-hub:ada/own", f"local-dir:{folder}") for block in python_blocks(card)
+    ]
+    assert len(blocks) == 3
+    for index, block in enumerate(blocks):
+        exec(compile(block, f"block {index}", "exec"), {})
+    printed = capsys.readouterr().out
+    shapes = re.findall(r"^print\(\w+\.shape\)  # \(([\d, ]+)\)", card, re.MULTILINE)
+    assert shapes
+    for shape in shapes:
+        assert f"torch.Size([{shape}])" in printed
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("objective", "projector", "part", "text"),
+    [
+        ("ocm", "mlp", "backbone", "images to 16 features. It is timm's, without a classifier."),
+        ("look", "mlp", "proj", "images to 8-dimensional embeddings, without a classifier."),
+        ("ocm", "mlp", "cls", "backbone, projector and cosine classifier, images to 4 logits. They "
+         "are the cosines of the projector's 8-dimensional embeddings with one vector a class, "
+         "over the temperature 0.2."),
+        ("cosine", "none", "cls", "backbone and cosine classifier, images to 4 logits. They are "
+         "the cosines of the backbone's 16 features with one vector a class, over"),
+        ("softmax", "mlp", "cls", "backbone, projector and linear classifier, images to 4 logits. "
+         "The classifier is a linear layer on the projector's 8-dimensional embeddings."),
+        ("softmax", "none", "cls", "backbone and linear classifier, images to 4 logits. The "
+         "classifier is a linear layer on the backbone's 16 features."),
+    ],
+)  # fmt: skip
+def test_every_export_of_a_resnet(
+    objective: str,
+    projector: str,
+    part: str,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exported = export(tmp_path / "export", objective, projector, **RESNET)
+    folder, card = own(exported / part, tmp_path / "hub")
+    words = " ".join(card.split())
+    assert "`resnet10t` " in words
+    assert text in words
+    assert not [word for word in TREX_WORDS if word in card.split("## Citation")[0]]
+    assert ("projector" in words) is (projector == "mlp" and part != "backbone")
+    assert ("The logits come from a linear classifier" in words) is (objective == "softmax")
+    assert ("The logits are cosines" in words) is (part == "cls" and objective != "softmax")
+
+    classifies = part == "cls"
+    data = ModelCard(card).data
+    task = "image-classification" if classifies else "image-feature-extraction"
+    assert (data.get("pipeline_tag"), data.get("license")) == (task, "cc-by-4.0")
+    assert ("`ant`, `bee's`, `na\u00efve cat`, `dog`." in words) is classifies
+    stock = json.loads((folder / "config.json").read_text())["architecture"] == "resnet10t"
+    assert stock is (part == "backbone" or (objective, projector) == ("softmax", "none"))
+    assert ("import trex_models" in card) is ("Plain timm cannot load" in card) is not stock
+
+    printed = run_here(folder, card, capsys)
+    assert all(f" {name}\n" in printed for name in CLASSES) is classifies
+    assert "32 torch.Size([2, 16, 1, 1])" in printed  # the pyramid's last
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "width"), [(VIT, "backbone", 192), (VIT, "cls", 192), (WIDER, "cls", 1024)]
+)
+def test_exports_of_other_architectures(
+    model: dict[str, Any],
+    part: str,
+    width: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exported = export(tmp_path / "export", "softmax", "none", **model)
+    folder, card = own(exported / part, tmp_path / "hub")
+    words = " ".join(card.split())
+    assert f"`{model['backbone']}` " in words
+    assert f"{width} features" in words
+    assert "All of this is plain timm" in words
+    for word in (*TREX_WORDS, "ResNet", "projector", "cosine", "trex_models  #"):
+        assert word not in card.split("## Citation")[0]
+    # timm builds no pyramid on a single block.
+    assert ("features_only" in card) is (model is WIDER)
+    assert f"Other sizes work where `{model['backbone']}` takes them" in words
+    printed = run_here(folder, card, capsys)
+    assert all(f" {name}\n" in printed for name in CLASSES) is (part == "cls")
+
+
+@pytest.mark.slow
+def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
+    exported = export(tmp_path / "export", "softmax", "none", **VIT)
+    folder, card = own(exported / "cls", tmp_path / "hub")
+    blocks = [b.replace("hf-hub:ada/own", f"local-dir:{folder}") for b in python_blocks(card)]
+    code = "import sys\nsys.modules['trex_models'] = None\n" + "\n".join(blocks)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 192])" in done.stdout
+
+
+def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
+    source = tiny_classifier(
+        tmp_path / "own", torch.eye(4, 16) * torch.tensor([[1], [0], [1], [1]])
+    )
+    card = own(source, tmp_path / "hub")[1]
+    assert "These classes have no vector, and their logits are always 0: 1." in card
+    assert "mean (0.5, 0.5, 0.5) and standard deviation (0.5, 0.5, 0.5)" in card
+    edit_config(
+        source, lambda c: c["pretrained_cfg"].update(crop_pct=0.8, interpolation="bilinear")
+    )
+    card = own(source, tmp_path / "hub")[1]
+    assert "32 x 32 pixels: the shorter side resized to 40 (bilinear)" in card
+    names = [f"class {index}" for index in range(30)]
+    model = timm.create_model(
+        "resnet10t",
+        num_classes=30,
+        pretrained_cfg={"num_classes": 30, "label_names": names, "input_size": (3, 32, 32)},
+        **TINY,
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    folders.write(model, tmp_path / "many", images, model(images).detach())
+    card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
+    assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
+    assert "class 20" not in card
+    # Names that are not one a class are none.
+    edit_config(tmp_path / "many", lambda c: c["pretrained_cfg"].update(label_names=names[:3]))
+    card = own(tmp_path / "many", tmp_path / "hub")[1]
+    assert "names = range(30)" in card
+    assert "Its classes" not in card
+
+
+def test_naver_s_licence_may_come_from_naver_s_weights(tmp_path: Path) -> None:
+    """As of an export that started from them: no claim that they are none of NAVER's."""
+    source = tiny_classifier(tmp_path / "own")
+    (folder,) = build(source, tmp_path / "hub", owner=Owner("Ada", naver.LICENSE))
+    for file in ("README.md", "NOTICE"):
+        text = " ".join((folder / file).read_text().split())
+        assert "if the training started from those" in text.lower()
+        assert "not NAVER's" not in text
+
+
+def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
+    )
+    model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    folders.write(model, tmp_path / "maps", images, model(images).detach())
+    with pytest.raises(ValueError, match=r"maps: its output is no vector; export it again, with"):
+        build(tmp_path / "maps", tmp_path / "hub", owner=OWNER)
+    exported = export(tmp_path / "export", "softmax", "none", **VIT)
+    edit_config(exported / "cls", lambda c: c["pretrained_cfg"].update(input_size=[3, 50, 50]))
+    with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
+        build(exported / "cls", tmp_path / "hub", owner=OWNER)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_run_is_answered_by_its_exports(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for part in ("backbone", "proj"):
+        (tmp_path / "export" / part).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
+        build(tmp_path, tmp_path / "hub", owner=OWNER)
+
+
+def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
+    command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
+    assert main([*command, "--namespace", "ada"]) == 0
+    publish = f"python -m hub publish {out}/mine --namespace"
+    assert f"publish your own: {publish} ada --manifest manifest.json\n" in capsys.readouterr().out
+    assert main(command) == 0
+    hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
+    assert hint in capsys.readouterr().out
+
+
+def test_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
+    command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"error: {out / 'mine'} cannot be written (No space left on device); free space there, or "
+        "choose another --output\n"
+    )
+    assert list(out.iterdir()) == []
+    out.rmdir()
+    out.write_text("")
+    assert main(command) == 2
+    assert f"error: {out} cannot be written (File exists)" in capsys.readouterr().err
