@@ -91,6 +91,9 @@ def test_an_image_may_be_listed_twice_with_one_label(tmp_path: Path) -> None:
     write(path, "path,label\na,x\nb,y\na,y\n")
     with pytest.raises(ValueError, match="line 4: a has the label 'y' here and 'x' above; remove"):
         CsvSource(path)
+    write(path, "path,label\nc/a,x\nb,y\n./c//a,y\n")
+    with pytest.raises(ValueError, match="line 4: ./c//a has the label 'y' here and 'x' above"):
+        CsvSource(path)
 
 
 @pytest.mark.parametrize(

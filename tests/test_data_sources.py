@@ -116,6 +116,7 @@ def test_validation_on_another_file_or_split(source: str, data: Path, tmp_path: 
         ),
         (["--data.source", "fractals", "--data.label-column", "x"], "data.label_column is set"),
         (["--data.source", "fractals", "--validation.split", "x"], "validation.split is set"),
+        (["--data.source", "fractals", "--validation.path", "x"], "validation.path is set"),
         (
             ["--data.source", "fractals", "--data.max-unreadable", "1"],
             r"a share in \[0, 1\), got 1.0",

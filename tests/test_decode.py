@@ -20,7 +20,7 @@ from trex_models.data import decode
 from trex_models.data.decode import UnreadableImageError, decode_image, read_image
 
 JPEG_OPTIONS: dict[str, Any] = {"quality": 100, "subsampling": 0}  # within 4 of the original
-UNREADABLE = r"^x\.img cannot be read as an image \(.+\); replace it or remove it$"
+UNREADABLE = r"^x\.img cannot be read as an image \(.+\); mend or replace it$"
 
 
 def picture(height: int = 30, width: int = 40, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -410,7 +410,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=r"broken\.jpg cannot be .*; replace it or rem"):
+    with pytest.raises(UnreadableImageError, match=r"broken\.jpg cannot be .*; mend or repl"):
         read_image(path)
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import trex_models  # noqa: F401  # registers the models
 from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from trex_models import naver
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.train import build, checkpointing, initial
-from trex_models.train.__main__ import parse
+from trex_models.train.__main__ import main, parse
 from trex_models.train.config import from_dict
 from trex_models.train.distributed import Process
 from trex_models.train.method import TReX
@@ -63,7 +65,9 @@ def started(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more:
     assert run(folder, "--init-from", str(path), *more) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
     first = lines.index(f"from {file_of(path)}:")
-    return [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
+    told = [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
+    assert told[-1].startswith("licence of the weights: ")
+    return told[:-1]
 
 
 def file_of(path: Path) -> Path:
@@ -72,6 +76,7 @@ def file_of(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
+UNNAMED = "classes: the file does not name them; they must be the run's 4 in their order"
 FROZEN = ["--optim.epochs", "1", "--optim.base-lr", "0", "--optim.final-lr", "0"]
 
 
@@ -93,7 +98,9 @@ def test_continuing_starts_at_that_models_loss(
         capsys,
         *("--objective.name", objective, *FROZEN),
     )
-    assert all(line.endswith(": restored") for line in lines if not line.startswith("licence"))
+    if form:
+        assert lines.pop() == UNNAMED
+    assert all(line.endswith(": restored") for line in lines)
     trained: Any = build.build_method(from_dict(source["config"]), 4)
     trained.load_state_dict(source["method"])
     # Weights that do not move: the run's first batch has the loss of the model it started from.
@@ -134,7 +141,10 @@ def test_bank_and_momentum_encoder_are_taken_on(sources: dict[str, Path]) -> Non
     for name in ("ocm", "official ocm"):
         method = build.build_method(config, 4)
         lines, _ = initial.init_from(sources[name], method, saved["classes"], saved["images"])
-        assert set(fates(lines[1:]).values()) == {"restored"}, lines
+        told = fates([line.strip() for line in lines[1:]])
+        assert ("classes" in told) == (name == "official ocm")
+        told.pop("classes", None)
+        assert set(told.values()) == {"restored"}
         state = method.state_dict()
         assert (state.pop("objective.bank.written") == -1).all()  # not by this run
         ids = state.pop("objective.bank.ids")
@@ -162,14 +172,17 @@ def test_other_images_do_not_know_the_banks_samples(sources: dict[str, Path]) ->
             {
                 "backbone": "restored",
                 "projector": "random: .* such as",
-                "momentum encoder": "copy of the encoder: ",
-                "memory bank": "noise: ",
+                "momentum encoder": "copy of the encoder: the projector was not restored",
+                "memory bank": "noise: the projector was not restored",
             },
         ),
         (
             "ocm",
             ["--model.projector", "none"],
-            {"projector": "random: the run has none", "memory bank": "noise: the run has none"},
+            {
+                "projector": "random: the run has none",
+                "memory bank": "noise: the projector was not restored",
+            },
         ),
         (
             "ocm",
@@ -283,14 +296,74 @@ def test_naver_licence_stays(
     )
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", *command) == 0
-    assert "what is trained from them: cc-by-nc-sa-4.0" in capsys.readouterr().out
+    assert "weights: cc-by-nc-sa-4.0, for what is trained from" in capsys.readouterr().out
     assert run(tmp_path / "run", *command) == 0
     assert f"from {sources['official ocm']}" not in capsys.readouterr().out
     for part in ("backbone", "cls"):
         config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"
-    # And what is trained from that is under it again.
-    assert run(tmp_path / "next", "--init-from", str(tmp_path / "run"), "--license", "mit") == 2
+    # And what is trained from that is under it again, continued or exported.
+    capsys.readouterr()
+    checkpointing.files(tmp_path / "run")[-1].unlink()
+    for more in (command, ["--init-from", str(tmp_path / "run")]):
+        folder = tmp_path / ("run" if more is command else "next")
+        assert run(folder, *more, "--license", "mit") == 2
+        assert "not under mit; leave --license out" in capsys.readouterr().err
+    export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--license"]
+    assert main([*export, "mit"]) == 2
+    assert main([*export, "cc-by-nc-sa-4.0"]) == 0
+
+
+def test_navers_backbone_files_are_known(sources: dict[str, Path], tmp_path: Path) -> None:
+    """By their names, and by what a conversion writes into the file."""
+    saved = last_state(sources["ocm"])
+    prefix = "encoder.backbone."
+    backbone = {
+        key.removeprefix(prefix): value.contiguous()
+        for key, value in saved["method"].items()
+        if key.startswith(prefix)
+    }
+    torch.save(backbone, tmp_path / "trexstar.pth")
+    torch.save(backbone, tmp_path / "mine.pth")
+    save_file(backbone, tmp_path / "x.safetensors", {"license": "cc-by-nc-sa-4.0"})
+    method = build.build_method(from_dict(saved["config"]), 4)
+    for name, expected in {
+        "trexstar.pth": naver.LICENSE,
+        "x.safetensors": naver.LICENSE,
+        "mine.pth": "",
+    }.items():
+        _, told = initial.init_from(tmp_path / name, method, saved["classes"], "")
+        assert told == expected
+
+
+def test_exports_tell_their_classes(sources: dict[str, Path]) -> None:
+    """As runs do: weights of other classes are not taken on, however many there are."""
+    saved = last_state(sources["cosine"])
+    names = ["another", *saved["classes"][1:]]
+    for path in (sources["cosine"], sources["cosine"] / "export" / "cls"):
+        method = build.build_method(from_dict(saved["config"]), 4)
+        lines, _ = initial.init_from(path, method, names, "")
+        assert lines[-1].strip() == (
+            "class weights: random: the file's 4 classes are not the run's 4, such as another"
+        )
+
+
+def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
+    """Whatever timm calls them."""
+    options = """--model.backbone vit_tiny_patch16_224 --model.backbone-args depth=1
+        --model.projector none --objective.name softmax""".split()
+    config = parse("smoke", ["--output", "x", *TINY, *options])
+    names = ["a", "b", "c", "d"]
+    trained, method = (build.build_method(config, 4) for _ in range(2))
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    _, folder = build.export_method(trained, config, names, tmp_path)
+    lines, _ = initial.init_from(folder, method, names, "")
+    assert fates([line.strip() for line in lines[1:]]) == {
+        "backbone": "restored",
+        "class weights": "restored",
+    }
+    assert_same_state(method.state_dict(), trained.state_dict())
 
 
 def test_files_that_will_not_do(
@@ -304,7 +377,8 @@ def test_files_that_will_not_do(
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for path, reason in {
-        tmp_path / "none.pth": "cannot be read",
+        tmp_path / "none.pth": "does not exist; name a checkpoint",
+        tmp_path: "neither a run's folder nor a timm folder",
         page: "web page",
         tmp_path / "nan.pth": "projector.1.fc.bias has 1 values that are not finite",
         tmp_path

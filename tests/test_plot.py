@@ -187,19 +187,20 @@ def test_unfinished_resumed_and_torn(make_run: Make) -> None:
 
 def test_hours_are_those_of_training(make_run: Make) -> None:
     metrics: list[Line] = [
-        {"step": 1000, "epoch": 1, "loss": 1.0, "seconds": 1000},
-        {"step": 4600, "epoch": 2, "loss": 1.0, "seconds": 1800},
+        {"step": 1000, "epoch": 1, "loss": 1.0, "images_per_second": 256},
+        {"step": 4600, "epoch": 2, "loss": 1.0, "images_per_second": 512},
     ]
     run = plot.read_run(make_run("run", metrics))
     np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
-    folder = make_run("other", [{"step": 9, "epoch": 1, "loss": 1.0}])
+    folder = make_run("other", lines(2))
+    (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="other does not tell its hours.*use --x step"):
         plot.read_run(folder).x("hours")
 
 
 @pytest.mark.parametrize("unit", ["epoch", "step", "hours"])
 def test_axis_is_named(make_run: Make, unit: str) -> None:
-    run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "loss": 1.0, "seconds": 2.0}]))
+    run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "images_per_second": 2.0}]))
     (axis,) = plot.draw([run], unit).axes
     assert axis.get_xlabel() == unit
 

@@ -222,7 +222,7 @@ class Recording(ArraySource):
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 1000])
 def test_samples_are_read_from_all_over(count: int) -> None:
     source = Recording(count)
-    preflight.samples(source)
+    preflight.samples("training", source)
     assert len(source.seen) == len(set(source.seen)) == min(count, 16)
     assert source.seen[0] == 0
     assert source.seen[-1] == count - 1
@@ -239,7 +239,7 @@ def test_sample_that_is_no_rgb_bytes(image: np.ndarray) -> None:
     source.images = [*source.images[:4], image]
     message = f"^a image 4 is {re.escape(f'{image.dtype} {image.shape}')}, not uint8"
     with pytest.raises(ValueError, match=message):
-        preflight.samples(source)
+        preflight.samples("training", source)
 
 
 def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
         save_image(tmp_path / label / "0.png")
     (tmp_path / "b" / "1.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"b/1.png cannot be read as an image"):
-        preflight.samples(FolderSource(tmp_path))
+        preflight.samples("training", FolderSource(tmp_path))
 
 
 @pytest.mark.parametrize(

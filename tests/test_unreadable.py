@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_list_names_file_and_reason(skipped: tuple[list[str], Path]) -> None
     for line, name in zip(lines, BROKEN, strict=True):
         assert f"{folder.parent / 'images' / name} cannot be read" in line
     assert logged(folder)[-1]["unreadable"] == 2
-    assert last_state(folder)["unreadable"] == lines
+    assert last_state(folder)["unreadable"] == [sorted(NAMES).index(name) for name in BROKEN]
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -81,6 +82,7 @@ def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert any(f"{name} cannot be read as an image" in err for name in BROKEN)
+    assert "or pass over such images: --data.unreadable skip" in err
     (kept,) = checkpointing.files(tmp_path / "run")  # the last whole step, though none was due
     assert checkpointing.load(kept)["step"] > 0
     assert run(tmp_path / "run", *command, *SKIP) == 0
@@ -99,6 +101,10 @@ def test_too_many_end_the_run_after_it_is_saved(
     assert run(tmp_path / "run", *few) == 2
     err = capsys.readouterr().err
     assert "2 training images cannot be read, 1 may be (data.max_unreadable)" in err
+    assert len(err.splitlines()) == 1
+    # Not even by running it once more:
+    assert run(tmp_path / "run", *few) == 2
+    assert "2 training images cannot be read, 1 may be" in capsys.readouterr().err
     assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 2
     assert run(tmp_path / "run", *options, *SKIP) == 0
     assert_same_state(last_state(tmp_path / "run")["method"], last_state(folder)["method"])
@@ -110,10 +116,10 @@ def test_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(tmp_path / "run", *options) == 2
     assert "or pass over such images: --data.unreadable skip" in capsys.readouterr().err
     assert run(tmp_path / "run", *options, *SKIP) == 0
-    assert "warning: 1 of 16 images cannot be read, such as: " in capsys.readouterr().out
+    assert "warning: 1 of 16 training images cannot be read, " in capsys.readouterr().out
     options = make_folder(tmp_path / "broken", NAMES)
     assert run(tmp_path / "other", *options, *SKIP) == 2
-    assert "none of 16 images can be read" in capsys.readouterr().err
+    assert "none of 16 training images can be read" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -130,20 +136,59 @@ def test_validation_leaves_them_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert seen == expected  # they are not counted among the training images
     assert len((tmp_path / "on held" / "unreadable.txt").read_text().splitlines()) == 2
     capsys.readouterr()
-    assert run(tmp_path / "raise", *options, "--validation.path", str(tmp_path / "held")) == 2
-    assert "held" in capsys.readouterr().err
+    never = ["--system.save-steps", "0"]
+    validation = ["--validation.path", str(tmp_path / "held")]
+    assert run(tmp_path / "raise", *options, *never, *validation) == 2
+    assert "held" in (err := capsys.readouterr().err)
+    assert "--data.unreadable skip" in err
+    assert len(err.splitlines()) == 1
+    assert last_state(tmp_path / "raise")["step"] == 4  # of the epoch that was validated
+
+
+def test_mended_and_moved_images(
+    skipped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, folder = skipped
+    images = folder.parent / "images"
+    shutil.copytree(images, tmp_path / "moved")
+    moved = [option.replace(str(images), str(tmp_path / "moved")) for option in options]
+    shutil.copytree(folder, tmp_path / "run")
+    checkpointing.files(tmp_path / "run")[-1].unlink()
+    assert run(tmp_path / "run", *moved, *SKIP) == 0
+    assert logged(tmp_path / "run") == logged(folder)  # none is counted twice
+    listed = (tmp_path / "run" / "unreadable.txt").read_text()
+    assert str(tmp_path / "moved") in listed
+    assert str(images) not in listed
+
+    checkpointing.files(tmp_path / "run")[-1].unlink()
+    make_folder(tmp_path / "moved", [])
+    capsys.readouterr()
+    assert run(tmp_path / "run", *moved, *SKIP[:3], "0") == 0
+    assert "skipped" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / "unreadable.txt").exists()
+    assert "unreadable" not in logged(tmp_path / "run")[-1]
 
 
 def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
     images = UnreadableImages(tmp_path / "unreadable.txt", 100, 0.5)
     said: list[str] = []
-    images.add(f"image {i}" for i in range(50))
-    assert not images.exchange(True, said.append)
+    images.add({i: f"image {i}" for i in range(50)})
+    images.exchange(True, said.append)
     assert len(said) == 6
     assert said[-1] == f"skipped: 45 more, listed in {tmp_path / 'unreadable.txt'}"
-    assert not images.exchange(True, said.append)
+    images.exchange(True, said.append)
     assert len(said) == 6  # nothing is new
-    images.add(["image 50"])
-    assert images.exchange(True, said.append)
+    images.add({50: "image 50", 49: "image 49"})
+    images.exchange(True, said.append)
+    assert images.too_many
     assert said[-1] == "skipped: image 50"
     assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == len(images) == 51
+
+
+def test_ceilings_are_exact() -> None:
+    for share, allowed in ((0.29, 29), (0.57, 57), (0.0, 0), (0.999, 99)):
+        images = UnreadableImages(Path("unused"), 100, share)
+        images.add({i: str(i) for i in range(allowed)})
+        before = images.too_many
+        images.add({allowed: ""})
+        assert (before, images.too_many) == (False, True)

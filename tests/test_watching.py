@@ -68,7 +68,6 @@ def test_rate_waiting_and_time_left(
         "loss": 2.5,
         "accuracy": 0.25,
         "learning_rate": 0.1,
-        "seconds": 20.0,
         "images_per_second": 4.0,
         "waiting_for_data": 0.25,
     }
@@ -101,7 +100,7 @@ def test_on_a_terminal_it_is_a_bar(
     assert "validation" in captured.err
     bar = next(x for x in captured.err.split("\r") if "waiting" in x)
     assert "step 1/8" in bar
-    assert "loss 2.5 8 images/s, 50% waiting for data" in bar
+    assert "8 images/s, 50% waiting for data, loss 2.5" in bar
     assert "bank_age" not in bar  # of the figures, the few that are looked at most
 
 
@@ -175,4 +174,19 @@ def test_tensorboard_is_asked_for_only_where_it_is_wanted(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert run(tmp_path / "with", "--system.tensorboard") == 2
     assert "pip install trex-models[train]" in capsys.readouterr().err
+    assert not (tmp_path / "with").exists()
     assert run(tmp_path / "without", "--optim.epochs", "1") == 0
+
+
+def test_time_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
+    """Between the report of step 2 and the checkpoint of step 3 no line tells the time."""
+    lines = [
+        {"step": 2, "epoch": 0.5, "images_per_second": 8.0, "waiting_for_data": 0.5},
+        {"step": 6, "epoch": 1.5, "images_per_second": 4.0, "waiting_for_data": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = summarize(tmp_path, 16, [tmp_path])[0]
+    # 32 images at 8, then 64 at 4 per second; 2 of 20 seconds waiting
+    assert first == (
+        "finished: 6 steps, 1.5 epochs, 96 images in 0:20 (5 images/s, 10% waiting for data)"
+    )

@@ -82,7 +82,7 @@ CONTAINERS = {
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
     "method": {
         *("config", "classes", "images", "step", "optimizer", "scaler", "meter"),
-        *("environment", "batchnorm_groups", "unreadable"),
+        *("environment", "batchnorm_groups", "unreadable", "inherited_license"),
         *("process", "crops", "labels", "ids"),  # of a step whose loss was not finite
     },
 }

@@ -133,13 +133,14 @@ class Run:
         """
         if unit != "hours":
             return self.columns[unit]
-        seconds = self.values("seconds")
-        if len(seconds) < len(self.columns["step"]):
+        batch_size = self.config.get("optim.batch_size")
+        steps, rates = self.columns["step"], self.values("images_per_second")
+        if not batch_size or len(rates) < len(steps) or not (rates > 0).all():
             raise ValueError(
-                f"{self.folder} does not tell its hours (seconds in each line of metrics.jsonl); "
-                "use --x step"
+                f"{self.folder} does not tell its hours (optim.batch_size in config.json, and "
+                "images_per_second in each line of metrics.jsonl); use --x step"
             )
-        return np.cumsum(seconds) / 3600
+        return np.cumsum(np.diff(steps, prepend=0) * batch_size / rates) / 3600
 
 
 def read_run(folder: Path) -> Run:

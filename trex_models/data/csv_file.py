@@ -52,10 +52,11 @@ class CsvSource:
                     f"{self.path}, line {line}: the label {label!r} is none of the {len(known)} "
                     "classes of the training set; correct it or remove the row"
                 )
-            if label_of.setdefault(image, label) != label:
+            file = os.path.normpath(image) if "./" in image or "//" in image else image
+            if label_of.setdefault(file, label) != label:
                 raise ValueError(
                     f"{self.path}, line {line}: {image} has the label {label!r} here and "
-                    f"{label_of[image]!r} above; remove one of the rows"
+                    f"{label_of[file]!r} above; remove one of the rows"
                 )
             paths.append(image)
             labels.append(sys.intern(label))
@@ -104,7 +105,7 @@ def _rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[in
             )
             rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in rows:
-                if not row:
+                if not any(field.strip() for field in row):
                     continue
                 if len(row) != len(header):
                     raise ValueError(

@@ -51,9 +51,12 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
     elif isinstance(reason, OSError) and reason.strerror:  # its text repeats the path
         reason = reason.strerror
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return UnreadableImageError(
-        f"{name} cannot be read as an image ({text}); replace it or remove it"
-    )
+    return UnreadableImageError(f"{name} cannot be read as an image ({text}); mend or replace it")
+
+
+def or_skip(error: UnreadableImageError) -> UnreadableImageError:
+    """Return an error of training that tells of the other policy, too."""
+    return UnreadableImageError(f"{error}, or pass over such images: --data.unreadable skip")
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -165,7 +165,8 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
     except Exception as error:  # pyarrow, datasets and json have many kinds
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"{path} cannot be opened as a data set ({reason}); write or fetch it again"
+            f"{path} cannot be opened as a data set ({reason}); write or fetch it again, or name "
+            "one of its parquet files"
         ) from error
     if not splits:
         raise ValueError(

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from trex_models.data import photometric
 from trex_models.data.crops import cut, draw_box
-from trex_models.data.decode import UnreadableImageError
+from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
 from trex_models.data.sources import Source
 
@@ -55,14 +55,14 @@ class Batch:
         parameters: One tensor per resolution, (N * B, P), of the augmentation still to be done.
         labels: (B,).
         ids: Which samples of the source these are, (B,).
-        unreadable: What is wrong with the samples that others stand in for.
+        unreadable: What is wrong with the samples that others stand in for, by index.
     """
 
     crops: list[Tensor]
     parameters: list[Tensor]
     labels: Tensor
     ids: Tensor
-    unreadable: list[str]
+    unreadable: dict[int, str]
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the parameters stay with the CPU."""
@@ -97,7 +97,7 @@ class MultiCropDataset(Dataset[Batch]):
         """Return the batch of some samples; ValueError names one that cannot be read."""
         size = len(keys)
         ids: list[int] = []
-        unreadable: list[str] = []
+        unreadable: dict[int, str] = {}
         crops = [
             torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
         ]
@@ -120,7 +120,7 @@ class MultiCropDataset(Dataset[Batch]):
             unreadable,
         )
 
-    def _read(self, epoch: int, index: int, unreadable: list[str]) -> tuple[np.ndarray, int]:
+    def _read(self, epoch: int, index: int, unreadable: dict[int, str]) -> tuple[np.ndarray, int]:
         """Return a sample's image, or its substitute's, and whose it is."""
         stand_ins = np.random.default_rng((_SUBSTITUTE, self.seed, epoch, index))
         for _ in range(_MOST_SUBSTITUTES):
@@ -128,11 +128,12 @@ class MultiCropDataset(Dataset[Batch]):
                 return self.source.read(index), index
             except UnreadableImageError as error:
                 if not self.substitute:
-                    raise
-                unreadable.append(str(error))
+                    raise or_skip(error) from error
+                unreadable[index] = str(error)
                 index = int(stand_ins.integers(len(self.source)))
         raise ValueError(
-            f"{_MOST_SUBSTITUTES} images in a row cannot be read; the last: {unreadable[-1]}"
+            f"{_MOST_SUBSTITUTES} images in a row cannot be read, such as: "
+            f"{next(iter(unreadable.values()))}"
         )
 
 

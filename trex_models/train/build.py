@@ -213,14 +213,19 @@ def check(
         ValueError: Something would fail; one line each.
     """
     specs, folder = crop_specs(config.crops), Path(config.output)
-    sources = [source, validation.source] if validation is not None else [source]
+    sources = {"training": source}
+    if validation is not None:
+        sources["validation"] = validation.source
     skip = config.data.unreadable == "skip"
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
     if validation is not None:  # float32, beside the crops that wait
         batch_bytes += share * 4 * 3 * config.crops.global_size**2
     checks: list[Callable[[], str | None]] = [
-        *(lambda images=images: preflight.samples(images, skip) for images in sources),
+        *(
+            lambda name=name, images=images: preflight.samples(name, images, skip)
+            for name, images in sources.items()
+        ),
         lambda: preflight.classes(source),
         lambda: preflight.shared_memory(batch_bytes, num_workers(config), local_processes()),
         lambda: preflight.cpu_bfloat16(
@@ -234,6 +239,8 @@ def check(
             "validation.neighbors is set, but there are no images to validate on; name them by "
             "validation.path, validation.split or validation.images_per_class"
         )
+    if process.is_main and config.system.tensorboard:
+        checks.append(preflight.tensorboard)
     if process.is_main:
         # One more than are kept: the next is written before the oldest is deleted.
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))

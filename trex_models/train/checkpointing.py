@@ -3,7 +3,9 @@
 DIR/config.json                the resolved configuration
 DIR/metrics.jsonl              one line per report
 DIR/checkpoints/step_N.pt      the state after N steps; the last two are kept
-DIR/export/backbone, .../cls   the trained model for timm
+DIR/export/backbone, .../cls   the trained model for timm; .../proj where it has no classes
+DIR/unreadable.txt             images that were passed over, if there are any
+DIR/tensorboard                the metrics for TensorBoard, if they are wanted
 
 A checkpoint is a zip file of torch's, with a checksum of each tensor, which is verified when it
 is read. It holds no random generators' states: what is drawn in a step is a function of (seed,
@@ -85,8 +87,9 @@ def claimed(config: Config) -> Iterator[None]:
         # Of a process that was killed.
         for torn in folder.glob("checkpoints/.step_*.tmp"):
             torn.unlink()
-        for torn in [*folder.glob("export/.backbone.*"), *folder.glob("export/.cls.*")]:
-            shutil.rmtree(torn)
+        for name in ("backbone", "cls", "proj"):
+            for torn in folder.glob(f"export/.{name}.*"):
+                shutil.rmtree(torn)
         yield
     finally:
         lock.release()

@@ -274,8 +274,9 @@ class ValidationConfig:
     neighbors: int = 0
     """k of the k-NN classifier on features; 0 for none."""
     neighbors_among: int = 50_000
-    """How many training images it compares with, drawn by the seed: 2 GB of memory per 250,000
-    of a ResNet-50, and the time to read them at each validation."""
+    """How many training images it compares with, drawn by the seed. Of a ResNet-50, 250,000 take
+    2 GB of the device's memory on one process, twice that on several; and at each validation the
+    time to read them."""
 
     def __post_init__(self) -> None:
         for name in ("every", "neighbors_among"):
@@ -312,6 +313,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(
+            not self.validation.path or self.data.source != "fractals",
+            "validation.path is set, but data.source is fractals; set "
+            "validation.images_per_class, or data.source",
+        )
         _require(
             not self.validation.split or self.data.source == "huggingface",
             f"validation.split is set, but data.source {self.data.source} has none; it is for "

@@ -177,6 +177,8 @@ def gather(tensor: Tensor) -> Tensor:
 
 def gather_rows(tensor: Tensor) -> Tensor:
     """Concatenate the tensors of all ranks, whose numbers of rows may differ, in rank order."""
+    if not dist.is_initialized():
+        return tensor
     counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor

@@ -7,19 +7,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from trex_models import checkpoints, naver
-from trex_models.checkpoints import CheckpointError, Sorted
+from trex_models.checkpoints import CheckpointError
 from trex_models.heads import class_means
 from trex_models.train import checkpointing
 from trex_models.train.bank import Bank
 from trex_models.train.method import TReX
 from trex_models.train.objectives import LinearSoftmax, Objective
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file holds.
+
+    Args:
+        path: Where it is.
+        form: official, trainer or model.
+        parts: Weights by the parts of ``checkpoints.TABLE``.
+        classes: Names of its classes, if it tells them.
+        images: Digest of the images that it was trained on, if it tells it.
+        license: Of the weights; empty if it does not tell it.
+    """
+
+    path: Path
+    form: str
+    parts: dict[str, dict[str, Any]]
+    classes: list[str] | None
+    images: str | None
+    license: str
+
+    def value(self, part: str) -> Any:
+        """Return the only value of a part; None where the file has none."""
+        return next(iter(self.parts[part].values()), None)
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether there is a memory bank."""
+        return self.value("bank features") is not None and self.value("bank labels") is not None
 
 
 @torch.no_grad()
@@ -42,123 +74,228 @@ def init_from(
         ValueError: The file cannot be read, has no backbone, or another one; or the weights that
             would be taken on are not finite.
     """
-    path, contents = _read(path)
+    file = _open(path)
     try:
-        found = checkpoints.sort(contents)
-        lines = [f"from {path}:", *_restore(method, found, contents, classes, images)]
-        checkpoints.check_finite(
-            {name: value for name, value in method.state_dict().items() if _is_tensor(value)}
-        )
+        lines = [f"from {file.path}:", *_restore(method, file, classes, images)]
+        state = method.state_dict()
+        checkpoints.check_finite({k: v for k, v in state.items() if isinstance(v, Tensor)})
     except CheckpointError as error:
-        raise ValueError(f"init_from: {path}: {error}") from error
-    return lines, _license(path, found, contents)
+        raise ValueError(f"init_from: {file.path}: {error}") from error
+    return lines, file.license
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+def license_of_result(chosen: str, inherited: str) -> str:
+    """Return the licence of what is trained from other weights.
+
+    Args:
+        chosen: What the run's owner wants; empty for no wish.
+        inherited: Of the weights that the run started from; empty for none.
+
+    Raises:
+        ValueError: The weights are NAVER's, whose licence asks for the same one.
+    """
+    if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
+        raise ValueError(
+            f"license: the weights that the run starts from are under {naver.LICENSE}, and so is "
+            f"what is trained from them, not under {chosen}; leave --license out"
+        )
+    return chosen or inherited
 
 
-def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Return the file, and what it holds."""
+def _open(path: Path) -> _File:
     if (path / "checkpoints").is_dir():
         newest = checkpointing.newest(path, lambda _, error: print(error))
         if newest is None:
             raise ValueError(f"init_from: {path} holds no checkpoint yet; name another one")
-        return newest
-    if path.is_dir():
-        path = path / "model.safetensors"
+        path, contents = newest
+    else:
+        if path.is_dir() and not (path / "model.safetensors").is_file():
+            raise ValueError(
+                f"init_from: {path} is neither a run's folder nor a timm folder with "
+                "model.safetensors; name one of these, or a checkpoint file"
+            )
+        if not path.exists():
+            raise ValueError(f"init_from: {path} does not exist; name a checkpoint, or a run")
+        path = path / "model.safetensors" if path.is_dir() else path
+        try:
+            contents = dict(checkpoints.load(path))
+        except CheckpointError as error:
+            raise ValueError(f"init_from: {error}") from error
     try:
-        return path, checkpoints.load(path)
+        form, parts, _ = checkpoints.sort(contents)
     except CheckpointError as error:
-        raise ValueError(f"init_from: {error}") from error
+        raise ValueError(f"init_from: {path}: {error}") from error
+    if form == "trainer":
+        license_of_weights = str(contents.get("config", {}).get("license", ""))
+        return _File(
+            path, form, parts, contents.get("classes"), contents.get("images"), license_of_weights
+        )
+    cfg = _pretrained_cfg(path)
+    license_of_weights = cfg.get("license") or _stated_license(path)
+    known = {file for files in naver.FILES.values() for file in files}
+    if form == "official" or path.name in known:
+        license_of_weights = naver.LICENSE
+    return _File(path, form, parts, cfg.get("label_names"), None, license_of_weights)
 
 
-def _restore(
-    method: TReX,
-    found: Sorted,
-    contents: Mapping[str, Any],
-    classes: Sequence[str],
-    images: str,
-) -> list[str]:
+def _pretrained_cfg(path: Path) -> dict[str, Any]:
+    """Return timm's description beside a model.safetensors, empty where there is none."""
+    config = path.with_name("config.json")
+    if path.name != "model.safetensors" or not config.is_file():
+        return {}
+    try:
+        return dict(json.loads(config.read_text())["pretrained_cfg"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"init_from: {config} is no model's configuration ({type(error).__name__}: {error}); "
+            "export the model again, or name a file that stands alone"
+        ) from error
+
+
+def _stated_license(path: Path) -> str:
+    """Return the licence in a safetensors file's metadata; converted files of NAVER's have it."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("license", "")
+    except (OSError, SafetensorError):
+        return ""
+
+
+def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> list[str]:
     """Copy into the method what fits; return a line for each part."""
-    parts, encoder, average = found.parts, method.encoder, method.momentum_encoder
-    if not parts["backbone"]:
+    encoder = method.encoder
+    _take_head_out_of_backbone(encoder.backbone, file)
+    if not file.parts["backbone"]:
         raise CheckpointError("it holds no backbone; name another file")
-    trouble = _misfit(encoder.backbone, parts["backbone"])
-    if trouble:
+    misfit = _misfit(encoder.backbone, file.parts["backbone"])
+    if misfit:
         raise CheckpointError(
-            f"its backbone is not the run's ({trouble}); set model.backbone to the file's"
+            f"its backbone is not the run's ({misfit}); set model.backbone to the file's"
         )
-    encoder.backbone.load_state_dict(parts["backbone"])
-    lines = [_line("backbone", "restored")]
+    encoder.backbone.load_state_dict(file.parts["backbone"])
+    lines = [_line("backbone")]
 
-    trouble = _misfit(encoder.projector, parts["projector"])
-    if not trouble:
-        encoder.projector.load_state_dict(parts["projector"])
-    has_projector = bool(encoder.projector.state_dict())
-    if has_projector or parts["projector"]:
-        lines.append(_line("projector", "restored" if not trouble else f"random: {trouble}"))
-
-    if average is not None:
-        average.encoder.load_state_dict(encoder.state_dict())
-        saved = {name: parts[f"momentum {name}"] for name in ("backbone", "projector")}
-        lacking = trouble or (
-            "the file has none"
-            if not saved["backbone"]
-            else _misfit(average.encoder, _joined(saved))
-        )
-        if not lacking:
-            average.encoder.load_state_dict(_joined(saved))
+    misfit = _misfit(encoder.projector, file.parts["projector"])
+    if not misfit:
+        encoder.projector.load_state_dict(file.parts["projector"])
+    if encoder.projector.state_dict() or file.parts["projector"]:
+        lines.append(_line("projector", misfit and f"random: {misfit}"))
+    # What lies behind the projector is of no use without it.
+    lost = misfit and "the projector was not restored"
+    lines += _restore_momentum_encoder(method, file, lost)
+    lost = lost or _other_classes(file, classes)
+    lines += _restore_head(method.objective, file, lost, file.images == images)
+    if lines[-1].endswith(": restored") and file.classes is None:
         lines.append(
-            _line("momentum encoder", f"copy of the encoder: {lacking}" if lacking else "restored")
+            f"  classes: the file does not name them; they must be the run's {len(classes)} in "
+            "their order"
         )
-
-    elif parts["momentum backbone"]:
-        lines.append(_line("momentum encoder", "not used: the objective has none"))
-
-    other = trouble or _other_classes(found, contents, classes)
-    lines += _restore_head(method.objective, found, other, contents.get("images") == images)
     return lines
 
 
-def _restore_head(
-    objective: Objective, found: Sorted, trouble: str, same_images: bool
-) -> list[str]:
-    """Restore bank or class weights, unless there is a trouble with them."""
-    parts = found.parts
-    bank = {name: parts[f"bank {name}"].get("") for name in ("features", "labels", "ids")}
-    has_bank = bank["features"] is not None and bank["labels"] is not None
-    weights, biases = parts["class weights"].get(""), parts["class biases"].get("")
-    if objective.bank is not None:
-        lacking = trouble or _misfit_bank(objective.bank, bank)
-        if not lacking:
-            _restore_bank(objective.bank, bank, parts["bank pointer"], same_images)
-        lines = [_line("memory bank", f"noise: {lacking}" if lacking else "restored")]
-        if weights is not None:
-            lines.append(_line("class weights", "not used: the objective has none"))
-        return lines
-
-    name = "class weights"
-    if has_bank and not trouble:
-        weights, biases = _prototypes(bank, objective), None
-        name = "class weights, from the bank's prototypes"
-    classifier: Any = objective.classifier
-    state = {"weight": weights, "bias": biases}
-    wanted = classifier.state_dict()
-    lacking = trouble or ("the file has none" if weights is None else "")
-    if not lacking and isinstance(objective, LinearSoftmax) and biases is None:
-        lacking = "the file's are compared by cosine, without biases"
-    if not lacking and not isinstance(objective, LinearSoftmax) and biases is not None:
-        lacking = "the file's are of a linear classifier with biases"
-    if not lacking:
-        lacking = _misfit(classifier, {key: state[key] for key in wanted})
-    if not lacking:
-        classifier.load_state_dict({key: state[key] for key in wanted})
-    return [_line(name, f"random: {lacking}" if lacking else "restored")]
+def _take_head_out_of_backbone(backbone: nn.Module, file: _File) -> None:
+    """Move timm's own classifier to the class weights; the table knows the name fc alone."""
+    cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    name, own = cfg.get("classifier"), backbone.state_dict()
+    for suffix, part in (("weight", "class weights"), ("bias", "class biases")):
+        key = f"{name}.{suffix}"
+        if key in file.parts["backbone"] and key not in own:
+            file.parts[part][""] = file.parts["backbone"].pop(key)
 
 
-def _line(part: str, fate: str) -> str:
-    return f"  {part}: {fate}"
+def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]:
+    average = method.momentum_encoder
+    state = {
+        f"{part}.{key}": value
+        for part in ("backbone", "projector")
+        for key, value in file.parts[f"momentum {part}"].items()
+    }
+    if average is None:
+        unused = "not used: the objective has none"
+        return [_line("momentum encoder", unused)] if state else []
+    misfit = lost or _misfit(average.encoder, state)
+    average.encoder.load_state_dict(method.encoder.state_dict() if misfit else state)
+    return [_line("momentum encoder", misfit and f"copy of the encoder: {misfit}")]
+
+
+def _restore_head(objective: Objective, file: _File, lost: str, same_images: bool) -> list[str]:
+    """Restore the bank or the class weights, unless they are lost for a reason."""
+    if objective.bank is None:
+        name = "class weights"
+        if file.has_bank:
+            name += ", from the bank's prototypes"
+        has_any = file.has_bank or file.value("class weights") is not None
+        misfit = "" if has_any else "the file has none"
+        misfit = misfit or lost or _restore_class_weights(objective, file)
+        return [_line(name, misfit and f"random: {misfit}")]
+    lines = []
+    if file.value("class weights") is not None:
+        lines.append(_line("class weights", "not used: the objective has none"))
+    misfit = "" if file.has_bank else "the file has none"
+    misfit = misfit or lost or _restore_bank(objective.bank, file, same_images)
+    return [*lines, _line("memory bank", misfit and f"noise: {misfit}")]
+
+
+def _restore_class_weights(objective: Any, file: _File) -> str:
+    """Copy the class weights; return why not, where they do not fit."""
+    classifier, weights = objective.classifier, file.value("class weights")
+    biases = file.value("class biases")
+    if file.has_bank:
+        features, labels = file.value("bank features"), file.value("bank labels")
+        weights = class_means(features.float(), labels, len(classifier.weight))
+    if isinstance(objective, LinearSoftmax) and biases is None:
+        return "the file's are compared by cosine, without biases"
+    if not isinstance(objective, LinearSoftmax) and biases is not None:
+        return "the file's are of a linear classifier with biases"
+    found = {"weight": weights} | ({} if biases is None else {"bias": biases})
+    misfit = _misfit(classifier, found)
+    if not misfit:
+        classifier.load_state_dict(found)
+    return misfit
+
+
+def _restore_bank(bank: Bank, file: _File, same_images: bool) -> str:
+    """Copy the bank; return why not, where it does not fit."""
+    features, labels = file.value("bank features"), file.value("bank labels")
+    if features.shape != bank.features.shape or labels.shape != bank.labels.shape:
+        return (
+            f"the file's is {tuple(features.shape)}, the run's {tuple(bank.features.shape)}; see "
+            "objective.bank_size"
+        )
+    bank.features.copy_(features)
+    bank.labels.copy_(labels)
+    ids, pointer = file.value("bank ids"), file.value("bank pointer")
+    if same_images and ids is not None:  # else they are of unknown samples
+        bank.ids.copy_(ids)
+    pointer = pointer["pointer"] if isinstance(pointer, Mapping) else int(pointer or 0)
+    bank.pointer = pointer % len(bank.labels)
+    return ""
+
+
+def _other_classes(file: _File, classes: Sequence[str]) -> str:
+    """Return in what the file's classes differ from the run's, as far as it tells them."""
+    if file.classes is not None:
+        odd = sorted(set(file.classes) ^ set(classes))
+        if odd or list(file.classes) != list(classes):
+            example = f", such as {odd[0]}" if odd else ": in another order"
+            return (
+                f"the file's {len(file.classes)} classes are not the run's {len(classes)}{example}"
+            )
+        return ""
+    weights, labels = file.value("class weights"), file.value("bank labels")
+    if weights is not None and weights.shape[:1] != (len(classes),):
+        return f"the file's are {tuple(weights.shape)}, the run has {len(classes)} classes"
+    if labels is not None and labels.numel():
+        # A bank does not tell how many classes there are; but for ImageNet's 1000, the last one
+        # must have an entry.
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= len(classes) or high + 1 < len(classes) != 1000:
+            return f"the bank's labels go up to {high}, the run has {len(classes)} classes"
+    return ""
+
+
+def _line(part: str, otherwise: str = "") -> str:
+    return f"  {part}: {otherwise or 'restored'}"
 
 
 def _misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
@@ -176,69 +313,3 @@ def _misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
         if state[key].shape != tensor.shape:
             return f"{key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
     return ""
-
-
-def _joined(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}
-
-
-def _other_classes(found: Sorted, contents: Mapping[str, Any], classes: Sequence[str]) -> str:
-    """Return in what the file's classes differ from the run's, as far as it tells them."""
-    names = contents.get("classes")
-    if names is not None and list(names) != list(classes):
-        return f"the file's {len(names)} classes are not the run's {len(classes)}"
-    weights, labels = found.parts["class weights"].get(""), found.parts["bank labels"].get("")
-    if weights is not None and len(weights) != len(classes):
-        return f"the file has {len(weights)} classes, the run {len(classes)}"
-    if names is None and labels is not None and len(labels):
-        most = int(labels.max()) + 1
-        # A bank does not tell how many classes there are; all but few have an entry.
-        if not 0.5 * len(classes) < most <= len(classes):
-            return f"the bank's labels go up to {most - 1}, the run has {len(classes)} classes"
-    return ""
-
-
-def _misfit_bank(bank: Bank, state: Mapping[str, Tensor | None]) -> str:
-    features, labels = state["features"], state["labels"]
-    if features is None or labels is None:
-        return "the file has none"
-    if features.shape != bank.features.shape or labels.shape != bank.labels.shape:
-        return (
-            f"the file's is {tuple(features.shape)}, the run's {tuple(bank.features.shape)}; see "
-            "objective.bank_size"
-        )
-    return ""
-
-
-def _restore_bank(
-    bank: Bank, state: Mapping[str, Any], pointer: Mapping[str, Any], same_images: bool
-) -> None:
-    """Copy a bank; whose samples its entries are is known where the images are the same."""
-    bank.features.copy_(state["features"])
-    bank.labels.copy_(state["labels"])
-    if same_images and state["ids"] is not None:
-        bank.ids.copy_(state["ids"])
-    position = next(iter(pointer.values()), 0)
-    position = position["pointer"] if isinstance(position, Mapping) else int(position)
-    bank.pointer = position % len(bank.labels)
-
-
-def _prototypes(state: Mapping[str, Any], objective: Objective) -> Tensor:
-    weights = objective.class_weights()
-    assert weights is not None
-    return class_means(state["features"].float(), state["labels"], len(weights))
-
-
-def _license(path: Path, found: Sorted, contents: Mapping[str, Any]) -> str:
-    """Return the licence that a file states, or NAVER's where the form is the official one."""
-    if found.form == "official":
-        return naver.LICENSE
-    if found.form == "trainer":
-        return str(contents.get("config", {}).get("license", ""))
-    config = path.parent / "config.json"
-    if path.name != "model.safetensors" or not config.is_file():
-        return ""
-    try:
-        return json.loads(config.read_text())["pretrained_cfg"].get("license") or ""
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return ""

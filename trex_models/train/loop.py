@@ -76,7 +76,7 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             batch = next(batches)
         except ValueError:
             if process.world_size == 1 and step > sampler.start_step:
-                run.save(step)  # so that nothing is lost; many processes may be at two steps
+                run.save(step)  # so that nothing is lost; of many processes, one alone is here
             raise
         run.unreadable.add(batch.unreadable)
         seed_step(run.config.seed, step, process.rank)
@@ -102,15 +102,20 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             measured |= run.meter.read() | {"learning_rate": rate}
             measured |= head_health(run.method.objective, before)
         if validator and (last or done % run.steps_between_validations == 0):
-            with reporter.aside():
-                measured |= validator.measure(run.method)
+            try:
+                with reporter.aside():
+                    measured |= validator.measure(run.method)
+            except ValueError:
+                run.save(done)  # of all processes, which fail together here
+                raise
         if measured:
             _report(run, reporter, done, measured)
 
         # The main process knows the time, any one may be told to stop: all act at the same step.
         due, stop = flags.exchange(process.is_main and alarm.due(), signals.received or 0)
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
-            run.save(done)
+            with reporter.aside():
+                run.save(done)
         if stop and not last:
             flags.finish()
             raise Stopped(Signals(stop), done, sampler.total_steps)
@@ -135,10 +140,10 @@ def _validator(run: Run, workers: int, reporter: Reporter) -> Validator | None:
 
 def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
     """Report, and end the run where too many images cannot be read, after saving it."""
-    too_many = run.share_unreadable(reporter.say)
+    run.share_unreadable(reporter.say)
     if run.unreadable:
         measured["unreadable"] = len(run.unreadable)
     reporter.report(done, measured)
-    if too_many:
+    if run.unreadable.too_many:
         run.save(done)
-        raise distributed.SharedError(run.unreadable.too_many())
+        raise distributed.SharedError(run.unreadable.trouble())

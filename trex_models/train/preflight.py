@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from trex_models.data.decode import UnreadableImageError
+from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.sources import Source
 
 _TOLERATED = 0.01  # share of classes without a prototype above which we warn
@@ -150,10 +150,11 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
         )
 
 
-def samples(source: Source, skip: bool = False) -> str | None:
+def samples(name: str, source: Source, skip: bool = False) -> str | None:
     """Read a few images from all over a source.
 
     Args:
+        name: What they are for.
         source: The images.
         skip: Whether those that cannot be read will be passed over.
 
@@ -170,9 +171,7 @@ def samples(source: Source, skip: bool = False) -> str | None:
             image = source.read(index)
         except UnreadableImageError as error:
             if not skip:
-                raise ValueError(
-                    f"{error}, or pass over such images: --data.unreadable skip"
-                ) from error
+                raise or_skip(error) from error
             reasons.append(str(error))
             continue
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -180,9 +179,13 @@ def samples(source: Source, skip: bool = False) -> str | None:
                 f"{source.name(index)} is {image.dtype} {image.shape}, not uint8 (H, W, 3)"
             )
     if len(reasons) == len(indices):
-        raise ValueError(f"none of {len(indices)} images can be read; the last: {reasons[-1]}")
+        raise ValueError(
+            f"none of {len(indices)} {name} images can be read; the last: {reasons[-1]}"
+        )
     if reasons:
-        return f"{len(reasons)} of {len(indices)} images cannot be read, such as: {reasons[0]}"
+        return (
+            f"{len(reasons)} of {len(indices)} {name} images cannot be read, such as: {reasons[0]}"
+        )
     return None
 
 
@@ -193,6 +196,20 @@ def classes(source: Source) -> str | None:
     if empty:
         return f"{len(empty)} of {len(counts)} classes have no images, such as {empty[0]}"
     return None
+
+
+def tensorboard() -> None:
+    """Check that TensorBoard's files can be written.
+
+    Raises:
+        ValueError: The package is missing.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "system.tensorboard needs tensorboard: pip install trex-models[train]"
+        ) from error
 
 
 def cpu_bfloat16(precision: str, device: torch.device, sizes: Iterable[int]) -> None:

@@ -20,7 +20,7 @@ from trex_models.train.distributed import Process, gather
 T = TypeVar("T")
 
 # Of a line of metrics.jsonl, what is not the same when the same run is repeated.
-TIMINGS = ("seconds", "images_per_second", "waiting_for_data")
+TIMINGS = ("images_per_second", "waiting_for_data")
 _TRAINED = ("loss", "accuracy", "unreadable")
 _VALIDATED = ("val_top1", "val_top5", "val_knn")
 _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -80,9 +80,6 @@ class Reporter:
         images_per_step: Global batch size.
         enabled: Whether this is the main process.
         tensorboard: Folder for TensorBoard's files; None for none.
-
-    Raises:
-        ValueError: tensorboard is not installed.
     """
 
     def __init__(
@@ -184,9 +181,7 @@ class Reporter:
         self._waited = self._set_aside = 0.0
         epoch = done / self._steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
-        line |= dict(
-            zip(TIMINGS, (round(seconds, 4), round(rate, 1), round(waiting, 4)), strict=True)
-        )
+        line |= {"images_per_second": float(f"{rate:.4g}"), "waiting_for_data": round(waiting, 4)}
         append(self._path, json.dumps(line) + "\n")
         if self._writer is not None:
             for name, value in line.items():
@@ -204,7 +199,7 @@ class Reporter:
         else:
             if validated:
                 self.say(f"epoch {epoch:g}: {validated.rstrip()}")
-            self._bar.set_postfix_str(trained + speed)
+            self._bar.set_postfix_str(f"{speed}, {trained.rstrip()}")
 
     def finish(self) -> None:
         """Leave the bar as it is; what is said from now on stands below it."""
@@ -225,12 +220,8 @@ def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:
     """Open a writer; what earlier lives of the run wrote of later steps is hidden."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "system.tensorboard needs tensorboard: pip install trex-models[train]"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
     return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 

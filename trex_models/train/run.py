@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from trex_models import naver
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.train import build, checkpointing, distributed
 from trex_models.train.config import Config, differences, to_json
 from trex_models.train.distributed import Process
-from trex_models.train.initial import init_from
+from trex_models.train.initial import init_from, license_of_result
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
 from trex_models.train.reporting import Meter
@@ -49,6 +50,7 @@ class Run:
         meter: Loss and accuracy since the last report.
         unreadable: Images that were passed over.
         facts: What a checkpoint says of the data.
+        inherited_license: Of the weights that the run started from; empty for none.
         messages: What to tell before the first step.
     """
 
@@ -65,6 +67,7 @@ class Run:
     meter: Meter
     unreadable: UnreadableImages
     facts: dict[str, Any]
+    inherited_license: str
     messages: list[str]
 
     @property
@@ -98,13 +101,10 @@ class Run:
         ]
         return crops, *torch.zeros(2, share, dtype=torch.int64, device=device)
 
-    def share_unreadable(self, say: Callable[[str], object]) -> bool:
-        """Share what images were passed over; return whether they are too many.
-
-        Every process must call it.
-        """
-        skips = self.config.data.unreadable == "skip"
-        return skips and self.unreadable.exchange(self.process.is_main, say)
+    def share_unreadable(self, say: Callable[[str], object]) -> None:
+        """Share what images were passed over; every process must call it."""
+        if self.config.data.unreadable == "skip":
+            self.unreadable.exchange(self.process.is_main, say)
 
     def save(self, done: int) -> None:
         """Save the state after ``done`` steps, if all processes agree on it and it is finite.
@@ -164,7 +164,8 @@ class Run:
         return {
             **state,
             **self.facts,
-            "unreadable": self.unreadable.state(),
+            "inherited_license": self.inherited_license,
+            "unreadable": self.unreadable.indices,
             "config": json.loads(to_json(self.config)),
             "step": steps,
             "environment": self.environment,
@@ -216,7 +217,8 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
             with tempfile.TemporaryDirectory() as trial:  # what cannot be exported is not trained
                 build.export_method(method, config, classes, Path(trial))
 
-    config, started_from = _initialised(config, method, facts, process)
+    started_from, inherited = _initialised(config, method, facts, process)
+    config = replace(config, license=license_of_result(config.license, inherited))
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -238,6 +240,7 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
             Path(config.output) / "unreadable.txt", len(source), config.data.max_unreadable
         ),
         facts=facts,
+        inherited_license=inherited,
         messages=[
             _describe(config, source, process),
             *(f"warning: {warning}" for warning in warnings),
@@ -257,39 +260,33 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
 
 def _initialised(
     config: Config, method: TReX, facts: dict[str, Any], process: Process
-) -> tuple[Config, list[str]]:
+) -> tuple[list[str], str]:
     """Take on the weights of ``config.init_from``, unless the run has a checkpoint of its own.
 
     The main process reads the file for all.
 
     Returns:
-        The configuration with the licence of these weights, and what to tell.
+        What to tell, and the licence of these weights; both empty where nothing was read.
 
     Raises:
         ValueError: The file will not do, or its licence forbids the one that was chosen.
     """
     begins = not checkpointing.files(Path(config.output))
     if not distributed.broadcast(bool(config.init_from) and begins):
-        return config, []
+        return [], ""
     lines: list[str] = []
-    license_of_weights = ""
+    inherited = ""
     with distributed.together():
         if process.is_main:
-            lines, license_of_weights = init_from(
+            lines, inherited = init_from(
                 Path(config.init_from), method, facts["classes"], facts["images"]
             )
-            if license_of_weights == naver.LICENSE and config.license not in ("", naver.LICENSE):
-                raise ValueError(
-                    f"license: the weights in {config.init_from} are under {naver.LICENSE}, and so "
-                    f"is what is trained from them, not under {config.license}; leave --license out"
-                )
-    state, license_of_weights = distributed.broadcast((method.state_dict(), license_of_weights))
+            told = license_of_result(config.license, inherited)
+            what = f"{told}, for what is trained from them, too" if told else "not told"
+            lines.append(f"  licence of the weights: {what} (NAVER's are under {naver.LICENSE})")
+    state, inherited = distributed.broadcast((method.state_dict(), inherited))
     method.load_state_dict(state)
-    if license_of_weights and not config.license:
-        lines.append(
-            f"  licence of the weights, and of what is trained from them: {license_of_weights}"
-        )
-    return replace(config, license=config.license or license_of_weights), lines
+    return lines, inherited
 
 
 def _continue(run: Run) -> None:
@@ -308,13 +305,27 @@ def _continue(run: Run) -> None:
     path, state = saved
     checkpointing.restore(run.parts, state, path)
     run.meter.restore(state["meter"])
-    run.unreadable.add(state["unreadable"])
-    if not run.config.license:  # what init_from told at the start
-        run.config = replace(run.config, license=state["config"]["license"])
+    run.inherited_license = state["inherited_license"]
+    run.config = replace(
+        run.config, license=license_of_result(run.config.license, run.inherited_license)
+    )
+    _restore_unreadable(run, state["unreadable"])
     match_memory_format(run.optimizer)
     run.sampler.start_step = state["step"]
     finished = state["step"] == run.sampler.total_steps
     run.messages.append(f"the run {'is finished:' if finished else 'continues from'} {path}")
+
+
+def _restore_unreadable(run: Run, indices: list[int]) -> None:
+    """Read the images again that could not be read: some may have been mended meanwhile."""
+    with distributed.together():
+        for index in indices:
+            try:
+                run.dataset.source.read(index)
+            except UnreadableImageError as error:
+                run.unreadable.add({index: str(error)})
+        if run.config.data.unreadable == "skip" and run.unreadable.too_many:
+            raise ValueError(run.unreadable.trouble())
 
 
 def _check_alike(run: Run, config: str, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from trex_models.train import checkpointing
 from trex_models.train.build import build_method, export_method
 from trex_models.train.config import from_dict
 from trex_models.train.distributed import choose_device
+from trex_models.train.initial import license_of_result
 from trex_models.train.method import TReX
 from trex_models.train.step import Precision, seed_step
 
@@ -21,19 +22,21 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
 
     Args:
         path: A file of a run's checkpoints folder, or the run's folder: its last whole one.
-        folder: Where to write ``backbone`` and, where the backbone is a ResNet, ``cls``.
+        folder: Where to write, as ``export.export``.
         weights_license: Licence to state; None for the one that the run was started with.
 
     Returns:
         The exported folders.
 
     Raises:
-        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
+        ValueError: There is no checkpoint, it is damaged or does not fit its configuration, or it
+            must stay under another licence.
     """
     method, state = load_method(path)
     config = from_dict(state["config"])
     if weights_license is not None:
-        config = replace(config, license=weights_license)
+        chosen = license_of_result(weights_license, state["inherited_license"])
+        config = replace(config, license=chosen)
     return export_method(method, config, state["classes"], folder)
 
 

@@ -19,19 +19,25 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
         exported: The folders of its export.
 
     Returns:
-        Lines to print: time and rate over all lives of the run, last and best figures, images
-        that were passed over, and what to do next.
+        Lines to print: time of training (without validation and checkpoints) and rate over all
+        lives of the run, last and best figures, images that were passed over, and what to do next.
     """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = []
     if metrics:
-        steps, seconds = metrics[-1]["step"], sum(line["seconds"] for line in metrics)
-        waited = sum(line["seconds"] * line["waiting_for_data"] for line in metrics)
+        images = [line["step"] * images_per_step for line in metrics]
+        # By the rates: what an interruption cost is no time of training.
+        spans = [
+            (after - before) / line["images_per_second"]
+            for before, after, line in zip([0, *images], images, metrics, strict=False)
+        ]
+        waited = sum(
+            span * line["waiting_for_data"] for span, line in zip(spans, metrics, strict=True)
+        )
         lines.append(
-            f"finished: {steps} steps, {metrics[-1]['epoch']:g} epochs, "
-            f"{steps * images_per_step:,} images in {duration(seconds)} "
-            f"({steps * images_per_step / max(seconds, 1e-9):.0f} images/s, "
-            f"{waited / max(seconds, 1e-9):.0%} waiting for data)"
+            f"finished: {metrics[-1]['step']} steps, {metrics[-1]['epoch']:g} epochs, "
+            f"{images[-1]:,} images in {duration(sum(spans))} ({images[-1] / sum(spans):.0f} "
+            f"images/s, {waited / sum(spans):.0%} waiting for data)"
         )
         lines += _figures(metrics)
     listed = folder / "unreadable.txt"

@@ -15,12 +15,18 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from trex_models.data.decode import UnreadableImageError
+from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
 from trex_models.evaluation.neighbors import hits, nearest_votes
 from trex_models.heads import widen
-from trex_models.train.distributed import Process, broadcast_buffers, gather, gather_rows
+from trex_models.train.distributed import (
+    Process,
+    broadcast_buffers,
+    gather,
+    gather_rows,
+    together,
+)
 from trex_models.train.method import TReX
 from trex_models.train.step import Precision
 
@@ -35,12 +41,12 @@ class Images:
     Args:
         images: (B, 3, S, S), normalised.
         labels: (B,).
-        unreadable: What is wrong with the images that are left out.
+        unreadable: What is wrong with the images that are left out, by index.
     """
 
     images: Tensor
     labels: Tensor
-    unreadable: list[str]
+    unreadable: dict[int, str]
 
     def pin_memory(self) -> Images:
         """Return the batch in page-locked memory."""
@@ -66,14 +72,15 @@ class ValidationDataset:
 
     def __getitems__(self, indices: Sequence[int]) -> Images:
         """Return a batch, which may be empty; ValueError names an image that cannot be read."""
-        images, read, unreadable = [torch.empty(0, 3, self._size, self._size)], [], []
+        images, read = [torch.empty(0, 3, self._size, self._size)], []
+        unreadable: dict[int, str] = {}
         for index in indices:
             try:
                 image = Image.fromarray(self.source.read(index))
             except UnreadableImageError as error:
                 if not self.skip:
-                    raise
-                unreadable.append(str(error))
+                    raise or_skip(error) from error
+                unreadable[index] = str(error)
             else:
                 images.append(self._transform(_shortened(image))[None])
                 read.append(index)
@@ -136,7 +143,7 @@ class Validator:
         watch: Callable[[Iterator[Images], int, str], Iterator[Images]] = lambda batches, *_: (
             batches
         ),
-        pass_over: Callable[[list[str]], object] = lambda _: None,
+        pass_over: Callable[[dict[int, str]], object] = lambda _: None,
     ) -> None:
         self._dataset = dataset
         self._process = process
@@ -160,13 +167,15 @@ class Validator:
             that the k-NN classifier has right. Exact integers are summed.
 
         Raises:
-            ValueError: An image cannot be read, or none can.
+            ValueError: An image cannot be read, or none can; in all processes alike.
         """
         was_training = method.training
         method.eval()
         broadcast_buffers(method.encoder)
         try:
-            counts = self._count(method)
+            references = self._references(method)
+            with together():
+                counts = self._count(method, references)
         finally:
             method.train(was_training)
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
@@ -175,9 +184,8 @@ class Validator:
         measured = {"val_top1": top1 / images, "val_top5": top5 / images}
         return measured | ({"val_knn": nearest / images} if self._neighbors else {})
 
-    def _count(self, method: TReX) -> Tensor:
+    def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return how many of this process's images are right: top-1, top-5, k-NN; and of all."""
-        references = self._references(method)
         counts = torch.zeros(4, dtype=torch.int64, device=self._process.device)
         waiting: list[tuple[Tensor, Tensor]] = []  # many queries at once are faster
         for features, labels in self._features(
@@ -204,20 +212,35 @@ class Validator:
         """Return features and labels of the training images to compare with, of all processes."""
         if self._neighbors is None:
             return None
-        among = self._neighbors
-        parts = list(self._features(method, among.dataset, among.indices, "features"))
-        device = self._process.device
-        width = parts[0][0].shape[1] if parts else 0
-        width = int(gather(torch.tensor([width], device=device)).max())
+        with together():
+            features, labels = self._own_references(method, self._neighbors)
+        # A process has none where there are fewer of them than processes, and knows no width then.
+        width = gather(torch.tensor([features.shape[1]], device=features.device)).max()
         if not width:
             raise ValueError("none of the training images to compare with can be read")
-        # Of a process without images: there may be fewer of them than processes.
-        none = (
-            torch.zeros(0, width, device=device),
-            torch.zeros(0, dtype=torch.int64, device=device),
+        if not len(features):
+            features = features.new_empty(0, int(width))
+        return gather_rows(features), gather_rows(labels)
+
+    def _own_references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
+        """Return the share of this process; written in place, for it may be large."""
+        rank, world_size, device = (
+            self._process.rank,
+            self._process.world_size,
+            self._process.device,
         )
-        features, labels = zip(none, *parts, strict=True)
-        return gather_rows(torch.cat([*map(widen, features)])), gather_rows(torch.cat(labels))
+        count, filled = len(range(rank, len(among.indices), world_size)), 0
+        features = torch.empty(0, 0, device=device)
+        labels = torch.empty(count, dtype=torch.int64, device=device)
+        for batch, batch_labels in self._features(method, among.dataset, among.indices, "features"):
+            if not filled:
+                features = torch.empty(
+                    count, batch.shape[1], dtype=widen(batch).dtype, device=device
+                )
+            part = slice(filled, filled + len(batch))
+            features[part], labels[part] = batch, batch_labels
+            filled += len(batch)
+        return features[:filled], labels[:filled]
 
     def _count_nearest(
         self, references: tuple[Tensor, Tensor], queries: list[tuple[Tensor, Tensor]]
