@@ -52,15 +52,15 @@ def train_a_step(config: Config) -> TReX:
 
 @pytest.mark.parametrize("objective", ["ocm", "cosine", "look", "softmax"])
 @pytest.mark.parametrize("projector", PROJECTORS)
-@pytest.mark.parametrize("crops", ["1+0", "2+2"])
-def test_trains_and_exports(objective: str, projector: str, crops: str, tmp_path: Path) -> None:
+def test_trains_and_exports(objective: str, projector: str, tmp_path: Path) -> None:
     options = ["--objective.name", objective, *PROJECTORS[projector]]
-    options += ["--crops.global-crops", crops[0], "--crops.local-crops", crops[2]]
+    # Each number of crops with each objective and with some projector.
+    few = projector == "none"
+    options += ["--crops.global-crops", "1" if few else "2"]
+    options += ["--crops.local-crops", "0" if few else "2"]
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *options])
     method = train_a_step(config)
     assert (method.momentum_encoder is not None) == (objective in ("ocm", "look"))
-    if crops != "1+0":
-        return
     folders = build.export_method(method, config, CLASSES, tmp_path)
     names = [folder.name for folder in folders]
     head = {"look": ["proj"] if projector != "none" else []}.get(objective, ["cls"])
