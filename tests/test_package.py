@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.loop": {"data", "train"},
     "train.__main__": {"train"},
     "demo": {"data", "evaluation", "train"},
-    "plot": {"files"},
+    "plot": {"files", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }
 

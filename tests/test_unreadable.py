@@ -32,6 +32,15 @@ def make_folder(root: Path, broken: list[str]) -> list[str]:
     ]
 
 
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same end and the same lines, whatever the settings that do not matter."""
+    ours, theirs = last_state(a), last_state(b)
+    for state in (ours, theirs):
+        del state["config"]
+    assert_same_state(ours, theirs)
+    assert logged(a) == logged(b)
+
+
 SKIP = ["--data.unreadable", "skip", "--data.max-unreadable", "0.1"]
 
 
@@ -66,11 +75,7 @@ def test_stand_ins_do_not_depend_on_the_workers(
     out = capsys.readouterr().out
     assert f"2 images could not be read and were passed over: see {tmp_path}" in out
     assert out.count("skipped: ") == 2  # once each, not once an epoch
-    ours, theirs = last_state(tmp_path / "run"), last_state(folder)
-    for state in (ours, theirs):
-        del state["config"]
-    assert_same_state(ours, theirs)
-    assert logged(tmp_path / "run") == logged(folder)
+    assert_same_run(tmp_path / "run", folder)
 
 
 def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
@@ -86,11 +91,7 @@ def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
     (kept,) = checkpointing.files(tmp_path / "run")  # the last whole step, though none was due
     assert checkpointing.load(kept)["step"] > 0
     assert run(tmp_path / "run", *command, *SKIP) == 0
-    ours, theirs = last_state(tmp_path / "run"), last_state(folder)
-    for state in (ours, theirs):
-        del state["config"]
-    assert_same_state(ours, theirs)
-    assert logged(tmp_path / "run") == logged(folder)
+    assert_same_run(tmp_path / "run", folder)
 
 
 def test_too_many_end_the_run_after_it_is_saved(

@@ -12,22 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.test_signals import Clock
 from tests.test_train import logged, run
 from trex_models.train import reporting
 from trex_models.train.reporting import Reporter
 from trex_models.train.summary import summarize
 
 METRICS = ["--validation.images-per-class", "4", "--validation.neighbors", "3"]
-
-
-class Clock:
-    """A time that goes on by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

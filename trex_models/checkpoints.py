@@ -334,17 +334,21 @@ def _row(name: str) -> Row:
     return max(fitting, key=lambda row: len(row.prefix))
 
 
+_FATES = {
+    "": "dropped: not weights",
+    "bank pointer": "dropped: where the bank would go on",
+    "bank ids": "dropped: which samples the bank holds, and since when",
+    "bank ages": "dropped: which samples the bank holds, and since when",
+    "bank features": "prototypes: L2-normalised class sums",
+    "bank labels": "prototypes: L2-normalised class sums",
+    "class weights": "fc.weight",
+    "class biases": "fc.bias",
+}
+
+
 def _fate(part: str, name: str, encoder: str) -> str:
-    if not part:
-        return "dropped: not weights"
-    if part == "bank pointer":
-        return "dropped: where the bank would go on"
-    if part in ("bank ids", "bank ages"):
-        return "dropped: which samples the bank holds, and since when"
-    if part.startswith("bank "):
-        return "prototypes: L2-normalised class sums"
-    if part in ("class weights", "class biases"):
-        return "fc.weight" if part == "class weights" else "fc.bias"
+    if part in _FATES:
+        return _FATES[part]
     if part.startswith("momentum ") != bool(encoder):
         return f"dropped: {'online' if encoder else 'momentum'} encoder"
     return name if part.endswith("backbone") else f"proj.{name}"

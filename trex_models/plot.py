@@ -15,7 +15,7 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from trex_models.files import replacing
+from trex_models.train.config import flatten
 
 FORMATS = ("png", "svg", "pdf")
 # Okabe and Ito's, which colour-blind people tell apart, without the yellow.
@@ -169,7 +170,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{config} is not a run's configuration; restore it, or move it away")
     keys = dict.fromkeys(key for line in lines for key in line)
     columns = {key: np.array([line.get(key, np.nan) for line in lines], float) for key in keys}
-    return Run(folder, columns, _flatten(saved))
+    return Run(folder, columns, flatten(saved))
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
@@ -203,14 +204,6 @@ def _numbers(text: str) -> dict[str, float] | None:
         return None
     numbers = {key: value for key, value in line.items() if type(value) in (int, float)}
     return numbers if {"step", "epoch"} <= numbers.keys() else None
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

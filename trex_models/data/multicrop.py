@@ -122,7 +122,7 @@ class MultiCropDataset(Dataset[Batch]):
 
     def _read(self, epoch: int, index: int, unreadable: dict[int, str]) -> tuple[np.ndarray, int]:
         """Return a sample's image, or its substitute's, and whose it is."""
-        stand_ins = np.random.default_rng((_SUBSTITUTE, self.seed, epoch, index))
+        key, stand_ins = (_SUBSTITUTE, self.seed, epoch, index), None
         for _ in range(_MOST_SUBSTITUTES):
             try:
                 return self.source.read(index), index
@@ -130,6 +130,8 @@ class MultiCropDataset(Dataset[Batch]):
                 if not self.substitute:
                     raise or_skip(error) from error
                 unreadable[index] = str(error)
+                # Only here: it would cost every image of every epoch 12 us.
+                stand_ins = stand_ins or np.random.default_rng(key)
                 index = int(stand_ins.integers(len(self.source)))
         raise ValueError(
             f"{_MOST_SUBSTITUTES} images in a row cannot be read, such as: "

@@ -152,21 +152,22 @@ def _nearest(queries: Tensor, features: Tensor, k: int, chunk: int) -> tuple[Ten
     return best, where
 
 
-def hits(votes: Tensor, labels: Tensor, count: int = 5) -> Tensor:
+def hits(votes: Tensor, labels: Tensor, count: int = 5, no_vote: float = 0.0) -> Tensor:
     """Return whether each label is among the first n classes, for n = 1 to ``count``.
 
     A class without a vote is never a hit.
 
     Args:
-        votes: (M, C), not negative.
+        votes: (M, C), none below ``no_vote``; logits are as good.
         labels: (M,), in [0, C).
         count: The largest n; C where it is above that.
+        no_vote: What stands for a class without a vote.
 
     Returns:
         (M, count) bool: top-1 in the first column, top-5 in the last one of five.
     """
     ranked = votes.topk(min(count, votes.shape[1]))
-    found = (ranked.indices == labels.to(votes.device)[:, None]) & (ranked.values > 0)
+    found = (ranked.indices == labels.to(votes.device)[:, None]) & (ranked.values > no_vote)
     return found.cumsum(1) > 0
 
 

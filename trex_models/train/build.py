@@ -106,7 +106,7 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
             f"validation.path {validation.path} and data.path {config.data.path} need the same "
             f"class folders; one of them alone has {', '.join(lonely[:3])}"
         )
-    return ValidationDataset(held_out, config.crops.global_size, data.unreadable == "skip")
+    return ValidationDataset(held_out, config.crops.global_size, data.skips_unreadable)
 
 
 def build_neighbors(config: Config, source: Source) -> Neighbors | None:
@@ -120,7 +120,7 @@ def build_neighbors(config: Config, source: Source) -> Neighbors | None:
     if not validation.neighbors:
         return None
     drawn = np.random.default_rng(config.seed).permutation(len(source))
-    dataset = ValidationDataset(source, config.crops.global_size, config.data.unreadable == "skip")
+    dataset = ValidationDataset(source, config.crops.global_size, config.data.skips_unreadable)
     return Neighbors(dataset, drawn[: validation.neighbors_among], validation.neighbors)
 
 
@@ -216,7 +216,7 @@ def check(
     sources = {"training": source}
     if validation is not None:
         sources["validation"] = validation.source
-    skip = config.data.unreadable == "skip"
+    skip = config.data.skips_unreadable
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
     if validation is not None:  # float32, beside the crops that wait

@@ -60,6 +60,11 @@ class DataConfig:
     variation: float = 1.0
     """How far the images of a class differ in shape and turn (source fractals)."""
 
+    @property
+    def skips_unreadable(self) -> bool:
+        """Whether images that cannot be read are passed over."""
+        return self.unreadable == "skip"
+
     def __post_init__(self) -> None:
         _require(
             self.source != "fractals" or not self.path,
@@ -376,8 +381,8 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
         config: The new configuration. Fields that do not change what is learned
             (output, license, data.path, validation, most of system) are not compared.
     """
-    old = _flatten(saved)
-    new = _flatten(json.loads(to_json(config)))
+    old = flatten(saved)
+    new = flatten(json.loads(to_json(config)))
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
@@ -385,11 +390,12 @@ def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree of settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}.")
+            flatten(value, f"{prefix}{key}.")
             if isinstance(value, Mapping)
             else {prefix + key: value}
         )

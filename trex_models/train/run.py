@@ -103,7 +103,7 @@ class Run:
 
     def share_unreadable(self, say: Callable[[str], object]) -> None:
         """Share what images were passed over; every process must call it."""
-        if self.config.data.unreadable == "skip":
+        if self.config.data.skips_unreadable:
             self.unreadable.exchange(self.process.is_main, say)
 
     def save(self, done: int) -> None:
@@ -227,7 +227,7 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         process=process,
         precision=precision,
         dataset=MultiCropDataset(
-            source, build.crop_specs(config.crops), config.seed, config.data.unreadable == "skip"
+            source, build.crop_specs(config.crops), config.seed, config.data.skips_unreadable
         ),
         validation=validation,
         neighbors=build.build_neighbors(config, source),
@@ -324,7 +324,7 @@ def _restore_unreadable(run: Run, indices: list[int]) -> None:
                 run.dataset.source.read(index)
             except UnreadableImageError as error:
                 run.unreadable.add({index: str(error)})
-        if run.config.data.unreadable == "skip" and run.unreadable.too_many:
+        if run.config.data.skips_unreadable and run.unreadable.too_many:
             raise ValueError(run.unreadable.trouble())
 
 

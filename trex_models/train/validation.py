@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from trex_models.train.step import Precision
 
 _CROP_PCT = 224 / 256  # resize the shorter side to 256, cut out the central 224
 _QUERIES = 4096
+_Indices = TypeVar("_Indices", range, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,13 @@ class Validator:
         """Return how many of this process's images are right: top-1, top-5, k-NN; and of all."""
         counts = torch.zeros(4, dtype=torch.int64, device=self._process.device)
         waiting: list[tuple[Tensor, Tensor]] = []  # many queries at once are faster
-        for features, labels in self._features(
-            method, self._dataset, range(len(self._dataset.source)), "validation"
-        ):
+        own = self._own(range(len(self._dataset.source)))
+        for features, labels in self._features(method, self._dataset, own, "validation"):
             with self._precision.autocast():
                 logits = method.objective.logits(method.encoder.projector(widen(features)))
-            ranked = logits.topk(min(5, logits.shape[1]))
-            # Of a vote, -inf is no vote at all.
-            hit = (ranked.indices == labels[:, None]) & (ranked.values > -torch.inf)
-            counts[0] += hit[:, 0].sum()
-            counts[1] += hit.sum()
+            found = hits(logits, labels, 5, no_vote=-torch.inf)
+            counts[0] += found[:, 0].sum()
+            counts[1] += found[:, -1].sum()
             counts[3] += len(labels)
             if references is not None:
                 waiting.append((features, labels))
@@ -224,19 +223,12 @@ class Validator:
 
     def _own_references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
         """Return the share of this process; written in place, for it may be large."""
-        rank, world_size, device = (
-            self._process.rank,
-            self._process.world_size,
-            self._process.device,
-        )
-        count, filled = len(range(rank, len(among.indices), world_size)), 0
+        own, filled, device = self._own(among.indices), 0, self._process.device
         features = torch.empty(0, 0, device=device)
-        labels = torch.empty(count, dtype=torch.int64, device=device)
-        for batch, batch_labels in self._features(method, among.dataset, among.indices, "features"):
+        labels = torch.empty(len(own), dtype=torch.int64, device=device)
+        for batch, batch_labels in self._features(method, among.dataset, own, "features"):
             if not filled:
-                features = torch.empty(
-                    count, batch.shape[1], dtype=widen(batch).dtype, device=device
-                )
+                features = widen(batch).new_empty(len(own), batch.shape[1])
             part = slice(filled, filled + len(batch))
             features[part], labels[part] = batch, batch_labels
             filled += len(batch)
@@ -251,15 +243,14 @@ class Validator:
         votes = nearest_votes(*references, features, num_classes, self._neighbors.k)
         return hits(votes, labels, 1).sum()
 
+    def _own(self, indices: _Indices) -> _Indices:
+        """Return the indices of this process."""
+        return indices[self._process.rank :: self._process.world_size]
+
     def _features(
-        self,
-        method: TReX,
-        dataset: ValidationDataset,
-        indices: Sequence[int] | np.ndarray,
-        name: str,
+        self, method: TReX, dataset: ValidationDataset, own: Sequence[int] | np.ndarray, name: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the backbone's features, (<= B, F), and labels of this process's images."""
-        own = indices[self._process.rank :: self._process.world_size]
+        """Yield the backbone's features, (<= B, F), and labels of some images."""
         size, device = self._batch_size, self._process.device
         batches = [[int(i) for i in own[at : at + size]] for at in range(0, len(own), size)]
         loaded = load_batches(dataset, batches, self._workers, device.type == "cuda", self._say)
