@@ -8,15 +8,11 @@ stands beside the wall time: where the machine is busy with other work, the two 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import measure
 from trex_models.data.fractals import FractalSource
 
 _IMAGES = {32: 400, 64: 400, 224: 80}
@@ -36,21 +32,9 @@ def milliseconds(size: int, num_images: int) -> tuple[list[float], list[float]]:
     return wall, cpu
 
 
-def processor() -> str:
-    """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Time, print and record."""
-    parser = argparse.ArgumentParser(description="Time fractal images, on one thread.")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fractals.json"))
-    out: Path = parser.parse_args().out
+    out: Path = measure.parser("fractals", __doc__).parse_args().out
     rows = []
     for size, num_images in _IMAGES.items():
         wall, cpu = milliseconds(size, num_images)
@@ -67,18 +51,9 @@ def main() -> None:
         FractalSource(num_classes=1, size=1, first_class=label).read(0)
     class_ms = round((time.thread_time() - start) / 200 * 1000, 2)
     print(f"a class's system: CPU {class_ms} ms, once a process")
-    result = {
-        "processor": processor(),
-        "load_average": round(os.getloadavg()[0], 1),
-        "threads": 1,
-        "python": platform.python_version(),
-        "numpy": version("numpy"),
-        "render": rows,
-        "class_cpu_ms": class_ms,
-    }
-    print(f"{result['processor']}, Python {result['python']}, numpy {result['numpy']}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    facts = measure.machine()
+    print(f"{facts['processor']}, Python {facts['python']}, numpy {facts['numpy']}")
+    measure.record(out, {"machine": facts, "render": rows, "class_cpu_ms": class_ms})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""What the benchmarks share: variants measured in turn, the machine, the record.
+
+On a shared machine a figure by itself says little: variants take turns in one process group, and
+what is quoted is the median over the rounds of the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scikit-learn")
+
+
+def alternate(
+    variants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Measure variants in turn, in the opposite order every other round.
+
+    Args:
+        variants: By name, what measures once and returns a rate or a time.
+        rounds: How often.
+        warm_up: Rounds before, which do not count.
+
+    Returns:
+        By name, one measurement a round.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-warm_up, rounds):
+        names = list(variants)
+        for name in reversed(names) if number % 2 else names:
+            value = variants[name]()
+            if number >= 0:
+                measured[name].append(value)
+        if sys.stderr.isatty():
+            done = f"round {number + 1}/{rounds}" if number >= 0 else "warming up"
+            print(f"\r{done}", end="\n" if number + 1 == rounds else "", file=sys.stderr)
+    return measured
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Return median, least and greatest value, and how many there are."""
+    return {
+        "median": _rounded(statistics.median(values)),
+        "min": _rounded(min(values)),
+        "max": _rounded(max(values)),
+        "n": len(values),
+    }
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float | int]:
+    """Return the spread of the ratios within the rounds."""
+    return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def shown(values: Mapping[str, float | int], unit: str = "") -> str:
+    """Return a spread as text: median (least to greatest, n)."""
+    return f"{values['median']:g}{unit} ({values['min']:g} to {values['max']:g}, n = {values['n']})"
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Return what a figure depends on: processor, device, load, versions."""
+    installed = {}
+    for package in _PACKAGES:
+        try:
+            installed[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "instructions": _instructions(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
+        "load_average": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        **installed,
+    }
+    if device.startswith("cuda"):
+        facts |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return facts
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser with ``--out``, by default ``benchmarks/results/<name>.json``."""
+    result = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file")
+    return result
+
+
+def record(out: Path, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+def _instructions() -> str:
+    """Return what torch's kernels use, and whether there are bfloat16 matrix instructions."""
+    flags = _cpuinfo("flags").split()
+    found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
+
+
+def _cpuinfo(key: str) -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith(key):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
