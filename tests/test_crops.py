@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms as T
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import ks_2samp
 from torch import Tensor
 
-from tests import reference_augmentation as reference
+from benchmarks.augment import LIMITS, compare_boxes, crop_error, draw_boxes, summary
+from benchmarks.photographs import bundled
+from benchmarks.reference_pipeline import random_boxes, reference_crop
 from trex_models.data import crops
 from trex_models.data.crops import cut, draw_box
 
@@ -16,35 +16,8 @@ LOCAL, GLOBAL = (0.05, 0.25), (0.25, 1.0)
 SIGNIFICANCE = 1e-3
 
 
-def draw_ours(
-    size: tuple[int, int], scale: tuple[float, float], count: int, seed: int = 0
-) -> NDArray[np.int64]:
-    rng = np.random.default_rng(seed)
-    return np.array([draw_box(rng, size[0], size[1], scale) for _ in range(count)])
-
-
-def draw_torchvision(
-    size: tuple[int, int], scale: tuple[float, float], count: int, seed: int = 0
-) -> NDArray[np.int64]:
-    image = torch.empty(3, *size)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        draws = [T.RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)]
-    return np.array(draws)
-
-
 def least_p(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> float:
-    """Return the least p over top, left, height, width, area, aspect and centre of the boxes."""
-
-    def statistics(boxes: NDArray[np.int64]) -> list[NDArray[np.float64]]:
-        top, left, height, width = boxes.T.astype(float)
-        return [
-            *(top, left, height, width),
-            *(height * width, width / height, top + height / 2, left + width / 2),
-        ]
-
-    pairs = zip(statistics(ours), statistics(theirs), strict=True)
-    return min(float(ks_2samp(a, b, method="asymp").pvalue) for a, b in pairs)
+    return min(found.p for found in compare_boxes(ours, theirs))
 
 
 @pytest.mark.parametrize("scale", [LOCAL, GLOBAL])
@@ -52,25 +25,27 @@ def least_p(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> float:
 def test_boxes_have_torchvisions_distribution(
     size: tuple[int, int], scale: tuple[float, float]
 ) -> None:
-    ours, theirs = draw_ours(size, scale, 4000), draw_torchvision(size, scale, 4000)
-    assert least_p(ours, theirs) > SIGNIFICANCE
+    compared = compare_boxes(draw_boxes(*size, scale, 4000), random_boxes(*size, scale, 4000))
+    assert len(compared) == 8
+    for found in compared:
+        assert found.p > SIGNIFICANCE, found
 
 
 def test_distribution_test_can_fail() -> None:
-    theirs = draw_torchvision((375, 500), LOCAL, 4000)
-    assert least_p(draw_ours((375, 500), (0.05, 0.27), 4000), theirs) < SIGNIFICANCE
-    assert least_p(draw_ours((375, 480), LOCAL, 4000), theirs) < SIGNIFICANCE
+    theirs = random_boxes(375, 500, LOCAL, 4000)
+    assert least_p(draw_boxes(375, 500, (0.05, 0.27), 4000), theirs) < SIGNIFICANCE
+    assert least_p(draw_boxes(375, 480, LOCAL, 4000), theirs) < SIGNIFICANCE
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (1, 1), (1, 9), (100, 130), (90, 100)])
 def test_fallback_is_torchvisions(size: tuple[int, int]) -> None:
     scale = (2.0, 2.0)  # never fits
-    assert draw_ours(size, scale, 1).tolist() == draw_torchvision(size, scale, 1).tolist()
+    assert draw_boxes(*size, scale, 1).tolist() == random_boxes(*size, scale, 1).tolist()
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (1, 1), (2, 2), (1, 9), (64, 64)])
 def test_boxes_lie_in_the_image(size: tuple[int, int]) -> None:
-    top, left, height, width = draw_ours(size, LOCAL, 500).T
+    top, left, height, width = draw_boxes(*size, LOCAL, 500).T
     assert top.min() >= 0
     assert left.min() >= 0
     assert height.min() >= 1
@@ -80,9 +55,9 @@ def test_boxes_lie_in_the_image(size: tuple[int, int]) -> None:
 
 
 def test_boxes_follow_from_the_generator() -> None:
-    first, again = (draw_ours((375, 500), GLOBAL, 20, seed=3) for _ in range(2))
+    first, again = (draw_boxes(375, 500, GLOBAL, 20, seed=3) for _ in range(2))
     assert (first == again).all()
-    assert (first != draw_ours((375, 500), GLOBAL, 20, seed=4)).any()
+    assert (first != draw_boxes(375, 500, GLOBAL, 20, seed=4)).any()
 
 
 @pytest.mark.parametrize(
@@ -104,32 +79,21 @@ def test_impossible_ranges_are_refused(
 
 @pytest.mark.parametrize(("size", "scale"), [(224, GLOBAL), (96, LOCAL), (32, GLOBAL), (16, LOCAL)])
 def test_crops_match_pil(size: int, scale: tuple[float, float]) -> None:
-    rng = np.random.default_rng(0)
-    out = torch.empty(size, size, 3, dtype=torch.uint8)
-    differences = []
-    for image in reference.photographs():
-        for _ in range(4):
-            box = draw_box(rng, image.shape[0], image.shape[1], scale)
-            cut(image, box, size, out)
-            theirs = np.asarray(reference.reference_crop(Image.fromarray(image), box, size))
-            differences.append(out.numpy().astype(int) - theirs)
-    difference = np.stack(differences)
-    assert np.abs(difference).mean() <= 0.05
-    assert abs(difference.mean()) <= 0.05
-    assert (np.abs(difference) > 4).mean() <= 1e-3
+    found = summary(crop_error(bundled(), size, 64, scale))
+    assert found.within(LIMITS["crop"]), found
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (3, 5, 1, 60), (2, 7, 50, 1), (10, 10, 8, 9)])
 def test_boxes_of_few_pixels_match_pil(box: crops.Box) -> None:
-    image = reference.photographs()[2]
+    image = bundled()[2]
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     cut(image, box, 32, out)
-    theirs = np.asarray(reference.reference_crop(Image.fromarray(image), box, 32)).astype(int)
+    theirs = np.asarray(reference_crop(Image.fromarray(image), box, 32)).astype(int)
     assert np.abs(out.numpy() - theirs).max() <= 4
 
 
 def test_pixels_outside_of_the_box_have_no_say() -> None:
-    image = reference.photographs()[0]
+    image = bundled()[0]
     box = (40, 50, 100, 120)
     top, left, height, width = box
     other = 255 - image
@@ -148,7 +112,7 @@ def test_cut_writes_its_row_of_the_batch_alone() -> None:
 
 
 def test_read_only_images_are_accepted() -> None:
-    image = reference.photographs()[0]
+    image = bundled()[0]
     frozen = image.copy()
     frozen.flags.writeable = False
     first, second = torch.empty(2, 32, 32, 3, dtype=torch.uint8)
@@ -160,7 +124,7 @@ def test_read_only_images_are_accepted() -> None:
 def test_cut_reads_in_place_and_hits_the_channels_last_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    image = reference.photographs()[0]
+    image = bundled()[0]
     seen: list[tuple[Tensor, Tensor]] = []
     resize = F.interpolate
 

@@ -1,4 +1,4 @@
-"""Training on CUDA: two processes against one, resume, and a loss that is not finite."""
+"""Training on CUDA: two processes against one, resume, no waiting, a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -8,19 +8,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_look import batch, make_bank
 from tests.test_train import TINY, assert_same_state, last_state, logged, run
-from trex_models.train import checkpointing, saved
+from trex_models.data.multicrop import MultiCropDataset, augment
+from trex_models.data.sources import ArraySource
+from trex_models.data.transfer import to_device
+from trex_models.train import benchmark, build, checkpointing, saved
+from trex_models.train.config import Config, CropsConfig, ModelConfig, PrecisionName
+from trex_models.train.distributed import Process
 from trex_models.train.look import LOOK
+from trex_models.train.optimizer import build_sgd
+from trex_models.train.reporting import Meter
+from trex_models.train.step import Precision, training_step
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+STEP = Config(
+    output="",
+    crops=CropsConfig(global_size=64, local_crops=2, local_size=32),
+    model=ModelConfig(backbone="resnet18", hidden_layers=1, hidden_dim=32, embedding_dim=16),
+)
 CUDA = ["--system.device", "cuda:0", "--system.save-steps", "3"]
 
 
@@ -90,3 +104,50 @@ def test_look_is_that_of_the_cpu() -> None:
         loss, on_cuda = LOOK(bank.cuda(), 0.1, 7)(z.float().cuda(), labels.cuda(), ids.cuda())
     torch.testing.assert_close(loss.cpu(), expected)
     torch.testing.assert_close(on_cuda.cpu(), votes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
+    """But for the event behind the loss, for which nothing stands idle."""
+    device = torch.device("cuda:0")
+    method = build.build_method(STEP, 5).train().to(device)
+    method.to(memory_format=torch.channels_last)
+    optimizer = build_sgd(method, 0.9, 1e-4)
+    types = Precision.from_name(precision, "cuda")
+    meter = Meter(Process(0, 1, device))
+    source = ArraySource(np.full((8, 60, 80, 3), 90, np.uint8), np.arange(8) % 5, list("abcde"))
+    dataset = MultiCropDataset(source, build.crop_specs(STEP.crops), 0)
+    try:
+        for number in range(6):
+            pinned = dataset.__getitems__([(number, index) for index in range(8)]).pin_memory()
+            torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
+            crops = augment(pinned, device)
+            labels, ids = to_device([pinned.labels, pinned.ids], device)
+            loss, logits = training_step(method, method, optimizer, types, crops, labels, ids, 0.01)
+            meter.update(loss, logits[: len(labels)], labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < meter.read()["loss"] < 10
+
+
+def test_copies_on_a_stream_of_their_own_are_whole() -> None:
+    device = torch.device("cuda:0")
+    busy = torch.randn(4096, 4096, device=device)
+    sums = []
+    for number in range(50):
+        pinned = torch.full((1 << 22,), number % 200, dtype=torch.uint8).pin_memory()
+        for _ in range(3):
+            busy = (busy @ busy).clamp(-1, 1)
+        (copy,) = to_device([pinned], device)
+        sums.append(copy.long().sum())
+        del copy, pinned  # their memory is free for the next ones
+    assert [int(s) for s in sums] == [(number % 200) << 22 for number in range(50)]
+
+
+def test_benchmark_of_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "SECONDS", 0.5)
+    assert run(tmp_path / "run", "--system.device", "cuda:0", "--benchmark") == 0
+    assert "Memory, at most: cuda:0" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from tests.test_folder import save_image
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
-from trex_models.data.loading import load_batches
+from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import (
     Batch,
     CropSpec,
@@ -75,6 +76,23 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
         assert torch.equal(a.labels, b.labels)
         assert all(torch.equal(x, y) for x, y in zip(a.crops, b.crops, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(a.parameters, b.parameters, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_memory_is_written_over_only_after_the_next_batch_is_asked_for(workers: int) -> None:
+    keys = [[(epoch, index) for index in range(4)] for epoch in range(12)]
+    keys[5] = keys[5][:3]  # of another size
+    expected = [batch_of(some) for some in keys]
+    reusing = MultiCropDataset(dataset().source, SPECS, 0, live_batches=LIVE_BATCHES)
+    held = []
+    for batch, other in zip(load_batches(reusing, keys, workers), expected, strict=True):
+        time.sleep(0.05)  # the workers run ahead as far as they may
+        assert all(torch.equal(a, b) for a, b in zip(batch.crops, other.crops, strict=True))
+        assert torch.equal(batch.labels, other.labels)
+        held.append(batch)
+    kept = [torch.equal(a.crops[0], b.crops[0]) for a, b in zip(held, expected, strict=True)]
+    assert all(kept) == (workers == 0)
+    assert all(kept[-workers:])
 
 
 def test_epochs_are_permutations_without_the_last_part() -> None:

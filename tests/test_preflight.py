@@ -195,12 +195,12 @@ def test_size_of_a_checkpoint(tmp_path: Path, objective: str) -> None:
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight, "_SHARED_MEMORY", tmp_path)
-    needed = 10**6 * 4 * 3 * 2  # two batches on their way from each worker
+    needed = 10**6 * 4 * 3 * 3  # that each worker keeps
     asked = set_free_space(monkeypatch, needed)
     preflight.shared_memory(10**6, workers=4, processes=3)
     assert asked == [tmp_path]
     set_free_space(monkeypatch, needed - 1)
-    with pytest.raises(ValueError, match="from 12 workers take 24 MB; .* --system.workers"):
+    with pytest.raises(ValueError, match="from 12 workers take 36 MB; .* --system.workers"):
         preflight.shared_memory(10**6, workers=4, processes=3)
     preflight.shared_memory(10**6, workers=0, processes=3)  # needs none
     monkeypatch.setattr(preflight, "_SHARED_MEMORY", tmp_path / "absent")  # macOS

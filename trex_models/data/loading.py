@@ -13,6 +13,10 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 _MOST_DEATHS = 3
+_PREFETCHED = 2  # batches that a worker is ahead by
+# A worker may write over a batch of its own when so many later ones have been begun: it is told to
+# begin the last of them when the batch that follows this one is handed out.
+LIVE_BATCHES = _PREFETCHED + 1
 
 
 class BatchDataset(Protocol):
@@ -30,7 +34,7 @@ def load_batches(
     pin_memory: bool = False,
     say: Callable[[str], object] = print,
 ) -> Iterator[Any]:
-    """Yield the data set's batches in order.
+    """Yield the data set's batches in order; each holds until the next one is asked for.
 
     When a worker process dies (the system ends one when memory runs out), loading starts again
     from the batch that was awaited: a run of days should not end for it.
@@ -51,6 +55,7 @@ def load_batches(
             _Quoting(dataset),
             batch_sampler=_Rest(batches, done),
             num_workers=workers,
+            prefetch_factor=_PREFETCHED if workers else None,
             collate_fn=_as_is,
             pin_memory=pin_memory,
             worker_init_fn=_depend_on_parent,

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from trex_models.data import photometric
 from trex_models.data.crops import cut, draw_box
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
 from trex_models.data.sources import Source
+from trex_models.data.transfer import to_device
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -48,7 +49,7 @@ class CropSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a worker makes.
+    """What a worker makes; its crops hold until the next batch is asked for (`load_batches`).
 
     Args:
         crops: One tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
@@ -83,24 +84,33 @@ class MultiCropDataset(Dataset[Batch]):
         seed: Of all random draws.
         substitute: Whether another sample, a function of (seed, epoch, index), takes the place of
             one that cannot be read.
+        live_batches: How many batches of crops a loader worker keeps in memory: it writes each
+            over the one so many before. 0 for new memory each time, of which the system takes a
+            tenth of a worker's time to make it.
     """
 
     def __init__(
-        self, source: Source, specs: Sequence[CropSpec], seed: int, substitute: bool = False
+        self,
+        source: Source,
+        specs: Sequence[CropSpec],
+        seed: int,
+        substitute: bool = False,
+        live_batches: int = 0,
     ) -> None:
         self.source = source
         self.specs = list(specs)
         self.seed = seed
         self.substitute = substitute
+        self.live_batches = live_batches
+        self._memory: dict[int, list[Tensor]] = {}
+        self._made = 0
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return the batch of some samples; ValueError names one that cannot be read."""
         size = len(keys)
         ids: list[int] = []
         unreadable: dict[int, str] = {}
-        crops = [
-            torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
-        ]
+        crops = self._crops(size)
         parameters = [np.empty((s.count, size, NUM_PARAMETERS), np.float32) for s in self.specs]
         for position, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
@@ -119,6 +129,20 @@ class MultiCropDataset(Dataset[Batch]):
             torch.tensor(ids),
             unreadable,
         )
+
+    def _crops(self, size: int) -> list[Tensor]:
+        """Return memory for a batch of ``size`` images, (N, B, S, S, 3) uint8 each."""
+        shared = self.live_batches > 0 and get_worker_info() is not None
+        slot = self._made % self.live_batches if shared else 0
+        self._made += 1
+        crops = self._memory.get(slot)
+        if crops is None or crops[0].shape[1] != size:
+            crops = [
+                torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
+            ]
+            if shared:
+                self._memory[slot] = [c.share_memory_() for c in crops]
+        return crops
 
     def _read(self, epoch: int, index: int, unreadable: dict[int, str]) -> tuple[np.ndarray, int]:
         """Return a sample's image, or its substitute's, and whose it is."""
@@ -208,14 +232,18 @@ class EpochSampler(Sampler[list[Key]]):
                 step += 1
 
 
-def augment(batch: Batch, device: torch.device) -> list[Tensor]:
+def augment(batch: Batch, device: torch.device, compiled: bool = False) -> list[Tensor]:
     """Copy a batch's crops to a device and finish their augmentation there.
+
+    Args:
+        batch: From a worker.
+        device: Of training.
+        compiled: As of ``photometric.apply``.
 
     Returns:
         One normalised float32 tensor per resolution, (N * B, 3, S, S), in channels_last format.
     """
-    augmented = []
-    for crops, parameters in zip(batch.crops, batch.parameters, strict=True):
-        images = crops.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        augmented.append(photometric.normalize(photometric.apply(images, parameters)))
-    return augmented
+    return [
+        photometric.normalize(photometric.apply(crops.permute(0, 3, 1, 2), parameters, compiled))
+        for crops, parameters in zip(to_device(batch.crops, device), batch.parameters, strict=True)
+    ]

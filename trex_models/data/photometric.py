@@ -29,7 +29,9 @@ Inside, images are planes (3, B, H, W) of float32 levels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -133,12 +135,14 @@ GLOBAL_LAW = PhotometricLaw(blur=0.2, solarize=0.2)
 LOCAL_LAW = PhotometricLaw(blur=0.5, solarize=0.0)
 
 
-def apply(images: Tensor, parameters: Tensor) -> Tensor:
+def apply(images: Tensor, parameters: Tensor, compiled: bool = False) -> Tensor:
     """Augment each image by its row: flip, jitter, greyscale, blur, solarise, in this order.
 
     Args:
         images: (B, 3, H, W) uint8 on any device, in any memory format.
         parameters: (B, NUM_PARAMETERS) float32 on the CPU.
+        compiled: Whether to fuse the jitter's arithmetic by torch.compile: a fifth of the memory
+            traffic, after a minute's start.
 
     Returns:
         (B, 3, H, W) uint8, channels last if `images` is.
@@ -167,7 +171,7 @@ def apply(images: Tensor, parameters: Tensor) -> Tensor:
         count = max(1, _CPU_CHUNK // max(1, images[:1].numel()))
     for start in range(0, len(images), max(1, count)):
         part = slice(start, start + count)
-        out[part] = _augment(images[part], parameters[part])
+        out[part] = _augment(images[part], parameters[part], compiled)
     return out
 
 
@@ -199,7 +203,7 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _augment(images: Tensor, parameters: Tensor) -> Tensor:
+def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
     """`apply` on one chunk; the memory format of the result is any."""
     device = images.device
     # Images stand in the order of their hue's place among the jitter's parts: each place is then a
@@ -226,7 +230,7 @@ def _augment(images: Tensor, parameters: Tensor) -> Tensor:
         levels.index_copy_(1, flip, levels.index_select(1, flip).flip(3))
     levels = levels.float()
     if ends[3]:
-        _jitter(levels[:, : ends[3]], parameters[: ends[3]], ends)
+        _jitter(levels[:, : ends[3]], parameters[: ends[3]], ends, compiled)
     if len(grey):
         luma = _luma(levels.index_select(1, grey))
         levels.index_copy_(1, grey, luma.expand(3, -1, -1, -1))
@@ -240,7 +244,7 @@ def _augment(images: Tensor, parameters: Tensor) -> Tensor:
     return levels.to(torch.uint8).index_select(1, backward).permute(1, 0, 2, 3)
 
 
-def _jitter(levels: Tensor, parameters: Tensor, ends: list[int]) -> None:
+def _jitter(levels: Tensor, parameters: Tensor, ends: list[int], compiled: bool) -> None:
     """Jitter the colours in place.
 
     Each image meets brightness, contrast and saturation in three rounds and hue at one of the four
@@ -250,6 +254,7 @@ def _jitter(levels: Tensor, parameters: Tensor, ends: list[int]) -> None:
         levels: (3, J, H, W).
         parameters: (J, NUM_PARAMETERS), sorted by the place of hue.
         ends: where each place ends.
+        compiled: whether by torch.compile.
     """
     order = parameters[:, ORDER]
     blends = order[order != _HUE].view(-1, 3).long()
@@ -266,12 +271,32 @@ def _jitter(levels: Tensor, parameters: Tensor, ends: list[int]) -> None:
     for place in range(4):
         end = ends[place]
         if start < end:
-            _shift_hue(levels[:, start:end], columns[9, start:end])
+            shift_hue = _kernel(_shift_hue, compiled and end - start > 1)
+            shift_hue(levels[:, start:end], columns[9, start:end])
         start = end
         if place < 3:
-            luma = _luma(levels)
-            base = torch.addcmul(_mean(luma) * contrast[place], luma, saturation[place])
-            levels.sub_(base).mul_(factor[place]).add_(base).clamp_(0, 255).floor_()
+            blend = _kernel(_blend, compiled and levels.shape[1] > 1)
+            blend(levels, factor[place], contrast[place], saturation[place])
+
+
+@cache
+def _kernel(function: Callable[..., None], compiled: bool) -> Callable[..., None]:
+    """Return a function, or its compiled form, which takes any number of images but one."""
+    return torch.compile(function, dynamic=True) if compiled else function
+
+
+def _blend(levels: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) -> None:
+    """Blend (3, n, H, W) levels in place with black, their mean luma or their luma.
+
+    Args:
+        levels: (3, n, H, W).
+        factor: of the levels; 1 changes nothing. (n, 1, 1), likewise:
+        contrast: 1 to blend with the mean luma.
+        saturation: 1 to blend with the luma.
+    """
+    luma = _luma(levels)
+    base = torch.addcmul(_mean(luma) * contrast, luma, saturation)
+    levels.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
 
 
 def _luma(levels: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""Top-1 accuracy of simple classifiers on frozen features, by scikit-learn.
+"""Top-1 accuracy of simple classifiers on frozen features.
 
 Shapes: N training samples, M test samples, F features.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+import torch
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
+
+from trex_models.evaluation.logistic import LogisticFit, fit, fit_path
 
 
 def knn_accuracy(
@@ -47,27 +47,33 @@ def logistic_accuracy(
 ) -> float:
     """Return the test accuracy of multinomial logistic regression.
 
-    C (scikit-learn's, it multiplies the sum of the losses) is the best of ``strengths`` on a
-    stratified fifth of the training samples; the classifier is then fitted to all of them.
+    C (it multiplies the sum of the losses) is the best of ``strengths`` on a stratified fifth of
+    the training samples; the classifier is then fitted to all of them.
 
     Args:
         features: (N, F), not normalised.
         labels: (N,).
         test_features: (M, F).
         test_labels: (M,).
-        strengths: Values of C to try.
+        strengths: Values of C to try, ascending.
         seed: Of the validation split.
+
+    Raises:
+        ValueError: As of ``trex_models.evaluation.logistic.fit_path``.
     """
-    fit_x, val_x, fit_y, val_y = train_test_split(
-        features, labels, test_size=0.2, stratify=labels, random_state=seed
+    classes, targets = np.unique(labels, return_inverse=True)
+    x, y = torch.as_tensor(features), torch.as_tensor(targets)
+    fit_rows, val_rows = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed
     )
-    scores = [_fit(fit_x, fit_y, c).score(val_x, val_y) for c in strengths]
-    best = strengths[int(np.argmax(scores))]
-    return float(_fit(features, labels, best).score(test_features, test_labels))
+    fits = fit_path(x[fit_rows], y[fit_rows], strengths)
+    scores = [_accuracy(tried, x[val_rows], labels[val_rows], classes) for tried in fits]
+    best = fits[int(np.argmax(scores))]
+    return _accuracy(fit(x, y, best.C), torch.as_tensor(test_features), test_labels, classes)
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression:
-    with warnings.catch_warnings():
-        # On separable classes large C takes thousands of steps that hardly change the votes.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=strength, max_iter=200).fit(features, labels)
+def _accuracy(
+    classifier: LogisticFit, features: torch.Tensor, labels: np.ndarray, classes: np.ndarray
+) -> float:
+    votes = classifier.logits(features).argmax(1).numpy()
+    return float((classes[votes] == labels).mean())

@@ -1,10 +1,12 @@
 """Train t-ReX models from the command line.
 
     python -m trex_models.train RECIPE --output DIR [--FIELD VALUE ...]
+    python -m trex_models.train RECIPE --benchmark [--FIELD VALUE ...]
     python -m trex_models.train export RUN_OR_CHECKPOINT --output DIR
 
 ``python -m trex_models.train RECIPE --help`` lists the fields. The same command continues a run
-that was interrupted, from its last checkpoint. On several GPUs:
+that was interrupted, from its last checkpoint. --benchmark measures for a minute how fast the
+loader and the step are on this machine, trains nothing and writes nothing. On several GPUs:
 
     torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
 """
@@ -12,6 +14,7 @@ that was interrupted, from its last checkpoint. On several GPUs:
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -21,6 +24,12 @@ from pathlib import Path
 
 from trex_models.train.config import RECIPES, Config
 
+_BENCHMARK = "--benchmark"
+_ABOUT_BENCHMARK = f"""
+With {_BENCHMARK} beside these fields it measures for a minute how fast the loader and the step
+are on this machine; it trains nothing, writes nothing, and needs no --output.
+"""
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
@@ -28,14 +37,15 @@ def main(arguments: Sequence[str]) -> int:
         print(_usage())
         return 0 if arguments else 2
     command, *rest = arguments
+    measures = command in RECIPES and _BENCHMARK in rest
     if command != "export" and command not in RECIPES:
         return _fail(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
     try:
         if command == "export":
             return _export(rest)
         with _first_process_speaks():
-            config = parse(command, rest)
-        return _train(config)
+            config = parse(command, [a for a in rest if a != _BENCHMARK], measures)
+        return _benchmark(config) if measures else _train(config)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
@@ -45,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
         return status
     except KeyboardInterrupt:
         with _first_process_speaks():
-            print("interrupted; the same command continues from the last checkpoint")
+            hope = "" if measures else "; the same command continues from the last checkpoint"
+            print(f"interrupted{hope}")
         return 128 + signal.SIGINT
 
 
@@ -59,6 +70,13 @@ def _train(config: Config) -> int:
         with _first_process_speaks():
             print(stopped)
         return 128 + stopped.number
+    return 0
+
+
+def _benchmark(config: Config) -> int:
+    from trex_models.train.benchmark import benchmark
+
+    benchmark(config)
     return 0
 
 
@@ -101,8 +119,14 @@ def _process() -> str:
     return f"process {_rank()} of {processes}: " if processes > 1 else ""
 
 
-def parse(recipe: str, arguments: Sequence[str]) -> Config:
-    """Apply command-line overrides to a recipe; exits with status 2 on an unknown field."""
+def parse(recipe: str, arguments: Sequence[str], measures: bool = False) -> Config:
+    """Apply command-line overrides to a recipe; exits with status 2 on an unknown field.
+
+    Args:
+        recipe: Its name.
+        arguments: What overrides its fields.
+        measures: Whether the run is for a benchmark, which needs no output.
+    """
     try:
         import tyro
     except ImportError:
@@ -111,10 +135,10 @@ def parse(recipe: str, arguments: Sequence[str]) -> Config:
         ) from None
     return tyro.cli(
         Config,
-        default=RECIPES[recipe](tyro.MISSING),
+        default=RECIPES[recipe]("" if measures else tyro.MISSING),
         args=list(arguments),
         prog=f"python -m trex_models.train {recipe}",
-        description=RECIPES[recipe].__doc__,
+        description=f"{inspect.getdoc(RECIPES[recipe])}\n{_ABOUT_BENCHMARK}",
         config=(tyro.conf.AvoidSubcommands,),
     )
 

@@ -34,6 +34,7 @@ from trex_models.train.objectives import (
     OnlineClassMeans,
 )
 from trex_models.train.optimizer import learning_rates
+from trex_models.train.recompute import recompute_activations
 from trex_models.train.validation import Neighbors, ValidationDataset
 
 _PATHS = {
@@ -163,7 +164,7 @@ def build_method(config: Config, num_classes: int) -> TReX:
     """Build the method with random weights, a function of the seed, on the CPU.
 
     Raises:
-        ValueError: The backbone will not do.
+        ValueError: The backbone will not do, or cannot recompute its activations.
     """
     torch.manual_seed(config.seed)
     model, objective = config.model, config.objective
@@ -174,7 +175,10 @@ def build_method(config: Config, num_classes: int) -> TReX:
         projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
         width = model.embedding_dim
     loss = _build_objective(objective, width, num_classes)
-    return TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
+    method = TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
+    if config.system.checkpoint_activations:  # the momentum encoder's copy keeps none anyway
+        recompute_activations(backbone, model.backbone)
+    return method
 
 
 def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Objective:
@@ -241,7 +245,7 @@ def check(
         )
     if process.is_main and config.system.tensorboard:
         checks.append(preflight.tensorboard)
-    if process.is_main:
+    if process.is_main and config.output:
         # One more than are kept: the next is written before the oldest is deleted.
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
         checks.append(lambda: preflight.disk_space(folder, method, more))

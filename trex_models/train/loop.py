@@ -7,6 +7,7 @@ from signal import Signals
 
 from trex_models.data.loading import load_batches
 from trex_models.data.multicrop import augment
+from trex_models.data.transfer import to_device
 from trex_models.train import build, distributed, saved
 from trex_models.train.config import Config
 from trex_models.train.health import class_directions, head_health
@@ -80,8 +81,8 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             raise
         run.unreadable.add(batch.unreadable)
         seed_step(run.config.seed, step, process.rank)
-        crops = augment(batch, process.device)
-        labels, ids = (x.to(process.device, non_blocking=True) for x in (batch.labels, batch.ids))
+        crops = augment(batch, process.device, system.compile)
+        labels, ids = to_device([batch.labels, batch.ids], process.device)
         rate = float(run.rates[step])
 
         done = step + 1

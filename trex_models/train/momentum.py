@@ -28,11 +28,14 @@ class MomentumEncoder(nn.Module):
     def update(self, online: nn.Module) -> None:
         """Move the average towards the online encoder's parameters."""
         average: list[Tensor] = list(self.encoder.parameters())
-        # As written above, not lerp: it rounds otherwise, and deep networks amplify that.
+        current: list[Tensor] = list(online.parameters())
+        if average[0].dtype != torch.float64:
+            torch._foreach_lerp_(average, current, 1 - self.momentum)
+            return
+        # Where runs are compared to the last bits, as written above: lerp rounds otherwise, and
+        # deep networks amplify that.
         torch._foreach_mul_(average, self.momentum)
-        torch._foreach_add_(
-            average, torch._foreach_mul(list(online.parameters()), 1 - self.momentum)
-        )
+        torch._foreach_add_(average, torch._foreach_mul(current, 1 - self.momentum))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from trex_models.data.decode import UnreadableImageError, or_skip
+from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
 
 _TOLERATED = 0.01  # share of classes without a prototype above which we warn
@@ -140,7 +141,7 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
-    needed = batch_bytes * workers * processes * 2  # DataLoader's prefetch factor
+    needed = batch_bytes * workers * processes * LIVE_BATCHES
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trex_models import naver
 from trex_models.data.decode import UnreadableImageError
+from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.train import build, checkpointing, distributed
@@ -203,6 +204,21 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         ValueError: The configuration, the data, the folder or its checkpoint will not do; a line
             for each trouble.
     """
+    run = built(config, process)
+    with ExitStack() as stack:
+        with distributed.together():
+            if process.is_main:
+                stack.enter_context(checkpointing.claimed(run.config))
+        _continue(run)
+        yield run
+
+
+def built(config: Config, process: Process) -> Run:
+    """Build and check a run at its first step; ``config.output`` is neither claimed nor written.
+
+    Raises:
+        ValueError: The configuration or the data will not do; a line for each trouble.
+    """
     with distributed.together():
         precision = Precision.from_name(config.precision, process.device.type)
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
@@ -227,7 +243,11 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
         process=process,
         precision=precision,
         dataset=MultiCropDataset(
-            source, build.crop_specs(config.crops), config.seed, config.data.skips_unreadable
+            source,
+            build.crop_specs(config.crops),
+            config.seed,
+            substitute=config.data.skips_unreadable,
+            live_batches=LIVE_BATCHES,
         ),
         validation=validation,
         neighbors=build.build_neighbors(config, source),
@@ -250,12 +270,7 @@ def prepared(config: Config, process: Process) -> Iterator[Run]:
     first = distributed.broadcast((to_json(run.config), run.facts))
     with distributed.together():
         _check_alike(run, *first)
-    with ExitStack() as stack:
-        with distributed.together():
-            if process.is_main:
-                stack.enter_context(checkpointing.claimed(run.config))
-        _continue(run)
-        yield run
+    return run
 
 
 def _initialised(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trex_models.train.config import PrecisionName
 from trex_models.train.method import TReX
+from trex_models.train.recompute import kept_buffers
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Precision:
         tf32 = name != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = True  # crops come in few shapes, which never change
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
         scaler = torch.amp.GradScaler(device_type, enabled=name == "fp16")
         return cls(name, device_type, dtype, scaler)
@@ -88,11 +90,12 @@ def training_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)  # before activations take their memory
     with precision.autocast():
         loss, logits = model(crops, labels, ids)
     read_loss = _read_later(loss.detach())
-    optimizer.zero_grad(set_to_none=True)
-    precision.scaler.scale(loss).backward()
+    with kept_buffers(method.encoder.backbone):
+        precision.scaler.scale(loss).backward()
     # The device is busy with the backward pass meanwhile: this wait does not leave it idle.
     if not math.isfinite(read_loss()):
         raise NonFiniteLossError("the loss is no longer finite")

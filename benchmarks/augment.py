@@ -1,0 +1,431 @@
+"""Time the photometric half on a device against PIL on one core, and compare the two in pixels.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.augment [--device cuda] [--compile]
+
+`ratio` and what stands beside it: flip, jitter, grey, blur, solarisation and normalisation of the
+crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
+drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
+
+`law`: our levels minus those of PIL and torchvision given the same parameters, by operation: mean
+of the absolute value, mean, greatest value, and percentage of pixels of which a channel is off by
+more than 4. `draws`: our draws beside torchvision's own, by quantity, and the p of a test that they
+have one distribution. Takes three minutes on a CPU.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import chi2_contingency, fisher_exact, ks_2samp
+from torch import Tensor
+
+from benchmarks import measure
+from benchmarks.loader import one_thread
+from benchmarks.photographs import KINDS, bundled, jpeg
+from benchmarks.reference_pipeline import (
+    SPECS,
+    Rows,
+    random_boxes,
+    random_rows,
+    reference_crop,
+    reference_photometric,
+    reference_tensor,
+)
+from trex_models.data import photometric as ph
+from trex_models.data.crops import Box, cut, draw_box
+from trex_models.data.photometric import PhotometricLaw, apply, normalize
+
+Photographs = Sequence[NDArray[np.uint8]]
+
+ALWAYS = PhotometricLaw(flip=1, jitter=1, grey=1, blur=1, solarize=1)
+COLUMNS: dict[str, list[int]] = {
+    "flip": [ph.FLIP],
+    "jitter": [ph.JITTER, *range(ph.ORDER.start, ph.HUE + 1)],
+    "grey": [ph.GREY],
+    "solarize": [ph.SOLARIZE, ph.THRESHOLD],
+    "blur": [ph.SIGMA],
+}
+"""By operation, where a row holds its parameters."""
+
+_SIZES = ((500, 375), (375, 500))  # width and height
+_BATCHES = 3  # of different parameters, in turn
+_CUDA_REPEATS = 10
+
+
+class Difference(NamedTuple):
+    """Levels of ours minus the reference's, or limits of them.
+
+    Args:
+        mean: Of the absolute value.
+        bias: Mean; a limit is one of its absolute value.
+        most: Greatest absolute value.
+        percent_beyond_4: Of the pixels, those with a channel off by more than 4.
+    """
+
+    mean: float
+    bias: float
+    most: float = math.inf
+    percent_beyond_4: float = math.inf
+
+    def within(self, limit: Difference) -> bool:
+        """Return whether nothing exceeds a limit."""
+        return all(abs(value) <= most for value, most in zip(self, limit, strict=True))
+
+
+LIMITS = {
+    "crop": Difference(mean=0.05, bias=0.05, percent_beyond_4=0.1),
+    "flip": Difference(mean=0.05, bias=0.05),
+    "jitter": Difference(mean=0.05, bias=0.05),
+    "grey": Difference(mean=0.05, bias=0.05),
+    "solarize": Difference(mean=0.05, bias=0.05),
+    "blur": Difference(mean=0.4, bias=0.2),
+}
+"""On photographs."""
+
+
+class Comparison(NamedTuple):
+    """A test that two samples have the same distribution.
+
+    Args:
+        quantity: What was drawn.
+        test: Its name.
+        statistic: Of the test; of Fisher's, the difference of the shares.
+        p: How likely a statistic as great is if the distributions are the same.
+    """
+
+    quantity: str
+    test: str
+    statistic: float
+    p: float
+
+
+def draw_rows(law: PhotometricLaw, count: int, seed: int = 0) -> Rows:
+    """Return parameters that our law draws, (count, NUM_PARAMETERS)."""
+    rng = np.random.default_rng(seed)
+    rows = np.full((count, ph.NUM_PARAMETERS), np.nan, dtype=np.float32)
+    for row in rows:
+        law.draw(rng, row)
+    return rows
+
+
+def draw_boxes(
+    height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """Return boxes that our law draws, (count, 4): top, left, height, width."""
+    rng = np.random.default_rng(seed)
+    return np.array([draw_box(rng, height, width, scale) for _ in range(count)])
+
+
+def keep(rows: Rows, *operations: str) -> Rows:
+    """Return the rows with all other operations switched off."""
+    columns = [column for name in operations for column in COLUMNS[name]]
+    kept = np.zeros_like(rows)
+    kept[:, columns] = rows[:, columns]
+    return kept
+
+
+def cut_crops(
+    photographs: Photographs,
+    size: int,
+    count: int,
+    scale: tuple[float, float] = (0.05, 1.0),
+    seed: int = 0,
+) -> Tensor:
+    """Return our crops of photographs in turn, (count, 3, size, size) uint8, channels last."""
+    out = torch.empty(count, size, size, 3, dtype=torch.uint8)
+    for row, (image, box) in zip(out, _boxes(photographs, count, scale, seed), strict=True):
+        cut(image, box, size, row)
+    return out.permute(0, 3, 1, 2)
+
+
+def crop_error(
+    photographs: Photographs, size: int, count: int, scale: tuple[float, float], seed: int = 0
+) -> NDArray[np.int16]:
+    """Return the levels of our crops minus those of PIL's, (count, size, size, 3)."""
+    theirs = [
+        reference_crop(Image.fromarray(image), box, size)
+        for image, box in _boxes(photographs, count, scale, seed)
+    ]
+    return _error(cut_crops(photographs, size, count, scale, seed), theirs)
+
+
+def photometric_error(images: Tensor, rows: Rows) -> NDArray[np.int16]:
+    """Return the levels of our augmentation minus PIL's.
+
+    Args:
+        images: (B, 3, H, W) uint8 on any device.
+        rows: (B, NUM_PARAMETERS).
+
+    Returns:
+        (B, H, W, 3).
+    """
+    theirs = [reference_photometric(*pair) for pair in zip(_pil(images), rows, strict=True)]
+    return _error(apply(images, torch.from_numpy(rows)), theirs)
+
+
+def summary(error: NDArray[np.int16]) -> Difference:
+    """Return what there is to say of errors, (B, H, W, 3) levels."""
+    size = np.abs(error)
+    return Difference(
+        mean=float(size.mean()),
+        bias=float(error.mean()),
+        most=float(size.max()),
+        percent_beyond_4=float((size > 4).any(axis=3).mean() * 100),
+    )
+
+
+def compare_boxes(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> list[Comparison]:
+    """Compare boxes, (n, 4) each, by all that describes one."""
+
+    def quantities(boxes: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        top, left, height, width = boxes.T.astype(float)
+        return {
+            "top": top,
+            "left": left,
+            "height": height,
+            "width": width,
+            "area": height * width,
+            "aspect": width / height,
+            "centre row": top + height / 2,
+            "centre column": left + width / 2,
+        }
+
+    found = quantities(theirs)
+    return [_kolmogorov(name, values, found[name]) for name, values in quantities(ours).items()]
+
+
+def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
+    """Compare photometric parameters, (n, NUM_PARAMETERS) each, by quantity."""
+    compared = []
+    for name, (column, *_) in COLUMNS.items():
+        table = [
+            [(rows[:, column] > 0).sum(), (rows[:, column] <= 0).sum()] for rows in (ours, theirs)
+        ]
+        shares = [hits / (hits + misses) for hits, misses in table]
+        p = float(fisher_exact(table).pvalue)
+        compared.append(Comparison(f"{name} or not", "Fisher", float(shares[0] - shares[1]), p))
+    orders = np.concatenate([rows[:, ph.ORDER] for rows in (ours, theirs)]).astype(int)
+    _, kinds = np.unique(orders, axis=0, return_inverse=True)
+    most = int(kinds.max()) + 1
+    counts = [
+        np.bincount(part, minlength=most) for part in (kinds[: len(ours)], kinds[len(ours) :])
+    ]
+    found = chi2_contingency(counts)
+    compared.append(Comparison("order", "chi squared", float(found.statistic), float(found.pvalue)))
+    strengths = ("brightness", "contrast", "saturation", "hue")
+    for column, name in enumerate(strengths, start=ph.FACTORS.start):
+        compared.append(_kolmogorov(name, ours[:, column], theirs[:, column]))
+    sigmas = [rows[rows[:, ph.SIGMA] > 0, ph.SIGMA] for rows in (ours, theirs)]
+    compared.append(_kolmogorov("sigma", *sigmas))
+    return compared
+
+
+def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
+    """Time ours on a device and PIL on one core, in turn.
+
+    Args:
+        device: Of ours.
+        batch: Images; each has the recipe's crops.
+        rounds: Measurements of each.
+        compiled: Whether torch.compile makes a variant of ours, too.
+
+    Returns:
+        Images a second by variant, and ours and the compiled over the reference.
+    """
+    crops = [cut_crops(bundled(), s.size, s.count * batch, s.scale) for s in SPECS]
+    rows = [[draw_rows(s.law, s.count * batch, seed) for s in SPECS] for seed in range(_BATCHES)]
+    on_device = [part.to(device) for part in crops]
+    images = [list(_pil(part)) for part in crops]
+
+    def batched(augment: Callable[[Tensor, Tensor], Tensor]) -> Callable[[list[Rows]], None]:
+        def run(parameters: list[Rows]) -> None:
+            for part, own in zip(on_device, parameters, strict=True):
+                augment(part, torch.from_numpy(own))
+
+        return run
+
+    def reference(parameters: list[Rows]) -> None:
+        for part, own in zip(images, parameters, strict=True):
+            torch.stack(
+                [
+                    reference_tensor(reference_photometric(*pair))
+                    for pair in zip(part, own, strict=True)
+                ]
+            )
+
+    def timed(
+        work: Callable[[list[Rows]], None], seconds: Callable[[Callable[[], None]], float]
+    ) -> Callable[[], float]:
+        parameters = cycle(rows)  # the same ones for every variant
+        return lambda: batch / seconds(partial(work, next(parameters)))
+
+    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    variants = {
+        "ours": timed(batched(_augment), clock),
+        "reference": timed(reference, _cpu_seconds),
+    }
+    if compiled:
+        variants["compiled"] = timed(batched(partial(_augment, compiled=True)), clock)
+    rates = measure.alternate(variants, rounds, warm_up=_BATCHES)
+    return {
+        "images_per_second": {name: measure.spread(values) for name, values in rates.items()},
+        "ratios": {
+            name: measure.ratios(values, rates["reference"])
+            for name, values in rates.items()
+            if name != "reference"
+        },
+    }
+
+
+def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
+    """Compare the pixels of each operation with the reference's.
+
+    Args:
+        device: Of the photometric half; crops are cut on the CPU.
+        count: Crops of each size, of the bundled photographs and of as many synthetic ones.
+
+    Returns:
+        By photographs, size and operation: a `Difference`, and whether it keeps to its limit.
+    """
+    files = [io.BytesIO(jpeg(KINDS["standard"], index)) for index in range(len(bundled()))]
+    synthetic = [np.array(Image.open(file)) for file in files]
+    table = []
+    for name, photographs in (("bundled", bundled()), ("synthetic", synthetic)):
+        for spec in SPECS:
+            images = cut_crops(photographs, spec.size, count, spec.scale).to(device)
+            always = draw_rows(ALWAYS, count)
+            errors = {
+                "crop": crop_error(photographs, spec.size, count, spec.scale),
+                **{part: photometric_error(images, keep(always, part)) for part in COLUMNS},
+                "all but crop": photometric_error(images, draw_rows(spec.law, count)),
+            }
+            for operation, error in errors.items():
+                found, limit = summary(error), LIMITS.get(operation)
+                table.append(
+                    {
+                        "photographs": name,
+                        "size": spec.size,
+                        "operation": operation,
+                        **{key: float(f"{value:.3g}") for key, value in found._asdict().items()},
+                        "within_limit": None if limit is None else found.within(limit),
+                    }
+                )
+    return table
+
+
+def draws(count: int) -> list[dict[str, Any]]:
+    """Compare our draws with torchvision's, `count` of each."""
+    table = []
+    for seed, spec in enumerate(SPECS):
+        kind = f"crop of {spec.size}"
+        for width, height in _SIZES:
+            boxes = [
+                draw(height, width, spec.scale, count, seed=1000 * seed + width)
+                for draw in (draw_boxes, random_boxes)
+            ]
+            table += [(f"{kind}, of {width} x {height}", found) for found in compare_boxes(*boxes)]
+        rows = [draw(spec.law, count, seed) for draw in (draw_rows, random_rows)]
+        table += [(kind, found) for found in compare_rows(*rows)]
+    return [{"of": name, **found._asdict()} for name, found in table]
+
+
+@one_thread()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, compare, print and record."""
+    parser = measure.parser("augment", __doc__)
+    parser.add_argument("--device", default="cpu", help="of ours: cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="time it compiled, too")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64, help="images a batch")
+    parser.add_argument("--crops", type=int, default=128, help="compared, by operation and size")
+    parser.add_argument("--draws", type=int, default=20_000, help="compared, of each kind")
+    parsed = parser.parse_args(arguments)
+    device = torch.device(parsed.device)
+    timed = speed(device, parsed.batch, parsed.rounds, parsed.compile)
+    for name, values in timed["images_per_second"].items():
+        print(f"{name:10} {measure.shown(values)} images/s")
+    for name, values in timed["ratios"].items():
+        print(f"{name} over the reference: {measure.shown(values)}")
+    law = differences(device, parsed.crops)
+    print("\n" + "  ".join(f"{name:>16}" for name in law[0]))
+    for row in law:
+        print("  ".join(f"{value!s:>16}" for value in row.values()))
+    drawn = draws(parsed.draws)
+    print()
+    for row in drawn:
+        found = f"{row['test']} {row['statistic']:.4g}, p {row['p']:.3g}"
+        print(f"{row['of']}, {row['quantity']}: {found}")
+    print(f"least of {len(drawn)} p: {min(row['p'] for row in drawn):.3g}")
+    facts = measure.machine(parsed.device)
+    print(f"\n{facts}")
+    result = {
+        "machine": facts,
+        "ratio": timed["ratios"]["ours"]["median"],
+        "batch": parsed.batch,
+        "speed": timed,
+        "crops": parsed.crops,
+        "law": law,
+        "samples": parsed.draws,
+        "draws": drawn,
+    }
+    measure.record(parsed.out, result)
+
+
+def _augment(images: Tensor, parameters: Tensor, compiled: bool = False) -> Tensor:
+    return normalize(apply(images, parameters, compiled))
+
+
+def _boxes(
+    photographs: Photographs, count: int, scale: tuple[float, float], seed: int
+) -> Iterator[tuple[NDArray[np.uint8], Box]]:
+    """Yield photographs in turn, and a box of each."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        image = photographs[index % len(photographs)]
+        yield image, draw_box(rng, image.shape[0], image.shape[1], scale)
+
+
+def _pil(images: Tensor) -> Iterator[Image.Image]:
+    return map(Image.fromarray, images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def _error(ours: Tensor, theirs: Sequence[Image.Image]) -> NDArray[np.int16]:
+    levels = ours.cpu().permute(0, 2, 3, 1).numpy().astype(np.int16)
+    return levels - np.stack([np.asarray(image) for image in theirs])
+
+
+def _kolmogorov(quantity: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Comparison:
+    found = ks_2samp(ours, theirs, method="asymp")
+    return Comparison(quantity, "Kolmogorov-Smirnov", float(found.statistic), float(found.pvalue))
+
+
+def _cpu_seconds(work: Callable[[], None]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _cuda_seconds(work: Callable[[], None]) -> float:
+    """Return the time of one run, of several in a row that do not wait for each other."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(_CUDA_REPEATS):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / _CUDA_REPEATS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Time training with real loading, ours against the reference, on few and on many cores.
+
+    python -m benchmarks.end_to_end                                  # a small model on the CPU
+    python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 4096 \
+        --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
+
+Both read the same JPEG photographs (500 x 375, about 100 KB) by as many worker processes as there
+are cores, make the recipe's crops and take its steps: ours as `trex_models.train` does, the
+reference by `benchmarks.reference_pipeline` and `benchmarks.reference_step`. `waiting` is the share
+of the time that the training process waits for a batch. `ratio` is that of the rates on the most
+cores. On a CPU, where step and workers share the cores, a small model is what shows the loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks import measure, step
+from benchmarks.photographs import write_photographs
+from benchmarks.reference_pipeline import SPECS, reference_dataset
+from trex_models.data.folder import FolderSource
+from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
+from trex_models.data.transfer import to_device
+
+
+@dataclass
+class Trainer:
+    """Batches, and what trains on one.
+
+    Args:
+        batches: Starts loading.
+        train: Takes a step.
+    """
+
+    batches: Callable[[], Iterator[Any]]
+    train: Callable[[Any], object]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time, print and record."""
+    options = _options(arguments)
+    device, every_core = torch.device(options.device), sorted(os.sched_getaffinity(0))
+    results = []
+    with TemporaryDirectory() as folder:
+        write_photographs(Path(folder), options.files, "standard")
+        for count in options.cores:
+            with _cores(every_core[:count]):
+                results.append(_measure(Path(folder), count, options, device))
+    facts = measure.machine(options.device)
+    print(f"{facts['processor']}, {facts.get('device', 'CPU')}, {options.backbone}")
+    for result in results:
+        for name in ("ours", "reference"):
+            print(
+                f"{result['cores']} cores, {name:10}"
+                f"{measure.shown(result['images_per_second'][name], ' images/s')}, "
+                f"waiting {measure.shown(result['waiting'][name])}"
+            )
+        print(f"{result['cores']} cores, ratio {measure.shown(result['ratios'])}")
+    measure.record(
+        options.out,
+        {
+            "machine": facts,
+            "backbone": options.backbone,
+            "batch": options.batch,
+            "dtype": options.dtype,
+            "reference_dtype": options.reference_dtype or options.dtype,
+            "ratio": results[-1]["ratios"]["median"],
+            "by_cores": results,
+        },
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = measure.parser("end_to_end", __doc__)
+    step.add_options(parser)
+    parser.set_defaults(backbone="resnet18", batch=32, dtype="float32", rounds=5, steps=4)
+    parser.add_argument("--files", type=int, default=256, help="photographs")
+    parser.add_argument(
+        "--cores", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="ascending"
+    )
+    options = parser.parse_args(arguments)
+    available = len(os.sched_getaffinity(0))
+    if options.cores != sorted(options.cores) or not 0 < options.cores[-1] <= available:
+        parser.error(f"--cores: ascending numbers up to {available} are possible here")
+    return options
+
+
+def _measure(
+    root: Path, cores: int, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Measure both trainers in turn on some cores."""
+    waiting: dict[str, list[float]] = {"ours": [], "reference": []}
+
+    def rate(name: str, trainer: Trainer) -> float:
+        seconds, waited = _train(trainer, options.steps, 3 * cores, device)
+        waiting[name].append(waited / seconds)
+        return options.batch * options.steps / seconds
+
+    trainers = {
+        "ours": _ours(root, cores, options, device),
+        "reference": _reference(root, cores, options, device),
+    }
+    rates = measure.alternate(
+        {name: partial(rate, name, trainer) for name, trainer in trainers.items()}, options.rounds
+    )
+    return {
+        "cores": cores,
+        "images_per_second": {name: measure.spread(values) for name, values in rates.items()},
+        "waiting": {
+            name: measure.spread(values[-options.rounds :]) for name, values in waiting.items()
+        },
+        "ratios": measure.ratios(rates["ours"], rates["reference"]),
+    }
+
+
+def _ours(root: Path, cores: int, options: argparse.Namespace, device: torch.device) -> Trainer:
+    dataset = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
+    take = step.our_step(options, device)
+
+    def train(batch: Any) -> None:
+        crops = augment(batch, device)
+        labels, ids = to_device([batch.labels, batch.ids], device)
+        take(crops, labels, ids)
+
+    def batches() -> Iterator[Any]:
+        return load_batches(dataset, _sampler(options), cores, device.type == "cuda")
+
+    return Trainer(batches, train)
+
+
+def _reference(
+    root: Path, cores: int, options: argparse.Namespace, device: torch.device
+) -> Trainer:
+    take = step.reference_step(options, device)
+
+    def train(batch: Any) -> None:
+        crops, labels = batch
+        crops = [images.to(device, non_blocking=True) for images in crops]
+        by_resolution = []
+        for spec in SPECS:
+            by_resolution.append(torch.cat(crops[: spec.count]))
+            crops = crops[spec.count :]
+        take(by_resolution, labels.to(device, non_blocking=True))
+
+    dataset = reference_dataset(root, SPECS)
+
+    def batches() -> Iterator[Any]:
+        order = ([index for _, index in keys] for keys in _sampler(options))
+        return iter(
+            DataLoader(
+                dataset,
+                batch_sampler=order,
+                num_workers=cores,
+                pin_memory=device.type == "cuda",
+            )
+        )
+
+    return Trainer(batches, train)
+
+
+def _sampler(options: argparse.Namespace) -> EpochSampler:
+    return EpochSampler(options.files, options.batch, epochs=1 << 20, seed=0)
+
+
+def _train(trainer: Trainer, steps: int, lead: int, device: torch.device) -> tuple[float, float]:
+    """Take steps; return their seconds, and those of waiting for batches.
+
+    Args:
+        trainer: What to start.
+        steps: That count.
+        lead: Steps before: as many batches are waiting when the first of them begins.
+        device: Of the steps.
+    """
+    batches, waited = trainer.batches(), 0.0
+    started = time.perf_counter()
+    for number in range(lead + steps):
+        if number == lead:
+            step.wait(device)
+            started, waited = time.perf_counter(), 0.0
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        trainer.train(batch)
+    step.wait(device)
+    return time.perf_counter() - started, waited
+
+
+@contextmanager
+def _cores(cores: Sequence[int]) -> Iterator[None]:
+    """Keep this process, all its threads and what it starts to some cores, as taskset does."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        _keep_to(cores)
+        torch.set_num_threads(len(cores))
+        yield
+    finally:
+        _keep_to(before)
+        torch.set_num_threads(threads)
+
+
+def _keep_to(cores: Iterable[int]) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Whether a long run grows: memory and open files of the trainer and its loader over its steps.
+
+    python -m benchmarks.growth --steps 10000
+
+Takes about ten minutes on two idle cores. A tiny network on tiny fractals, through the trainer's
+own command: a loader process, a report every 20 steps to the console, metrics.jsonl and
+TensorBoard, validation and a checkpoint ten times. This process reads /proc of that one (Linux
+alone). What grows with the size of the images or the network would not show here; what grows with
+the number of steps does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure
+
+_STEPS_PER_EPOCH = 50
+_RUN = f"""--data.num-classes 4 --data.images-per-class {_STEPS_PER_EPOCH} --data.image-size 16
+    --optim.batch-size 4 --optim.warmup-epochs 0
+    --crops.local-crops 1 --crops.global-size 16 --crops.local-size 8
+    --model.backbone-args channels=(8,8,8,8) --model.hidden-dim 16 --model.embedding-dim 8
+    --objective.name cosine --validation.images-per-class 4
+    --system.device cpu --system.workers 1 --system.tensorboard --system.log-every 20""".split()
+_SHARES = (0.1, 0.25, 0.5, 1.0)
+_LABELS = {"trainer_bytes": "trainer", "worker_bytes": "loader worker"}
+
+
+def sample(pid: int) -> dict[str, int]:
+    """Return what a training process holds at the moment.
+
+    Returns:
+        Resident bytes of the process (``trainer_bytes``) and of its eldest child, the loader
+        worker (``worker_bytes``); shared memory of both in bytes; their open file descriptors.
+
+    Raises:
+        OSError: There is no such process, or it has no child.
+    """
+    children = sorted(_children(pid))
+    if not children:
+        raise FileNotFoundError(f"process {pid} has no child")
+    held: dict[str, int] = {}
+    for name, process in (("trainer", pid), ("worker", children[0][1])):
+        rollup = _rollup(process)
+        held[f"{name}_bytes"] = rollup["Rss"]
+        held[f"{name}_shared_bytes"] = rollup["Pss_Shmem"]
+        held[f"{name}_files"] = sum(1 for _ in Path(f"/proc/{process}/fd").iterdir())
+    return held
+
+
+def slope(steps: Sequence[int], values: Sequence[float]) -> dict[str, float]:
+    """Fit a line by least squares.
+
+    Returns:
+        Its slope in units a step (``per_step``), the slope's standard error, and the share of the
+        variance that the line explains (``r_squared``; 0 where nothing varies).
+    """
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+    x = x - x.mean()
+    per_step = float(x @ y / (x @ x))
+    spread, left = (
+        float(((y - y.mean()) ** 2).sum()),
+        float(((y - y.mean() - per_step * x) ** 2).sum()),
+    )
+    return {
+        "per_step": per_step,
+        "standard_error": math.sqrt(left / (len(x) - 2) / float(x @ x)),
+        "r_squared": 1 - left / spread if spread else 0.0,
+    }
+
+
+def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]], float]:
+    """Train for a number of steps and sample meanwhile.
+
+    Args:
+        steps: Rounded up to whole epochs of 50.
+        seconds: Between two samples.
+        folder: Where the run writes.
+
+    Returns:
+        The samples, each with the last ``step`` that was reported; and how long training took, in
+        seconds.
+
+    Raises:
+        RuntimeError: The run failed; the message is its output.
+    """
+    epochs = math.ceil(steps / _STEPS_PER_EPOCH)
+    command = [sys.executable, "-m", "trex_models.train", "smoke", *_RUN]
+    command += ["--output", str(folder / "run"), "--optim.epochs", str(epochs)]
+    command += ["--validation.every", str(max(1, epochs // 10))]
+    command += ["--system.save-steps", str(max(1, epochs // 10) * _STEPS_PER_EPOCH)]
+    samples: list[dict[str, int]] = []
+    started = time.monotonic()
+    with (folder / "output.txt").open("w+") as output:
+        # One thread: on tensors this small more only wait for one another.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            while run.poll() is None:
+                time.sleep(seconds)
+                step = _last_step(folder / "run" / "metrics.jsonl")
+                if 0 < step < epochs * _STEPS_PER_EPOCH:
+                    try:
+                        samples.append({"step": step, **sample(run.pid)})
+                    except OSError:  # it has just ended, or is about to
+                        continue
+                    if sys.stderr.isatty():
+                        print(f"\rstep {step}", end="", file=sys.stderr)
+        finally:
+            run.kill()
+            run.wait()
+        if run.returncode:
+            raise RuntimeError((folder / "output.txt").read_text())
+    return samples, time.monotonic() - started
+
+
+def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Path) -> None:
+    """Draw memory and open files by step."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = np.array([s["step"] for s in samples])
+    figure, (memory, files) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    late = steps[_second_half(steps)]
+    for key, label in _LABELS.items():
+        values = np.array([s[key] for s in samples]) / 1e6
+        per_step = fits[key]["per_step"]
+        (line,) = memory.plot(steps, values, lw=1, label=f"{label} ({per_step:+.0f} bytes a step)")
+        middle = values[_second_half(steps)].mean()
+        memory.plot(late, middle + per_step / 1e6 * (late - late.mean()), "--", c=line.get_color())
+    memory.set(xlabel="step", ylabel="resident MB", ylim=(0, None))
+    memory.legend(loc="lower right", fontsize="small")
+    for name in ("trainer", "worker"):
+        label = _LABELS[f"{name}_bytes"]
+        files.plot(steps, [s[f"{name}_files"] for s in samples], lw=1, label=label)
+    files.set(xlabel="step", ylabel="open file descriptors", ylim=(0, None))
+    files.legend(loc="lower right", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, watch, print, record and draw."""
+    parser = measure.parser("growth", __doc__)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=1.0, help="between two samples")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        samples, seconds = watch(options.steps, options.seconds, Path(folder))
+    steps = [s["step"] for s in samples]
+    late = _second_half(np.array(steps))
+    fits = {
+        key: slope(
+            [step for step, is_late in zip(steps, late, strict=True) if is_late],
+            [s[key] for s, is_late in zip(samples, late, strict=True) if is_late],
+        )
+        for key in _LABELS
+    }
+    rows = []
+    for share in _SHARES:
+        row = min(samples, key=lambda s: abs(s["step"] - share * steps[-1]))
+        rows.append({"share": share, **row})
+        print(
+            f"{share:4.0%} step {row['step']:6d}: trainer {row['trainer_bytes'] / 1e6:.1f} MB, "
+            f"{row['trainer_files']} files; loader worker {row['worker_bytes'] / 1e6:.1f} MB, "
+            f"{row['worker_files']} files; shared memory "
+            f"{(row['trainer_shared_bytes'] + row['worker_shared_bytes']) / 1e6:.2f} MB"
+        )
+    for key, fit in fits.items():
+        print(
+            f"{_LABELS[key]}, second half: {fit['per_step']:+.1f} +- {fit['standard_error']:.1f} "
+            f"bytes a step (r2 {fit['r_squared']:.2f})"
+        )
+    print(f"{len(samples)} samples in {seconds:.0f} s")
+    draw(samples, fits, options.out.with_suffix(".png"))
+    measure.record(
+        options.out,
+        {
+            "machine": measure.machine(),
+            "arguments": _RUN,
+            "seconds": round(seconds, 1),
+            "samples": len(samples),
+            "rows": rows,
+            "second_half": fits,
+        },
+    )
+
+
+def _second_half(steps: np.ndarray) -> np.ndarray:
+    return steps >= steps[-1] / 2
+
+
+def _children(pid: int) -> list[tuple[int, int]]:
+    """Return start time and id of each child process."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # After the name, which may hold blanks: state, parent, ..., the start as 20th.
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # ended meanwhile
+        if int(fields[1]) == pid:
+            found.append((int(fields[19]), int(stat.parent.name)))
+    return found
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    """Return a process's memory by kind, in bytes."""
+    kinds = {}
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
+        name, kilobytes, _ = line.split()
+        kinds[name.removesuffix(":")] = int(kilobytes) * 1024
+    return kinds
+
+
+def _last_step(metrics: Path) -> int:
+    """Return the last step reported; 0 before the first."""
+    try:
+        lines = metrics.read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, IndexError, ValueError):  # not there yet, or not a whole line
+        return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Time the loader against the usual pipeline: images a second per core, and of worker processes.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.loader
+
+Both make the recipe's crops (1 x 224, 8 x 96) of the same JPEG files, in turn. Ours hands over
+uint8 crops and the drawn parameters; the rest happens on the training device and is measured by
+`benchmarks.augment`. The reference (`benchmarks.reference_pipeline`) hands over float32 tensors.
+
+`core`: a worker's part in one process with one thread, by CPU and by wall time, on files of about
+30 KB, 100 KB and 500 KB; `decode` is reading and decoding alone. `whole`: worker processes, from a
+batch on which all of them are at work to a later one: starting them does not count. `memory`: what
+one worker takes beyond what it shared when it was forked. Takes four minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+from torchvision.datasets.folder import pil_loader
+
+from benchmarks import measure
+from benchmarks.photographs import KINDS, NUM_CLASSES, write_photographs
+from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
+from trex_models.data.folder import FolderSource
+from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
+
+Rates = dict[str, list[float]]  # by variant, one a round
+Rate = tuple[float, float]  # images a second: of CPU time, of wall time
+
+
+class Files:
+    """A folder of photographs, as both sides see it.
+
+    Args:
+        root: The folder of class folders.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
+        self.reference = reference_dataset(root, SPECS)
+
+    def make_ours(self, keys: Sequence[Key]) -> Batch:
+        """Make a batch as our workers do."""
+        return self.ours.__getitems__(keys)
+
+    def make_reference(self, keys: Sequence[Key]) -> Any:
+        """Make a batch as DataLoader's workers do."""
+        return default_collate([self.reference[index] for _, index in keys])
+
+    def decode_ours(self, keys: Sequence[Key]) -> None:
+        """Read and decode, no more."""
+        for _, index in keys:
+            self.ours.source.read(index)
+
+    def decode_reference(self, keys: Sequence[Key]) -> None:
+        """Likewise, as torchvision's ImageFolder does."""
+        for _, index in keys:
+            pil_loader(self.ours.source.name(index))
+
+    def keys(self, batch: int) -> Iterator[list[Key]]:
+        """Yield the (epoch, index) keys of as many batches as anyone wants."""
+        return iter(EpochSampler(len(self.ours.source), batch, epochs=1 << 20, seed=0))
+
+
+class Weighed:
+    """Makes batches, and beside each tells what memory the process takes, in MB.
+
+    Args:
+        make: What makes a batch.
+    """
+
+    def __init__(self, make: Callable[[Sequence[Key]], Any]) -> None:
+        self._make = make
+        self._resident_at_first: float | None = None
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Any, float, float]:
+        """Return the batch, the growth of the peak resident set, and the unshared memory."""
+        if self._resident_at_first is None:
+            self._resident_at_first = _proc_megabytes("status", "VmRSS")
+        batch = self._make(keys)
+        growth = _proc_megabytes("status", "VmHWM") - self._resident_at_first
+        return batch, growth, _proc_megabytes("smaps_rollup", "Private_Clean", "Private_Dirty")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
+    """Time a worker's part in this process, by CPU and by wall time.
+
+    Args:
+        files: What to read.
+        images: Of one measurement, a batch.
+        rounds: Measurements of each variant.
+
+    Returns:
+        Images a second and their ratios, of whole items and of decoding alone.
+    """
+
+    def timed(work: Callable[[Sequence[Key]], object]) -> Callable[[], Rate]:
+        batches = files.keys(images)  # the same ones for every variant
+
+        def run() -> Rate:
+            keys = next(batches)
+            wall, cpu = time.perf_counter(), time.process_time()
+            work(keys)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            return images / cpu, images / wall
+
+        return run
+
+    with seeded(0):
+        items = _in_turn(timed(files.make_ours), timed(files.make_reference), rounds)
+        decode = _in_turn(timed(files.decode_ours), timed(files.decode_reference), rounds)
+    return {"images": images, "items": items, "decode": decode}
+
+
+def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
+    """Time the loaders with their worker processes, in the steady state.
+
+    Args:
+        files: What to read.
+        batch: Images a batch.
+        batches: To be timed; made a multiple of the workers, so that a measurement begins and ends
+            at the same point of their turns, with as many batches under way.
+        workers: Processes.
+        rounds: Measurements of each variant.
+
+    Returns:
+        Images a second of wall time and per CPU second of the workers, and their ratios.
+    """
+    batches += -batches % workers
+    lead = 2 * workers
+    # One more for each worker: all are at work until the last batch that counts.
+    keys = list(islice(files.keys(batch), lead + batches + workers))
+
+    def steady(loaded: Iterator[Any]) -> Rate:
+        for _ in range(lead):
+            next(loaded)
+        children = [child.pid for child in multiprocessing.active_children() if child.pid]
+        wall, cpu = time.perf_counter(), sum(map(_cpu_seconds, children))
+        for _ in range(batches):
+            next(loaded)
+        wall, cpu = time.perf_counter() - wall, sum(map(_cpu_seconds, children)) - cpu
+        return batch * batches / cpu, batch * batches / wall
+
+    def ours() -> Rate:
+        return steady(load_batches(files.ours, keys, workers))
+
+    def reference() -> Rate:
+        order = [[index for _, index in part] for part in keys]
+        return steady(iter(DataLoader(files.reference, batch_sampler=order, num_workers=workers)))
+
+    rates = _in_turn(ours, reference, rounds)
+    return {"batch": batch, "batches": batches, "workers": workers, **rates}
+
+
+def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]]:
+    """Weigh one worker process and its batches, in MB.
+
+    Args:
+        files: What to read.
+        batch: Images a batch.
+        batches: That the worker makes.
+
+    Returns:
+        For ours and for the reference: ``peak_rss``, by how much the worker's resident set grew at
+        most; ``uss``, the most memory that it shared with no other process, after a batch;
+        ``batch``, the tensors.
+    """
+    keys = list(islice(files.keys(batch), batches))
+    found = {}
+    for name, make in (("ours", files.make_ours), ("reference", files.make_reference)):
+        made = list(load_batches(Weighed(make), keys, workers=1))
+        found[name] = {
+            "peak_rss": round(max(growth for _, growth, _ in made), 1),
+            "uss": round(max(own for _, _, own in made), 1),
+            "batch": round(_megabytes(made[0][0]), 1),
+        }
+    return found
+
+
+@one_thread()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and record."""
+    parser = measure.parser("loader", __doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64, help="images a batch")
+    parser.add_argument("--batches", type=int, default=8, help="timed with worker processes")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
+    parsed = parser.parse_args(arguments)
+    batch: int = parsed.batch
+    counts = {"standard": parsed.files, "small": parsed.files // 2, "large": parsed.files // 8}
+    with TemporaryDirectory() as folder:
+        kinds = {}
+        for kind, count in counts.items():
+            count = max(count, NUM_CLASSES)
+            write_photographs(Path(folder) / kind, count, kind)
+            kinds[kind] = Files(Path(folder) / kind)
+        measured = {
+            kind: core(files, min(batch, len(files.ours.source)), parsed.rounds)
+            for kind, files in kinds.items()
+        }
+        standard = kinds["standard"]
+        loaders = whole(standard, batch, parsed.batches, parsed.workers, parsed.rounds)
+        weights = memory(standard, batch, 4)
+    result = {
+        "machine": measure.machine(),
+        "ratio": measured["standard"]["items"]["cpu"]["ratio"]["median"],
+        "ratio_wall": measured["standard"]["items"]["wall"]["ratio"]["median"],
+        "ratio_whole": loaders["wall"]["ratio"]["median"],
+        "ratio_whole_cpu": loaders["cpu"]["ratio"]["median"],
+        "core": measured,
+        "whole": loaders,
+        "memory_mb": weights,
+    }
+    for kind, found in measured.items():
+        print(f"\none core, {kind} files of about {KINDS[kind].kilobytes} KB")
+        for what in ("items", "decode"):
+            for clock in ("cpu", "wall"):
+                _print(f"{what} by {clock} time", found[what][clock])
+    print(f"\n{parsed.workers} worker processes, batch {batch}, standard files")
+    for clock in ("wall", "cpu"):
+        _print(f"by {clock} time", loaders[clock])
+    print("\nmemory in MB")
+    for name, weight in weights.items():
+        print(f"  {name}: " + ", ".join(f"{key} {value:g}" for key, value in weight.items()))
+    print(f"\n{result['machine']}")
+    measure.record(parsed.out, result)
+
+
+def _in_turn(
+    ours: Callable[[], Rate], reference: Callable[[], Rate], rounds: int
+) -> dict[str, Any]:
+    """Measure both in turn; return their rates and ratios by CPU and by wall time."""
+    by_wall: Rates = {"ours": [], "reference": []}
+
+    def by_cpu(name: str, run: Callable[[], Rate]) -> float:
+        cpu, wall = run()
+        by_wall[name].append(wall)
+        return cpu
+
+    rates = {
+        "cpu": measure.alternate(
+            {
+                "ours": partial(by_cpu, "ours", ours),
+                "reference": partial(by_cpu, "reference", reference),
+            },
+            rounds,
+        ),
+        "wall": {name: values[-rounds:] for name, values in by_wall.items()},
+    }
+    return {
+        clock: {
+            "ours": measure.spread(rate["ours"]),
+            "reference": measure.spread(rate["reference"]),
+            "ratio": measure.ratios(rate["ours"], rate["reference"]),
+        }
+        for clock, rate in rates.items()
+    }
+
+
+def _print(what: str, found: Mapping[str, Mapping[str, float | int]]) -> None:
+    print(f"  {what}, images/s:")
+    for name, values in found.items():
+        print(f"    {name:10} {measure.shown(values)}")
+
+
+def _cpu_seconds(process: int) -> float:
+    """Return the CPU time of a process and all its threads, by Linux's clock of that process."""
+    return time.clock_gettime(~process << 3 | 2)
+
+
+def _proc_megabytes(file: str, *names: str) -> float:
+    """Return the sum of some lines of a file of this process's memory, in kB there."""
+    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(names)) * 1024 / 1e6
+
+
+def _megabytes(batch: Any) -> float:
+    """Return the size of a batch's tensors."""
+    if isinstance(batch, Batch):
+        batch = [*batch.crops, *batch.parameters, batch.labels, batch.ids]
+    if isinstance(batch, Tensor):
+        return batch.nbytes / 1e6
+    return sum(map(_megabytes, batch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Account for the memory of a training step, by batch and options; no GPU is needed.
+
+    python -m benchmarks.memory                    # five minutes
+    python -m benchmarks.memory --device cuda      # on a GPU, measured instead
+
+The table is computed, not measured on a GPU: two steps of the trainer run on fake tensors, which
+have shapes and no memory, and every storage is counted from its making to its end, in the blocks
+of 512 bytes that CUDA's allocator hands out. What is not counted comes on top: the CUDA context,
+the workspaces of cuDNN and cuBLAS, and what is lost between blocks. tf32 takes what fp32 takes,
+fp16 what bf16 takes. The check takes the same step on the CPU for real and compares the peak with
+what the profiler saw its allocator hand out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import measure
+from trex_models.train import build, step
+from trex_models.train.config import RECIPES, Config, PrecisionName
+from trex_models.train.method import TReX
+from trex_models.train.optimizer import build_sgd
+
+_BLOCK = 512  # bytes; CUDA's caching allocator rounds up to it
+_GIB = 2**30
+# A card's memory, less what the driver, the desktop and the CUDA context hold, over a margin for
+# workspaces and the gaps between blocks. Neither is measured.
+_CARDS = (8, 12, 16, 24)
+_VARIANTS: dict[str, tuple[PrecisionName, bool, int]] = {
+    "fp32": ("fp32", False, 8),
+    "fp32, recomputed": ("fp32", True, 8),
+    "bf16": ("bf16", False, 8),
+    "bf16, recomputed": ("bf16", True, 8),
+    "bf16, 4 local crops": ("bf16", False, 4),
+    "bf16, 4 local crops, recomputed": ("bf16", True, 4),
+}
+_HELD_BYTES = _GIB
+_MARGIN = 1.15
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make, while they live.
+
+    Attributes:
+        live: Bytes at the moment.
+        peak: The most that ``live`` was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and enter what it returns."""
+        del types
+        result = func(*args, **(kwargs or {}))
+        self.enter(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        return result
+
+    def enter(self, *tensors: Tensor) -> None:
+        """Count the storages of tensors that are not counted yet."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._known:
+                continue
+            size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+            self._known.add(storage._cdata)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._leave, storage._cdata, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def account(config: Config, classes: int, batch: int) -> dict[str, int]:
+    """Count the bytes of a step on fake tensors.
+
+    Args:
+        config: What to train, with its precision resolved; on the CPU, as its types are CUDA's.
+        classes: C.
+        batch: Images.
+
+    Returns:
+        ``parameters`` (of what is trained), ``gradients``, ``optimizer`` (momentum), ``averages``
+        (momentum encoder, its buffers, the bank and BatchNorm's statistics), ``inputs`` (crops in
+        float32), ``activations`` (what the forward pass leaves for the backward pass), ``peak``
+        (of the whole step, all of these included as far as they live at once).
+    """
+    fake, method = FakeTensorMode(), _method(config, classes, "cpu")
+    with FakeCopyMode(fake):
+        method = copy.deepcopy(method)
+    with fake, Ledger() as ledger:
+        ledger.enter(*method.parameters(), *method.buffers())
+        return _two_steps(config, method, batch, "cpu", lambda: ledger.live, lambda: ledger.peak)
+
+
+def measured_on_cuda(config: Config, classes: int, batch: int) -> dict[str, int]:
+    """Return the same of real steps, as CUDA's allocator counts."""
+    torch.cuda.reset_peak_memory_stats()
+    row = _two_steps(
+        config,
+        _method(config, classes, "cuda"),
+        batch,
+        "cuda",
+        torch.cuda.memory_allocated,
+        torch.cuda.max_memory_allocated,
+    )
+    return row | {"reserved": torch.cuda.max_memory_reserved()}
+
+
+def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
+    """Return the peak of real steps on the CPU in bytes, as the profiler saw its allocator."""
+    method = _method(config, classes, "cpu")
+    optimizer, inputs = _parts(config, method, batch, "cpu")
+    held = _size([*method.parameters(), *method.buffers(), *inputs[0]])
+    precision = step.Precision.from_name(config.precision, "cpu")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for _ in range(2):
+            step.training_step(method, method, optimizer, precision, *inputs, 0.1)
+    recorded: Any = profiled.profiler
+    events = recorded.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return held + max(itertools.accumulate(changes))
+
+
+def fits(rows: Sequence[Mapping[str, Any]], cards: Sequence[int] = _CARDS) -> list[dict[str, Any]]:
+    """Return the largest batch of each kind of row that fits into a card, a multiple of 8.
+
+    Args:
+        rows: Of ``main``, at least two batches of each kind. The peak is a line in the batch.
+        cards: Their memory in GiB. One GiB is left to the driver, the desktop and the CUDA
+            context, and 15 % to workspaces and to gaps between blocks.
+    """
+    found = []
+    for name in dict.fromkeys(row["options"] for row in rows):
+        first, *_, last = (row for row in rows if row["options"] == name)
+        per_image = (last["peak"] - first["peak"]) / (last["batch"] - first["batch"])
+        fixed = first["peak"] - per_image * first["batch"]
+        batches = {
+            f"{card} GB": int(((card * _GIB - _HELD_BYTES) / _MARGIN - fixed) / per_image) // 8 * 8
+            for card in cards
+        }
+        sizes = {"fixed": round(fixed), "per_image": round(per_image)}
+        found.append({"options": name, **sizes, "batch": batches})
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, print and record."""
+    options = _options(arguments)
+    measure_row = measured_on_cuda if options.device == "cuda" else account
+    config = _config(options)
+    rows: list[dict[str, Any]] = []
+    for name in options.options:
+        precision, checkpoint, local_crops = _VARIANTS[name]
+        variant = replace(
+            config,
+            precision=precision,
+            crops=replace(config.crops, local_crops=local_crops),
+            system=replace(config.system, checkpoint_activations=checkpoint),
+        )
+        for batch in options.batches:
+            sizes = measure_row(variant, options.classes, batch)
+            per_image = {
+                "peak_per_image": round(sizes["peak"] / batch),
+                "activations_per_image": round(sizes["activations"] / batch),
+            }
+            row = {"options": name, "local_crops": local_crops, "batch": batch}
+            rows.append(row | sizes | per_image)
+            print(
+                f"{name:31} batch {batch:3d}: peak {sizes['peak'] / _GIB:6.2f} GiB, of it "
+                f"activations {sizes['activations'] / _GIB:6.2f}, "
+                f"{per_image['activations_per_image'] / 1e6:.1f} MB an image",
+                flush=True,
+            )
+    result: dict[str, Any] = {
+        "machine": measure.machine(options.device),
+        "how": "measured on a GPU" if options.device == "cuda" else "accounting; no GPU measured",
+        "backbone": options.backbone,
+        "rows": rows,
+        "fits": fits(rows),
+    }
+    for fit in result["fits"]:
+        batches = ", ".join(f"{card}: {batch}" for card, batch in fit["batch"].items())
+        print(f"{fit['options']:31} largest batch {batches}")
+    if options.device == "cpu":
+        result["check"] = _check(replace(config, precision="fp32"), options)
+    measure.record(options.out, result)
+
+
+def _check(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """Compare the accounting with real steps on the CPU in float32."""
+    batch = options.check_batch
+    counted = account(config, options.classes, batch)["peak"]
+    seen = measured_on_cpu(config, options.classes, batch)
+    print(
+        f"check, float32 on the CPU, batch {batch}: counted {counted / 1e6:.1f} MB, allocated "
+        f"{seen / 1e6:.1f} MB, ratio {counted / seen:.4f}"
+    )
+    return {"batch": batch, "counted": counted, "allocated": seen, "ratio": counted / seen}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = measure.parser("memory", __doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--options", nargs="+", choices=_VARIANTS, default=tuple(_VARIANTS))
+    parser.add_argument("--batches", type=int, nargs="+", default=(16, 32, 64, 128, 256))
+    parser.add_argument("--check-batch", type=int, default=4, help="of the check on the CPU")
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="of the crops")
+    parser.add_argument("--hidden-dim", type=int, default=2048)
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--bank", type=int, default=8192)
+    return parser.parse_args(arguments)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    config = RECIPES["trex"]("")
+    global_size, local_size = options.sizes
+    return replace(
+        config,
+        crops=replace(config.crops, global_size=global_size, local_size=local_size),
+        model=replace(config.model, backbone=options.backbone, hidden_dim=options.hidden_dim),
+        objective=replace(config.objective, bank_size=options.bank),
+    )
+
+
+def _method(config: Config, classes: int, device: str) -> TReX:
+    method = build.build_method(config, classes).train()
+    return method.to(device).to(memory_format=torch.channels_last)
+
+
+def _parts(
+    config: Config, method: TReX, batch: int, device: str
+) -> tuple[torch.optim.Optimizer, tuple[list[Tensor], Tensor, Tensor]]:
+    optimizer = build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay)
+    crops = [
+        torch.zeros(spec.count * batch, 3, spec.size, spec.size, device=device).to(
+            memory_format=torch.channels_last
+        )
+        for spec in build.crop_specs(config.crops)
+    ]
+    labels, ids = torch.zeros(2, batch, dtype=torch.int64, device=device)
+    return optimizer, (crops, labels, ids)
+
+
+def _two_steps(
+    config: Config,
+    method: TReX,
+    batch: int,
+    device: str,
+    live: Callable[[], int],
+    peak: Callable[[], int],
+) -> dict[str, int]:
+    """Take two steps (the first one makes the optimiser's state) and return the bytes by kind."""
+    optimizer, inputs = _parts(config, method, batch, device)
+    precision = step.Precision.from_name(config.precision, device)
+    trained = [p for p in method.parameters() if p.requires_grad]
+    after_forward = []
+
+    def read_later(scalar: Tensor) -> Callable[[], float]:
+        """Stand in for the reading of the loss, which the step does right after its forward."""
+        del scalar
+        after_forward.append(live())
+        return float
+
+    with mock.patch.object(step, "_read_later", read_later):
+        for _ in range(2):
+            before = live()
+            step.training_step(method, method, optimizer, precision, *inputs, 0.1)
+    own = {
+        "parameters": _size(trained),
+        "gradients": _size(p.grad for p in trained if p.grad is not None),
+        "optimizer": _size(
+            v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        ),
+        "inputs": _size(inputs[0]),
+    }
+    everything = _size([*method.parameters(), *method.buffers()])
+    return {
+        **own,
+        "averages": everything - own["parameters"],
+        "activations": after_forward[-1] - before,
+        "peak": peak(),
+    }
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+if __name__ == "__main__":
+    main()

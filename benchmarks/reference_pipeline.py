@@ -1,0 +1,206 @@
+"""The usual pipeline, PIL images through torchvision v1 transforms: what ours is measured against.
+
+`reference_*` apply given parameters (the row's layout is that of trex_models.data.photometric);
+`random_pipeline` draws its own, `random_boxes` and `random_rows` show what it draws.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from trex_models.data import photometric as ph
+from trex_models.data.crops import Box
+from trex_models.data.multicrop import CropSpec
+from trex_models.train.build import crop_specs
+from trex_models.train.config import CropsConfig
+
+Rows = NDArray[np.float32]  # (B, NUM_PARAMETERS)
+
+SPECS = crop_specs(CropsConfig())
+"""The recipe's crops."""
+
+_RATIO = (3 / 4, 4 / 3)
+
+
+def reference_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
+    """Cut a box and resize it to a square of `size` pixels."""
+    top, left, height, width = box
+    return TF.resized_crop(
+        image, top, left, height, width, [size, size], T.InterpolationMode.BICUBIC, antialias=True
+    )
+
+
+def reference_flip(image: Image.Image, row: Rows) -> Image.Image:
+    """Mirror left and right if the row, (NUM_PARAMETERS,), says so."""
+    return TF.hflip(image) if row[ph.FLIP] else image
+
+
+def reference_jitter(image: Image.Image, row: Rows) -> Image.Image:
+    """Jitter the colours if the row says so, in the row's order."""
+    if not row[ph.JITTER]:
+        return image
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    values = (*row[ph.FACTORS].tolist(), float(row[ph.HUE]))
+    for part in row[ph.ORDER].astype(int):
+        image = adjust[part](image, values[part])
+    return image
+
+
+def reference_grey(image: Image.Image, row: Rows) -> Image.Image:
+    """Remove the colours if the row says so."""
+    return TF.to_grayscale(image, num_output_channels=3) if row[ph.GREY] else image
+
+
+def reference_blur(image: Image.Image, row: Rows) -> Image.Image:
+    """Blur with the row's sigma, if it has one."""
+    if not row[ph.SIGMA]:
+        return image
+    return image.filter(ImageFilter.GaussianBlur(radius=float(row[ph.SIGMA])))
+
+
+def reference_solarize(image: Image.Image, row: Rows) -> Image.Image:
+    """Invert the levels from the row's threshold on, if it says so."""
+    return ImageOps.solarize(image, int(row[ph.THRESHOLD])) if row[ph.SOLARIZE] else image
+
+
+def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
+    """Apply all of a row, in the recipe's order."""
+    for step in (
+        reference_flip,
+        reference_jitter,
+        reference_grey,
+        reference_blur,
+        reference_solarize,
+    ):
+        image = step(image, row)
+    return image
+
+
+def reference_tensor(image: Image.Image) -> Tensor:
+    """Return the normalised float32 tensor, (3, H, W)."""
+    return TF.normalize(TF.to_tensor(image), ph.IMAGENET_MEAN, ph.IMAGENET_STD)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed what the pipeline draws from, and put its state back afterwards."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        yield
+    random.setstate(state)
+
+
+class RandomBlur:
+    """GaussianBlur with a sigma drawn from a range, as PIL has it."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def draw(self) -> float:
+        """Draw a sigma, in pixels."""
+        return random.uniform(*self.sigma)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Blur."""
+        return image.filter(ImageFilter.GaussianBlur(radius=self.draw()))
+
+
+def random_pipeline(
+    size: int, scale: tuple[float, float], law: ph.PhotometricLaw
+) -> Callable[[Image.Image], Tensor]:
+    """Return crop, photometric augmentation and normalisation by torchvision, all drawn inside."""
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, scale, _RATIO, T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(law.flip),
+            T.RandomApply([_jitter(law)], law.jitter),
+            T.RandomGrayscale(law.grey),
+            T.RandomApply([RandomBlur(law.sigma)], law.blur),
+            T.RandomSolarize(law.threshold, law.solarize),
+            T.ToTensor(),
+            T.Normalize(ph.IMAGENET_MEAN, ph.IMAGENET_STD),
+        ]
+    )
+
+
+class RandomCrops:
+    """All crops of an image: a list of (3, S, S) tensors."""
+
+    def __init__(self, specs: Sequence[CropSpec]) -> None:
+        self.pipelines = [
+            pipeline
+            for spec in specs
+            for pipeline in [random_pipeline(spec.size, spec.scale, spec.law)] * spec.count
+        ]
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        """Draw and make them."""
+        return [pipeline(image) for pipeline in self.pipelines]
+
+
+def reference_dataset(root: Path, specs: Sequence[CropSpec]) -> Dataset[tuple[list[Tensor], int]]:
+    """Return class folders as most people load them: an item is a list of crops, and a label."""
+    dataset: Dataset[tuple[list[Tensor], int]] = ImageFolder(root, RandomCrops(specs))
+    return dataset
+
+
+def random_boxes(
+    height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """Return boxes that torchvision draws, (count, 4): top, left, height, width."""
+    image = torch.empty(3, height, width)
+    with seeded(seed):
+        return np.array(
+            [T.RandomResizedCrop.get_params(image, scale, _RATIO) for _ in range(count)]
+        )
+
+
+def random_rows(law: ph.PhotometricLaw, count: int, seed: int = 0) -> Rows:
+    """Return parameters that torchvision's transforms draw.
+
+    Whether a transform acts is seen by what becomes of two pixels.
+    """
+    jitter, blur = _jitter(law), RandomBlur(law.sigma)
+    probe = Image.new("RGB", (2, 1))
+    probe.putdata([(255, 200, 150), (200, 255, 150)])
+    flip, grey, solarize = (
+        T.RandomHorizontalFlip(law.flip),
+        T.RandomGrayscale(law.grey),
+        T.RandomSolarize(law.threshold, law.solarize),
+    )
+    jitters = T.RandomApply([lambda _: None], law.jitter)
+    sigma = T.RandomApply([lambda _: blur.draw()], law.blur)
+    rows = np.zeros((count, ph.NUM_PARAMETERS), np.float32)
+    with seeded(seed):
+        for row in rows:
+            row[ph.FLIP] = flip(probe) != probe
+            row[ph.JITTER] = jitters(probe) is None
+            order, *values = jitter.get_params(
+                jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+            )
+            row[ph.ORDER] = order
+            row[ph.FACTORS.start : ph.HUE + 1] = values
+            row[ph.GREY] = grey(probe) != probe
+            row[ph.SIGMA] = sigma(0)
+            row[ph.SOLARIZE] = solarize(probe) != probe
+            row[ph.THRESHOLD] = law.threshold
+    return rows
+
+
+def _jitter(law: ph.PhotometricLaw) -> T.ColorJitter:
+    return T.ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)

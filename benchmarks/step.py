@@ -1,0 +1,228 @@
+"""Time the training step, ours against the reference (`benchmarks.reference_step`).
+
+    python -m benchmarks.step                                        # bf16 on the CPU, 3 minutes
+    python -m benchmarks.step --device cuda --batch 256 --steps 20 --also nchw compile
+    python -m benchmarks.step --device cuda --batch 256 --steps 20 --reference-dtype float16
+
+Both take the same crops, labels and sizes (recipe trex: 1 x 224 and 8 x 96 pixels, three hidden
+layers, 1000 classes, a bank of 8192), on the device already, so that neither loading nor
+augmentation counts. `ratio` is the median over the rounds of the reference's time over ours. The
+profile that follows says what the time of ours goes to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import measure
+from benchmarks import reference_step as reference
+from trex_models.train import build
+from trex_models.train.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    PrecisionName,
+)
+from trex_models.train.distributed import Process
+from trex_models.train.optimizer import build_sgd
+from trex_models.train.reporting import Meter
+from trex_models.train.step import Precision, training_step
+
+_DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
+    "float32": (torch.float32, "fp32"),
+    "bfloat16": (torch.bfloat16, "bf16"),
+    "float16": (torch.float16, "fp16"),
+}
+_RATE = 0.05
+_CROPS = (1, 8)  # global and local
+# What an operator's name says about where the time goes; the first that fits counts.
+_KINDS = {
+    "convolution": ("convolution", "conv_depthwise", "cudnn_conv", "mkldnn_conv"),
+    "batch norm": ("batch_norm",),
+    "matrix products": ("addmm", "mm", "linear", "matmul"),
+    "optimiser": ("sgd",),
+    "momentum encoder's average": ("foreach", "lerp"),
+    "activation, sum, pooling": ("relu", "threshold", "gelu", "add", "pool", "mean"),
+    "casts and copies": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time, print and record."""
+    options = _options(arguments)
+    device = torch.device(options.device)
+    crops, labels, ids = _inputs(options, device)
+    last = [images.contiguous(memory_format=torch.channels_last) for images in crops]
+    ours, theirs = our_step(options, device), reference_step(options, device)
+    steps: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours(last, labels, ids),
+        "reference": lambda: theirs(crops, labels),
+    }
+    if "nchw" in options.also:
+        plain = our_step(options, device, channels_last=False)
+        steps["nchw"] = lambda: plain(crops, labels, ids)
+    if "compile" in options.also:
+        compiled = our_step(options, device, compiled=True)
+        steps["compile"] = lambda: compiled(last, labels, ids)
+    seconds = measure.alternate(
+        {name: partial(_seconds, step, options.steps, device) for name, step in steps.items()},
+        options.rounds,
+    )
+    facts = measure.machine(options.device)
+    result: dict[str, Any] = {
+        "machine": facts,
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "reference_dtype": options.reference_dtype or options.dtype,
+        "backbone": options.backbone,
+        "steps_per_round": options.steps,
+        "images_per_second": {
+            name: measure.spread([options.batch * options.steps / t for t in times])
+            for name, times in seconds.items()
+        },
+        "ratios": {
+            name: measure.ratios(seconds["reference"], times) for name, times in seconds.items()
+        },
+    }
+    result["ratio"] = result["ratios"]["ours"]["median"]
+    print(f"{facts['processor']} ({facts['instructions']}), {facts.get('device', 'CPU')}")
+    for name in seconds:
+        rate, ratio = result["images_per_second"][name], result["ratios"][name]
+        print(f"{name:10} {measure.shown(rate, ' images/s')}, ratio {measure.shown(ratio)}")
+    for name in ("ours", "reference"):
+        result[f"profile_{name}"] = shares = _profile(steps[name], device)
+        print(f"time of {name}: " + ", ".join(f"{kind} {s:.0%}" for kind, s in shares.items()))
+    measure.record(options.out, result)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a step is made of."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=1, help="steps that one measurement times")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of autocast")
+    parser.add_argument("--reference-dtype", choices=_DTYPES, help="the same if not given")
+    parser.add_argument("--backbone", default="resnet50", help="a ResNet of torchvision and timm")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--bank", type=int, default=8192)
+    parser.add_argument("--hidden-dim", type=int, default=2048)
+
+
+def our_step(
+    options: argparse.Namespace,
+    device: torch.device,
+    channels_last: bool = True,
+    compiled: bool = False,
+) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+    """Return what takes a step as `train.loop` does, given crops, labels and ids."""
+    config = _config(options)
+    method = build.build_method(config, options.classes).train().to(device)
+    if channels_last:
+        method.to(memory_format=torch.channels_last)
+    if compiled:
+        method.encoder.compile()
+    optimizer = build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay)
+    precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
+    meter = Meter(Process(0, 1, device))
+
+    def step(crops: Sequence[Tensor], labels: Tensor, ids: Tensor) -> None:
+        loss, logits = training_step(
+            method, method, optimizer, precision, crops, labels, ids, _RATE
+        )
+        meter.update(loss, logits[: len(labels)], labels)
+
+    return step
+
+
+def reference_step(
+    options: argparse.Namespace, device: torch.device
+) -> Callable[[Sequence[Tensor], Tensor], tuple[float, float]]:
+    """Return what takes the reference's step, given crops and labels."""
+    model = _config(options).model
+    encoder = reference.Encoder(
+        model.backbone, model.hidden_layers, model.hidden_dim, model.embedding_dim
+    )
+    dtype = _DTYPES[options.reference_dtype or options.dtype][0]
+    return reference.Step(
+        encoder.train().to(device), options.classes, options.bank, model.embedding_dim, dtype
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = measure.parser("step", __doc__)
+    add_options(parser)
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="of the crops")
+    parser.add_argument(
+        "--also", nargs="*", choices=("nchw", "compile"), default=(), help="further forms of ours"
+    )
+    return parser.parse_args(arguments)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return Config(
+        output="",
+        model=ModelConfig(backbone=options.backbone, hidden_dim=options.hidden_dim),
+        objective=ObjectiveConfig(bank_size=options.bank),
+    )
+
+
+def _inputs(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return random crops, labels and ids."""
+    torch.manual_seed(0)
+    crops = [
+        torch.randn(count * options.batch, 3, size, size, device=device)
+        for count, size in zip(_CROPS, options.sizes, strict=True)
+    ]
+    labels = torch.randint(options.classes, (options.batch,), device=device)
+    return crops, labels, torch.arange(options.batch, device=device)
+
+
+def _seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """Return the time of some steps."""
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _profile(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Return shares of the device's time by kind of operator, the largest first."""
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as recorded:
+        step()
+        wait(device)
+    spent: dict[str, float] = {}
+    for event in recorded.key_averages():
+        kind = next(
+            (kind for kind, parts in _KINDS.items() if any(p in event.key.lower() for p in parts)),
+            "other",
+        )
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        spent[kind] = spent.get(kind, 0.0) + own
+    total = sum(spent.values())
+    shares = {kind: round(time / total, 4) for kind, time in spent.items()}
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+if __name__ == "__main__":
+    main()

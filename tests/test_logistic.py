@@ -1,0 +1,253 @@
+"""Multinomial logistic regression against scikit-learn, autograd and the plain formula."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch import Tensor
+
+from trex_models.evaluation.logistic import LogisticFit, _losses, fit, fit_path, objective
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products this small are slower by several threads, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels and labels to train on, pixels to test on."""
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(pixels).float() / 4
+    return x[:600], torch.from_numpy(labels)[:600], x[600:]
+
+
+def clusters(samples: int = 90, width: int = 7, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(samples + width)
+    labels = torch.arange(samples) % classes
+    centres = torch.randn(classes, width, generator=generator)
+    return 3 + centres[labels] + torch.randn(samples, width, generator=generator), labels
+
+
+def plain_objective(x: Tensor, y: Tensor, fitted: LogisticFit) -> Tensor:
+    weight, intercept = fitted.weight.double(), fitted.intercept.double()
+    losses = F.cross_entropy(x.double() @ weight.T + intercept, y, reduction="sum")
+    return fitted.C * losses + 0.5 * weight.square().sum()
+
+
+def scikit_learn(x: Tensor, y: Tensor, strength: float) -> LogisticRegression:
+    """Fit by Newton's method, which ends at the optimum; its lbfgs does not where C is large."""
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the last digits not reached
+        model = LogisticRegression(C=strength, tol=1e-9, solver="newton-cholesky")
+        return model.fit(x.double().numpy(), y.numpy())
+
+
+def scikit_learn_objective(x: Tensor, y: Tensor, model: LogisticRegression) -> float:
+    weight, intercept = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
+    return objective(x.double(), y, weight, intercept, model.C)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("strength", [1e-5, 1e-2, 1.0, 10.0])
+def test_digits_as_scikit_learn_classifies_them(strength: float, dtype: torch.dtype) -> None:
+    x, y, test = digits()
+    reference = scikit_learn(x, y, strength)
+    fitted = fit(x.to(dtype), y, strength)
+    assert fitted.converged
+    assert fitted.weight.dtype == dtype
+    assert fitted.objective == pytest.approx(scikit_learn_objective(x, y, reference), rel=2e-5)
+    votes = fitted.logits(test).argmax(1).numpy()
+    assert (votes == reference.predict(test.numpy())).mean() >= 0.999
+
+
+def test_float64_reaches_scikit_learns_weights() -> None:
+    x, y = clusters()
+    reference = scikit_learn(x, y, 0.5)
+    fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
+    np.testing.assert_allclose(fitted.weight, reference.coef_, atol=1e-6)
+    np.testing.assert_allclose(fitted.intercept, reference.intercept_, atol=1e-6)
+
+
+def test_two_classes_are_scikit_learns_at_twice_the_c() -> None:
+    x, y = clusters(classes=2)
+    reference = scikit_learn(x, y, 1.0)
+    fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
+    np.testing.assert_allclose(fitted.weight.diff(dim=0), reference.coef_, atol=1e-6)
+
+
+def test_objective_is_the_plain_formula() -> None:
+    x, y, _ = digits()
+    for fitted in fit_path(x, y, [1e-4, 1.0, 1e4]):
+        expected = plain_objective(x, y, fitted).item()
+        assert fitted.objective == pytest.approx(expected, rel=1e-4)
+        parameters = fitted.weight.double(), fitted.intercept.double()
+        assert objective(x, y, *parameters, fitted.C) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_gradient_of_the_losses_is_autograds(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(50, 6, dtype=torch.float64, generator=generator)
+    labels = torch.randint(6, (50,), generator=generator)
+    losses, gradient = _losses(logits, labels[:, None])
+    logits.requires_grad_()
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses[:, 0], expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
+
+
+def test_losses_far_below_rounding_of_one_keep_their_precision() -> None:
+    losses, gradient = _losses(torch.tensor([[30.0, 0.0, 0.0]]), torch.tensor([[0]]))
+    expected = 2 * np.exp(-30.0)
+    assert losses.item() == pytest.approx(expected, rel=1e-5)
+    assert gradient[0].tolist() == pytest.approx([-expected, expected / 2, expected / 2], rel=1e-5)
+
+
+def test_reported_gradient_is_that_of_the_objective() -> None:
+    x, y, _ = digits()
+    x = x.double() - x.double().mean(0)
+    fitted = fit(x, y, 0.1, tolerance=1e-3)
+    parameters = fitted.weight.clone().requires_grad_(), fitted.intercept.clone().requires_grad_()
+    differentiable = replace(fitted, weight=parameters[0], intercept=parameters[1])
+    gradients = torch.autograd.grad(plain_objective(x, y, differentiable), parameters)
+    norm = sum(gradient.square().sum() for gradient in gradients) ** 0.5
+    assert fitted.gradient_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_excess_is_bounded_as_promised() -> None:
+    x, y, _ = digits()
+    least = fit(x.double(), y, 1.0, tolerance=1e-10).objective
+    for tolerance in (1e-2, 1e-4):
+        fitted = fit(x.double(), y, 1.0, tolerance=tolerance)
+        assert least <= fitted.objective <= least * (1 + tolerance)
+
+
+def test_a_path_and_a_start_lead_where_a_cold_start_does() -> None:
+    x, y, _ = digits()
+    strengths = [1e-3, 1e-2, 0.1]
+    path = fit_path(x, y, strengths)
+    assert [fitted.C for fitted in path] == strengths
+    for fitted in path:
+        cold = fit(x, y, fitted.C)
+        warm = fit(x, y, fitted.C, start=fitted)
+        assert warm.iterations <= 1
+        assert fitted.objective == pytest.approx(cold.objective, rel=2e-5)
+        assert warm.objective == pytest.approx(cold.objective, rel=2e-5)
+
+
+def test_starts_at_the_shares_of_the_classes() -> None:
+    x, y = clusters()
+    y[:20] = 0
+    fitted = fit(x, y, 1e-12)
+    shares = y.bincount() / len(y)
+    torch.testing.assert_close(fitted.intercept.softmax(0), shares)
+
+
+@pytest.mark.parametrize("shape", [(90, 7), (20, 50)])
+@pytest.mark.parametrize("chunk", [1, 13])
+def test_blocks_change_nothing(shape: tuple[int, int], chunk: int) -> None:
+    x, y = clusters(*shape)
+    whole = fit(x.double(), y, 1.0, tolerance=1e-12)
+    blocks = fit(x.double(), y, 1.0, tolerance=1e-12, chunk=chunk)
+    torch.testing.assert_close(blocks.weight, whole.weight, atol=1e-5, rtol=0)
+    assert blocks.objective == pytest.approx(whole.objective, rel=1e-10)
+
+
+def test_more_features_than_samples() -> None:
+    x, y = clusters(20, 50)
+    reference = scikit_learn(x, y, 1.0)
+    fitted = fit(x, y, 1.0)
+    assert fitted.objective == pytest.approx(scikit_learn_objective(x, y, reference), rel=2e-5)
+
+
+def test_large_c_on_separable_classes() -> None:
+    x, y = clusters(width=30)
+    reference = scikit_learn(x, y, 1e6)
+    fitted = fit_path(x, y, [1.0, 1e3, 1e6])[-1]
+    assert fitted.objective < scikit_learn_objective(x, y, reference) * (1 + 1e-3)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    x, y, _ = digits()
+    first, second = (fit_path(x, y, [0.01, 1.0]) for _ in range(2))
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    x, y = clusters()
+    half = fit(x.to(dtype), y, 1.0)
+    torch.testing.assert_close(half.weight, fit(x.to(dtype).float(), y, 1.0).weight)
+
+
+def test_constant_features_are_of_no_use() -> None:
+    x, y = clusters()
+    fitted = fit(torch.cat([x, torch.full_like(x, 5.0)], 1), y, 1.0)
+    assert fitted.weight[:, 7:].abs().max() < 1e-5
+    assert fitted.objective == pytest.approx(fit(x, y, 1.0).objective, rel=2e-5)
+
+
+def test_progress_and_the_end_of_patience() -> None:
+    x, y, _ = digits()
+    calls: list[tuple[float, int, float, float]] = []
+    fitted = fit(x, y, 1.0, max_iterations=4, progress=lambda *args: calls.append(args))
+    assert not fitted.converged
+    assert fitted.iterations == 4
+    assert [(strength, iteration) for strength, iteration, *_ in calls] == [
+        (1.0, i) for i in range(5)
+    ]
+    values = [value for *_, value, _ in calls]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == pytest.approx(fitted.objective, rel=1e-5)
+
+
+X, Y = clusters()
+NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"C": 0.0}, "C must be above 0 and finite, got 0.0"),
+        ({"C": float("nan")}, "C must be above 0 and finite, got nan"),
+        ({"C": float("inf")}, "C must be above 0 and finite, got inf"),
+        ({"tolerance": -1.0}, "tolerance must be at least 0, got -1.0"),
+        ({"max_iterations": 0}, "max_iterations and chunk must be at least 1, got 0 and"),
+        ({"chunk": 0}, "max_iterations and chunk must be at least 1, got 1000 and 0"),
+        ({"features": X[0]}, r"shape \(N, F\).* got torch.float32 of shape \(7,\)"),
+        ({"features": X[:0], "labels": Y[:0]}, "not empty"),
+        ({"features": X.long()}, "floating point .* got torch.int64"),
+        ({"features": NAN}, "features must be finite, but row 4"),
+        ({"labels": Y[:-1]}, r"labels must be 90 integers, .* of shape \(89,\)"),
+        ({"labels": Y.float()}, "labels must be 90 integers, .* got torch.float32"),
+        ({"labels": Y - 1}, "labels must be 0 or above, got -1"),
+        ({"labels": Y * 0}, "two classes at least"),
+        ({"labels": Y * 2}, r"no sample is of class 1 \(2 of the 5 .*torch.unique"),
+        ({"start": fit(X[:, :5], Y, 1.0)}, r"start must be of 3 classes and 7 .* \(3, 5\)"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(**{"features": X, "labels": Y, "C": 1.0, **arguments})
+
+
+def test_a_path_ascends() -> None:
+    with pytest.raises(ValueError, match=r"ascend.* sort them, got 0.1 after 1.0"):
+        fit_path(X, Y, [1.0, 0.1])
+    assert fit_path(X, Y, []) == []

@@ -1,0 +1,202 @@
+"""Activations that are recomputed: the same training to the bit, in less memory."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from tests.test_train import assert_same_state, last_state, logged, run
+from trex_models.heads import Projector
+from trex_models.train import build, checkpointing
+from trex_models.train.__main__ import parse
+from trex_models.train.bank import Bank
+from trex_models.train.distributed import Process, data_parallel
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.objectives import OnlineClassMeans
+from trex_models.train.optimizer import build_sgd
+from trex_models.train.recompute import kept_buffers, recompute_activations
+from trex_models.train.step import Precision, seed_step, training_step
+
+OPTION = "--system.checkpoint-activations"
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet10t": {"channels": (8, 8, 16, 16), "drop_path_rate": 0.3},
+    "regnetx_002": {},  # timm's BatchNormAct2d
+    "test_vit": {"dynamic_img_size": True, "drop_path_rate": 0.3, "proj_drop_rate": 0.2},
+}
+
+
+def build_method(name: str, recomputes: bool) -> TReX:
+    torch.manual_seed(0)
+    backbone: Any = timm.create_model(name, num_classes=0, **BACKBONES.get(name, {}))
+    encoder = Encoder(backbone, Projector(backbone.num_features, 1, 12, 6))
+    method = TReX(encoder, OnlineClassMeans(Bank(32, 6, 3), 0.1), ema_momentum=0.9)
+    if recomputes:
+        recompute_activations(backbone, name)
+    return method.train()
+
+
+def inputs(step: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    crops = [
+        torch.randn(4, 3, 64, 64, generator=generator),
+        torch.randn(8, 3, 32, 32, generator=generator),
+    ]
+    return crops, torch.randint(3, (4,), generator=generator), torch.arange(4)
+
+
+def train(
+    method: TReX, model: nn.Module, precision: str, dtype: torch.dtype, rank: int = 0
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Take three steps; return the end's state and gradients, and the losses."""
+    optimizer = build_sgd(method, 0.9, 1e-4)
+    losses = []
+    for step in range(3):
+        seed_step(0, step, rank)
+        crops, labels, ids = inputs(10 * step + rank)
+        loss, _ = training_step(
+            model,
+            method,
+            optimizer,
+            Precision.from_name("bf16" if precision == "bf16" else "fp32", "cpu"),
+            [c.to(dtype) for c in crops],
+            labels,
+            ids,
+            0.1,
+        )
+        losses.append(loss)
+    gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    return {"state": method.state_dict(), "gradients": gradients}, losses
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_training_is_the_same_to_the_bit(name: str, precision: str) -> None:
+    """Losses, gradients, weights, bank, and BatchNorm's statistics with their count."""
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    ends, losses = [], []
+    for recomputes in (False, True):
+        method = build_method(name, recomputes).to(dtype)
+        end, loss = train(method, method, precision, dtype)
+        ends.append(end)
+        losses.append(loss)
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    assert_same_state(ends[0], ends[1])
+    counts = [v for k, v in ends[1]["state"].items() if k.endswith("num_batches_tracked")]
+    assert {int(count) for count in counts} <= {3, 6}  # momentum encoder, projector; backbone
+
+
+@pytest.mark.parametrize("name", ["resnet26", "regnetx_002", "test_vit"])
+def test_fewer_bytes_are_kept_for_the_backward_pass(name: str) -> None:
+    def kept(recomputes: bool) -> int:
+        method, storages = build_method(name, recomputes), {}
+        weights = {parameter.data_ptr() for parameter in method.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = method(*inputs(0))
+        loss.backward()  # what was kept lived until here, so that no address was used twice
+        return sum(storages.values())
+
+    assert kept(recomputes=True) < 0.6 * kept(recomputes=False)
+
+
+def test_buffers_are_kept_only_where_activations_are_recomputed() -> None:
+    for recomputes in (False, True):
+        backbone = build_method("resnet10t", recomputes).encoder.backbone
+        before = copy.deepcopy(backbone.state_dict())
+        with kept_buffers(backbone):
+            backbone(torch.randn(2, 3, 32, 32))
+        same = all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+        assert same == recomputes
+
+
+def test_buffers_are_kept_when_the_block_fails() -> None:
+    backbone = build_method("resnet10t", True).encoder.backbone
+    before = copy.deepcopy(backbone.state_dict())
+
+    def fail() -> None:
+        with kept_buffers(backbone):
+            backbone(torch.randn(2, 3, 32, 32))
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    assert_same_state(dict(backbone.state_dict()), dict(before))
+
+
+def test_momentum_encoder_keeps_nothing_anyway() -> None:
+    method = build.build_method(parse("smoke", ["--output", "x", OPTION]), 3)
+    backbone: Any = method.encoder.backbone
+    assert backbone.grad_checkpointing
+    assert method.momentum_encoder is not None
+    averaged: Any = method.momentum_encoder.encoder
+    assert not averaged.backbone.grad_checkpointing
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_without(tmp_path: Path) -> None:
+    for recomputes in (False, True):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        mp.spawn(train_rank, (recomputes, address, tmp_path), nprocs=2)
+    for rank in range(2):
+        without, with_it = (
+            torch.load(tmp_path / f"{recomputes}_{rank}.pt") for recomputes in (False, True)
+        )
+        assert_same_state(without, with_it)
+
+
+def train_rank(rank: int, recomputes: bool, address: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", address, rank=rank, world_size=2)
+    try:
+        method = build_method("resnet10t", recomputes).double()
+        model = data_parallel(method, Process(rank, 2, torch.device("cpu")), False)
+        end, losses = train(method, model, "fp64", torch.float64, rank)
+        torch.save((end, losses), folder / f"{recomputes}_{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_run_may_change_to_it_on_the_way(tmp_path: Path) -> None:
+    """A run, its resumption, and one that switches in the middle end bit for bit alike."""
+    assert run(tmp_path / "without") == 0
+    assert run(tmp_path / "with", OPTION) == 0
+    assert_same_state(
+        last_state(tmp_path / "without")["method"], last_state(tmp_path / "with")["method"]
+    )
+    assert logged(tmp_path / "without") == logged(tmp_path / "with")
+    checkpointing.files(tmp_path / "without")[-1].unlink()
+    assert run(tmp_path / "without", OPTION) == 0
+    assert_same_state(
+        last_state(tmp_path / "without")["method"], last_state(tmp_path / "with")["method"]
+    )
+
+
+def test_backbone_that_cannot_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    options = ["--model.backbone", "darknet17", "--model.backbone-args", "drop_rate=0.1"]
+    assert run(output, *options, OPTION) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: system.checkpoint_activations: timm's darknet17 cannot recompute"
+    )
+    assert len(error.splitlines()) == 1
+    assert not output.exists()

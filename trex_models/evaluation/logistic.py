@@ -1,0 +1,448 @@
+"""Multinomial logistic regression on frozen features, at the cost of matrix products.
+
+The objective is scikit-learn's for three classes and more, of weights W and intercepts b:
+
+    C sum_i (logsumexp_k l_ik - l_i,y(i)) + ||W||^2 / 2,  l_ik = w_k . x_i + b_k
+
+Minimised by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with a
+search for the strong Wolfe conditions (section 3.5), arranged so that an iteration is two
+products of the size of the features whatever the search tries: logits are linear in the step, so
+one product gives the logits along the whole line, and one the gradient where the search ends.
+(torch.optim.LBFGS pays two for every trial.)
+
+Centring the features is made up for by the intercepts, and turning them into their principal
+axes leaves ||W|| as it is: neither changes the objective. On those axes the curvature is about
+
+    C h_k lambda_j + 1,  h_k = mean_i p_ik (1 - p_ik)
+
+of variances (times N) lambda, a diagonal: the initial inverse Hessian of every iteration. It
+takes the place of the many iterations that unequal variances cost otherwise.
+
+Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trex_models.evaluation.neighbors import _full_float32, _require_finite
+
+_HISTORY = 10
+_ARMIJO, _CURVATURE = 1e-4, 0.1  # a close search: its trials cost no product
+_TRIALS = 30
+
+Progress = Callable[[float, int, float, float], None]
+"""Called once an iteration with C, iterations so far, objective and the bound on its excess."""
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """A fitted classifier, and how the fit ended."""
+
+    C: float
+    """Weight of the sum of the losses."""
+    weight: Tensor
+    """(K, F)."""
+    intercept: Tensor
+    """(K,), of mean zero as scikit-learn's."""
+    objective: float
+    """Of these weights on the features as they were given."""
+    gradient_norm: float
+    """Euclidean norm of the objective's gradient by weights and intercepts, centred features."""
+    iterations: int
+    """Of two products with the features each."""
+    converged: bool
+    """Whether the excess over the least objective is within the tolerance."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map features, (M, F), to logits, (M, K)."""
+        return torch.addmm(self.intercept, features.to(self.weight), self.weight.T)
+
+
+def fit(
+    features: Tensor,
+    labels: Tensor,
+    C: float,  # noqa: N803 - as in scikit-learn
+    start: LogisticFit | None = None,
+    *,
+    tolerance: float = 1e-5,
+    max_iterations: int = 1000,
+    chunk: int = 16384,
+    progress: Progress | None = None,
+) -> LogisticFit:
+    """Fit one classifier; arguments and errors as of ``fit_path``.
+
+    Args:
+        features: (N, F).
+        labels: (N,).
+        C: Weight of the sum of the losses.
+        start: Where to begin; without it at zero weights, with the classes' shares as
+            probabilities.
+        tolerance: Allowed excess of the objective, relative.
+        max_iterations: Of two products each.
+        chunk: Samples at a time.
+        progress: Called once an iteration.
+
+    Raises:
+        ValueError: Also where ``start`` is of other shapes.
+    """
+    settings = (tolerance, max_iterations, chunk, progress)
+    return _fit_path(features, labels, [C], start, *settings)[0]
+
+
+def fit_path(
+    features: Tensor,
+    labels: Tensor,
+    Cs: Sequence[float],  # noqa: N803 - several C
+    *,
+    tolerance: float = 1e-5,
+    max_iterations: int = 1000,
+    chunk: int = 16384,
+    progress: Progress | None = None,
+) -> list[LogisticFit]:
+    """Fit classifiers along ascending values of C, each from where the last one ended.
+
+    Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
+    where the features are. Sums of losses are in float64. Beside the features it holds
+    N (R + 3 K) numbers, 20 times K R, and some matrices of R x F while the principal axes are
+    found (R^3 operations). The same call on the same machine gives the same result.
+
+    The excess over the least objective is at most half the squared norm of the gradient by W,
+    since the penalty alone has curvature 1; a fit ends where this is within ``tolerance`` of the
+    objective. With C of 1000 and more on separable classes float32 or ``max_iterations`` may end
+    it before, which ``converged`` tells.
+
+    With K = 2 scikit-learn penalises one vector, the difference of the two classes' weights: its
+    classifier of 2 C is this one of C.
+
+    Args:
+        features: (N, F), of any floating type; half precision is widened block by block.
+        labels: (N,), integers of which each in [0, K) occurs.
+        Cs: Weights of the sum of the losses, ascending.
+        tolerance: Allowed excess of the objective, relative.
+        max_iterations: For each C, of two products with the features each.
+        chunk: Samples at a time where no whole matrix is needed.
+        progress: Called once an iteration.
+
+    Raises:
+        ValueError: Shapes do not match, a feature is not finite, a class is absent or the only
+            one, or a number is out of range.
+    """
+    return _fit_path(features, labels, Cs, None, tolerance, max_iterations, chunk, progress)
+
+
+def objective(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    intercept: Tensor,
+    C: float,  # noqa: N803
+    chunk: int = 16384,
+) -> float:
+    """Return what is minimised, for any weights; on their device, in their type.
+
+    Args:
+        features: (N, F).
+        labels: (N,), in [0, K).
+        weight: (K, F).
+        intercept: (K,).
+        C: Weight of the sum of the losses.
+        chunk: Samples at a time.
+    """
+    total = 0.5 * weight.double().square().sum()
+    for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
+        logits = torch.addmm(intercept, x.to(weight), weight.T)
+        total += C * _losses(logits, y.to(weight.device)[:, None])[0].sum(dtype=torch.float64)
+    return total.item()
+
+
+@torch.no_grad()
+def _fit_path(
+    features: Tensor,
+    labels: Tensor,
+    strengths: Sequence[float],
+    start: LogisticFit | None,
+    tolerance: float,
+    max_iterations: int,
+    chunk: int,
+    progress: Progress | None,
+) -> list[LogisticFit]:
+    _require_numbers(strengths, tolerance, max_iterations, chunk)
+    counts = _require_samples(features, labels, chunk)
+    labels = labels.to(features.device, torch.int64)
+    fits = []
+    with _full_float32(features.device):
+        problem = _Problem(features, labels, len(counts), chunk)
+        parameters = problem.start(start, counts)
+        for strength in strengths:
+            result, parameters = problem.minimize(
+                parameters, strength, tolerance, max_iterations, progress
+            )
+            fits.append(result)
+    return fits
+
+
+class _Problem:
+    """The samples on their principal axes, and what is fitted to them.
+
+    Parameters are (K, R + 1), a class's weights on the axes and its intercept.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int, chunk: int) -> None:
+        self.features, self.labels, self.chunk = features, labels, chunk
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        sums = (block.sum(0, dtype=torch.float64) for block in features.split(chunk))
+        self.mean = (sum(sums, torch.zeros((), device=features.device)) / len(features)).to(dtype)
+        self.axes, variances = _principal_axes(features, self.mean, chunk)
+        width = self.axes.shape[1]
+        # The intercept is the weight of one more feature that is 1.
+        self.samples = self.mean.new_ones(len(features), width + 1)
+        for rows, block in zip(self.samples.split(chunk), features.split(chunk), strict=True):
+            rows[:, :width] = (block - self.mean) @ self.axes
+        one = variances.new_ones(1)
+        self.variances = torch.cat([variances, one * len(features)])
+        self.penalty = torch.cat([torch.ones_like(variances), one * 0])
+        self.residual = self.mean.new_empty(len(features), num_classes)
+
+    def start(self, start: LogisticFit | None, counts: Tensor) -> Tensor:
+        """Return parameters: of a fit, or the best ones whose weights are zero."""
+        shape = len(counts), self.features.shape[1]
+        if start is None:
+            weight, intercept = self.mean.new_zeros(shape), counts.double().log()
+        elif start.weight.shape != shape:
+            raise ValueError(
+                f"start must be of {shape[0]} classes and {shape[1]} features as the samples are, "
+                f"got weights of shape {tuple(start.weight.shape)}"
+            )
+        else:
+            weight = start.weight.to(self.mean)
+            intercept = start.intercept.to(self.mean) + weight @ self.mean
+        intercept = (intercept - intercept.mean()).to(self.mean)
+        return torch.cat([weight @ self.axes, intercept[:, None]], 1)
+
+    def minimize(
+        self,
+        parameters: Tensor,
+        strength: float,
+        tolerance: float,
+        max_iterations: int,
+        progress: Progress | None,
+    ) -> tuple[LogisticFit, Tensor]:
+        """Return the fit, and its parameters on the principal axes."""
+        history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_HISTORY)
+        logits = self.samples @ parameters.T
+        loss = self._evaluate(logits)[0]
+        iterations = 0
+        previous = gradient = step = torch.empty(0)
+        while True:
+            gradient = strength * (self.residual.T @ self.samples) + self.penalty * parameters
+            spread = self.residual.abs() - self.residual.square()  # p (1 - p)
+            spread = spread.mean(0).clamp_min(1e-6)[:, None]
+            curvature = strength * spread * self.variances + self.penalty
+            value = strength * loss + 0.5 * _dot(self.penalty * parameters, parameters)
+            # Intercepts have no penalty; their own curvature stands in for it.
+            least = torch.where(self.penalty > 0, self.penalty, curvature)
+            excess = 0.5 * (gradient.square() / least).sum(dtype=torch.float64).item()
+            if progress is not None:
+                progress(strength, iterations, value, excess)
+            converged = excess <= tolerance * value
+            if converged or iterations == max_iterations:
+                break
+            if iterations:
+                change = (gradient - previous).flatten()
+                history.append((step, change, step.dot(change)))
+            direction = _descent(gradient, history, curvature)
+            length, loss = self._search(parameters, direction, gradient, logits, loss, strength)
+            if not length:  # rounding hides any further descent
+                break
+            parameters = parameters + length * direction
+            step = length * direction.flatten()
+            previous = gradient
+            iterations += 1
+        weight = parameters[:, :-1] @ self.axes.T
+        intercept = parameters[:, -1] - weight @ self.mean
+        return LogisticFit(
+            strength,
+            weight,
+            intercept - intercept.mean(),
+            objective(self.features, self.labels, weight, intercept, strength, self.chunk),
+            gradient.norm().item(),
+            iterations,
+            converged,
+        ), parameters
+
+    def _search(
+        self,
+        parameters: Tensor,
+        direction: Tensor,
+        gradient: Tensor,
+        logits: Tensor,
+        loss: float,
+        strength: float,
+    ) -> tuple[float, float]:
+        """Find a step along a direction of descent that meets the strong Wolfe conditions.
+
+        The objective is convex, so the step lies between any two whose slopes differ in sign.
+        Moves the logits, and leaves the residual at the step.
+
+        Returns:
+            The step's length and the loss there; 0 where none is found.
+        """
+        change = self.samples @ direction.T
+        linear = _dot(self.penalty * parameters, direction)
+        square = _dot(self.penalty * direction, direction)
+        first = _dot(gradient, direction)
+        low, low_slope, high, high_slope, length = 0.0, first, 0.0, 0.0, 1.0
+        for _ in range(_TRIALS):
+            new_loss, slope = self._evaluate(logits, change, length)
+            rise = strength * (new_loss - loss) + length * (linear + 0.5 * length * square)
+            slope = strength * slope + linear + length * square
+            if rise <= _ARMIJO * length * first and abs(slope) <= -_CURVATURE * first:
+                logits.add_(change, alpha=length)
+                return length, new_loss
+            if slope < 0 and rise <= _ARMIJO * length * first:
+                low, low_slope = length, slope
+            else:
+                high, high_slope = length, slope
+            if not high:
+                length *= 4
+            else:
+                # Where the slope would be zero if it were linear, but well inside.
+                share = low_slope / (low_slope - high_slope) if high_slope > 0 else 0.5
+                length = low + min(max(share, 0.1), 0.9) * (high - low)
+        return 0.0, loss
+
+    def _evaluate(
+        self, logits: Tensor, change: Tensor | None = None, length: float = 0.0
+    ) -> tuple[float, float]:
+        """Return the sum of losses at logits + length * change, and its slope there.
+
+        Leaves the gradient by the logits in ``residual``.
+        """
+        loss = slope = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for start in range(0, len(logits), self.chunk):
+            rows = slice(start, start + self.chunk)
+            moved = logits[rows] if change is None else logits[rows] + length * change[rows]
+            losses, self.residual[rows] = _losses(moved, self.labels[rows, None])
+            loss = loss + losses.sum(dtype=torch.float64)
+            if change is not None:
+                slope = slope + (self.residual[rows] * change[rows]).sum(dtype=torch.float64)
+        return loss.item(), slope.item()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cross-entropies, (N, 1), and their gradient by the logits, (N, K).
+
+    By the other classes' logits less the label's own: both keep their relative precision when
+    they are far below that of 1, as they are for separable classes and large C.
+
+    Args:
+        logits: (N, K).
+        labels: (N, 1).
+    """
+    margins = logits - logits.gather(1, labels)
+    margins.scatter_(1, labels, -torch.inf)
+    largest = margins.amax(1, keepdim=True).clamp_min(0)
+    others = (margins - largest).exp_()
+    sums = others.sum(1, keepdim=True)
+    losses = largest + (sums + (-largest).expm1()).log1p()
+    totals = sums + (-largest).exp()
+    others /= totals
+    others.scatter_(1, labels, -sums / totals)
+    return losses, others
+
+
+def _descent(
+    gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]], curvature: Tensor
+) -> Tensor:
+    """Return minus the inverse Hessian times the gradient: the two-loop recursion.
+
+    Args:
+        gradient: (K, R + 1).
+        history: Steps, changes of the gradient and their products, the latest last.
+        curvature: Diagonal Hessian to begin with, (K, R + 1).
+    """
+    direction = -gradient.flatten()
+    scales = []
+    for step, change, product in reversed(history):
+        scales.append(step.dot(direction) / product)
+        direction.addcmul_(change, scales[-1], value=-1)
+    direction /= curvature.flatten()
+    for (step, change, product), scale in zip(history, reversed(scales), strict=True):
+        direction.addcmul_(step, scale - change.dot(direction) / product)
+    return direction.view_as(gradient)
+
+
+def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Return orthonormal axes, (F, R), and the sums of squares of the features along them, (R,).
+
+    What rounding leaves uncertain are axes of hardly any variance; they stay orthonormal.
+    """
+    narrow = len(features) < features.shape[1]
+    span = torch.linalg.qr((features - mean).T).Q if narrow else None
+    gram: Tensor = mean.new_zeros(())
+    for block in features.split(chunk):
+        centred = block - mean
+        if span is not None:
+            centred = centred @ span
+        gram = gram + centred.T @ centred
+    variances, axes = torch.linalg.eigh(gram)
+    return axes if span is None else span @ axes, variances.clamp_min(0)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return (a * b).sum(dtype=torch.float64).item()
+
+
+def _require_numbers(
+    strengths: Sequence[float], tolerance: float, max_iterations: int, chunk: int
+) -> None:
+    for strength in strengths:
+        if not 0 < strength < torch.inf:
+            raise ValueError(f"C must be above 0 and finite, got {strength}")
+    for lower, upper in pairwise(strengths):
+        if upper < lower:
+            raise ValueError(
+                f"values of C must ascend, as each fit starts from the last one's: sort them, "
+                f"got {upper} after {lower}"
+            )
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    if min(max_iterations, chunk) < 1:
+        raise ValueError(
+            f"max_iterations and chunk must be at least 1, got {max_iterations} and {chunk}"
+        )
+
+
+def _require_samples(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Return how many samples each class has, (K,)."""
+    if features.ndim != 2 or not features.numel() or not features.is_floating_point():
+        raise ValueError(
+            "features must be floating point of shape (N, F) and not empty, "
+            f"got {features.dtype} of shape {tuple(features.shape)}"
+        )
+    if labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be {len(features)} integers, one for each row of the features, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"labels must be 0 or above, got {int(labels.min())}")
+    counts = labels.bincount()
+    if len(counts) < 2:
+        raise ValueError("labels must be of two classes at least, got 0 alone")
+    absent = (counts == 0).nonzero().flatten().tolist()
+    if absent:
+        raise ValueError(
+            f"no sample is of class {absent[0]} ({len(absent)} of the {len(counts)} classes up to "
+            "the largest label are absent): number the classes that are there by "
+            "torch.unique(labels, return_inverse=True)"
+        )
+    _require_finite("features", features, chunk)
+    return counts
