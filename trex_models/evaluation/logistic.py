@@ -31,7 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trex_models.evaluation.neighbors import _full_float32, _require_finite
+from trex_models.evaluation.neighbors import full_float32, require_finite
 
 _HISTORY = 10
 _ARMIJO, _CURVATURE = 1e-4, 0.1  # a close search: its trials cost no product
@@ -177,7 +177,7 @@ def _fit_path(
     counts = _require_samples(features, labels, chunk)
     labels = labels.to(features.device, torch.int64)
     fits = []
-    with _full_float32(features.device):
+    with full_float32(features.device):
         problem = _Problem(features, labels, len(counts), chunk)
         parameters = problem.start(start, counts)
         for strength in strengths:
@@ -444,5 +444,5 @@ def _require_samples(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
             "the largest label are absent): number the classes that are there by "
             "torch.unique(labels, return_inverse=True)"
         )
-    _require_finite("features", features, chunk)
+    require_finite("features", features, chunk)
     return counts

@@ -126,9 +126,9 @@ def nearest_neighbors(
     device, k = features.device, min(k, len(features))
     similarities = torch.empty(len(queries), k, device=device)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=device)
-    with torch.no_grad(), _full_float32(device):
-        _require_finite("features", features, chunk)
-        _require_finite("queries", queries, chunk)
+    with torch.no_grad(), full_float32(device):
+        require_finite("features", features, chunk)
+        require_finite("queries", queries, chunk)
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             block = _directions(queries[rows].to(device))
@@ -191,7 +191,12 @@ def _require_shapes(features: Tensor, queries: Tensor) -> None:
         )
 
 
-def _require_finite(name: str, features: Tensor, chunk: int) -> None:
+def require_finite(name: str, features: Tensor, chunk: int) -> None:
+    """Check rows, (N, F), some at a time.
+
+    Raises:
+        ValueError: One is not finite; the message has its index.
+    """
     for start in range(0, len(features), chunk):
         finite = features[start : start + chunk].isfinite().all(1)
         if not finite.all():
@@ -200,8 +205,8 @@ def _require_finite(name: str, features: Tensor, chunk: int) -> None:
 
 
 @contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off: errors of 1e-3 in a cosine change which are nearest."""
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Switch autocast and TF32 off: errors of 1e-3 in a product change what is nearest, or best."""
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

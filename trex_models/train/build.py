@@ -223,8 +223,8 @@ def check(
     skip = config.data.skips_unreadable
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
-    if validation is not None:  # float32, beside the crops that wait
-        batch_bytes += share * 4 * 3 * config.crops.global_size**2
+    if validation is not None:  # beside the crops that wait
+        batch_bytes += share * 3 * config.crops.global_size**2
     checks: list[Callable[[], str | None]] = [
         *(
             lambda name=name, images=images: preflight.samples(name, images, skip)

@@ -7,18 +7,18 @@ Shapes: N images, B batch, C classes, F features, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
+from trex_models.data.centre_crops import PROTOCOLS, CentreCropDataset, CropBatch
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
+from trex_models.data.transfer import to_device
 from trex_models.evaluation.neighbors import hits, nearest_votes
 from trex_models.heads import widen
 from trex_models.train.distributed import (
@@ -31,31 +31,11 @@ from trex_models.train.distributed import (
 from trex_models.train.method import TReX
 from trex_models.train.step import Precision
 
-_CROP_PCT = 224 / 256  # resize the shorter side to 256, cut out the central 224
 _QUERIES = 4096
 _Indices = TypeVar("_Indices", range, np.ndarray)
 
 
-@dataclass(frozen=True)
-class Images:
-    """A batch of validation images.
-
-    Args:
-        images: (B, 3, S, S), normalised.
-        labels: (B,).
-        unreadable: What is wrong with the images that are left out, by index.
-    """
-
-    images: Tensor
-    labels: Tensor
-    unreadable: dict[int, str]
-
-    def pin_memory(self) -> Images:
-        """Return the batch in page-locked memory."""
-        return Images(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
-
-
-class ValidationDataset:
+class ValidationDataset(CentreCropDataset):
     """Centre crops of a source's images, 224 of 256, as the authors validate during training.
 
     Args:
@@ -65,39 +45,14 @@ class ValidationDataset:
     """
 
     def __init__(self, source: Source, size: int, skip: bool = False) -> None:
-        self.source = source
-        self.skip = skip
-        self._size = size
-        self._transform: Callable[[Image.Image], Tensor] = create_transform(
-            (3, size, size), interpolation="bilinear", crop_pct=_CROP_PCT
-        )
+        super().__init__(source, replace(PROTOCOLS["validation"], size=(size, size)), skip)
 
-    def __getitems__(self, indices: Sequence[int]) -> Images:
+    def __getitems__(self, indices: Sequence[int]) -> CropBatch:
         """Return a batch, which may be empty; ValueError names an image that cannot be read."""
-        images, read = [torch.empty(0, 3, self._size, self._size)], []
-        unreadable: dict[int, str] = {}
-        for index in indices:
-            try:
-                image = Image.fromarray(self.source.read(index))
-            except UnreadableImageError as error:
-                if not self.skip:
-                    raise or_skip(error) from error
-                unreadable[index] = str(error)
-            else:
-                images.append(self._transform(_shortened(image))[None])
-                read.append(index)
-        return Images(torch.cat(images), torch.from_numpy(self.source.labels[read]), unreadable)
-
-
-def _shortened(image: Image.Image) -> Image.Image:
-    """Return the middle of a very long image: resized as a whole it may not fit into memory."""
-    width, height = image.size
-    most = 8 * min(width, height)
-    if max(width, height) <= most:
-        return image
-    # The same centre, to half a pixel.
-    left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
-    return image.crop((left, top, width - left, height - top))
+        try:
+            return super().__getitems__(indices)
+        except UnreadableImageError as error:
+            raise or_skip(error) from error
 
 
 @dataclass(frozen=True)
@@ -142,9 +97,9 @@ class Validator:
         workers: int,
         neighbors: Neighbors | None = None,
         say: Callable[[str], object] = print,
-        watch: Callable[[Iterator[Images], int, str], Iterator[Images]] = lambda batches, *_: (
-            batches
-        ),
+        watch: Callable[
+            [Iterator[CropBatch], int, str], Iterator[CropBatch]
+        ] = lambda batches, *_: batches,
         pass_over: Callable[[dict[int, str]], object] = lambda _: None,
     ) -> None:
         self._dataset = dataset
@@ -257,7 +212,7 @@ class Validator:
         for batch in self._watch(loaded, len(batches), name):
             self._pass_over(batch.unreadable)
             if len(batch.labels):
-                images = batch.images.to(device, non_blocking=True)
+                crops, labels = to_device([batch.images, batch.labels], device)
                 with self._precision.autocast():
-                    features = method.encoder.backbone(images)
-                yield features, batch.labels.to(device, non_blocking=True)
+                    features = method.encoder.backbone(dataset.crop.normalize(crops))
+                yield features, labels

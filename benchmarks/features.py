@@ -1,0 +1,215 @@
+"""Time feature extraction against the usual pipeline: a worker's part, and the whole.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.features
+
+Both read the same JPEG files (500 x 375, about 100 KB). The reference is Pillow, timm's evaluation
+transform, DataLoader and a loop that waits for each batch's features. Ours is `extract_features`.
+
+`core`: a worker's part in one process with one thread, images a second of CPU time, by protocol.
+`whole`: images a second of wall time from files to an array, starting the workers included, with
+one convolution of patches, which takes next to no time, and with a ResNet-50; and how far the two
+sides' features (random weights) are apart. Takes five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.data import create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+from benchmarks import measure
+from benchmarks.loader import one_thread
+from benchmarks.photographs import NUM_CLASSES, write_photographs
+from trex_models.data.centre_crops import PROTOCOLS, CentreCrop, CentreCropDataset
+from trex_models.data.folder import FolderSource
+from trex_models.evaluation.features import extract_features
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "small": lambda: nn.Sequential(
+        nn.Conv2d(3, 64, 16, stride=16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+    "resnet50": partial(timm.create_model, "resnet50", num_classes=0),
+}
+
+
+def reference_images(root: Path, crop: CentreCrop) -> ImageFolder:
+    """Return the files through Pillow and timm's evaluation transform."""
+    transform = create_transform(
+        (3, *crop.size),
+        interpolation=crop.interpolation,
+        crop_pct=crop.crop_pct,
+        crop_mode=crop.crop_mode,
+        mean=crop.mean,
+        std=crop.std,
+    )
+    return ImageFolder(str(root), transform)
+
+
+def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
+    """Time what a worker does for a batch, in this process.
+
+    Args:
+        root: The folder of class folders.
+        protocol: A key of `PROTOCOLS`.
+        images: Of one measurement, a batch.
+        rounds: Measurements of each variant.
+
+    Returns:
+        Images a second of CPU time, ours and the reference's, and their ratio.
+    """
+    crop = PROTOCOLS[protocol]
+    ours, reference = CentreCropDataset(FolderSource(root), crop), reference_images(root, crop)
+
+    def timed(work: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
+            start = time.process_time()
+            work()
+            return images / (time.process_time() - start)
+
+        return run
+
+    with one_thread():
+        return _compared(
+            timed(lambda: ours.__getitems__(range(images))),
+            timed(lambda: torch.stack([reference[index][0] for index in range(images)])),
+            rounds,
+        )
+
+
+@torch.inference_mode()
+def reference_features(
+    model: nn.Module, root: Path, batch: int, workers: int, device: torch.device
+) -> np.ndarray:
+    """Return the features of all files by the usual loop, (images, F)."""
+    files = reference_images(root, PROTOCOLS["transfer"])
+    pin = device.type == "cuda"
+    loader: DataLoader[Any] = DataLoader(files, batch, num_workers=workers, pin_memory=pin)
+    rows: list[Tensor] = [model(pixels.to(device)).cpu() for pixels, _ in loader]
+    return torch.cat(rows).numpy()
+
+
+def whole(
+    root: Path,
+    network: str,
+    batch: int,
+    workers: int,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Time extraction from files to an array.
+
+    Args:
+        root: The folder of class folders.
+        network: A key of `NETWORKS`.
+        batch: Images at a time.
+        workers: Loader processes.
+        rounds: Measurements of each variant.
+        device: Where the network is.
+
+    Returns:
+        Images a second of wall time, ours and the reference's, and their ratio; and the greatest
+        distance between the two features of an image, relative to their length.
+    """
+    torch.manual_seed(0)
+    model = NETWORKS[network]().to(device).eval()
+    source = FolderSource(root)
+    made: dict[str, np.ndarray] = {}
+
+    def timed(name: str, work: Callable[[], np.ndarray]) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            made[name] = work()
+            return len(source) / (time.perf_counter() - start)
+
+        return run
+
+    compared = _compared(
+        timed(
+            "ours",
+            lambda: extract_features(model, source, PROTOCOLS["transfer"], batch, workers),
+        ),
+        timed("reference", lambda: reference_features(model, root, batch, workers, device)),
+        rounds,
+    )
+    apart = np.linalg.norm(made["ours"] - made["reference"], axis=1)
+    apart /= np.linalg.norm(made["reference"], axis=1)
+    facts = {"images": len(source), "batch": batch, "workers": workers}
+    return {**facts, **compared, "relative_distance": float(f"{apart.max():.2g}")}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and record."""
+    parser = measure.parser("features", __doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=256, help="for the small network")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="for `whole`"
+    )
+    parsed = parser.parse_args(arguments)
+    device = torch.device(parsed.device)
+    images = dict.fromkeys(NETWORKS, parsed.images)
+    if device.type == "cpu":
+        images["resnet50"] = max(NUM_CLASSES, parsed.images // 8)  # it does 5 a second
+    with TemporaryDirectory() as folder:
+        for count in set(images.values()):
+            write_photographs(Path(folder) / str(count), count, "standard")
+        root = Path(folder) / str(parsed.images)
+        cores = {
+            name: core(root, name, min(64, parsed.images), parsed.rounds) for name in PROTOCOLS
+        }
+        wholes = {
+            name: whole(
+                Path(folder) / str(images[name]),
+                name,
+                parsed.batch,
+                parsed.workers,
+                parsed.rounds,
+                device,
+            )
+            for name in parsed.networks
+        }
+    result = {
+        "machine": measure.machine(parsed.device),
+        "ratio": cores["transfer"]["ratio"]["median"],
+        "ratio_whole": {name: found["ratio"]["median"] for name, found in wholes.items()},
+        "core": cores,
+        "whole": wholes,
+    }
+    for name, found in cores.items():
+        _print(f"one core, images a second of CPU time, protocol {name}", found)
+    for name, found in wholes.items():
+        _print(f"whole extraction, images a second, {name}", found)
+    print(f"{result['machine']}")
+    measure.record(parsed.out, result)
+
+
+def _compared(
+    ours: Callable[[], float], reference: Callable[[], float], rounds: int
+) -> dict[str, Any]:
+    rates = measure.alternate({"ours": ours, "reference": reference}, rounds)
+    found = {name: measure.spread(values) for name, values in rates.items()}
+    return {**found, "ratio": measure.ratios(rates["ours"], rates["reference"])}
+
+
+def _print(title: str, found: dict[str, Any]) -> None:
+    print(title)
+    for name in ("ours", "reference", "ratio"):
+        print(f"  {name}: {measure.shown(found[name])}")
+
+
+if __name__ == "__main__":
+    main()

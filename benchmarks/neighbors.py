@@ -1,0 +1,76 @@
+"""Time k-nearest-neighbour votes against the bare matrix product and its top k.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.neighbors
+
+`bare` is ``(queries @ references.T).topk(k)`` of unit vectors: the whole matrix at once, without
+normalising, checking and voting. `product` is the product alone. Takes two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import measure
+from trex_models.evaluation.neighbors import nearest_votes
+
+NUM_CLASSES = 1000
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return the wall time of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and record."""
+    parser = measure.parser("neighbors", __doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--references", type=int, default=50_000)
+    parser.add_argument("--queries", type=int, default=2_000)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--device", default="cpu")
+    parsed = parser.parse_args(arguments)
+    device = torch.device(parsed.device)
+    torch.manual_seed(0)
+    features = torch.randn(parsed.references, parsed.width, device=device)
+    queries = torch.randn(parsed.queries, parsed.width, device=device)
+    labels = torch.randint(NUM_CLASSES, (parsed.references,), device=device)
+    unit_features, unit_queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
+    variants: dict[str, Callable[[], object]] = {
+        "ours": lambda: nearest_votes(features, labels, queries, NUM_CLASSES, parsed.k),
+        "bare": lambda: (unit_queries @ unit_features.T).topk(parsed.k),
+        "product": lambda: unit_queries @ unit_features.T,
+    }
+    times = measure.alternate(
+        {name: partial(seconds, work, device) for name, work in variants.items()},
+        parsed.rounds,
+    )
+    found = {name: measure.spread(values) for name, values in times.items()}
+    ratio = measure.ratios(times["ours"], times["bare"])
+    for name, values in found.items():
+        print(f"{name}: {measure.shown(values, ' s')}")
+    print(f"ours takes of the bare product's and top k's time: {measure.shown(ratio)}")
+    result = {
+        "machine": measure.machine(parsed.device),
+        "ratio": ratio["median"],
+        "shape": {name: getattr(parsed, name) for name in ("references", "queries", "width", "k")},
+        "seconds": found,
+        "ratios": ratio,
+    }
+    measure.record(parsed.out, result)
+
+
+if __name__ == "__main__":
+    main()

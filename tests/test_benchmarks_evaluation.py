@@ -1,0 +1,51 @@
+"""The benchmarks of evaluation and loading run, and record what they say; no figure is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import features, loading, neighbors
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    assert result["machine"]["torch"]
+    return result
+
+
+def test_features(tmp_path: Path) -> None:
+    out = tmp_path / "features.json"
+    features.main(
+        ["--out", str(out), "--rounds", "1", "--images", "8", "--batch", "4", "--workers", "0",
+         "--networks", "small"]
+    )  # fmt: skip
+    result = recorded(out)
+    assert result["ratio"] == result["core"]["transfer"]["ratio"]["median"] > 0
+    assert set(result["core"]) == {"transfer", "validation"}
+    assert set(result["ratio_whole"]) == {"small"}
+    assert result["whole"]["small"]["relative_distance"] < 0.05
+
+
+def test_neighbors(tmp_path: Path) -> None:
+    out = tmp_path / "neighbors.json"
+    sizes = ["--references", "50", "--queries", "9", "--width", "8", "--k", "3"]
+    neighbors.main(["--out", str(out), "--rounds", "2", *sizes])
+    result = recorded(out)
+    assert result["ratio"] > 0
+    assert result["shape"] == {"references": 50, "queries": 9, "width": 8, "k": 3}
+    assert result["seconds"]["ours"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_loading(tmp_path: Path) -> None:
+    out = tmp_path / "loading.json"
+    loading.main(["--out", str(out), "--rounds", "1"])
+    result = recorded(out)
+    assert result["import_ms"] > 0
+    assert "trex_models.trex" in result["import"]["added"]
+    assert set(result["create"]["ratios"]) == {"file", "cache"}
+    assert result["create"]["file"]["megabytes"]["median"] > 94  # the weights themselves
