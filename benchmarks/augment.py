@@ -42,7 +42,7 @@ from benchmarks.reference_pipeline import (
     reference_tensor,
 )
 from trex_models.data import photometric as ph
-from trex_models.data.crops import Box, cut, draw_box
+from trex_models.data.crops import Box, cut, draw_boxes
 from trex_models.data.photometric import PhotometricLaw, apply, normalize
 
 Photographs = Sequence[NDArray[np.uint8]]
@@ -113,17 +113,15 @@ def draw_rows(law: PhotometricLaw, count: int, seed: int = 0) -> Rows:
     """Return parameters that our law draws, (count, NUM_PARAMETERS)."""
     rng = np.random.default_rng(seed)
     rows = np.full((count, ph.NUM_PARAMETERS), np.nan, dtype=np.float32)
-    for row in rows:
-        law.draw(rng, row)
+    law.draw(rng, rows)
     return rows
 
 
-def draw_boxes(
+def our_boxes(
     height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
 ) -> NDArray[np.int64]:
     """Return boxes that our law draws, (count, 4): top, left, height, width."""
-    rng = np.random.default_rng(seed)
-    return np.array([draw_box(rng, height, width, scale) for _ in range(count)])
+    return draw_boxes(np.random.default_rng(seed), count, height, width, scale)
 
 
 def keep(rows: Rows, *operations: str) -> Rows:
@@ -331,7 +329,7 @@ def draws(count: int) -> list[dict[str, Any]]:
         for width, height in _SIZES:
             boxes = [
                 draw(height, width, spec.scale, count, seed=1000 * seed + width)
-                for draw in (draw_boxes, random_boxes)
+                for draw in (our_boxes, random_boxes)
             ]
             table += [(f"{kind}, of {width} x {height}", found) for found in compare_boxes(*boxes)]
         rows = [draw(spec.law, count, seed) for draw in (draw_rows, random_rows)]
@@ -392,7 +390,8 @@ def _boxes(
     rng = np.random.default_rng(seed)
     for index in range(count):
         image = photographs[index % len(photographs)]
-        yield image, draw_box(rng, image.shape[0], image.shape[1], scale)
+        height, width, _ = image.shape
+        yield image, draw_boxes(rng, 1, height, width, scale)[0].tolist()
 
 
 def _pil(images: Tensor) -> Iterator[Image.Image]:

@@ -6,11 +6,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.augment import LIMITS, compare_boxes, crop_error, draw_boxes, summary
+from benchmarks.augment import LIMITS, compare_boxes, crop_error, our_boxes, summary
 from benchmarks.photographs import bundled
 from benchmarks.reference_pipeline import random_boxes, reference_crop
 from trex_models.data import crops
-from trex_models.data.crops import cut, draw_box
+from trex_models.data.crops import cut, draw_boxes
 
 LOCAL, GLOBAL = (0.05, 0.25), (0.25, 1.0)
 SIGNIFICANCE = 1e-3
@@ -25,7 +25,7 @@ def least_p(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> float:
 def test_boxes_have_torchvisions_distribution(
     size: tuple[int, int], scale: tuple[float, float]
 ) -> None:
-    compared = compare_boxes(draw_boxes(*size, scale, 4000), random_boxes(*size, scale, 4000))
+    compared = compare_boxes(our_boxes(*size, scale, 4000), random_boxes(*size, scale, 4000))
     assert len(compared) == 8
     for found in compared:
         assert found.p > SIGNIFICANCE, found
@@ -33,19 +33,19 @@ def test_boxes_have_torchvisions_distribution(
 
 def test_distribution_test_can_fail() -> None:
     theirs = random_boxes(375, 500, LOCAL, 4000)
-    assert least_p(draw_boxes(375, 500, (0.05, 0.27), 4000), theirs) < SIGNIFICANCE
-    assert least_p(draw_boxes(375, 480, LOCAL, 4000), theirs) < SIGNIFICANCE
+    assert least_p(our_boxes(375, 500, (0.05, 0.27), 4000), theirs) < SIGNIFICANCE
+    assert least_p(our_boxes(375, 480, LOCAL, 4000), theirs) < SIGNIFICANCE
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (1, 1), (1, 9), (100, 130), (90, 100)])
 def test_fallback_is_torchvisions(size: tuple[int, int]) -> None:
     scale = (2.0, 2.0)  # never fits
-    assert draw_boxes(*size, scale, 1).tolist() == random_boxes(*size, scale, 1).tolist()
+    assert our_boxes(*size, scale, 1).tolist() == random_boxes(*size, scale, 1).tolist()
 
 
 @pytest.mark.parametrize("size", [(3, 200), (200, 3), (1, 1), (2, 2), (1, 9), (64, 64)])
 def test_boxes_lie_in_the_image(size: tuple[int, int]) -> None:
-    top, left, height, width = draw_boxes(*size, LOCAL, 500).T
+    top, left, height, width = our_boxes(*size, LOCAL, 500).T
     assert top.min() >= 0
     assert left.min() >= 0
     assert height.min() >= 1
@@ -55,9 +55,9 @@ def test_boxes_lie_in_the_image(size: tuple[int, int]) -> None:
 
 
 def test_boxes_follow_from_the_generator() -> None:
-    first, again = (draw_boxes(375, 500, GLOBAL, 20, seed=3) for _ in range(2))
+    first, again = (our_boxes(375, 500, GLOBAL, 20, seed=3) for _ in range(2))
     assert (first == again).all()
-    assert (first != draw_boxes(375, 500, GLOBAL, 20, seed=4)).any()
+    assert (first != our_boxes(375, 500, GLOBAL, 20, seed=4)).any()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_impossible_ranges_are_refused(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     with pytest.raises(ValueError, match=r"no boxes|must be positive"):
-        draw_box(np.random.default_rng(0), size[0], size[1], scale, ratio)
+        draw_boxes(np.random.default_rng(0), 1, *size, scale, ratio)
 
 
 @pytest.mark.parametrize(("size", "scale"), [(224, GLOBAL), (96, LOCAL), (32, GLOBAL), (16, LOCAL)])

@@ -19,25 +19,29 @@ Box = tuple[int, int, int, int]
 _ATTEMPTS = 10
 
 
-def draw_box(
+def draw_boxes(
     rng: np.random.Generator,
+    count: int,
     height: int,
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """Draw a box with the distribution of torchvision's `RandomResizedCrop.get_params`.
+) -> NDArray[np.int64]:
+    """Draw boxes with the distribution of torchvision's `RandomResizedCrop.get_params`.
+
+    The number of draws from `rng` does not depend on their outcome.
 
     Args:
         rng: source of the draws.
+        count: how many boxes.
         height: H.
         width: W.
         scale: least and greatest share of the image's area.
-        ratio: least and greatest width / height of the box; log-uniform between them.
+        ratio: least and greatest width / height of a box; log-uniform between them.
 
     Returns:
-        Top, left, height and width of the box. Where ten boxes in a row do not fit into the image,
-        the largest central box of an allowed ratio.
+        Top, left, height and width of each box, (count, 4). Where ten boxes in a row do not fit
+        into the image, the largest central box of an allowed ratio.
 
     Raises:
         ValueError: if the image is empty, or a range is not positive and ascending.
@@ -48,15 +52,22 @@ def draw_box(
         if not 0 < low <= high < math.inf:
             raise ValueError(f"{name} must be positive and ascending, not {(low, high)}")
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for _ in range(_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(log_low, log_high))
-        box_width = round(math.sqrt(area * aspect))
-        box_height = round(math.sqrt(area / aspect))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(rng.integers(height - box_height + 1))
-            left = int(rng.integers(width - box_width + 1))
-            return top, left, box_height, box_width
+    size, shape, down, right = rng.random((4, count, _ATTEMPTS))
+    # By logarithms: sides are sqrt(area / aspect) and sqrt(area * aspect).
+    area = np.log(height * width * (scale[0] + (scale[1] - scale[0]) * size))
+    aspect = log_low + (log_high - log_low) * shape
+    heights, widths = np.rint(np.exp([(area - aspect) / 2, (area + aspect) / 2])).astype(np.int64)
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    tops = (down * (height - heights + 1)).astype(np.int64)
+    lefts = (right * (width - widths + 1)).astype(np.int64)
+    chosen = fits.argmax(1)
+    boxes = np.stack([tops, lefts, heights, widths], 2)[np.arange(count), chosen]
+    boxes[~fits.any(1)] = _largest_box(height, width, ratio)
+    return boxes
+
+
+def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """Return the largest central box of an allowed ratio."""
     box_height, box_width = height, width
     if width / height < ratio[0]:
         box_height = round(width / ratio[0])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from trex_models.data import photometric
-from trex_models.data.crops import cut, draw_box
+from trex_models.data.crops import cut, draw_boxes
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
 from trex_models.data.sources import Source
@@ -118,10 +118,10 @@ class MultiCropDataset(Dataset[Batch]):
             ids.append(found)
             height, width, _ = image.shape
             for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
-                for crop in range(spec.count):
-                    box = draw_box(rng, height, width, spec.scale)
+                spec.law.draw(rng, rows[:, position])
+                boxes = draw_boxes(rng, spec.count, height, width, spec.scale)
+                for crop, box in enumerate(boxes.tolist()):
                     cut(image, box, spec.size, out[crop, position])
-                    spec.law.draw(rng, rows[crop, position])
         return Batch(
             [c.flatten(0, 1) for c in crops],
             [torch.from_numpy(p).flatten(0, 1) for p in parameters],

@@ -103,32 +103,27 @@ class PhotometricLaw:
             raise ValueError(f"threshold must lie in [0, 256], not {self.threshold}")
 
     def draw(self, rng: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """Fill one row of parameters.
+        """Fill rows of parameters.
 
         The number of draws from `rng` does not depend on their outcome.
 
         Args:
             rng: source of the draws.
-            out: (NUM_PARAMETERS,), written in place.
+            out: (N, NUM_PARAMETERS), written in place.
         """
-        u = rng.random(14)
-        out[FLIP] = u[0] < self.flip
-        out[JITTER] = u[1] < self.jitter
-        out[ORDER] = u[2:6].argsort()
-        for column, x, share in zip(
-            range(FACTORS.start, FACTORS.stop),
-            (self.brightness, self.contrast, self.saturation),
-            u[6:9],
-            strict=True,
-        ):
-            low, high = max(0.0, 1 - x), 1 + x
-            out[column] = low + (high - low) * share
-        out[HUE] = self.hue * (2 * u[9] - 1)
-        out[GREY] = u[10] < self.grey
-        low, high = self.sigma
-        out[SIGMA] = low + (high - low) * u[12] if u[11] < self.blur else 0
-        out[SOLARIZE] = u[13] < self.solarize
-        out[THRESHOLD] = self.threshold
+        u = rng.random((len(out), 14))
+        out[:, FLIP] = u[:, 0] < self.flip
+        out[:, JITTER] = u[:, 1] < self.jitter
+        out[:, ORDER] = u[:, 2:6].argsort(1)
+        strengths = np.array([self.brightness, self.contrast, self.saturation])
+        low = np.maximum(0, 1 - strengths)
+        out[:, FACTORS] = low + (1 + strengths - low) * u[:, 6:9]
+        out[:, HUE] = self.hue * (2 * u[:, 9] - 1)
+        out[:, GREY] = u[:, 10] < self.grey
+        least, most = self.sigma
+        out[:, SIGMA] = (least + (most - least) * u[:, 12]) * (u[:, 11] < self.blur)
+        out[:, SOLARIZE] = u[:, 13] < self.solarize
+        out[:, THRESHOLD] = self.threshold
 
 
 GLOBAL_LAW = PhotometricLaw(blur=0.2, solarize=0.2)
