@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.run": {"data", "naver", "train"},
     "train.saved": {"train"},
     "train.loop": {"data", "train"},
+    "train.advice": set(),
     "train.benchmark": {"data", "train"},
     "train.__main__": {"train"},
     "demo": {"data", "evaluation", "train"},

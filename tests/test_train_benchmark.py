@@ -21,7 +21,7 @@ from trex_models.data.multicrop import CropSpec
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
 from trex_models.train import benchmark as module
 from trex_models.train.__main__ import main, parse
-from trex_models.train.benchmark import Rates, Setting, advice
+from trex_models.train.advice import Rates, Setting, advice
 from trex_models.train.config import Config
 from trex_models.train.step import training_step
 
