@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser("end_to_end", __doc__)
     step.add_options(parser)
-    parser.set_defaults(backbone="resnet18", batch=32, dtype="float32", rounds=5, steps=4)
+    parser.set_defaults(backbone="resnet18", batch=16, dtype="float32", rounds=4, steps=4)
     parser.add_argument("--files", type=int, default=256, help="photographs")
     parser.add_argument(
         "--cores", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="ascending"
