@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trex_models.data import photometric
+from trex_models.data.crops import resize
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.sources import Source
 
@@ -107,12 +107,9 @@ class CentreCrop:
         # The batch axis goes on before anything is cut: only strides that still read as channels
         # last give the fast kernel.
         middle = torch.from_numpy(image)[None, above : above + height, left : left + width]
-        resized = F.interpolate(
-            middle.permute(0, 3, 1, 2),
-            self._resized(height, width),
-            mode=self.interpolation,
-            antialias=True,
-        )[0]
+        (resized,) = resize(
+            middle.permute(0, 3, 1, 2), *self._resized(height, width), self.interpolation
+        )
         sides = zip(resized.shape[1:], self.size, strict=True)
         seen, shown = zip(*(_overlap(*lengths) for lengths in sides), strict=True)
         if self.crop_pct > 1:

@@ -104,6 +104,26 @@ def cut(image: NDArray[np.uint8], box: Box, size: int, out: Tensor) -> None:
     # The batch axis goes on before the box is cut: only strides that still read as channels last
     # give the fast kernel and the matching output (half the time).
     patch = torch.from_numpy(image)[None, top : top + height, left : left + width]
-    out[None].permute(0, 3, 1, 2).copy_(
-        F.interpolate(patch.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
-    )
+    out[None].permute(0, 3, 1, 2).copy_(resize(patch.permute(0, 3, 1, 2), size, size, "bicubic"))
+
+
+def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Resize uint8 images, antialiased.
+
+    Levels are rounded after each axis, so that their order shows (0.2 levels on average). Rows go
+    first where Pillow 13 takes them first, for speed: where the height loses more than twice as
+    many pixels as the width. (Earlier Pillows never did.)
+
+    Args:
+        images: (B, 3, H, W) uint8 on the CPU; fastest in channels_last format.
+        height: of the result, pixels.
+        width: likewise.
+        mode: "bilinear" or "bicubic".
+
+    Returns:
+        (B, 3, height, width) uint8.
+    """
+    lost = images.shape[2] - height
+    if lost > max(0, 2 * (images.shape[3] - width)):
+        images = F.interpolate(images, (height, images.shape[3]), mode=mode, antialias=True)
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)
