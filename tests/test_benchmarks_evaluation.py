@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import features, loading, neighbors
+from benchmarks import features, loading, measure, neighbors
 
 
 def recorded(path: Path) -> dict[str, Any]:
@@ -41,7 +42,9 @@ def test_neighbors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_loading(tmp_path: Path) -> None:
+def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(loading._MODELS, "untrained")  # each takes a process
+    monkeypatch.setattr(measure, "alternate", partial(measure.alternate, warm_up=0))
     out = tmp_path / "loading.json"
     loading.main(["--out", str(out), "--rounds", "1"])
     result = recorded(out)

@@ -15,7 +15,7 @@ import torch
 from benchmarks import growth, memory
 
 NAMES = ["fp32", "bf16", "bf16, recomputed"]
-SMALL = """--backbone resnet26 --sizes 64 32 --hidden-dim 64 --classes 10 --bank 32 --batches 8 16
+SMALL = """--backbone resnet18 --sizes 64 32 --hidden-dim 64 --classes 10 --bank 32 --batches 8 16
     --check-batch 16""".split()
 
 
@@ -103,7 +103,7 @@ def test_sample_sees_a_process_and_its_child() -> None:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_growth_watches_a_real_run(tmp_path: Path) -> None:
     out = tmp_path / "growth.json"
-    growth.main(["--steps", "300", "--seconds", "0.3", "--out", str(out)])
+    growth.main(["--steps", "80", "--seconds", "0.1", "--out", str(out)])
     result = json.loads(out.read_text())
     assert [row["share"] for row in result["rows"]] == [0.1, 0.25, 0.5, 1]
     assert all(row["trainer_bytes"] > 5e7 for row in result["rows"])

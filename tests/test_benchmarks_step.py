@@ -67,7 +67,8 @@ def test_figures(tmp_path: Path) -> None:
         assert result[f"profile_{name}"]["convolution"] > 0
 
 
-def test_training_with_real_loading(tmp_path: Path) -> None:
+def test_training_with_real_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "SPECS", build.crop_specs(CONFIG.crops))
     out = tmp_path / "end_to_end.json"
     small = ["--bank", "64", "--hidden-dim", "16", "--classes", "8", "--files", "8", "--batch", "2"]
     end_to_end.main([*small, "--rounds", "1", "--steps", "1", "--cores", "1", "--out", str(out)])
