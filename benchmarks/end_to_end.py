@@ -1,14 +1,16 @@
 """Time training with real loading, ours against the reference, on few and on many cores.
 
     python -m benchmarks.end_to_end                                  # a small model on the CPU
-    python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 4096 \
-        --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
+    python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 1024 \
+        --steps 10 --rounds 2 --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
 
 Both read the same JPEG photographs (500 x 375, about 100 KB) by as many worker processes as there
 are cores, make the recipe's crops and take its steps: ours as `trex_models.train` does, the
 reference by `benchmarks.reference_pipeline` and `benchmarks.reference_step`. `waiting` is the share
 of the time that the training process waits for a batch. `ratio` is that of the rates on the most
-cores. On a CPU, where step and workers share the cores, a small model is what shows the loader.
+cores. On CUDA ours includes time in which
+the device still works at the step before. On a CPU the step takes nearly all of the time, of a
+small network, too.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ _RUN = f"""--data.num-classes 4 --data.images-per-class {_STEPS_PER_EPOCH} --dat
     --optim.batch-size 4 --optim.warmup-epochs 0
     --crops.local-crops 1 --crops.global-size 16 --crops.local-size 8
     --model.backbone-args channels=(8,8,8,8) --model.hidden-dim 16 --model.embedding-dim 8
-    --objective.name cosine --validation.images-per-class 4
+    --objective.bank-size 64 --validation.images-per-class 4 --validation.neighbors 3
     --system.device cpu --system.workers 1 --system.tensorboard --system.log-every 20""".split()
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _LABELS = {"trainer_bytes": "trainer", "worker_bytes": "loader worker"}

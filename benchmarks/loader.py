@@ -210,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
     parsed = parser.parse_args(arguments)
+    if parsed.workers < 1:
+        parser.error("--workers: at least 1")
     batch: int = parsed.batch
     counts = {"standard": parsed.files, "small": parsed.files // 2, "large": parsed.files // 8}
     with TemporaryDirectory() as folder:

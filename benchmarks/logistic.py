@@ -159,13 +159,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compared", type=int, default=3, help="how many C have objectives told")
     parser.add_argument("--tight-iterations", type=int, default=300, help="at most")
     args = parser.parse_args(arguments)
+    if len(args.rounds) != len(args.sizes):
+        parser.error(f"--rounds: one number for each of the {len(args.sizes)} sizes")
     out: Path = args.out
     strengths = np.logspace(-5, 6, args.num_C).tolist()
     results = [
         benchmark(size, rounds, strengths, args.compared, args.tight_iterations)
         for size, rounds in zip(args.sizes, args.rounds, strict=True)
     ]
-    measure.record(out, {"machine": measure.machine(), "results": results})
+    ratio = results[-1]["ratio"]["median"]
+    measure.record(out, {"machine": measure.machine(), "ratio": ratio, "results": results})
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def test_timms_data_config_is_honoured() -> None:
     [
         ({"input_size": (1, 8, 8)}, "3 channels, and the model takes 1"),
         ({"input_size": (3, 0, 8)}, r"size must be positive, not \(0, 8\)"),
-        ({"crop_pct": 0.0}, "crop_pct must be positive, not 0.0"),
+        ({"crop_pct": 0.0}, r"crop_pct must lie in \[0.01, 8\] for size .*, not 0.0"),
+        ({"crop_pct": 1000.0}, "crop_pct must lie in"),
         ({"interpolation": "lanczos"}, "interpolation must be bilinear or bicubic, not lanczos"),
         ({"crop_mode": "border"}, "crop_mode must be center or squash, not border"),
     ],

@@ -59,11 +59,13 @@ def test_features_are_in_order_and_in_eval_mode(workers: int) -> None:
     images = np.broadcast_to(colors[:, None, None], (7, 5, 6, 3))
     source = ArraySource(images, np.zeros(7, dtype=int), ["a"])
     model = ChannelMeans().train()
+    model.frozen = nn.Dropout().eval()
 
     features = extract_features(model, source, _to_tensor, batch_size=3, workers=workers)
     np.testing.assert_allclose(features, colors, rtol=1e-6)
     assert features.dtype == np.float32
     assert model.training
+    assert not model.frozen.training
     assert model.modes <= {False}
 
 

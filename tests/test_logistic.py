@@ -234,6 +234,7 @@ NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
         ({"features": X[:0], "labels": Y[:0]}, "not empty"),
         ({"features": X.long()}, "floating point .* got torch.int64"),
         ({"features": NAN}, "features must be finite, but row 4"),
+        ({"features": X * 1e18}, "features reach .*e.18, too much for torch.float32: scale"),
         ({"labels": Y[:-1]}, r"labels must be 90 integers, .* of shape \(89,\)"),
         ({"labels": Y.float()}, "labels must be 90 integers, .* got torch.float32"),
         ({"labels": Y - 1}, "labels must be 0 or above, got -1"),
@@ -245,6 +246,18 @@ NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
 def test_bad_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(**{"features": X, "labels": Y, "C": 1.0, **arguments})
+
+
+def test_labels_may_be_truth_values() -> None:
+    x = torch.randn(30, 4)
+    assert fit(x, x[:, 0] > 0, 1.0).objective == fit(x, (x[:, 0] > 0).int(), 1.0).objective
+
+
+def test_convergence_is_not_claimed_where_rounding_spoils_the_intercept() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.arange(60) % 3
+    assert fit(x, y, 1.0).converged
+    assert not fit(x + 1e7, y, 1.0).converged
 
 
 def test_a_path_ascends() -> None:

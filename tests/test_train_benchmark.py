@@ -263,7 +263,10 @@ def test_slow_loader_wants_workers() -> None:
     [
         ({"simplejpeg": False}, "pip install simplejpeg"),
         ({"side": 1500}, "smaller files: the images' shorter side is 1500 pixels (median), these"),
-        ({"blocked": 0.6}, "faster storage, such as a local disk: the workers wait for files 60%"),
+        (
+            {"blocked": 0.6},
+            "faster storage, such as a local disk: the workers wait, most",
+        ),
         ({"queued": 0.5}, "cores for this alone: the workers wait for one 50% of the time"),
     ],
 )

@@ -2,8 +2,9 @@
 
 The sizes are those of timm's evaluation transform: the shorter side is resized (or both are, mode
 "squash"), then the centre is cut out. Resizing is antialiased, by torch's uint8 kernel, which
-differs from Pillow's by 0.05 levels on average. The whole image is resized, for no part of it can
-be resized by itself to exactly the same pixels.
+differs from Pillow's by less than 0.05 levels on average. The whole image is resized, for no part
+of it can be resized by itself to exactly the same pixels; but for very long ones, of which the
+middle is taken, up to half a pixel off.
 
 Shapes: B batch; H, W height and width of the crop.
 """
@@ -52,8 +53,11 @@ class CentreCrop:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, not {self.size}")
-        if not 0 < self.crop_pct < math.inf:
-            raise ValueError(f"crop_pct must be positive, not {self.crop_pct}")
+        if not 0.01 <= self.crop_pct <= min(self.size):
+            raise ValueError(
+                f"crop_pct must lie in [0.01, {min(self.size)}] for size {self.size}, not "
+                f"{self.crop_pct}"
+            )
         for name, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", _MODES)):
             if getattr(self, name) not in known:
                 raise ValueError(

@@ -108,6 +108,7 @@ def _depend_on_parent(_: int) -> None:
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.excepthook = _without_parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -116,6 +117,12 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _without_parent(error: threading.ExceptHookArgs) -> None:
+    """Let threads that hand batches over end in silence where nobody takes them any more."""
+    if not issubclass(error.exc_type, (OSError, EOFError)):
+        threading.__excepthook__(error)
 
 
 class _Quoting(Dataset[Any]):

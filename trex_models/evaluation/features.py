@@ -103,8 +103,8 @@ def extract_features(
     """Run a model over a source, in eval mode on the device that it is on.
 
     Args:
-        model: Maps (B, 3, S, S), in channels_last format, to (B, F); its mode is restored
-            afterwards.
+        model: Maps (B, 3, S, S), in channels_last format, to (B, F); the modes of all its modules
+            are restored afterwards.
         source: Labelled images.
         transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S). None
             for the centre crop that the model itself asks for.
@@ -122,7 +122,7 @@ def extract_features(
     """
     if not len(source):
         raise ValueError("there are no images to extract features of")
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = image_batches(source, transform or preprocessing(model), batch_size, workers, device)
 
     def outputs() -> Iterator[Tensor]:
@@ -131,7 +131,7 @@ def extract_features(
                 output = model(batch)
             yield output.float()
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     features, done = np.empty((0, 0), np.float32), 0
     try:
@@ -141,7 +141,8 @@ def extract_features(
             features[done : done + len(rows)] = rows
             done += len(rows)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return features
 
 

@@ -156,7 +156,7 @@ def objective(
         chunk: Samples at a time.
     """
     total = 0.5 * weight.double().square().sum()
-    for x, y in zip(features.split(chunk), labels.split(chunk), strict=True):
+    for x, y in zip(features.split(chunk), labels.long().split(chunk), strict=True):
         logits = torch.addmm(intercept, x.to(weight), weight.T)
         total += C * _losses(logits, y.to(weight.device)[:, None])[0].sum(dtype=torch.float64)
     return total.item()
@@ -267,14 +267,17 @@ class _Problem:
             iterations += 1
         weight = parameters[:, :-1] @ self.axes.T
         intercept = parameters[:, -1] - weight @ self.mean
+        intercept -= intercept.mean()
+        reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
         return LogisticFit(
             strength,
             weight,
-            intercept - intercept.mean(),
-            objective(self.features, self.labels, weight, intercept, strength, self.chunk),
+            intercept,
+            reached,
             gradient.norm().item(),
             iterations,
-            converged,
+            # Far from the origin the intercept may be too coarse for features as they are.
+            converged and reached - value <= max(tolerance, 1e-4) * value,
         ), parameters
 
     def _search(
@@ -432,6 +435,7 @@ def _require_samples(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
             f"labels must be {len(features)} integers, one for each row of the features, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    labels = labels.to(torch.int64)
     if labels.min() < 0:
         raise ValueError(f"labels must be 0 or above, got {int(labels.min())}")
     counts = labels.bincount()
@@ -445,4 +449,8 @@ def _require_samples(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
             "torch.unique(labels, return_inverse=True)"
         )
     require_finite("features", features, chunk)
+    largest = max(abs(bound.item()) for bound in torch.aminmax(features))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if largest > torch.finfo(dtype).max ** 0.4:  # sums of squares are needed
+        raise ValueError(f"features reach {largest:.0e}, too much for {dtype}: scale them")
     return counts

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         print(_usage())
         return 0 if arguments else 2
     command, *rest = arguments
+    if command == _BENCHMARK:
+        return _fail(f"the recipe comes first: python -m trex_models.train RECIPE {_BENCHMARK}")
     measures = command in RECIPES and _BENCHMARK in rest
     if command != "export" and command not in RECIPES:
         return _fail(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")

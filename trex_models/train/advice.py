@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # Where advice changes.
 _HINDERED = 0.8  # share of the slower one's rate that loader and step reach together
 _CLOSE, _FAR = 1.2, 5.0  # ratio of the loader's rate to the step's
-_WAITS = 0.3  # share of its time that a worker waits for files, or for a core
+_WAITS = 0.4  # share of its time that a worker waits for a core, or otherwise
 _LARGE = 1.25  # an image's side over the one that the crops need
 _ROOMY = 0.4  # share of the device's memory in use
 
@@ -36,7 +36,8 @@ class Setting:
         workers: Loader processes of each training process.
         cores: Cores of each training process.
         queued: Share of its time that a worker waits for a core; 0 where it is not known.
-        blocked: Share of its time that it waits for files; 0 where it is not known.
+        blocked: Share of its time that it waits otherwise, mostly for files; 0 where it is not
+            known.
         files: Whether the images are files, not generated.
         simplejpeg: Whether that package decodes JPEG.
         side: Median of the images' shorter sides, pixels.
@@ -129,7 +130,7 @@ def _smaller_work(setting: Setting) -> list[str]:
         )
     if setting.files and setting.blocked > _WAITS:
         helps.append(
-            f"faster storage, such as a local disk: the workers wait for files "
+            "faster storage, such as a local disk: the workers wait, most likely for files, "
             f"{setting.blocked:.0%} of the time"
         )
     if setting.queued > _WAITS and setting.workers <= setting.cores:

@@ -77,7 +77,7 @@ def benchmark(config: Config) -> None:
         say("\n".join([*advice(rates, bench.setting()), ""]))
         say(
             f"The whole run takes {figure(seconds / 3600)} hours ({duration(seconds)}): "
-            f"{config.optim.epochs} epochs, {images:,} images at {figure(rates.both)} images/s; "
+            f"{_epochs(config.optim.epochs)}, {images:,} images at {figure(rates.both)} images/s; "
             "validation and checkpoints come on top"
         )
 
@@ -96,7 +96,7 @@ class _Worker:
 
     @property
     def blocked(self) -> float:
-        """Share of its time that it waits for files."""
+        """Share of its time that it waits otherwise: for files, above all."""
         return max(0.0, 1 - self.computed - self.queued) if self.computed else 0.0
 
     def __str__(self) -> str:
@@ -105,8 +105,8 @@ class _Worker:
             return told
         return (
             f"{told}, {figure(self.rate / self.computed)} per CPU second: it computes "
-            f"{self.computed:.0%} of the time, waits for a core {self.queued:.0%}, for files "
-            f"{self.blocked:.0%}"
+            f"{self.computed:.0%} of the time, waits for a core {self.queued:.0%}, otherwise "
+            f"(files) {self.blocked:.0%}"
         )
 
 
@@ -359,9 +359,16 @@ def _needed_side(specs: Sequence[CropSpec]) -> float:
 
 
 def _scheduled(processes: Sequence[int | None]) -> tuple[float, float]:
-    """Return the seconds that processes have computed and waited for a core; 0 if not told."""
+    """Return the seconds that processes have computed and waited for a core; 0 if not told.
+
+    The threads of each are summed: what they spend counts as the process's own.
+    """
     try:
-        states = [Path(f"/proc/{process}/schedstat").read_text() for process in processes]
+        states = [
+            (thread / "schedstat").read_text()
+            for process in processes
+            for thread in Path(f"/proc/{process}/task").iterdir()
+        ]
     except OSError:
         return 0.0, 0.0
     nanoseconds = [[int(figure) for figure in state.split()[:2]] for state in states]
@@ -376,6 +383,10 @@ def _peak_memory(processes: Sequence[int | None]) -> int:
         return 0
     found = re.findall(r"VmHWM:\s*(\d+) kB", "".join(states))
     return 1024 * max(map(int, found), default=0)
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def _each(workers: int, processes: int) -> str:
