@@ -43,17 +43,28 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def reference_images(root: Path, crop: CentreCrop) -> ImageFolder:
-    """Return the files through Pillow and timm's evaluation transform."""
-    transform = create_transform(
+def reference_transform(crop: CentreCrop, normalize: bool = True) -> Callable[[Any], Tensor]:
+    """Return timm's evaluation transform, of PIL images to (3, H, W).
+
+    Args:
+        crop: What it is to do.
+        normalize: Whether it ends with normalised values, not with uint8 levels.
+    """
+    transform: Callable[[Any], Tensor] = create_transform(
         (3, *crop.size),
         interpolation=crop.interpolation,
         crop_pct=crop.crop_pct,
         crop_mode=crop.crop_mode,
         mean=crop.mean,
         std=crop.std,
+        normalize=normalize,
     )
-    return ImageFolder(str(root), transform)
+    return transform
+
+
+def reference_images(root: Path, crop: CentreCrop) -> ImageFolder:
+    """Return the files through Pillow and timm's evaluation transform."""
+    return ImageFolder(str(root), reference_transform(crop))
 
 
 def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from trex_models.train import preflight
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scikit-learn")
 
@@ -78,9 +80,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     facts: dict[str, Any] = {
-        "processor": processor(),
+        "processor": preflight.processor(),
         "instructions": _instructions(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": preflight.free_cores(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
         "load_average": round(os.getloadavg()[0], 1),
@@ -94,11 +96,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
         }
     return facts
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -121,18 +118,9 @@ def record(out: Path, result: Mapping[str, Any]) -> None:
 
 def _instructions() -> str:
     """Return what torch's kernels use, and whether there are bfloat16 matrix instructions."""
-    flags = _cpuinfo("flags").split()
+    flags = preflight.processor_facts("flags").split()
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
-
-
-def _cpuinfo(key: str) -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith(key):
-                return line.split(":", 1)[1].strip()
-    return ""
 
 
 def _rounded(value: float) -> float:

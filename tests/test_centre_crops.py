@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from benchmarks.features import reference_transform
 from benchmarks.photographs import bundled
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop, CentreCropDataset
 from trex_models.data.decode import UnreadableImageError
@@ -23,17 +24,7 @@ from trex_models.data.sources import ArraySource
 
 def reference(crop: CentreCrop, image: NDArray[np.uint8], normalize: bool = False) -> Tensor:
     """timm's transform, (3, H, W): levels, or normalised."""
-    transform = create_transform(
-        (3, *crop.size),
-        interpolation=crop.interpolation,
-        crop_pct=crop.crop_pct,
-        crop_mode=crop.crop_mode,
-        mean=crop.mean,
-        std=crop.std,
-        normalize=normalize,
-    )
-    result: Tensor = transform(Image.fromarray(image))
-    return result
+    return reference_transform(crop, normalize)(Image.fromarray(image))
 
 
 def ours(crop: CentreCrop, *images: NDArray[np.uint8]) -> Tensor:

@@ -257,7 +257,7 @@ class _Bench:
             )
         except ValueError:
             return False
-        return "amx_bf16" in _processor_facts("flags")
+        return "amx_bf16" in preflight.processor_facts("flags")
 
     @property
     def _device_memory(self) -> int:
@@ -325,7 +325,7 @@ class _Bench:
 
 def _machine(device: torch.device) -> str:
     """Return processor, device and versions in a line."""
-    processor = _processor_facts("model name") or platform.processor() or platform.machine()
+    processor = preflight.processor()
     facts = [f"{processor}, {preflight.free_cores()} cores"]
     if device.type == "cuda":
         facts.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
@@ -334,14 +334,6 @@ def _machine(device: torch.device) -> str:
         with suppress(PackageNotFoundError):
             facts.append(f"{package} {version(package)}")
     return "; ".join(facts)
-
-
-def _processor_facts(key: str) -> str:
-    """Return what Linux says of the processor; empty elsewhere."""
-    with suppress(OSError):
-        found = re.search(rf"^{key}\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
-        return found[1] if found else ""
-    return ""
 
 
 def _shorter_side(source: Source) -> float:
