@@ -8,15 +8,13 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from trex_models.data.decode import read_image
-from trex_models.data.sources import digest, sorted_classes
+from trex_models.data.file_list import FileSource
+from trex_models.data.sources import sorted_classes
 
 _DELIMITERS = (",", "\t", ";")
 
 
-class CsvSource:
+class CsvSource(FileSource):
     """Images listed in a CSV file: a header that names the columns, then one row an image.
 
     The delimiter is the header's: a comma, a tab or a semicolon. The text is UTF-8. Spaces around
@@ -62,32 +60,14 @@ class CsvSource:
             labels.append(sys.intern(label))
         if not labels:
             raise ValueError(f"{self.path} has a header and no rows; add a row for each image")
-        self.classes = sorted_classes(labels) if classes is None else list(classes)
-        if len(self.classes) < 2:
+        names = sorted_classes(labels) if classes is None else list(classes)
+        if len(names) < 2:
             raise ValueError(
-                f"{self.path}: every label is {self.classes[0]!r}, at least 2 classes are needed; "
+                f"{self.path}: every label is {names[0]!r}, at least 2 classes are needed; "
                 "add images of another class"
             )
-        code = {name: position for position, name in enumerate(self.classes)}
-        self.labels = np.array([code[label] for label in labels], dtype=np.int64)
-        # Bytes in one array, not a list of strings: reading it does not copy memory into workers.
-        self._paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.labels)
-
-    def read(self, index: int) -> np.ndarray:
-        """Return one image, (H, W, 3) uint8 RGB; ValueError names a file that is no image."""
-        return read_image(Path(self.name(index)))
-
-    def name(self, index: int) -> str:
-        """Return the image's path."""
-        return str(self.path.parent / os.fsdecode(self._paths[index]))
-
-    def digest(self) -> str:
-        """Return a hash of paths as the file has them, labels and classes."""
-        return digest(b"\0".join(self._paths.tolist()), self.labels, *self.classes)
+        code = {name: position for position, name in enumerate(names)}
+        super().__init__(self.path.parent, paths, [code[label] for label in labels], names)
 
 
 def _rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:

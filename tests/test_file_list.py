@@ -1,0 +1,116 @@
+"""Images listed by path."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_folder import save_image
+from trex_models.data.csv_file import CsvSource
+from trex_models.data.file_list import FileSource
+from trex_models.data.folder import FolderSource
+
+PATHS = ["b/\u732b.png", "a.png"]
+
+
+def save(root: Path) -> FileSource:
+    for seed, path in enumerate(PATHS):
+        save_image(root / path, seed)
+    return FileSource(root, PATHS, [1, 0], ["x", "y"])
+
+
+@pytest.mark.parametrize("kind", ["text", "bytes", "array"])
+def test_images_labels_and_names(tmp_path: Path, kind: str) -> None:
+    pixels = save_image(tmp_path / PATHS[0], 3)
+    encoded = [os.fsencode(path) for path in PATHS]
+    paths = {"text": PATHS, "bytes": encoded, "array": np.array(encoded)}[kind]
+    source = FileSource(tmp_path, paths, [1, 0], ["x", "y"])  # type: ignore[arg-type]
+    assert len(source) == 2
+    assert source.labels.tolist() == [1, 0]
+    assert source.labels.dtype == np.int64
+    assert source.name(0) == str(tmp_path / PATHS[0])
+    np.testing.assert_array_equal(source.read(0), pixels)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), pixels)
+
+
+def test_an_absolute_path_stays(tmp_path: Path) -> None:
+    away = tmp_path / "away.png"
+    source = FileSource("root", [str(away), "a.png"], [0, 0], ["x"])
+    assert [source.name(i) for i in range(2)] == [str(away), "root/a.png"]
+    assert source.files() == [os.fsencode(away), b"root/a.png"]
+
+
+def test_the_digest_holds_paths_labels_and_classes_but_not_the_root() -> None:
+    digest = FileSource("here", PATHS, [1, 0], ["x", "y"]).digest()
+    assert FileSource("there", PATHS, [1, 0], ["x", "y"]).digest() == digest
+    assert FileSource("here", PATHS[::-1], [1, 0], ["x", "y"]).digest() != digest
+    assert FileSource("here", PATHS, [1, 1], ["x", "y"]).digest() != digest
+    assert FileSource("here", PATHS, [1, 0], ["x", "z"]).digest() != digest
+
+
+def test_digests_of_class_folders_and_csv_files_stay(tmp_path: Path) -> None:
+    """A run goes on only where its data set's digest is that of its start."""
+    for name in ("zebra/b.png", "zebra/q/a.jpg", "zebra/q.png", "ant/c.JPEG"):
+        save_image(tmp_path / name)
+    (tmp_path / "list.csv").write_text("path,label\na.png,x\n./b,y\n/abs/c,x\n")
+    assert FolderSource(tmp_path).digest().startswith("b29f0fe89a9844d7")
+    assert CsvSource(tmp_path / "list.csv").digest().startswith("ede986ab13a3a9df")
+
+
+def test_a_folder_has_one_digest_however_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ant/a.png", "bee/b.png"):
+        save_image(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert FolderSource(".").digest() == FolderSource(tmp_path).digest()
+    assert FolderSource(".").read(0).shape == (30, 40, 3)
+
+
+def test_sizes_of_files(tmp_path: Path) -> None:
+    source = save(tmp_path)
+    assert source.sizes().tolist() == [(tmp_path / path).stat().st_size for path in PATHS]
+    assert source.sizes().dtype == np.int64
+    many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
+    assert many.sizes().tolist() == source.sizes().tolist() * 5000
+
+
+def test_files_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
+    source = save(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"1 of 2 image files are missing or empty.*a\.png; unpack"
+    ):
+        source.sizes()
+    (tmp_path / PATHS[0]).unlink()
+    with pytest.raises(ValueError, match="2 of 2 .*the first is .*\u732b.png; unpack or copy"):
+        source.sizes()
+
+
+def test_all_sources_of_files_have_sizes(tmp_path: Path) -> None:
+    for name in ("ant/a.png", "bee/b.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "list.csv").write_text("path,label\nbee/b.png,x\nant/a.png,y\n")
+    sizes = [(tmp_path / name).stat().st_size for name in ("ant/a.png", "bee/b.png")]
+    assert FolderSource(tmp_path).sizes().tolist() == sizes
+    assert CsvSource(tmp_path / "list.csv").sizes().tolist() == sizes[::-1]
+
+
+def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:
+    part = FileSource(tmp_path, ["a", "b", "c"], [0, 1, 2], "xyz").part(np.array([2, 0]))
+    assert [Path(part.name(i)).name for i in range(2)] == ["c", "a"]
+    assert part.labels.tolist() == [2, 0]
+    assert part.classes == ["x", "y", "z"]
+
+
+def test_labels_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"one label a file: 2 files, labels \(1,\)"):
+        FileSource("root", PATHS, [0], ["x"])
+    with pytest.raises(ValueError, match=r"labels span \[0, 2\], outside the 2 classes"):
+        FileSource("root", PATHS, [0, 2], ["x", "y"])
+    with pytest.raises(ValueError, match=r"labels span \[-1, 0\]"):
+        FileSource("root", PATHS, [-1, 0], ["x", "y"])

@@ -1,0 +1,110 @@
+"""Image files listed by path: what class folders, CSV files and data sets' own lists come to.
+
+Shapes: N images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from trex_models.data.decode import read_image
+from trex_models.data.sources import digest
+
+_THREADS, _BLOCK = 8, 4096
+
+
+class FileSource:
+    """Images in files, by index.
+
+    Args:
+        root: The folder that the paths are relative to.
+        paths: N paths below ``root``, text or file system bytes; an absolute path stays as it is.
+        labels: N labels in [0, len(classes)).
+        classes: Class names; a name's position is its label.
+
+    Raises:
+        ValueError: The lengths differ, or a label has no class.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        paths: Sequence[str] | Sequence[bytes] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
+        classes: Sequence[str],
+    ) -> None:
+        self.root = Path(root)
+        # Bytes in one array, not a list of strings: reading it does not copy memory into workers.
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.classes = list(classes)
+        if self.labels.shape != self.paths.shape:
+            raise ValueError(
+                f"{self.root}: need one label a file: {len(self.paths)} files, "
+                f"labels {self.labels.shape}"
+            )
+        if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise ValueError(
+                f"{self.root}: labels span [{self.labels.min()}, {self.labels.max()}], "
+                f"outside the {len(self.classes)} classes"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def read(self, index: int) -> np.ndarray:
+        """Return one image, (H, W, 3) uint8 RGB; ValueError names a file that is no image."""
+        return read_image(Path(self.name(index)))
+
+    def name(self, index: int) -> str:
+        """Return the image's path."""
+        return str(self.root / os.fsdecode(self.paths[index]))
+
+    def digest(self) -> str:
+        """Return a hash of paths below the root, labels and classes."""
+        return digest(b"\0".join(self.paths.tolist()), self.labels, *self.classes)
+
+    def files(self) -> list[bytes]:
+        """Return all paths, each with the root."""
+        root = os.fsencode(self.root)
+        return [os.path.join(root, path) for path in self.paths.tolist()]  # noqa: PTH118 - bytes
+
+    def sizes(self) -> np.ndarray:
+        """Return the sizes of the files in bytes, (N,) int64.
+
+        Raises:
+            ValueError: Files are missing or empty.
+        """
+        files = self.files()
+        blocks = [files[start : start + _BLOCK] for start in range(0, len(files), _BLOCK)]
+        # The threads wait for network file systems, where one look costs most of a millisecond.
+        with ThreadPoolExecutor(_THREADS) as pool:
+            sizes = [size for block in pool.map(_sizes, blocks) for size in block]
+        found = np.array(sizes, dtype=np.int64)
+        absent = np.flatnonzero(found <= 0)
+        if len(absent):
+            raise ValueError(
+                f"{self.root}: {len(absent)} of {len(self)} image files are missing or empty, the "
+                f"first is {self.name(int(absent[0]))}; unpack or copy them again"
+            )
+        return found
+
+    def part(self, indices: np.ndarray) -> FileSource:
+        """Return some of the images in the order of their indices, with all classes."""
+        return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
+
+
+def _sizes(files: Sequence[bytes]) -> list[int]:
+    """Return the size of each file in bytes, 0 if there is none."""
+    sizes = [0] * len(files)
+    for position, file in enumerate(files):
+        with suppress(OSError):
+            sizes[position] = os.stat(file).st_size  # noqa: PTH116 - bytes
+    return sizes
