@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from tqdm import tqdm
 
 from hub.figures import reported
 from hub.folder import load
-from hub.linear import Setting, accuracies, fit, held_out
 from trex_models import naver
 from trex_models.data.folder import FolderSource
 from trex_models.evaluation.features import image_batches
+from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
+from trex_models.evaluation.splits import held_out
 from trex_models.files import write_whole
 from trex_models.manifest import sha256
 
@@ -147,24 +149,24 @@ def linear_accuracy(
     """Return the top-1, in percent, of a linear layer on a backbone's features, and its choice."""
     features_folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{sha256(folder / 'model.safetensors')[:12]}"
-    tensors = []
+    device = torch.device(protocol.device)
+    samples = []
     for split, source in (("train", train), ("val", val)):
         path = features_folder / f"{stem}-{split}-{len(source)}.npy"
         if not path.exists():
             keep_features(folder, source, path, protocol)
-        features = torch.from_numpy(np.load(path, mmap_mode="c")).to(protocol.device)
-        tensors.append((features, torch.from_numpy(source.labels).to(protocol.device)))
-    (x, y), (val_x, val_y) = tensors
-    sizes = {"num_classes": len(protocol.classes), "epochs": protocol.epochs}
-    mask = torch.from_numpy(held_out(train.labels)).to(protocol.device)
-    fitted, held = (~mask).nonzero().flatten(), mask.nonzero().flatten()
-    candidates = fit(x, y, fitted, protocol.settings, **sizes, title="choosing the setting")
-    scores = accuracies(candidates, x, y, held)
+        features = torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+        labels = torch.from_numpy(source.labels).to(device)
+        samples.append(Samples(features, labels, torch.arange(len(labels))))
+    everything, tests = samples
+    mask = torch.from_numpy(held_out(train.labels))
+    fitted, held = (everything._replace(rows=m.nonzero().flatten()) for m in (~mask, mask))
+    score = partial(
+        fitted_accuracies, num_classes=len(protocol.classes), device=device, epochs=protocol.epochs
+    )
+    scores = score(fitted, held, protocol.settings, title="choosing the setting")
     best = protocol.settings[int(np.argmax(scores))]
-    del candidates
-    everything = torch.arange(len(y), device=protocol.device)
-    layer = fit(x, y, everything, [best], **sizes, title="fitting to all of train")
-    (top1,) = accuracies(layer, val_x, val_y, torch.arange(len(val_y), device=protocol.device))
+    (top1,) = score(everything, tests, [best], title="fitting to all of train")
     return {
         "top1": 100 * top1,
         "learning_rate": best.learning_rate,

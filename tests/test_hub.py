@@ -32,7 +32,6 @@ from hub.build import Owner, build
 from hub.errors import HubError
 from hub.folder import FILES, Model, inspect, load
 from hub.import_naver import import_naver
-from hub.linear import Setting, accuracies, fit, held_out
 from hub.publish import publish
 from hub.verify import verify
 from tests import official_files
@@ -40,6 +39,7 @@ from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
 from trex_models import folders, manifest, naver
+from trex_models.evaluation.linear import Setting
 from trex_models.manifest import Manifest, WeightsError, sha256
 from trex_models.trex import default_cfgs
 
@@ -924,43 +924,6 @@ def test_fixed_input_is_the_formula() -> None:
 
 
 # ImageNet
-
-
-def test_grid_of_layers_is_torchs_sgd() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = F.normalize(torch.randn(50, 6, generator=generator), dim=1)
-    labels = torch.randint(3, (50,), generator=generator)
-    rows = torch.arange(5, 45)
-    settings = [Setting(1.0, 1e-2), Setting(10.0, 0.0), Setting(0.3, 1e-1)]
-    layers = fit(features, labels, rows, settings, num_classes=3, epochs=4, batch_size=16)
-    scores = accuracies(layers, features, labels, rows, batch_size=7)
-    for i, setting in enumerate(settings):
-        reference = nn.Linear(6, 3)
-        nn.init.zeros_(reference.weight)
-        nn.init.zeros_(reference.bias)
-        sgd = torch.optim.SGD(
-            reference.parameters(), lr=1.0, momentum=0.9, weight_decay=setting.weight_decay
-        )
-        order = torch.Generator().manual_seed(0)
-        for epoch in range(4):
-            sgd.param_groups[0]["lr"] = setting.learning_rate * (1 + np.cos(np.pi * epoch / 4)) / 2
-            for batch in rows[torch.randperm(40, generator=order)].split(16):
-                sgd.zero_grad()
-                F.cross_entropy(reference(features[batch]), labels[batch]).backward()
-                sgd.step()
-        torch.testing.assert_close(layers.weight[i], reference.weight.detach())
-        torch.testing.assert_close(layers.bias[i, 0], reference.bias.detach())
-        votes = reference(features[rows]).argmax(1)
-        assert scores[i] == pytest.approx((votes == labels[rows]).float().mean().item())
-
-
-def test_each_class_holds_out_its_own_share() -> None:
-    labels = np.repeat(np.arange(4), (10, 1, 25, 2))
-    mask = held_out(labels)
-    assert [int(mask[labels == c].sum()) for c in range(4)] == [2, 0, 5, 1]
-    # A class's draw does not depend on the others.
-    alone = held_out(np.full(25, 2))
-    assert (mask[labels == 2] == alone).all()
 
 
 def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:

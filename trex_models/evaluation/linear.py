@@ -1,0 +1,228 @@
+"""A linear layer by SGD on frozen features, with a whole grid of settings trained at once.
+
+Features are L2-normalised. Cross-entropy, momentum, one learning rate an epoch:
+lr / 2 (1 + cos(pi e / E)) in epoch e of E, so that epoch 0 alone has the full rate. Each layer is
+what torch.optim.SGD would make of its setting alone. The settings share batches and their order;
+so a step is two products of the batch, (B, F), with all weights as one matrix, (G C, F), and the
+features are read once for all settings that fit in memory together.
+
+Shapes: N samples, F features, C classes, G settings, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trex_models.evaluation.neighbors import full_float32
+
+MOMENTUM = 0.9
+EPOCHS = 100
+BATCH = 1024
+
+
+class Setting(NamedTuple):
+    """What is searched for."""
+
+    learning_rate: float
+    """Of the first epoch."""
+    weight_decay: float
+
+
+class Samples(NamedTuple):
+    """Labelled features, or some rows of them."""
+
+    features: Tensor
+    """(N, F), of any floating type and on any device: a file mapped into memory is never whole
+    in memory, and on the layers' device no batch has to travel."""
+    labels: Tensor
+    """(N,) int64, in [0, C)."""
+    rows: Tensor
+    """Which samples, (<= N,) indices on the CPU."""
+
+    def batches(
+        self, order: Tensor, size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised features, (<= size, F) float32, and labels; zeros stay zeros.
+
+        Args:
+            order: Indices into ``rows``.
+            size: Samples at a time; the last batch may be smaller.
+            device: Where they are to be.
+        """
+        for batch in self.rows[order].split(size):
+            features = self.features[batch.to(self.features.device)].to(device)
+            labels = self.labels[batch.to(self.labels.device)].to(device)
+            yield F.normalize(features.float(), dim=1), labels
+
+
+class Layers(NamedTuple):
+    """A linear layer of each setting."""
+
+    weight: Tensor
+    """(G, C, F)."""
+    bias: Tensor
+    """(G, C)."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Map (B, F) to (B, G, C)."""
+        flat = torch.addmm(self.bias.flatten(), features, self.weight.flatten(0, 1).T)
+        return flat.view(-1, *self.bias.shape)
+
+
+@torch.no_grad()
+def fit(
+    samples: Samples,
+    settings: Sequence[Setting],
+    *,
+    num_classes: int,
+    device: torch.device,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Layers:
+    """Train a layer of each setting, all at once, from zero weights.
+
+    In float32, whatever autocast and TF32 say. A setting whose learning rate is too large may end
+    with weights that are not finite; the others are what they would be without it.
+
+    Args:
+        samples: To train on.
+        settings: G of them.
+        num_classes: C.
+        device: Where the layers are.
+        epochs: Passes over the samples.
+        batch_size: Samples of a step; the last of an epoch may be smaller.
+        seed: Of the order.
+        progress: Called after each step with its number of samples.
+    """
+    layers = Layers(
+        torch.zeros(len(settings), num_classes, samples.features.shape[1], device=device),
+        torch.zeros(len(settings), num_classes, device=device),
+    )
+    weight, bias = layers.weight.flatten(0, 1), layers.bias.flatten()
+    speed, bias_speed = torch.zeros_like(weight), torch.zeros_like(bias)
+    rates, decays = torch.tensor(settings, dtype=torch.float64).repeat_interleave(num_classes, 0).T
+    decay = decays.to(device, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with full_float32(device):
+        for epoch in range(epochs):
+            cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
+            rate = (rates * cosine).to(device, torch.float32)
+            order = torch.randperm(len(samples.rows), generator=generator)
+            for x, y in samples.batches(order, batch_size, device):
+                residual = layers.logits(x).softmax(2)
+                target = y.view(-1, 1, 1).expand(-1, len(settings), 1)
+                residual.scatter_add_(2, target, residual.new_full(target.shape, -1.0))
+                residual = residual.flatten(1).div_(len(x))
+                # The gradient is added to the velocity as it is made: it needs no memory.
+                speed.addmm_(residual.T, x, beta=MOMENTUM).addcmul_(decay[:, None], weight)
+                bias_speed.mul_(MOMENTUM).add_(residual.sum(0)).addcmul_(decay, bias)
+                weight.addcmul_(rate[:, None], speed, value=-1)
+                bias.addcmul_(rate, bias_speed, value=-1)
+                if progress is not None:
+                    progress(len(x))
+    return layers
+
+
+@torch.no_grad()
+def accuracies(layers: Layers, samples: Samples, batch_size: int = BATCH) -> list[float]:
+    """Return each layer's share of samples whose highest logit is that of their label.
+
+    It is 0 for a layer whose weights are not all finite.
+    """
+    device = layers.weight.device
+    correct = torch.zeros(len(layers.weight), dtype=torch.int64, device=device)
+    with full_float32(device):
+        for x, y in samples.batches(torch.arange(len(samples.rows)), batch_size, device):
+            correct += (layers.logits(x).argmax(2) == y[:, None]).sum(0)
+    correct *= layers.weight.isfinite().flatten(1).all(1) & layers.bias.isfinite().all(1)
+    return (correct.double() / len(samples.rows)).tolist()
+
+
+def fitted_accuracies(
+    train: Samples,
+    test: Samples,
+    settings: Sequence[Setting],
+    *,
+    num_classes: int,
+    device: torch.device,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH,
+    seed: int = 0,
+    memory: int | None = None,
+    title: str = "linear layer",
+) -> list[float]:
+    """Return each setting's accuracy, from layers trained in groups that fit in memory.
+
+    Up to rounding the groups change nothing. Beside the arguments and ``memory``, it takes a few
+    batches of features.
+
+    Args:
+        train: To train on.
+        test: To score on; may share its features with ``train``.
+        settings: G of them.
+        num_classes: C.
+        device: Where the layers are.
+        epochs: Passes over the training samples.
+        batch_size: Samples of a step.
+        seed: Of the order.
+        memory: Bytes, as of ``settings_at_once``.
+        title: Of the progress bar.
+    """
+    from tqdm import tqdm
+
+    width = train.features.shape[1]
+    at_once = settings_at_once(num_classes, width, batch_size, device, memory)
+    groups = [settings[start : start + at_once] for start in range(0, len(settings), at_once)]
+    found = []
+    with tqdm(
+        total=len(groups) * epochs * len(train.rows),
+        desc=title,
+        unit=" samples",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None,  # where stderr is no terminal
+    ) as bar:
+        for group in groups:
+            layers = fit(
+                train,
+                group,
+                num_classes=num_classes,
+                device=device,
+                epochs=epochs,
+                batch_size=batch_size,
+                seed=seed,
+                progress=bar.update,
+            )
+            found += accuracies(layers, test, batch_size)
+            del layers  # before the next group's are made
+    return found
+
+
+def settings_at_once(
+    num_classes: int,
+    width: int,
+    batch_size: int,
+    device: torch.device,
+    memory: int | None = None,
+) -> int:
+    """Return for how many settings weights, velocities and logits fit in memory, at least one.
+
+    Args:
+        num_classes: C.
+        width: F.
+        batch_size: B.
+        device: Where the layers are.
+        memory: Bytes; None for 2 GB, and on CUDA for a quarter of what is free.
+    """
+    if memory is None:
+        memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 * 10**9
+    floats = num_classes * (2 * (width + 1) + 2 * batch_size)  # softmax takes logits to others
+    return max(1, memory // (4 * floats))

@@ -1,0 +1,65 @@
+"""Random orders and splits that the samples' names decide, and no generator's state.
+
+A SHA-256 is the same on every platform and in every version of numpy, and a sample's does not
+depend on the others: one tiny class, or one image more, changes nothing for the other classes.
+
+Shapes: N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.ndarray:
+    """Return a random order of the keys: by the SHA-256 of ``seed/key``, some 1 us a key.
+
+    Args:
+        keys: N of them; equal ones keep their order.
+        seed: Another gives another order.
+
+    Returns:
+        Indices into the keys, (N,) int64.
+    """
+    start = hashlib.sha256(f"{seed}/".encode())
+    digests = []
+    for key in keys:
+        digest = start.copy()
+        digest.update(key.encode() if isinstance(key, str) else key)
+        digests.append(digest.digest())
+    return np.array(sorted(range(len(digests)), key=digests.__getitem__), dtype=np.int64)
+
+
+def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarray:
+    """Return which samples are held out for choosing a setting.
+
+    Of each class its own share, rounded, at least one sample and not all. Which ones, depends on
+    the class's label and its number of samples alone.
+
+    Args:
+        labels: (N,) integers.
+        share: Of each class.
+        seed: Another gives another choice.
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        ValueError: A class has a single sample.
+    """
+    mask = np.zeros(len(labels), dtype=bool)
+    by_class = np.argsort(labels, kind="stable")
+    classes, starts = np.unique(labels[by_class], return_index=True)
+    for label, members in zip(classes.tolist(), np.split(by_class, starts[1:]), strict=False):
+        if len(members) < 2:
+            raise ValueError(
+                f"class {label} has one sample; each needs two at least, one to fit and one to "
+                "hold out: add samples of it or leave it out"
+            )
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        order = hashed_order([f"{label}/{position}" for position in range(len(members))], seed)
+        mask[members[order[:count]]] = True
+    return mask
