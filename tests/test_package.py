@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "train.advice": set(),
     "train.benchmark": {"data", "train"},
     "train.__main__": {"train"},
-    "demo": {"data", "evaluation", "train"},
+    "demo": {"data", "evaluation", "train", "transfer"},
+    "transfer": {"data", "evaluation", "files"},
     "plot": {"files", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }

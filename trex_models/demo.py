@@ -23,24 +23,32 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from trex_models.data.fractals import FractalSource
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import ArraySource, Source
-from trex_models.evaluation.classifiers import knn_accuracy, logistic_accuracy
-from trex_models.evaluation.features import extract_features, image_batches, pixel_features
+from trex_models.evaluation.features import extract_features
 from trex_models.train.build import crop_specs, open_source
 from trex_models.train.config import Config, demo
 from trex_models.train.loop import train
+from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
+from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
+from trex_models.transfer.protocol import knn_score, logistic_scores
 
-TRAIN_PER_CLASS, TEST_PER_CLASS = 50, 25
-PIXEL_SIDE = 16  # 32 is no better by either classifier, and takes four times as long
 Accuracy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
-CLASSIFIERS: dict[str, Accuracy] = {"k-NN": knn_accuracy, "logistic regression": logistic_accuracy}
+STRENGTHS = (0.03, 0.3, 3.0)  # values of C; the transfer evaluation searches 30, five times
+
+
+def logistic_score(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Return the top-1 of logistic regression with the best of few values of C."""
+    (choice,) = logistic_scores(train, train_labels, test, test_labels, [0], STRENGTHS)
+    return choice.top1
+
+
+CLASSIFIERS: dict[str, Accuracy] = {"k-NN": knn_score, "logistic regression": logistic_score}
 
 
 @dataclass(frozen=True)
@@ -91,20 +99,14 @@ def in_memory(source: Source) -> ArraySource:
     return ArraySource(images, source.labels, source.classes)
 
 
-def untrained_twin(config: Config, source: Source, transform: Callable[..., Tensor]) -> nn.Module:
-    """Return the backbone with random weights, BatchNorm calibrated on training images."""
-    torch.manual_seed(config.seed)
-    args = config.model.parsed_backbone_args()
-    model = timm.create_model(config.model.backbone, num_classes=0, zero_init_last=False, **args)
-    update_bn(image_batches(source, transform), model)
-    return model
-
-
-def evaluate(encoders: dict[str, Callable[[Source], np.ndarray]], task: Task) -> dict[str, Any]:
+def evaluate(encoders: dict[str, Encoder], task: Task) -> dict[str, Any]:
     """Return the accuracy of each classifier on each encoder's features of a task."""
     scores: dict[str, Any] = {"train_images": len(task.train), "test_images": len(task.test)}
-    for name, encode in encoders.items():
-        features, test_features = encode(task.train), encode(task.test)
+    for name, encoder in encoders.items():
+        features, test_features = (
+            extract_features(encoder.model, source, encoder.transform)
+            for source in (task.train, task.test)
+        )
         scores[name] = {
             classifier: accuracy(features, task.train.labels, test_features, task.test.labels)
             for classifier, accuracy in CLASSIFIERS.items()
@@ -207,16 +209,15 @@ def run(config: Config) -> dict[str, Any]:
     train(config)
     seconds = {"training_this_time": time.monotonic() - started}
 
-    model = timm.create_model(f"local-dir:{folder / 'export' / 'backbone'}", pretrained=True)
-    transform = create_transform(**resolve_model_data_config(model))
     benchmarks = [
         Task(task.name, in_memory(task.train), in_memory(task.test)) for task in tasks(config)
     ]
-    twin = untrained_twin(config, benchmarks[0].train, transform)
-    encoders: dict[str, Callable[[Source], np.ndarray]] = {
-        "pixels": lambda images: pixel_features(images, PIXEL_SIDE),
-        "untrained": lambda images: extract_features(twin, images, transform),
-        "t-ReX*": lambda images: extract_features(model, images, transform),
+    backbone = str(folder / "export" / "backbone")
+    twin = load(backbone, untrained=True, seed=config.seed)
+    encoders = {
+        "pixels": load(PIXELS),
+        "untrained": calibrated(twin, benchmarks[0].train, benchmarks[0].name),
+        "t-ReX*": load(backbone),
     }
     started = time.monotonic()
     results = {}

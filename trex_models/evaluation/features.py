@@ -64,8 +64,9 @@ def image_batches(
     batch_size: int = 256,
     workers: int = 0,
     device: torch.device | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield transformed images in the source's order, (<= batch_size, 3, S, S).
+    """Yield transformed images in order, (<= batch_size, 3, S, S).
 
     Args:
         source: Labelled images.
@@ -73,11 +74,12 @@ def image_batches(
         batch_size: Images at a time.
         workers: Loader processes.
         device: Where the images are to be; None for the CPU.
+        indices: Which images; None for all of the source, in its order.
 
     Raises:
         ValueError: An image cannot be read; the message names it.
     """
-    images = range(len(source))
+    images = range(len(source)) if indices is None else indices
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     device = device or torch.device("cpu")
     pin = device.type == "cuda"
@@ -91,7 +93,6 @@ def image_batches(
             yield pixels.contiguous(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
 def extract_features(
     model: nn.Module,
     source: Source,
@@ -103,15 +104,13 @@ def extract_features(
     """Run a model over a source, in eval mode on the device that it is on.
 
     Args:
-        model: Maps (B, 3, S, S), in channels_last format, to (B, F); the modes of all its modules
-            are restored afterwards.
+        model: As in ``feature_batches``, like the other arguments.
         source: Labelled images.
         transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S). None
             for the centre crop that the model itself asks for.
         batch_size: Images at a time.
         workers: Loader processes.
-        autocast: What the device may compute in, such as torch.bfloat16; None for the model's own
-            type.
+        autocast: What the device may compute in.
 
     Returns:
         (N, F) float32.
@@ -122,28 +121,57 @@ def extract_features(
     """
     if not len(source):
         raise ValueError("there are no images to extract features of")
+    transform = transform or preprocessing(model)
+    features, done = np.empty((0, 0), np.float32), 0
+    for rows in feature_batches(model, source, transform, batch_size, workers, autocast):
+        if not done:
+            features = np.empty((len(source), *rows.shape[1:]), np.float32)
+        features[done : done + len(rows)] = rows
+        done += len(rows)
+    return features
+
+
+@torch.inference_mode()
+def feature_batches(
+    model: nn.Module,
+    source: Source,
+    transform: Transform,
+    batch_size: int = 256,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield features of images in order, (<= batch_size, F) float32.
+
+    Args:
+        model: Maps (B, 3, S, S), in channels_last format, to (B, F); run in eval mode on the
+            device that it is on. The modes of all its modules are restored at the end.
+        source: Labelled images.
+        transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S).
+        batch_size: Images at a time.
+        workers: Loader processes.
+        autocast: What the device may compute in, such as torch.bfloat16; None for the model's own
+            type.
+        indices: Which images; None for all of the source, in its order.
+
+    Raises:
+        ValueError: An image cannot be read; the message names it.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = image_batches(source, transform or preprocessing(model), batch_size, workers, device)
 
     def outputs() -> Iterator[Tensor]:
-        for batch in images:
+        for batch in image_batches(source, transform, batch_size, workers, device, indices):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 output = model(batch)
             yield output.float()
 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    features, done = np.empty((0, 0), np.float32), 0
     try:
-        for rows in _arrays(outputs()):
-            if not done:
-                features = np.empty((len(source), *rows.shape[1:]), np.float32)
-            features[done : done + len(rows)] = rows
-            done += len(rows)
+        yield from _arrays(outputs())
     finally:
         for module, training in modes:
             module.training = training
-    return features
 
 
 def _arrays(outputs: Iterable[Tensor]) -> Iterator[np.ndarray]:
@@ -165,13 +193,3 @@ def _array(copy: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
     if copied is not None:
         copied.synchronize()
     return copy.numpy()
-
-
-def pixel_features(source: Source, size: int) -> np.ndarray:
-    """Return images resized to (size, size) and flattened, in [0, 1]: (N, 3 * size * size)."""
-    shape = (size, size)
-    rows = [
-        np.asarray(Image.fromarray(source.read(i)).resize(shape, Image.Resampling.BICUBIC)).ravel()
-        for i in range(len(source))
-    ]
-    return np.stack(rows).astype(np.float32) / 255

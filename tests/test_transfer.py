@@ -1,0 +1,291 @@
+"""`python -m trex_models.transfer` from the command line to report, table and picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from scipy.stats import t as student
+from timm.models import save_for_hf
+
+from trex_models.transfer import protocol
+from trex_models.transfer.__main__ import main
+from trex_models.transfer.report import read_report
+
+CLASSES = {"dark": 60, "grey": 120, "light": 180}
+
+
+def write_images(root: Path, per_class: int, seed: int, noise: float) -> None:
+    """Write class folders of noisy squares that brightness tells apart, more or less."""
+    rng = np.random.default_rng(seed)
+    for name, level in CLASSES.items():
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            pixels = level + noise * rng.normal() + 10 * rng.normal(size=(24, 24, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(root / name / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and two data sets, an easy and a hard one."""
+    root = tmp_path_factory.mktemp("transfer")
+    for number, (name, noise) in enumerate({"easy": 0.0, "hard": 40.0}.items()):
+        write_images(root / name / "train", 15, 2 * number, noise)
+        write_images(root / name / "test", 12, 2 * number + 1, noise)
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 24, 32))
+    cfg = {**vars(model)["pretrained_cfg"], "input_size": [3, 32, 32], "license": "apache-2.0"}
+    save_for_hf(
+        model,
+        str(root / "model"),
+        model_config={"pretrained_cfg": cfg},
+        model_args={"channels": [8, 16, 24, 32]},
+        safe_serialization=True,
+    )
+    return root
+
+
+def run(place: Path, out: Path, *extra: str, model: str = "") -> int:
+    sets = f"easy={place / 'easy'},hard={place / 'hard'}"
+    given = ["--model", model or str(place / "model"), "--data-sets", sets, "--out", str(out)]
+    return main([*given, "--seeds", "2", "--workers", "0", *extra])
+
+
+@pytest.fixture(scope="module")
+def report(place: Path) -> dict[str, Any]:
+    assert run(place, place / "out" / "report.json", "--analyses", "--label", "Small") == 0
+    return read_report(place / "out" / "report.json")
+
+
+def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> None:
+    assert report["complete"]
+    assert report["model"]["label"] == "Small"
+    assert report["model"]["source"] == str(place / "model")
+    assert len(report["model"]["weights_sha256"]) == 64
+    assert report["model"]["license"] == "apache-2.0"
+    assert report["transform"]["size"] == [32, 32]
+    assert report["protocol"]["seeds"] == [0, 1]
+    assert len(report["protocol"]["logistic"]["C"]) == 30
+    assert "in place of the paper's 30 TPE trials" in report["protocol"]["note"]
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["command"].startswith("python -m trex_models.transfer")
+    entry = report["data_sets"]["hard"]
+    assert (entry["classifier"], entry["num_classes"]) == ("logistic", 3)
+    assert (entry["train"]["images"], entry["test"]["images"]) == (45, 36)
+    assert entry["train"]["sha256"] != entry["test"]["sha256"]
+    assert [choice["seed"] for choice in entry["choices"]] == [0, 1]
+    assert entry["analyses"]["train"]["num_images"] == 45
+
+
+def test_scores_are_those_of_the_data(report: dict[str, Any]) -> None:
+    easy, hard = (report["data_sets"][name]["top1"] for name in ("easy", "hard"))
+    assert easy["mean"] == 1.0
+    assert easy["clipped"]
+    assert 0.4 < hard["mean"] < 0.95
+    assert hard["test_interval"][0] < hard["mean"] < hard["test_interval"][1]
+    assert hard["mean"] == np.mean(hard["seeds"])
+    choices = report["data_sets"]["hard"]["choices"]
+    assert [choice["top1"] for choice in choices] == hard["seeds"]
+
+
+def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
+    by_seed = []
+    for seed in range(2):
+        easy, hard = (report["data_sets"][name]["top1"]["seeds"][seed] for name in ("easy", "hard"))
+        assert easy == 1.0
+        odds = math.log(35.5 / 0.5), math.log(hard / (1 - hard))
+        by_seed.append(sum(odds) / 2)
+    transfer = report["transfer"]
+    assert transfer["data_sets"] == ["easy", "hard"]
+    assert transfer["mean_log_odds"] == pytest.approx(np.mean(by_seed))
+    half = student.ppf(0.975, 1) * np.std(by_seed, ddof=1) / math.sqrt(2)
+    assert transfer["interval"] == pytest.approx([np.mean(by_seed) - half, np.mean(by_seed) + half])
+
+
+def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:
+    text = (place / "out" / "report.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["data set", "easy", "hard", "mean log-odds of 2 sets"]
+    hard = report["data_sets"]["hard"]
+    assert rows[2][2].startswith(f"{100 * hard['top1']['mean']:.1f} (")
+    assert rows[3][-1].startswith(f"{report['transfer']['mean_log_odds']:.3f} (")
+    assert "counts as half a test image off" in text
+    assert report["protocol"]["note"] in text
+    assert "INCOMPLETE" not in text
+
+
+def test_the_same_command_takes_over_what_was_found(
+    report: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(protocol, "logistic_scores", never)
+    out = place / "out" / "again.json"
+    assert run(place, out, "--analyses", "--label", "Small") == 0
+    again = read_report(out)
+    untold = {"created", "command"}
+    assert {k: v for k, v in again.items() if k not in untold} == {
+        k: v for k, v in report.items() if k not in untold
+    }
+    with pytest.raises(AssertionError, match="fitted again"):
+        run(place, out, "--seeds", "3")
+    with pytest.raises(AssertionError, match="fitted again"):
+        run(place, out, "--preprocessing", "validation")
+
+
+def test_a_run_that_was_cut_leaves_a_report_that_says_so(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = protocol.logistic_scores
+    calls = []
+
+    def cut(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return found(*args, **options)
+
+    monkeypatch.setattr(protocol, "logistic_scores", cut)
+    out = tmp_path / "report.json"
+    assert run(place, out) == 130
+    assert not read_report(out)["complete"]
+    assert list(read_report(out)["data_sets"]) == ["easy"]
+    assert "INCOMPLETE" in out.with_suffix(".md").read_text()
+    assert run(place, out) == 0
+    assert read_report(out)["complete"]
+    assert len(calls) == 3  # easy, the cut one, hard
+
+
+def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    assert run(place, tmp_path / "report.json", "--label", "Small") == 0
+    again = read_report(tmp_path / "report.json")
+    for name, entry in again["data_sets"].items():
+        for key in ("top1", "choices", "knn", "train", "test"):
+            assert entry[key] == report["data_sets"][name][key]
+
+
+def test_the_training_task_does_not_count_as_transfer(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert run(place, out, "--training-task", "easy") == 0
+    found = read_report(out)
+    assert found["training_task"] == "easy"
+    assert found["transfer"]["data_sets"] == ["hard"]
+    assert "easy (training task)" in out.with_suffix(".md").read_text()
+
+
+def test_random_weights_are_calibrated_on_the_training_task(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert run(place, out, "--untrained", "--training-task", "hard") == 0
+    model = read_report(out)["model"]
+    assert model["untrained"]
+    assert model["batchnorm"] == "statistics of 45 training images of hard"
+
+
+def test_models_share_a_table_and_a_picture(
+    report: dict[str, Any], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (str(place / "out" / f"{name}.json") for name in ("report", "pixels"))
+    assert run(place, Path(other), "--training-task", "easy", model="pixels") == 0
+    capsys.readouterr()
+    assert main(["table", one, other]) == 0
+    text = capsys.readouterr().out
+    assert "Small: top-1, %" in text
+    assert "pixels: top-1, %" in text
+    assert f"{report['data_sets']['hard']['log_odds']:.3f}" in text
+    assert main(["table", one, other, "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| data set | test images | Small: top-1, % |")
+    for kind in ("bars", "analyses"):
+        picture = tmp_path / f"{kind}.png"
+        assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
+        with Image.open(picture) as image:
+            assert image.width > 500
+    assert main(["plot", other, "--out", str(tmp_path / "scatter.svg"), "--published"]) == 0
+    assert "t-ReX" in (tmp_path / "scatter.svg").read_text()
+
+
+def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert "fgvc-aircraft-2013b" in text
+    assert "\noffline" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--data-sets", "imagenett"], "do you mean imagenet"),
+        (["--data-sets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
+        (["--training-task", "digits"], "--training-task digits is not among the data sets"),
+        (["--model", "resnet5O"], "timm knows no model of this name; .*resnet50"),
+        (["--out", "report.txt"], "--out report.txt: give a file that ends in .json"),
+        (["--out", "/proc/report.json"], "--out /proc/report.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: list[str],
+    message: str,
+) -> None:
+    assert run(place, tmp_path / "report.json", *changes) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert re.search(message, err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_numbers_are_checked(place: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(place, tmp_path / "report.json", "--seeds", text)
+    assert stopped.value.code == 2
+
+
+def test_a_class_of_one_image_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "easy", tmp_path / "easy")
+    for path in sorted((tmp_path / "easy" / "train" / "grey").iterdir())[1:]:
+        path.unlink()
+    sets = f"easy={tmp_path / 'easy'}"
+    assert run(place, tmp_path / "out" / "report.json", "--data-sets", sets) == 2
+    assert "grey" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "easy", tmp_path / "easy")
+    torn = tmp_path / "easy" / "test" / "grey" / "3.png"
+    torn.write_bytes(torn.read_bytes()[:60])
+    sets = f"easy={tmp_path / 'easy'}"
+    assert run(place, tmp_path / "out" / "report.json", "--data-sets", sets) == 2
+    assert str(torn) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99, "data_sets": {}}'])
+def test_what_is_no_report_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    assert main(["table", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert main(["table", str(tmp_path / "none.json")]) == 2
+
+
+def test_a_report_is_plain_json(report: dict[str, Any]) -> None:
+    json.dumps(report, allow_nan=False)

@@ -1,0 +1,307 @@
+"""Features that are extracted once: kept whole, resumed, and never mixed up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from trex_models.data.folder import FolderSource
+from trex_models.data.sources import ArraySource
+from trex_models.evaluation.features import extract_features
+from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.encoders import Encoder, load, weights_digest
+
+
+def images(count: int = 23, seed: int = 0) -> ArraySource:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 40, 50, 3), dtype=np.uint8)
+    return ArraySource(pixels, np.arange(count) % 2, ["a", "b"])
+
+
+def encoder(seed: int = 0, **changes: Any) -> Encoder:
+    return load("test_resnet", untrained=True, seed=seed, **changes)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(root=tmp_path / "features", batch_size=4)
+
+
+class CutSource(ArraySource):
+    """Images of which one cannot be read until ``whole`` is set."""
+
+    whole = False
+    reads = 0
+
+    def read(self, index: int) -> np.ndarray:
+        self.reads += 1
+        if index == 13 and not self.whole:
+            raise ValueError("image 13 is torn")
+        return super().read(index)
+
+
+def cut_source() -> CutSource:
+    source = images()
+    return CutSource(source.images, source.labels, source.classes)
+
+
+def test_features_are_those_of_the_model_and_extracted_once(cache: FeatureCache) -> None:
+    model, source = encoder(), cut_source()
+    source.whole = True
+    features = cache.features(model, source, "set-train")
+    expected = extract_features(model.model, images(), model.transform, batch_size=4)
+    np.testing.assert_array_equal(features, expected)
+    assert source.reads == 23
+    assert isinstance(features, np.memmap)
+    again = cache.features(encoder(), source, "set-train")
+    np.testing.assert_array_equal(again, expected)
+    assert source.reads == 23
+
+
+def test_a_file_is_a_safetensors_file_that_says_what_it_holds(cache: FeatureCache) -> None:
+    model = encoder()
+    features = cache.features(model, images(), "set-train")
+    (path,) = cache.root.glob("*/*.safetensors")
+    with safe_open(path, "np") as file:
+        assert file.metadata()["weights_sha256"] == model.facts["weights_sha256"]
+        assert json.loads(file.metadata()["transform"])["crop_pct"] == 1.0
+        np.testing.assert_array_equal(file.get_tensor("features"), features)
+    assert path.name.startswith("set-train-")
+
+
+def test_writing_to_features_changes_no_file(cache: FeatureCache) -> None:
+    features = cache.features(encoder(), images(), "set-train")
+    before = features.copy()
+    features[:] = 0
+    np.testing.assert_array_equal(cache.features(encoder(), images(), "set-train"), before)
+
+
+def test_a_cut_extraction_goes_on_where_it_was(cache: FeatureCache) -> None:
+    model, source = encoder(), cut_source()
+    with pytest.raises(ValueError, match="image 13 is torn"):
+        cache.features(model, source, "set-train")
+    assert not list(cache.root.glob("*/*.safetensors"))
+    source.whole, source.reads = True, 0
+    features = cache.features(model, source, "set-train")
+    assert source.reads == 23 - 8  # the third batch was still on its way
+    expected = extract_features(model.model, images(), model.transform, batch_size=4)
+    np.testing.assert_array_equal(features, expected)
+    assert not [path for path in cache.root.glob("*/.*") if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("damage", ["no mark", "mark", "header", "short"])
+def test_what_a_cut_left_is_not_trusted_where_it_is_damaged(
+    cache: FeatureCache, damage: str
+) -> None:
+    model, source = encoder(), cut_source()
+    with pytest.raises(ValueError, match="torn"):
+        cache.features(model, source, "set-train")
+    (part,), (mark,) = cache.root.glob("*/.*.part"), cache.root.glob("*/.*.rows")
+    assert mark.read_text() == "8"
+    if damage == "no mark":
+        mark.unlink()
+    elif damage == "mark":
+        mark.write_text("1x")
+    elif damage == "header":
+        part.write_bytes(part.read_bytes().replace(b"num_images", b"num_imagez"))
+    else:
+        part.write_bytes(part.read_bytes()[:-10])
+    source.whole, source.reads = True, 0
+    features = cache.features(model, source, "set-train")
+    assert source.reads == (23 - 7 if damage == "short" else 23)
+    expected = extract_features(model.model, images(), model.transform, batch_size=4)
+    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+
+
+KILLED = """
+import sys, time
+import numpy as np
+from pathlib import Path
+from trex_models.data.sources import ArraySource
+from trex_models.transfer import cache
+from trex_models.transfer.encoders import load
+
+class Slow(ArraySource):
+    def read(self, index):
+        if index == 20:
+            print("ready", flush=True)
+            time.sleep(60)
+        return super().read(index)
+
+cache._MARK_SECONDS = 0.0
+pixels = np.random.default_rng(0).integers(0, 256, (23, 40, 50, 3), dtype=np.uint8)
+source = Slow(pixels, np.arange(23) % 2, ["a", "b"])
+kept = cache.FeatureCache(root=Path(sys.argv[1]), batch_size=4)
+kept.features(load("test_resnet", untrained=True), source, "set-train")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_extraction_goes_on_from_its_last_mark(cache: FeatureCache) -> None:
+    command = [sys.executable, "-c", KILLED, str(cache.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGKILL)
+    model, source = encoder(), cut_source()
+    source.whole = True
+    features = cache.features(model, source, "set-train")
+    # The host is a batch behind the loader; what was marked is whole batches.
+    assert source.reads in (23 - 16, 23 - 12)
+    expected = extract_features(model.model, images(), model.transform, batch_size=4)
+    np.testing.assert_array_equal(features, expected)
+
+
+def variants() -> Iterator[tuple[str, Encoder, ArraySource]]:
+    yield "weights", encoder(seed=1), images()
+    yield "preprocessing", encoder(prepare="validation"), images()
+    yield "precision", encoder(precision="bf16"), images()
+    yield "images", encoder(), images(seed=1)
+    yield "number", encoder(), images(22)
+    plain = encoder()
+    modules = nn.Sequential(plain.model, nn.Tanh())
+    yield "modules", replace(plain, model=modules), images()
+
+
+@pytest.mark.parametrize("case", list(variants()), ids=lambda case: case[0])
+def test_other_features_have_other_files(
+    cache: FeatureCache, case: tuple[str, Encoder, ArraySource]
+) -> None:
+    _, other, source = case
+    first = cache.features(encoder(), images(), "set-train")
+    second = cache.features(other, source, "set-train")
+    assert len(list(cache.root.glob("*/*.safetensors"))) == 2
+    assert first.shape != second.shape or not np.array_equal(first, second)
+
+
+def test_labels_and_names_do_not_matter_but_list_and_dtype_do(cache: FeatureCache) -> None:
+    cache.features(encoder(), images(), "set-train")
+    half = replace(cache, dtype="float16")
+    rounded = half.features(encoder(), images(), "set-train")
+    assert rounded.dtype == np.float16
+    exact = cache.features(encoder(), images(), "set-train")
+    assert exact.dtype == np.float32
+    np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+
+
+def test_the_same_names_with_other_files_are_other_images(
+    cache: FeatureCache, tmp_path: Path
+) -> None:
+    for index, side in enumerate((20, 30)):
+        for name in ("a", "b"):
+            folder = tmp_path / str(index) / name
+            folder.mkdir(parents=True)
+            pixels = np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "image.png")
+    sources = [FolderSource(tmp_path / str(index)) for index in range(2)]
+    assert sources[0].digest() == sources[1].digest()
+    first, second = (cache.features(encoder(), source, "set-train") for source in sources)
+    assert not np.array_equal(first, second)
+    shutil.move(tmp_path / "1", tmp_path / "moved")
+    moved = cache.features(encoder(), FolderSource(tmp_path / "moved"), "set-train")
+    np.testing.assert_array_equal(moved, second)
+    assert len(list(cache.root.glob("*/*.safetensors"))) == 2
+
+
+def test_features_of_other_weights_under_this_name_are_refused(cache: FeatureCache) -> None:
+    cache.features(encoder(), images(), "set-train")
+    (path,) = cache.root.glob("*/*.safetensors")
+    cache.features(encoder(seed=1), images(), "set-train")
+    (other,) = set(cache.root.glob("*/*.safetensors")) - {path}
+    shutil.copy(other, path)
+    with pytest.raises(ValueError, match=r"holds other features .*weights_sha256 differs.* delete"):
+        cache.features(encoder(), images(), "set-train")
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="its header differs"):
+        cache.features(encoder(), images(), "set-train")
+
+
+def test_a_file_that_is_not_whole_is_refused(cache: FeatureCache) -> None:
+    cache.features(encoder(), images(), "set-train")
+    (path,) = cache.root.glob("*/*.safetensors")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="bytes long, not .* not whole; delete it"):
+        cache.features(encoder(), images(), "set-train")
+
+
+def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.mean((2, 3))
+            bad = torch.arange(len(x))[:, None] == 2
+            return torch.where(bad, torch.nan, rows)
+
+    plain = encoder()
+    model = Broken()
+    facts = {**plain.facts, "weights_sha256": weights_digest(model), "num_features": 3}
+    broken = replace(plain, model=model, facts=facts)
+    with pytest.raises(ValueError, match=r"not finite for a image 2 \(fp32.*--precision fp32"):
+        cache.features(broken, images(), "set-train")
+    assert not list(cache.root.glob("*/*.safetensors"))
+
+
+def test_float16_that_overflows_is_told(cache: FeatureCache) -> None:
+    class Large(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e6 + x.mean((2, 3))
+
+    plain = encoder()
+    facts = {**plain.facts, "num_features": 3}
+    large = replace(plain, model=Large(), facts=facts)
+    with pytest.raises(ValueError, match="kept as float16.*--cache-dtype float32"):
+        replace(cache, dtype="float16").features(large, images(), "set-train")
+    assert np.isfinite(cache.features(large, images(), "set-train")).all()
+
+
+def test_a_full_disk_is_told_before_hours_are_spent(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def almost_full(_: Path) -> Any:
+        return shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    source = cut_source()
+    with pytest.raises(ValueError, match=r"0\.0 GB left, but .* need 0\.0 GB: free some"):
+        cache.features(encoder(), source, "set-train")
+    assert source.reads == 0
+
+
+def test_what_another_process_extracts_is_waited_for(
+    cache: FeatureCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = cache.features(encoder(), images(), "set-train")
+    (path,) = cache.root.glob("*/*.safetensors")
+    aside = path.rename(path.with_suffix(".aside"))
+    source = cut_source()
+    lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            features = pool.submit(cache.features, encoder(), source, "set-train")
+            while "waiting for another process" not in capsys.readouterr().out:
+                assert not features.done()
+                time.sleep(0.01)
+            aside.rename(path)
+        np.testing.assert_array_equal(features.result(), expected)
+    assert source.reads == 0
+
+
+def test_unknown_dtypes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of float32, float16, not 'int8'"):
+        FeatureCache(root=tmp_path, dtype="int8")

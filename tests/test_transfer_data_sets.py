@@ -1,0 +1,452 @@
+"""The transfer data sets, on small replicas of their layouts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+
+from tests import replicas
+from tests.replicas import REPLICAS, Files, Parts, cog_lists, folders, touch, write
+from trex_models.data.file_list import FileSource
+from trex_models.data.sources import Source
+from trex_models.demo import tasks
+from trex_models.train.config import demo
+from trex_models.transfer import readers
+from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
+
+ON_DISK = sorted(REPLICAS)
+
+
+@pytest.fixture(autouse=True)
+def _replicas_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "EUROSAT_TEST_PER_CLASS", 2)
+    # torchvision looks at the MD5 of the published lists of Flowers-102.
+    monkeypatch.setattr(
+        torchvision.datasets.flowers102, "check_integrity", lambda path, _md5: Path(path).exists()
+    )
+
+
+def small(name: str, parts: Parts) -> DataSet:
+    """Return a data set that promises the replica's sizes."""
+    train, test = parts
+    return replace(
+        DATA_SETS[name],
+        num_classes=len(set(train.values())),
+        num_train=len(train),
+        num_test=len(test),
+    )
+
+
+def files(source: Source, root: Path) -> Files:
+    """Return path below the data root -> class of all images of a source."""
+    names = [str(Path(source.name(i)).relative_to(root)) for i in range(len(source))]
+    assert len(set(names)) == len(names)
+    return {
+        name: source.classes[label]
+        for name, label in zip(names, source.labels.tolist(), strict=True)
+    }
+
+
+def own(path: Path) -> DataSet:
+    (data_set,) = select(f"mine={path}")
+    return data_set
+
+
+def refused(data_set: DataSet, root: Path) -> str:
+    with pytest.raises(ValueError, match=f"^{data_set.name}: .*; needed") as caught:
+        open_checked(data_set, root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_each_part_has_its_files_and_labels(tmp_path: Path, name: str) -> None:
+    expected = REPLICAS[name](tmp_path)
+    train, test = open_checked(small(name, expected), tmp_path)
+    assert (files(train, tmp_path), files(test, tmp_path)) == expected
+    assert train.read(0).shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_digests_are_those_of_the_content_and_not_of_the_place(tmp_path: Path, name: str) -> None:
+    expected = REPLICAS[name](tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two" / "three")
+    here, there = (
+        open_checked(small(name, expected), tmp_path / root) for root in ("one", "two/three")
+    )
+    digests = [part.digest() for part in here]
+    assert digests == [part.digest() for part in there]
+    assert len(set(digests)) == 2
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_missing_data_set_is_told_with_its_layout_and_home(tmp_path: Path, name: str) -> None:
+    message = refused(DATA_SETS[name], tmp_path)
+    assert message.startswith(f"{name}: ")
+    assert f"needed below {tmp_path}: {DATA_SETS[name].layout}; from " in message
+    assert message.endswith(DATA_SETS[name].home)
+    assert "You can use" not in message
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_wrong_size_is_told(tmp_path: Path, name: str) -> None:
+    expected = REPLICAS[name](tmp_path)
+    right = small(name, expected)
+    count = len(expected[0])
+    for wrong, what in (
+        (replace(right, num_train=count + 1), rf"{count} training images where {count + 1} are"),
+        (replace(right, num_train=(1, count - 1)), rf"where 1 to {count - 1} are expected: .*more"),
+        (replace(right, num_test=len(expected[1]) - 1), "test images where .*remove what was"),
+        (replace(right, num_classes=1234), "classes where 1234 are expected: it is incomplete"),
+    ):
+        assert re.search(what, refused(wrong, tmp_path))
+    assert DATA_SETS[name].layout in refused(wrong, tmp_path)
+
+
+@pytest.mark.parametrize("name", ON_DISK)
+def test_a_listed_file_that_is_not_there_is_told(tmp_path: Path, name: str) -> None:
+    expected = REPLICAS[name](tmp_path)
+    victim = sorted(expected[1])[-1]
+    (tmp_path / victim).write_bytes(b"")
+    message = refused(small(name, expected), tmp_path)
+    assert re.search(f"1 of .* missing or empty, the first is .*{re.escape(victim)}", message)
+
+
+def test_groups() -> None:
+    assert len(GROUPS["transfer"]) == 15
+    assert GROUPS["paper"] == ("imagenet", *GROUPS["transfer"])
+    assert set(GROUPS["paper"]) == set(REPLICAS)
+    assert {*GROUPS["paper"], *GROUPS["offline"]} == set(DATA_SETS)
+    assert set(GROUPS["small"]) < set(GROUPS["transfer"])
+    for name in GROUPS["paper"]:
+        fits = "logistic" if name in GROUPS["small"] else "sgd"
+        assert DATA_SETS[name].classifier == fits
+    for name, data_set in DATA_SETS.items():
+        assert data_set.name == name
+
+
+def test_published_numbers_add_up() -> None:
+    def total(name: str) -> int:
+        data_set = DATA_SETS[name]
+        assert isinstance(data_set.num_train, int)
+        assert data_set.num_test is not None
+        return data_set.num_train + data_set.num_test
+
+    assert total("aircraft") == 100 * 100
+    assert total("cars196") == 16185
+    assert total("dtd") == 47 * 120
+    assert total("eurosat") == 27000
+    assert total("flowers") == 8189
+    assert total("pets") == 7349
+    assert total("food101") == 101 * 1000
+    assert total("sun397") == 397 * 100
+    assert total("inat2018") == 461939
+    assert total("inat2019") == 268243
+
+
+# What is chosen.
+
+
+def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
+    chosen = select(f"pets, small,mine={tmp_path},pets,mine={tmp_path},")
+    others = [name for name in GROUPS["small"] if name != "pets"]
+    assert [data_set.name for data_set in chosen] == ["pets", *others, "mine"]
+    assert chosen[-1].classifier is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "pets,aircaft",
+            r"no data set is called 'aircaft' \(do you mean aircraft\?\); there are im",
+        ),
+        (
+            "xyz",
+            r"'xyz'; there are imagenet, .*groups paper, transfer, small, offline, and NAME=PA",
+        ),
+        ("mine=/a,mine=/b", "mine is /a and /b; give one"),
+        ("pets=/a", "pets=/a: 'pets' is taken or no name"),
+        ("small=/a", "'small' is taken"),
+        ("a/b=/a", "'a/b' is taken or no name; choose one of letters"),
+        ("=/a", "'' is taken or no name"),
+        ("mine=", "mine= lacks the path"),
+        (" , ", "no data set is named; there are"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select(text)
+
+
+# Divisions that are ours.
+
+
+def test_eurosats_division_of_a_class_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    _, expected = replicas.eurosat(tmp_path)
+    touch(tmp_path, [f"eurosat/2750/Lake/Lake_{i}.jpg" for i in range(4)])
+    touch(tmp_path, [f"eurosat/2750/Alp/Alp_{i}.jpg" for i in range(7)])
+    _, test = DATA_SETS["eurosat"].open(tmp_path)
+    found = files(test, tmp_path)
+    assert expected.items() <= found.items()
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("second", ["test", "val"])
+def test_own_folders_in_two_parts(tmp_path: Path, second: str) -> None:
+    train, test = folders(tmp_path, "train", 3), folders(tmp_path, second, 1)
+    found = open_checked(own(tmp_path), Path("/elsewhere"))
+    assert [files(part, tmp_path) for part in found] == [train, test]
+
+
+def test_own_folders_named_test_come_before_val(tmp_path: Path) -> None:
+    folders(tmp_path, "train", 3)
+    test = folders(tmp_path, "test", 2)
+    folders(tmp_path, "val", 1)
+    assert files(open_checked(own(tmp_path), tmp_path)[1], tmp_path) == test
+
+
+def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("train", 3)):
+        folders(tmp_path, "mine", count, [name])
+    train, test = open_checked(own(path), tmp_path)
+    assert np.bincount(test.labels).tolist() == [1, 2, 3, 1]
+    assert np.bincount(train.labels).tolist() == [3, 8, 10, 2]
+    assert not set(files(train, path)) & set(files(test, path))
+
+
+def test_undivided_folders_are_divided_the_same_wherever_they_are(tmp_path: Path) -> None:
+    folders(tmp_path, "one", 10)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    folders(tmp_path, "two", 3, ["aardvark"])
+    one, two = (
+        files(open_checked(own(tmp_path / name), tmp_path)[1], tmp_path / name)
+        for name in ("one", "two")
+    )
+    assert one.items() < two.items()
+
+
+def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
+    message = refused(own(tmp_path / "absent"), tmp_path)
+    assert message.startswith(f"mine: {tmp_path}/absent is no folder")
+    assert message.endswith(f"or {tmp_path}/absent/CLASS alone")
+    folders(tmp_path, "train", 2)
+    assert "1 class folders" in refused(own(tmp_path), tmp_path)
+    folders(tmp_path, "test", 2, ["ant", "bee", "dog"])
+    assert "(one part alone has cow, dog)" in refused(own(tmp_path), tmp_path)
+
+
+def test_a_class_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
+    folders(tmp_path, "train", 2)
+    folders(tmp_path, "train", 1, ["dog", "emu"])
+    folders(tmp_path, "test", 1, [*replicas.CLASSES, "dog", "emu"])
+    message = refused(own(tmp_path), tmp_path)
+    assert "2 classes have fewer than 2 training images" in message
+    assert "the first is dog; add images" in message
+
+
+def test_an_image_of_both_parts_is_told(tmp_path: Path) -> None:
+    paths = ["a.jpg", "b.jpg"]
+    touch(tmp_path, paths)
+
+    def opened(root: Path) -> tuple[Source, Source]:
+        train = FileSource(root, [*paths, *paths], [0, 1, 0, 1], ["x", "y"])
+        return train, FileSource(root / "..", [f"{root.name}/b.jpg", "c.jpg"], [1, 0], ["x", "y"])
+
+    twice = replace(own(tmp_path), open=opened)
+    assert "missing or empty" in refused(twice, tmp_path)
+    same = replace(
+        twice, open=lambda root: (opened(root)[0], FileSource(root, ["b.jpg"], [1], ["x", "y"]))
+    )
+    assert re.search(r"1 files are among .*b\.jpg; list each once", refused(same, tmp_path))
+
+
+# Lists that may lie or look otherwise.
+
+
+def test_flat_validation_images_of_imagenet_are_told_how_to_sort(tmp_path: Path) -> None:
+    expected = replicas.imagenet(tmp_path)
+    shutil.rmtree(tmp_path / "imagenet" / "val")
+    touch(tmp_path, ["imagenet/val/ILSVRC2012_val_00000001.JPEG"])
+    message = refused(small("imagenet", expected), tmp_path)
+    assert "0 class folders" in message
+    assert "torchvision.datasets.ImageNet(ROOT, 'val') sorts them" in message
+
+
+@pytest.mark.parametrize("place", ["SUN397", ".", "Partitions"])
+def test_lists_of_sun397_may_lie_beside_it(tmp_path: Path, place: str) -> None:
+    expected = replicas.sun397(tmp_path)
+    (tmp_path / place).mkdir(exist_ok=True)
+    for path in (tmp_path / "SUN397" / "Partitions").iterdir():
+        shutil.move(path, tmp_path / place)
+    train, test = open_checked(small("sun397", expected), tmp_path)
+    assert (files(train, tmp_path), files(test, tmp_path)) == expected
+    (tmp_path / place / "Testing_01.txt").unlink()
+    assert "Testing_01.txt is missing" in refused(DATA_SETS["sun397"], tmp_path)
+
+
+def test_torchvisions_name_of_inaturalists_folder(tmp_path: Path) -> None:
+    expected = replicas.inaturalist(tmp_path, 2018)
+    train, _ = open_checked(small("inat2018", expected), tmp_path)
+    assert train.classes == ["Bos taurus", "Formica rufa", "Apis mellifera"]  # by id
+    digest = train.digest()
+    (tmp_path / "inat2018" / "train_val2018").rename(tmp_path / "inat2018" / "2018")
+    train, _ = open_checked(small("inat2018", expected), tmp_path)
+    assert files(train, tmp_path) == {
+        path.replace("train_val2018", "2018"): name for path, name in expected[0].items()
+    }
+    assert train.digest() == digest
+
+
+@pytest.mark.parametrize("name", ["dtd", "food101"])
+def test_lists_of_different_classes_are_told(tmp_path: Path, name: str) -> None:
+    expected = REPLICAS[name](tmp_path)
+    if name == "dtd":
+        write(tmp_path / "dtd" / "dtd" / "labels" / "val1.txt", "bee/x.jpg", "cow/x.jpg")
+    else:
+        write(tmp_path / "food-101" / "meta" / "test.json", '{"bee": ["bee/x"]}')
+    assert "list different classes" in refused(small(name, expected), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "text", "message"),
+    [
+        ("inat2019", "inat2019/val2019.json", "{", r"val2019\.json is no JSON \(Expecting"),
+        ("inat2019", "inat2019/val2019.json", "{}", "KeyError: 'categories'"),
+        ("aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "x Y", "KeyError: 'Y'"),
+        ("cars196", "stanford_cars/devkit/cars_meta.mat", "torn", "MatReadError: "),
+        ("pets", "oxford-iiit-pet/annotations/test.txt", "x y", "invalid literal"),
+        ("sun397", "SUN397/ClassName.txt", "/b/barn", "KeyError: 'a/abbey'"),
+        ("cog-l2", "cog/levels.json", "[[], []]", r"levels\.json has 2 levels, not 5"),
+        ("cog-l2", "cog/splits.json", "{}", r"splits\.json has no lists .*concept n20000001"),
+    ],
+)
+def test_damaged_lists_are_told(
+    tmp_path: Path, name: str, path: str, text: str, message: str
+) -> None:
+    expected = REPLICAS[name](tmp_path)
+    (tmp_path / path).write_text(text)
+    told = refused(small(name, expected), tmp_path)
+    assert re.search(message, told)
+    assert DATA_SETS[name].layout in told
+
+
+# The lists of CoG.
+
+LEVELS, SPLITS = cog_lists()
+LEVEL_SHAPES: dict[str, Any] = {
+    "lists": LEVELS,
+    "tuples of arrays": tuple(np.array(names) for names in LEVELS),
+    "arrays of objects": [np.array(names, dtype=object) for names in LEVELS],
+    "sets": [set(names) for names in LEVELS],
+    "level -> concepts": {f"L{i}": names for i, names in reversed([*enumerate(LEVELS, 1)])},
+    "number -> concepts": dict(enumerate(LEVELS)),
+    "concept -> level": {name: str(i) for i, names in enumerate(LEVELS, 1) for name in names},
+    "concept -> number": {name: i for i, names in enumerate(LEVELS) for name in names},
+    "bytes": [[name.encode() for name in names] for names in LEVELS],
+}
+SPLIT_SHAPES: dict[str, Any] = {
+    "concept -> train, test": SPLITS,
+    "concept -> train, val": {
+        c: {"train": s["train"], "val": s["test"]} for c, s in SPLITS.items()
+    },
+    "concept -> pair": {c: (s["train"], s["test"]) for c, s in SPLITS.items()},
+    "part -> concept": {p: {c: s[p] for c, s in SPLITS.items()} for p in ("train", "test")},
+    "with folders": {
+        c: {p: [f"{c}/{name}" for name in names] for p, names in s.items()}
+        for c, s in SPLITS.items()
+    },
+    "arrays": {c: {p: np.array(names) for p, names in s.items()} for c, s in SPLITS.items()},
+}
+
+
+def save_lists(
+    root: Path, levels: Any, splits: Any, protocol: int = pickle.DEFAULT_PROTOCOL
+) -> None:
+    for path in (root / "cog").iterdir():
+        path.unlink()
+    for stem, content in (("levels", levels), ("splits", splits)):
+        (root / "cog" / f"{stem}.pkl").write_bytes(pickle.dumps(content, protocol))
+
+
+@pytest.mark.parametrize("levels", LEVEL_SHAPES)
+@pytest.mark.parametrize("splits", SPLIT_SHAPES)
+def test_shapes_of_cogs_lists(tmp_path: Path, levels: str, splits: str) -> None:
+    expected = replicas.cog(tmp_path, 4)
+    save_lists(tmp_path, LEVEL_SHAPES[levels], SPLIT_SHAPES[splits])
+    train, test = open_checked(small("cog-l4", expected), tmp_path)
+    assert (files(train, tmp_path), files(test, tmp_path)) == expected
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("levels", ["sets", "bytes", "tuples of arrays", "arrays of objects"])
+def test_pickles_of_every_protocol(tmp_path: Path, protocol: int, levels: str) -> None:
+    expected = replicas.cog(tmp_path, 1)
+    save_lists(tmp_path, LEVEL_SHAPES[levels], SPLIT_SHAPES["arrays"], protocol)
+    train, _ = open_checked(small("cog-l1", expected), tmp_path)
+    assert files(train, tmp_path) == expected[0]
+
+
+class Payload:
+    def __init__(self, call: Callable[..., object], *arguments: object) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [(os.system, "system"), (eval, "eval"), (np.load, "load"), (getattr, "getattr")],
+)
+def test_a_pickle_that_asks_for_anything_else_is_refused(
+    tmp_path: Path, call: Callable[..., object], name: str, protocol: int
+) -> None:
+    expected = replicas.cog(tmp_path, 1)
+    done = tmp_path / "done"
+    argument = f"touch {done}" if call is os.system else f"open({str(done)!r}, 'w')"
+    save_lists(tmp_path, LEVELS, [SPLITS, Payload(call, argument)], protocol)
+    message = refused(small("cog-l1", expected), tmp_path)
+    assert re.search(rf"splits\.pkl cannot be read: it asks for \w[\w.]*\.{name}, ", message)
+    assert not done.exists()
+
+
+def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:
+    expected = replicas.cog(tmp_path, 1)
+    (tmp_path / "cog" / "levels.pkl").write_bytes(b"\x80\x04torn")
+    assert "2 files levels.*" in refused(small("cog-l1", expected), tmp_path)
+    (tmp_path / "cog" / "levels.json").unlink()
+    assert "levels.pkl cannot be read: " in refused(small("cog-l1", expected), tmp_path)
+    (tmp_path / "cog" / "levels.pkl").unlink()
+    assert "no files levels.*" in refused(small("cog-l1", expected), tmp_path)
+
+
+# Sets that need no download.
+
+
+def test_offline_sets_are_the_demos() -> None:
+    chosen = select("offline")
+    opened = [open_checked(data_set, Path("/absent")) for data_set in chosen]
+    expected = tasks(demo())
+    assert len(opened) == len(expected) == 4
+    for (train, test), task in zip(opened, expected, strict=True):
+        assert (train.digest(), test.digest()) == (task.train.digest(), task.test.digest())
+
+
+def test_an_offline_set_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    message = refused(DATA_SETS["digits"], Path("/absent"))
+    assert "needs scikit-learn: pip install trex-models[transfer]" in message

@@ -1,0 +1,177 @@
+"""Models as encoders: found by name, prepared as asked, told apart by their weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from trex_models.data.centre_crops import PROTOCOLS
+from trex_models.data.sources import ArraySource
+from trex_models.evaluation.features import extract_features
+from trex_models.transfer.encoders import calibrated, load, weights_digest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as a timm folder, with a classifier and a normalisation of its own."""
+    torch.manual_seed(3)
+    model = timm.create_model("resnet10t", num_classes=5, channels=(8, 16, 24, 32))
+    path = tmp_path_factory.mktemp("models") / "small"
+    config = {
+        "pretrained_cfg": {
+            **vars(model)["pretrained_cfg"],
+            "input_size": [3, 48, 48],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+            "crop_pct": 0.9,
+            "interpolation": "bilinear",
+            "license": "apache-2.0",
+        }
+    }
+    args = {"channels": [8, 16, 24, 32]}
+    save_for_hf(model, str(path), model_config=config, model_args=args, safe_serialization=True)
+    return path
+
+
+def test_a_folder_is_loaded_without_its_classifier_and_normalised_its_own_way(folder: Path) -> None:
+    encoder = load(str(folder))
+    assert encoder.num_features == 32
+    assert encoder.facts["architecture"] == "resnet10t"
+    assert encoder.facts["license"] == "apache-2.0"
+    assert encoder.transform.size == (48, 48)
+    assert encoder.transform.mean == (0.1, 0.2, 0.3)
+    assert encoder.transform.std == (0.4, 0.5, 0.6)
+    assert (encoder.transform.crop_pct, encoder.transform.interpolation) == (1.0, "bicubic")
+    weights = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    for name, tensor in weights.state_dict().items():
+        assert torch.equal(encoder.model.state_dict()[name], tensor), name
+    assert not encoder.model.training
+
+
+def test_preprocessing_is_chosen_by_name(folder: Path) -> None:
+    validation = load(str(folder), prepare="validation").transform
+    assert (validation.crop_pct, validation.interpolation) == (0.875, "bilinear")
+    own = load(str(folder), prepare="model").transform
+    assert (own.crop_pct, own.interpolation) == (0.9, "bilinear")
+    for prepare, protocol in PROTOCOLS.items():
+        transform = load("trex_resnet50", untrained=True, prepare=prepare).transform
+        assert asdict(transform) == asdict(protocol)
+
+
+def test_a_finished_run_stands_for_its_backbone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
+    encoder = load(str(tmp_path / "run"))
+    assert encoder.facts["source"] == str(tmp_path / "run" / "export" / "backbone")
+    assert encoder.identity() == load(f"local-dir:{folder}").identity()
+
+
+def test_weights_are_told_apart_by_content_and_by_nothing_else(folder: Path) -> None:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    digest = weights_digest(model)
+    assert weights_digest(model.to(memory_format=torch.channels_last)) == digest
+    next(model.parameters()).data[0, 0, 0, 0] += 1e-6
+    assert weights_digest(model) != digest
+    one, two = (nn.ParameterDict({name: torch.zeros(2)}) for name in "ab")
+    assert weights_digest(one) != weights_digest(two)
+    half, whole = (nn.ParameterDict({"a": torch.zeros(2, dtype=d)}) for d in (torch.bfloat16, None))
+    assert weights_digest(half) != weights_digest(whole)
+
+
+def test_random_weights_are_seeded_and_residual_branches_count() -> None:
+    first, again, other = (
+        load("resnet18", untrained=True, seed=seed).facts["weights_sha256"] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    model = load("resnet18", untrained=True).model
+    assert dict(model.named_parameters())["layer1.0.bn2.weight"].abs().sum() > 0
+
+
+def test_calibration_gives_batchnorm_the_images_statistics() -> None:
+    encoder = load("test_resnet", untrained=True)
+    before = encoder.facts["weights_sha256"]
+    pixels = np.random.default_rng(0).integers(0, 100, (64, 40, 40, 3), dtype=np.uint8)
+    source = ArraySource(pixels, np.zeros(64, int), ["a"])
+    after = calibrated(encoder, source, "dark noise")
+    assert after.facts["weights_sha256"] != before
+    assert after.facts["weights_sha256"] == weights_digest(after.model)
+    assert after.facts["batchnorm"] == "statistics of 64 training images of dark noise"
+    assert not after.model.training
+    stem = extract_features(after.model.get_submodule("conv1"), source, after.transform)
+    channels = torch.from_numpy(stem).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(
+        after.model.get_buffer("bn1.running_mean"), channels.mean(1), rtol=1e-3, atol=1e-3
+    )
+    twin = calibrated(load("test_resnet", untrained=True), source, "dark noise")
+    assert twin.identity() == after.identity()
+
+
+def test_pixels_are_an_encoder() -> None:
+    encoder = load("pixels")
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    source = ArraySource([image, image], [0, 0], ["a"])
+    features = extract_features(encoder.model, source, encoder.transform)
+    assert features.shape == (2, encoder.num_features)
+    expected = image.transpose(2, 0, 1).reshape(-1) / 255
+    np.testing.assert_allclose(features[0], expected, rtol=1e-6)
+    assert encoder.facts["parameters"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet5O", "timm knows no model of this name; the nearest names are .*resnet50"),
+        ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
+        ("./no/such/folder", "no such folder with a config.json"),
+        ("no/such/folder", "no such folder with a config.json"),
+        (
+            "resnet200",
+            "resnet200 cannot be loaded: No pretrained weights .*; --untrained evaluates",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        data = (folder / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2] if "model" in name else data)
+    with pytest.raises(ValueError, match=f"--model {tmp_path} cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = {"channels": [8, 16, 24, 40]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"--model {tmp_path} cannot be loaded"):
+        load(str(tmp_path))
+
+
+def test_wrong_choices_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="preprocessing must be one of validation, transfer, model"
+    ):
+        load("pixels", prepare="centre")
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+        load("pixels", precision="int8")
+    with pytest.raises(ValueError, match="--device tpu9 is no device of torch"):
+        load("test_resnet", untrained=True, device="tpu9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_said() -> None:
+    with pytest.raises(ValueError, match="--device cuda cannot be used"):
+        load("test_resnet", untrained=True, device="cuda")

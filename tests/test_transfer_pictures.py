@@ -1,0 +1,297 @@
+"""Pictures of reports: what is drawn and said, not its pixels."""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trex_models.transfer import pictures
+from trex_models.transfer.canvas import PALETTE
+from trex_models.transfer.published import PAPER_13_SETS, PUBLISHED, RELEASED_15_SETS
+
+SETS = ("digits", "flowers", "pets")
+
+
+def report(label: str, score: float = 1.0, sets: tuple[str, ...] = SETS) -> dict[str, Any]:
+    """What a model with everything on leaves behind; trained on imagenet."""
+    top1 = 1 / (1 + np.exp(-score))
+    data_sets: dict[str, Any] = {}
+    for index, name in enumerate((*sets, "imagenet")):
+        mean = top1 - 0.01 * index
+        data_sets[name] = {
+            "title": name.title(),
+            "top1": {"mean": mean, "test_interval": [mean - 0.02, mean + 0.01]},
+            "knn": {"top1": mean - 0.1},
+            "analyses": {
+                "train": {
+                    "coding_length": 100.0 * score + index,
+                    "singular_values": [0.5, 0.25 * score, 0.0],
+                    "sparsity": 0.25,
+                    "within_class_distance": 0.2,
+                    "between_class_distance": 0.5,
+                }
+            },
+        }
+    transfer = {"mean_log_odds": score, "interval": [score - 0.1, score + 0.2]}
+    return {
+        "model": {"name": label, "label": label},
+        "training_task": "imagenet",
+        "data_sets": data_sets,
+        "transfer": {**transfer, "data_sets": list(sets)},
+    }
+
+
+def texts(figure: Any) -> list[str]:
+    axis = figure.axes[0]
+    legends = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return [text.get_text() for text in axis.texts] + legends
+
+
+def axes(figure: Any) -> list[Any]:
+    return list(figure.axes)
+
+
+def points(axis: Any, hollow: bool = False) -> list[tuple[float, float]]:
+    return [
+        (float(x), float(y))
+        for line in axis.lines
+        if line.get_marker() == "o" and (line.get_markerfacecolor() == "none") == hollow
+        for x, y in line.get_xydata()
+    ]
+
+
+def heights(axis: Any) -> list[float]:
+    return [float(bar.get_height()) for bar in axis.patches]
+
+
+def marks(axis: Any) -> list[float]:
+    """Where the black marks stand, without their white edges."""
+    return [
+        float(segment[0, 1])
+        for lines in axis.collections
+        if (lines.get_color()[0, :3] == 0).all()
+        for segment in lines.get_segments()
+    ]
+
+
+def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
+    one, two = report("one", 1.0), report("two $x_1$", -0.5)
+    figure = pictures.scatter([one, two])
+    (axis,) = axes(figure)
+    x = [100 * r["data_sets"]["imagenet"]["top1"]["mean"] for r in (one, two)]
+    np.testing.assert_allclose(points(axis), [(x[0], 1.0), (x[1], -0.5)])
+    ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
+    np.testing.assert_allclose(ends[0], [[x[0] - 2, 1.0], [x[0] + 1, 1.0]])
+    np.testing.assert_allclose(ends[1], [[x[0], 0.9], [x[0], 1.2]])
+    assert texts(figure) == [
+        *("one", "two $x_1$", "95 % interval, test images", "95 % interval, seeds")
+    ]
+    assert axis.get_xlabel() == "training task: top-1 accuracy on Imagenet, %"
+    assert axis.get_ylabel() == "transfer: mean log-odds over 3 data sets"
+
+
+def test_without_intervals_there_are_points_alone() -> None:
+    one = report("one")
+    one["transfer"]["interval"] = None
+    del one["data_sets"]["imagenet"]["top1"]["test_interval"]
+    figure = pictures.scatter([one])
+    assert texts(figure) == ["one"]
+    assert points(figure.axes[0])
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED))
+def test_authors_points_are_hollow_and_named(name: str) -> None:
+    figure = pictures.scatter([report("ours")], name)
+    authors = PUBLISHED[name]
+    expected = [(100 * point.top1, point.mean_log_odds) for point in authors.points]
+    np.testing.assert_allclose(points(figure.axes[0], hollow=True), expected)
+    found = texts(figure)
+    assert found[1 : 1 + len(expected)] == [point.name for point in authors.points]
+    assert f"authors' figures ({authors.title})" in found
+    assert f"{authors.num_data_sets} sets" in authors.title
+    note = f"Means over 3 and over the authors' {authors.num_data_sets} data sets do not compare."
+    assert figure.get_suptitle() == note
+
+
+def test_authors_means_over_as_many_sets_need_no_note() -> None:
+    sets = tuple(f"set{index}" for index in range(13))
+    assert pictures.scatter([report("ours", sets=sets)], "paper").get_suptitle() == ""
+
+
+def test_authors_figures_of_different_sets_stay_apart() -> None:
+    assert {len(PAPER_13_SETS.points), len(RELEASED_15_SETS.points)} == {7, 4}
+    assert [figures.num_data_sets for figures in PUBLISHED.values()] == [13, 13, 13, 15]
+    for figures in PUBLISHED.values():
+        assert all(0.7 < point.top1 < 0.81 for point in figures.points)
+        assert all(0.8 < point.mean_log_odds < 1.4 for point in figures.points)
+
+
+def test_models_without_both_scores_are_named_and_keep_their_colour() -> None:
+    alone, silent = report("alone"), report("silent")
+    alone["training_task"], silent["transfer"] = None, None
+    figure = pictures.scatter([alone, silent, report("whole")])
+    assert figure.get_suptitle() == "Without one of the scores: alone, silent"
+    (point,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert point.get_color() == PALETTE[2]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.3])
+def test_labels_cover_neither_each_other_nor_points(spread: float) -> None:
+    reports = [report(f"model number {index}", 1 + spread * index) for index in range(8)]
+    figure = pictures.scatter(reports, "paper" if spread else None)
+    (axis,) = axes(figure)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
+    places = axis.transData.transform(points(axis) + points(axis, hollow=True))
+    assert not any(box.contains(x, y) for box in boxes for x, y in places)
+    frame = axis.get_window_extent()
+    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    assert all(frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+
+
+def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
+    one, two = report("one", 1.0), report("two", 2.0)
+    figure = pictures.bars([one, two])
+    (axis,) = axes(figure)
+    expected = [100 * d["top1"]["mean"] for r in (one, two) for d in r["data_sets"].values()]
+    assert heights(axis) == pytest.approx(expected)
+    assert marks(axis) == pytest.approx([height - 10 for height in expected])
+    assert [text.get_text() for text in axis.get_xticklabels()] == [
+        *("Digits", "Flowers", "Pets", "Imagenet\n(training task)")
+    ]
+    assert texts(figure) == [*(f"{x:.1f}" for x in expected), "one", "two", "k-NN"]
+    assert [bar.get_facecolor() for bar in axis.patches[:4]] == [
+        axis.patches[0].get_facecolor()
+    ] * 4
+    assert axis.get_ylim()[0] == 0
+
+
+def test_a_model_without_a_data_set_leaves_a_gap() -> None:
+    one, two = report("one", sets=("digits",)), report("two", sets=("pets", "digits"))
+    one["data_sets"]["digits"]["knn"] = None
+    figure = pictures.bars([one, two])
+    (axis,) = axes(figure)
+    titles = ["Digits", "Imagenet\n(training task)", "Pets"]
+    assert [text.get_text() for text in axis.get_xticklabels()] == titles
+    assert (len(axis.patches), len(marks(axis))) == (5, 4)
+    centres = [round(bar.get_x() + bar.get_width() / 2) for bar in axis.patches]
+    assert centres == [0, 1, 0, 1, 2]
+
+
+def test_many_bars_take_several_rows_and_no_numbers() -> None:
+    sets = tuple(f"set{index}" for index in range(15))
+    figure = pictures.bars([report(str(index), sets=sets) for index in range(12)])
+    assert [len(axis.patches) for axis in figure.axes] == [72, 60, 60]
+    assert not any(axis.texts for axis in figure.axes)
+    colors = {bar.get_facecolor() for bar in figure.axes[0].patches}
+    assert len(colors) == 12
+
+
+def test_analyses_are_a_spectrum_and_three_panels() -> None:
+    figure = pictures.analyses([report("one", 1.0), report("two", 2.0)])
+    spectrum, length, sparsity, distance = axes(figure)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == [
+        "spectrum, Digits",
+        "coding length, nats",
+        "values that are zero, % (sparsity)",
+        "cosine distance within classes; marks: between classes",
+    ]
+    assert (spectrum.get_xscale(), spectrum.get_yscale()) == ("log", "log")
+    lines = [line.get_xydata().tolist() for line in spectrum.lines]
+    assert lines == [[[1, 0.5], [2, 0.25]], [[1, 0.5], [2, 0.5]]]  # zeros have no logarithm
+    assert heights(length) == [100, 101, 102, 103, 200, 201, 202, 203]
+    assert heights(sparsity) == [25] * 8
+    assert (heights(distance), marks(distance)) == ([0.2] * 8, [0.5] * 8)
+    assert {text.get_text() for text in distance.texts} == {"0.20"}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+
+
+def test_analyses_of_some_models_and_sets_alone() -> None:
+    one, two, three = report("one"), report("two"), report("three")
+    for found in one["data_sets"].values():
+        del found["analyses"]
+    for name in ("digits", "imagenet", "flowers"):
+        two["data_sets"][name]["analyses"] = {}
+    three["data_sets"] = {"pets": three["data_sets"]["pets"]}
+    figure = pictures.analyses([one, two, three])
+    assert figure.axes[0].get_title(loc="left") == "spectrum, Pets"
+    assert [line.get_color() for line in figure.axes[0].lines] == list(PALETTE[1:3])
+    assert heights(figure.axes[1]) == [102, 102]
+    chosen = pictures.analyses([report("one")], "imagenet").axes[0]
+    assert chosen.get_title(loc="left") == "spectrum, Imagenet"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "head"), [(".svg", b"<?xml"), (".PDF", b"%PDF"), (".png", b"\x89PNG")]
+)
+def test_the_suffix_chooses_the_format(tmp_path: Path, suffix: str, head: bytes) -> None:
+    path = tmp_path / f"picture{suffix}"
+    pictures.save(pictures.scatter([report("a name \u732b $x$")], "paper"), path)
+    assert path.read_bytes().startswith(head)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_fails_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "picture.png"
+    path.write_text("old")
+    figure = pictures.bars([report("one")])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        pictures.save(figure, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.jpg", "a.jpg must end in .png, .svg, .pdf"),
+        ("no/where.png", "no is not a folder; make it, or choose another"),
+    ],
+)
+def test_where_no_picture_can_be_written(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pictures.save(pictures.bars([report("one")]), tmp_path / name)
+
+
+def test_what_does_not_compare_is_refused() -> None:
+    one, other, fewer = report("one"), report("other"), report("fewer", sets=("digits", "cars"))
+    other["training_task"] = "digits"
+    with pytest.raises(ValueError, match="one was trained on imagenet, other on digits"):
+        pictures.scatter([one, other])
+    with pytest.raises(ValueError, match="one and fewer differ in cars, flowers, pets: evaluate"):
+        pictures.scatter([one, fewer])
+    one["training_task"] = "cars"
+    with pytest.raises(ValueError, match="no report has both scores.*evaluate a model on the data"):
+        pictures.scatter([one])
+    with pytest.raises(ValueError, match="one of paper, crops-1, crops-3, released, got 'them'"):
+        pictures.scatter([report("one")], "them")
+
+
+def test_nothing_to_draw() -> None:
+    bare: dict[str, Any] = {**report("one"), "data_sets": {}}
+    with pytest.raises(ValueError, match="no report has a data set to draw"):
+        pictures.bars([bare])
+    with pytest.raises(ValueError, match="no report has analyses to draw; make them with --analy"):
+        pictures.analyses([bare])
+    with pytest.raises(ValueError, match="of 'cars'; they are of digits, flowers, pets, imagenet"):
+        pictures.analyses([report("one")], "cars")
+
+
+def test_matplotlib_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install trex-models\[transfer\]"):
+        pictures.scatter([report("one")])

@@ -1,0 +1,279 @@
+"""The transfer protocol against scikit-learn, and what bounds its memory."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from trex_models.data.samples import digits
+from trex_models.evaluation import logistic
+from trex_models.evaluation.linear import Samples, Setting, accuracies, fit
+from trex_models.evaluation.splits import held_out
+from trex_models.transfer import protocol
+
+Task = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+CS = (1e-2, 1e-1, 1.0, 10.0)
+SETTINGS = (Setting(1e-6, 1e-6), Setting(1.0, 1e-6), Setting(10.0, 1e-6), Setting(10.0, 1e-4))
+SCORES: list[Callable[..., Any]] = [
+    partial(protocol.logistic_scores, seeds=[0], Cs=CS[1:2]),
+    partial(protocol.sgd_scores, seeds=[0], settings=SETTINGS[1:2], epochs=3, batch_size=50),
+    partial(protocol.knn_score, k=3),
+]
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """The pixels of digits; 300 to train on leave some errors."""
+    (x, y), (test_x, test_y) = (
+        (np.stack([source.read(i)[..., 0].ravel() for i in range(len(source))]), source.labels)
+        for source in digits(8)
+    )
+    rows = np.random.default_rng(0).permutation(len(x))[:300]
+    return x[rows] / np.float32(255), y[rows], test_x / np.float32(255), test_y
+
+
+def test_grids_are_logarithmic_and_span_the_papers_ranges() -> None:
+    cs = np.array(protocol.C_GRID)
+    assert len(cs) == 30
+    np.testing.assert_allclose(cs[[0, -1]], [1e-5, 1e6])
+    np.testing.assert_allclose(np.diff(np.log(cs)), np.log(1e11) / 29)
+    rates, decays = (sorted(set(values)) for values in zip(*protocol.SGD_GRID, strict=True))
+    assert len(protocol.SGD_GRID) == len(set(protocol.SGD_GRID)) == 30
+    np.testing.assert_allclose(rates, np.geomspace(0.1, 100, 6))
+    np.testing.assert_allclose(decays, np.geomspace(1e-12, 1e-4, 5))
+
+
+def test_facts_name_the_seeds_and_the_grid_in_place_of_trials() -> None:
+    found = protocol.facts([0, 1])
+    assert found["seeds"] == [0, 1]
+    assert "in place of the paper's 30 TPE trials" in found["note"]
+
+
+def top1(scored: Any) -> float:
+    return scored if isinstance(scored, float) else scored[0].top1
+
+
+def is_sklearns(found: float, strength: float, x: np.ndarray, y: np.ndarray, *test: Any) -> bool:
+    """Whether an accuracy is scikit-learn's, but for images that lie on a border."""
+    reference = LogisticRegression(C=strength, tol=1e-6, max_iter=2000).fit(x, y)
+    logits = np.sort(reference.decision_function(test[0]), axis=1)
+    on_border = logits[:, -1] - logits[:, -2] < 0.01 * np.abs(logits).max()
+    assert on_border.mean() < 0.1
+    return bool(abs(found - reference.score(*test)) <= on_border.mean() + 1e-9)
+
+
+def test_logistic_is_scikit_learns_for_the_chosen_c(task: Task) -> None:
+    x, y, test_x, test_y = task
+    choices = protocol.logistic_scores(*task, seeds=[0, 1], Cs=CS)
+    assert [choice.seed for choice in choices] == [0, 1]
+    for choice in choices:
+        mask = held_out(y, 0.2, choice.seed)
+        for strength, found in zip(CS, choice.curve, strict=True):
+            assert is_sklearns(found, strength, x[~mask], y[~mask], x[mask], y[mask])
+        best = choice.settings["C"]
+        assert choice.validation_top1 == max(choice.curve) == choice.curve[CS.index(best)]
+        assert is_sklearns(choice.top1, best, x, y, test_x, test_y)
+        assert choice.converged
+    assert choices[0].curve != choices[1].curve
+    assert 0.85 < choices[0].top1 < 0.97
+
+
+def test_smallest_c_wins_a_tie_and_one_fit_serves_all_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = np.repeat([0, 1, 2], 10)
+    features = np.eye(3, dtype=np.float32)[labels]
+    fitted, once = [], logistic.fit
+
+    def counted(x: Any, y: Any, C: float, **options: Any) -> Any:  # noqa: N803
+        fitted.append((len(x), C))
+        return once(x, y, C, **options)
+
+    monkeypatch.setattr(logistic, "fit", counted)
+    choices = protocol.logistic_scores(
+        features, labels, features, labels, seeds=[0, 1, 2], Cs=(0.1, 1.0, 10.0)
+    )
+    assert [choice.settings for choice in choices] == [{"C": 0.1}] * 3
+    assert [choice.at_end for choice in choices] == [["C"]] * 3
+    assert [choice.curve for choice in choices] == [[1.0] * 3] * 3
+    assert fitted == [(30, 0.1)]
+
+
+def test_sgd_is_chosen_on_the_held_out_and_fitted_to_all(task: Task) -> None:
+    x, y, test_x, test_y = task
+    (choice,) = protocol.sgd_scores(*task, seeds=[4], settings=SETTINGS, epochs=8, batch_size=50)
+    mask = torch.from_numpy(held_out(y, 0.2, 4))
+    options: dict[str, Any] = {
+        "num_classes": 10,
+        "device": torch.device("cpu"),
+        "epochs": 8,
+        "batch_size": 50,
+        "seed": 4,
+    }
+    samples = Samples(torch.from_numpy(x), torch.from_numpy(y), (~mask).nonzero().flatten())
+    layers = fit(samples, SETTINGS, **options)
+    assert choice.curve == accuracies(layers, samples._replace(rows=mask.nonzero().flatten()))
+    best = SETTINGS[choice.curve.index(max(choice.curve))]
+    assert choice.settings == best._asdict()
+    assert choice.curve[0] < choice.validation_top1 == max(choice.curve)
+    assert choice.at_end == ["learning_rate"] * (best[0] == 10.0) + ["weight_decay"]
+    layers = fit(samples._replace(rows=torch.arange(300)), [best], **options)
+    tests = Samples(torch.from_numpy(test_x), torch.from_numpy(test_y), torch.arange(599))
+    assert [choice.top1] == accuracies(layers, tests)
+    assert 0.8 < choice.top1 < 1
+
+
+def test_first_setting_wins_a_tie_and_the_seed_orders_the_batches(task: Task) -> None:
+    twice = SETTINGS[1:2] * 2 + SETTINGS[:1]
+    scores = partial(protocol.sgd_scores, *task, epochs=3, batch_size=20)
+    choices = scores(seeds=[0, 1], settings=twice)
+    for choice in choices:
+        assert choice.curve[0] == choice.curve[1] == choice.validation_top1
+        assert choice.settings == SETTINGS[1]._asdict()
+    assert scores(seeds=[1], settings=twice) == choices[1:]
+    assert choices[0].top1 != choices[1].top1  # the last fit differs by the order alone
+
+
+@pytest.mark.parametrize("votes", [protocol._VOTES, 70])
+def test_knn_votes_as_scikit_learns(
+    task: Task, votes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_VOTES", votes)  # 7 queries a block by 70
+    x, y, test_x, test_y = task
+    for k, temperature in ((20, 0.07), (50, 1.0)):
+        reference = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda d, t=temperature: np.exp((1 - d) / t)
+        ).fit(x, y)
+        found = protocol.knn_score(*task, k=k, temperature=temperature)
+        assert found == pytest.approx(reference.score(test_x, test_y), abs=1e-9)
+    assert found != protocol.knn_score(*task)
+    cosines = F.normalize(torch.from_numpy(test_x)) @ F.normalize(torch.from_numpy(x)).T
+    nearest = (y[cosines.argmax(1)] == test_y).mean()
+    assert protocol.knn_score(*task, k=1) == pytest.approx(nearest, abs=1e-9)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_labels_need_not_begin_at_0_and_features_may_be_read_only(
+    task: Task, scores: Callable[..., Any], tmp_path: Path
+) -> None:
+    x, y, test_x, test_y = task
+    rows = test_y != 3  # a class may lack test images
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    # One setting is chosen from one, so that another validation split changes no score.
+    expected, found = (
+        top1(scores(features, y + offset, test_x[rows], test_y[rows] + offset))
+        for features, offset in ((x, 0), (mapped, 5))
+    )
+    assert expected == found > 0.7
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_half_precision_changes_little(task: Task, scores: Callable[..., Any]) -> None:
+    x, y, test_x, test_y = task
+    half = scores(x.astype(np.float16), y, test_x.astype(np.float16), test_y)
+    assert top1(half) == pytest.approx(top1(scores(*task)), abs=0.01)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
+    x, y, test_x, test_y = task
+    broken = test_x.copy()
+    broken[17, 2] = np.nan
+    message = "test features must be finite, but row 17 has a NaN.*model's weights, or extract in"
+    with pytest.raises(ValueError, match=message):
+        scores(x, y, broken, test_y)
+    with pytest.raises(ValueError, match="training features must be finite, but row 17 has"):
+        scores(broken, test_y, x, y)
+    with pytest.raises(ValueError, match="no training image has label 4, .*1 such labels; 9 are"):
+        scores(x[y != 4], y[y != 4], test_x, test_y)
+    with pytest.raises(ValueError, match="training features have 64 numbers.* features 9: extract"):
+        scores(x, y, test_x[:, :9], test_y)
+    with pytest.raises(ValueError, match=r"test .*not empty, got \(0, 64\) and \(0,\)"):
+        scores(x, y, test_x[:0], test_y[:0])
+    with pytest.raises(ValueError, match=r"training .*got \(300, 64\) and \(299,\)"):
+        scores(x, y[1:], test_x, test_y)
+
+
+@pytest.mark.parametrize("scores", SCORES[:2])
+def test_a_class_of_one_training_image_is_named(task: Task, scores: Callable[..., Any]) -> None:
+    x, y, test_x, test_y = task
+    rows = np.concatenate([np.flatnonzero(y != 6), np.flatnonzero(y == 6)[:1]])
+    with pytest.raises(ValueError, match="class 6 has one sample"):
+        scores(x[rows], y[rows], test_x, test_y)
+
+
+def test_a_terminal_sees_what_is_done(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for scores, words in zip(SCORES[:2], ("C 0.1, iteration", "seed 0: settings"), strict=True):
+        for stream in (Terminal(), io.StringIO()):
+            monkeypatch.setattr(sys, "stderr", stream)
+            scores(*task)
+            seen = stream.getvalue()
+            assert ("100%" in seen and words in seen) if stream.isatty() else not seen
+
+
+MEMORY = """
+import sys, threading, time
+import numpy as np
+from trex_models.evaluation.linear import Setting
+from trex_models.transfer.protocol import knn_score, sgd_scores
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.005)
+
+x = np.load(sys.argv[1], mmap_mode="r")
+y = np.arange(len(x)) % 10
+task = x, y, x[:500], y[:500]
+settings = [Setting(rate, 1e-6) for rate in (0.1, 1.0, 10.0)]
+small = tuple(part[:200] for part in task)
+knn_score(*small), sgd_scores(*small, seeds=[0], settings=settings, epochs=1)
+peak = [0]
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+print(knn_score(*task, k=1))
+between, peak[0] = peak[0], 0
+print(sgd_scores(*task, seeds=[0], settings=settings, epochs=2)[0].top1)
+print(between - before, peak[0] - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
+    """50,000 features of 2048 numbers: 205 MB as they are, 410 MB widened."""
+    rng = np.random.default_rng(0)
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (50_000, 2048))
+    for start in range(0, len(x), 5000):
+        x[start : start + 5000] = rng.standard_normal((5000, 2048), dtype=np.float32)
+    x.flush()
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path / "x.npy")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    knn, sgd, knn_bytes, sgd_bytes = map(float, out)
+    assert knn == 1  # a query is its own neighbour
+    assert sgd > 0.12
+    # As nearest_neighbors states for blocks of 500 queries and 4096 references.
+    assert knn_bytes < 4 * 500 * 4096 + 20 * 2048 * 4096 + (48 << 20)
+    # Some batches of 1024 features as float32, 8 MB each.
+    assert sgd_bytes < 160e6

@@ -1,0 +1,65 @@
+"""Log-odds, intervals and means, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from trex_models.transfer.scores import (
+    accuracy,
+    log_odds,
+    log_odds_facts,
+    student_interval,
+    summary,
+    wilson_interval,
+)
+
+
+def test_log_odds_by_hand() -> None:
+    assert log_odds(0.5, 10) == 0
+    assert log_odds(0.9, 10) == pytest.approx(math.log(9))
+    assert log_odds(1.0, 100) == pytest.approx(math.log(0.995 / 0.005))
+    assert log_odds(0.0, 100) == pytest.approx(-math.log(0.995 / 0.005))
+    assert log_odds(0.99, 100) == pytest.approx(math.log(99))  # is not clipped
+
+
+def test_intervals_by_hand() -> None:
+    # t of 4 degrees of freedom is 2.776; the standard deviation of 1..5 is sqrt(2.5).
+    low, high = student_interval([1, 2, 3, 4, 5]) or (0, 0)
+    assert (low, high) == pytest.approx((3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5), abs=1e-3)
+    assert student_interval([0.7]) is None
+    assert student_interval([0.5, 0.5]) == (0.5, 0.5)
+    z, n, p = 1.959964, 50, 0.9
+    centre, half = (p + z**2 / 100), z * math.sqrt(p * 0.1 / n + z**2 / (4 * n**2))
+    expected = [(centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+    assert wilson_interval(45, 50) == pytest.approx(expected, abs=1e-6)
+
+
+def test_accuracy_of_a_data_set() -> None:
+    found = accuracy([0.9, 1.0], 10)
+    assert found["log_odds"] == pytest.approx((math.log(9) + math.log(19)) / 2)
+    assert found["top1"]["mean"] == pytest.approx(0.95)
+    assert found["top1"]["seeds"] == [0.9, 1.0]
+    assert found["top1"]["clipped"] is True
+    assert accuracy([0.9], 10)["top1"]["clipped"] is False
+    assert accuracy([0.9], 10)["top1"]["interval"] is None
+    assert found["top1"]["test_interval"] == wilson_interval(10, 10)
+    assert log_odds_facts(0.0, 10) == {"log_odds": -math.log(19), "clipped": True}
+
+
+def entry(seeds: list[float], knn: float, images: int) -> dict[str, Any]:
+    return {"top1": {"seeds": seeds}, "knn": {"top1": knn}, "test": {"images": images}}
+
+
+def test_summary_is_the_mean_over_data_sets() -> None:
+    found = summary({"a": entry([0.9, 0.5], 0.5, 10), "b": entry([0.5, 1.0], 0.9, 100)})
+    seeds = [math.log(9) / 2, math.log(199) / 2]
+    assert found["seeds"] == pytest.approx(seeds)
+    assert found["mean_log_odds"] == pytest.approx(sum(seeds) / 2)
+    assert found["interval"] == student_interval(found["seeds"])
+    assert found["knn_mean_log_odds"] == pytest.approx(math.log(9) / 2)
+    assert found["data_sets"] == ["a", "b"]
+    with pytest.raises(ValueError, match="equally many seeds, got a 1, b 2: evaluate all"):
+        summary({"a": entry([0.9], 0.5, 10), "b": entry([0.5, 1.0], 0.9, 100)})

@@ -1,0 +1,1 @@
+"""Transfer evaluation: the paper's data sets and protocol, on any timm model."""

@@ -1,0 +1,150 @@
+"""ImageNet-CoG: five levels of ImageNet-21K concepts, ever farther from ImageNet-1K's.
+
+Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. The user
+gives two list files: which concepts (WordNet ids) make up the levels, and which images of each
+concept are to fit on and to test on. They are JSON, or pickles; a pickle is read by an unpickler
+that builds containers, text, numbers and numpy arrays alone, so it cannot run code.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trex_models.data.file_list import FileSource
+from trex_models.transfer.readers import read_json
+
+NUM_LEVELS = 5
+_SUFFIXES = (".json", ".pkl", ".pickle")
+# What pickles of containers and of numpy's arrays call by name; the rest has opcodes of its own.
+_ALLOWED = {
+    *(("builtins", name) for name in ("list", "dict", "set", "frozenset", "str", "int", "bytes")),
+    *(("__builtin__", name) for name in ("list", "dict", "set", "frozenset", "unicode", "long")),
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            *(("multiarray", "_reconstruct"), ("multiarray", "scalar")),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+}
+
+
+def cog(root: Path, level: int) -> tuple[FileSource, FileSource]:
+    """Return a level's training and test images.
+
+    Args:
+        root: Holds ``imagenet21k/<wnid>/<file>``, ``cog/levels.*`` and ``cog/splits.*``.
+        level: 1 to 5.
+
+    Raises:
+        ValueError: A list is missing, of no known shape, or a pickle of something else.
+    """
+    levels_file, splits_file = (_found(root / "cog", stem) for stem in ("levels", "splits"))
+    concepts = _levels(_content(levels_file), levels_file)[level - 1]
+    content = _content(splits_file)
+    parts: tuple[list[str], list[str]] = ([], [])
+    labels: tuple[list[int], list[int]] = ([], [])
+    for label, concept in enumerate(concepts):
+        for part, names in enumerate(_images(content, concept, splits_file)):
+            parts[part].extend(
+                name if "/" in name else f"{concept}/{name}" for name in map(_text, names)
+            )
+            labels[part].extend([label] * len(names))
+    folder = root / "imagenet21k"
+    train, test = (
+        FileSource(folder, paths, numbers, concepts)
+        for paths, numbers in zip(parts, labels, strict=True)
+    )
+    return train, test
+
+
+def _found(folder: Path, stem: str) -> Path:
+    """Return the list file of a name, whichever its type."""
+    found = [
+        path for path in (folder / f"{stem}{suffix}" for suffix in _SUFFIXES) if path.is_file()
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder} holds {len(found) or 'no'} files {stem}.* ({', '.join(_SUFFIXES)}), one is "
+            "needed"
+        )
+    return found[0]
+
+
+def _content(path: Path) -> Any:
+    """Return what a list file holds."""
+    if path.suffix == ".json":
+        return read_json(path)
+    with path.open("rb") as file:
+        try:
+            return _Unpickler(file, encoding="latin1").load()
+        except MemoryError:
+            raise
+        except Exception as error:  # a torn pickle raises anything
+            raise ValueError(f"{path} cannot be read: {error}; write it as JSON") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Refuses every name but those of plain containers and arrays."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise ValueError(f"it asks for {module}.{name}, which a list of names does not need")
+        return super().find_class(module, name)
+
+
+def _levels(content: Any, path: Path) -> list[list[str]]:
+    """Return the concepts of each level, sorted, from any of the shapes that we read."""
+    levels: dict[int, set[str]] = {}
+    if not isinstance(content, Mapping):
+        levels = {number: set(map(_text, names)) for number, names in enumerate(content)}
+    else:
+        for key, value in content.items():
+            if isinstance(value, str | bytes | int):  # concept -> level
+                levels.setdefault(_number(value, path), set()).add(_text(key))
+            else:  # level -> concepts
+                levels[_number(key, path)] = set(map(_text, value))
+    if len(levels) != NUM_LEVELS:
+        raise ValueError(f"{path} has {len(levels)} levels, not {NUM_LEVELS}: a list of 5 lists")
+    return [sorted(levels[number]) for number in sorted(levels)]
+
+
+def _images(content: Any, concept: str, path: Path) -> tuple[Any, Any]:
+    """Return a concept's training and test images, from any of the shapes that we read."""
+    try:
+        if "train" in content:  # part -> concept -> images
+            return content["train"][concept], _test(content)[concept]
+        parts = content[concept]  # concept -> part -> images, or a pair
+        if isinstance(parts, Mapping):
+            return parts["train"], _test(parts)
+        train, test = parts
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} has no lists train and test of the concept {concept}") from error
+    return train, test
+
+
+def _test(parts: Mapping[str, Any]) -> Any:
+    return parts["test"] if "test" in parts else parts["val"]
+
+
+def _number(level: object, path: Path) -> int:
+    """Return the number of a level called 3, "3", "L3" or "level3"."""
+    digits = re.findall(r"\d+", _text(level))
+    if len(digits) != 1:
+        raise ValueError(f"{path}: {level!r} names no level; call them 1 to {NUM_LEVELS}")
+    return int(digits[0])
+
+
+def _text(value: object) -> str:
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)

@@ -1,0 +1,321 @@
+"""The paper's transfer protocol, from frozen features to scores.
+
+t-ReX (arXiv 2206.15369), section 4.1 and its appendix: on each data set a linear classifier is
+chosen on a fifth of the training images and fitted again to all of them. For small sets it is
+logistic regression, for large ones a linear layer by SGD. The score of a model is the mean over
+data sets of the log-odds ln(p / (1 - p)) of its top-1 accuracy p. Beside it here, k-NN.
+
+Shapes: N training samples, M test samples, F features, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trex_models.evaluation import linear, logistic, neighbors
+from trex_models.evaluation.linear import Samples, Setting
+from trex_models.evaluation.splits import held_out
+
+C_GRID = tuple(10 ** (-5 + 11 * i / 29) for i in range(30))
+SGD_GRID = tuple(
+    Setting(10 ** (-1 + 3 * i / 5), 10 ** (-12 + 8 * j / 4)) for i in range(6) for j in range(5)
+)
+VALIDATION_SHARE = 0.2
+K, TEMPERATURE = 20, 0.07
+
+PROTOCOL: dict[str, Any] = {
+    "note": "The classifiers' settings are chosen from a deterministic logarithmic grid of 30 in "
+    "place of the paper's 30 TPE trials.",
+    "validation": "a fifth of each class of the training images, drawn by the seed",
+    "logistic": {
+        "classifier": "multinomial logistic regression by L-BFGS, L2 penalty",
+        "features": "as they are",
+        "C": list(C_GRID),
+    },
+    "sgd": {
+        "classifier": "a linear layer by SGD, cosine learning rate",
+        "features": "L2-normalised",
+        "momentum": linear.MOMENTUM,
+        "epochs": linear.EPOCHS,
+        "batch_size": linear.BATCH,
+        "learning_rate": sorted({setting.learning_rate for setting in SGD_GRID}),
+        "weight_decay": sorted({setting.weight_decay for setting in SGD_GRID}),
+    },
+    "knn": {
+        "classifier": "k nearest neighbours by cosine similarity s, voting with exp(s / T)",
+        "k": K,
+        "temperature": TEMPERATURE,
+    },
+    "score": "mean over data sets of ln(p / (1 - p)), p the top-1 accuracy on the test images",
+}
+"""What a report says of it."""
+
+_VOTES = 1 << 26  # held at once, 256 MB of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What one seed chose and scored."""
+
+    seed: int
+    """Of the validation split and, by SGD, of the batches' order."""
+    settings: dict[str, float]
+    """The best on the validation samples."""
+    validation_top1: float
+    """Of these settings."""
+    top1: float
+    """On the test samples, fitted to all training samples."""
+    curve: list[float]
+    """Validation top-1 of the whole grid, in its order."""
+    at_end: list[str]
+    """Settings whose best value is the grid's least or largest: one beyond might do better."""
+    converged: bool
+    """Whether the last fit reached its tolerance; SGD has none and always ends so."""
+
+
+def logistic_scores(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    seeds: Sequence[int],
+    Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
+    device: torch.device | str = "cpu",
+) -> list[Choice]:
+    """Choose C, fit and score a logistic regression, once a seed.
+
+    Of several C that are equally good the smallest is chosen. It is for sets that fit in the
+    device's memory: see ``trex_models.evaluation.logistic.fit_path``.
+
+    Args:
+        train: Features to train on, (N, F) float32 or float16, read-only or mapped as may be.
+        train_labels: (N,) integers.
+        test: Features to score on, (M, F).
+        test_labels: (M,) integers.
+        seeds: Of the validation splits.
+        Cs: Values to choose from, ascending.
+        device: What computes.
+
+    Raises:
+        ValueError: Shapes do not match, a feature is not finite, a test label has no training
+            sample, a class has one training sample, or C is out of range or order.
+    """
+    from tqdm import tqdm
+
+    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
+    finals: dict[float, tuple[float, bool]] = {}
+    choices = []
+    with tqdm(
+        total=len(seeds) * (len(Cs) + 1),
+        desc="logistic regression",
+        unit="fit",
+        miniters=0,
+        dynamic_ncols=True,
+        disable=None,  # where stderr is no terminal
+    ) as bar:
+
+        def watch(C: float, iterations: int, *_: float) -> None:  # noqa: N803
+            bar.set_postfix_str(f"C {C:.2g}, iteration {iterations}", refresh=False)
+            bar.update(iterations == 0)  # counts fits that have begun
+
+        grid = [{"C": C} for C in Cs]
+        for seed in seeds:
+            mask = torch.from_numpy(held_out(train_labels, VALIDATION_SHARE, seed)).to(task.device)
+            fits = logistic.fit_path(x[~mask], y[~mask], Cs, progress=watch)
+            curve = [_top1(tried.logits(x[mask]), y[mask]) for tried in fits]
+            del fits
+            C = Cs[int(np.argmax(curve))]  # noqa: N806
+            if C in finals:  # whatever the seed, the same fit
+                bar.update()
+            else:
+                last = logistic.fit(x, y, C, progress=watch)
+                finals[C] = _top1(last.logits(test_x), task.test_labels), last.converged
+            choices.append(_choice(seed, grid, curve, *finals[C]))
+    return choices
+
+
+def sgd_scores(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    seeds: Sequence[int],
+    settings: Sequence[Setting] = SGD_GRID,
+    device: torch.device | str = "cpu",
+    *,
+    epochs: int = linear.EPOCHS,
+    batch_size: int = linear.BATCH,
+) -> list[Choice]:
+    """Choose learning rate and weight decay, train and score a linear layer, once a seed.
+
+    Arguments and errors as of ``logistic_scores``.
+
+    Of several settings that are equally good the first is chosen. Memory is bounded by that of
+    the layers: features stay in their file, or move to a CUDA device where half of its free
+    memory holds them.
+
+    Args:
+        train: (N, F).
+        train_labels: (N,).
+        test: (M, F).
+        test_labels: (M,).
+        seeds: Of the validation splits and the batches' order.
+        settings: To choose from.
+        device: What computes.
+        epochs: Passes over the training samples.
+        batch_size: Samples of a step.
+    """
+    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    everything, tests = (
+        Samples(task.placed(features), labels.to(task.device), torch.arange(len(labels)))
+        for features, labels in ((task.train, task.labels), (task.test, task.test_labels))
+    )
+    grid = [setting._asdict() for setting in settings]
+    choices = []
+    for seed in seeds:
+        mask = torch.from_numpy(held_out(train_labels, VALIDATION_SHARE, seed))
+        fitted, held = (everything._replace(rows=m.nonzero().flatten()) for m in (~mask, mask))
+        score = partial(
+            linear.fitted_accuracies,
+            num_classes=task.num_classes,
+            device=task.device,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        title = f"linear layer, seed {seed}"
+        curve = score(fitted, held, settings, title=f"{title}: settings")
+        best = settings[int(np.argmax(curve))]
+        (top1,) = score(everything, tests, [best], title=f"{title}: fit to all")
+        choices.append(_choice(seed, grid, curve, top1, True))
+    return choices
+
+
+def knn_score(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    k: int = K,
+    temperature: float = TEMPERATURE,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Return the top-1 of the weighted vote of the k nearest training samples.
+
+    Arguments and errors as of ``logistic_scores``. Memory is that of
+    ``trex_models.evaluation.neighbors.nearest_neighbors``, and 256 MB of votes.
+
+    Args:
+        train: (N, F), of the voters.
+        train_labels: (N,).
+        test: (M, F).
+        test_labels: (M,).
+        k: Neighbours.
+        temperature: T.
+        device: What computes; the CPU where the training features take more than half of a CUDA
+            device's free memory.
+    """
+    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    references = task.placed(task.train)
+    similarities, indices = neighbors.nearest_neighbors(references, task.test, k)
+    voters = task.labels.to(indices.device)[indices]
+    size = max(1, _VOTES // task.num_classes)
+    blocks = (t.split(size) for t in (similarities, voters, task.test_labels.to(indices.device)))
+    correct = 0
+    for cosines, classes, labels in zip(*blocks, strict=True):
+        votes = neighbors.class_votes(cosines, classes, task.num_classes, temperature)
+        correct += int(neighbors.hits(votes, labels, 1).sum())
+    return correct / len(test)
+
+
+def facts(seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what a report says of the protocol."""
+    return {**PROTOCOL, "seeds": list(seeds)}
+
+
+class _Task:
+    """Features and labels as tensors, classes numbered from 0."""
+
+    def __init__(
+        self,
+        train: np.ndarray,
+        train_labels: np.ndarray,
+        test: np.ndarray,
+        test_labels: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        _require_features("training", train, train_labels)
+        _require_features("test", test, test_labels)
+        if train.shape[1] != test.shape[1]:
+            raise ValueError(
+                f"training features have {train.shape[1]} numbers an image and test features "
+                f"{test.shape[1]}: extract both with the same model"
+            )
+        classes, labels = np.unique(train_labels, return_inverse=True)
+        absent = np.setdiff1d(test_labels, classes)
+        if len(absent):
+            raise ValueError(
+                f"no training image has label {absent[0]}, but test images have ({len(absent)} "
+                f"such labels; {len(classes)} are trained): give both sets the same classes"
+            )
+        self.device, self.num_classes = device, len(classes)
+        self.train, self.test = _tensor(train), _tensor(test)
+        self.labels = torch.from_numpy(labels)
+        self.test_labels = torch.from_numpy(np.searchsorted(classes, test_labels))
+
+    def placed(self, features: Tensor) -> Tensor:
+        """Move features to a CUDA device where they leave half of its free memory."""
+        if self.device.type != "cuda":
+            return features
+        fits = features.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
+        return features.to(self.device) if fits else features
+
+
+def _require_features(name: str, features: np.ndarray, labels: np.ndarray) -> None:
+    if features.ndim != 2 or not features.size or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"{name} features and labels must be of shapes (N, F) and (N,) and not empty, got "
+            f"{features.shape} and {labels.shape}"
+        )
+    try:
+        neighbors.require_finite(f"{name} features", _tensor(features), 4096)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: look at the image and the model's weights, or extract in float32"
+        ) from None
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Wrap an array without a copy; nothing here writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def _choice(
+    seed: int, grid: Sequence[dict[str, float]], curve: list[float], top1: float, converged: bool
+) -> Choice:
+    best = int(np.argmax(curve))  # the first of the best
+    values = {name: [settings[name] for settings in grid] for name in grid[best]}
+    return Choice(
+        seed=seed,
+        settings=grid[best],
+        validation_top1=curve[best],
+        top1=top1,
+        curve=curve,
+        at_end=[n for n, v in values.items() if v[best] in (min(v), max(v))],
+        converged=converged,
+    )
+
+
+def _top1(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()

@@ -1,0 +1,204 @@
+"""The report of an encoder: a JSON document, and the tables that people read.
+
+Accuracies are shares in [0, 1]; tables show percent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trex_models
+from trex_models.transfer.encoders import Encoder
+from trex_models.transfer.scores import summary
+
+FORMAT = 1
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scipy")
+_WIDTH = 40  # of a model's name in a table
+
+
+def new_report(
+    encoder: Encoder, protocol_facts: Mapping[str, Any], training_task: str | None, label: str = ""
+) -> dict[str, Any]:
+    """Return a report without data sets.
+
+    Args:
+        encoder: What is evaluated.
+        protocol_facts: How.
+        training_task: Name of the data set that does not count as transfer, if any.
+        label: What tables and pictures call the model; its name by default.
+    """
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m trex_models.transfer", *sys.argv[1:]]),
+        "model": {"name": encoder.name, "label": label or encoder.name, **encoder.facts},
+        "transform": asdict(encoder.transform),
+        "precision": encoder.precision,
+        "protocol": dict(protocol_facts),
+        "training_task": training_task,
+        "data_sets": {},
+        "transfer": None,
+        **environment(),
+    }
+
+
+def with_entry(
+    report: Mapping[str, Any], name: str, entry: Mapping[str, Any], complete: bool
+) -> dict[str, Any]:
+    """Return a report with one data set more, and with the mean scores of those that it has."""
+    data_sets = {**report["data_sets"], name: dict(entry)}
+    transfer = {key: value for key, value in data_sets.items() if key != report["training_task"]}
+    return {
+        **report,
+        "complete": complete,
+        "data_sets": data_sets,
+        "transfer": summary(transfer) if transfer else None,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and the machine, as far as results may depend on them."""
+    versions = {"trex_models": trex_models.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    machine = {
+        "system": platform.system(),
+        "processor": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"versions": versions, "machine": machine}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report.
+
+    Raises:
+        ValueError: The file is missing or no report.
+    """
+    try:
+        report = json.loads(path.read_text())
+        known = report["format"] == FORMAT and isinstance(report["data_sets"], dict)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no JSON of one"
+        raise ValueError(
+            f"{path} cannot be read as a report ({reason}); give what "
+            "python -m trex_models.transfer --out wrote"
+        ) from error
+    if not known:
+        raise ValueError(f"{path} is a report of another format; evaluate the model again")
+    return report
+
+
+def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """Return the scores of one model or several, a line a data set.
+
+    Args:
+        reports: One a model.
+        markdown: Whether as a Markdown table with notes, or as columns of text.
+    """
+    rows = _rows(reports)
+    notes = _notes(reports)
+    if markdown:
+        lines = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
+        return "\n".join([*lines, "", *(f"{note}  " for note in notes)]) + "\n"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", *notes])
+
+
+def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the cells: a head, a row a data set, and the mean scores."""
+    several = len(reports) > 1
+    head = ["data set", "test images"]
+    for report in reports:
+        name = f"{report['model']['label'][:_WIDTH]}: " if several else ""
+        head += [f"{name}top-1, %", "k-NN, %", "log-odds"]
+    names = list(dict.fromkeys(name for report in reports for name in report["data_sets"]))
+    rows = [head]
+    for name in names:
+        entries = [report["data_sets"].get(name) for report in reports]
+        known = next(entry for entry in entries if entry)
+        training = all(report["training_task"] == name for report in reports)
+        title = known["title"] + (" (training task)" if training else "")
+        row = [title, f"{known['test']['images']:,}"]
+        for entry in entries:
+            row += _cells(entry) if entry else ["-"] * 3
+        rows.append(row)
+    counts = {len(report["transfer"]["data_sets"]) for report in reports if report["transfer"]}
+    count = str(*counts) if len(counts) == 1 else "transfer"
+    last = [f"mean log-odds of {count} sets", ""]
+    for report in reports:
+        scores = report["transfer"]
+        last += [
+            "",
+            f"{scores['knn_mean_log_odds']:.3f}" if scores else "-",
+            _with_interval(scores["mean_log_odds"], scores["interval"], 1, 3) if scores else "-",
+        ]
+    return [*rows, last]
+
+
+def _cells(entry: Mapping[str, Any]) -> list[str]:
+    top1 = entry["top1"]
+    return [
+        _with_interval(top1["mean"], top1["test_interval"], 100, 1),
+        f"{100 * entry['knn']['top1']:.1f}",
+        f"{entry['log_odds']:.3f}",
+    ]
+
+
+def _with_interval(
+    value: float, interval: Sequence[float] | None, scale: float, digits: int
+) -> str:
+    text = f"{scale * value:.{digits}f}"
+    if interval:
+        low, high = (f"{scale * end:.{digits}f}" for end in interval)
+        text += f" ({low} to {high})"
+    return text
+
+
+def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    for report in reports:
+        model = report["model"]
+        notes.append(
+            f"{model['label']}: {model['source']}, weights {model['weights_sha256'][:12]}, "
+            f"{report['precision']}"
+        )
+    seeds = sorted({len(report["protocol"]["seeds"]) for report in reports})
+    notes += [
+        "top-1: mean over " + " or ".join(map(str, seeds)) + " seeds (95 % interval of a test set "
+        "of this size); mean log-odds: 95 % interval over the seeds.",
+        reports[0]["protocol"]["note"],
+    ]
+    entries = [entry for report in reports for entry in report["data_sets"].values()]
+    if any(entry[score]["clipped"] for entry in entries for score in ("top1", "knn")):
+        notes.append("An accuracy of 0 or 1 has no log-odds; it counts as half a test image off.")
+    if not all(report["complete"] for report in reports):
+        notes.append("INCOMPLETE: the run has not finished; the same command goes on with it.")
+    return notes
