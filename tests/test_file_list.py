@@ -73,10 +73,11 @@ def test_a_folder_has_one_digest_however_it_is_called(
 
 def test_sizes_of_files(tmp_path: Path) -> None:
     source = save(tmp_path)
-    assert source.sizes().tolist() == [(tmp_path / path).stat().st_size for path in PATHS]
-    assert source.sizes().dtype == np.int64
+    found = [(tmp_path / path).stat() for path in PATHS]
+    assert source.stats().tolist() == [[stat.st_size, int(stat.st_mtime)] for stat in found]
+    assert source.stats().dtype == np.int64
     many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
-    assert many.sizes().tolist() == source.sizes().tolist() * 5000
+    assert many.stats().tolist() == source.stats().tolist() * 5000
 
 
 def test_files_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_files_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"1 of 2 image files are missing or empty.*a\.png; unpack"
     ):
-        source.sizes()
+        source.stats()
     (tmp_path / PATHS[0]).unlink()
     with pytest.raises(ValueError, match="2 of 2 .*the first is .*\u732b.png; unpack or copy"):
-        source.sizes()
+        source.stats()
 
 
 def test_all_sources_of_files_have_sizes(tmp_path: Path) -> None:
@@ -96,8 +97,8 @@ def test_all_sources_of_files_have_sizes(tmp_path: Path) -> None:
         save_image(tmp_path / name)
     (tmp_path / "list.csv").write_text("path,label\nbee/b.png,x\nant/a.png,y\n")
     sizes = [(tmp_path / name).stat().st_size for name in ("ant/a.png", "bee/b.png")]
-    assert FolderSource(tmp_path).sizes().tolist() == sizes
-    assert CsvSource(tmp_path / "list.csv").sizes().tolist() == sizes[::-1]
+    assert FolderSource(tmp_path).stats()[:, 0].tolist() == sizes
+    assert CsvSource(tmp_path / "list.csv").stats()[:, 0].tolist() == sizes[::-1]
 
 
 def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:

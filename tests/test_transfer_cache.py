@@ -201,20 +201,29 @@ def test_labels_and_names_do_not_matter_but_list_and_dtype_do(cache: FeatureCach
     np.testing.assert_array_equal(rounded, exact.astype(np.float16))
 
 
+def folder_source(root: Path, side: int, written: int) -> FolderSource:
+    """Return two noisy images without compression: their sizes say nothing of their pixels."""
+    for seed, name in enumerate("ab"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng((seed, written))
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name / "image.bmp")
+        os.utime(root / name / "image.bmp", (written, written))
+    return FolderSource(root)
+
+
+@pytest.mark.parametrize("change", [(30, 10**9), (20, 10**9 + 1)], ids=["size", "time"])
 def test_the_same_names_with_other_files_are_other_images(
-    cache: FeatureCache, tmp_path: Path
+    cache: FeatureCache, tmp_path: Path, change: tuple[int, int]
 ) -> None:
-    for index, side in enumerate((20, 30)):
-        for name in ("a", "b"):
-            folder = tmp_path / str(index) / name
-            folder.mkdir(parents=True)
-            pixels = np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "image.png")
-    sources = [FolderSource(tmp_path / str(index)) for index in range(2)]
-    assert sources[0].digest() == sources[1].digest()
-    first, second = (cache.features(encoder(), source, "set-train") for source in sources)
+    source = folder_source(tmp_path / "data", 20, 10**9)
+    listed = source.digest()
+    first = cache.features(encoder(), source, "set-train")
+    source = folder_source(tmp_path / "data", *change)
+    assert source.digest() == listed
+    second = cache.features(encoder(), source, "set-train")
     assert not np.array_equal(first, second)
-    shutil.move(tmp_path / "1", tmp_path / "moved")
+    shutil.move(tmp_path / "data", tmp_path / "moved")
     moved = cache.features(encoder(), FolderSource(tmp_path / "moved"), "set-train")
     np.testing.assert_array_equal(moved, second)
     assert len(list(cache.root.glob("*/*.safetensors"))) == 2

@@ -76,8 +76,8 @@ class FileSource:
         root = os.fsencode(self.root)
         return [os.path.join(root, path) for path in self.paths.tolist()]  # noqa: PTH118 - bytes
 
-    def sizes(self) -> np.ndarray:
-        """Return the sizes of the files in bytes, (N,) int64.
+    def stats(self) -> np.ndarray:
+        """Return size and time of change of each file, (N, 2) int64, in bytes and seconds.
 
         Raises:
             ValueError: Files are missing or empty.
@@ -86,9 +86,9 @@ class FileSource:
         blocks = [files[start : start + _BLOCK] for start in range(0, len(files), _BLOCK)]
         # The threads wait for network file systems, where one look costs most of a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
-            sizes = [size for block in pool.map(_sizes, blocks) for size in block]
-        found = np.array(sizes, dtype=np.int64)
-        absent = np.flatnonzero(found <= 0)
+            stats = [stat for block in pool.map(_stats, blocks) for stat in block]
+        found = np.array(stats, dtype=np.int64).reshape(-1, 2)
+        absent = np.flatnonzero(found[:, 0] <= 0)
         if len(absent):
             raise ValueError(
                 f"{self.root}: {len(absent)} of {len(self)} image files are missing or empty, the "
@@ -101,10 +101,11 @@ class FileSource:
         return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
 
 
-def _sizes(files: Sequence[bytes]) -> list[int]:
-    """Return the size of each file in bytes, 0 if there is none."""
-    sizes = [0] * len(files)
+def _stats(files: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Return size and time of change of each file, 0 if there is none."""
+    stats = [(0, 0)] * len(files)
     for position, file in enumerate(files):
         with suppress(OSError):
-            sizes[position] = os.stat(file).st_size  # noqa: PTH116 - bytes
-    return sizes
+            found = os.stat(file)  # noqa: PTH116 - bytes
+            stats[position] = found.st_size, int(found.st_mtime)
+    return stats

@@ -3,7 +3,8 @@
     ROOT/<model>-<hash>/<data set>-<split>-<hash>.safetensors
 
 A file holds one tensor, ``features`` (N, F), and in its metadata all that the features depend on:
-weights, modules, preprocessing, precision, and the images by their list and their sizes in bytes.
+weights, modules, preprocessing, precision, and the images: their list, and the sizes and times of
+change of their files (which unpacking an archive restores).
 The name is for people; a file is used only where its metadata are those asked for. Extraction
 appends to a file beside, so that one that was cut goes on where it was.
 
@@ -92,7 +93,7 @@ class FeatureCache:
 
     def identity(self, encoder: Encoder, source: Source) -> dict[str, str]:
         """Return what features depend on; strings, as safetensors has them."""
-        images = digest(source.digest(), *_sizes(source))
+        images = digest(source.digest(), *_stats(source))
         about = {**encoder.identity(), "images_sha256": images, "num_images": len(source)}
         return {key: _text(value) for key, value in about.items()}
 
@@ -270,9 +271,9 @@ def _require_finite(rows: np.ndarray, source: Source, start: int, encoder: Encod
         )
 
 
-def _sizes(source: Source) -> list[np.ndarray]:
-    """Return the sizes of the files behind a source, so that other images of one name differ."""
-    return [source.sizes()] if isinstance(source, FileSource) else []
+def _stats(source: Source) -> list[np.ndarray]:
+    """Return sizes and times of the files behind a source: other images of their names differ."""
+    return [source.stats()] if isinstance(source, FileSource) else []
 
 
 def _short(identity: Mapping[str, object]) -> str:

@@ -56,8 +56,8 @@ def check_parts(
                 f"{len(both)} files are among the training and the test images, such as "
                 f"{min(both).decode(errors='replace')}; list each once"
             )
-        train.sizes()
-        test.sizes()
+        train.stats()
+        test.stats()
 
 
 def _check_number(what: str, expected: int | tuple[int, int], found: int) -> None:
