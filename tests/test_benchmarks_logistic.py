@@ -25,3 +25,9 @@ def test_reports_times_objectives_and_agreement(
     assert abs(least["relative_difference"]) < 1e-5
     assert least["agreement_with_tight"] == 1
     assert "60x8x3, 3 values of C: ratio" in capsys.readouterr().out
+
+
+def test_digits_are_real_features_of_ten_classes() -> None:
+    x, y, test = logistic.digit_features()
+    assert (x.shape, y.shape, test.shape) == ((1198, 512), (1198,), (599, 512))
+    assert sorted(set(y.tolist())) == list(range(10))

@@ -151,6 +151,27 @@ def test_a_path_and_a_start_lead_where_a_cold_start_does() -> None:
         assert warm.objective == pytest.approx(cold.objective, rel=2e-5)
 
 
+def test_a_path_follows_the_line_through_its_last_two_fits() -> None:
+    x, y, _ = digits()
+    strengths = np.logspace(-3, 4, 15).tolist()
+    path = fit_path(x, y, strengths)
+    one_by_one = [fit(x, y, strengths[0])]
+    for strength in strengths[1:]:
+        one_by_one.append(fit(x, y, strength, start=one_by_one[-1]))
+    assert all(fitted.converged for fitted in path)
+    assert sum(a.iterations for a in path) < 0.6 * sum(a.iterations for a in one_by_one)
+    for along, alone in zip(path, one_by_one, strict=True):
+        assert along.objective == pytest.approx(alone.objective, rel=2e-5)
+
+
+def test_a_path_of_uneven_steps_and_repeated_c() -> None:
+    x, y, _ = digits()
+    strengths = [1e-6, 1e-6, 2.0, 2.0, 2.1, 1e5, 1e5]
+    for strength, fitted in zip(strengths, fit_path(x, y, strengths), strict=True):
+        assert fitted.converged
+        assert fitted.objective == pytest.approx(fit(x, y, strength).objective, rel=2e-5)
+
+
 def test_starts_at_the_shares_of_the_classes() -> None:
     x, y = clusters()
     y[:20] = 0

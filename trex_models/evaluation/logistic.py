@@ -18,6 +18,11 @@ axes leaves ||W|| as it is: neither changes the objective. On those axes the cur
 of variances (times N) lambda, a diagonal: the initial inverse Hessian of every iteration. It
 takes the place of the many iterations that unequal variances cost otherwise.
 
+Along a path of C each fit first searches along the line through the last two fits: W moves
+steadily with log C, and where classes are separable it grows with it. The logits along that line
+are known, so this step costs one product and stands for many. The pairs of L-BFGS are kept as
+steps and changes of the losses' gradient, from which those of any C follow.
+
 Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
 """
 
@@ -40,6 +45,8 @@ _TRIALS = 30
 Progress = Callable[[float, int, float, float], None]
 """Called once an iteration with C, iterations so far, objective and the bound on its excess."""
 
+_Pair = tuple[Tensor, Tensor, Tensor]  # step, change of the gradient, their product
+
 
 @dataclass(frozen=True)
 class LogisticFit:
@@ -56,7 +63,7 @@ class LogisticFit:
     gradient_norm: float
     """Euclidean norm of the objective's gradient by weights and intercepts, centred features."""
     iterations: int
-    """Of two products with the features each."""
+    """Of two products with the features each; the first after another C, of one."""
     converged: bool
     """Whether the excess over the least objective is within the tolerance."""
 
@@ -110,7 +117,7 @@ def fit_path(
 
     Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
     where the features are. Sums of losses are in float64. Beside the features it holds
-    N (R + 3 K) numbers, 20 times K R, and some matrices of R x F while the principal axes are
+    N (R + 5 K) numbers, 40 times K R, and some matrices of R x F while the principal axes are
     found (R^3 operations). The same call on the same machine gives the same result.
 
     The excess over the least objective is at most half the squared norm of the gradient by W,
@@ -176,22 +183,18 @@ def _fit_path(
     _require_numbers(strengths, tolerance, max_iterations, chunk)
     counts = _require_samples(features, labels, chunk)
     labels = labels.to(features.device, torch.int64)
-    fits = []
     with full_float32(features.device):
         problem = _Problem(features, labels, len(counts), chunk)
-        parameters = problem.start(start, counts)
-        for strength in strengths:
-            result, parameters = problem.minimize(
-                parameters, strength, tolerance, max_iterations, progress
-            )
-            fits.append(result)
-    return fits
+        problem.start(start, counts)
+        return [problem.minimize(C, tolerance, max_iterations, progress) for C in strengths]
 
 
 class _Problem:
-    """The samples on their principal axes, and what is fitted to them.
+    """The samples on their principal axes, and where the fit to them has come.
 
-    Parameters are (K, R + 1), a class's weights on the axes and its intercept.
+    Parameters are (K, R + 1), a class's weights on the axes and its intercept. ``line`` is how
+    they and the logits moved in the last fit, ``history`` the latest steps and changes of the
+    gradient of the losses, ``slopes``.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int, chunk: int) -> None:
@@ -209,9 +212,10 @@ class _Problem:
         self.variances = torch.cat([variances, one * len(features)])
         self.penalty = torch.cat([torch.ones_like(variances), one * 0])
         self.residual = self.mean.new_empty(len(features), num_classes)
+        self.history: deque[tuple[Tensor, Tensor]] = deque(maxlen=_HISTORY)
 
-    def start(self, start: LogisticFit | None, counts: Tensor) -> Tensor:
-        """Return parameters: of a fit, or the best ones whose weights are zero."""
+    def start(self, start: LogisticFit | None, counts: Tensor) -> None:
+        """Go to the parameters of a fit, or to the best ones whose weights are zero."""
         shape = len(counts), self.features.shape[1]
         if start is None:
             weight, intercept = self.mean.new_zeros(shape), counts.double().log()
@@ -224,49 +228,50 @@ class _Problem:
             weight = start.weight.to(self.mean)
             intercept = start.intercept.to(self.mean) + weight @ self.mean
         intercept = (intercept - intercept.mean()).to(self.mean)
-        return torch.cat([weight @ self.axes, intercept[:, None]], 1)
+        self.parameters = torch.cat([weight @ self.axes, intercept[:, None]], 1)
+        self.logits = self.samples @ self.parameters.T
+        self.line = torch.zeros_like(self.parameters), torch.zeros_like(self.logits)
+        self.loss = self._evaluate(self.line[1], 0.0)[0]
+        self._differentiate()
 
     def minimize(
-        self,
-        parameters: Tensor,
-        strength: float,
-        tolerance: float,
-        max_iterations: int,
-        progress: Progress | None,
-    ) -> tuple[LogisticFit, Tensor]:
-        """Return the fit, and its parameters on the principal axes."""
-        history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=_HISTORY)
-        logits = self.samples @ parameters.T
-        loss = self._evaluate(logits)[0]
+        self, strength: float, tolerance: float, max_iterations: int, progress: Progress | None
+    ) -> LogisticFit:
+        """Return the fit of this C, and stay there."""
+        pairs = deque((self._pair(*moves, strength) for moves in self.history), _HISTORY)
+        start = self.parameters, self.logits.clone()
         iterations = 0
-        previous = gradient = step = torch.empty(0)
         while True:
-            gradient = strength * (self.residual.T @ self.samples) + self.penalty * parameters
-            spread = self.residual.abs() - self.residual.square()  # p (1 - p)
-            spread = spread.mean(0).clamp_min(1e-6)[:, None]
-            curvature = strength * spread * self.variances + self.penalty
-            value = strength * loss + 0.5 * _dot(self.penalty * parameters, parameters)
+            gradient = strength * self.slopes + self.penalty * self.parameters
+            curvature = strength * self.spread * self.variances + self.penalty
+            value = strength * self.loss
+            value += 0.5 * _dot(self.penalty * self.parameters, self.parameters)
             # Intercepts have no penalty; their own curvature stands in for it.
             least = torch.where(self.penalty > 0, self.penalty, curvature)
-            excess = 0.5 * (gradient.square() / least).sum(dtype=torch.float64).item()
+            excess = 0.5 * _dot(gradient / least, gradient)
             if progress is not None:
                 progress(strength, iterations, value, excess)
             converged = excess <= tolerance * value
             if converged or iterations == max_iterations:
                 break
-            if iterations:
-                change = (gradient - previous).flatten()
-                history.append((step, change, step.dot(change)))
-            direction = _descent(gradient, history, curvature)
-            length, loss = self._search(parameters, direction, gradient, logits, loss, strength)
+            direction, change = self.line
+            length = 0.0 if iterations else self._search(direction, change, gradient, strength)
+            if not length:
+                direction = _descent(gradient, pairs, curvature)
+                change = self.samples @ direction.T
+                length = self._search(direction, change, gradient, strength)
             if not length:  # rounding hides any further descent
                 break
-            parameters = parameters + length * direction
-            step = length * direction.flatten()
-            previous = gradient
+            self.parameters = self.parameters + length * direction
+            slopes = self.slopes
+            self._differentiate()
+            self.history.append((length * direction, self.slopes - slopes))
+            pairs.append(self._pair(*self.history[-1], strength))
             iterations += 1
-        weight = parameters[:, :-1] @ self.axes.T
-        intercept = parameters[:, -1] - weight @ self.mean
+        if iterations:
+            self.line = self.parameters - start[0], self.logits - start[1]
+        weight = self.parameters[:, :-1] @ self.axes.T
+        intercept = self.parameters[:, -1] - weight @ self.mean
         intercept -= intercept.mean()
         reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
         return LogisticFit(
@@ -278,37 +283,51 @@ class _Problem:
             iterations,
             # Far from the origin the intercept may be too coarse for features as they are.
             converged and reached - value <= max(tolerance, 1e-4) * value,
-        ), parameters
+        )
+
+    def _differentiate(self) -> None:
+        """Find the losses' gradient and the classes' mean p (1 - p) from the residual."""
+        self.slopes = self.residual.T @ self.samples
+        first, second = (torch.linalg.vector_norm(self.residual, order, 0) for order in (1, 2))
+        spread = (first - second.square()) / len(self.residual)  # |r| (1 - |r|) is p (1 - p)
+        self.spread = spread.clamp_min(1e-6)[:, None]
+
+    def _pair(self, step: Tensor, change: Tensor, strength: float) -> _Pair:
+        """Return a pair of L-BFGS, of a step and the change of the losses' gradient."""
+        change = (strength * change + self.penalty * step).flatten()
+        return step.flatten(), change, step.flatten().dot(change)
 
     def _search(
-        self,
-        parameters: Tensor,
-        direction: Tensor,
-        gradient: Tensor,
-        logits: Tensor,
-        loss: float,
-        strength: float,
-    ) -> tuple[float, float]:
+        self, direction: Tensor, change: Tensor, gradient: Tensor, strength: float
+    ) -> float:
         """Find a step along a direction of descent that meets the strong Wolfe conditions.
 
         The objective is convex, so the step lies between any two whose slopes differ in sign.
-        Moves the logits, and leaves the residual at the step.
+        Moves the logits, and leaves the loss and the residual of where it ends.
+
+        Args:
+            direction: Of the parameters, (K, R + 1).
+            change: Of the logits, (N, K).
+            gradient: At the parameters, (K, R + 1).
+            strength: C.
 
         Returns:
-            The step's length and the loss there; 0 where none is found.
+            The step's length; 0 where none is found or the direction does not descend.
         """
-        change = self.samples @ direction.T
-        linear = _dot(self.penalty * parameters, direction)
+        linear = _dot(self.penalty * self.parameters, direction)
         square = _dot(self.penalty * direction, direction)
         first = _dot(gradient, direction)
+        if first >= 0:
+            return 0.0
         low, low_slope, high, high_slope, length = 0.0, first, 0.0, 0.0, 1.0
         for _ in range(_TRIALS):
-            new_loss, slope = self._evaluate(logits, change, length)
-            rise = strength * (new_loss - loss) + length * (linear + 0.5 * length * square)
+            loss, slope = self._evaluate(change, length)
+            rise = strength * (loss - self.loss) + length * (linear + 0.5 * length * square)
             slope = strength * slope + linear + length * square
             if rise <= _ARMIJO * length * first and abs(slope) <= -_CURVATURE * first:
-                logits.add_(change, alpha=length)
-                return length, new_loss
+                self.logits.add_(change, alpha=length)
+                self.loss = loss
+                return length
             if slope < 0 and rise <= _ARMIJO * length * first:
                 low, low_slope = length, slope
             else:
@@ -319,23 +338,21 @@ class _Problem:
                 # Where the slope would be zero if it were linear, but well inside.
                 share = low_slope / (low_slope - high_slope) if high_slope > 0 else 0.5
                 length = low + min(max(share, 0.1), 0.9) * (high - low)
-        return 0.0, loss
+        return 0.0
 
-    def _evaluate(
-        self, logits: Tensor, change: Tensor | None = None, length: float = 0.0
-    ) -> tuple[float, float]:
+    def _evaluate(self, change: Tensor, length: float) -> tuple[float, float]:
         """Return the sum of losses at logits + length * change, and its slope there.
 
         Leaves the gradient by the logits in ``residual``.
         """
-        loss = slope = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for start in range(0, len(logits), self.chunk):
+        loss = slope = torch.zeros((), dtype=torch.float64, device=change.device)
+        for start in range(0, len(change), self.chunk):
             rows = slice(start, start + self.chunk)
-            moved = logits[rows] if change is None else logits[rows] + length * change[rows]
+            moved = torch.add(self.logits[rows], change[rows], alpha=length)
             losses, self.residual[rows] = _losses(moved, self.labels[rows, None])
             loss = loss + losses.sum(dtype=torch.float64)
-            if change is not None:
-                slope = slope + (self.residual[rows] * change[rows]).sum(dtype=torch.float64)
+            slopes = (self.residual[rows] * change[rows]).sum(1)
+            slope = slope + slopes.sum(dtype=torch.float64)
         return loss.item(), slope.item()
 
 
@@ -361,9 +378,7 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses, others
 
 
-def _descent(
-    gradient: Tensor, history: Sequence[tuple[Tensor, Tensor, Tensor]], curvature: Tensor
-) -> Tensor:
+def _descent(gradient: Tensor, history: Sequence[_Pair], curvature: Tensor) -> Tensor:
     """Return minus the inverse Hessian times the gradient: the two-loop recursion.
 
     Args:
@@ -400,7 +415,7 @@ def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> tuple[Tensor,
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return (a * b).sum(dtype=torch.float64).item()
+    return (a * b).sum(1).sum(dtype=torch.float64).item()
 
 
 def _require_numbers(
