@@ -210,8 +210,12 @@ def test_models_share_a_table_and_a_picture(
         assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
         with Image.open(picture) as image:
             assert image.width > 500
-    assert main(["plot", other, "--out", str(tmp_path / "scatter.svg"), "--published"]) == 0
-    assert "t-ReX" in (tmp_path / "scatter.svg").read_text()
+    picture = tmp_path / "scatter.svg"
+    assert main(["plot", other, "--out", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    capsys.readouterr()
+    assert main(["plot", other, "--out", str(picture), "--published"]) == 2
+    assert "trained on ImageNet-1K, pixels on easy" in capsys.readouterr().err
 
 
 def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,6 +126,7 @@ def fit(
                 bias_speed.mul_(MOMENTUM).add_(residual.sum(0)).addcmul_(decay, bias)
                 weight.addcmul_(rate[:, None], speed, value=-1)
                 bias.addcmul_(rate, bias_speed, value=-1)
+                del residual  # before the next batch's logits are made
                 if progress is not None:
                     progress(len(x))
     return layers

@@ -59,7 +59,8 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Figure:
 
     Raises:
         ValueError: No report has both scores, reports differ in their training task or in the
-            data sets of their transfer scores, ``published`` is unknown, or matplotlib is missing.
+            data sets of their transfer scores, ``published`` is unknown or of another training
+            task, or matplotlib is missing.
     """
     if published is not None and published not in PUBLISHED:
         raise ValueError(f"published must be one of {', '.join(PUBLISHED)}, got {published!r}")
@@ -67,6 +68,11 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Figure:
     scores = [_scores(report) for report in reports]
     whole = [report for report, found in zip(reports, scores, strict=True) if found]
     task, data_sets = _common(whole)
+    if authors is not None and whole[0]["training_task"] != "imagenet":
+        raise ValueError(
+            f"the authors' models were trained on ImageNet-1K, {_label(whole[0])} on {task}: their "
+            "accuracies do not compare; draw the picture without the published points"
+        )
     colors = colors_of(len(reports))
     with drawing(8.5, 6.5) as figure:
         axis = figure.add_subplot()

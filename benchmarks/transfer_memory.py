@@ -1,0 +1,329 @@
+"""What the transfer evaluation holds in memory at a million images.
+
+    OMP_WAIT_POLICY=passive python -m benchmarks.transfer_memory
+
+Took 16 minutes on two shared cores, and takes 4.1 GB of disk, which it gives back. Linux alone:
+memory is read from /proc. Each part runs in a process of its own, through the functions of the
+evaluation: extraction into the cache, from tiny images made on the fly and a trivial network; k-NN
+of some queries; the SGD layers of the whole grid, over some batches drawn from all of the file;
+analyses.
+
+Two peaks are told, each above what the process held after its imports. *Held* is anonymous memory
+(RssAnon, read every 20 ms): what the part must have. *With pages* also counts pages of the mapped
+file (VmHWM); the kernel leaves them there while memory is free and takes them back when it is not.
+*Promised* is what the docstrings say of these sizes, where they give a formula.
+
+Shapes: N images, M queries, F features, C classes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks import measure
+from trex_models.data.centre_crops import CentreCrop
+from trex_models.data.sources import digest
+from trex_models.evaluation import linear
+from trex_models.evaluation.analyses import analyse
+from trex_models.evaluation.neighbors import require_finite
+from trex_models.evaluation.splits import held_out
+from trex_models.transfer import protocol
+from trex_models.transfer.cache import DTYPES, FeatureCache
+from trex_models.transfer.encoders import Encoder, weights_digest
+
+_STATUS = Path("/proc/self/status")
+_SIDE = 8
+_CHUNK = 4096  # the default of k-NN
+_ANALYSED_CHUNK = 8192  # the default of analyses
+_VALIDATION_BATCHES = 4
+_SPARE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Sizes of a run."""
+
+    folder: Path
+    """Where the features are kept."""
+    images: int
+    """N."""
+    queries: int
+    """M."""
+    width: int
+    """F."""
+    classes: int
+    """C."""
+    batches: int
+    """Of 1,024 samples, that the SGD layers are trained on."""
+    dtype: str
+    """Of the file."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Return the size of all features on the disk."""
+        return (self.images + self.queries) * self.width * DTYPES[self.dtype].itemsize
+
+    def samples(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return features, (N, F) or (M, F), from the cache, and labels of "train" or "test"."""
+        count, seed = {"train": (self.images, 1), "test": (self.queries, 2)}[split]
+        source = TinyImages(count, self.classes, seed)
+        cache = FeatureCache(root=self.folder, dtype=self.dtype)
+        return cache.features(encoder(self.width), source, split), source.labels
+
+
+class TinyImages:
+    """Images that are made when they are read: the class's own one plus noise.
+
+    Args:
+        count: N.
+        num_classes: C; the classes' own images are always the same.
+        seed: Of the noise.
+    """
+
+    def __init__(self, count: int, num_classes: int, seed: int) -> None:
+        rng = np.random.default_rng(0)
+        self.centres = rng.integers(0, 96, (num_classes, _SIDE, _SIDE, 3), dtype=np.uint8)
+        self.classes = [str(label) for label in range(num_classes)]
+        self.labels = np.arange(count) % num_classes
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def read(self, index: int) -> np.ndarray:
+        """Return one image, (8, 8, 3) uint8 RGB."""
+        centre = self.centres[self.labels[index]]
+        rng = np.random.default_rng((self.seed, index))
+        return centre + rng.integers(0, 160, centre.shape, dtype=np.uint8)
+
+    def name(self, index: int) -> str:
+        """Return the image's name in messages."""
+        return f"image {index}"
+
+    def digest(self) -> str:
+        """Return a hash of what the images depend on."""
+        return digest(self.centres, self.labels, f"seed {self.seed}")
+
+
+def encoder(width: int) -> Encoder:
+    """Return a random projection of pixels to F features, rectified."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIDE**2, width), nn.ReLU())
+    crop = CentreCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
+    facts = {"weights_sha256": weights_digest(model), "num_features": width}
+    return Encoder(name="projection", model=model, transform=crop, facts=facts)
+
+
+def extract(setup: Setup) -> dict[str, Any]:
+    """Write the features of all images, and of the queries, to files."""
+    for split in ("train", "test"):
+        setup.samples(split)
+    return {}
+
+
+def vote(setup: Setup) -> dict[str, Any]:
+    """Score k-NN on the queries, with all images as voters."""
+    return {"top1": protocol.knn_score(*setup.samples("train"), *setup.samples("test"))}
+
+
+def train(setup: Setup) -> dict[str, Any]:
+    """Train and score layers of the whole grid, as ``sgd_scores`` does, on a few batches.
+
+    What that does before its first step is done for all images: the check and the split.
+    """
+    array, labels = setup.samples("train")
+    features = torch.from_numpy(array)
+    require_finite("features", features, _CHUNK)
+    mask = torch.from_numpy(held_out(labels, protocol.VALIDATION_SHARE))
+    everything = linear.Samples(features, torch.from_numpy(labels), torch.arange(len(labels)))
+    generator = torch.Generator().manual_seed(0)
+    fitted, held = (
+        everything._replace(rows=rows[torch.randperm(len(rows), generator=generator)][:count])
+        for rows, count in (
+            ((~mask).nonzero().flatten(), setup.batches * linear.BATCH),
+            (mask.nonzero().flatten(), _VALIDATION_BATCHES * linear.BATCH),
+        )
+    )
+    curve = linear.fitted_accuracies(
+        fitted,
+        held,
+        protocol.SGD_GRID,
+        num_classes=setup.classes,
+        device=torch.device("cpu"),
+        epochs=1,
+    )
+    return {
+        "settings": len(curve),
+        "settings_at_once": _at_once(setup),
+        "training_samples": len(fitted.rows),
+        "validation_samples": len(held.rows),
+        "best_top1": max(curve),
+    }
+
+
+def look(setup: Setup) -> dict[str, Any]:
+    """Analyse the features of all images."""
+    found = analyse(*setup.samples("train"), chunk=_ANALYSED_CHUNK)
+    return {"coding_length": found.coding_length, "effective_rank": found.effective_rank}
+
+
+def promised(part: str, setup: Setup) -> int | None:
+    """Return what a part may hold by its docstrings, in bytes; None where they give no formula."""
+    width, classes, k = setup.width, setup.classes, protocol.K
+    if part == "k-NN":
+        q, r = min(_CHUNK, setup.queries), min(_CHUNK, setup.images)
+        votes = min(4 * setup.queries * classes, 1 << 28)
+        search = 4 * q * r + 20 * width * max(q, r) + 60 * q * k
+        return search + 12 * setup.queries * k + votes
+    if part == "SGD layers":
+        return 4 * _at_once(setup) * classes * (2 * (width + 1) + 2 * linear.BATCH)
+    if part == "analyses":
+        return 8 * (5 * width**2 + 4 * classes * width + 4 * _ANALYSED_CHUNK * width)
+    return None
+
+
+def _at_once(setup: Setup) -> int:
+    device = torch.device("cpu")
+    most = linear.settings_at_once(setup.classes, setup.width, linear.BATCH, device)
+    return min(most, len(protocol.SGD_GRID))
+
+
+PARTS: dict[str, tuple[Callable[[Setup], dict[str, Any]], float]] = {
+    "extraction": (extract, 190),
+    "k-NN": (vote, 190),
+    "SGD layers": (train, 110),
+    "analyses": (look, 470),
+}
+"""What runs, and for how many seconds at the default sizes: for the time left."""
+
+
+class Peak:
+    """The most memory that this process has within a block, read every 20 ms by a thread."""
+
+    def __enter__(self) -> Self:
+        """Begin to read."""
+        self._before = memory()
+        self._most = self._before["RssAnon"]
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Read for the last time."""
+        self._end.set()
+        self._thread.join()
+        self.before = self._before["RssAnon"]
+        self.held = self._most - self.before
+        self.with_pages = memory()["VmHWM"] - self._before["VmRSS"]
+
+    def _read(self) -> None:
+        while True:
+            self._most = max(self._most, memory()["RssAnon"])
+            if self._end.wait(0.02):
+                return
+
+
+def memory() -> dict[str, int]:
+    """Return what the kernel says of this process's memory, in bytes by its names."""
+    lines = [line.split() for line in _STATUS.read_text().splitlines()]
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
+
+
+def measured(part: str, setup: Setup) -> dict[str, Any]:
+    """Run a part in this process.
+
+    Returns:
+        ``imports_bytes``, the anonymous memory before; ``held_bytes`` and ``with_pages_bytes``
+        above it; ``promised_bytes``, ``seconds``, ``n``, and what the part itself says.
+    """
+    started = time.perf_counter()
+    with Peak() as peak:
+        found = PARTS[part][0](setup)
+    return {
+        "imports_bytes": peak.before,
+        "held_bytes": peak.held,
+        "promised_bytes": promised(part, setup),
+        "with_pages_bytes": peak.with_pages,
+        "seconds": round(time.perf_counter() - started, 1),
+        "n": 1,
+        **found,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and record."""
+    parser = measure.parser("transfer_memory", __doc__)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--queries", type=int, default=1_000, help="of k-NN")
+    parser.add_argument("--width", type=int, default=2048, help="features of an image")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--batches", type=int, default=12, help="of the SGD layers")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the file")
+    parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="of the file")
+    options = parser.parse_args(arguments)
+    if not _STATUS.exists():
+        parser.error("memory is read from /proc, which this system does not have: use Linux")
+    sizes = {name: value for name, value in vars(options).items() if name != "out"}
+    free, needed = shutil.disk_usage(options.folder).free, Setup(**sizes).file_bytes
+    if needed + _SPARE_BYTES > free:
+        parser.error(
+            f"--folder {options.folder} has {free / 1e9:.1f} GB left, but features take "
+            f"{needed / 1e9:.1f} GB and 1 GB should stay: free some, choose another --folder, "
+            "--dtype float16 or fewer --images"
+        )
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        setup = Setup(**sizes | {"folder": Path(folder)})
+        parts = _parts(setup)
+    _show(parts)
+    shape = {name: value for name, value in asdict(setup).items() if name != "folder"}
+    file = {"setup": shape, "file_bytes": setup.file_bytes}
+    measure.record(options.out, {"machine": measure.machine(), **file, "parts": parts})
+
+
+def _parts(setup: Setup) -> dict[str, dict[str, Any]]:
+    """Run each part in a process of its own, one after the other."""
+    found: dict[str, dict[str, Any]] = {}
+    expected = {part: seconds for part, (_, seconds) in PARTS.items()}
+    # Spawned: a forked process would count what this one holds.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for number, part in enumerate(PARTS, start=1):
+            done = sum(expected[earlier] for earlier in found)
+            pace = sum(row["seconds"] for row in found.values()) / done if done else 1.0
+            left = pace * (sum(expected.values()) - done)
+            print(f"[{number}/{len(PARTS)}] {part}, some {left:.0f} s left in all", file=sys.stderr)
+            found[part] = processes.submit(measured, part, setup).result()
+    return found
+
+
+def _show(parts: dict[str, dict[str, Any]]) -> None:
+    print(f"{'part':<12}{'held MB':>10}{'promised':>10}{'with pages':>12}{'seconds':>9}")
+    for part, row in parts.items():
+        limit = row["promised_bytes"]
+        print(
+            f"{part:<12}{row['held_bytes'] / 1e6:>10.0f}"
+            f"{'' if limit is None else f'{limit / 1e6:.0f}':>10}"
+            f"{row['with_pages_bytes'] / 1e6:>12.0f}{row['seconds']:>9.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

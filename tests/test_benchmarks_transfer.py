@@ -1,0 +1,117 @@
+"""The benchmark of the transfer evaluation's memory, at tiny sizes; no figure is judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import transfer_memory
+from benchmarks.transfer_memory import PARTS, Peak, Setup, TinyImages, measured, promised
+
+SIZES = "--images 600 --queries 20 --width 16 --classes 5 --batches 1".split()
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+def setup(folder: Path, **changes: Any) -> Setup:
+    small = Setup(
+        folder=folder, images=600, queries=20, width=16, classes=5, batches=1, dtype="float16"
+    )
+    return replace(small, **changes)
+
+
+def test_parts_work_on_the_same_features(tmp_path: Path) -> None:
+    found = {part: measured(part, setup(tmp_path)) for part in PARTS}
+    files = list(tmp_path.glob("*/*.safetensors"))
+    assert len(files) == 2
+    sizes = sum(file.stat().st_size for file in files)
+    assert 0 < sizes - setup(tmp_path).file_bytes < 4096  # the headers
+    assert all(row["held_bytes"] >= 0 and row["n"] == 1 for row in found.values())
+    assert found["k-NN"]["top1"] > 0.5  # by chance it is 0.2
+    layers = found["SGD layers"]
+    assert (layers["settings"], layers["settings_at_once"]) == (30, 30)
+    assert (layers["training_samples"], layers["validation_samples"]) == (480, 120)
+    assert layers["best_top1"] > 0.25
+    assert 1 < found["analyses"]["effective_rank"] < 16
+
+
+def test_float32_takes_twice_the_space(tmp_path: Path) -> None:
+    whole = setup(tmp_path, dtype="float32")
+    assert whole.samples("train")[0].dtype == np.float32
+    assert whole.file_bytes == 2 * setup(tmp_path).file_bytes
+
+
+def test_images_are_the_same_whenever_they_are_read() -> None:
+    train, test = TinyImages(40, 5, seed=1), TinyImages(40, 5, seed=2)
+    np.testing.assert_array_equal(train.read(7), TinyImages(40, 5, seed=1).read(7))
+    assert not np.array_equal(train.read(7), train.read(12))  # of the same class
+    assert not np.array_equal(train.read(7), test.read(7))
+    assert train.digest() != test.digest()
+
+
+def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path) -> None:
+    path = tmp_path / "array"
+    np.ones(48 << 20, np.uint8).tofile(path)
+    with Peak() as peak:
+        mapped = np.memmap(path, mode="c")
+        assert mapped.max() == 1
+        time.sleep(0.3)
+    assert peak.held < 16 << 20
+    assert peak.with_pages > 40 << 20
+    with Peak() as peak:
+        block = np.ones(64 << 20, np.uint8)
+        time.sleep(0.3)
+        del block
+    assert 60 << 20 < peak.held < 80 << 20
+
+
+def test_promises_are_those_of_the_docstrings(tmp_path: Path) -> None:
+    real = setup(tmp_path, images=10**6, queries=1000, width=2048, classes=1000, batches=12)
+    assert promised("extraction", real) is None
+    # 4 q r + 20 F r + 60 q K + 12 M K, and the votes
+    assert promised("k-NN", real) == 16_384_000 + 167_772_160 + 1_200_000 + 240_000 + 4_000_000
+    assert promised("SGD layers", real) == 30 * 1000 * 4 * (2 * 2049 + 2048)
+    species = promised("SGD layers", replace(real, classes=8142))
+    assert species is not None
+    assert 1.5e9 < species <= 2e9  # in groups: all 30 settings would be 6 GB
+    assert promised("analyses", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
+
+
+def test_a_full_disk_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def almost_full(_: Path) -> Any:
+        return shutil._ntuple_diskusage(10**12, 10**12 - 10**9, 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    with pytest.raises(SystemExit):
+        transfer_memory.main([*SIZES, "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "has 1.0 GB left, but features take 0.0 GB" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_records_each_part_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("k-NN", "SGD layers"):  # each takes a process
+        monkeypatch.delitem(PARTS, part)
+    out, folder = tmp_path / "out.json", tmp_path / "features"
+    folder.mkdir()
+    transfer_memory.main([*SIZES, "--folder", str(folder), "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["machine"]["torch"]
+    assert result["file_bytes"] == 620 * 16 * 2
+    assert list(result["parts"]) == ["extraction", "analyses"]
+    assert all(row["imports_bytes"] > 0 for row in result["parts"].values())
+    assert not list(folder.iterdir())
+    printed = capsys.readouterr()
+    assert "[2/2] analyses, some" in printed.err
+    assert printed.out.splitlines()[2].startswith("analyses")
