@@ -74,7 +74,9 @@ def test_a_folder_has_one_digest_however_it_is_called(
 def test_sizes_of_files(tmp_path: Path) -> None:
     source = save(tmp_path)
     found = [(tmp_path / path).stat() for path in PATHS]
-    assert source.stats().tolist() == [[stat.st_size, int(stat.st_mtime)] for stat in found]
+    assert source.stats().tolist() == [
+        [stat.st_size, int(stat.st_mtime), stat.st_dev, stat.st_ino] for stat in found
+    ]
     assert source.stats().dtype == np.int64
     many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
     assert many.stats().tolist() == source.stats().tolist() * 5000

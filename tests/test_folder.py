@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,28 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "zebra" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     with pytest.raises(UnreadableImageError, match=r"zebra.torn.jpg cannot be read as an image"):
         FolderSource(tmp_path).read(1)
+
+
+def test_names_that_begin_with_a_dot_do_not_count(tmp_path: Path) -> None:
+    for name in ("ant/a.png", "bee/b.png", ".ipynb_checkpoints/c.png", "ant/.hidden/d.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "bee" / "._b.png").write_bytes(b"what another system keeps of b.png")
+    source = FolderSource(tmp_path)
+    assert source.classes == ["ant", "bee"]
+    assert source.paths.tolist() == [b"ant/a.png", b"bee/b.png"]
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
+    for name in ("ant/a.png", "ant/more/b.png", "bee/c.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "ant" / "more" / "loop").symlink_to(tmp_path / "ant")
+    assert len(FolderSource(tmp_path)) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    for folder in (b"\xff\xfe", b"plain"):
+        save_image(tmp_path / os.fsdecode(folder) / "a.png")
+    source = FolderSource(tmp_path)
+    assert len(source.digest()) == 64
+    assert source.part(np.arange(2)).digest() != source.digest()

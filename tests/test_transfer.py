@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ from PIL import Image
 from scipy.stats import t as student
 from timm.models import save_for_hf
 
+from trex_models.files import write_whole
+from trex_models.transfer import evaluate as evaluate_module
 from trex_models.transfer import protocol
+from trex_models.transfer import report as report_module
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.report import read_report
 
@@ -78,7 +84,11 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert len(report["protocol"]["logistic"]["C"]) == 30
     assert "in place of the paper's 30 TPE trials" in report["protocol"]["note"]
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert report["command"].startswith("python -m trex_models.transfer")
+    command = shlex.split(report["command"])
+    assert command[:4] == ["python", "-m", "trex_models.transfer", "--model"]
+    assert command[-2:] == ["--label", "Small"]
+    assert report["cache_dtype"] == "float32"
+    assert report["classifiers_device"] == "cpu"
     entry = report["data_sets"]["hard"]
     assert (entry["classifier"], entry["num_classes"]) == ("logistic", 3)
     assert (entry["train"]["images"], entry["test"]["images"]) == (45, 36)
@@ -138,10 +148,12 @@ def test_the_same_command_takes_over_what_was_found(
     assert {k: v for k, v in again.items() if k not in untold} == {
         k: v for k, v in report.items() if k not in untold
     }
+    for other in ("--seeds 3", "--preprocessing validation", "--cache-dtype float16"):
+        with pytest.raises(AssertionError, match="fitted again"):
+            run(place, out, *other.split())
+    monkeypatch.setattr(report_module, "version", lambda package: f"{package} 99")
     with pytest.raises(AssertionError, match="fitted again"):
-        run(place, out, "--seeds", "3")
-    with pytest.raises(AssertionError, match="fitted again"):
-        run(place, out, "--preprocessing", "validation")
+        run(place, out)
 
 
 def test_a_run_that_was_cut_leaves_a_report_that_says_so(
@@ -173,6 +185,72 @@ def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_pa
     for name, entry in again["data_sets"].items():
         for key in ("top1", "choices", "knn", "train", "test"):
             assert entry[key] == report["data_sets"][name][key]
+
+
+def test_scores_that_cannot_be_kept_are_reported_all_the_same(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        if "-scores-" in path.name:
+            raise OSError(30, "Read-only file system", str(path))
+        write_whole(path, text)
+
+    monkeypatch.setattr(evaluate_module, "write_whole", refuse)
+    assert run(place, tmp_path / "report.json") == 0
+    assert "scores are not kept for another run" in capsys.readouterr().out
+    assert read_report(tmp_path / "report.json")["complete"]
+
+
+def test_features_without_a_direction_cost_the_analyses_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, count in (("train", 5), ("test", 2)):
+        for name in ("one", "other"):
+            (tmp_path / "black" / part / name).mkdir(parents=True)
+            for index in range(count):
+                image = Image.new("RGB", (9, 9))
+                image.save(tmp_path / "black" / part / name / f"{index}.png")
+    out = tmp_path / "out" / "report.json"
+    sets = f"black={tmp_path / 'black'}"
+    given = ["--model", "pixels", "--data-sets", sets, "--out", str(out), "--analyses"]
+    assert main([*given, "--seeds", "1", "--workers", "0"]) == 0
+    assert "no analyses: " in capsys.readouterr().out
+    entry = read_report(out)["data_sets"]["black"]
+    assert entry["analyses"]["train"] is None
+    assert entry["top1"]["mean"] == 0.5
+    assert "over 1 seed (" in out.with_suffix(".md").read_text()
+    assert main(["plot", str(out), "--kind", "analyses", "--out", str(tmp_path / "a.png")]) == 2
+
+
+def test_what_does_not_compare_is_refused_or_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "easy", tmp_path / "easy")
+    (tmp_path / "easy" / "test" / "grey" / "0.png").unlink()
+    one, two, other = (str(tmp_path / name) for name in ("one.json", "two.json", "other.json"))
+    assert run(place, Path(one), "--training-task", "easy", "--label", "a | b", model="pixels") == 0
+    assert run(place, Path(two), "--training-task", "hard", model="pixels") == 0
+    sets = f"easy={tmp_path / 'easy'}"
+    assert run(place, Path(other), "--data-sets", sets, model="pixels") == 0
+    capsys.readouterr()
+    assert main(["table", one, two, "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "not over the same data sets: they do not compare" in text
+    assert "a \\| b: top-1" in text
+    for command in (["table"], ["plot", "--kind", "bars", "--out", str(tmp_path / "x.png")]):
+        assert main([*command, one, other]) == 2
+        assert "easy has other images in the report of pixels" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert run(place, out, model="pixels") == 0
+    command = f"{sys.executable} -m trex_models.transfer table {shlex.quote(str(out))} | head -0"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
 
 
 def test_the_training_task_does_not_count_as_transfer(place: Path, tmp_path: Path) -> None:
@@ -233,6 +311,7 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
         (["--training-task", "digits"], "--training-task digits is not among the data sets"),
         (["--model", "resnet5O"], "timm knows no model of this name; .*resnet50"),
         (["--out", "report.txt"], "--out report.txt: give a file that ends in .json"),
+        (["--cache", "{place}/easy/test/grey/0.png"], "0.png cannot be used .*; name a folder"),
         (["--out", "/proc/report.json"], "--out /proc/report.json cannot be written"),
     ],
 )
@@ -243,12 +322,18 @@ def test_bad_input_is_one_clear_line(
     changes: list[str],
     message: str,
 ) -> None:
+    changes = [change.format(place=place) for change in changes]
     assert run(place, tmp_path / "report.json", *changes) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert re.search(message, err)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tabel", "report.json"]) == 2
+    assert "'tabel' is no command: table, plot, list, or --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])

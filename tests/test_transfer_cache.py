@@ -17,17 +17,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.folder import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
+from trex_models.transfer import encoders
 from trex_models.transfer.cache import FeatureCache
-from trex_models.transfer.encoders import Encoder, load, weights_digest
+from trex_models.transfer.encoders import Encoder, load, modules_digest, weights_digest
 
 
 def images(count: int = 23, seed: int = 0) -> ArraySource:
@@ -178,6 +181,7 @@ def variants() -> Iterator[tuple[str, Encoder, ArraySource]]:
     plain = encoder()
     modules = nn.Sequential(plain.model, nn.Tanh())
     yield "modules", replace(plain, model=modules), images()
+    yield "device", replace(plain, device="cuda"), images()
 
 
 @pytest.mark.parametrize("case", list(variants()), ids=lambda case: case[0])
@@ -188,10 +192,57 @@ def test_other_features_have_other_files(
     first = cache.features(encoder(), images(), "set-train")
     second = cache.features(other, source, "set-train")
     assert len(list(cache.root.glob("*/*.safetensors"))) == 2
-    assert first.shape != second.shape or not np.array_equal(first, second)
+    if other.device == "cpu":
+        assert first.shape != second.shape or not np.array_equal(first, second)
 
 
-def test_labels_and_names_do_not_matter_but_list_and_dtype_do(cache: FeatureCache) -> None:
+def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) -> None:
+    """A transformer's pooling is an attribute; neither its weights nor its modules differ."""
+    found = []
+    for pool in ("token", "avg"):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "test_vit", num_classes=0, img_size=32, global_pool=pool, fc_norm=False
+        ).eval()
+        crop = replace(PROTOCOLS["transfer"], size=(32, 32))
+        facts = {**encoder().facts, "weights_sha256": weights_digest(model), "num_features": 64}
+        pooled = Encoder(name=pool, model=model, transform=crop, facts=facts)
+        found.append((pooled, cache.features(pooled, images(), "set-train")))
+    (token, one), (mean, other) = found
+    assert token.facts == mean.facts
+    assert repr(token.model) == repr(mean.model)
+    assert not np.array_equal(one, other)
+
+
+def test_buffers_that_are_no_weights_tell_models_apart() -> None:
+    one, other = nn.Identity(), nn.Identity()
+    for module, value in ((one, 0.0), (other, 1.0)):
+        module.register_buffer("table", torch.full((2,), value), persistent=False)
+    assert weights_digest(one) == weights_digest(other)
+    assert modules_digest(one) != modules_digest(other)
+    one.eval()
+    assert modules_digest(one) == modules_digest(one.train())
+
+
+def test_another_version_extracts_again(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.features(encoder(), images(), "set-train")
+    monkeypatch.setattr(encoders, "version", lambda package: f"{package} 99")
+    cache.features(encoder(), images(), "set-train")
+    assert len(list(cache.root.glob("*/*.safetensors"))) == 2
+
+
+def test_names_of_models_and_files_do_not_matter(cache: FeatureCache) -> None:
+    first = cache.features(encoder(), images(), "set-train")
+    source = cut_source()
+    source.whole = True
+    again = cache.features(replace(encoder(), name="moved"), source, "set-train")
+    assert source.reads == 0
+    np.testing.assert_array_equal(again, first)
+
+
+def test_half_precision_has_a_file_of_its_own(cache: FeatureCache) -> None:
     cache.features(encoder(), images(), "set-train")
     half = replace(cache, dtype="float16")
     rounded = half.features(encoder(), images(), "set-train")
@@ -287,7 +338,7 @@ def test_a_full_disk_is_told_before_hours_are_spent(
 
     monkeypatch.setattr(shutil, "disk_usage", almost_full)
     source = cut_source()
-    with pytest.raises(ValueError, match=r"0\.0 GB left, but .* need 0\.0 GB: free some"):
+    with pytest.raises(ValueError, match=r"0\.00 GB left, but .* needs 0\.07 GB .*: free some"):
         cache.features(encoder(), source, "set-train")
     assert source.reads == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ from trex_models.demo import tasks
 from trex_models.train.config import demo
 from trex_models.transfer import readers
 from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
+from trex_models.transfer.pickled_lists import _plain, _Unpickler
 
 ON_DISK = sorted(REPLICAS)
 
@@ -210,16 +212,18 @@ def test_own_folders_in_two_parts(tmp_path: Path, second: str) -> None:
     assert [files(part, tmp_path) for part in found] == [train, test]
 
 
-def test_own_folders_named_test_come_before_val(tmp_path: Path) -> None:
-    folders(tmp_path, "train", 3)
+def test_own_folders_in_three_parts_are_fitted_on_two(tmp_path: Path) -> None:
+    train, val = folders(tmp_path, "train", 3), folders(tmp_path, "val", 1)
     test = folders(tmp_path, "test", 2)
-    folders(tmp_path, "val", 1)
-    assert files(open_checked(own(tmp_path), tmp_path)[1], tmp_path) == test
+    found = open_checked(own(tmp_path), tmp_path)
+    assert [files(part, tmp_path) for part in found] == [train | val, test]
+    folders(tmp_path, "val", 1, ["dog"])
+    assert "hold different class folders" in refused(own(tmp_path), tmp_path)
 
 
 def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "mine"
-    for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("train", 3)):
+    for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("test", 3)):
         folders(tmp_path, "mine", count, [name])
     train, test = open_checked(own(path), tmp_path)
     assert np.bincount(test.labels).tolist() == [1, 2, 3, 1]
@@ -243,7 +247,7 @@ def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
     assert message.startswith(f"mine: {tmp_path}/absent is no folder")
     assert message.endswith(f"or {tmp_path}/absent/CLASS alone")
     folders(tmp_path, "train", 2)
-    assert "1 class folders" in refused(own(tmp_path), tmp_path)
+    assert "neither test/ nor val/: rename the folder" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "test", 2, ["ant", "bee", "dog"])
     assert "(one part alone has cow, dog)" in refused(own(tmp_path), tmp_path)
 
@@ -255,6 +259,17 @@ def test_a_class_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
     message = refused(own(tmp_path), tmp_path)
     assert "2 classes have fewer than 2 training images" in message
     assert "the first is dog; add images" in message
+
+
+@pytest.mark.parametrize("link", ["symbolic", "hard"])
+def test_a_link_to_the_training_images_is_told(tmp_path: Path, link: str) -> None:
+    folders(tmp_path, "train", 2)
+    if link == "symbolic":
+        (tmp_path / "test").symlink_to(tmp_path / "train")
+    else:
+        shutil.copytree(tmp_path / "train", tmp_path / "test", copy_function=os.link)
+    message = refused(own(tmp_path), tmp_path)
+    assert "6 files are among the training and the test images (by name or by link)" in message
 
 
 def test_an_image_of_both_parts_is_told(tmp_path: Path) -> None:
@@ -422,6 +437,33 @@ def test_a_pickle_that_asks_for_anything_else_is_refused(
     message = refused(small("cog-l1", expected), tmp_path)
     assert re.search(rf"splits\.pkl cannot be read: it asks for \w[\w.]*\.{name}, ", message)
     assert not done.exists()
+
+
+def frombuffer_of_objects() -> bytes:
+    """A pickle that would make numpy take bytes of its own for pointers to objects."""
+    dtype = b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR"
+    inner = b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR"
+    fields = b"(S'a'\n(" + inner + b"I0\ntd"
+    state = b"(I3\nS'|'\nN(S'a'\nt" + fields + b"I8\nI1\nI0\ntb"
+    call = b"cnumpy._core.numeric\n_frombuffer\n(C\x10" + b"A" * 16
+    return b"\x80\x04" + call + dtype + state + b"(I2\ntS'C'\ntR."
+
+
+def test_arrays_are_not_made_by_numpy(tmp_path: Path) -> None:
+    expected = replicas.cog(tmp_path, 1)
+    (tmp_path / "cog" / "levels.json").unlink()
+    (tmp_path / "cog" / "levels.pkl").write_bytes(frombuffer_of_objects())
+    message = refused(small("cog-l1", expected), tmp_path)
+    assert "levels.pkl cannot be read: it holds an array of V8, not of text or numbers" in message
+
+
+def test_arrays_come_in_their_order() -> None:
+    table = np.arange(6, dtype=">i4").reshape(2, 3)
+    for array in (table, np.asfortranarray(table), table.astype("S3"), table.astype("U")):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            data = io.BytesIO(pickle.dumps([array, array[1, 2]], protocol))
+            found = _plain(_Unpickler(data, encoding="latin1").load())
+            assert found == [array.tolist(), array[1, 2].item()]
 
 
 def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:

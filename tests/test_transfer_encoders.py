@@ -165,10 +165,16 @@ def test_wrong_choices_are_refused() -> None:
         ValueError, match="preprocessing must be one of validation, transfer, model"
     ):
         load("pixels", prepare="centre")
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+    with pytest.raises(
+        ValueError, match="precision must be one of fp32, tf32, bf16, fp16, not 'int8'"
+    ):
         load("pixels", precision="int8")
     with pytest.raises(ValueError, match="--device tpu9 is no device of torch"):
         load("test_resnet", untrained=True, device="tpu9")
+    with pytest.raises(ValueError, match="--device meta is no device of torch"):
+        load("test_resnet", untrained=True, device="meta")
+    with pytest.raises(ValueError, match="tf32 is of CUDA devices, and the device is cpu"):
+        load("test_resnet", untrained=True, precision="tf32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -192,7 +192,7 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
     x, y, test_x, test_y = task
     broken = test_x.copy()
     broken[17, 2] = np.nan
-    message = "test features must be finite, but row 17 has a NaN.*model's weights, or extract in"
+    message = "test features must be finite, but row 17 has a NaN.*delete it and extract them again"
     with pytest.raises(ValueError, match=message):
         scores(x, y, broken, test_y)
     with pytest.raises(ValueError, match="training features must be finite, but row 17 has"):

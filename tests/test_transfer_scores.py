@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from trex_models.transfer.scores import (
     accuracy,
@@ -34,7 +35,10 @@ def test_intervals_by_hand() -> None:
     z, n, p = 1.959964, 50, 0.9
     centre, half = (p + z**2 / 100), z * math.sqrt(p * 0.1 / n + z**2 / (4 * n**2))
     expected = [(centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
-    assert wilson_interval(45, 50) == pytest.approx(expected, abs=1e-6)
+    assert wilson_interval(0.9, 50) == pytest.approx(expected, abs=1e-6)
+    for correct in (0, 1, 25, 50):
+        theirs = binomtest(correct, 50).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(correct / 50, 50) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_accuracy_of_a_data_set() -> None:
@@ -45,7 +49,7 @@ def test_accuracy_of_a_data_set() -> None:
     assert found["top1"]["clipped"] is True
     assert accuracy([0.9], 10)["top1"]["clipped"] is False
     assert accuracy([0.9], 10)["top1"]["interval"] is None
-    assert found["top1"]["test_interval"] == wilson_interval(10, 10)
+    assert found["top1"]["test_interval"] == wilson_interval(0.95, 10)
     assert log_odds_facts(0.0, 10) == {"log_odds": -math.log(19), "clipped": True}
 
 

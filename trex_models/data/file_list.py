@@ -17,6 +17,7 @@ from trex_models.data.decode import read_image
 from trex_models.data.sources import digest
 
 _THREADS, _BLOCK = 8, 4096
+_INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
 
 
 class FileSource:
@@ -77,7 +78,7 @@ class FileSource:
         return [os.path.join(root, path) for path in self.paths.tolist()]  # noqa: PTH118 - bytes
 
     def stats(self) -> np.ndarray:
-        """Return size and time of change of each file, (N, 2) int64, in bytes and seconds.
+        """Return size in bytes, time of change in seconds, device and inode, (N, 4) int64.
 
         Raises:
             ValueError: Files are missing or empty.
@@ -87,7 +88,7 @@ class FileSource:
         # The threads wait for network file systems, where one look costs most of a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
             stats = [stat for block in pool.map(_stats, blocks) for stat in block]
-        found = np.array(stats, dtype=np.int64).reshape(-1, 2)
+        found = np.array(stats, dtype=np.int64).reshape(-1, 4)
         absent = np.flatnonzero(found[:, 0] <= 0)
         if len(absent):
             raise ValueError(
@@ -101,11 +102,12 @@ class FileSource:
         return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
 
 
-def _stats(files: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Return size and time of change of each file, 0 if there is none."""
-    stats = [(0, 0)] * len(files)
+def _stats(files: Sequence[bytes]) -> list[tuple[int, int, int, int]]:
+    """Return size, time of change, device and inode of each file, 0 if there is none."""
+    stats = [(0, 0, 0, 0)] * len(files)
     for position, file in enumerate(files):
         with suppress(OSError):
             found = os.stat(file)  # noqa: PTH116 - bytes
-            stats[position] = found.st_size, int(found.st_mtime)
+            times = found.st_size, int(found.st_mtime)
+            stats[position] = *times, found.st_dev, found.st_ino & _INT64
     return stats

@@ -15,7 +15,8 @@ from trex_models.data.sources import digest
 class FolderSource(FileSource):
     """Images under ``root/<class>/``, at any depth; a class is a folder's name.
 
-    Classes and files are in sorted order, so that an index means the same image everywhere.
+    Classes and files are in sorted order, so that an index means the same image everywhere. Names
+    that begin with a dot do not count, of folders and of files.
 
     Args:
         root: The folder of class folders.
@@ -29,7 +30,8 @@ class FolderSource(FileSource):
         root = Path(root)
         if not root.is_dir():
             raise ValueError(f"{root} is no folder; name the folder of class folders")
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
+        classes = sorted(name for name in folders if not name.startswith("."))
         if len(classes) < 2:
             raise ValueError(
                 f"{root} holds {len(classes)} class folders, at least 2 are needed: "
@@ -52,11 +54,23 @@ class FolderSource(FileSource):
 
 
 def _image_files(root: Path, folder: str) -> list[bytes]:
-    """Return the paths of a folder's images below the root, sorted."""
-    return sorted(
-        os.fsencode(below / name)
-        for parent, _, names in os.walk(root / folder, followlinks=True)
-        for below in [Path(parent).relative_to(root)]
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    )
+    """Return the paths of a folder's images below the root, sorted.
+
+    A folder that links lead to again is looked into once.
+    """
+    seen: set[tuple[int, int]] = set()
+    found: list[bytes] = []
+    for parent, folders, names in os.walk(root / folder, followlinks=True):
+        place = Path(parent).stat()
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent).relative_to(root)
+        found += [
+            os.fsencode(below / name)
+            for name in names
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found)

@@ -99,7 +99,7 @@ def digest(*parts: np.ndarray | bytes | str) -> str:
     found = hashlib.sha256()
     for part in parts:
         data = part.tobytes() if isinstance(part, np.ndarray) else part
-        data = data.encode() if isinstance(data, str) else data
+        data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)
     return found.hexdigest()

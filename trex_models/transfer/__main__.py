@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,12 +28,18 @@ from trex_models.transfer.published import PUBLISHED
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
     commands = {"table": _table, "plot": _plot, "list": _list}
-    command = commands.get(arguments[0]) if arguments else None
+    first = arguments[0] if arguments else "--help"
     try:
-        if command:
-            command(arguments[1:])
+        if first in commands:
+            commands[first](arguments[1:])
+        elif first.startswith("-"):
+            _evaluate(arguments or ["--help"])
         else:
-            _evaluate(arguments)
+            raise ValueError(f"{first!r} is no command: {', '.join(commands)}, or --model ...")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
@@ -71,7 +78,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         first = next((t for t in tasks if t.data_set.name == training_task), tasks[0])
         encoder = calibrated(encoder, first.train, first.data_set.name, options.workers)
     cache = FeatureCache(
-        root=options.cache or options.out.parent / "features",
+        root=_cache_folder(options),
         dtype=options.cache_dtype,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -82,7 +89,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
         analyses=options.analyses,
         device=options.device,
     )
-    report = evaluate(encoder, tasks, cache, plan, options.out, options.label)
+    command = f"python -m trex_models.transfer {shlex.join(arguments)}"
+    report = evaluate(encoder, tasks, cache, plan, options.out, options.label, command)
     print(f"\n{table([report])}\n")
     print(f"wrote {options.out} and {options.out.with_suffix('.md')}")
 
@@ -102,7 +110,7 @@ def _evaluation_parser() -> argparse.ArgumentParser:
     add("--label", help="what tables and pictures call the model")
     add("--preprocessing", default="transfer", choices=PREPROCESSING, help="(transfer)")
     add("--precision", default="fp32", choices=PRECISIONS, help="of the model (fp32)")
-    add("--untrained", action="store_true", help="random weights, to compare with")
+    add("--untrained", action="store_true", help="random weights, BatchNorm of the first images")
     add("--seeds", type=_positive, default=5, help="validation splits to average over (5)")
     add("--analyses", action="store_true", help="also coding length, spectrum, sparsity, distances")
     add("--cache", type=Path, help="where features are kept (features/ beside the report)")
@@ -139,9 +147,10 @@ def _plot(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
     from trex_models.transfer import pictures
-    from trex_models.transfer.report import read_report
+    from trex_models.transfer.report import read_report, require_same_images
 
     reports = [read_report(path) for path in options.reports]
+    require_same_images(reports)
     figure = {
         "scatter": lambda: pictures.scatter(reports, options.published),
         "bars": lambda: pictures.bars(reports),
@@ -187,6 +196,16 @@ def _require_writable(out: Path) -> None:
         raise ValueError(
             f"--out {out} cannot be written ({reason}); choose another place"
         ) from error
+
+
+def _cache_folder(options: argparse.Namespace) -> Path:
+    folder: Path = options.cache or options.out.parent / "features"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"--cache {folder} cannot be used ({reason}); name a folder") from error
+    return folder
 
 
 def _positive(text: str) -> int:

@@ -1,12 +1,12 @@
 """Features of data sets, extracted once and kept in files that are mapped into memory.
 
-    ROOT/<model>-<hash>/<data set>-<split>-<hash>.safetensors
+    ROOT/<architecture>-<hash>/<data set>-<split>-<hash>.safetensors
 
 A file holds one tensor, ``features`` (N, F), and in its metadata all that the features depend on:
-weights, modules, preprocessing, precision, and the images: their list, and the sizes and times of
-change of their files (which unpacking an archive restores).
-The name is for people; a file is used only where its metadata are those asked for. Extraction
-appends to a file beside, so that one that was cut goes on where it was.
+weights, modules, preprocessing, precision, device, versions, and the images: their list, and the
+sizes and times of change of their files (which unpacking an archive restores). The names are for
+people; a file is used only where its metadata are those asked for. Extraction appends to a file
+beside, so that one that was cut goes on where it was.
 
 Shapes: N images, F features.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -60,13 +61,20 @@ class FeatureCache:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
-    def features(self, encoder: Encoder, source: Source, title: str) -> np.ndarray:
+    def features(
+        self,
+        encoder: Encoder,
+        source: Source,
+        title: str,
+        identity: Mapping[str, str] | None = None,
+    ) -> np.ndarray:
         """Return features of a source's images, extracting those that are not there yet.
 
         Args:
             encoder: What maps images to features.
             source: Labelled images.
             title: Data set and split, for the file's name and the progress bar.
+            identity: As ``identity`` returns, if it is known: that looks at every file.
 
         Returns:
             (N, F), mapped into memory; writing to it changes no file.
@@ -76,8 +84,8 @@ class FeatureCache:
                 not what its name says, or the disk has no room.
             OSError: The folder cannot be written.
         """
-        identity = self.identity(encoder, source)
-        name = f"{_slug(title)}-{_short(identity | {'dtype': self.dtype})}.safetensors"
+        identity = identity or self.identity(encoder, source)
+        name = f"{_slug(title)}-{_short({**identity, 'dtype': self.dtype})}.safetensors"
         path = self.folder(encoder) / name
         header = self._header(encoder, source, identity)
         if not path.exists():
@@ -89,7 +97,8 @@ class FeatureCache:
 
     def folder(self, encoder: Encoder) -> Path:
         """Return where an encoder's features are kept."""
-        return self.root / f"{_slug(encoder.name)}-{_short(encoder.identity())}"
+        name = _slug(str(encoder.facts["architecture"]))
+        return self.root / f"{name}-{_short(encoder.identity())}"
 
     def identity(self, encoder: Encoder, source: Source) -> dict[str, str]:
         """Return what features depend on; strings, as safetensors has them."""
@@ -136,7 +145,7 @@ class FeatureCache:
             dynamic_ncols=True,
             disable=None,
         )
-        with part.writing() as write, bar:
+        with part.writing() as write, bar, _tf32(encoder.precision != "fp32"):
             for rows in batches:
                 with np.errstate(over="ignore"):  # what is not finite is told below
                     features = rows.astype(kept, copy=False)
@@ -162,7 +171,7 @@ class _Part:
         with self.part.open("rb") as file:
             if file.read(len(self.header)) != self.header:
                 return 0
-        marked = self.mark.read_text()
+        marked = self.mark.read_bytes()
         whole = (self.part.stat().st_size - len(self.header)) // self.row_bytes
         return min(int(marked), whole) if marked.isdigit() else 0
 
@@ -216,6 +225,18 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Say whether CUDA may compute float32 convolutions and products in TF32."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
 def _mapped(path: Path, header: bytes) -> np.ndarray:
     """Map a file's features into memory.
 
@@ -255,8 +276,9 @@ def _require_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if size + _SPARE_BYTES > free:
         raise ValueError(
-            f"{path.parent} has {free / 1e9:.1f} GB left, but the features of {path.name} need "
-            f"{size / 1e9:.1f} GB: free some, choose another --cache, or --cache-dtype float16"
+            f"{path.parent} has {free / 1e9:.2f} GB left, but {path.name} needs "
+            f"{(size + _SPARE_BYTES) / 1e9:.2f} GB with some to spare: free some, choose another "
+            "--cache, or --cache-dtype float16"
         )
 
 
@@ -273,7 +295,7 @@ def _require_finite(rows: np.ndarray, source: Source, start: int, encoder: Encod
 
 def _stats(source: Source) -> list[np.ndarray]:
     """Return sizes and times of the files behind a source: other images of their names differ."""
-    return [source.stats()] if isinstance(source, FileSource) else []
+    return [source.stats()[:, :2]] if isinstance(source, FileSource) else []
 
 
 def _short(identity: Mapping[str, object]) -> str:

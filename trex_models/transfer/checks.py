@@ -32,8 +32,8 @@ def check_parts(
     if classes != list(test.classes):
         odd = sorted(set(classes) ^ set(test.classes))
         raise ValueError(
-            f"the training images have {len(classes)} classes, the test images {len(test.classes)} "
-            f"others (one part alone has {', '.join(odd[:3])}); both need the same"
+            f"the training images have {len(classes)} classes and the test images "
+            f"{len(test.classes)} (one part alone has {', '.join(odd[:3])}); both need the same"
         )
     for what, expected, found in (
         ("classes", num_classes, len(classes)),
@@ -50,14 +50,14 @@ def check_parts(
             f"training and validation, the first is {classes[scarce[0]]}; add images or remove them"
         )
     if isinstance(train, FileSource) and isinstance(test, FileSource):
-        both = set(test.files()).intersection(train.files())
+        places = [list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test)]
+        fitted = set(places[0])
+        both = [index for index, place in enumerate(places[1]) if place in fitted]
         if both:
             raise ValueError(
-                f"{len(both)} files are among the training and the test images, such as "
-                f"{min(both).decode(errors='replace')}; list each once"
+                f"{len(both)} files are among the training and the test images (by name or by "
+                f"link), such as {test.name(both[0])}; list each once"
             )
-        train.stats()
-        test.stats()
 
 
 def _check_number(what: str, expected: int | tuple[int, int], found: int) -> None:

@@ -2,42 +2,23 @@
 
 Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. The user
 gives two list files: which concepts (WordNet ids) make up the levels, and which images of each
-concept are to fit on and to test on. They are JSON, or pickles; a pickle is read by an unpickler
-that builds containers, text, numbers and numpy arrays alone, so it cannot run code.
+concept are to fit on and to test on, as JSON or as pickles.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trex_models.data.file_list import FileSource
+from trex_models.transfer.pickled_lists import read_pickle
 from trex_models.transfer.readers import read_json
 
 NUM_LEVELS = 5
 _SUFFIXES = (".json", ".pkl", ".pickle")
-# What pickles of containers and of numpy's arrays call by name; the rest has opcodes of its own.
-_ALLOWED = {
-    *(("builtins", name) for name in ("list", "dict", "set", "frozenset", "str", "int", "bytes")),
-    *(("__builtin__", name) for name in ("list", "dict", "set", "frozenset", "unicode", "long")),
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("collections", "defaultdict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    *(
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            *(("multiarray", "_reconstruct"), ("multiarray", "scalar")),
-            ("numeric", "_frombuffer"),
-        )
-    ),
-}
 
 
 def cog(root: Path, level: int) -> tuple[FileSource, FileSource]:
@@ -86,22 +67,7 @@ def _content(path: Path) -> Any:
     """Return what a list file holds."""
     if path.suffix == ".json":
         return read_json(path)
-    with path.open("rb") as file:
-        try:
-            return _Unpickler(file, encoding="latin1").load()
-        except MemoryError:
-            raise
-        except Exception as error:  # a torn pickle raises anything
-            raise ValueError(f"{path} cannot be read: {error}; write it as JSON") from error
-
-
-class _Unpickler(pickle.Unpickler):
-    """Refuses every name but those of plain containers and arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise ValueError(f"it asks for {module}.{name}, which a list of names does not need")
-        return super().find_class(module, name)
+    return read_pickle(path)
 
 
 def _levels(content: Any, path: Path) -> list[list[str]]:

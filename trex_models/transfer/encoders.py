@@ -1,7 +1,8 @@
 """Models as encoders of images: what is evaluated, how its images are prepared, what it is called.
 
 An encoder is told apart from others by what its features depend on: the tensors of its weights,
-its modules, the preprocessing and the precision. Names and files do not count.
+its modules and their settings, the preprocessing, the precision, the kind of device, and the
+versions of what computes. Names and files do not count.
 
 Shapes: B batch, F features, S side in pixels.
 """
@@ -10,8 +11,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from trex_models.evaluation.features import image_batches, preprocessing
 PIXELS = "pixels"
 """Name of the encoder that is no model: an image's pixels at 16 x 16."""
 PREPROCESSING = (*PROTOCOLS, "model")
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PACKAGES = ("torch", "torchvision", "timm", "pillow")
 _PIXEL_SIDE = 16  # on fractals 32 is no better by either classifier, and takes four times as long
 _CALIBRATION_IMAGES = 2048
 
@@ -45,6 +49,8 @@ class Encoder:
     """How images are prepared."""
     precision: str = "fp32"
     """One of ``PRECISIONS``: what the device computes in."""
+    device: str = "cpu"
+    """Kind of device that computes the features: their last digits depend on it."""
     facts: Mapping[str, Any]
     """For a report: architecture, hash of the weights, number of features and of parameters."""
 
@@ -57,9 +63,11 @@ class Encoder:
         """Return what features depend on, for JSON."""
         return {
             "weights_sha256": self.facts["weights_sha256"],
-            "modules_sha256": digest(repr(self.model)),
+            "modules_sha256": modules_digest(self.model),
             "transform": asdict(self.transform),
             "precision": self.precision,
+            "device": self.device,
+            "versions": {package: version(package) for package in _PACKAGES},
         }
 
 
@@ -81,7 +89,7 @@ def load(
             bicubic; the authors' for transfer), "validation" (to 256 for 224, bilinear) or
             "model" (whatever the model's own configuration says). Crop size, mean and standard
             deviation are always the model's.
-        precision: What the device computes in: fp32, bf16 or fp16.
+        precision: What the device computes in: fp32, tf32 (on CUDA, faster), bf16 or fp16.
         untrained: Whether to give the architecture random weights, to compare with.
         seed: Of random weights.
         device: Where to put it.
@@ -94,8 +102,10 @@ def load(
     _require_choice("precision", precision, tuple(PRECISIONS))
     if name == PIXELS:
         return _pixels(precision)
-    model = _create(name, untrained, seed)
     where = _device(device)
+    if precision == "tf32" and where.type != "cuda":
+        raise ValueError(f"precision tf32 is of CUDA devices, and the device is {device}: use fp32")
+    model = _create(name, untrained, seed)
     try:
         model = model.to(where).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:
@@ -121,7 +131,14 @@ def load(
         "parameters": sum(p.numel() for p in model.parameters()),
         "preprocessing": prepare,
     }
-    return Encoder(name=name, model=model, transform=transform, precision=precision, facts=facts)
+    return Encoder(
+        name=name,
+        model=model,
+        transform=transform,
+        precision=precision,
+        device=where.type,
+        facts=facts,
+    )
 
 
 def calibrated(encoder: Encoder, source: Source, title: str, workers: int = 0) -> Encoder:
@@ -155,9 +172,41 @@ def weights_digest(model: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        data = tensor.detach().cpu().contiguous().flatten()
-        found.update(data.view(torch.uint8).numpy().data)
+        found.update(_bytes(tensor))
     return found.hexdigest()
+
+
+def modules_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's modules by name, class and settings.
+
+    Settings are attributes that are plain values, such as how a transformer pools; and buffers that
+    are not among the weights.
+    """
+    parts: list[str | bytes] = [repr(model)]
+    kept = model.state_dict().keys()
+    for name, module in model.named_modules():
+        settings = {
+            key: repr(value)
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key != "training" and _is_plain(value)
+        }
+        parts.append(json.dumps([name, type(module).__qualname__, settings]))
+    for name, buffer in model.named_buffers():
+        if name not in kept:
+            parts += [name, _bytes(buffer)]
+    return digest(*parts)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's values, whatever its type and memory format."""
+    data = tensor.detach().cpu().contiguous().flatten()
+    return data.view(torch.uint8).numpy().tobytes()
 
 
 def _create(name: str, untrained: bool, seed: int) -> nn.Module:
@@ -203,7 +252,7 @@ def _folder_of(name: str) -> Path | None:
 @torch.inference_mode()
 def _width(name: str, model: nn.Module, transform: CentreCrop) -> int:
     """Return F, of an image of the model's size."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next(model.parameters()).device
     try:
         output = model(torch.zeros(1, 3, *transform.size, device=device))
     except RuntimeError as error:
@@ -239,7 +288,10 @@ def _pixels(precision: str) -> Encoder:
 
 def _device(device: str) -> torch.device:
     try:
-        return torch.device(device)
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return found
     except RuntimeError as error:
         raise ValueError(
             f"--device {device} is no device of torch ({_first_line(error)})"

@@ -65,6 +65,7 @@ def evaluate(
     plan: Plan,
     out: Path,
     label: str = "",
+    command: str = "",
 ) -> dict[str, Any]:
     """Score an encoder on data sets, and write the report after each of them.
 
@@ -75,6 +76,7 @@ def evaluate(
         plan: How they are scored.
         out: The report's file, JSON; a table in Markdown goes beside it.
         label: What tables and pictures call the model.
+        command: What repeats it.
 
     Returns:
         The report.
@@ -84,7 +86,14 @@ def evaluate(
             its name says.
         OSError: A file cannot be written.
     """
-    report = new_report(encoder, protocol.facts(range(plan.seeds)), plan.training_task, label)
+    settings = {
+        "protocol": protocol.facts(range(plan.seeds)),
+        "cache_dtype": cache.dtype,
+        "classifiers_device": plan.device,
+        "training_task": plan.training_task,
+        "command": command,
+    }
+    report = new_report(encoder, settings, label)
     for number, task in enumerate(tasks, start=1):
         name = task.data_set.name
         print(
@@ -108,8 +117,9 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     """Return a data set's entry of the report; arguments and errors as of ``evaluate``."""
     name = task.data_set.name
     started = time.monotonic()
-    train = cache.features(encoder, task.train, f"{name}-train")
-    test = cache.features(encoder, task.test, f"{name}-test")
+    identities = [cache.identity(encoder, source) for source in (task.train, task.test)]
+    train = cache.features(encoder, task.train, f"{name}-train", identities[0])
+    test = cache.features(encoder, task.test, f"{name}-test", identities[1])
     seconds = time.monotonic() - started
     about = {
         "title": task.data_set.title,
@@ -120,7 +130,7 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     }
     asked = {
         **about,
-        "features": [cache.identity(encoder, source) for source in (task.train, task.test)],
+        "features": identities,
         "dtype": cache.dtype,
         "protocol": protocol.facts(range(plan.seeds)),
         "versions": environment()["versions"],
@@ -131,11 +141,18 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     if scores is None:
         scores = _scores(task, train, test, plan)
         scores["seconds"]["features"] = round(seconds, 2)
-        write_whole(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
+        try:
+            write_whole(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
+        except OSError as error:  # the report has them all the same
+            print(f"      the scores are not kept for another run ({error})", flush=True)
     entry = {**about, **scores}
     if plan.analyses:
-        found = analyse(train, task.train.labels, device=plan.device)
-        entry["analyses"] = {"train": found.to_dict()}
+        try:
+            found = analyse(train, task.train.labels, device=plan.device)
+            entry["analyses"] = {"train": found.to_dict()}
+        except ValueError as error:  # such as constant features
+            print(f"      no analyses: {error}", flush=True)
+            entry["analyses"] = {"train": None, "reason": str(error)}
     return entry
 
 

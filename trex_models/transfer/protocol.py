@@ -290,7 +290,8 @@ def _require_features(name: str, features: np.ndarray, labels: np.ndarray) -> No
         neighbors.require_finite(f"{name} features", _tensor(features), 4096)
     except ValueError as error:
         raise ValueError(
-            f"{error}: look at the image and the model's weights, or extract in float32"
+            f"{error}: if they were kept in a file, delete it and extract them again; if they are "
+            "so again, look at the image and the model's weights"
         ) from None
 
 

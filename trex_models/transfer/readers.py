@@ -135,15 +135,32 @@ def class_folders(path: Path) -> Parts:
     """Return any class folders, divided by their owner or by a hash.
 
     Args:
-        path: Holds ``train/`` and ``test/`` (or ``val/``, if there is no ``test/``), both of class
-            folders; or else class folders alone, of each of which a fifth is held out to test on.
+        path: Holds ``train/``, ``val/`` and ``test/`` of class folders, the first two of which are
+            fitted on; or ``train/`` and one of the others, which is tested on; or else class
+            folders alone, of each of which a fifth is held out to test on.
 
     Raises:
-        ValueError: It holds neither.
+        ValueError: It holds something else.
     """
-    for name in ("test", "val"):
-        if (path / "train").is_dir() and (path / name).is_dir():
-            return _two_folders(path / "train", path / name)
+    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
+    if found == ["train", "val", "test"]:
+        train, val, test = (FolderSource(path / name) for name in found)
+        if train.classes != val.classes:
+            raise ValueError(f"{path}/train and {path}/val hold different class folders")
+        files = [
+            f"{name}/".encode() + file
+            for name, part in (("train", train), ("val", val))
+            for file in part.paths.tolist()
+        ]
+        labels = np.concatenate([train.labels, val.labels])
+        return FileSource(path, files, labels, train.classes), test
+    if len(found) == 2 and found[0] == "train":
+        return _two_folders(path / "train", path / found[1])
+    if found == ["train"]:
+        raise ValueError(
+            f"{path} holds train/ and neither test/ nor val/: rename the folder to test on, or "
+            "train/ if it is a class"
+        )
     return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
 
 
@@ -188,7 +205,6 @@ def _listed(folder: Path, parts: Iterable[Any], classes: Sequence[str]) -> FileS
 def _inaturalist(folder: Path, year: str) -> Parts:
     """Read the JSON files of a competition; torchvision renames the folder of images to YEAR."""
     images = f"train_val{year}"
-    below = folder / (year if (folder / year).is_dir() else images)
 
     def part(name: str) -> FileSource:
         path = folder / f"{name}{year}.json"
@@ -197,9 +213,11 @@ def _inaturalist(folder: Path, year: str) -> Parts:
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
         rows = content["annotations"]
+        files = [file_of[row["image_id"]].removeprefix(f"{images}/") for row in rows]
+        renamed = files and (folder / year / files[0]).exists()
         return FileSource(
-            below,
-            [file_of[row["image_id"]].removeprefix(f"{images}/") for row in rows],
+            folder / (year if renamed else images),
+            files,
             [label_of[row["category_id"]] for row in rows],
             [str(category["name"]) for category in categories],
         )

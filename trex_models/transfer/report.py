@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,27 +26,23 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "s
 _WIDTH = 40  # of a model's name in a table
 
 
-def new_report(
-    encoder: Encoder, protocol_facts: Mapping[str, Any], training_task: str | None, label: str = ""
-) -> dict[str, Any]:
+def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
     """Return a report without data sets.
 
     Args:
         encoder: What is evaluated.
-        protocol_facts: How.
-        training_task: Name of the data set that does not count as transfer, if any.
+        settings: How: the ``protocol``; the ``training_task``, which does not count as transfer;
+            and others.
         label: What tables and pictures call the model; its name by default.
     """
     return {
         "format": FORMAT,
         "complete": False,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m trex_models.transfer", *sys.argv[1:]]),
         "model": {"name": encoder.name, "label": label or encoder.name, **encoder.facts},
         "transform": asdict(encoder.transform),
         "precision": encoder.precision,
-        "protocol": dict(protocol_facts),
-        "training_task": training_task,
+        **settings,
         "data_sets": {},
         "transfer": None,
         **environment(),
@@ -107,19 +102,42 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
+    """Check that data sets of one name have the same images.
+
+    Raises:
+        ValueError: They differ; the message names the data set.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for report in reports:
+        label = report["model"]["label"]
+        for name, entry in report["data_sets"].items():
+            images = [entry[part]["sha256"] for part in ("train", "test")]
+            other, known = first.setdefault(name, (label, images))
+            if images != known:
+                raise ValueError(
+                    f"{name} has other images in the report of {label} than in that of {other}: "
+                    "their scores do not compare; evaluate both on one copy"
+                )
+
+
 def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
     """Return the scores of one model or several, a line a data set.
 
     Args:
         reports: One a model.
         markdown: Whether as a Markdown table with notes, or as columns of text.
+
+    Raises:
+        ValueError: Reports have different images under one name.
     """
+    require_same_images(reports)
     rows = _rows(reports)
     notes = _notes(reports)
     if markdown:
-        lines = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+        lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
         lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
-        return "\n".join([*lines, "", *(f"{note}  " for note in notes)]) + "\n"
+        return "\n".join([*lines, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -130,6 +148,11 @@ def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", *notes])
+
+
+def _escaped(text: str) -> str:
+    """Return a text as a cell of Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -152,7 +175,7 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         rows.append(row)
     counts = {len(report["transfer"]["data_sets"]) for report in reports if report["transfer"]}
     count = str(*counts) if len(counts) == 1 else "transfer"
-    last = [f"mean log-odds of {count} sets", ""]
+    last = [f"mean log-odds of {count} set{'s' * (count != '1')}", ""]
     for report in reports:
         scores = report["transfer"]
         last += [
@@ -188,15 +211,25 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         model = report["model"]
         notes.append(
             f"{model['label']}: {model['source']}, weights {model['weights_sha256'][:12]}, "
-            f"{report['precision']}"
+            f"preprocessing {model['preprocessing']}, {report['precision']}, features kept in "
+            f"{report['cache_dtype']}"
         )
     seeds = sorted({len(report["protocol"]["seeds"]) for report in reports})
     notes += [
-        "top-1: mean over " + " or ".join(map(str, seeds)) + " seeds (95 % interval of a test set "
-        "of this size); mean log-odds: 95 % interval over the seeds.",
+        f"top-1: mean over {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} (95 % "
+        "interval of a test set of this size); mean log-odds: 95 % interval over the seeds.",
         reports[0]["protocol"]["note"],
     ]
+    means = {frozenset(report["transfer"]["data_sets"]) for report in reports if report["transfer"]}
+    if len(means) > 1:
+        notes.append("The mean log-odds are not over the same data sets: they do not compare.")
     entries = [entry for report in reports for entry in report["data_sets"].values()]
+    ends = [e["title"] for e in entries if any("C" in c["at_end"] for c in e["choices"])]
+    if ends:
+        notes.append(f"C was best at an end of its range on {', '.join(dict.fromkeys(ends))}.")
+    loose = [e["title"] for e in entries if not all(c["converged"] for c in e["choices"])]
+    if loose:
+        notes.append(f"The last fit did not reach its tolerance on {', '.join(loose)}.")
     if any(entry[score]["clipped"] for entry in entries for score in ("top1", "knn")):
         notes.append("An accuracy of 0 or 1 has no log-odds; it counts as half a test image off.")
     if not all(report["complete"] for report in reports):
