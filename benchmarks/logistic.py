@@ -9,6 +9,8 @@ are real: scikit-learn's handwritten digits at 32 px through timm's resnet10t wi
 in turn:
 
 - ours: ``fit_path`` over all C, as it comes;
+- ours, axes known: the same with the features' principal axes, which the evaluation finds once for
+  all of its paths to parts of them;
 - scikit-learn: ``LogisticRegression`` (lbfgs, tol 1e-4) for each C, at most 100 iterations, its
   defaults, and none of its warnings shown;
 - for a few of the C, once, scikit-learn in float64 to tol 1e-8 or 300 iterations: what objectives
@@ -39,7 +41,7 @@ from benchmarks import measure
 from trex_models.data.centre_crops import CentreCrop
 from trex_models.data.samples import digits
 from trex_models.evaluation.features import extract_features
-from trex_models.evaluation.logistic import LogisticFit, fit_path, objective
+from trex_models.evaluation.logistic import LogisticFit, fit_path, objective, principal_axes
 
 _SMALL, _DIGITS, _PETS = "1000x256x10", "digits", "3680x2048x37"
 _PRODUCTS = {"aten::mm", "aten::addmm"}
@@ -133,12 +135,22 @@ def benchmark(
         fits[:] = fit_path(x, y, strengths)
         return time.perf_counter() - start
 
+    def time_with_axes() -> float:
+        start = time.perf_counter()
+        fit_path(x, y, strengths, axes=axes)
+        return time.perf_counter() - start
+
     def time_scikit_learn() -> float:
         start = time.perf_counter()
         models[:] = [fit_scikit_learn(x, y, strength) for strength in strengths]
         return time.perf_counter() - start
 
-    variants = {"ours": time_ours, "scikit-learn": time_scikit_learn}
+    axes = principal_axes(x)
+    variants = {
+        "ours": time_ours,
+        "ours, axes known": time_with_axes,
+        "scikit-learn": time_scikit_learn,
+    }
     seconds = measure.alternate(variants, rounds, warm_up=0)
     picked = np.linspace(0, len(strengths) - 1, compared).round().astype(int)
     result: dict[str, Any] = {
@@ -146,14 +158,19 @@ def benchmark(
         "num_C": len(strengths),
         "seconds": {name: measure.spread(values) for name, values in seconds.items()},
         "ratio": measure.ratios(seconds["scikit-learn"], seconds["ours"]),
+        "ratio_axes_known": measure.ratios(seconds["scikit-learn"], seconds["ours, axes known"]),
         "share_of_products": round(product_share(x, y, strengths), 3),
         "iterations": {
             "ours": sum(fitted.iterations for fitted in fits),
+            "ours, axes known": sum(f.iterations for f in fit_path(x, y, strengths, axes=axes)),
             "scikit-learn": sum(int(model.n_iter_[0]) for model in models),
         },
         "compared": [compare(x, y, test, fits[i], models[i], tight_iterations) for i in picked],
     }
-    print(f"{size}, {len(strengths)} values of C: ratio {measure.shown(result['ratio'])}")
+    print(
+        f"{size}, {len(strengths)} values of C: ratio {measure.shown(result['ratio'])}, "
+        f"axes known {measure.shown(result['ratio_axes_known'])}"
+    )
     for name, values in result["seconds"].items():
         total = result["iterations"][name]
         print(f"  {name}: {measure.shown(values, ' s')}, {total} iterations")

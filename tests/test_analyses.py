@@ -85,6 +85,12 @@ def test_chunks_do_not_change_the_result(chunk: int) -> None:
     same(analyse(features, labels, chunk=chunk), analyse(features, labels))
 
 
+def test_progress_counts_images() -> None:
+    done: list[int] = []
+    analyse(*sample(), chunk=40, progress=done.append)
+    assert done == [40, 40, 10]
+
+
 def test_half_precision_in_a_mapped_file_that_is_read_only(tmp_path: Path) -> None:
     features, labels = sample()
     half = features.astype(np.float16)

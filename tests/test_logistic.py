@@ -17,7 +17,14 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
-from trex_models.evaluation.logistic import LogisticFit, _losses, fit, fit_path, objective
+from trex_models.evaluation.logistic import (
+    LogisticFit,
+    _losses,
+    fit,
+    fit_path,
+    objective,
+    principal_axes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +229,29 @@ def test_constant_features_are_of_no_use() -> None:
     fitted = fit(torch.cat([x, torch.full_like(x, 5.0)], 1), y, 1.0)
     assert fitted.weight[:, 7:].abs().max() < 1e-5
     assert fitted.objective == pytest.approx(fit(x, y, 1.0).objective, rel=2e-5)
+
+
+@pytest.mark.parametrize("width", [64, 20], ids=["more features", "more samples"])
+def test_axes_of_a_set_serve_its_parts(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 3
+    x = torch.randn(60, width, generator=generator) * torch.arange(1, width + 1) ** -0.7
+    x = (x + 0.3 * torch.randn(3, width, generator=generator)[y]).double()
+    axes = principal_axes(x)
+    assert axes.shape == (width, min(60, width))
+    part = torch.arange(60) % 5 != 0
+    for shared, own in zip(
+        fit_path(x[part], y[part], [0.1, 10.0], axes=axes, tolerance=1e-10),
+        fit_path(x[part], y[part], [0.1, 10.0], tolerance=1e-10),
+        strict=True,
+    ):
+        assert shared.converged
+        torch.testing.assert_close(shared.weight, own.weight, rtol=1e-3, atol=1e-4)
+        assert shared.objective == pytest.approx(own.objective, rel=1e-9)
+    with pytest.raises(ValueError, match=r"axes must be of \d+ features .*, got shape \(3,"):
+        fit(x, y, 1.0, axes=axes[:3])
+    with pytest.raises(ValueError, match="row 7 has a NaN"):
+        principal_axes(x.index_fill(0, torch.tensor([7]), torch.nan))
 
 
 def test_progress_and_the_end_of_patience() -> None:

@@ -77,6 +77,14 @@ def test_neighbors_are_the_nearest_in_order() -> None:
     assert all(len(set(row)) == 9 for row in indices.tolist())
 
 
+def test_progress_counts_pairs() -> None:
+    features, _, queries = sample()
+    done: list[int] = []
+    nearest_neighbors(features, queries, 9, chunk=50, progress=done.append)
+    assert len(done) > 1
+    assert sum(done) == len(features) * len(queries)
+
+
 def test_order_of_the_references_does_not_matter() -> None:
     features, labels, queries = sample()
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(5))

@@ -220,7 +220,7 @@ def test_a_terminal_sees_what_is_done(task: Task, monkeypatch: pytest.MonkeyPatc
         def isatty(self) -> bool:
             return True
 
-    for scores, words in zip(SCORES[:2], ("C 0.1, iteration", "seed 0: settings"), strict=True):
+    for scores, words in zip(SCORES, ("C 0.1, iteration", "seed 0: settings", "k-NN"), strict=True):
         for stream in (Terminal(), io.StringIO()):
             monkeypatch.setattr(sys, "stderr", stream)
             scores(*task)

@@ -16,6 +16,7 @@ Shapes: N images, F features, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ def analyse(
     threshold: float = 1e-5,
     chunk: int = 8192,
     device: str | torch.device = "cpu",
+    progress: Callable[[int], object] | None = None,
 ) -> Analysis:
     """Analyse features in one pass, in float64.
 
@@ -88,6 +90,7 @@ def analyse(
         threshold: |z| up to which a feature counts as zero in the sparsity.
         chunk: Images at a time.
         device: Where to compute; it must know float64.
+        progress: Called after each chunk with its number of images.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a number is out of range, or
@@ -118,6 +121,8 @@ def analyse(
         alive |= (block != 0).any(0)
         gram.addmm_(block.T, block)
         sums.index_add_(0, index, block)
+        if progress is not None:
+            progress(len(block))
 
     kept = counts > 0
     if kept.sum() < 2 or counts.max() < 2:

@@ -81,6 +81,7 @@ def fit(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
     chunk: int = 16384,
+    axes: Tensor | None = None,
     progress: Progress | None = None,
 ) -> LogisticFit:
     """Fit one classifier; arguments and errors as of ``fit_path``.
@@ -94,12 +95,13 @@ def fit(
         tolerance: Allowed excess of the objective, relative.
         max_iterations: Of two products each.
         chunk: Samples at a time.
+        axes: Those of a set that these samples are from.
         progress: Called once an iteration.
 
     Raises:
         ValueError: Also where ``start`` is of other shapes.
     """
-    settings = (tolerance, max_iterations, chunk, progress)
+    settings = (tolerance, max_iterations, chunk, axes, progress)
     return _fit_path(features, labels, [C], start, *settings)[0]
 
 
@@ -111,6 +113,7 @@ def fit_path(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
     chunk: int = 16384,
+    axes: Tensor | None = None,
     progress: Progress | None = None,
 ) -> list[LogisticFit]:
     """Fit classifiers along ascending values of C, each from where the last one ended.
@@ -135,13 +138,34 @@ def fit_path(
         tolerance: Allowed excess of the objective, relative.
         max_iterations: For each C, of two products with the features each.
         chunk: Samples at a time where no whole matrix is needed.
+        axes: ``principal_axes`` of a set that these samples are from, (F, R): where several of its
+            parts are fitted to, they need to be found only once.
         progress: Called once an iteration.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a class is absent or the only
             one, or a number is out of range.
     """
-    return _fit_path(features, labels, Cs, None, tolerance, max_iterations, chunk, progress)
+    return _fit_path(features, labels, Cs, None, tolerance, max_iterations, chunk, axes, progress)
+
+
+@torch.no_grad()
+def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
+    """Return what ``fit`` and ``fit_path`` take as ``axes`` for these samples or parts of them.
+
+    Args:
+        features: (N, F), of any floating type.
+        chunk: Samples at a time.
+
+    Returns:
+        Orthonormal axes that span the centred features, (F, R), R = min(N, F).
+
+    Raises:
+        ValueError: A feature is not finite.
+    """
+    require_finite("features", features, chunk)
+    with full_float32(features.device):
+        return _principal_axes(features, _mean(features, chunk), chunk)
 
 
 def objective(
@@ -178,13 +202,19 @@ def _fit_path(
     tolerance: float,
     max_iterations: int,
     chunk: int,
+    axes: Tensor | None,
     progress: Progress | None,
 ) -> list[LogisticFit]:
     _require_numbers(strengths, tolerance, max_iterations, chunk)
     counts = _require_samples(features, labels, chunk)
     labels = labels.to(features.device, torch.int64)
+    if axes is not None and axes.shape[:1] != features.shape[1:]:
+        raise ValueError(
+            f"axes must be of {features.shape[1]} features as the samples are, got shape "
+            f"{tuple(axes.shape)}"
+        )
     with full_float32(features.device):
-        problem = _Problem(features, labels, len(counts), chunk)
+        problem = _Problem(features, labels, len(counts), chunk, axes)
         problem.start(start, counts)
         return [problem.minimize(C, tolerance, max_iterations, progress) for C in strengths]
 
@@ -197,17 +227,25 @@ class _Problem:
     gradient of the losses, ``slopes``.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, num_classes: int, chunk: int) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        chunk: int,
+        axes: Tensor | None,
+    ) -> None:
         self.features, self.labels, self.chunk = features, labels, chunk
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        sums = (block.sum(0, dtype=torch.float64) for block in features.split(chunk))
-        self.mean = (sum(sums, torch.zeros((), device=features.device)) / len(features)).to(dtype)
-        self.axes, variances = _principal_axes(features, self.mean, chunk)
+        self.mean = _mean(features, chunk)
+        self.axes = _principal_axes(features, self.mean, chunk) if axes is None else axes
+        variances = self.mean.new_zeros(self.axes.shape[1])  # times N, along the axes
         width = self.axes.shape[1]
         # The intercept is the weight of one more feature that is 1.
         self.samples = self.mean.new_ones(len(features), width + 1)
         for rows, block in zip(self.samples.split(chunk), features.split(chunk), strict=True):
-            rows[:, :width] = (block - self.mean) @ self.axes
+            turned = (block - self.mean) @ self.axes
+            rows[:, :width] = turned
+            variances += turned.square().sum(0)
         one = variances.new_ones(1)
         self.variances = torch.cat([variances, one * len(features)])
         self.penalty = torch.cat([torch.ones_like(variances), one * 0])
@@ -282,7 +320,7 @@ class _Problem:
             gradient.norm().item(),
             iterations,
             # Far from the origin the intercept may be too coarse for features as they are.
-            converged and reached - value <= max(tolerance, 1e-4) * value,
+            converged and abs(reached - value) <= max(tolerance, 1e-4) * value,
         )
 
     def _differentiate(self) -> None:
@@ -397,8 +435,14 @@ def _descent(gradient: Tensor, history: Sequence[_Pair], curvature: Tensor) -> T
     return direction.view_as(gradient)
 
 
-def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Return orthonormal axes, (F, R), and the sums of squares of the features along them, (R,).
+def _mean(features: Tensor, chunk: int) -> Tensor:
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    sums = (block.sum(0, dtype=torch.float64) for block in features.split(chunk))
+    return (sum(sums, torch.zeros((), device=features.device)) / len(features)).to(dtype)
+
+
+def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> Tensor:
+    """Return orthonormal axes, (F, R).
 
     What rounding leaves uncertain are axes of hardly any variance; they stay orthonormal.
     """
@@ -410,8 +454,8 @@ def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> tuple[Tensor,
         if span is not None:
             centred = centred @ span
         gram = gram + centred.T @ centred
-    variances, axes = torch.linalg.eigh(gram)
-    return axes if span is None else span @ axes, variances.clamp_min(0)
+    axes = torch.linalg.eigh(gram).eigenvectors
+    return axes if span is None else span @ axes
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -10,7 +10,7 @@ Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbours
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -91,7 +91,11 @@ def class_votes(
 
 
 def nearest_neighbors(
-    features: Tensor, queries: Tensor, k: int = 20, chunk: int = 4096
+    features: Tensor,
+    queries: Tensor,
+    k: int = 20,
+    chunk: int = 4096,
+    progress: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the k references nearest to each query by cosine similarity.
 
@@ -110,6 +114,8 @@ def nearest_neighbors(
         queries: (M, F); moved to the device of ``features`` block by block.
         k: Neighbours; all references where there are fewer.
         chunk: Queries, and references, in a block.
+        progress: Called after each block of queries and references with the product of their
+            numbers; N M in all.
 
     Returns:
         Similarities, (M, K) float32, descending, and indices of the references, (M, K). A
@@ -132,13 +138,19 @@ def nearest_neighbors(
         for start in range(0, len(queries), chunk):
             rows = slice(start, start + chunk)
             block = _directions(queries[rows].to(device))
-            best, where = _nearest(block, features, k, chunk)
+            best, where = _nearest(block, features, k, chunk, progress)
             best[~block.any(1)] = torch.nan
             similarities[rows], indices[rows] = best, where
     return similarities, indices
 
 
-def _nearest(queries: Tensor, features: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+def _nearest(
+    queries: Tensor,
+    features: Tensor,
+    k: int,
+    chunk: int,
+    progress: Callable[[int], object] | None,
+) -> tuple[Tensor, Tensor]:
     """Return the k largest cosines of unit queries, with the references', by a running top-k."""
     best = queries.new_empty(len(queries), 0)
     where = torch.empty_like(best, dtype=torch.int64)
@@ -149,6 +161,8 @@ def _nearest(queries: Tensor, features: Tensor, k: int, chunk: int) -> tuple[Ten
         values, columns = torch.cat([best, values], 1), torch.cat([where, columns + start], 1)
         best, order = values.topk(min(k, values.shape[1]))
         where = columns.gather(1, order)
+        if progress is not None:
+            progress(len(queries) * min(chunk, len(features) - start))
     return best, where
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.analyses import analyse
+from trex_models.evaluation.analyses import Analysis, analyse
 from trex_models.files import write_whole
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
@@ -133,6 +134,7 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
         "features": identities,
         "dtype": cache.dtype,
         "protocol": protocol.facts(range(plan.seeds)),
+        "device": plan.device,
         "versions": environment()["versions"],
     }
     key = digest(json.dumps(asked, sort_keys=True))
@@ -148,12 +150,25 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     entry = {**about, **scores}
     if plan.analyses:
         try:
-            found = analyse(train, task.train.labels, device=plan.device)
+            found = _analysis(train, task.train.labels, plan.device)
             entry["analyses"] = {"train": found.to_dict()}
         except ValueError as error:  # such as constant features
             print(f"      no analyses: {error}", flush=True)
             entry["analyses"] = {"train": None, "reason": str(error)}
     return entry
+
+
+def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Analysis:
+    bar = tqdm(
+        total=len(features),
+        desc="analyses",
+        unit=" images",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None,  # where stderr is no terminal
+    )
+    with bar:
+        return analyse(features, labels, device=device, progress=bar.update)
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:

@@ -112,6 +112,7 @@ def logistic_scores(
 
     task = _Task(train, train_labels, test, test_labels, torch.device(device))
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
+    axes = logistic.principal_axes(x)
     finals: dict[float, tuple[float, bool]] = {}
     choices = []
     with tqdm(
@@ -130,14 +131,14 @@ def logistic_scores(
         grid = [{"C": C} for C in Cs]
         for seed in seeds:
             mask = torch.from_numpy(held_out(train_labels, VALIDATION_SHARE, seed)).to(task.device)
-            fits = logistic.fit_path(x[~mask], y[~mask], Cs, progress=watch)
+            fits = logistic.fit_path(x[~mask], y[~mask], Cs, axes=axes, progress=watch)
             curve = [_top1(tried.logits(x[mask]), y[mask]) for tried in fits]
             del fits
             C = Cs[int(np.argmax(curve))]  # noqa: N806
             if C in finals:  # whatever the seed, the same fit
                 bar.update()
             else:
-                last = logistic.fit(x, y, C, progress=watch)
+                last = logistic.fit(x, y, C, axes=axes, progress=watch)
                 finals[C] = _top1(last.logits(test_x), task.test_labels), last.converged
             choices.append(_choice(seed, grid, curve, *finals[C]))
     return choices
@@ -224,9 +225,20 @@ def knn_score(
         device: What computes; the CPU where the training features take more than half of a CUDA
             device's free memory.
     """
+    from tqdm import tqdm
+
     task = _Task(train, train_labels, test, test_labels, torch.device(device))
     references = task.placed(task.train)
-    similarities, indices = neighbors.nearest_neighbors(references, task.test, k)
+    with tqdm(
+        total=len(train) * len(test),
+        desc="k-NN",
+        unit=" pairs",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=None,  # where stderr is no terminal
+    ) as bar:
+        found = neighbors.nearest_neighbors(references, task.test, k, progress=bar.update)
+    similarities, indices = found
     voters = task.labels.to(indices.device)[indices]
     size = max(1, _VOTES // task.num_classes)
     blocks = (t.split(size) for t in (similarities, voters, task.test_labels.to(indices.device)))
