@@ -126,7 +126,11 @@ def encoder(width: int) -> Encoder:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIDE**2, width), nn.ReLU())
     crop = CentreCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
-    facts = {"weights_sha256": weights_digest(model), "num_features": width}
+    facts = {
+        "architecture": "projection",
+        "weights_sha256": weights_digest(model),
+        "num_features": width,
+    }
     return Encoder(name="projection", model=model, transform=crop, facts=facts)
 
 

@@ -90,25 +90,25 @@ def test_logistic_is_scikit_learns_for_the_chosen_c(task: Task) -> None:
     assert 0.85 < choices[0].top1 < 0.97
 
 
-def test_smallest_c_wins_a_tie_and_one_fit_serves_all_seeds(
+def test_smallest_c_wins_a_tie_and_one_path_serves_all_seeds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     labels = np.repeat([0, 1, 2], 10)
     features = np.eye(3, dtype=np.float32)[labels]
-    fitted, once = [], logistic.fit
+    fitted, once = [], logistic.fit_path
 
-    def counted(x: Any, y: Any, C: float, **options: Any) -> Any:  # noqa: N803
-        fitted.append((len(x), C))
-        return once(x, y, C, **options)
+    def counted(x: Any, y: Any, Cs: Any, **options: Any) -> Any:  # noqa: N803
+        fitted.append((len(x), *Cs))
+        return once(x, y, Cs, **options)
 
-    monkeypatch.setattr(logistic, "fit", counted)
+    monkeypatch.setattr(logistic, "fit_path", counted)
     choices = protocol.logistic_scores(
         features, labels, features, labels, seeds=[0, 1, 2], Cs=(0.1, 1.0, 10.0)
     )
     assert [choice.settings for choice in choices] == [{"C": 0.1}] * 3
     assert [choice.at_end for choice in choices] == [["C"]] * 3
     assert [choice.curve for choice in choices] == [[1.0] * 3] * 3
-    assert fitted == [(30, 0.1)]
+    assert fitted == [(24, 0.1, 1.0, 10.0)] * 3 + [(30, 0.1)]
 
 
 def test_sgd_is_chosen_on_the_held_out_and_fitted_to_all(task: Task) -> None:
