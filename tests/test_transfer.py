@@ -253,6 +253,23 @@ def test_a_reader_that_has_seen_enough_is_no_error(place: Path, tmp_path: Path) 
     assert done.stderr == ""
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_cuda_scores_are_those_of_the_cpu(
+    report: dict[str, Any], place: Path, tmp_path: Path, precision: str
+) -> None:
+    out = tmp_path / "report.json"
+    assert run(place, out, "--device", "cuda", "--precision", precision, "--analyses") == 0
+    found = read_report(out)
+    assert found["classifiers_device"] == "cuda"
+    for name, entry in found["data_sets"].items():
+        expected = report["data_sets"][name]
+        images = (1 if precision == "fp32" else 3) / expected["test"]["images"]
+        assert entry["top1"]["mean"] == pytest.approx(expected["top1"]["mean"], abs=images)
+        assert entry["knn"]["top1"] == pytest.approx(expected["knn"]["top1"], abs=images)
+
+
 def test_the_training_task_does_not_count_as_transfer(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     assert run(place, out, "--training-task", "easy") == 0
