@@ -214,6 +214,20 @@ def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) ->
     assert not np.array_equal(one, other)
 
 
+def test_what_a_model_notes_of_its_input_changes_nothing(cache: FeatureCache) -> None:
+    class Noting(nn.Module):
+        seen = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = len(x)
+            return x.mean((2, 3))
+
+    model = replace(encoder(), model=Noting(), facts={**encoder().facts, "num_features": 3})
+    before = model.identity()
+    cache.features(model, images(), "set-train")
+    assert model.identity() == before
+
+
 def test_buffers_that_are_no_weights_tell_models_apart() -> None:
     one, other = nn.Identity(), nn.Identity()
     for module, value in ((one, 0.0), (other, 1.0)):

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,16 @@ class Encoder:
         """F."""
         return int(self.facts["num_features"])
 
+    @cached_property
+    def modules_sha256(self) -> str:
+        """Of the modules as they were first looked at: some note what they are given."""
+        return modules_digest(self.model)
+
     def identity(self) -> dict[str, Any]:
         """Return what features depend on, for JSON."""
         return {
             "weights_sha256": self.facts["weights_sha256"],
-            "modules_sha256": modules_digest(self.model),
+            "modules_sha256": self.modules_sha256,
             "transform": asdict(self.transform),
             "precision": self.precision,
             "device": self.device,
