@@ -67,12 +67,11 @@ def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path
         time.sleep(0.3)
     assert peak.held < 16 << 20
     assert peak.with_pages > 40 << 20
-    with Peak() as peak:
-        # Not from malloc: that may have memory left that was freed before.
-        with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
-            for start in range(0, len(block), 1 << 20):
-                block[start : start + (1 << 20)] = bytes(1 << 20)
-            time.sleep(0.3)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # malloc may have memory left from before
+    with Peak() as peak, mmap.mmap(-1, 64 << 20, flags=private) as block:
+        for start in range(0, len(block), 1 << 20):
+            block[start : start + (1 << 20)] = bytes(1 << 20)
+        time.sleep(0.3)
     assert 60 << 20 < peak.held < 80 << 20
 
 
