@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from trex_models.train import preflight
+from trex_models.machine import free_cores, processor, processor_facts
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scikit-learn")
@@ -80,9 +80,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     facts: dict[str, Any] = {
-        "processor": preflight.processor(),
+        "processor": processor(),
         "instructions": _instructions(),
-        "cores": preflight.free_cores(),
+        "cores": free_cores(),
         "threads": torch.get_num_threads(),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", ""),
         "load_average": round(os.getloadavg()[0], 1),
@@ -118,7 +118,7 @@ def record(out: Path, result: Mapping[str, Any]) -> None:
 
 def _instructions() -> str:
     """Return what torch's kernels use, and whether there are bfloat16 matrix instructions."""
-    flags = preflight.processor_facts("flags").split()
+    flags = processor_facts("flags").split()
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 

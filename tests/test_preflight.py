@@ -291,10 +291,6 @@ def test_every_check_is_made() -> None:
         preflight.all_of(lambda: check(5, RuntimeError("defect")))
 
 
-def test_cores_are_those_of_this_process() -> None:
-    assert preflight.free_cores() >= 1
-
-
 def test_two_troubles_give_two_lines_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

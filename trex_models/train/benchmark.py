@@ -32,6 +32,7 @@ from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import Batch, CropSpec, augment
 from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
+from trex_models.machine import free_cores, processor, processor_facts
 from trex_models.train import build, distributed, preflight
 from trex_models.train.advice import Rates, Setting, advice, figure
 from trex_models.train.config import Config
@@ -232,7 +233,7 @@ class _Bench:
             memory = self._device_memory / torch.cuda.get_device_properties(device).total_memory
         return Setting(
             workers=self._workers,
-            cores=max(1, preflight.free_cores() // build.local_processes()),
+            cores=max(1, free_cores() // build.local_processes()),
             queued=self._worker.queued,
             blocked=self._worker.blocked,
             files=config.data.source != "fractals",
@@ -257,7 +258,7 @@ class _Bench:
             )
         except ValueError:
             return False
-        return "amx_bf16" in preflight.processor_facts("flags")
+        return "amx_bf16" in processor_facts("flags")
 
     @property
     def _device_memory(self) -> int:
@@ -325,8 +326,7 @@ class _Bench:
 
 def _machine(device: torch.device) -> str:
     """Return processor, device and versions in a line."""
-    processor = preflight.processor()
-    facts = [f"{processor}, {preflight.free_cores()} cores"]
+    facts = [f"{processor()}, {free_cores()} cores"]
     if device.type == "cuda":
         facts.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
     facts.append(f"python {platform.python_version()}")

@@ -19,6 +19,7 @@ from trex_models.data.multicrop import CropSpec, EpochSampler
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
 from trex_models.data.sources import Source
 from trex_models.heads import Projector
+from trex_models.machine import free_cores
 from trex_models.train import checkpointing, preflight
 from trex_models.train.backbone import build_backbone, full_args
 from trex_models.train.bank import Bank
@@ -196,7 +197,7 @@ def num_workers(config: Config) -> int:
     """Return the loader processes of each training process."""
     if config.system.workers is not None:
         return config.system.workers
-    return min(8, max(1, preflight.free_cores() // local_processes()))
+    return min(8, max(1, free_cores() // local_processes()))
 
 
 def local_processes() -> int:

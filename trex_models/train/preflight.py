@@ -7,12 +7,8 @@ Shapes: N images, C classes, Q bank size.
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
 import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -230,26 +226,6 @@ def cpu_bfloat16(precision: str, device: torch.device, sizes: Iterable[int]) -> 
             "precision bf16 on a CPU has wrong gradients for crops of 16 pixels or fewer; take "
             "--precision fp32 or larger crops"
         )
-
-
-def free_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    return processor_facts("model name") or platform.processor() or platform.machine()
-
-
-def processor_facts(key: str) -> str:
-    """Return what Linux says of the processor under a key; empty elsewhere."""
-    with suppress(OSError):
-        found = re.search(rf"^{key}\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M)
-        return found[1] if found else ""
-    return ""
 
 
 def _megabytes(size: float) -> str:

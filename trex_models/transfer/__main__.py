@@ -21,6 +21,7 @@ from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from trex_models.machine import free_cores
 from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 from trex_models.transfer.published import PUBLISHED
 
@@ -232,10 +233,7 @@ def _default_device() -> str:
 
 def _cores() -> int:
     """Return how many loader processes: a core each, but one where the cores compute the model."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(cores, 16) if _default_device() == "cuda" else 1
+    return min(free_cores(), 16) if _default_device() == "cuda" else 1
 
 
 if __name__ == "__main__":

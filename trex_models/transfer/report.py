@@ -6,7 +6,6 @@ Accuracies are shares in [0, 1]; tables show percent.
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import trex_models
+from trex_models.machine import free_cores, processor
 from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.scores import summary
 
@@ -73,9 +73,9 @@ def environment() -> dict[str, Any]:
             continue
     machine = {
         "system": platform.system(),
-        "processor": platform.machine(),
+        "processor": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": free_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
