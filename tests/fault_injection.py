@@ -497,7 +497,10 @@ class Tormentor:
             err = life.err(rank)
             who = f"process {rank}, of which {victims} were killed in {phase},"
             if rank in victims and status in (-9, 0):
-                if err and not self.setting.workers:  # orphaned workers may complain
+                # Of several, each is killed a moment after the one before, and may see it go.
+                saw_another = rank != victims[0] and re.fullmatch(_PEER_FAILED, err)
+                # Orphaned workers may complain.
+                if err and not saw_another and not self.setting.workers:
                     self._note(f"{who} printed errors", life, rank)
             elif status is None and "init_process_group" in err:
                 self.results.waiting += 1
