@@ -8,7 +8,6 @@ Shapes: B batch, D embedding, C classes, Q bank size.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
@@ -52,6 +51,16 @@ def _cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Te
     return F.linear(embeddings, F.normalize(widen(weight), dim=-1)) / temperature
 
 
+def require_temperature(temperature: float) -> None:
+    """Check a temperature.
+
+    Raises:
+        ValueError: It is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Return L2-normalised class means, the prototypes of t-ReX Eq. 2.
 
@@ -70,18 +79,23 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Return a context in which a device's computations keep the types of their inputs."""
-    # Only where it is on: torch.autocast raises on devices that have none, such as meta, and
-    # an exported graph is simpler without it.
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # Only where it is on: an exported graph is simpler without it. Meta tensors have none, and
+    # torch 2.11 cannot trace the function that tells.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class Projector(nn.Sequential):
-    """MLP head g that training throws away: t-ReX section 3.1.
+    """MLP head g that training throws away: t-ReX (arXiv 2206.15369) section 3.1.
 
     L2-normalises its input, then applies ``hidden_layers`` times
-    [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck).
+    [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck). Maps
+    features, (B, in_dim), to embeddings, (B, D), which are not normalised. In train mode
+    BatchNorm needs B of at least 2.
+
+        projector = Projector(backbone.num_features)
+        embeddings = projector(backbone(images))
 
     Args:
         in_dim: Width of the backbone's pooled features.
@@ -149,15 +163,19 @@ class HiddenLayer(nn.Module):
         return self.act(self.bn(self.fc(x)))
 
 
-class CosineClassifier(nn.Module):
-    """Cosine softmax with learned class weights, t-ReX Eq. 1: logits = cos(z, w_c) / tau.
+# A Linear: of other layers transformers leaves a weight that the file lacks uninitialised.
+class CosineClassifier(nn.Linear):
+    """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
 
-    ``weight`` may equally hold the class prototypes of Eq. 2.
+    Equation 1 of t-ReX (arXiv 2206.15369); ``weight``, (C, D), may equally hold the class
+    prototypes of Eq. 2. A drop-in for the last nn.Linear of a classifier:
+
+        model.fc = CosineClassifier(model.num_features, num_classes=10)
 
     Args:
         in_features: D, width of the embeddings.
         num_classes: C.
-        temperature: tau.
+        temperature: tau > 0.
         device: Where to create the weight.
         dtype: Type of the weight.
 
@@ -173,16 +191,9 @@ class CosineClassifier(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.in_features = in_features
-        self.out_features = num_classes
+        require_temperature(temperature)
+        super().__init__(in_features, num_classes, bias=False, device=device, dtype=dtype)
         self.temperature = temperature
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, in_features, device=device, dtype=dtype)
-        )
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Linear's default
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return logits, (B, C), for embeddings, (B, D).
