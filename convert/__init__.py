@@ -1,1 +1,1 @@
-"""Tools of the checkout: convert official files to timm folders."""
+"""Tools of the checkout: official files to timm folders, models to torchvision and ONNX."""

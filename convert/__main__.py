@@ -2,6 +2,9 @@
 
     python -m convert naver FILE OUT_DIR [--model NAME.TAG] [--momentum-encoder]
                                          [--num-classes N] [--tag TAG]
+    python -m convert export MODEL --to torchvision|onnx --out PATH [--file FILE]
+                                   [--output features|embeddings|logits]
+                                   [--with-preprocessing] [--half] [--overwrite]
 
 A tool of the checkout: run it there. TREX_TRACEBACK=1 shows where an error comes from.
 """
@@ -56,6 +59,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     naver.add_argument("--tag", help="tag of the folders (default: by the file)")
     naver.set_defaults(run=_naver)
+    export = commands.add_parser(
+        "export",
+        help="a model to torchvision or ONNX",
+        description="Export a model to a state dict of torchvision's ResNets or an ONNX graph, "
+        "after checking that it gives the model's outputs.",
+    )
+    export.add_argument(
+        "model", metavar="MODEL", help="a timm model, the folder of one, or a finished run"
+    )
+    export.add_argument("--to", required=True, choices=("torchvision", "onnx"))
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help=".pth, .safetensors or .onnx"
+    )
+    export.add_argument(
+        "--file", type=Path, help="your copy of the weights, such as an official file"
+    )
+    export.add_argument(
+        "--output",
+        choices=("features", "embeddings", "logits"),
+        help="where to cut the model: behind the backbone, behind the projector, or at the end "
+        "(default: the model's own output)",
+    )
+    export.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="for ONNX: the graph takes uint8 images, B x H x W x 3, and normalises them",
+    )
+    export.add_argument("--half", action="store_true", help="for ONNX: float16 inside")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -69,6 +102,22 @@ def _naver(options: argparse.Namespace) -> None:
         momentum_encoder=options.momentum_encoder,
         num_classes=options.num_classes,
         tag=options.tag,
+        say=partial(print, flush=True),
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from convert.export import export
+
+    export(
+        options.model,
+        options.to,
+        options.out,
+        file=options.file,
+        output=options.output,
+        with_preprocessing=options.with_preprocessing,
+        half=options.half,
+        overwrite=options.overwrite,
         say=partial(print, flush=True),
     )
 

@@ -16,6 +16,19 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 
+def find(name: str) -> Path | None:
+    """Return the timm folder that a name means: itself, or the backbone that a run exported.
+
+    Args:
+        name: A path, with ``local-dir:`` before it or without; anything else finds nothing.
+    """
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    for folder in (path, path / "export" / "backbone"):
+        if (folder / "config.json").is_file() and any(folder.glob("*model*")):
+            return folder
+    return None
+
+
 @torch.no_grad()
 def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
     """Save a model, reload the copy by ``timm.create_model("local-dir:...")``, and compare.

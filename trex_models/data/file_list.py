@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trex_models.data.decode import read_image
 from trex_models.data.sources import digest
@@ -77,8 +78,11 @@ class FileSource:
         root = os.fsencode(self.root)
         return [os.path.join(root, path) for path in self.paths.tolist()]  # noqa: PTH118 - bytes
 
-    def stats(self) -> np.ndarray:
+    def stats(self, require: bool = True) -> np.ndarray:
         """Return size in bytes, time of change in seconds, device and inode, (N, 4) int64.
+
+        Args:
+            require: Whether every file must be there; zeros stand for one that is not.
 
         Raises:
             ValueError: Files are missing or empty.
@@ -90,7 +94,7 @@ class FileSource:
             stats = [stat for block in pool.map(_stats, blocks) for stat in block]
         found = np.array(stats, dtype=np.int64).reshape(-1, 4)
         absent = np.flatnonzero(found[:, 0] <= 0)
-        if len(absent):
+        if require and len(absent):
             raise ValueError(
                 f"{self.root}: {len(absent)} of {len(self)} image files are missing or empty, the "
                 f"first is {self.name(int(absent[0]))}; unpack or copy them again"
@@ -100,6 +104,29 @@ class FileSource:
     def part(self, indices: np.ndarray) -> FileSource:
         """Return some of the images in the order of their indices, with all classes."""
         return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
+
+
+def image_files(root: Path, folder: str) -> list[bytes]:
+    """Return the paths of a folder's images below the root, at any depth, sorted.
+
+    Names that begin with a dot do not count. A folder that links lead to again is looked into once.
+    """
+    seen: set[tuple[int, int]] = set()
+    found: list[bytes] = []
+    for parent, folders, names in os.walk(root / folder, followlinks=True):
+        place = Path(parent).stat()
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(parent).relative_to(root)
+        found += [
+            os.fsencode(below / name)
+            for name in names
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found)
 
 
 def _stats(files: Sequence[bytes]) -> list[tuple[int, int, int, int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from trex_models.data.file_list import FileSource
+from trex_models.data.file_list import FileSource, image_files
 from trex_models.data.sources import digest
 
 
@@ -16,7 +16,10 @@ class FolderSource(FileSource):
     """Images under ``root/<class>/``, at any depth; a class is a folder's name.
 
     Classes and files are in sorted order, so that an index means the same image everywhere. Names
-    that begin with a dot do not count, of folders and of files.
+    that begin with a dot do not count, of folders and of files. Nothing is decoded before ``read``.
+
+        source = FolderSource("imagenet/train")
+        image, label = source.read(0), source.labels[0]  # (H, W, 3) uint8 RGB
 
     Args:
         root: The folder of class folders.
@@ -37,7 +40,7 @@ class FolderSource(FileSource):
                 f"{root} holds {len(classes)} class folders, at least 2 are needed: "
                 "put the images of each class into a folder of its own"
             )
-        files = [_image_files(root, name) for name in classes]
+        files = [image_files(root, name) for name in classes]
         empty = [name for name, found in zip(classes, files, strict=True) if not found]
         if empty:
             raise ValueError(
@@ -51,26 +54,3 @@ class FolderSource(FileSource):
     def digest(self) -> str:
         """Return a hash of the images' paths below the root, and so of their classes."""
         return digest(*(b"/" + path for path in self.paths.tolist()))
-
-
-def _image_files(root: Path, folder: str) -> list[bytes]:
-    """Return the paths of a folder's images below the root, sorted.
-
-    A folder that links lead to again is looked into once.
-    """
-    seen: set[tuple[int, int]] = set()
-    found: list[bytes] = []
-    for parent, folders, names in os.walk(root / folder, followlinks=True):
-        place = Path(parent).stat()
-        if (place.st_dev, place.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(root)
-        found += [
-            os.fsencode(below / name)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)

@@ -8,7 +8,7 @@ Shapes: N images, F features, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
 
 Transform = CentreCrop | Callable[[Image.Image], Tensor]
+Skipped = Callable[[Mapping[int, str]], object]
+"""Is given what is wrong with images that are left out, by index."""
 
 
 class TransformedSource:
@@ -46,6 +48,9 @@ class TransformedSource:
 def preprocessing(model: nn.Module) -> CentreCrop:
     """Return the preprocessing that a timm model asks for.
 
+    Args:
+        model: Of ``timm.create_model``.
+
     Raises:
         ValueError: The model does not say (it has no ``pretrained_cfg``), or asks for what
             ``CentreCrop`` cannot do.
@@ -65,6 +70,7 @@ def image_batches(
     workers: int = 0,
     device: torch.device | None = None,
     indices: Sequence[int] | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[Tensor]:
     """Yield transformed images in order, (<= batch_size, 3, S, S).
 
@@ -75,6 +81,8 @@ def image_batches(
         workers: Loader processes.
         device: Where the images are to be; None for the CPU.
         indices: Which images; None for all of the source, in its order.
+        skipped: Told of images that cannot be read and are left out, of a centre crop's; None:
+            they are errors.
 
     Raises:
         ValueError: An image cannot be read; the message names it.
@@ -84,7 +92,12 @@ def image_batches(
     device = device or torch.device("cpu")
     pin = device.type == "cuda"
     if isinstance(transform, CentreCrop):
-        for batch in load_batches(CentreCropDataset(source, transform), batches, workers, pin):
+        dataset = CentreCropDataset(source, transform, skip=skipped is not None)
+        for batch in load_batches(dataset, batches, workers, pin):
+            if skipped is not None and batch.unreadable:
+                skipped(batch.unreadable)
+            if not len(batch.images):
+                continue
             [crops] = to_device([batch.images], device)
             yield transform.normalize(crops)
     else:
@@ -103,8 +116,10 @@ def extract_features(
 ) -> np.ndarray:
     """Run a model over a source, in eval mode on the device that it is on.
 
+        features = extract_features(timm.create_model("trex_resnet50", pretrained=True), source)
+
     Args:
-        model: As in ``feature_batches``, like the other arguments.
+        model: Any module that maps (B, 3, S, S), in channels_last format, to (B, F).
         source: Labelled images.
         transform: A centre crop, the fast way; or maps a PIL image to a tensor, (3, S, S). None
             for the centre crop that the model itself asks for.
@@ -140,8 +155,9 @@ def feature_batches(
     workers: int = 0,
     autocast: torch.dtype | None = None,
     indices: Sequence[int] | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield features of images in order, (<= batch_size, F) float32.
+    """Yield features of images in order, (<= batch_size, F) float32, or what the model gives.
 
     Args:
         model: Maps (B, 3, S, S), in channels_last format, to (B, F); run in eval mode on the
@@ -153,6 +169,8 @@ def feature_batches(
         autocast: What the device may compute in, such as torch.bfloat16; None for the model's own
             type.
         indices: Which images; None for all of the source, in its order.
+        skipped: Told of images that cannot be read and are left out, of a centre crop's; None:
+            they are errors.
 
     Raises:
         ValueError: An image cannot be read; the message names it.
@@ -160,7 +178,8 @@ def feature_batches(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def outputs() -> Iterator[Tensor]:
-        for batch in image_batches(source, transform, batch_size, workers, device, indices):
+        images = image_batches(source, transform, batch_size, workers, device, indices, skipped)
+        for batch in images:
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 output = model(batch)
             yield output.float()

@@ -12,53 +12,42 @@ The first writes REPORT.json and REPORT.md. The same command goes on where one w
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
-from errno import EISDIR
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from trex_models.machine import free_cores
+from trex_models.transfer.command import (
+    default_device,
+    natural,
+    positive,
+    require_writable,
+    run,
+)
 from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 from trex_models.transfer.published import PUBLISHED
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
+    return run(lambda: _command(arguments), "the evaluation")
+
+
+def _command(arguments: Sequence[str]) -> None:
     commands = {"table": _table, "plot": _plot, "list": _list}
     first = arguments[0] if arguments else "--help"
-    try:
-        if first in commands:
-            commands[first](arguments[1:])
-        elif first.startswith("-"):
-            _evaluate(arguments or ["--help"])
-        else:
-            raise ValueError(f"{first!r} is no command: {', '.join(commands)}, or --model ...")
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("TREX_TRACEBACK"):
-            raise
-        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
-            remedy = "pip install trex-models[transfer]"
-            error = ValueError(f"the evaluation needs another package, {error.name}: {remedy}")
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    if first in commands:
+        commands[first](arguments[1:])
+    elif first.startswith("-"):
+        _evaluate(arguments or ["--help"])
+    else:
+        raise ValueError(f"{first!r} is no command: {', '.join(commands)}, or --model ...")
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
     options = _evaluation_parser().parse_args(arguments)
-    _require_writable(options.out)
+    require_writable(options.out, ".json")
     from trex_models.transfer.cache import FeatureCache
     from trex_models.transfer.data_sets import open_checked, select
     from trex_models.transfer.encoders import calibrated, load
@@ -112,13 +101,13 @@ def _evaluation_parser() -> argparse.ArgumentParser:
     add("--preprocessing", default="transfer", choices=PREPROCESSING, help="(transfer)")
     add("--precision", default="fp32", choices=PRECISIONS, help="of the model (fp32)")
     add("--untrained", action="store_true", help="random weights, BatchNorm of the first images")
-    add("--seeds", type=_positive, default=5, help="validation splits to average over (5)")
+    add("--seeds", type=positive, default=5, help="validation splits to average over (5)")
     add("--analyses", action="store_true", help="also coding length, spectrum, sparsity, distances")
     add("--cache", type=Path, help="where features are kept (features/ beside the report)")
     add("--cache-dtype", default="float32", choices=("float32", "float16"), help="(float32)")
-    add("--device", default=_default_device(), help="for model and classifiers (%(default)s)")
-    add("--batch-size", type=_positive, default=256, help="images at a time (256)")
-    add("--workers", type=_natural, default=_cores(), help="loader processes (%(default)s)")
+    add("--device", default=default_device(), help="for model and classifiers (%(default)s)")
+    add("--batch-size", type=positive, default=256, help="images at a time (256)")
+    add("--workers", type=natural, default=_cores(), help="loader processes (%(default)s)")
     return parser
 
 
@@ -183,22 +172,6 @@ def _training_task(names: Sequence[str], asked: str | None) -> str | None:
     return asked
 
 
-def _require_writable(out: Path) -> None:
-    if out.suffix != ".json":
-        raise ValueError(f"--out {out}: give a file that ends in .json")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
-            pass
-        if out.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
-    except OSError as error:
-        reason = error.strerror
-        raise ValueError(
-            f"--out {out} cannot be written ({reason}); choose another place"
-        ) from error
-
-
 def _cache_folder(options: argparse.Namespace) -> Path:
     folder: Path = options.cache or options.out.parent / "features"
     try:
@@ -209,31 +182,9 @@ def _cache_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least {least}, not {text!r}"
-        )
-    return int(text)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _cores() -> int:
     """Return how many loader processes: a core each, but one where the cores compute the model."""
-    return min(free_cores(), 16) if _default_device() == "cuda" else 1
+    return min(free_cores(), 16) if default_device() == "cuda" else 1
 
 
 if __name__ == "__main__":

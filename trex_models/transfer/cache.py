@@ -90,7 +90,7 @@ class FeatureCache:
         header = self._header(encoder, source, identity)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
+            with alone(path):
                 if not path.exists():
                     self._extract(encoder, source, title, header, path)
         return _mapped(path, header)
@@ -104,7 +104,7 @@ class FeatureCache:
         """Return what features depend on; strings, as safetensors has them."""
         images = digest(source.digest(), *_stats(source))
         about = {**encoder.identity(), "images_sha256": images, "num_images": len(source)}
-        return {key: _text(value) for key, value in about.items()}
+        return {key: as_text(value) for key, value in about.items()}
 
     def _header(self, encoder: Encoder, source: Source, identity: Mapping[str, str]) -> bytes:
         """Return how a file begins: the length and the JSON of safetensors' format."""
@@ -125,9 +125,10 @@ class FeatureCache:
     ) -> None:
         """Write features beside ``path``, from where the last attempt ended; then move them."""
         kept = DTYPES[self.dtype]
-        part = _Part(path, header, kept.itemsize * encoder.num_features)
+        part = GrowingFile(path, header, kept.itemsize * encoder.num_features)
         start = part.rows
-        _require_room(path, (len(source) - start) * part.row_bytes)
+        remedy = "choose another --cache, or --cache-dtype float16"
+        require_room(path, (len(source) - start) * part.row_bytes, remedy)
         batches = feature_batches(
             encoder.model,
             source,
@@ -145,35 +146,46 @@ class FeatureCache:
             dynamic_ncols=True,
             disable=None,
         )
-        with part.writing() as write, bar, _tf32(encoder.precision != "fp32"):
+        with part.writing() as write, bar, tf32(encoder.precision != "fp32"):
             for rows in batches:
                 with np.errstate(over="ignore"):  # what is not finite is told below
                     features = rows.astype(kept, copy=False)
-                _require_finite(features, source, part.rows, encoder)
+                remedy = "--precision fp32 and --cache-dtype float32"
+                check_rows(features, lambda row: source.name(part.rows + row), encoder, remedy)
                 write(features)
                 bar.update(len(rows))
         part.finish()
 
 
-class _Part:
-    """A file of features that grows, and how many of its rows are on the disk for certain."""
+class GrowingFile:
+    """A file of rows that grows beside its place, and how many of them are on the disk for certain.
+
+    Args:
+        path: Its place.
+        header: How it begins; what lies there and begins otherwise is begun again.
+        row_bytes: Of one row.
+
+    Attributes:
+        rows: How many there are; a lower number, set before ``writing``, drops the last ones.
+        notes: Text that is kept with that number.
+    """
 
     def __init__(self, path: Path, header: bytes, row_bytes: int) -> None:
         self.path, self.header, self.row_bytes = path, header, row_bytes
         self.part = path.with_name(f".{path.name}.part")
         self.mark = path.with_name(f".{path.name}.rows")
-        self.rows = self._rows_done()
+        self.rows, self.notes = self._done()
 
-    def _rows_done(self) -> int:
-        """Return 0 unless what lies there began as this file does."""
+    def _done(self) -> tuple[int, str]:
+        """Return no rows unless what lies there began as this file does."""
         if not (self.part.is_file() and self.mark.is_file()):
-            return 0
+            return 0, ""
         with self.part.open("rb") as file:
             if file.read(len(self.header)) != self.header:
-                return 0
-        marked = self.mark.read_bytes()
+                return 0, ""
+        marked, _, notes = self.mark.read_bytes().partition(b"\n")
         whole = (self.part.stat().st_size - len(self.header)) // self.row_bytes
-        return min(int(marked), whole) if marked.isdigit() else 0
+        return (min(int(marked), whole), notes.decode()) if marked.isdigit() else (0, "")
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[np.ndarray], None]]:
@@ -188,7 +200,8 @@ class _Part:
             def keep() -> None:
                 file.flush()
                 os.fsync(file.fileno())
-                write_whole(self.mark, str(self.rows))
+                notes = f"\n{self.notes}" if self.notes else ""
+                write_whole(self.mark, f"{self.rows}{notes}")
 
             def write(rows: np.ndarray) -> None:
                 nonlocal marked
@@ -198,20 +211,33 @@ class _Part:
                     keep()
                     marked = time.monotonic()
 
+            keep()  # what an earlier attempt marked may hold no more
             try:
                 yield write
             finally:
                 keep()
 
-    def finish(self) -> None:
-        """Move the whole file to its place."""
+    def finish(self, header: bytes | None = None, tail: bytes = b"") -> None:
+        """Move the whole file to its place.
+
+        Args:
+            header: To begin with in place of the first one, and as long; None for no other.
+            tail: What follows the rows.
+        """
+        if header or tail:
+            with self.part.open("r+b") as file:
+                file.write(header or self.header)
+                file.seek(0, os.SEEK_END)
+                file.write(tail)
+                file.flush()
+                os.fsync(file.fileno())
         self.part.replace(self.path)
         self.mark.unlink()
         sync_folder(self.path.parent)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Wait until no other process extracts the same features."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
@@ -226,7 +252,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
     """Say whether CUDA may compute float32 convolutions and products in TF32."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
@@ -272,24 +298,38 @@ def _differences(found: bytes, expected: bytes) -> list[str]:
     return [key for key in texts[1] if texts[0].get(key) != texts[1][key]]
 
 
-def _require_room(path: Path, size: int) -> None:
+def require_room(path: Path, size: int, remedy: str) -> None:
+    """Check that the disk has room for some bytes more.
+
+    Raises:
+        ValueError: It has not; the message ends in the remedy.
+    """
     free = shutil.disk_usage(path.parent).free
     if size + _SPARE_BYTES > free:
         raise ValueError(
             f"{path.parent} has {free / 1e9:.2f} GB left, but {path.name} needs "
-            f"{(size + _SPARE_BYTES) / 1e9:.2f} GB with some to spare: free some, choose another "
-            "--cache, or --cache-dtype float16"
+            f"{(size + _SPARE_BYTES) / 1e9:.2f} GB with some to spare: free some, {remedy}"
         )
 
 
-def _require_finite(rows: np.ndarray, source: Source, start: int, encoder: Encoder) -> None:
-    finite = np.isfinite(rows).all(1)
+def check_rows(rows: np.ndarray, name: Callable[[int], str], encoder: Encoder, remedy: str) -> None:
+    """Check features, (B, ...).
+
+    Args:
+        rows: Of some images.
+        name: Returns what an image is called, by its place among them.
+        encoder: What made them.
+        remedy: Options to try.
+
+    Raises:
+        ValueError: Some are not finite; the message names the image.
+    """
+    finite = np.isfinite(rows.reshape(len(rows), -1)).all(1)
     if not finite.all():
-        name = source.name(start + int(np.argmin(finite)))
         raise ValueError(
-            f"{encoder.name} gives features that are not finite for {name} ({encoder.precision}, "
-            f"kept as {rows.dtype}): try --precision fp32 and --cache-dtype float32; if it was so, "
-            "the weights are damaged"
+            f"{encoder.name} gives features that are not finite for {name(int(np.argmin(finite)))} "
+            f"({encoder.precision}, kept as {rows.dtype}): try {remedy}; if it was so, the weights "
+            "are damaged"
         )
 
 
@@ -302,7 +342,8 @@ def _short(identity: Mapping[str, object]) -> str:
     return digest(json.dumps(identity, sort_keys=True))[:12]
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a value as safetensors' metadata have it: text, or the JSON of another."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 

@@ -25,6 +25,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from trex_models import folders
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import image_batches, preprocessing
@@ -85,6 +86,8 @@ def load(
     untrained: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    file: Path | None = None,
+    classifier: bool = False,
 ) -> Encoder:
     """Load an encoder by name, without a classifier.
 
@@ -99,6 +102,8 @@ def load(
         untrained: Whether to give the architecture random weights, to compare with.
         seed: Of random weights.
         device: Where to put it.
+        file: Weights of your own, in any form that the model reads; None for the model's.
+        classifier: Whether to keep the classifier; features are then its logits.
 
     Raises:
         ValueError: There is no such model or it has no weights, the folder is none, the device
@@ -111,7 +116,7 @@ def load(
     where = _device(device)
     if precision == "tf32" and where.type != "cuda":
         raise ValueError(f"precision tf32 is of CUDA devices, and the device is {device}: use fp32")
-    model = _create(name, untrained, seed)
+    model = _create(name, untrained, seed, file, classifier)
     try:
         model = model.to(where).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:
@@ -126,7 +131,7 @@ def load(
         mean, std = tuple(own["mean"]), tuple(own["std"])
         transform = replace(PROTOCOLS[prepare], size=size, mean=mean, std=std)
     facts = {
-        "source": str(_folder_of(name) or name),
+        "source": str(file or folders.find(name) or name),
         "architecture": cfg.get("architecture") or type(model).__name__,
         "tag": cfg.get("tag", ""),
         "license": cfg.get("license") or "not stated",
@@ -215,18 +220,27 @@ def _bytes(tensor: Tensor) -> bytes:
     return data.view(torch.uint8).numpy().tobytes()
 
 
-def _create(name: str, untrained: bool, seed: int) -> nn.Module:
-    folder = _folder_of(name)
+def _create(
+    name: str, untrained: bool, seed: int, file: Path | None, classifier: bool
+) -> nn.Module:
+    folder = folders.find(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(
             f"--model {name}: there is no such folder with a config.json; name a timm folder, the "
             "folder of a finished run, or a model of timm"
         )
     known = f"local-dir:{folder}" if folder else name
+    if file is not None and not file.is_file():
+        raise ValueError(f"--file {file} is no file; name the weights of {name}")
+    if file is not None and (folder is not None or ":" in name):  # timm passes a file over there
+        raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
+    options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
+    if not classifier:
+        options["num_classes"] = 0
     torch.manual_seed(seed)
     try:
         if not untrained:
-            return timm.create_model(known, pretrained=True, num_classes=0)
+            return timm.create_model(known, pretrained=True, **options)
         return _random(known)
     except Exception as error:  # timm, the Hub and safetensors let anything out
         architecture = name.removeprefix("hf-hub:").partition(".")[0]
@@ -244,15 +258,6 @@ def _random(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=False, num_classes=0, zero_init_last=False)
     except TypeError:  # most architectures have no such argument
         return timm.create_model(name, pretrained=False, num_classes=0)
-
-
-def _folder_of(name: str) -> Path | None:
-    """Return the timm folder that a name means: itself, or the backbone that a run exported."""
-    path = Path(name.removeprefix("local-dir:")).expanduser()
-    for folder in (path, path / "export" / "backbone"):
-        if (folder / "config.json").is_file() and any(folder.glob("*model*")):
-            return folder
-    return None
 
 
 @torch.inference_mode()

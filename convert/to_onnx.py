@@ -1,0 +1,170 @@
+"""A timm model as an ONNX graph, by torch.export, and what onnxruntime makes of it.
+
+Shapes: B batch, C channels, H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convert.comparison import Difference, difference
+
+SUFFIXES = (".onnx",)
+OPSET = 20
+# onnxruntime may be this much farther from float64 than torch is in the graph's own type. A
+# wrong eps is 1e-5 of the outputs; float32 is off by 1e-7 to 1e-5.
+_ALLOWANCE = 8
+_LEAST_TOLERANCE = 1e-6
+_LARGEST = 2**31 - 2**20  # protobuf's limit, and room for what is not weights
+
+
+def require_packages() -> None:
+    """Check that what writes and checks graphs is installed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"--to onnx needs {', '.join(missing)}, which is not installed: pip install '.[export]'"
+        )
+
+
+class Graph(nn.Module):
+    """What is exported: float32 images in, or uint8 ones; float32 out.
+
+    Args:
+        model: Maps (B, C, H, W) to (B, F).
+        normalise: Mean and standard deviation of the channels, for values in [0, 1]: images are
+            then uint8, (B, H, W, C). None for normalised float32 images, (B, C, H, W).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, normalise: tuple[Sequence[float], Sequence[float]] | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_pixels = normalise is not None
+        for name, values in zip(("mean", "std"), normalise or ([0.0], [1.0]), strict=True):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the model's output, (B, F), float32 at least."""
+        if self.takes_pixels:
+            pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255
+            images = (pixels - self.mean) / self.std
+        output: Tensor = self.model(images.to(next(self.model.parameters()).dtype))
+        return output.float() if output.dtype == torch.float16 else output
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return test images, (B, C, H, W) of about unit variance, as the graph takes them."""
+        if not self.takes_pixels:
+            return images
+        return (images * 64 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+def takes_other_sizes(model: nn.Module, shape: Sequence[int]) -> bool:
+    """Return whether a model takes images of another shape, (B, C, H, W), than its own."""
+    try:
+        model(torch.zeros(*shape))
+    except (AssertionError, RuntimeError):  # what timm's models and torch say then
+        return False
+    return True
+
+
+def build(
+    graph: Graph, output: str, size: tuple[int, int, int], any_size: bool, facts: Mapping[str, str]
+) -> Any:
+    """Return the onnx.ModelProto of a graph, for any batch size.
+
+    Args:
+        graph: In eval mode.
+        output: Name of the output.
+        size: C, H and W of the model's own images.
+        any_size: Whether height and width are left open.
+        facts: The file's metadata.
+
+    Raises:
+        ValueError: The weights are too large for one file, or torch cannot export the model.
+    """
+    import onnx
+
+    weights = sum(tensor.nbytes for tensor in graph.state_dict().values())
+    if weights > _LARGEST:
+        raise ValueError(
+            f"the weights are {weights / 1e9:.1f} GB, and one ONNX file holds 2; --half halves them"
+        )
+    channels, height, width = size
+    # Where sides are open the example has others than the model's own, and they differ.
+    scale = (2, 3) if any_size else (1, 1)
+    images = torch.zeros(2, channels, scale[0] * height, scale[1] * width)
+    names = {0: "batch"}
+    if any_size:
+        first = 1 if graph.takes_pixels else 2
+        names |= {first: "height", first + 1: "width"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own code
+            program = torch.onnx.export(
+                graph,
+                kwargs={"images": graph.prepared(images)},
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=[output],
+                dynamic_shapes={"images": names},
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ValueError(f"torch cannot export this model ({_first_line(error)})") from error
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, dict(facts))
+    onnx.checker.check_model(model)
+    return model
+
+
+@torch.no_grad()
+def compare(data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]) -> list[Difference]:
+    """Compare onnxruntime, on the CPU, with the source in float64.
+
+    Args:
+        data: Of the file.
+        graph: What was exported, in its own type.
+        exact: The same in float64, of weights that were not rounded to float16.
+        batches: Images, (B, C, H, W) float32.
+
+    Raises:
+        ValueError: onnxruntime cannot run the file.
+    """
+    import onnxruntime
+
+    found = []
+    try:
+        session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+        for batch in batches:
+            images = graph.prepared(batch)
+            [values] = session.run(None, {"images": images.numpy()})
+            expected = exact(images if graph.takes_pixels else images.double())
+            own = difference(images, graph(images), expected, 0).relative
+            tolerance = max(_LEAST_TOLERANCE, _ALLOWANCE * own)
+            found.append(difference(images, torch.from_numpy(values), expected, tolerance))
+    except Exception as error:  # onnxruntime's have no class in common
+        raise ValueError(f"onnxruntime cannot run the graph ({_first_line(error)})") from error
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,161 @@
+"""A timm ResNet as a state dict of torchvision's class.
+
+timm's stock ResNets have torchvision's keys, and compute the same if stem, strides and pooling are
+the same; whether they are is seen from the outputs, in float64, where rounding hides nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from convert.comparison import Difference, difference
+
+SUFFIXES = (".pth", ".safetensors")
+# By the blocks of each stage, which spares building most of them.
+ARCHITECTURES = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "resnext50_32x4d": (3, 4, 6, 3),
+    "resnext101_32x8d": (3, 4, 23, 3),
+    "resnext101_64x4d": (3, 4, 23, 3),
+    "wide_resnet50_2": (3, 4, 6, 3),
+    "wide_resnet101_2": (3, 4, 23, 3),
+}
+TOLERANCE = 1e-9
+
+
+def architecture(name: str, model: nn.Module, output: str) -> str:
+    """Return the name of torchvision's model with a model's keys and shapes.
+
+    Args:
+        name: What messages call the model.
+        model: Any model.
+        output: What it gives: features, embeddings or logits.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if output == "embeddings" or (
+        output == "logits" and {"projector", "cosine classifier"} & set(_parts(model))
+    ):
+        raise ValueError(
+            f"{name} ends in a {' and a '.join(_parts(model))}, for which torchvision's ResNet has "
+            "no place; export its backbone alone by --output features, or all of it by --to onnx"
+        )
+    wanted = _shapes(model)
+    stages = (getattr(model, f"layer{stage}", ()) for stage in range(1, 5))
+    blocks = tuple(len(stage) for stage in stages)
+    for candidate, its_blocks in ARCHITECTURES.items():
+        if blocks == its_blocks and _shapes(_build(candidate)) == wanted:
+            return candidate
+    raise ValueError(
+        f"{name} is none of torchvision's ResNets ({', '.join(ARCHITECTURES)}): "
+        f"{_what_differs(wanted)}; export it by --to onnx"
+    )
+
+
+def _parts(model: nn.Module) -> list[str]:
+    """Return what stands behind the pooled features, in words."""
+    kinds = {"Projector": "projector", "CosineClassifier": "cosine classifier"}
+    classes = [type(module).__name__ for module in model.children()]
+    return [words for kind, words in kinds.items() if kind in classes]
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shape of every tensor but the classifier's."""
+    return {k: v.shape for k, v in model.state_dict().items() if not k.startswith("fc.")}
+
+
+def _build(name: str, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):  # without memory of its own
+        return torchvision.models.get_model(name, **kwargs)
+
+
+def _what_differs(shapes: dict[str, torch.Size]) -> str:
+    known = {_pattern(key) for key in _shapes(_build("resnet50"))}
+    unknown = [key for key in shapes if _pattern(key) not in known]
+    if unknown:
+        return f"{unknown[0]} has no place in them"
+    channels = shapes["conv1.weight"][1]
+    if channels != 3:
+        return f"it takes images of {channels} channels, and they take 3"
+    return "its blocks are others in number, kind or width"
+
+
+def _pattern(key: str) -> str:
+    return re.sub(r"\d+\.\d+", "N", key, count=1) if key.startswith("layer") else key
+
+
+def serialise(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
+    """Return a model's state dict as the bytes of a file.
+
+    Args:
+        model: On the CPU.
+        suffix: One of ``SUFFIXES``.
+        facts: For the header of a safetensors file; a .pth file holds nothing but the tensors.
+    """
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if suffix == ".safetensors":
+        # "format" is what other readers of such files look for.
+        return safetensors.torch.save(state, {"format": "pt", **facts})
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+@torch.no_grad()
+def compare(
+    data: bytes, suffix: str, name: str, model: nn.Module, batches: Iterable[Tensor]
+) -> list[Difference]:
+    """Load a file's bytes into torchvision's model, strictly, and compare it with the source.
+
+    Args:
+        data: Of the file.
+        suffix: Of the file.
+        name: Of torchvision's model.
+        model: The source, in eval mode.
+        batches: Images, (B, 3, H, W) float32.
+
+    Returns:
+        The differences in float64.
+    """
+    state = (
+        safetensors.torch.load(data)
+        if suffix == ".safetensors"
+        else torch.load(io.BytesIO(data), weights_only=True)
+    )
+    loaded = _build(name, **({"num_classes": len(state["fc.bias"])} if "fc.bias" in state else {}))
+    if "fc.bias" not in state:
+        loaded.fc = nn.Identity()
+    loaded.load_state_dict(state, assign=True)
+    loaded = loaded.eval().double()
+    source = copy.deepcopy(model).double()
+    return [
+        difference(images, loaded(images.double()), source(images.double()), TOLERANCE)
+        for images in batches
+    ]
+
+
+def usage(path: Path, name: str, classes: int) -> str:
+    """Return the lines of Python that load a file."""
+    load = (
+        "safetensors.torch.load_file" if path.suffix == ".safetensors" else "torch.load"
+    ) + f'("{path.name}")'
+    if classes:
+        lines = [f"model = torchvision.models.{name}(num_classes={classes})"]
+    else:
+        lines = [f"model = torchvision.models.{name}()", "model.fc = torch.nn.Identity()"]
+    return "\n".join([*lines, f"model.load_state_dict({load})", "model.eval()"])

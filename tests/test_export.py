@@ -1,0 +1,253 @@
+"""``python -m convert export --to torchvision``, and what both targets refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from convert import to_torchvision
+from convert.__main__ import main
+from convert.comparison import batches, difference, resolutions
+from trex_models import naver
+
+SIDE = 64
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    """Return the exit status, and what was printed to each stream."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main(["export", *map(str, arguments)])
+    return status, out.getvalue(), err.getvalue()
+
+
+def write_model(folder: Path, name: str, license: str = "mit", **kwargs: Any) -> Path:  # noqa: A002
+    """Write a model as a timm folder; every one of its tensors counts in its outputs."""
+    torch.manual_seed(0)
+    args: dict[str, Any] = {"zero_init_last": False} if "resnet" in name else {}
+    model = timm.create_model(name, **args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            for tensor in (module.running_mean, module.weight, module.bias):
+                assert tensor is not None
+                tensor.data.add_(torch.randn_like(tensor) / 10)
+            assert module.running_var is not None
+            module.running_var.uniform_(0.5, 1.5)
+    cfg = {"input_size": (3, SIDE, SIDE), "crop_pct": 0.9, "license": license}
+    config = {"pretrained_cfg": {**vars(model)["pretrained_cfg"], **cfg}}
+    kwargs.pop("num_classes", None)
+    save_for_hf(model, str(folder), model_config=config, model_args=kwargs, safe_serialization=True)
+    return folder
+
+
+def source(folder: Path, **kwargs: Any) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 with a linear classifier."""
+    folder = tmp_path_factory.mktemp("stock")
+    return write_model(folder, "resnet18", naver.LICENSE, num_classes=7)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 with projector and cosine classifier."""
+    folder = tmp_path_factory.mktemp("whole")
+    sizes: dict[str, Any] = {"proj_hidden_dim": 32, "proj_dim": 16}
+    return write_model(folder, "trex_resnet", backbone="resnet18", num_classes=7, **sizes)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    output: Tensor = model.eval().double()(images.double())
+    return output
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "new" / f"model{suffix}"
+    status, printed, _ = run(stock, "--to", "torchvision", "--out", path)
+    assert status == 0
+    assert "torchvision.models.resnet18, fc of 7 classes" in printed
+    assert "not for commercial use" in printed
+    facts = json.loads(path.with_name(f"{path.name}.json").read_text())
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
+
+    namespace: dict[str, Any] = {"torch": torch, "torchvision": torchvision}
+    namespace["safetensors"] = __import__("safetensors.torch")
+    exec(facts["load"].replace(path.name, str(path)), namespace)
+    images = torch.randn(2, 3, 96, SIDE)
+    assert torch.equal(outputs(namespace["model"], images), outputs(source(stock), images))
+    assert facts["license"].startswith(naver.LICENSE)
+    if suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["weights_sha256"] == facts["weights_sha256"]
+
+    values = facts["preprocessing"]
+    values["interpolation"] = InterpolationMode(values["interpolation"])
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    expected = create_transform(**resolve_model_data_config(source(stock)))(image)
+    torch.testing.assert_close(ImageClassification(**values)(image), expected)
+
+
+def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    arguments = (whole, "--to", "torchvision", "--out", path, "--output", "features")
+    assert run(*arguments)[0] == 0
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.load_state_dict(load_file(path))
+    images = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        expected = source(whole).double().forward_features(images.double()).mean((2, 3))
+    assert torch.equal(outputs(model, images), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("resnet10t", {"num_classes": 0}, r"conv1.0.weight has no place in them"),
+        ("resnet18", {"num_classes": 0, "channels": (8, 8, 8, 8)}, r"its blocks are others"),
+        ("resnet18", {"num_classes": 0, "in_chans": 1}, r"images of 1 channels"),
+        ("resnet18", {"num_classes": 0, "output_stride": 16}, r"does not reproduce"),
+    ],
+)
+def test_what_torchvision_cannot_compute_is_refused(
+    tmp_path: Path, name: str, kwargs: dict[str, Any], words: str
+) -> None:
+    folder = write_model(tmp_path / "model", name, **kwargs)
+    path = tmp_path / "out.pth"
+    status, _, error = run(folder, "--to", "torchvision", "--out", path)
+    assert (status, error.count("\n")) == (2, 1)
+    assert words in error
+    assert "nothing was written" in error or "--to onnx" in error
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_projector_and_a_cosine_classifier_are_not_dropped_unasked(
+    whole: Path, tmp_path: Path
+) -> None:
+    status, _, error = run(whole, "--to", "torchvision", "--out", tmp_path / "out.pth")
+    assert status == 2
+    assert "projector and a cosine classifier" in error
+    assert "--output features" in error
+
+
+def swap(model: Any) -> None:
+    layer = model.layer1
+    layer[0].conv1.weight, layer[1].conv1.weight = layer[1].conv1.weight, layer[0].conv1.weight
+
+
+def other_eps(model: Any) -> None:
+    model.bn1.eps = 1.1e-5
+
+
+@pytest.mark.parametrize("mutate", [swap, other_eps])
+def test_a_wrong_copy_is_found_and_not_written(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[Any], None]
+) -> None:
+    serialise = to_torchvision.serialise
+
+    def wrong(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
+        data = serialise(model, suffix, facts)
+        mutate(model)  # the source: the copy is wrong by as much
+        return data
+
+    monkeypatch.setattr(to_torchvision, "serialise", wrong)
+    path = tmp_path / "out.pth"
+    path.write_text("earlier")
+    status, _, error = run(stock, "--to", "torchvision", "--out", path, "--overwrite")
+    assert status == 2
+    assert "does not reproduce" in error
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_earlier_export_stays_unless_it_may_be_replaced(stock: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.pth"
+    path.write_text("earlier")
+    assert "--overwrite" in run(stock, "--to", "torchvision", "--out", path)[2]
+    assert path.read_text() == "earlier"
+    assert run(stock, "--to", "torchvision", "--out", path, "--overwrite")[0] == 0
+    assert "conv1.weight" in torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resnet18 --to onnx --out m.pth", "--to onnx writes .onnx files"),
+        ("resnet18 --to torchvision --out m.onnx", "writes .pth or .safetensors files"),
+        ("resnet18 --to torchvision --out m.pth --half", "--half is for --to onnx"),
+        ("resnet18 --to onnx --out folder.onnx", "is a folder"),
+        ("resnet18 --to onnx --out file.txt/m.onnx", "is a file"),
+        ("resnetty --to onnx --out m.onnx", "resnetty cannot be loaded"),
+        ("./nowhere --to onnx --out m.onnx", "no such folder"),
+        ("trex_resnet50 --file no.pth --to onnx --out m.onnx", "no such file"),
+        ("trex_resnet50 --file file.txt --to onnx --out m.onnx", "file.txt"),
+        ("STOCK --file file.txt --to onnx --out m.onnx", "goes with a model's name"),
+        ("STOCK --to onnx --out m.onnx --output embeddings", "has features and logits alone"),
+    ],
+)
+def test_bad_input_is_one_line(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.onnx").mkdir()
+    Path("file.txt").write_text("text")
+    status, _, error = run(*arguments.replace("STOCK", str(stock)).split())
+    assert (status, error.count("\n")) == (2, 1)
+    assert words in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder.onnx"]
+
+
+def test_a_missing_package_is_said_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    status, printed, error = run("resnet18", "--to", "onnx", "--out", tmp_path / "m.onnx")
+    assert (status, printed) == (2, "")
+    assert "onnxscript" in error
+    assert "pip install '.[export]'" in error
+
+
+def test_the_images_compared_are_of_several_sizes_and_no_two_alike() -> None:
+    assert resolutions(224, 224) == [(224, 224), (160, 160), (288, 224)]
+    found = list(batches(3, resolutions(SIDE, SIDE)))
+    assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]
+    assert all(0.4 < batch.std() < 2 for batch in found)
+    images = found[-1].flatten(1)
+    assert len(images.unique(dim=0)) == 5
+    # Flat areas in every second one.
+    assert [len(image.unique()) < 100 for image in images] == [True, False, True, False, True]
+
+
+def test_a_difference_that_is_no_number_is_not_small() -> None:
+    images, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
+    assert difference(images, ones, ones, 1e-9).is_small
+    assert not difference(images, ones * torch.nan, ones, 1e-9).is_small
+    assert not difference(images, ones + 1e-6, ones, 1e-9).is_small

@@ -1,0 +1,431 @@
+"""`python -m trex_models.features`: what it writes, how it goes on, how it is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+import trex_models.features
+from tests.test_folder import save_image
+from trex_models.data.centre_crops import PROTOCOLS
+from trex_models.data.decode import UnreadableImageError
+from trex_models.data.file_list import FileSource
+from trex_models.evaluation.features import extract_features
+from trex_models.features import extract as extract_module
+from trex_models.features import file as file_module
+from trex_models.features.__main__ import main
+from trex_models.transfer.encoders import weights_digest
+
+SMALL: dict[str, Any] = {"channels": (8, 16, 24, 32)}
+
+
+def save_model(folder: Path, name: str, seed: int = 0, **args: Any) -> None:
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **SMALL, **args)
+    cfg = {**vars(model)["pretrained_cfg"], "input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
+    config = {"pretrained_cfg": cfg, "num_classes": args["num_classes"]}
+    save_for_hf(
+        model,
+        str(folder),
+        model_config=config,
+        model_args={**SMALL, **args},
+        safe_serialization=True,
+    )
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    described["model_args"].pop("num_classes")
+    path.write_text(json.dumps(described))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, another one, and a whole model with projector and classifier."""
+    root = tmp_path_factory.mktemp("models")
+    save_model(root / "backbone", "resnet10t", num_classes=0)
+    head = {"proj_layers": 1, "proj_hidden_dim": 16, "proj_dim": 12}
+    save_model(root / "whole", "trex_resnet", backbone="resnet10t", num_classes=5, **head)
+    save_model(root / "other", "resnet10t", seed=1, num_classes=0)
+    return root
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for number in range(11):
+        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(models: Path, *arguments: str, model: str = "backbone") -> int:
+    fixed = ["--model", str(models / model), "--workers", "0", "--batch-size", "4"]
+    return main([*arguments, *fixed])
+
+
+def expected(place: Path, models: Path, names: list[str]) -> np.ndarray:
+    model = timm.create_model(f"local-dir:{models / 'backbone'}", pretrained=True)
+    crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
+    source = FileSource(place / "images", names, [0] * len(names), ["x"])
+    return extract_features(model.to(memory_format=torch.channels_last), source, crop)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The images that are read, in order."""
+    found: list[str] = []
+    read = FileSource.read
+
+    def noting(self: FileSource, index: int) -> np.ndarray:
+        found.append(Path(self.name(index)).name)
+        return read(self, index)
+
+    monkeypatch.setattr(FileSource, "read", noting)
+    return found
+
+
+@pytest.mark.parametrize("out", ["out/f.safetensors", "f.npy"])
+def test_a_file_holds_features_names_and_what_made_them(
+    place: Path, models: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(models, "images", "--out", out) == 0
+    told = capsys.readouterr().out
+    assert "11 images x 32 float32" in told
+    assert "licence of the weights: cc-by-nc-sa-4.0" in told
+    found = trex_models.features.load(out)
+    assert found.names == sorted(found.names)
+    assert found.names[:2] == ["a/0.png", "a/10.png"]
+    assert isinstance(found.features, np.memmap)
+    np.testing.assert_allclose(
+        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
+    )
+    about = found.metadata
+    assert len(about["weights_sha256"]) == 64
+    assert (about["architecture"], about["output"]) == ("resnet10t", "backbone")
+    assert (about["license"], about["skipped"]) == ("cc-by-nc-sa-4.0", "0")
+    assert json.loads(about["transform"])["size"] == [64, 64]
+    assert about["root"] == str(place / "images")
+    assert not [path for path in Path(out).parent.glob(".*") if path.suffix != ".lock"]
+
+
+@pytest.mark.usefixtures("place")
+def test_other_tools_read_the_files(models: Path) -> None:
+    for out in ("f.safetensors", "f.npy"):
+        assert run(models, "images", "--out", out, "--dtype", "float16") == 0
+    with safe_open("f.safetensors", "np") as file:
+        features, names = (
+            file.get_tensor("features"),
+            json.loads(file.get_tensor("names").tobytes()),
+        )
+        metadata = file.metadata()
+    array = np.load("f.npy", mmap_mode="r")
+    beside = json.loads(Path("f.json").read_text())
+    assert array.dtype == features.dtype == np.float16
+    np.testing.assert_array_equal(array, features)
+    assert beside == {"metadata": metadata, "names": names}
+
+
+@pytest.mark.usefixtures("place")
+def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
+    models: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
+) -> None:
+    assert run(models, "images", "--out", "f.npy") == 0
+    before = Path("f.npy").read_bytes()
+    assert len(reads) == 11
+    assert run(models, "images", "--out", "f.npy") == 0
+    assert "f.npy is there already" in capsys.readouterr().out
+    assert len(reads) == 11
+    assert run(models, "images", "--out", "f.npy", model="other") == 2
+    assert run(models, "images/a", "--out", "f.npy") == 2
+    errors = capsys.readouterr().err
+    assert "something else (weights_sha256 differs)" in errors
+    assert "images_sha256" in errors
+    assert "--overwrite" in errors
+    assert Path("f.npy").read_bytes() == before
+    assert run(models, "images", "--out", "f.npy", "--overwrite", model="other") == 0
+    assert Path("f.npy").read_bytes() != before
+
+
+@pytest.mark.usefixtures("place")
+def test_a_file_of_something_else_is_not_replaced_unasked(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("f.safetensors").write_bytes(b"precious")
+    assert run(models, "images", "--out", "f.safetensors") == 2
+    assert "it is no file of features" in capsys.readouterr().err
+    assert Path("f.safetensors").read_bytes() == b"precious"
+
+
+KILLED = """
+import sys, time
+from trex_models.data.file_list import FileSource
+from trex_models.features.__main__ import main
+from trex_models.transfer import cache
+from trex_models.transfer.encoders import weights_digest
+
+read = FileSource.read
+def slow(self, index):
+    if index == 9:
+        print("ready", flush=True)
+        time.sleep(60)
+    return read(self, index)
+
+FileSource.read = slow
+cache._MARK_SECONDS = 0.0
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_killed_command_goes_on(
+    place: Path, models: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
+) -> None:
+    (place / "images" / "a" / "0.png").write_bytes(b"torn")
+    given = ["images", "--out", "f.npy", "--unreadable", "skip"]
+    fixed = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "2"]
+    command = [sys.executable, "-c", KILLED, *given, *fixed]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() not in ("ready\n", ""):
+            pass
+        process.send_signal(signal.SIGKILL)
+    assert not Path("f.npy").exists()
+    assert run(models, *given) == 0
+    assert "going on from image 6 of 11" in capsys.readouterr().out
+    assert reads == ["1.png", "3.png", "5.png", "7.png", "9.png"]
+    found = trex_models.features.load("f.npy")
+    assert len(found.names) == 10
+    assert "a/0.png" not in found.names
+    np.testing.assert_allclose(
+        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
+    )
+    assert found.metadata["skipped"] == "1"
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    read = FileSource.read
+
+    def cut(self: FileSource, index: int) -> np.ndarray:
+        if self.name(index).endswith(name):
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    monkeypatch.setattr(FileSource, "read", cut)
+
+
+@pytest.mark.parametrize("out", ["f.npy"])
+def test_what_another_command_left_is_begun_anew(
+    place: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, "9.png")
+        assert run(models, "images", "--out", out, model="other") == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert run(models, "images", "--out", out) == 0
+    assert "going on" not in capsys.readouterr().out
+    found = trex_models.features.load(out)
+    np.testing.assert_allclose(
+        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = FileSource.read
+
+    def unreadable(self: FileSource, index: int) -> np.ndarray:
+        if index == 2:
+            raise UnreadableImageError(f"{self.name(index)} cannot be read")
+        if index == 9:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "read", unreadable)
+        assert run(models, "images", "--out", "f.npy", "--unreadable", "skip") == 130
+    assert run(models, "images", "--out", "f.npy") == 0
+    found = trex_models.features.load("f.npy")
+    assert len(found.names) == 11
+    np.testing.assert_allclose(
+        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("out", ["f.npy", "f.safetensors"])
+def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
+    place: Path, models: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    torn = [place / "images" / "a" / "2.png", place / "images" / "b" / "9.png"]
+    torn[0].write_bytes(b"torn")
+    assert run(models, "images", "--out", out) == 2
+    assert f"error: {torn[0]} cannot be read as an image" in capsys.readouterr().err
+    torn[1].write_bytes(b"")  # found without reading
+    assert run(models, "images", "--out", out) == 2
+    assert "1 of 11 image files are missing or empty" in capsys.readouterr().err
+    assert run(models, "images", "--out", out, "--unreadable", "skip") == 0
+    assert "skipped 2 of 11 images" in capsys.readouterr().out
+    assert [line.split()[0] for line in Path(f"{out}.skipped.txt").read_text().splitlines()] == [
+        str(path) for path in torn
+    ]
+    found = trex_models.features.load(out)
+    assert len(found.names) == len(found.features) == 9
+    assert not {"a/2.png", "b/9.png"} & set(found.names)
+    np.testing.assert_allclose(
+        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
+    )
+    if out.endswith(".safetensors"):
+        with safe_open(out, "np") as file:
+            assert file.get_tensor("features").shape == (9, 32)
+
+
+def test_no_image_that_can_be_read(
+    place: Path, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "one").mkdir()
+    (place / "one" / "x.png").write_bytes(b"torn")
+    assert run(models, "one", "--out", "f.npy", "--unreadable", "skip") == 2
+    assert "none of 1 images can be read" in capsys.readouterr().err
+    assert not Path("f.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "shape"),
+    [("backbone", (32,)), ("projector", (12,)), ("dense", (32, 2, 2)), ("logits", (5,))],
+)
+def test_outputs_of_a_whole_model(
+    place: Path, models: Path, output: str, shape: tuple[int, ...]
+) -> None:
+    assert run(models, "images", "--out", "f.npy", "--output", output, model="whole") == 0
+    found = trex_models.features.load("f.npy")
+    assert found.features.shape == (11, *shape)
+    model: Any = timm.create_model(f"local-dir:{models / 'whole'}", pretrained=True).eval()
+    crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
+    pixels = crop.empty(1)
+    source = FileSource(place / "images", found.names, [0] * 11, ["x"])
+    crop.cut(source.read(3), pixels[0])
+    with torch.inference_mode():
+        maps = model.forward_features(crop.normalize(pixels))
+        outputs = {
+            "dense": maps,
+            "backbone": maps.mean((2, 3)),
+            "projector": model.forward_head(maps, pre_logits=True),
+            "logits": model.forward_head(maps),
+        }
+    np.testing.assert_allclose(found.features[3], outputs[output][0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "projector"], "has no projector; trex_resnet50_proj"),
+        (["--output", "logits"], "has no classifier"),
+        (["--out", "f.txt"], r"--out f.txt: give a file that ends in .safetensors or .npy"),
+        (["--out", "images/a/0.png/f.npy"], "cannot be written"),
+        (["--file", "missing.pth"], "missing.pth is no file"),
+        (["--file", "images/a/0.png"], "--file goes with the name of an architecture"),
+        (["nothing"], "nothing: there is no such file or folder"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_a_line(
+    models: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    out = [] if "--out" in arguments else ["--out", "f.npy"]
+    assert run(models, "images", *arguments, *out) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert message in errors
+
+
+@pytest.mark.usefixtures("place")
+def test_a_map_is_asked_of_a_model_that_has_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("test_vit", num_classes=0)
+    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
+    assert run(tmp_path, "images", "--out", "f.npy", "--output", "dense", model="vit") == 2
+    assert "not a map (C, H, W)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+def test_own_weights_are_taken(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    given = ["--file", "own.safetensors", "--model", "test_resnet", "--workers", "0"]
+    assert main(["images", "--out", "f.npy", *given]) == 0
+    about = trex_models.features.load("f.npy").metadata
+    assert about["weights_sha256"] == weights_digest(model)
+    assert about["file"] == str(tmp_path / "own.safetensors")
+
+
+def test_a_full_disk_is_told_before_it_is_full(
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(place)._replace(free=1 << 20)
+    monkeypatch.setattr("trex_models.transfer.cache.shutil.disk_usage", lambda _: usage)
+    assert run(models, "images", "--out", "f.npy") == 2
+    assert "GB left" in capsys.readouterr().err
+
+
+def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
+    """A million names stay readable, as safetensors allows headers of 100 MB only."""
+    names = [f"class_{row % 1000:04d}/image_{row:07d}.jpg" for row in range(100_000)]
+    path, listed = tmp_path / "f.safetensors", json.dumps(names).encode()
+    rows = np.zeros((len(names), 1), np.float16)
+    header = file_module.head(path, rows.shape, rows.dtype, {"model": "x"}, listed)
+    assert len(header) < 1000
+    path.write_bytes(header + rows.tobytes() + listed)
+    found = trex_models.features.load(path)
+    assert found.names == names
+    with safe_open(path, "np") as file:
+        assert json.loads(file.get_tensor("names").tobytes()) == names
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("damage", ["missing", "short", "foreign", "names", "suffix"])
+def test_a_damaged_file_is_told(models: Path, damage: str) -> None:
+    assert run(models, "images", "--out", "f.npy") == 0
+    assert run(models, "images", "--out", "f.safetensors") == 0
+    path = Path("f.safetensors")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "foreign":
+        path.write_bytes(b"\xff" * 64)
+    elif damage == "names":
+        beside = json.loads(Path("f.json").read_text())
+        Path("f.json").write_text(json.dumps({**beside, "names": beside["names"][1:]}))
+        path = Path("f.npy")
+    else:
+        path = path.rename("f.bin")
+    with pytest.raises(ValueError, match=f"{path}.*(features|wrote)"):
+        trex_models.features.load(path)
+
+
+def test_rows_and_images_are_told_apart_where_some_are_left_out() -> None:
+    left_out = {0: "", 3: "", 4: "", 9: ""}
+    rows = [extract_module._image_of(row, left_out) for row in range(6)]
+    assert rows == [1, 2, 5, 6, 7, 8]
+    assert extract_module._image_of(6, left_out) == 10

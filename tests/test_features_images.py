@@ -1,0 +1,96 @@
+"""Which images the arguments of `python -m trex_models.features` name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_folder import save_image
+from trex_models.features.images import find
+
+FILES = ["b/2.png", "b/1.jpg", "a/deep/3.PNG", "a/.hidden.png", "top.jpeg"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in FILES:
+        save_image(tmp_path / "images" / name)
+    (tmp_path / "images" / "b" / "notes.md").write_text("no image")
+    (tmp_path / "images" / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ALL = ["a/deep/3.PNG", "b/1.jpg", "b/2.png", "top.jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "root", "names"),
+    [
+        (["images"], "images", ALL),
+        (["images/"], "images", ALL),
+        (["./images/../images"], "images", ALL),
+        (["images/**"], "images", [*ALL[:3], "top.jpeg"]),
+        (["images/*/*.jpg"], "images", ["b/1.jpg"]),
+        (["images/b", "images/a"], "images", ["b/1.jpg", "b/2.png", "a/deep/3.PNG"]),
+        (["images/top.jpeg"], "images", ["top.jpeg"]),
+        (["images/a", "images/top.jpeg"], "images", ["a/deep/3.PNG", "top.jpeg"]),
+        (["images/b/*.png"], "images/b", ["2.png"]),
+    ],
+)
+def test_images_are_found_in_order_with_names_below_what_was_named(
+    place: Path, arguments: list[str], root: str, names: list[str]
+) -> None:
+    found = find(arguments)
+    assert found.names == names
+    assert found.source.root == place / root
+    assert found.repeated == 0
+    assert [found.source.name(row) for row in range(len(names))] == [
+        str(place / root / name) for name in names
+    ]
+
+
+def test_a_list_names_images_from_its_own_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = place / "images" / "a" / "deep" / "3.PNG"
+    (place / "images" / "list.txt").write_text(f"b/2.png\n\n  top.jpeg \n{absolute}\n")
+    monkeypatch.chdir("/")
+    found = find([str(place / "images" / "list.txt")])
+    assert found.names == ["b/2.png", "top.jpeg", "a/deep/3.PNG"]
+
+
+def test_an_image_that_is_named_again_counts_once_where_it_was_first(place: Path) -> None:
+    found = find(["images/b/2.png", "images", str(place / "images" / "b")])
+    assert found.names == ["b/2.png", "a/deep/3.PNG", "b/1.jpg", "top.jpeg"]
+    assert found.repeated == 3
+
+
+def test_a_name_with_the_letters_of_a_pattern_is_a_name(place: Path) -> None:
+    save_image(place / "odd" / "x[1].png")
+    save_image(place / "odd" / "x1.png")
+    assert find(["odd/x[1].png"]).names == ["x[1].png"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("nowhere", "nowhere: there is no such file or folder"),
+        ("images/empty", "images/empty holds no images"),
+        ("images/*.gif", r"images/\*\.gif matches none"),
+        ("images/b/*.md", r"matches 1 files and folders, none of them an image"),
+        ("images/b/notes.md", "notes.md is no image by its name"),
+        ("list.csv", r"give its paths as a \.txt file"),
+        ("blank.txt", "blank.txt lists no images"),
+        ("bad.txt", "bad.txt, line 2: model.pt is no image"),
+        ("latin.txt", "latin.txt cannot be read as a list"),
+    ],
+)
+def test_what_names_no_images_is_told(place: Path, argument: str, message: str) -> None:
+    (place / "list.csv").write_text("path\nimages/top.jpeg\n")
+    (place / "blank.txt").write_text("\n \n")
+    (place / "bad.txt").write_text("images/top.jpeg\nmodel.pt\n")
+    (place / "latin.txt").write_bytes(b"gr\xfcn.png\n")
+    with pytest.raises(ValueError, match=message):
+        find(["images", argument])

@@ -1,0 +1,121 @@
+"""Nearest neighbours of images in a file of features: found, printed and drawn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import trex_models.features
+from tests.test_features import run, save_model
+from tests.test_folder import save_image
+from trex_models.features import picture
+from trex_models.features.__main__ import main
+from trex_models.features.neighbours import Neighbours, find
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("backbone", "other")):
+        save_model(root / name, "resnet10t", seed, num_classes=0)
+    return root
+
+
+@pytest.fixture
+def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with images and their features in f.npy."""
+    for number in range(11):
+        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
+    monkeypatch.chdir(tmp_path)
+    assert run(models, "images", "--out", "f.npy") == 0
+    return tmp_path
+
+
+def test_neighbours_are_the_nearest_by_cosine_and_not_the_query(place: Path) -> None:
+    found = trex_models.features.load("f.npy")
+    rows = found.features / np.linalg.norm(found.features, axis=1, keepdims=True)
+    cosines = rows @ rows[3]
+    cosines[3] = -2
+    nearest = np.argsort(-cosines)[:4]
+    by_name, by_path = find(found, [found.names[3], f"images/{found.names[3]}"], 4)
+    assert by_name == by_path
+    assert by_name.names == [found.names[row] for row in nearest]
+    np.testing.assert_allclose(by_name.similarities, cosines[nearest], atol=1e-5)
+    assert by_name.path == place / "images" / found.names[3]
+
+
+def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:
+    shutil.copy(place / "images" / "b" / "5.png", "new.png")
+    [answer] = find(trex_models.features.load("f.npy"), ["new.png"], 20)
+    assert answer.names[0] == "b/5.png"
+    assert answer.similarities[0] == pytest.approx(1, abs=1e-4)
+    assert len(answer.names) == 11
+
+
+def test_the_model_must_be_that_of_the_file(place: Path, models: Path) -> None:
+    shutil.copy(place / "images" / "b" / "5.png", "new.png")
+    with pytest.raises(ValueError, match="is not the model that made the features"):
+        find(trex_models.features.load("f.npy"), ["new.png"], model=str(models / "other"))
+
+
+@pytest.mark.usefixtures("place")
+def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["neighbours", "f.npy", "--query", "a/0.png", "b/1.png", "-k", "3"]
+    assert main([*given, "--out", "p.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert (lines[0], lines[4]) == ("a/0.png", "b/1.png")
+    with Image.open("p.png") as drawn:
+        assert drawn.width > drawn.height > 300
+    assert main([*given, "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert [entry["query"] for entry in entries] == ["a/0.png", "b/1.png"]
+    near = list(zip(entries[0]["similarities"], entries[0]["names"], strict=True))
+    assert lines[1:4] == [f"  {cosine:6.3f}  {name}" for cosine, name in near]
+
+
+def test_images_that_were_moved_are_found_by_their_root(place: Path) -> None:
+    (place / "images").rename(place / "moved")
+    given = ["neighbours", "f.npy", "--query", "a/0.png", "-k", "2", "--out", "p.png"]
+    assert main(given) == 2
+    assert not Path("p.png").exists()
+    assert main([*given, "--root", "moved"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--query", "c/0.png"], "--query c/0.png is neither a name of the file (such as a/0.png)"),
+        (["--query", "a/0.png", "--out", "p.txt"], "--out p.txt: give a picture that ends in .png"),
+        (["--query", "a/0.png", "--out", "no/p.png"], "no is no folder"),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_what_is_wrong_is_told(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["neighbours", "f.npy", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_whole_or_shortened_and_images_keep_their_shape(tmp_path: Path) -> None:
+    Image.new("RGB", (400, 100), "red").save(tmp_path / "wide.png")
+    Image.new("RGB", (20, 60), "blue").save(tmp_path / "$high_.png")
+    long = "x" * 90 + "/../wide.png"
+    (tmp_path / ("x" * 90)).mkdir()
+    row = Neighbours("wide.png", tmp_path / "wide.png", ["$high_.png", long], [0.5, 0.25])
+    figure = picture.draw([row], tmp_path, "title")
+    axes = figure.axes
+    assert len(axes) == 3
+    assert axes[1].get_xlabel() == "0.500\n$high_.png"
+    label = axes[2].get_xlabel().replace("\n", "")
+    assert "..." in label
+    assert label.endswith("wide.png")
+    pixels = np.asarray(axes[0].images[0].get_array())
+    red = (pixels == (255, 0, 0)).all(2)
+    assert pixels.shape[0] == pixels.shape[1] == red.any(0).sum() == 4 * red.any(1).sum()

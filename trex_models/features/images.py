@@ -1,0 +1,130 @@
+"""Which images a command line names: folders, glob patterns, files and lists of files.
+
+A name is the image's path below the common folder of all that was named: where one folder is, its
+own. Arguments count in their order, the images of each in that of their paths.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from trex_models.data.file_list import FileSource, image_files
+
+
+class Images(NamedTuple):
+    """What was found."""
+
+    source: FileSource
+    """All of one class: nothing here is labelled."""
+    repeated: int
+    """How many files were named again, and count once."""
+
+    @property
+    def names(self) -> list[str]:
+        """Paths below the root, with slashes."""
+        return [Path(os.fsdecode(path)).as_posix() for path in self.source.paths.tolist()]
+
+
+def find(arguments: Sequence[str]) -> Images:
+    """Find the images that arguments name.
+
+    Args:
+        arguments: Each a folder, which is searched at any depth; a pattern, which may hold ``**``;
+            an image; or a .txt file with a path a line, from its own folder. Hidden files do not
+            count.
+
+    Raises:
+        ValueError: An argument names nothing, no image, or a file of another type.
+    """
+    found = [_look(argument) for argument in arguments]
+    root = os.path.commonpath([folder for folder, _ in found])
+    named = [path for _, paths in found for path in paths]
+    once = list(dict.fromkeys(named))
+    start = len(root.rstrip(os.sep)) + 1
+    source = FileSource(root, [path[start:] for path in once], [0] * len(once), ["images"])
+    return Images(source, len(named) - len(once))
+
+
+def _look(argument: str) -> tuple[str, list[str]]:
+    """Return an argument's folder and its images, all as absolute paths."""
+    path = Path(argument).expanduser()
+    if path.is_dir():
+        return _of_folder(path, argument)
+    if path.suffix.lower() == ".txt" and path.is_file():
+        return _of_list(path)
+    if path.is_file():
+        _require_image(str(path), argument)
+        return _absolute(path.parent), [_absolute(path)]
+    if glob.has_magic(argument):
+        return _of_pattern(argument)
+    raise ValueError(
+        f"{argument}: there is no such file or folder; name images, folders of them, a pattern in "
+        "quotes, or a .txt file that lists images"
+    )
+
+
+def _of_folder(path: Path, argument: str) -> tuple[str, list[str]]:
+    found = _images_below(path)
+    if not found:
+        raise ValueError(
+            f"{argument} holds no images (file types: {' '.join(IMG_EXTENSIONS)}); name another "
+            "folder, or convert them"
+        )
+    return _absolute(path), found
+
+
+def _of_pattern(argument: str) -> tuple[str, list[str]]:
+    pattern = str(Path(argument).expanduser())
+    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it passes hidden ones over
+    found: list[str] = []
+    for match in map(Path, matches):
+        if match.is_dir():
+            found += _images_below(match)
+        elif match.name.lower().endswith(IMG_EXTENSIONS):
+            found.append(_absolute(match))
+    if not found:
+        matched = f"{len(matches)} files and folders, none of them an image" if matches else "none"
+        raise ValueError(f"{argument} matches {matched}; correct the pattern")
+    parts = Path(pattern).parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    return _absolute(Path(*parts[:fixed])), list(dict.fromkeys(found))
+
+
+def _of_list(path: Path) -> tuple[str, list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a list ({error}); save it as UTF-8") from error
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} lists no images; write the path of one on each line")
+    for number, line in rows:
+        _require_image(line, f"{path}, line {number}: {line}")
+    found = [_absolute(path.parent / Path(line).expanduser()) for _, line in rows]
+    return os.path.commonpath({str(Path(file).parent) for file in found}), found
+
+
+def _images_below(folder: Path) -> list[str]:
+    root = _absolute(folder).rstrip(os.sep)
+    return [f"{root}{os.sep}{os.fsdecode(path)}" for path in image_files(folder, ".")]
+
+
+def _absolute(path: Path) -> str:
+    """Return a path from the file system's root, without dots; links are not followed."""
+    return os.path.normpath(Path.cwd() / path)
+
+
+def _require_image(path: str, called: str) -> None:
+    if not path.lower().endswith(IMG_EXTENSIONS):
+        remedy = "convert it, or leave it out"
+        if path.lower().endswith(".csv"):
+            remedy = "give its paths as a .txt file, one a line"
+        raise ValueError(
+            f"{called} is no image by its name (file types: {' '.join(IMG_EXTENSIONS)}); {remedy}"
+        )
