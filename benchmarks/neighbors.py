@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from trex_models.evaluation.neighbors import nearest_votes
+from trex_models.evaluation.neighbors import knn_votes
 
 NUM_CLASSES = 1000
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     labels = torch.randint(NUM_CLASSES, (parsed.references,), device=device)
     unit_features, unit_queries = F.normalize(features, dim=1), F.normalize(queries, dim=1)
     variants: dict[str, Callable[[], object]] = {
-        "ours": lambda: nearest_votes(features, labels, queries, NUM_CLASSES, parsed.k),
+        "ours": lambda: knn_votes(features, labels, queries, NUM_CLASSES, parsed.k),
         "bare": lambda: (unit_queries @ unit_features.T).topk(parsed.k),
         "product": lambda: unit_queries @ unit_features.T,
     }

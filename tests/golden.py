@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from trex_models.heads import Projector
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.distributed import Process, data_parallel
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
@@ -116,7 +116,7 @@ def build_objective(case: dict[str, Any]) -> Objective:
         with torch.no_grad():
             cosine.classifier.weight.copy_(draw("clf.fc.weight", num_classes, dim))
         return cosine
-    bank = Bank(size, dim, num_classes, torch.float64)
+    bank = MemoryBank(size, dim, num_classes, torch.float64)
     bank.features.copy_(draw("memory.features", size, dim))
     bank.labels.copy_(torch.arange(size) % num_classes)
     return OnlineClassMeans(bank, case["tau"])

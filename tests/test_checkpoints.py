@@ -18,7 +18,7 @@ from tests import official_files
 from tests.reference_resnet import outputs, pictures
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, read, split
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
 
@@ -160,7 +160,7 @@ def tiny_method(bank: bool) -> TReX:
     network = timm.create_model("resnet10t", num_classes=0)
     encoder = Encoder(network, trex_models.Projector(512, 2, 32, 16))
     if bank:
-        return TReX(encoder, OnlineClassMeans(Bank(64, 16, 5), 0.1))
+        return TReX(encoder, OnlineClassMeans(MemoryBank(64, 16, 5), 0.1))
     return TReX(encoder, CosineSoftmax(16, 5, 0.1))
 
 

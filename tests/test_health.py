@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.health import class_directions, head_health
 from trex_models.train.look import LOOK
 from trex_models.train.objectives import CosineSoftmax, LinearSoftmax, OnlineClassMeans
 
 
-def fill(bank: Bank, labels: list[int]) -> None:
+def fill(bank: MemoryBank, labels: list[int]) -> None:
     bank.enqueue(torch.randn(len(labels), 3), torch.tensor(labels), torch.arange(len(labels)))
 
 
 def test_bank_of_noise_then_of_entries() -> None:
     torch.manual_seed(0)
-    bank = Bank(6, 3, 4)
+    bank = MemoryBank(6, 3, 4)
     objective = OnlineClassMeans(bank, 0.1)
     fresh = head_health(objective, class_directions(objective))
     assert fresh["bank_initial"] == 1
@@ -43,7 +43,7 @@ def test_bank_of_noise_then_of_entries() -> None:
 
 
 def test_ages_survive_a_checkpoint() -> None:
-    bank, other = Bank(4, 3, 2), Bank(4, 3, 2)
+    bank, other = MemoryBank(4, 3, 2), MemoryBank(4, 3, 2)
     fill(bank, [0, 1])
     fill(bank, [0])
     other.load_state_dict(bank.state_dict())
@@ -65,6 +65,6 @@ def test_change_of_class_vectors(objective: CosineSoftmax | LinearSoftmax) -> No
 
 
 def test_look_has_no_class_vectors() -> None:
-    objective = LOOK(Bank(6, 3, 4), 0.1, 2)
+    objective = LOOK(MemoryBank(6, 3, 4), 0.1, 2)
     assert class_directions(objective) is None
     assert "prototype_change" not in head_health(objective, None)

@@ -126,7 +126,7 @@ def first_steps_loss(method: TReX, folder: Path, steps: int) -> float:
         crops = augment(batch, torch.device("cpu"))
         with torch.no_grad():
             loss, _ = method.train()(crops, batch.labels, batch.ids)
-            method.update_bank(crops[0][: len(batch.labels)], batch.labels, batch.ids)
+            method.update_bank(crops, batch.labels, batch.ids)
         losses.append(float(loss))
     return sum(losses) / steps
 

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.look import LOOK
 
 TAU, D, C = 0.1, 6, 5
 
 
-def make_bank(size: int = 40, seed: int = 0) -> Bank:
+def make_bank(size: int = 40, seed: int = 0) -> MemoryBank:
     torch.manual_seed(seed)
-    bank = Bank(size, D, C, torch.float64)
+    bank = MemoryBank(size, D, C, torch.float64)
     bank.ids.copy_(torch.randint(0, 12, (size,)))  # several entries of a sample
     return bank
 
@@ -28,7 +28,7 @@ def batch(images: int = 4, crops: int = 3, seed: int = 1) -> tuple[Tensor, Tenso
     return z, torch.randint(C, (images,)), torch.arange(images)
 
 
-def loss_by_hand(bank: Bank, z: Tensor, label: int, sample: int, k: int) -> Tensor:
+def loss_by_hand(bank: MemoryBank, z: Tensor, label: int, sample: int, k: int) -> Tensor:
     """The loss of one crop, from the formula."""
     scores = torch.stack(
         [F.cosine_similarity(z, entry, dim=0) / TAU for entry in bank.features.unbind()]
@@ -124,7 +124,7 @@ def test_votes_are_the_weighted_nearest_neighbours() -> None:
 
 def test_float32_under_autocast_and_no_gradient_to_the_bank() -> None:
     torch.manual_seed(0)
-    bank = Bank(16, D, C)
+    bank = MemoryBank(16, D, C)
     z = torch.randn(4, D, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         loss, votes = LOOK(bank, TAU, 4)(z, torch.tensor([0, 1, 2, 3]), torch.arange(4))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trex_models.heads import Projector
 from trex_models.train import distributed
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.momentum import MomentumEncoder
 from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
@@ -42,11 +42,11 @@ class TinyBackbone(nn.Module):
 def tiny_method(bank_size: int = 8) -> TReX:
     torch.manual_seed(0)
     encoder = Encoder(TinyBackbone(), Projector(6, 1, 7, 5))
-    return TReX(encoder, OnlineClassMeans(Bank(bank_size, 5, 3), 0.1), ema_momentum=0.9)
+    return TReX(encoder, OnlineClassMeans(MemoryBank(bank_size, 5, 3), 0.1), ema_momentum=0.9)
 
 
 def test_bank_wraps_and_drops_what_does_not_fit() -> None:
-    bank = Bank(5, 2, 3)
+    bank = MemoryBank(5, 2, 3)
     batch, labels = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 2])
     bank.enqueue(batch, labels, labels)
     assert bank.pointer == 3
@@ -61,19 +61,19 @@ def test_bank_wraps_and_drops_what_does_not_fit() -> None:
 
 def test_bank_starts_as_noise_and_its_pointer_is_saved() -> None:
     torch.manual_seed(0)
-    bank = Bank(4096, 4, 10)
+    bank = MemoryBank(4096, 4, 10)
     assert abs(bank.features.mean().item()) < 0.05
     assert bank.features.std().item() == pytest.approx(1, abs=0.05)
     assert bank.labels.bincount(minlength=10).min() > 300
     bank.enqueue(torch.ones(7, 4), *torch.zeros(2, 7, dtype=torch.long))
-    other = Bank(4096, 4, 10)
+    other = MemoryBank(4096, 4, 10)
     other.load_state_dict(bank.state_dict())
     assert other.pointer == 7
     assert torch.equal(other.features, bank.features)
 
 
 def test_class_means_are_normalised_sums_and_zero_for_absent_classes() -> None:
-    bank = Bank(4, 3, 3)
+    bank = MemoryBank(4, 3, 3)
     bank.features.copy_(torch.randn(4, 3))
     bank.labels.copy_(torch.tensor([0, 2, 0, 0]))
     means = bank.class_means()
@@ -84,7 +84,7 @@ def test_class_means_are_normalised_sums_and_zero_for_absent_classes() -> None:
 
 def test_ocm_logits_and_loss_by_hand() -> None:
     torch.manual_seed(0)
-    bank = Bank(6, 4, 3)
+    bank = MemoryBank(6, 4, 3)
     bank.labels.copy_(torch.tensor([0, 0, 1, 1, 0, 1]))  # class 2 is absent
     z = torch.randn(4, 4, requires_grad=True)  # two images, two crops
     labels = torch.tensor([0, 1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trex_models.evaluation.neighbors import hits, nearest_neighbors, nearest_votes
+from trex_models.evaluation.neighbors import hits, knn_votes, nearest_neighbors
 
 
 def sample(
@@ -44,7 +44,7 @@ def brute_force(
 @pytest.mark.parametrize("k", [1, 20, 500])
 def test_votes_equal_those_of_the_full_matrix(chunk: int, k: int) -> None:
     features, labels, queries = sample()
-    votes = nearest_votes(features, labels, queries, 7, k, chunk=chunk)
+    votes = knn_votes(features, labels, queries, 7, k, chunk=chunk)
     expected = brute_force(features, labels, queries, 7, k, 0.07)
     assert votes.dtype == torch.float32
     torch.testing.assert_close(votes.double(), expected, rtol=1e-4, atol=1e-6)
@@ -60,7 +60,7 @@ def test_digits_as_scikit_learn_classifies_them(k: int) -> None:
     expected = torch.from_numpy(reference.predict_proba(pixels[test]))
 
     x, y = torch.from_numpy(pixels).float(), torch.from_numpy(digits)
-    votes = nearest_votes(x[train], y[train], x[test], 10, k, chunk=500)
+    votes = knn_votes(x[train], y[train], x[test], 10, k, chunk=500)
     shares = votes / votes.sum(1, keepdim=True)
     torch.testing.assert_close(shares.double(), expected, rtol=1e-3, atol=1e-5)
     top1, top5 = hits(votes, y[test])[:, [0, -1]].float().mean(0).tolist()
@@ -88,11 +88,11 @@ def test_progress_counts_pairs() -> None:
 def test_order_of_the_references_does_not_matter() -> None:
     features, labels, queries = sample()
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(5))
-    votes = nearest_votes(features, labels, queries, 7, chunk=30)
+    votes = knn_votes(features, labels, queries, 7, chunk=30)
     torch.testing.assert_close(
-        nearest_votes(features[order], labels[order], queries, 7, chunk=30), votes
+        knn_votes(features[order], labels[order], queries, 7, chunk=30), votes
     )
-    assert torch.equal(nearest_votes(features, labels, queries, 7, chunk=30), votes)
+    assert torch.equal(knn_votes(features, labels, queries, 7, chunk=30), votes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -101,16 +101,16 @@ def test_other_types_are_computed_in_float32_and_autocast_changes_nothing(
 ) -> None:
     features, labels, queries = sample()
     narrow, narrow_queries = features.to(dtype), queries.to(dtype)
-    expected = nearest_votes(narrow.float(), labels, narrow_queries.float(), 7)
+    expected = knn_votes(narrow.float(), labels, narrow_queries.float(), 7)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(nearest_votes(narrow, labels, narrow_queries, 7), expected)
+        assert torch.equal(knn_votes(narrow, labels, narrow_queries, 7), expected)
 
 
 def test_length_of_a_vector_does_not_matter() -> None:
     features, labels, queries = sample()
-    expected = nearest_votes(features, labels, queries, 7)
+    expected = knn_votes(features, labels, queries, 7)
     for scale in (1e-30, 1e30):
-        votes = nearest_votes(features * scale, labels, queries / scale, 7)
+        votes = knn_votes(features * scale, labels, queries / scale, 7)
         torch.testing.assert_close(votes, expected)
 
 
@@ -121,7 +121,7 @@ def test_zeros_have_no_direction() -> None:
     similarities, indices = nearest_neighbors(features, queries, 3)
     assert similarities[0].tolist() == [1, 0, -1]
     assert indices[0].tolist() == [1, 0, 2]
-    votes = nearest_votes(features, labels, queries, 3, temperature=1.0)
+    votes = knn_votes(features, labels, queries, 3, temperature=1.0)
     torch.testing.assert_close(votes[0], torch.tensor([-1.0, 0.0, -2.0]).exp())
     assert votes[1].tolist() == [0, 0, 0]
     assert not hits(votes, torch.tensor([1, 0]))[1].any()
@@ -130,7 +130,7 @@ def test_zeros_have_no_direction() -> None:
 @pytest.mark.parametrize("temperature", [1e-4, 0.01, 100.0])
 def test_extreme_temperatures_keep_every_neighbour_a_voter(temperature: float) -> None:
     features, labels, queries = sample()
-    votes = nearest_votes(features, labels, queries, 7, 20, temperature)
+    votes = knn_votes(features, labels, queries, 7, 20, temperature)
     _, indices = nearest_neighbors(features, queries, 20)
     assert votes.isfinite().all()
     assert torch.equal(votes > 0, F.one_hot(labels[indices], 7).any(1))
@@ -178,7 +178,7 @@ def test_memory_is_bounded() -> None:
     features, labels, queries = sample(50_000, 1_000, 256)
     features, block = features.half(), 512
     with Memory() as memory:
-        votes = nearest_votes(features, labels, queries, 7, chunk=block)
+        votes = knn_votes(features, labels, queries, 7, chunk=block)
         assert memory.now == 4 * votes.numel()
     blocks = 4 * block**2 + 20 * 256 * block + 60 * block * 20
     assert 4 * block**2 < memory.peak <= blocks + 1_000 * (28 * 20 + 4 * 7)
@@ -210,29 +210,29 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
         "num_classes": 7,
     }
     with pytest.raises(ValueError, match=message):
-        nearest_votes(**(given | change))
+        knn_votes(**(given | change))
 
 
 def test_the_row_that_is_not_finite_is_named() -> None:
     features, labels, queries = sample()
     features[150, 3] = torch.inf
     with pytest.raises(ValueError, match="features must be finite, but row 150 has"):
-        nearest_votes(features, labels, queries, 7, chunk=40)
+        knn_votes(features, labels, queries, 7, chunk=40)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_in_full_precision_within_the_stated_memory() -> None:
     features, labels, queries = sample(50_000, 5_000, 256)
-    expected = nearest_votes(features, labels, queries, 7)
+    expected = knn_votes(features, labels, queries, 7)
     on_device = features.cuda()
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.bfloat16):
-            votes = nearest_votes(on_device, labels, queries, 7, chunk=2048)
-            again = nearest_votes(on_device, labels, queries, 7, chunk=2048)
+            votes = knn_votes(on_device, labels, queries, 7, chunk=2048)
+            again = knn_votes(on_device, labels, queries, 7, chunk=2048)
         peak = torch.cuda.max_memory_allocated() - before
         assert torch.backends.cuda.matmul.allow_tf32
     finally:

@@ -18,7 +18,7 @@ from tests.test_train import assert_same_state, last_state, logged, run
 from trex_models.heads import Projector
 from trex_models.train import build, checkpointing
 from trex_models.train.__main__ import parse
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.distributed import Process, data_parallel
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import OnlineClassMeans
@@ -38,7 +38,7 @@ def build_method(name: str, recomputes: bool) -> TReX:
     torch.manual_seed(0)
     backbone: Any = timm.create_model(name, num_classes=0, **BACKBONES.get(name, {}))
     encoder = Encoder(backbone, Projector(backbone.num_features, 1, 12, 6))
-    method = TReX(encoder, OnlineClassMeans(Bank(32, 6, 3), 0.1), ema_momentum=0.9)
+    method = TReX(encoder, OnlineClassMeans(MemoryBank(32, 6, 3), 0.1), ema_momentum=0.9)
     if recomputes:
         recompute_activations(backbone, name)
     return method.train()

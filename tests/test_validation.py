@@ -24,7 +24,7 @@ from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.heads import Projector
 from trex_models.train import build, saved, validation
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.config import DataConfig, ValidationConfig, smoke
 from trex_models.train.distributed import Process, process_group
 from trex_models.train.method import Encoder, TReX
@@ -64,7 +64,7 @@ def make_method(source: Source, offset: float = 0.0) -> TReX:
     """
     torch.manual_seed(0)
     encoder = Encoder(TinyBackbone(), Projector(6, 1, 7, 5))
-    bank = Bank(len(source), 5, len(source.classes))
+    bank = MemoryBank(len(source), 5, len(source.classes))
     method = TReX(encoder, OnlineClassMeans(bank, 0.1), ema_momentum=0.9)
     images = torch.stack([crop(source, index, SIDE) for index in range(len(source))])
     with torch.no_grad():

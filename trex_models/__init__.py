@@ -33,4 +33,4 @@ __all__ = [
     "WeightsError",
     "__version__",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -361,7 +361,8 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     contents: Any = cfg.state_dict
     if contents is None:
         contents = checkpoints.load(str(cfg.file))
-    told = overlay.get("num_classes") if cfg.num_classes else 0
+    # Below 0 where timm's train.py is given a file: the head is to be new.
+    told = overlay.get("num_classes") if cfg.num_classes > 0 else 0
     try:
         checkpoint = checkpoints.split(contents, num_classes=told)
     except checkpoints.CheckpointError as error:

@@ -34,20 +34,28 @@ _LONGEST = 8  # times what the crop shows of an image: what is farther off is cu
 class CentreCrop:
     """How images are resized, cut and normalised; the fields are those of timm's data config.
 
+        crop = CentreCrop(size=(224, 224), crop_pct=1.0, interpolation="bicubic")
+        features = extract_features(model, source, crop)
+
+    Args:
+        size: H, W, in pixels.
+        crop_pct: The crop's side by the resized image's shorter one; above 1, black is around the
+            image.
+        interpolation: "bilinear" or "bicubic"; both are antialiased.
+        crop_mode: "center" keeps the image's aspect ratio, "squash" resizes both sides to the
+            crop's.
+        mean: Of each channel, for values in [0, 1]; (3,).
+        std: Standard deviation, likewise.
+
     Raises:
         ValueError: if a value is impossible, or none that this module knows.
     """
 
     size: tuple[int, int] = (224, 224)
-    """H, W."""
     crop_pct: float
-    """The crop's side by the resized image's shorter one; above 1, black is around the image."""
     interpolation: str
-    """"bilinear" or "bicubic"; both are antialiased."""
     crop_mode: str = "center"
-    """"center" keeps the image's aspect ratio, "squash" resizes both sides to the crop's."""
     mean: tuple[float, float, float] = photometric.IMAGENET_MEAN
-    """Of each channel, for values in [0, 1]; likewise the standard deviation."""
     std: tuple[float, float, float] = photometric.IMAGENET_STD
 
     def __post_init__(self) -> None:

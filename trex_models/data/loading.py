@@ -30,7 +30,7 @@ class BatchDataset(Protocol):
 def load_batches(
     dataset: BatchDataset,
     batches: Iterable[Sequence[Any]],
-    workers: int,
+    workers: int = 0,
     pin_memory: bool = False,
     say: Callable[[str], object] = print,
 ) -> Iterator[Any]:
@@ -39,8 +39,11 @@ def load_batches(
     When a worker process dies (the system ends one when memory runs out), loading starts again
     from the batch that was awaited: a run of days should not end for it.
 
+        sampler = EpochSampler(len(source), batch_size=256, epochs=100)
+        for batch in load_batches(MultiCropDataset(source), sampler, workers=8): ...
+
     Args:
-        dataset: What makes a batch of keys.
+        dataset: What makes a batch of keys, such as ``MultiCropDataset``.
         batches: The keys of every batch; the same ones each time that it is iterated.
         workers: Worker processes; 0 loads in this process.
         pin_memory: Whether to copy the batches to page-locked memory.

@@ -14,13 +14,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from trex_models.data import photometric
 from trex_models.data.crops import cut, draw_boxes
 from trex_models.data.decode import UnreadableImageError, or_skip
-from trex_models.data.photometric import NUM_PARAMETERS, PhotometricLaw
+from trex_models.data.photometric import (
+    GLOBAL_LAW,
+    LOCAL_LAW,
+    NUM_PARAMETERS,
+    PhotometricLaw,
+)
 from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
 
@@ -39,12 +45,48 @@ class CropSpec:
         size: S, pixels.
         scale: Smallest and largest share of the image's area.
         law: Their photometric augmentation.
+
+    Raises:
+        ValueError: ``count`` or ``size`` is below 1.
     """
 
     count: int
     size: int
     scale: tuple[float, float]
     law: PhotometricLaw
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.size) < 1:
+            raise ValueError(
+                f"count and size of crops must be at least 1, got {self.count} and {self.size}"
+            )
+
+    def draw(
+        self,
+        rng: np.random.Generator,
+        image: NDArray[np.uint8],
+        out: Tensor,
+        parameters: NDArray[np.float32],
+    ) -> None:
+        """Write an image's crops, and the parameters of the augmentation still to be done.
+
+        Args:
+            rng: Source of the draws.
+            image: (height, width, 3) uint8 RGB.
+            out: (N, S, S, 3) uint8, written in place.
+            parameters: (N, P), written in place.
+        """
+        self.law.draw(rng, parameters)
+        boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
+        for crop, box in enumerate(boxes.tolist()):
+            cut(image, box, self.size, out[crop])
+
+
+TREX_CROPS = (
+    CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW),
+    CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW),
+)
+"""One global crop of 224 pixels and eight local ones of 96: those of t-ReX, section 3.1."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,14 @@ class Batch:
 class MultiCropDataset(Dataset[Batch]):
     """Cuts crops from a source, a whole batch at a time.
 
+    Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. The fast way:
+    workers hand over bytes, ``augment`` finishes them on the device of training. For a data set
+    of torchvision's kind there is ``MultiCrop``.
+
+        dataset = MultiCropDataset(FolderSource("images"))
+        for batch in load_batches(dataset, EpochSampler(len(dataset.source), 256, epochs=100)):
+            crops = augment(batch, "cuda")
+
     Args:
         source: Labelled images.
         specs: The crops, globals first.
@@ -92,8 +142,8 @@ class MultiCropDataset(Dataset[Batch]):
     def __init__(
         self,
         source: Source,
-        specs: Sequence[CropSpec],
-        seed: int,
+        specs: Sequence[CropSpec] = TREX_CROPS,
+        seed: int = 0,
         substitute: bool = False,
         live_batches: int = 0,
     ) -> None:
@@ -116,12 +166,8 @@ class MultiCropDataset(Dataset[Batch]):
             rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
             image, found = self._read(epoch, index, unreadable)
             ids.append(found)
-            height, width, _ = image.shape
             for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
-                spec.law.draw(rng, rows[:, position])
-                boxes = draw_boxes(rng, spec.count, height, width, spec.scale)
-                for crop, box in enumerate(boxes.tolist()):
-                    cut(image, box, spec.size, out[crop, position])
+                spec.draw(rng, image, out[:, position], rows[:, position])
         return Batch(
             [c.flatten(0, 1) for c in crops],
             [torch.from_numpy(p).flatten(0, 1) for p in parameters],
@@ -166,6 +212,8 @@ class MultiCropDataset(Dataset[Batch]):
 class EpochSampler(Sampler[list[Key]]):
     """All batches of a run, from any step: each epoch is one permutation, cut into batches.
 
+    A batch sampler of the (epoch, index) keys that ``MultiCropDataset`` takes.
+
     Every process gets its block of each global batch, so the batches do not depend on how many
     processes there are. The last batch of an epoch is dropped if it is not full.
 
@@ -188,7 +236,7 @@ class EpochSampler(Sampler[list[Key]]):
         num_samples: int,
         batch_size: int,
         epochs: int,
-        seed: int,
+        seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -232,7 +280,9 @@ class EpochSampler(Sampler[list[Key]]):
                 step += 1
 
 
-def augment(batch: Batch, device: torch.device, compiled: bool = False) -> list[Tensor]:
+def augment(
+    batch: Batch, device: torch.device | str = "cpu", compiled: bool = False
+) -> list[Tensor]:
     """Copy a batch's crops to a device and finish their augmentation there.
 
     Args:
@@ -241,8 +291,10 @@ def augment(batch: Batch, device: torch.device, compiled: bool = False) -> list[
         compiled: As of ``photometric.apply``.
 
     Returns:
-        One normalised float32 tensor per resolution, (N * B, 3, S, S), in channels_last format.
+        One float32 tensor per resolution, (N * B, 3, S, S), crop-major, in channels_last format,
+        normalised by ImageNet's mean and standard deviation.
     """
+    device = torch.device(device)
     return [
         photometric.normalize(photometric.apply(crops.permute(0, 3, 1, 2), parameters, compiled))
         for crops, parameters in zip(to_device(batch.crops, device), batch.parameters, strict=True)

@@ -59,32 +59,44 @@ _CPU_CHUNK = 1 << 19  # levels at a time on a CPU: float32 planes that stay in i
 
 @dataclass(frozen=True, kw_only=True)
 class PhotometricLaw:
-    """How the photometric parameters of one kind of crop are drawn.
+    """Random flip, colour jitter, greyscale, blur and solarisation of one kind of crop.
+
+    The augmentations of DINO (Caron et al. 2021, arXiv 2104.14294) by default, which t-ReX takes
+    over, as Pillow and torchvision compute them; but whole batches at once, on any device:
+
+        law = PhotometricLaw(blur=0.5, solarize=0.0)
+        images = law(images, np.random.default_rng(0))
+
+    ``draw`` and ``apply`` are its halves, for drawing beside the crops and computing elsewhere.
+
+    Args:
+        flip: Probability of a left-right flip.
+        jitter: Probability of colour jitter.
+        brightness: x of the factor's range [max(0, 1 - x), 1 + x].
+        contrast: likewise.
+        saturation: likewise.
+        hue: x of the shift's range [-x, x], in turns.
+        grey: Probability of greyscale.
+        blur: Probability of Gaussian blur.
+        sigma: Range of the blur's standard deviation, in pixels.
+        solarize: Probability of solarisation.
+        threshold: Least level that solarisation inverts.
 
     Raises:
         ValueError: if a probability, strength or range is impossible.
     """
 
     flip: float = 0.5
-    """Probability of a left-right flip."""
     jitter: float = 0.8
-    """Probability of colour jitter."""
     brightness: float = 0.4
-    """x of the factor's range [max(0, 1 - x), 1 + x]; likewise contrast and saturation."""
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    """x of the shift's range [-x, x], in turns."""
     grey: float = 0.2
-    """Probability of greyscale."""
     blur: float
-    """Probability of Gaussian blur."""
     sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, in pixels."""
     solarize: float
-    """Probability of solarisation."""
     threshold: int = 128
-    """Least level that solarisation inverts."""
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grey", "blur", "solarize"):
@@ -101,6 +113,23 @@ class PhotometricLaw:
             raise ValueError(f"sigma must be a positive ascending range, not {self.sigma}")
         if not 0 <= self.threshold <= 256:
             raise ValueError(f"threshold must lie in [0, 256], not {self.threshold}")
+
+    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
+        """Augment images, each in its own way.
+
+        Args:
+            images: (B, 3, H, W) uint8 on any device, in any memory format.
+            rng: source of the draws.
+
+        Returns:
+            (B, 3, H, W) uint8, channels last if `images` is.
+
+        Raises:
+            ValueError: if `images` are not of this shape and type.
+        """
+        parameters = np.empty((len(images), NUM_PARAMETERS), np.float32)
+        self.draw(rng, parameters)
+        return apply(images, torch.from_numpy(parameters))
 
     def draw(self, rng: np.random.Generator, out: NDArray[np.float32]) -> None:
         """Fill rows of parameters.

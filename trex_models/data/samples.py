@@ -80,7 +80,11 @@ def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
 
 
 def photographs(
-    size: int = 64, train_per_class: int = 60, test_per_class: int = 30, seed: int = 0
+    size: int = 64,
+    train_per_class: int = 60,
+    test_per_class: int = 30,
+    seed: int = 0,
+    validation: bool = False,
 ) -> tuple[ArraySource, ArraySource]:
     """Return patches of 20 photographs, labelled by the photograph.
 
@@ -94,6 +98,8 @@ def photographs(
         train_per_class: Number of training patches of each photograph.
         test_per_class: Number of test patches of each photograph.
         seed: Seed of the patches; the tiles' split is always the same.
+        validation: Divide the training tiles alone, half and half: the second set is then to
+            choose settings by, and shares no pixel with the test patches.
 
     Returns:
         Training and test patches.
@@ -109,7 +115,7 @@ def photographs(
     patches: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     for label, (file, (package, folder)) in enumerate(_PHOTOGRAPHS.items()):
         photograph = _photograph(file, package, folder)
-        tiles = _tiles(*photograph.shape)
+        tiles = _tiles(*photograph.shape, validation)
         for part, count in counts.items():
             rng = np.random.default_rng((seed, label, part == "test"))
             patches[part] += [_patch(photograph, tiles[part], size, rng) for _ in range(count)]
@@ -149,14 +155,17 @@ def _photograph(file: str, package: str, folder: str) -> np.ndarray:
         return np.asarray(image.convert("L"))
 
 
-def _tiles(height: int, width: int) -> dict[str, list[tuple[int, int, int]]]:
+def _tiles(
+    height: int, width: int, validation: bool = False
+) -> dict[str, list[tuple[int, int, int]]]:
     """Return the (top, left, side) of a photograph's training tiles and test tiles."""
     side = min(height, width) // _TILES
     tiles: dict[str, list[tuple[int, int, int]]] = {"train": [], "test": []}
+    parts = ("train", "test", None) if validation else ("train", "train", "test")
     for row in range(height // side):
         for column in range(width // side):
-            part = "test" if (row + column) % 3 == 2 else "train"
-            tiles[part].append((row * side, column * side, side))
+            if part := parts[(row + column) % 3]:
+                tiles[part].append((row * side, column * side, side))
     return tiles
 
 

@@ -1,1 +1,19 @@
-"""What features are worth: extraction, and classifiers on frozen features."""
+"""What features are worth: extraction, and classifiers on frozen features.
+
+The names below are stable; docs/library.md shows their use.
+"""
+
+from trex_models.evaluation import logistic
+from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.logistic import LogisticFit
+from trex_models.evaluation.neighbors import knn_accuracy, knn_votes, nearest_neighbors
+
+__all__ = [
+    "LogisticFit",
+    "extract_features",
+    "knn_accuracy",
+    "knn_votes",
+    "logistic",
+    "nearest_neighbors",
+    "preprocessing",
+]

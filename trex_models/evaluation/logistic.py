@@ -50,22 +50,26 @@ _Pair = tuple[Tensor, Tensor, Tensor]  # step, change of the gradient, their pro
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A fitted classifier, and how the fit ended."""
+    """A linear classifier that ``fit`` or ``fit_path`` found, and how the fit ended.
+
+    Args:
+        C: Weight of the sum of the losses.
+        weight: (K, F).
+        intercept: (K,), of mean zero as scikit-learn's.
+        objective: Of these weights on the features as they were given.
+        gradient_norm: Euclidean norm of the objective's gradient by weights and intercepts, of
+            centred features.
+        iterations: Of two products with the features each; the first after another C, of one.
+        converged: Whether the excess over the least objective is within the tolerance.
+    """
 
     C: float
-    """Weight of the sum of the losses."""
     weight: Tensor
-    """(K, F)."""
     intercept: Tensor
-    """(K,), of mean zero as scikit-learn's."""
     objective: float
-    """Of these weights on the features as they were given."""
     gradient_norm: float
-    """Euclidean norm of the objective's gradient by weights and intercepts, centred features."""
     iterations: int
-    """Of two products with the features each; the first after another C, of one."""
     converged: bool
-    """Whether the excess over the least objective is within the tolerance."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Map features, (M, F), to logits, (M, K)."""
@@ -84,12 +88,15 @@ def fit(
     axes: Tensor | None = None,
     progress: Progress | None = None,
 ) -> LogisticFit:
-    """Fit one classifier; arguments and errors as of ``fit_path``.
+    """Fit one multinomial logistic regression, scikit-learn's objective, on any device.
+
+        classifier = logistic.fit(features, labels, C=1.0)
+        answers = classifier.logits(queries).argmax(1)
 
     Args:
-        features: (N, F).
-        labels: (N,).
-        C: Weight of the sum of the losses.
+        features: (N, F), of any floating type.
+        labels: (N,), integers of which each in [0, K) occurs.
+        C: Weight of the sum of the losses, against the penalty ||W||^2 / 2.
         start: Where to begin; without it at zero weights, with the classes' shares as
             probabilities.
         tolerance: Allowed excess of the objective, relative.
@@ -98,8 +105,11 @@ def fit(
         axes: Those of a set that these samples are from.
         progress: Called once an iteration.
 
+    Returns:
+        The classifier; its ``converged`` tells whether the tolerance was reached.
+
     Raises:
-        ValueError: Also where ``start`` is of other shapes.
+        ValueError: As of ``fit_path``, or ``start`` is of other shapes.
     """
     settings = (tolerance, max_iterations, chunk, axes, progress)
     return _fit_path(features, labels, [C], start, *settings)[0]
@@ -117,6 +127,8 @@ def fit_path(
     progress: Progress | None = None,
 ) -> list[LogisticFit]:
     """Fit classifiers along ascending values of C, each from where the last one ended.
+
+        fits = logistic.fit_path(features, labels, [0.01, 0.1, 1.0, 10.0])
 
     Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
     where the features are. Sums of losses are in float64. Beside the features it holds

@@ -13,12 +13,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def nearest_votes(
+def knn_accuracy(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    queries: Tensor | np.ndarray,
+    query_labels: Tensor | np.ndarray,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Return the top-1 accuracy of the weighted k-NN classifier by cosine similarity.
+
+    Wu et al. 2018 (arXiv 1805.01978), section 3.4, with DINO's k and T (arXiv 2104.14294).
+
+        knn_accuracy(train_features, train_labels, test_features, test_labels)
+
+    Args:
+        features: Of the references, (N, F).
+        labels: Of the references, (N,), integers from 0 on.
+        queries: (M, F).
+        query_labels: (M,), integers; one that no reference has is never right.
+        k: Neighbours; all references where there are fewer.
+        temperature: T.
+
+    Returns:
+        The share of the queries that are right, from 0 to 1.
+
+    Raises:
+        ValueError: As ``knn_votes``, or there is not one label for each query.
+    """
+    references, answers = torch.as_tensor(labels), torch.as_tensor(query_labels)
+    if answers.shape != (len(queries),):
+        raise ValueError(
+            f"query_labels must be {len(queries)}, one for each query, "
+            f"got shape {tuple(answers.shape)}"
+        )
+    num_classes = int(references.max()) + 1 if len(references) else 0
+    votes = knn_votes(
+        torch.as_tensor(features),
+        references,
+        torch.as_tensor(queries),
+        num_classes,
+        k,
+        temperature,
+    )
+    return int(hits(votes, answers, 1).sum()) / len(answers)
+
+
+def knn_votes(
     features: Tensor,
     labels: Tensor,
     queries: Tensor,
@@ -28,6 +75,10 @@ def nearest_votes(
     chunk: int = 4096,
 ) -> Tensor:
     """Return what the neighbours of each query vote for each class.
+
+    Wu et al. 2018 (arXiv 1805.01978), section 3.4; their argmax is the classifier's answer.
+
+        answers = knn_votes(train_features, train_labels, test_features, num_classes=10).argmax(1)
 
     Args:
         features: Of the references, (N, F).
@@ -73,7 +124,7 @@ def class_votes(
         temperature: T.
 
     Returns:
-        (M, C), as ``nearest_votes``.
+        (M, C), as ``knn_votes``.
 
     Raises:
         ValueError: The temperature is not above 0.
@@ -98,6 +149,8 @@ def nearest_neighbors(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the k references nearest to each query by cosine similarity.
+
+        similarities, indices = nearest_neighbors(gallery, queries, k=10)
 
     Computed in float32 on the device of ``features``, whatever autocast and TF32 say, in blocks
     of ``chunk`` queries and ``chunk`` references. With q = min(chunk, M), r = min(chunk, N) and

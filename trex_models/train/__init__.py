@@ -1,1 +1,28 @@
-"""The reference trainer: ``python -m trex_models.train RECIPE --output DIR``."""
+"""The reference trainer: ``python -m trex_models.train RECIPE --output DIR``.
+
+The names below are its parts, for training loops of your own; they are stable, and
+docs/library.md shows their use.
+"""
+
+from trex_models.train.backbone import build_backbone
+from trex_models.train.bank import MemoryBank
+from trex_models.train.look import LOOK
+from trex_models.train.method import Encoder, TReX
+from trex_models.train.momentum import MomentumEncoder
+from trex_models.train.objectives import CosineSoftmax, LinearSoftmax, Objective, OnlineClassMeans
+from trex_models.train.optimizer import build_sgd, learning_rates
+
+__all__ = [
+    "LOOK",
+    "CosineSoftmax",
+    "Encoder",
+    "LinearSoftmax",
+    "MemoryBank",
+    "MomentumEncoder",
+    "Objective",
+    "OnlineClassMeans",
+    "TReX",
+    "build_backbone",
+    "build_sgd",
+    "learning_rates",
+]

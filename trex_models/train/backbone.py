@@ -12,9 +12,14 @@ from torch import nn
 
 
 def build_backbone(
-    name: str, args: Mapping[str, Any], sizes: Sequence[int]
+    name: str, args: Mapping[str, Any] | None = None, sizes: Sequence[int] = (224, 96)
 ) -> tuple[nn.Module, int]:
     """Create a timm model without classifier, with random weights.
+
+    ViTs are made to take several resolutions (dynamic_img_size), and convolutional networks not to
+    start their last BatchNorms from zero, where timm has such arguments.
+
+        backbone, width = build_backbone("convnext_atto")
 
     Args:
         name: A timm model name.
@@ -28,7 +33,7 @@ def build_backbone(
         ValueError: timm has no such model, it refuses the arguments, or it cannot turn crops of
             these sizes into one vector each.
     """
-    args = full_args(name, args, sizes[0])
+    args = full_args(name, args or {}, sizes[0])
     with torch.device("meta"):  # shapes alone: no memory, no time
         probe = _create(name, args).eval()
         widths = [_feature_width(name, probe, size) for size in sizes]

@@ -12,17 +12,25 @@ from torch import Tensor, nn
 from trex_models.heads import class_means
 
 
-class Bank(nn.Module):
+class MemoryBank(nn.Module):
     """FIFO of raw (not normalised) embeddings, their labels, and which samples they are of.
 
-    Starts as N(0, 1) noise with uniform random labels, so that every class has a
-    prototype from the first step.
+    Starts as N(0, 1) noise with uniform random labels, so that nearly every class has a
+    prototype from the first step. All of it are buffers: ``to(device)`` moves them, ``state_dict``
+    holds them, no gradient reaches them. MoCo's queue (He et al. 2020, arXiv 1911.05722) with
+    labels; t-ReX (arXiv 2206.15369) section 3.2.
+
+        bank = MemoryBank(8192, dim=256, num_classes=1000)
+        bank.enqueue(embeddings, labels)
 
     Args:
-        size: Q.
-        dim: D.
+        size: Q; the paper's is 8192.
+        dim: D, width of the embeddings.
         num_classes: C.
         dtype: Type of the embeddings; float32 whatever the precision of training.
+
+    Raises:
+        ValueError: A number is below 1.
 
     Attributes:
         features: (Q, D).
@@ -42,6 +50,10 @@ class Bank(nn.Module):
         self, size: int, dim: int, num_classes: int, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
+        if min(size, dim, num_classes) < 1:
+            raise ValueError(
+                f"the bank's numbers must be at least 1, got {size=}, {dim=}, {num_classes=}"
+            )
         self.num_classes = num_classes
         self.pointer = self.batches = 0  # Python ints: reading them must not wait for the device
         self.register_buffer("features", torch.randn(size, dim, dtype=dtype))
@@ -50,27 +62,35 @@ class Bank(nn.Module):
         self.register_buffer("written", torch.full((size,), -1))
 
     @torch.no_grad()
-    def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor) -> None:
+    def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
         """Write a batch at the pointer; what does not fit before the end is dropped.
 
         Args:
-            features: (B, D).
-            labels: (B,).
-            ids: (B,).
+            features: Embeddings on the bank's device, (B, D), of any floating type.
+            labels: (B,) integers in [0, C).
+            ids: Which samples they are of, (B,) integers from 0 on; None where no loss asks.
+
+        Raises:
+            ValueError: The shapes are not these.
         """
-        size = len(self.labels)
+        size, dim = self.features.shape
+        if features.shape != (len(labels), dim) or labels.ndim != 1:
+            raise ValueError(
+                f"the bank takes embeddings (B, {dim}) with labels (B,), got "
+                f"{tuple(features.shape)} and {tuple(labels.shape)}"
+            )
         count = min(len(labels), size - self.pointer)
         window = slice(self.pointer, self.pointer + count)
         self.features[window] = features[:count].to(self.features.dtype)
         self.labels[window] = labels[:count]
-        self.ids[window] = ids[:count]
+        self.ids[window] = -1 if ids is None else ids[:count]
         self.written[window] = self.batches
         self.pointer = (self.pointer + count) % size
         self.batches += 1
 
     @torch.no_grad()
     def class_means(self) -> Tensor:
-        """Return L2-normalised class means, (C, D); zero for a class without entries."""
+        """Return L2-normalised class means, (C, D); zero for a class without entries (Eq. 2)."""
         return class_means(self.features, self.labels, self.num_classes)
 
     def get_extra_state(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ from trex_models.heads import Projector
 from trex_models.machine import free_cores
 from trex_models.train import checkpointing, preflight
 from trex_models.train.backbone import build_backbone, full_args
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.config import Config, CropsConfig, DataConfig, ObjectiveConfig
 from trex_models.train.distributed import Process
 from trex_models.train.export import export
@@ -187,7 +187,7 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Obj
         return LinearSoftmax(dim, num_classes)
     if config.name == "cosine":
         return CosineSoftmax(dim, num_classes, config.temperature)
-    bank = Bank(config.bank_entries, dim, num_classes)
+    bank = MemoryBank(config.bank_entries, dim, num_classes)
     if config.name == "look":
         return LOOK(bank, config.temperature, config.neighbors)
     return OnlineClassMeans(bank, config.temperature)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.objectives import Objective
 
 
@@ -45,7 +45,7 @@ def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]
     return measured
 
 
-def _bank_health(bank: Bank) -> dict[str, float]:
+def _bank_health(bank: MemoryBank) -> dict[str, float]:
     own = bank.written >= 0
     ages = bank.batches - 1 - bank.written[own]
     classes = bank.labels[own].unique()

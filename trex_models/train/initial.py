@@ -19,7 +19,7 @@ from trex_models import checkpoints, naver
 from trex_models.checkpoints import CheckpointError
 from trex_models.heads import class_means
 from trex_models.train import checkpointing
-from trex_models.train.bank import Bank
+from trex_models.train.bank import MemoryBank
 from trex_models.train.method import TReX
 from trex_models.train.objectives import LinearSoftmax, Objective
 
@@ -254,7 +254,7 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
     return misfit
 
 
-def _restore_bank(bank: Bank, file: _File, same_images: bool) -> str:
+def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
     """Copy the bank; return why not, where it does not fit."""
     features, labels = file.value("bank features"), file.value("bank labels")
     if features.shape != bank.features.shape or labels.shape != bank.labels.shape:

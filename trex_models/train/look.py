@@ -22,24 +22,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trex_models.heads import widen, without_autocast
-from trex_models.train.bank import Bank
+from trex_models.heads import require_temperature, widen, without_autocast
+from trex_models.train.bank import MemoryBank
 from trex_models.train.objectives import Objective
 
 
 class LOOK(Objective):
-    """The loss over the bank's nearest neighbours; its logits are their weighted vote.
+    """Leave-one-out k-NN loss over a memory bank; its logits are the neighbours' weighted vote.
+
+    A reconstruction of LOOK (Feng et al., ICLR 2022, arXiv 2110.06014) from its abstract; the
+    head of this module has the formula. The defaults are ours.
+
+        bank = MemoryBank(65536, dim=256, num_classes=1000)
+        loss, votes = LOOK(bank)(embeddings, labels, ids)
 
     Args:
-        bank: The memory bank. No gradient flows through it.
+        bank: The memory bank. No gradient flows through it; who trains fills it.
         temperature: tau.
         neighbors: k; the whole bank if it is smaller.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0, or ``neighbors`` is below 1.
     """
 
-    bank: Bank
+    bank: MemoryBank
 
-    def __init__(self, bank: Bank, temperature: float, neighbors: int) -> None:
+    def __init__(self, bank: MemoryBank, temperature: float = 0.1, neighbors: int = 256) -> None:
         super().__init__(bank)
+        require_temperature(temperature)
+        if neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, got {neighbors}")
         self.temperature = temperature
         self.neighbors = min(neighbors, len(bank.labels))
 
@@ -55,16 +67,21 @@ class LOOK(Objective):
         ]
         return torch.cat(votes)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over all crops, and the votes of their neighbours.
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over all crops, and the log-votes of their neighbours, (N * B, C).
 
         Args:
-            embeddings: (N * B, D), crop-major.
-            labels: (B,).
+            embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
+            labels: (B,) integers in [0, C), shared by all crops of an image.
             ids: Which samples the images are, (B,): entries of the same sample are left out.
+                None leaves none out, which is right where the bank has no entry of these images.
         """
         bank = self._unit_features()
-        own = ids[:, None] == self.bank.ids
+        own = torch.zeros_like(labels, dtype=torch.bool)[:, None]
+        if ids is not None:
+            own = ids[:, None] == self.bank.ids
         of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
         for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory

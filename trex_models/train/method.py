@@ -20,11 +20,15 @@ from trex_models.train.objectives import Objective
 
 
 class Encoder(nn.Module):
-    """Backbone and projector: crops -> embeddings.
+    """Backbone and projector: crops -> embeddings, z = g(f(x)) of t-ReX section 3.1.
+
+        backbone = timm.create_model("convnext_atto", num_classes=0)
+        encoder = Encoder(backbone, Projector(backbone.num_features))
 
     Args:
-        backbone: Maps (B, 3, S, S) to (B, F).
-        projector: Maps (B, F) to (B, D): ``heads.Projector``, or the identity.
+        backbone: Maps (B, 3, S, S) to (B, F): any module that pools to one vector an image, at
+            every resolution of the crops.
+        projector: Maps (B, F) to (B, D): a ``Projector``, or the identity.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
@@ -32,16 +36,26 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.projector = projector
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def forward(self, crops: Tensor | Sequence[Tensor]) -> Tensor:
         """Run the backbone once per resolution and the projector once over all crops.
 
         Args:
-            crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
+            crops: One tensor per crop, (B, 3, S, S), or per resolution, (N_r * B, 3, S_r, S_r),
+                crop-major; globals first. A tensor alone is one resolution.
 
         Returns:
             Embeddings, (N * B, D), in the order of the crops.
+
+        Raises:
+            ValueError: The backbone does not return one vector an image.
         """
+        crops = [crops] if isinstance(crops, Tensor) else crops
         features = torch.cat([self.backbone(images) for images in _by_resolution(crops)])
+        if features.ndim != 2:
+            raise ValueError(
+                f"the backbone turns an image into {tuple(features.shape[1:])}, not a vector; "
+                "let it pool and take its classifier off (in timm: num_classes=0)"
+            )
         return self.projector(widen(features))
 
 
@@ -59,6 +73,16 @@ def _by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
 class TReX(nn.Module):
     """The method as one module: ``forward`` gives the loss, ``update_bank`` fills the bank.
 
+    t-ReX (Sariyildiz et al., ICLR 2023, arXiv 2206.15369), section 3. One step is
+
+        loss, _ = method(crops, labels)
+        loss.backward()
+        method.update_bank(crops, labels)
+        optimizer.step()
+
+    On several processes wrap the method in DistributedDataParallel, with its buffers not
+    broadcast, to call ``forward``; ``update_bank`` gathers by itself what all of them have.
+
     Args:
         encoder: The online encoder; what is trained and exported.
         objective: The loss.
@@ -74,31 +98,36 @@ class TReX(nn.Module):
             self.momentum_encoder = MomentumEncoder(encoder, ema_momentum)
 
     def forward(
-        self, crops: Sequence[Tensor], labels: Tensor, ids: Tensor
+        self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss and the logits, (N * B, C), against the bank as it is.
+        """Return the loss, a scalar, and the logits, (N * B, C), against the bank as it is.
 
         Args:
-            crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
-            labels: (B,).
-            ids: Which samples the images are, (B,).
+            crops: As of ``Encoder``: one tensor per crop or per resolution, globals first.
+            labels: (B,) integers in [0, C).
+            ids: Which samples the images are, (B,); only ``LOOK`` asks.
         """
         return self.objective(self.encoder(crops), labels, ids)
 
     @torch.no_grad()
-    def update_bank(self, images: Tensor, labels: Tensor, ids: Tensor) -> None:
+    def update_bank(
+        self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
+    ) -> None:
         """Update the momentum encoder and enqueue its embeddings, of all processes in rank order.
 
         Belongs between ``forward`` and the optimiser's step. No-op without a bank.
 
         Args:
-            images: The first global crop, (B, 3, S, S).
+            crops: As of ``forward``; the first crop of every image counts, a global one.
             labels: (B,).
-            ids: (B,).
+            ids: (B,), or None in all processes.
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return
         self.momentum_encoder.update(self.encoder)
-        embeddings = widen(self.momentum_encoder(images))
+        first = crops if isinstance(crops, Tensor) else crops[0]
+        embeddings = widen(self.momentum_encoder(first[: len(labels)]))
+        if ids is None:
+            ids = torch.full_like(labels, -1)
         labels, ids = gather(torch.stack([labels, ids], 1)).unbind(1)
         self.objective.bank.enqueue(gather(embeddings), labels, ids)

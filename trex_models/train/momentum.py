@@ -11,22 +11,37 @@ from torch import Tensor, nn
 class MomentumEncoder(nn.Module):
     """ema = m * ema + (1 - m) * online, over parameters only.
 
-    BatchNorm normalises by batch statistics here too (the module stays in train mode); its
-    running buffers follow this encoder's own batches and are never averaged.
+    BatchNorm normalises by batch statistics here too (the copy is in train mode if the original
+    is); its running buffers follow this encoder's own batches and are never averaged. MoCo
+    (He et al. 2020, arXiv 1911.05722), Eq. 2.
+
+        momentum_encoder = MomentumEncoder(encoder)
+        momentum_encoder.update(encoder)  # once a step
+        embeddings = momentum_encoder(images)
 
     Args:
-        encoder: The online encoder to start as a copy of.
-        momentum: m.
+        encoder: The online encoder, any module, to start as a copy of.
+        momentum: m, from 0 (a copy at each update) to 1 (never changes).
+
+    Raises:
+        ValueError: ``momentum`` is outside of [0, 1].
     """
 
-    def __init__(self, encoder: nn.Module, momentum: float) -> None:
+    def __init__(self, encoder: nn.Module, momentum: float = 0.999) -> None:
         super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.momentum = momentum
 
     @torch.no_grad()
     def update(self, online: nn.Module) -> None:
-        """Move the average towards the online encoder's parameters."""
+        """Move the average towards the online encoder's parameters.
+
+        Args:
+            online: The module that this one began as a copy of, or a wrapper around it, such as
+                DistributedDataParallel; on the same device.
+        """
         average: list[Tensor] = list(self.encoder.parameters())
         current: list[Tensor] = list(online.parameters())
         if average[0].dtype != torch.float64:
@@ -39,5 +54,5 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return embeddings, (B, D), of images, (B, 3, H, W)."""
-        return self.encoder([images])
+        """Return what the encoder makes of images, (B, 3, H, W): embeddings, (B, D)."""
+        return self.encoder(images)

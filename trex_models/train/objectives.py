@@ -10,18 +10,26 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trex_models.heads import CosineClassifier, cosine_logits, widen, without_autocast
-from trex_models.train.bank import Bank
+from trex_models.heads import (
+    CosineClassifier,
+    cosine_logits,
+    require_temperature,
+    widen,
+    without_autocast,
+)
+from trex_models.train.bank import MemoryBank
 
 
 class Objective(nn.Module):
-    """Mean cross-entropy over crops and batch of the logits that a subclass defines.
+    """Base of the losses: mean cross-entropy over crops and batch of a subclass's logits.
+
+    To train on a loss of your own, define ``logits`` (or ``forward``) and ``class_weights``.
 
     Args:
-        bank: The memory bank, where the objective has one; the trainer fills it.
+        bank: The memory bank, where the objective has one; ``TReX.update_bank`` fills it.
     """
 
-    def __init__(self, bank: Bank | None = None) -> None:
+    def __init__(self, bank: MemoryBank | None = None) -> None:
         super().__init__()
         self.bank = bank
 
@@ -33,13 +41,15 @@ class Objective(nn.Module):
         """Return the vectors that classes are compared with, (C, D); None if there are none."""
         raise NotImplementedError
 
-    def forward(self, embeddings: Tensor, labels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and the logits.
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
             embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
-            labels: (B,), shared by all crops of an image.
-            ids: Which samples the images are, (B,).
+            labels: (B,) integers in [0, C), shared by all crops of an image.
+            ids: Which samples the images are, (B,); only ``LOOK`` asks.
         """
         del ids  # only neighbours need to know their own
         logits = self.logits(embeddings)
@@ -47,10 +57,12 @@ class Objective(nn.Module):
 
 
 class LinearSoftmax(Objective):
-    """A linear classifier with bias: the plain baseline. No temperature, no norm.
+    """Softmax over a linear classifier with bias: the plain baseline. No temperature, no norm.
+
+        loss, logits = LinearSoftmax(2048, num_classes=1000)(features, labels)
 
     Args:
-        dim: D.
+        dim: D, width of the embeddings.
         num_classes: C.
     """
 
@@ -69,15 +81,22 @@ class LinearSoftmax(Objective):
 
 
 class CosineSoftmax(Objective):
-    """Learned class weights: logits = cos(z, w_c) / tau, t-ReX Eq. 1.
+    """Softmax over cosines with learned class weights: logits = cos(z, w_c) / tau.
+
+    Equation 1 of t-ReX (arXiv 2206.15369), around ``CosineClassifier``.
+
+        loss, logits = CosineSoftmax(256, num_classes=1000)(embeddings, labels)
 
     Args:
-        dim: D.
+        dim: D, width of the embeddings.
         num_classes: C.
         temperature: tau.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0.
     """
 
-    def __init__(self, dim: int, num_classes: int, temperature: float) -> None:
+    def __init__(self, dim: int, num_classes: int, temperature: float = 0.1) -> None:
         super().__init__()
         self.classifier = CosineClassifier(dim, num_classes, temperature)
 
@@ -91,17 +110,26 @@ class CosineSoftmax(Objective):
 
 
 class OnlineClassMeans(Objective):
-    """Class means of the memory bank in place of learned weights (OCM), t-ReX Eq. 2.
+    """Softmax over cosines with the class means of a memory bank, in place of learned weights.
+
+    OCM, equation 2 of t-ReX (arXiv 2206.15369): logits = cos(z, mean of the bank's c) / tau.
+
+        bank = MemoryBank(8192, dim=256, num_classes=1000)
+        loss, logits = OnlineClassMeans(bank)(embeddings, labels)
 
     Args:
-        bank: The memory bank. No gradient flows through it.
+        bank: The memory bank. No gradient flows through it; who trains fills it.
         temperature: tau.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0.
     """
 
-    bank: Bank
+    bank: MemoryBank
 
-    def __init__(self, bank: Bank, temperature: float) -> None:
+    def __init__(self, bank: MemoryBank, temperature: float = 0.1) -> None:
         super().__init__(bank)
+        require_temperature(temperature)
         self.temperature = temperature
 
     def logits(self, embeddings: Tensor) -> Tensor:

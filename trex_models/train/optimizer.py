@@ -12,6 +12,8 @@ def learning_rates(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Linear warm-up from 0 to ``peak`` (both ends included), then a cosine down to ``final``.
 
+    The schedule of t-ReX (arXiv 2206.15369), whose peak is 0.1 per 256 images of a batch.
+
     Args:
         peak: Highest learning rate.
         final: Where the cosine ends (it would reach it one step after the last).
@@ -28,17 +30,29 @@ def learning_rates(
     return np.concatenate([warmup, decay])
 
 
-def build_sgd(module: nn.Module, momentum: float, weight_decay: float) -> torch.optim.SGD:
+def build_sgd(
+    module: nn.Module, momentum: float = 0.9, weight_decay: float = 1e-4, lr: float = 0.0
+) -> torch.optim.SGD:
     """SGD without Nesterov; only parameters with more than one dimension decay.
 
-    The learning rate is set before each step.
+    The optimiser of t-ReX (arXiv 2206.15369).
+
+        optimizer = build_sgd(method)
+        for group in optimizer.param_groups:
+            group["lr"] = rate  # before each step, from learning_rates
+
+    Args:
+        module: What is trained; parameters without gradient are left out.
+        momentum: Of the gradients' sum.
+        weight_decay: As torch's, of weights, not of biases and norms.
+        lr: Learning rate; leave it where every step sets its own.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:

@@ -101,7 +101,7 @@ def training_step(
         raise NonFiniteLossError("the loss is no longer finite")
     with precision.autocast():
         # Before the optimiser's step: the average follows the weights that made this loss.
-        method.update_bank(crops[0][: len(labels)], labels, ids)
+        method.update_bank(crops, labels, ids)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach(), logits.detach()

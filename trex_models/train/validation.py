@@ -19,7 +19,7 @@ from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
-from trex_models.evaluation.neighbors import hits, nearest_votes
+from trex_models.evaluation.neighbors import hits, knn_votes
 from trex_models.heads import widen
 from trex_models.train.distributed import (
     Process,
@@ -195,7 +195,7 @@ class Validator:
         assert self._neighbors is not None
         features, labels = (torch.cat(column) for column in zip(*queries, strict=True))
         num_classes = len(self._dataset.source.classes)
-        votes = nearest_votes(*references, features, num_classes, self._neighbors.k)
+        votes = knn_votes(*references, features, num_classes, self._neighbors.k)
         return hits(votes, labels, 1).sum()
 
     def _own(self, indices: _Indices) -> _Indices:
