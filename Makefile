@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that wait without spinning: two processes on two cores do not slow each other down.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint oldest release-check setup clean
 
 demo: $(READY)
 	$(PY) -m trex_models.demo --output runs/demo
@@ -21,6 +21,22 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The tests with the oldest versions that we support, in an environment of their own.
+OLDEST ?= .venv-oldest
+oldest: export OMP_NUM_THREADS = 1
+oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
+
+# What PyPI would be given: built, its README and the citation checked. docs/versions.md has the rest.
+RELEASE := build/release
+release-check: $(READY)
+	rm -rf dist $(RELEASE)
+	$(PY) -m build --outdir dist
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet -c constraints.txt twine cffconvert 'setuptools<81'
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/cffconvert --validate -i CITATION.cff
+
 setup: $(READY)
 
 # timm's wheel has no tests; its source distribution of the same version has.
@@ -34,5 +50,11 @@ $(READY): pyproject.toml constraints.txt
 	tar -xzf .timm-src/timm-*.tar.gz -C .timm-src
 	touch $(READY)
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt $(READY)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $(OLDEST)/.ready
+
 clean:
-	rm -rf .venv .timm-src build dist
+	rm -rf .venv $(OLDEST) .timm-src build dist

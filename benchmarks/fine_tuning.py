@@ -1,0 +1,351 @@
+"""Whether fine-tuning from t-ReX weights learns faster than training from scratch.
+
+    python -m trex_models.demo --output runs/demo      # or any run on small images
+    python -m benchmarks.fine_tuning --run runs/demo --output DIR
+
+The images are real and none that the run saw: handwritten digits and patches of 20 photographs
+(``trex_models.data.samples``), grey, 32 x 32; all of them to train on, and a tenth or a fifth. Both
+starts have the same network, images, batches, schedule (AdamW, cosine) and seeds. The learning rate
+of each is chosen from the same list on held-out training images, never on test images; then it is
+trained on all. Writes fine_tuning.json and fine_tuning.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from benchmarks import measure
+from trex_models.data.samples import digits, photographs
+from trex_models.data.sources import Source
+from trex_models.files import replacing, write_whole
+from trex_models.transfer.scores import student_interval
+
+STARTS = {"pretrained": "t-ReX weights", "scratch": "from scratch"}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+_SIZE = 32  # pixels; what the demo trains on
+_TASKS = ("digits:110", "digits:11", "photographs:60", "photographs:12")
+_MOST = {"digits": 110, "photographs": 60}  # training images of each class that there are
+_BATCH = 32
+_WEIGHT_DECAY = 0.05
+_SEARCH_SEEDS = (1000, 1001)  # none of the reported runs'
+
+
+@dataclass(frozen=True)
+class Images:
+    """Prepared images in memory: N images of C classes, S pixels a side."""
+
+    pixels: Tensor
+    """(N, 3, S, S) float32, normalised."""
+    labels: Tensor
+    """(N,) int64."""
+
+    @classmethod
+    def of(cls, source: Source, cfg: Mapping[str, Any]) -> Images:
+        """Prepare a source as a model's ``pretrained_cfg`` says."""
+        images = np.stack([source.read(index) for index in range(len(source))])
+        mean, std = (torch.tensor(cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        return cls((pixels - mean) / std, torch.from_numpy(source.labels))
+
+    def of_each_class(self, start: int, stop: int) -> Images:
+        """Return the images of each class from position ``start`` to before ``stop``."""
+        chosen = torch.cat(
+            [(self.labels == label).nonzero()[start:stop, 0] for label in self.labels.unique()]
+        )
+        return Images(self.pixels[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both starts learn."""
+
+    name: str
+    per_class: int
+    """Training images of each class."""
+    train: Images
+    test: Images
+    fitted: Images
+    """What is trained on while a learning rate is chosen."""
+    held_out: Images
+    """What it is chosen by: training images that are not in ``fitted``."""
+
+
+def task(name: str, per_class: int, cfg: Mapping[str, Any]) -> Task:
+    """Prepare a task.
+
+    Args:
+        name: "digits" or "photographs".
+        per_class: Number of training images of each class, at least 3.
+        cfg: The model's ``pretrained_cfg``.
+    """
+    if name == "digits":
+        train, test = (Images.of(source, cfg) for source in digits(_SIZE))
+        taken, cut = train.of_each_class(0, per_class), round(per_class * 2 / 3)
+        fitted, held_out = taken.of_each_class(0, cut), taken.of_each_class(cut, per_class)
+        return Task(name, per_class, taken, test, fitted, held_out)
+    # Patches of one tile overlap, and those of other tiles are harder: held out are whole tiles.
+    fitted, held_out, train, test = (
+        Images.of(source, cfg)
+        for validation in (True, False)
+        for source in photographs(_SIZE, per_class, validation=validation)
+    )
+    return Task(name, per_class, train, test, fitted, held_out)
+
+
+def build(backbone: Path, start: str, num_classes: int, seed: int) -> nn.Module:
+    """Return a run's network with a new classifier, with the run's weights or without.
+
+    Args:
+        backbone: Folder of an exported backbone (config.json, model.safetensors).
+        start: A key of ``STARTS``.
+        num_classes: C.
+        seed: Of all that is drawn.
+
+    Raises:
+        ValueError: There is no such export.
+    """
+    if not (backbone / "config.json").is_file():
+        raise ValueError(
+            f"{backbone} is no exported backbone: give a finished run, "
+            "python -m trex_models.demo --output runs/demo"
+        )
+    torch.manual_seed(seed)
+    return timm.create_model(
+        f"local-dir:{backbone}", pretrained=start == "pretrained", num_classes=num_classes
+    )
+
+
+def learn(
+    model: nn.Module, train: Images, test: Images, rate: float, steps: int, every: int, seed: int
+) -> list[float]:
+    """Fine-tune all of a model, in place.
+
+    Args:
+        model: Maps (B, 3, S, S) to (B, C).
+        train: To train on; every other image is mirrored.
+        test: To measure on.
+        rate: Highest learning rate.
+        steps: Number of batches of 32.
+        every: Steps between two measurements.
+        seed: Of the batches.
+
+    Returns:
+        Top-1 on ``test`` before the first step, after every ``every`` steps and after the last.
+    """
+    optimizer = create_optimizer_v2(model, "adamw", lr=rate, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    found = [top1(model, test)]
+    for step in range(1, steps + 1):
+        chosen = torch.randint(len(train.labels), (_BATCH,), generator=generator)
+        mirrored = torch.rand(_BATCH, 1, 1, 1, generator=generator) < 0.5
+        pixels = train.pixels[chosen]
+        logits = model.train()(torch.where(mirrored, pixels.flip(-1), pixels))
+        F.cross_entropy(logits, train.labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % every == 0 or step == steps:
+            found.append(top1(model, test))
+    return found
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, images: Images) -> float:
+    """Return the share of images that a model classifies rightly."""
+    model.eval()
+    guesses = [model(batch).argmax(1) for batch in images.pixels.split(256)]
+    return (torch.cat(guesses) == images.labels).double().mean().item()
+
+
+def compare(
+    backbone: Path,
+    task: Task,
+    *,
+    steps: int,
+    every: int,
+    seeds: int,
+    rates: Sequence[float] = RATES,
+) -> dict[str, Any]:
+    """Choose a learning rate for each start, then train it with every seed.
+
+    Args:
+        backbone: Folder of an exported backbone.
+        task: What to learn.
+        steps: Steps of every training.
+        every: Steps between two measurements.
+        seeds: Number of seeds.
+        rates: Learning rates to choose from.
+
+    Returns:
+        By start: the rate, top-1 on validation images by rate, and top-1 on test images by seed
+        and measurement (``curves``); and ``gain``, the difference after the last step, its mean
+        and 95 % interval over seeds.
+    """
+    num_classes = len(task.train.labels.unique())
+    result: dict[str, Any] = {"task": task.name, "per_class": task.per_class}
+    for start in STARTS:
+        new = partial(build, backbone, start, num_classes)
+        validation = {
+            rate: statistics.fmean(
+                learn(new(seed), task.fitted, task.held_out, rate, steps, steps, seed)[-1]
+                for seed in _SEARCH_SEEDS
+            )
+            for rate in rates
+        }
+        rate = max(validation, key=lambda rate: validation[rate])
+        curves = [
+            learn(new(seed), task.train, task.test, rate, steps, every, seed)
+            for seed in range(seeds)
+        ]
+        result[start] = {"rate": rate, "validation": validation, "curves": curves}
+        title = f"{task.name}, {task.per_class} a class, {STARTS[start]}"
+        print(f"{title}: {shown(curves)} at rate {rate:g}", flush=True)
+    pairs = zip(result["pretrained"]["curves"], result["scratch"]["curves"], strict=True)
+    gains = [ours[-1] - theirs[-1] for ours, theirs in pairs]
+    result["gain"] = {"mean": statistics.fmean(gains), "interval": student_interval(gains)}
+    return result
+
+
+def shown(curves: Sequence[Sequence[float]]) -> str:
+    """Return the last values of curves as text, in percent: mean and 95 % interval."""
+    last = [curve[-1] for curve in curves]
+    low, high = student_interval(last) or (float("nan"), float("nan"))
+    return f"{100 * statistics.fmean(last):.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def draw(results: Sequence[Mapping[str, Any]], steps: Sequence[int], path: Path) -> None:
+    """Draw accuracy by step, with 95 % intervals over seeds, a panel a number of images."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (3.2 * len(results) + 1, 3.4)
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes: Any = figure.subplots(1, len(results), sharey=True, squeeze=False)
+    colors = {"pretrained": "#d1495b", "scratch": "#6f8fb3"}
+    for axis, result in zip(axes[0], results, strict=True):
+        for start, label in STARTS.items():
+            values = 100 * np.array(result[start]["curves"])  # (seeds, measurements)
+            axis.plot(steps, values.mean(0), color=colors[start], label=label)
+            bounds = [student_interval(list(column)) or (column[0],) * 2 for column in values.T]
+            axis.fill_between(
+                steps, *np.array(bounds).T, color=colors[start], alpha=0.25, linewidth=0
+            )
+        axis.set(xlabel="step", title=f"{result['task']}, {result['per_class']} a class")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(0, 100)
+    axes[0, 0].set_ylabel("top-1 on test images, %")
+    axes[0, 0].legend(frameon=False, loc="lower right")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print, record and draw."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fine_tuning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a finished run")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--tasks", nargs="+", default=_TASKS, metavar="NAME:PER_CLASS", help="images a class"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        report(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(options: argparse.Namespace) -> None:
+    """Make the comparison that a command line asks for.
+
+    Raises:
+        ValueError: A number is too small, or the run has no exported backbone.
+        OSError: The output cannot be written.
+    """
+    for name, least in (("seeds", 2), ("steps", 1)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(options, name)}")
+    wanted = [_named(text) for text in options.tasks]
+    backbone = options.run / "export" / "backbone"
+    cfg: Any = build(backbone, "scratch", 0, seed=0).pretrained_cfg
+    options.output.mkdir(parents=True, exist_ok=True)
+    every = max(1, options.steps // 10)
+    results = [
+        compare(
+            backbone,
+            task(name, per_class, cfg),
+            steps=options.steps,
+            every=every,
+            seeds=options.seeds,
+        )
+        for name, per_class in wanted
+    ]
+    steps = [*range(0, options.steps, every), options.steps]
+    print(table(results))
+    record = {
+        "machine": measure.machine(),
+        "seeds": options.seeds,
+        "steps": steps,
+        "results": results,
+    }
+    write_whole(options.output / "fine_tuning.json", json.dumps(record, indent=2) + "\n")
+    draw(results, steps, options.output / "fine_tuning.png")
+    print(f"wrote {options.output / 'fine_tuning.json'} and {options.output / 'fine_tuning.png'}")
+
+
+def _named(text: str) -> tuple[str, int]:
+    """Return the name and the number of a task.
+
+    Raises:
+        ValueError: It is none.
+    """
+    name, _, number = text.partition(":")
+    if name not in _MOST or not number.isdigit() or not 3 <= int(number) <= _MOST[name]:
+        known = " and ".join(f"{name}:3 to {name}:{most}" for name, most in _MOST.items())
+        raise ValueError(f"--tasks has {text}; there are {known}")
+    return name, int(number)
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the accuracies after the last step as a table in Markdown."""
+    lines = [
+        f"| task, images a class | {' | '.join(STARTS.values())} | gain, points |",
+        "|---|---|---|---|",
+    ]
+    for result in results:
+        cells = [shown(result[start]["curves"]) for start in STARTS]
+        gain = result["gain"]
+        low, high = (100 * bound for bound in gain["interval"])
+        cells.append(f"{100 * gain['mean']:+.1f} ({low:+.1f} to {high:+.1f})")
+        lines.append(f"| {result['task']}, {result['per_class']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
