@@ -214,6 +214,7 @@ def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
         compared.append(Comparison(f"{name} or not", "Fisher", float(shares[0] - shares[1]), p))
     orders = np.concatenate([rows[:, ph.ORDER] for rows in (ours, theirs)]).astype(int)
     _, kinds = np.unique(orders, axis=0, return_inverse=True)
+    kinds = kinds.ravel()  # numpy 2.0 gives it another dimension
     most = int(kinds.max()) + 1
     counts = [
         np.bincount(part, minlength=most) for part in (kinds[: len(ours)], kinds[len(ours) :])

@@ -131,7 +131,9 @@ def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
     optimizer, inputs = _parts(config, method, batch, "cpu")
     held = _size([*method.parameters(), *method.buffers(), *inputs[0]])
     precision = step.Precision.from_name(config.precision, "cpu")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True
+    ) as profiled:
         for _ in range(2):
             step.training_step(method, method, optimizer, precision, *inputs, 0.1)
     recorded: Any = profiled.profiler

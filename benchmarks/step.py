@@ -208,7 +208,7 @@ def _profile(step: Callable[[], object], device: torch.device) -> dict[str, floa
     """Return shares of the device's time by kind of operator, the largest first."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(activities=activities) as recorded:
+    with profile(activities=activities, acc_events=True) as recorded:
         step()
         wait(device)
     spent: dict[str, float] = {}

@@ -16,13 +16,21 @@ from safetensors.torch import save_file
 from tests.clients import NUM_CLASSES, small_model
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "The 'mode.chained_assignment' option is deprecated")
-    from fastai.vision.all import ImageDataLoaders, Learner, accuracy, params, vision_learner
+    warnings.simplefilter("ignore")  # of pandas and, on Python 3.14, asyncio
+    from fastai.vision.all import (
+        ImageDataLoaders,
+        Learner,
+        accuracy,
+        params,
+        set_seed,
+        vision_learner,
+    )
 
 
 @pytest.fixture
 def batches(tmp_path: Path) -> Any:
-    """Batches of small pictures, a class a colour."""
+    """Batches of small pictures, a class a colour; always in the same order."""
+    set_seed(0)
     rng = np.random.default_rng(0)
     for label in range(NUM_CLASSES):
         folder = tmp_path / "images" / f"class{label}"
