@@ -144,7 +144,7 @@ def _load(name: str, file: Path | None) -> Any:
             f"local-dir:{folder}" if folder else name, True, pretrained_cfg_overlay=overlay
         )
     except Exception as error:  # timm, the Hub and safetensors let anything out
-        raise ValueError(f"{name} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{file or name} cannot be loaded: {_in_a_line(error)}") from error
     return model.float().eval()
 
 
@@ -152,7 +152,7 @@ def _cut(name: str, model: Any, output: str | None) -> str:
     """Drop what comes after an output; return the output's name.
 
     Raises:
-        ValueError: The model does not have it, or gives no vector.
+        ValueError: The model does not have it.
     """
     has_projector = isinstance(model, TRexResNet) and isinstance(model.proj, Projector)
     present = {"features": True, "embeddings": has_projector, "logits": model.num_classes > 0}
@@ -252,7 +252,10 @@ def _to_onnx(
     exact = copy.deepcopy(graph).double()
     if half:
         graph.model.half()
-    kind = "uint8, RGB, B x H x W x C" if with_preprocessing else "float32, RGB, B x C x H x W"
+    colours = "RGB" if channels == 3 else f"{channels} channels"
+    kind = f"uint8, {colours}, B x H x W x {channels}"
+    if not with_preprocessing:
+        kind = f"float32, {colours}, B x {channels} x H x W"
     facts |= {"images": f"{kind}{'' if with_preprocessing else ', normalised'}"}
     header = {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
     data = to_onnx.build(graph, facts["output"], size, any_size, header).SerializeToString()
@@ -276,5 +279,7 @@ def _check(name: str, differences: list[Difference]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def _in_a_line(error: Exception) -> str:
+    """Return what an error says, with the first of what torch lists below."""
+    lines = (str(error) or type(error).__name__).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])

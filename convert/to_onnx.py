@@ -102,9 +102,11 @@ def build(
     import onnx
 
     weights = sum(tensor.nbytes for tensor in graph.state_dict().values())
+    half = next(graph.model.parameters()).dtype == torch.float16
     if weights > _LARGEST:
         raise ValueError(
-            f"the weights are {weights / 1e9:.1f} GB, and one ONNX file holds 2; --half halves them"
+            f"the weights are {weights / 1e9:.1f} GB, and one ONNX file holds 2"
+            f"{'' if half else '; --half halves them'}"
         )
     channels, height, width = size
     # Where sides are open the example has others than the model's own, and they differ.

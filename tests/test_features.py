@@ -131,7 +131,7 @@ def test_other_tools_read_the_files(models: Path) -> None:
         )
         metadata = file.metadata()
     array = np.load("f.npy", mmap_mode="r")
-    beside = json.loads(Path("f.json").read_text())
+    beside = json.loads(Path("f.npy.json").read_text())
     assert array.dtype == features.dtype == np.float16
     np.testing.assert_array_equal(array, features)
     assert beside == {"metadata": metadata, "names": names}
@@ -166,6 +166,48 @@ def test_a_file_of_something_else_is_not_replaced_unasked(
     assert run(models, "images", "--out", "f.safetensors") == 2
     assert "it is no file of features" in capsys.readouterr().err
     assert Path("f.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("features_too", [False, True])
+def test_a_file_of_the_name_for_names_is_not_replaced_unasked(
+    models: Path, capsys: pytest.CaptureFixture[str], features_too: bool
+) -> None:
+    Path("f.npy.json").write_text('{"metadata": {"mine": "precious"}}')
+    if features_too:
+        np.save("f.npy", np.zeros((11, 32)))
+    assert run(models, "images", "--out", "f.npy") == 2
+    named = "f.npy" if features_too else "f.npy.json"
+    assert f"error: {named} is there, and it is no file of features" in capsys.readouterr().err
+    assert "precious" in Path("f.npy.json").read_text()
+    assert run(models, "images", "--out", "f.npy", "--overwrite") == 0
+    assert len(trex_models.features.load("f.npy").names) == 11
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("out", ["f.npy", "f.safetensors", "empty.npy"])
+def test_a_damaged_file_is_not_taken_for_a_finished_one(
+    models: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert run(models, "images", "--out", out) == 0
+    data = Path(out).read_bytes()
+    Path(out).write_bytes(b"" if out.startswith("empty") else data[:-1])
+    assert run(models, "images", "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "it is damaged" in error
+    assert "--overwrite" in error
+    assert run(models, "images", "--out", out, "--overwrite") == 0
+    assert Path(out).read_bytes() == data
+
+
+@pytest.mark.usefixtures("place")
+def test_another_array_in_place_of_the_features_is_told(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(models, "images", "--out", "f.npy") == 0
+    np.save("f.npy", np.zeros((10, 32), np.float32))
+    assert run(models, "images", "--out", "f.npy") == 2
+    assert "its names are not those of its features" in capsys.readouterr().err
 
 
 KILLED = """
@@ -278,7 +320,9 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     assert f"error: {torn[0]} cannot be read as an image" in capsys.readouterr().err
     torn[1].write_bytes(b"")  # found without reading
     assert run(models, "images", "--out", out) == 2
-    assert "1 of 11 image files are missing or empty" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "1 of 11 image files are missing or empty" in errors
+    assert "leave them out by --unreadable skip" in errors
     assert run(models, "images", "--out", out, "--unreadable", "skip") == 0
     assert "skipped 2 of 11 images" in capsys.readouterr().out
     assert [line.split()[0] for line in Path(f"{out}.skipped.txt").read_text().splitlines()] == [
@@ -341,6 +385,7 @@ def test_outputs_of_a_whole_model(
         (["--out", "images/a/0.png/f.npy"], "cannot be written"),
         (["--file", "missing.pth"], "missing.pth is no file"),
         (["--file", "images/a/0.png"], "--file goes with the name of an architecture"),
+        (["--out", "new/f.npy", "--output", "logits"], "has no classifier"),
         (["nothing"], "nothing: there is no such file or folder"),
     ],
 )
@@ -355,6 +400,7 @@ def test_what_cannot_be_done_is_told_in_a_line(
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert message in errors
+    assert not Path("new").exists()
 
 
 @pytest.mark.usefixtures("place")
@@ -377,6 +423,51 @@ def test_own_weights_are_taken(tmp_path: Path) -> None:
     about = trex_models.features.load("f.npy").metadata
     assert about["weights_sha256"] == weights_digest(model)
     assert about["file"] == str(tmp_path / "own.safetensors")
+
+
+@pytest.mark.usefixtures("place")
+def test_pixels_are_features_too() -> None:
+    assert main(["images", "--model", "pixels", "--out", "f.npy", "--workers", "0"]) == 0
+    found = trex_models.features.load("f.npy")
+    assert found.features.shape == (11, 768)
+    assert found.metadata["license"] == "none: pixels are no weights"
+
+
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
+
+    monkeypatch.setattr("trex_models.features.images.find", missing)
+    assert run(models, str(place / "images"), "--out", "f.npy") == 2
+    assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("file", "hint"), [(None, "--file gives an architecture of timm weights"), ("f.pth", "")]
+)
+def test_a_model_without_weights_is_told_with_what_this_command_has(
+    capsys: pytest.CaptureFixture[str], file: str | None, hint: str
+) -> None:
+    Path("f.pth").write_bytes(b"nothing")
+    own = ["--file", file] if file else []
+    assert main(["images", "--model", "resnet200", "--out", "f.npy", *own]) == 2
+    error = capsys.readouterr().err
+    assert "resnet200 cannot be loaded" in error
+    assert hint in error
+    assert ("--file" in error, "--untrained" in error) == (bool(hint), False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
+def test_images_whose_names_are_not_utf8_are_skipped_and_told(
+    models: Path, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = os.fsdecode(b"gr\xfcn.png")
+    (place / "images" / name).write_bytes(b"torn")
+    assert run(models, "images", "--out", "f.npy", "--unreadable", "skip") == 0
+    assert "gr\ufffdn.png cannot be read" in capfd.readouterr().out
 
 
 def test_a_full_disk_is_told_before_it_is_full(
@@ -415,8 +506,8 @@ def test_a_damaged_file_is_told(models: Path, damage: str) -> None:
     elif damage == "foreign":
         path.write_bytes(b"\xff" * 64)
     elif damage == "names":
-        beside = json.loads(Path("f.json").read_text())
-        Path("f.json").write_text(json.dumps({**beside, "names": beside["names"][1:]}))
+        beside = json.loads(Path("f.npy.json").read_text())
+        Path("f.npy.json").write_text(json.dumps({**beside, "names": beside["names"][1:]}))
         path = Path("f.npy")
     else:
         path = path.rename("f.bin")

@@ -55,10 +55,18 @@ def test_a_list_names_images_from_its_own_folder(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = place / "images" / "a" / "deep" / "3.PNG"
-    (place / "images" / "list.txt").write_text(f"b/2.png\n\n  top.jpeg \n{absolute}\n")
+    (place / "images" / "list.txt").write_text(f"b/2.png\n\ntop.jpeg\r\n{absolute}\n")
     monkeypatch.chdir("/")
     found = find([str(place / "images" / "list.txt")])
     assert found.names == ["b/2.png", "top.jpeg", "a/deep/3.PNG"]
+
+
+def test_names_in_a_list_are_taken_as_they_are(place: Path) -> None:
+    names = [" first.png", "a\x0bb.png", "c\u2028d.png", "# 1.png"]
+    for name in names:
+        save_image(place / name)
+    (place / "list.txt").write_text("\ufeff" + "\n".join(names), encoding="utf-8")
+    assert find(["list.txt"]).names == names
 
 
 def test_an_image_that_is_named_again_counts_once_where_it_was_first(place: Path) -> None:

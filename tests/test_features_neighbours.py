@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
 
 import trex_models.features
 from tests.test_features import run, save_model
 from tests.test_folder import save_image
-from trex_models.features import picture
+from trex_models.evaluation.neighbors import nearest_neighbors
+from trex_models.features import neighbours, picture
 from trex_models.features.__main__ import main
 from trex_models.features.neighbours import Neighbours, find
+from trex_models.transfer import pictures
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +65,87 @@ def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:
     assert len(answer.names) == 11
 
 
-def test_the_model_must_be_that_of_the_file(place: Path, models: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "key", "value", "differing"),
+    [
+        ("", "", None, "weights_sha256"),
+        ("pretrained_cfg", "mean", [0.5, 0.5, 0.5], "transform"),
+        ("model_args", "act_layer", "gelu", "modules_sha256"),
+    ],
+)
+def test_the_model_must_be_that_of_the_file(
+    place: Path, models: Path, part: str, key: str, value: object, differing: str
+) -> None:
     shutil.copy(place / "images" / "b" / "5.png", "new.png")
-    with pytest.raises(ValueError, match="is not the model that made the features"):
-        find(trex_models.features.load("f.npy"), ["new.png"], model=str(models / "other"))
+    shutil.copytree(models / ("backbone" if part else "other"), "model")
+    if part:
+        path = Path("model/config.json")
+        config = json.loads(path.read_text())
+        config[part][key] = value
+        path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"is not the model .* \(other {differing}\)"):
+        find(trex_models.features.load("f.npy"), ["new.png"], model="model")
+
+
+def test_weights_of_your_own_may_have_been_moved(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(place / "images" / "b" / "5.png", "new.png")
+    model = timm.create_model("test_resnet", num_classes=0)
+    save_file(model.state_dict(), "own.safetensors")
+    given = ["--model", "test_resnet", "--file", "own.safetensors", "--workers", "0"]
+    assert main(["images", "--out", "own.npy", *given]) == 0
+    Path("own.safetensors").rename("moved.safetensors")
+    asked = ["neighbours", "own.npy", "--query", "new.png"]
+    assert main(asked) == 2
+    assert "own.safetensors is no file" in capsys.readouterr().err
+    assert main([*asked, "--file", "moved.safetensors"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("b/5.png")
+
+
+@pytest.mark.parametrize("root", ["moved", "images/../moved/", None])
+def test_a_query_by_its_path_is_no_neighbour_of_its_own(place: Path, root: str | None) -> None:
+    if root:
+        shutil.copytree(place / "images", place / "moved")
+    path = f"{'moved' if root else 'images'}/a/0.png"
+    [answer] = find(trex_models.features.load("f.npy"), [path], root=Path(root) if root else None)
+    assert answer.query == "a/0.png"
+    assert "a/0.png" not in answer.names
+
+
+@pytest.mark.usefixtures("place")
+def test_features_stay_in_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trex_models.features.load("f.npy")
+    seen = []
+
+    def noting(features: Tensor, *rest: Any) -> Any:
+        seen.append(features.data_ptr())
+        return nearest_neighbors(features, *rest)
+
+    monkeypatch.setattr(neighbours, "nearest_neighbors", noting)
+    find(found, ["a/0.png"])
+    assert seen == [found.features.ctypes.data]
+
+
+@pytest.mark.usefixtures("place")
+def test_an_interrupted_search_is_not_said_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(neighbours, "find", interrupted)
+    assert main(["neighbours", "f.npy", "--query", "a/0.png"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
+def test_names_that_are_not_utf8_are_drawn_and_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"gr\xfcn.png")
+    save_image(tmp_path / name)
+    row = Neighbours(name, tmp_path / name, [name], [0.5])
+    pictures.save(picture.draw([row], tmp_path, "title"), tmp_path / "p.png")
+    assert picture.table([row]).encode().count("gr\ufffdn.png".encode()) == 2
 
 
 @pytest.mark.usefixtures("place")

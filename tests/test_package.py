@@ -66,7 +66,9 @@ ALLOWED: dict[str, set[str]] = {
     "train.benchmark": {"data", "machine", "train"},
     "train.__main__": {"train"},
     "demo": {"data", "evaluation", "train", "transfer"},
-    "transfer": {"data", "evaluation", "files", "folders", "machine"},
+    "transfer": {
+        *("data", "evaluation", "files", "folders", "machine", "manifest", "naver", "weights"),
+    },
     "features": {"data", "evaluation", "files", "machine", "transfer"},
     "plot": {"files", "train.config"},
     "": {"checkpoints", "manifest", "trex"},

@@ -77,6 +77,23 @@ def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
     return None
 
 
+def known(cache: Path, manifest: Manifest) -> set[str]:
+    """Return the SHA-256 of NAVER's files and of what was made of them, as far as they are known.
+
+    Args:
+        cache: The cache's folder.
+        manifest: SHA-256 of files that are known.
+
+    Raises:
+        WeightsError: A record in the cache is damaged.
+    """
+    records = sorted((cache / "naver").glob("*.json"))
+    fields = ("sha256", "converted_sha256")
+    first_used = {_recorded(record, name) for record in records for name in fields}
+    published = {entry.sha256 for entry in manifest.models.values()}
+    return first_used | published | set(manifest.naver.values())
+
+
 def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
     """Convert a file of NAVER's into the cache, placed by hand or downloaded.
 

@@ -15,12 +15,13 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trex_models.features import images, neighbours, outputs, picture
 from trex_models.features.extract import Plan, extract
-from trex_models.features.file import FORMATS, load
+from trex_models.features.file import FORMATS, KIND, load
 from trex_models.features.outputs import OUTPUTS
 from trex_models.machine import free_cores
 from trex_models.transfer import pictures
@@ -31,14 +32,10 @@ from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
-    return run(lambda: _command(arguments), "this command")
-
-
-def _command(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["neighbours"]:
-        _neighbours(arguments[1:])
-    else:
-        _extract(arguments or ["--help"])
+        work = partial(_neighbours, arguments[1:])
+        return run(work, "this command", "features", resumes=False)
+    return run(partial(_extract, arguments or ["--help"]), "this command", "features")
 
 
 def _extract(arguments: Sequence[str]) -> None:
@@ -71,7 +68,7 @@ def _extract(arguments: Sequence[str]) -> None:
         overwrite=options.overwrite,
     )
     about = {
-        "format": "trex_models.features 1",
+        "format": KIND,
         "model": options.model,
         "file": str(options.file.resolve()) if options.file else "",
         "architecture": str(encoder.facts["architecture"]),
@@ -80,8 +77,8 @@ def _extract(arguments: Sequence[str]) -> None:
         "output": options.output,
         "preprocessing": options.preprocessing,
     }
-    done = extract(encoder, shape, found, plan, about)
-    print(f"wrote {options.out}" if done else f"{options.out} is there already, of these images")
+    written = extract(encoder, shape, found, plan, about)
+    print(f"wrote {options.out}" if written else f"{options.out} is there already, of these images")
 
 
 def _extraction_parser() -> argparse.ArgumentParser:
@@ -117,6 +114,7 @@ def _neighbours(arguments: Sequence[str]) -> None:
     add("-k", type=positive, default=8, help="neighbours (8)")
     add("--json", action="store_true", help="print JSON, not a table")
     add("--model", help="where the model is, for images that the file does not hold")
+    add("--file", type=Path, help="where its weights are, of a model with --file")
     add("--root", type=Path, help="where the file's images are, if they were moved")
     add("--device", default=default_device(), help="where the model runs (%(default)s)")
     options = parser.parse_args(arguments)
@@ -128,6 +126,7 @@ def _neighbours(arguments: Sequence[str]) -> None:
         options.query,
         options.k,
         model=options.model,
+        file=options.file,
         root=options.root,
         device=options.device,
     )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from trex_models.data.sources import digest
 from trex_models.evaluation.features import feature_batches
 from trex_models.features import file as features_file
-from trex_models.features.images import Images
+from trex_models.features.images import Images, shown
 from trex_models.files import replacing, write_whole
 from trex_models.transfer.cache import (
     DTYPES,
@@ -57,7 +57,7 @@ class Plan:
 
 def extract(
     encoder: Encoder, shape: tuple[int, ...], images: Images, plan: Plan, about: Mapping[str, str]
-) -> int:
+) -> bool:
     """Write features of images, unless they are there.
 
     Args:
@@ -68,20 +68,26 @@ def extract(
         about: What else the metadata say.
 
     Returns:
-        How many images were gone through now; 0 if the file was there.
+        Whether it was written; False if it was there.
 
     Raises:
         ValueError: The file holds other features, an image cannot be read or all are left out,
             features are not finite, or the disk has no room.
         OSError: The file cannot be written.
     """
-    stats = images.source.stats(require=not plan.skip)
+    try:
+        stats = images.source.stats(require=not plan.skip)
+    except ValueError as error:
+        raise ValueError(f"{error}, or leave them out by --unreadable skip") from error
     identity = _identity(encoder, images, stats, plan, about["output"])
     metadata = {**about, **identity, "root": str(images.source.root)}
+    plan.out.parent.mkdir(parents=True, exist_ok=True)
     with alone(plan.out):
         if _is_there(plan, identity):
-            return 0
-        return _Extraction(encoder, shape, images, plan, metadata, digest(*identity.values())).run()
+            return False
+        key = digest(*identity.values())
+        _Extraction(encoder, shape, images, plan, metadata, key).run()
+    return True
 
 
 def _identity(
@@ -104,24 +110,37 @@ def _is_there(plan: Plan, identity: Mapping[str, str]) -> bool:
     Raises:
         ValueError: Others are, and may not be replaced.
     """
-    if not plan.out.exists():
-        return False
     found = features_file.read_metadata(plan.out)
-    if found is None:
-        differing = "it is no file of features"
-    else:
-        names = [key for key, value in identity.items() if found.get(key) != value]
-        if not plan.skip and found.get("skipped", "0") != "0":
-            names.append("skipped")
-        if not names:
-            return True
-        differing = f"{', '.join(names)} differ" if len(names) > 1 else f"{names[0]} differs"
+    place = plan.out
+    if not place.exists() and place.suffix == ".npy" and found is None:
+        place = features_file.names_path(place)  # a name that users have for their own
+    if not place.exists():
+        return False
+    differing = _difference(plan, identity, found)
+    if not differing:
+        return True
     if plan.overwrite:
         return False
     raise ValueError(
-        f"{plan.out} is there and holds something else ({differing}); choose another --out, or "
-        "replace it by --overwrite"
+        f"{place} is there, and {differing}; choose another --out, or replace it by --overwrite"
     )
+
+
+def _difference(plan: Plan, identity: Mapping[str, str], found: Mapping[str, str] | None) -> str:
+    """Return what tells a file that is there from the wanted one; empty where nothing does."""
+    if found is None:
+        return "it is no file of features"
+    names = [key for key, value in identity.items() if found.get(key) != value]
+    if not plan.skip and found.get("skipped", "0") != "0":
+        names.append("skipped")
+    if names:
+        verb = "differ" if len(names) > 1 else "differs"
+        return f"holds something else ({', '.join(names)} {verb})"
+    try:
+        features_file.load(plan.out)
+    except ValueError:
+        return "it is damaged: cut short, or its names are not those of its features"
+    return ""
 
 
 class _Extraction:
@@ -146,8 +165,8 @@ class _Extraction:
         self.part.notes = self._notes()
         self.tail_bytes = len(tail)
 
-    def run(self) -> int:
-        """Extract what is missing; return the number of images gone through."""
+    def run(self) -> None:
+        """Extract what is missing."""
         plan, part, source = self.plan, self.part, self.images.source
         start = _image_of(part.rows, self.skipped)
         missing = (len(source) - start) * part.row_bytes + self.tail_bytes
@@ -190,7 +209,6 @@ class _Extraction:
         self._finish()
         done = len(source) - start
         print(f"{done:,} images in {seconds:.1f} s ({done / seconds:,.0f} a second)", flush=True)
-        return done
 
     def _resume(self) -> dict[int, str]:
         """Return what an earlier attempt at the same file left out; forget one at another."""
@@ -249,7 +267,7 @@ class _Extraction:
             path.unlink(missing_ok=True)  # of an earlier attempt
             return
         for reason in reasons[:_SHOWN]:
-            print(f"skipped: {reason}")
+            print(f"skipped: {shown(reason)}")
         print(f"skipped {len(reasons)} of {len(self.names)} images, all listed in {path}")
         with replacing(path) as file:
             file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))

@@ -2,7 +2,7 @@
 
 NAME.safetensors holds two tensors, ``features`` (N, F) or (N, F, H, W), and ``names``, the bytes
 of a JSON list: in the header a million names would be above what safetensors allows. Its metadata
-are strings. NAME.npy holds the features alone; names and metadata are in NAME.json beside it.
+are strings. NAME.npy holds the features alone; names and metadata are in NAME.npy.json.
 
 Shapes: N images, F features, H, W height and width of a feature map.
 """
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FORMATS = (".safetensors", ".npy")
+KIND = "trex_models.features 1"
+"""What the metadata say under ``format``."""
 _SPARE = 64  # bytes in a header for numbers that grow
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
@@ -36,7 +38,7 @@ def load(path: str | Path) -> Features:
     """Read a file of features; as much memory is taken as the names need.
 
     Args:
-        path: NAME.safetensors, or NAME.npy with NAME.json beside it.
+        path: NAME.safetensors, or NAME.npy with NAME.npy.json beside it.
 
     Raises:
         ValueError: There is no such file, or it is not one of features, or not whole.
@@ -46,27 +48,28 @@ def load(path: str | Path) -> Features:
     try:
         read = _read_npy if path.suffix == ".npy" else _read_safetensors
         found = read(path)
+        whole = len(found.names) == len(found.features)
     except OSError as error:
         raise ValueError(
             f"{error.filename or path} cannot be read ({error.strerror}); name a file that "
             "python -m trex_models.features wrote"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, EOFError) as error:
         raise _foreign(path) from error
-    if len(found.names) != len(found.features):
+    if not whole:
         raise _foreign(path)
     return found
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
-    """Return what a file says of itself; None where it is no file of features, or there is none."""
+    """Return what a file says of itself, be it whole or not; None where it is no file of ours."""
     try:
         if path.suffix == ".npy":
-            found = json.loads(names_path(path).read_text())["metadata"] if path.exists() else None
+            found = json.loads(names_path(path).read_text())["metadata"]
         else:
             with path.open("rb") as file:
                 found = _header(file.read(8), file.read)["__metadata__"]
-        return dict(found) if found else None
+        return dict(found) if found["format"] == KIND else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -116,7 +119,7 @@ def head(
 
 def names_path(path: Path) -> Path:
     """Return where the names and metadata of NAME.npy are."""
-    return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json")
 
 
 def _read_safetensors(path: Path) -> Features:

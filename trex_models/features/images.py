@@ -51,6 +51,11 @@ def find(arguments: Sequence[str]) -> Images:
     return Images(source, len(named) - len(once))
 
 
+def shown(text: str) -> str:
+    """Return a text with file names so that it can be printed: they need not be UTF-8."""
+    return os.fsencode(text).decode(errors="replace")
+
+
 def _look(argument: str) -> tuple[str, list[str]]:
     """Return an argument's folder and its images, all as absolute paths."""
     path = Path(argument).expanduser()
@@ -98,10 +103,11 @@ def _of_pattern(argument: str) -> tuple[str, list[str]]:
 
 def _of_list(path: Path) -> tuple[str, list[str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list ({error}); save it as UTF-8") from error
-    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    # Names of files may hold blanks at their ends, and what else counts as the end of a line.
+    rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} lists no images; write the path of one on each line")
     for number, line in rows:

@@ -6,6 +6,7 @@ Shapes: N images of the file, M queries, F features, K neighbours.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from trex_models.evaluation.features import extract_features
 from trex_models.evaluation.neighbors import nearest_neighbors
 from trex_models.features import outputs
 from trex_models.features.file import Features
+from trex_models.transfer.cache import as_text
 from trex_models.transfer.encoders import PRECISIONS
+
+_DECISIVE = ("weights_sha256", "modules_sha256", "transform")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def find(
     k: int = 8,
     *,
     model: str | None = None,
+    file: Path | None = None,
     root: Path | None = None,
     device: str = "cpu",
 ) -> list[Neighbours]:
@@ -52,6 +57,7 @@ def find(
             features are computed by the file's model.
         k: How many; fewer where the file holds fewer.
         model: Where that model is, if not where it was.
+        file: Where its weights are, if they are a file elsewhere.
         root: Where the file's images are, if not where they were.
         device: Where that model runs.
 
@@ -64,17 +70,18 @@ def find(
             f"neighbours are of vectors, but the file holds maps {found.features.shape[1:]}; "
             "extract --output backbone"
         )
-    root = root or Path(found.metadata["root"])
+    root = _absolute(root or Path(found.metadata["root"]))
     rows = {name: row for row, name in enumerate(found.names)}
     known = [_row(query, rows, root) for query in queries]
     new = [query for query, row in zip(queries, known, strict=True) if row is None]
-    computed = iter(_compute(found, new, model, device)) if new else iter(())
+    computed = iter(_compute(found, new, model, file, device)) if new else iter(())
     vectors = [next(computed) if row is None else found.features[row] for row in known]
-    similarities, indices = nearest_neighbors(
-        torch.from_numpy(np.array(found.features)),  # torch takes no read-only array
-        torch.from_numpy(np.stack(vectors).astype(np.float32)),
-        k + 1,
-    )
+    with warnings.catch_warnings():
+        # Nothing writes to it, and a copy takes as much memory as the file is long.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        mapped = torch.from_numpy(found.features)
+    wanted = torch.from_numpy(np.stack(vectors).astype(np.float32))
+    similarities, indices = nearest_neighbors(mapped, wanted, k + 1)
     answers = []
     for query, row, cosines, near in zip(
         queries, known, similarities.tolist(), indices.tolist(), strict=True
@@ -101,26 +108,37 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
             f"--query {query} is neither a name of the file (such as {next(iter(rows))}) nor an "
             "image; correct it"
         )
-    placed = Path(os.path.normpath(Path.cwd() / path))
+    placed = _absolute(path)
     return rows.get(placed.relative_to(root).as_posix()) if placed.is_relative_to(root) else None
 
 
-def _compute(found: Features, queries: Sequence[str], model: str | None, device: str) -> np.ndarray:
+def _absolute(path: Path) -> Path:
+    """Return a path from the file system's root, without dots; links are not followed."""
+    return Path(os.path.normpath(Path.cwd() / path.expanduser()))
+
+
+def _compute(
+    found: Features, queries: Sequence[str], model: str | None, file: Path | None, device: str
+) -> np.ndarray:
     """Return features of new images, (M, F), by the file's model."""
     about = found.metadata
+    if file is None and model is None and about["file"]:
+        file = Path(about["file"])
     encoder, _ = outputs.load(
         model or about["model"],
         about["output"],
-        file=Path(about["file"]) if about["file"] and model is None else None,
+        file=file,
         prepare=about["preprocessing"],
         precision=about["precision"],
         device=device,
     )
-    if encoder.facts["weights_sha256"] != about["weights_sha256"]:
+    identity = encoder.identity()
+    differing = [key for key in _DECISIVE if as_text(identity[key]) != about[key]]
+    if differing:
         raise ValueError(
-            f"{encoder.name} is not the model that made the features: its weights are "
-            f"{encoder.facts['weights_sha256'][:12]}..., theirs {about['weights_sha256'][:12]}...; "
-            "name theirs by --model, or extract the features again"
+            f"{encoder.name} is not the model that made the features (other "
+            f"{', '.join(differing)}); name theirs by --model, and by --file where its weights "
+            "are your own, or extract the features again"
         )
     source = FileSource(Path.cwd(), list(queries), [0] * len(queries), ["queries"])
     autocast = PRECISIONS[encoder.precision]

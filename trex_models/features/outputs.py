@@ -83,6 +83,7 @@ def load(
         device=device,
         file=file,
         classifier=output == "logits",
+        hint="" if file else "--file gives an architecture of timm weights of your own",
     )
     model: Any = encoder.model
     projects = isinstance(getattr(model, "proj", None), Projector)

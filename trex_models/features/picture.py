@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from trex_models.data.decode import read_image
+from trex_models.features.images import shown
 from trex_models.features.neighbours import Neighbours
 from trex_models.transfer.canvas import GREY, PALETTE, drawing, shortened
 
@@ -54,7 +55,7 @@ def _cell(axis: Any, path: Path, heading: str, name: str, frame: str | None) -> 
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set(visible=frame is not None, color=frame, linewidth=2)
-    called = shortened(name, _LINE * _LINES)
+    called = shortened(shown(name), _LINE * _LINES)
     text = f"{heading}\n{textwrap.fill(called, _LINE, break_on_hyphens=False)}"
     axis.set_xlabel(text, fontsize=7, color=frame or GREY, parse_math=False)
 
@@ -63,9 +64,9 @@ def table(found: Sequence[Neighbours]) -> str:
     """Return the same as text: a query, then its neighbours, a line each."""
     lines = []
     for row in found:
-        lines.append(row.query)
+        lines.append(shown(row.query))
         lines += [
-            f"  {cosine:6.3f}  {name}"
+            f"  {cosine:6.3f}  {shown(name)}"
             for name, cosine in zip(row.names, row.similarities, strict=True)
         ]
     return "\n".join(lines)

@@ -12,9 +12,30 @@ from torch import Tensor, nn
 from trex_models.heads import class_means
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check labels; those on a GPU for their type alone, as looking at them would wait for it.
+
+    Args:
+        labels: (B,).
+        num_classes: C.
+
+    Raises:
+        ValueError: They are no integers, or not in [0, C).
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.device.type == "cpu" and labels.numel():
+        lowest, highest = (int(bound) for bound in labels.aminmax())
+        if not 0 <= lowest <= highest < num_classes:
+            raise ValueError(
+                f"labels must be in [0, {num_classes}), got {lowest if lowest < 0 else highest}"
+            )
+
+
 class MemoryBank(nn.Module):
     """FIFO of raw (not normalised) embeddings, their labels, and which samples they are of.
 
+    Take a multiple of the batch size for ``size``: a batch that crosses the end is cut there.
     Starts as N(0, 1) noise with uniform random labels, so that nearly every class has a
     prototype from the first step. All of it are buffers: ``to(device)`` moves them, ``state_dict``
     holds them, no gradient reaches them. MoCo's queue (He et al. 2020, arXiv 1911.05722) with
@@ -71,7 +92,7 @@ class MemoryBank(nn.Module):
             ids: Which samples they are of, (B,) integers from 0 on; None where no loss asks.
 
         Raises:
-            ValueError: The shapes are not these.
+            ValueError: The shapes are not these, or ``labels`` not as ``check_labels`` wants them.
         """
         size, dim = self.features.shape
         if features.shape != (len(labels), dim) or labels.ndim != 1:
@@ -79,6 +100,9 @@ class MemoryBank(nn.Module):
                 f"the bank takes embeddings (B, {dim}) with labels (B,), got "
                 f"{tuple(features.shape)} and {tuple(labels.shape)}"
             )
+        if ids is not None and ids.shape != labels.shape:
+            raise ValueError(f"{len(labels)} embeddings have ids {tuple(ids.shape)}; one each")
+        check_labels(labels, self.num_classes)
         count = min(len(labels), size - self.pointer)
         window = slice(self.pointer, self.pointer + count)
         self.features[window] = features[:count].to(self.features.dtype)

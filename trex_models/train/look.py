@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trex_models.heads import require_temperature, widen, without_autocast
-from trex_models.train.bank import MemoryBank
+from trex_models.train.bank import MemoryBank, check_labels
 from trex_models.train.objectives import Objective
 
 
@@ -76,12 +76,17 @@ class LOOK(Objective):
             embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
             labels: (B,) integers in [0, C), shared by all crops of an image.
             ids: Which samples the images are, (B,): entries of the same sample are left out.
-                None leaves none out, which is right where the bank has no entry of these images.
+                None (or -1 of an image) leaves none out, which is right where the bank has no
+                entry of these images.
+
+        Raises:
+            ValueError: ``labels`` are not as ``check_labels`` wants them.
         """
+        check_labels(labels, self.bank.num_classes)
         bank = self._unit_features()
         own = torch.zeros_like(labels, dtype=torch.bool)[:, None]
         if ids is not None:
-            own = ids[:, None] == self.bank.ids
+            own = (ids[:, None] == self.bank.ids) & (self.bank.ids >= 0)
         of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
         for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory

@@ -17,7 +17,7 @@ from trex_models.heads import (
     widen,
     without_autocast,
 )
-from trex_models.train.bank import MemoryBank
+from trex_models.train.bank import MemoryBank, check_labels
 
 
 class Objective(nn.Module):
@@ -50,9 +50,13 @@ class Objective(nn.Module):
             embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
             labels: (B,) integers in [0, C), shared by all crops of an image.
             ids: Which samples the images are, (B,); only ``LOOK`` asks.
+
+        Raises:
+            ValueError: ``labels`` are not as ``check_labels`` wants them.
         """
         del ids  # only neighbours need to know their own
         logits = self.logits(embeddings)
+        check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
 
 

@@ -31,7 +31,7 @@ from trex_models.transfer.published import PUBLISHED
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
-    return run(lambda: _command(arguments), "the evaluation")
+    return run(lambda: _command(arguments), "the evaluation", "transfer")
 
 
 def _command(arguments: Sequence[str]) -> None:
@@ -62,11 +62,13 @@ def _evaluate(arguments: Sequence[str]) -> None:
         precision=options.precision,
         untrained=options.untrained,
         device=options.device,
+        hint="--untrained evaluates the architecture without weights",
     )
     tasks = [Task(data_set, *open_checked(data_set, options.data_root)) for data_set in data_sets]
     if options.untrained and encoder.facts["parameters"]:
         first = next((t for t in tasks if t.data_set.name == training_task), tasks[0])
         encoder = calibrated(encoder, first.train, first.data_set.name, options.workers)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(
         root=_cache_folder(options),
         dtype=options.cache_dtype,

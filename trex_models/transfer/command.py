@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 
-def run(work: Callable[[], None], what: str) -> int:
+def run(work: Callable[[], None], what: str, extra: str, *, resumes: bool = True) -> int:
     """Do a command's work; return its exit status: 0, or 2 with a short message on bad input.
 
     Args:
         work: All of it.
         what: What needs the packages, if one is missing.
+        extra: The extra of ours that brings them.
+        resumes: Whether the same command goes on where it was interrupted.
     """
     try:
         work()
@@ -29,19 +31,19 @@ def run(work: Callable[[], None], what: str) -> int:
         if os.environ.get("TREX_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
-            remedy = "pip install trex-models[transfer]"
+            remedy = f"pip install trex-models[{extra}]"
             error = ValueError(f"{what} needs another package, {error.name}: {remedy}")
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print(f"interrupted{'; the same command goes on' if resumes else ''}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
 
 def require_writable(out: Path, *suffixes: str) -> None:
-    """Make a file's folder, and check the file's name.
+    """Check a file's name, and that its folder can be written, or made.
 
     Raises:
         ValueError: It ends in none of the suffixes, or cannot be written.
@@ -49,8 +51,8 @@ def require_writable(out: Path, *suffixes: str) -> None:
     if out.suffix not in suffixes:
         raise ValueError(f"--out {out}: give a file that ends in {' or '.join(suffixes)}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent):
+        folder = next(place for place in out.absolute().parents if place.exists())
+        with TemporaryFile(dir=folder):
             pass
         if out.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")

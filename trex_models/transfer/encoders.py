@@ -25,10 +25,11 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from trex_models import folders
+from trex_models import folders, naver, weights
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import image_batches, preprocessing
+from trex_models.manifest import WeightsError
 
 PIXELS = "pixels"
 """Name of the encoder that is no model: an image's pixels at 16 x 16."""
@@ -88,6 +89,7 @@ def load(
     device: str = "cpu",
     file: Path | None = None,
     classifier: bool = False,
+    hint: str = "",
 ) -> Encoder:
     """Load an encoder by name, without a classifier.
 
@@ -104,6 +106,7 @@ def load(
         device: Where to put it.
         file: Weights of your own, in any form that the model reads; None for the model's.
         classifier: Whether to keep the classifier; features are then its logits.
+        hint: What to do where there are no weights, for the message.
 
     Raises:
         ValueError: There is no such model or it has no weights, the folder is none, the device
@@ -111,12 +114,12 @@ def load(
     """
     _require_choice("preprocessing", prepare, PREPROCESSING)
     _require_choice("precision", precision, tuple(PRECISIONS))
-    if name == PIXELS:
+    if name == PIXELS and file is None:
         return _pixels(precision)
     where = _device(device)
     if precision == "tf32" and where.type != "cuda":
         raise ValueError(f"precision tf32 is of CUDA devices, and the device is {device}: use fp32")
-    model = _create(name, untrained, seed, file, classifier)
+    model = _create(name, untrained, seed, file, classifier, hint)
     try:
         model = model.to(where).to(memory_format=torch.channels_last)
     except (RuntimeError, AssertionError) as error:
@@ -130,11 +133,13 @@ def load(
         size: tuple[int, int] = (own["input_size"][1], own["input_size"][2])
         mean, std = tuple(own["mean"]), tuple(own["std"])
         transform = replace(PROTOCOLS[prepare], size=size, mean=mean, std=std)
+    architecture = cfg.get("architecture") or type(model).__name__
+    stated = cfg.get("license") or "not stated"
     facts = {
         "source": str(file or folders.find(name) or name),
-        "architecture": cfg.get("architecture") or type(model).__name__,
-        "tag": cfg.get("tag", ""),
-        "license": cfg.get("license") or "not stated",
+        "architecture": architecture,
+        "tag": "" if file else cfg.get("tag", ""),
+        "license": license_of_file(file, architecture) if file else stated,
         "untrained": untrained,
         **({"seed": seed} if untrained else {}),
         "weights_sha256": weights_digest(model),
@@ -176,6 +181,25 @@ def calibrated(encoder: Encoder, source: Source, title: str, workers: int = 0) -
         "weights_sha256": weights_digest(encoder.model),
     }
     return replace(encoder, facts=facts)
+
+
+def license_of_file(file: Path, architecture: str) -> str:
+    """Return the licence of weights of a user's own, for people; the architecture's does not count.
+
+    Args:
+        file: The weights.
+        architecture: timm's name of the model that they are for.
+
+    Raises:
+        ValueError: The manifest of published weights is damaged.
+    """
+    try:
+        found = weights.license_of(file)
+    except WeightsError as error:
+        raise ValueError(str(error)) from error
+    if found is None and architecture in {name.partition(".")[0] for name in naver.FILES}:
+        return f"not stated (weights of --file; if they are NAVER's: {naver.LICENSE})"
+    return found or "not stated (weights of --file)"
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -221,7 +245,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _create(
-    name: str, untrained: bool, seed: int, file: Path | None, classifier: bool
+    name: str, untrained: bool, seed: int, file: Path | None, classifier: bool, hint: str
 ) -> nn.Module:
     folder = folders.find(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -232,7 +256,8 @@ def _create(
     known = f"local-dir:{folder}" if folder else name
     if file is not None and not file.is_file():
         raise ValueError(f"--file {file} is no file; name the weights of {name}")
-    if file is not None and (folder is not None or ":" in name):  # timm passes a file over there
+    # timm passes a file over there.
+    if file is not None and (folder is not None or ":" in name or name == PIXELS):
         raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
     options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
     if not classifier:
@@ -246,10 +271,12 @@ def _create(
         architecture = name.removeprefix("hf-hub:").partition(".")[0]
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = difflib.get_close_matches(architecture, timm.list_models(), 3)
-            hint = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"--model {name}: timm knows no model of this name{hint}") from error
-        hint = "" if untrained else "; --untrained evaluates the architecture without weights"
-        raise ValueError(f"--model {name} cannot be loaded: {_first_line(error)}{hint}") from error
+            names = f"; the nearest names are {', '.join(near)}" if near else ""
+            raise ValueError(f"--model {name}: timm knows no model of this name{names}") from error
+        remedy = "" if untrained or not hint else f"; {hint}"
+        raise ValueError(
+            f"--model {name} cannot be loaded: {_first_line(error)}{remedy}"
+        ) from error
 
 
 def _random(name: str) -> nn.Module:
@@ -288,6 +315,8 @@ def _pixels(precision: str) -> Encoder:
     facts = {
         "source": f"the pixels of the image at {_PIXEL_SIDE} x {_PIXEL_SIDE}, in [0, 1]",
         "architecture": PIXELS,
+        "tag": "",
+        "license": "none: pixels are no weights",
         "untrained": True,
         "weights_sha256": weights_digest(model),
         "num_features": 3 * _PIXEL_SIDE**2,

@@ -1,0 +1,51 @@
+"""What the memory bank and the losses on it refuse, from whoever writes a loop of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trex_models.train import LOOK, CosineSoftmax, MemoryBank, Objective, OnlineClassMeans
+
+EMBEDDINGS, LABELS = torch.randn(4, 8), torch.tensor([0, 1, 2, 2])
+
+
+def filled() -> MemoryBank:
+    torch.manual_seed(0)
+    return MemoryBank(16, dim=8, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS + 1, r"labels must be in \[0, 3\), got 3"),
+        (LABELS - 101, r"labels must be in \[0, 3\), got -101"),
+        (LABELS.float(), "labels must be integers, got torch.float32"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: str) -> None:
+    bank = filled()
+    before = bank.state_dict()
+    objectives: list[Objective] = [OnlineClassMeans(bank), LOOK(bank), CosineSoftmax(8, 3)]
+    for objective in objectives:
+        with pytest.raises(ValueError, match=message):
+            objective(EMBEDDINGS, labels)
+    with pytest.raises(ValueError, match=message):
+        bank.enqueue(EMBEDDINGS, labels)
+    assert all(torch.equal(bank.state_dict()[name], before[name]) for name in ("labels", "written"))
+
+
+def test_ids_are_one_for_each_embedding() -> None:
+    for ids in (torch.tensor([7]), torch.arange(3)):
+        with pytest.raises(ValueError, match=r"4 embeddings have ids \(.*\); one each"):
+            filled().enqueue(EMBEDDINGS, LABELS, ids)
+
+
+def test_entries_of_no_sample_are_nobodys_own() -> None:
+    bank = filled()
+    bank.enqueue(EMBEDDINGS, LABELS)
+    look = LOOK(bank)
+    loss, _ = look(EMBEDDINGS, LABELS)
+    unknown, _ = look(EMBEDDINGS, LABELS, torch.full((4,), -1))
+    assert loss > 0
+    assert torch.equal(unknown, loss)
