@@ -2,6 +2,7 @@ import hashlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ class TestPhotographs:
     @pytest.mark.parametrize("argument", ["size", "train_per_class", "test_per_class"])
     def test_refuses(self, argument: str) -> None:
         with pytest.raises(ValueError, match=argument):
-            photographs(**{argument: 0})
+            photographs(**dict[str, Any]({argument: 0}))
 
 
 @pytest.mark.parametrize("module", ["sklearn", "skimage"])

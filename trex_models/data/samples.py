@@ -115,7 +115,7 @@ def photographs(
     patches: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     for label, (file, (package, folder)) in enumerate(_PHOTOGRAPHS.items()):
         photograph = _photograph(file, package, folder)
-        tiles = _tiles(*photograph.shape, validation)
+        tiles = _tiles(*photograph.shape, validation=validation)
         for part, count in counts.items():
             rng = np.random.default_rng((seed, label, part == "test"))
             patches[part] += [_patch(photograph, tiles[part], size, rng) for _ in range(count)]
@@ -156,7 +156,7 @@ def _photograph(file: str, package: str, folder: str) -> np.ndarray:
 
 
 def _tiles(
-    height: int, width: int, validation: bool = False
+    height: int, width: int, *, validation: bool = False
 ) -> dict[str, list[tuple[int, int, int]]]:
     """Return the (top, left, side) of a photograph's training tiles and test tiles."""
     side = min(height, width) // _TILES
