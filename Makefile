@@ -1,4 +1,4 @@
-# make demo and make test do everything on a machine with Python >= 3.11, pip and make.
+# make demo, make test and make clients do everything on a machine with Python >= 3.11, pip and make.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that wait without spinning: two processes on two cores do not slow each other down.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint oldest release-check setup clean
+.PHONY: demo test clients lint oldest release-check setup clean
 
 demo: $(READY)
 	$(PY) -m trex_models.demo --output runs/demo
@@ -14,7 +14,12 @@ demo: $(READY)
 # Two workers on two cores: a thread each.
 test: export OMP_NUM_THREADS = 1
 test: lint
-	$(PY) -m pytest -n 2 --dist worksteal
+	$(PY) -m pytest -n 2 --dist worksteal -m "not client"
+
+# Other people's code with ours: timm's own tests, each client, every block of the documentation.
+clients: export OMP_NUM_THREADS = 1
+clients: $(READY)
+	$(PY) -m pytest -n 2 --dist worksteal -m client
 
 lint: $(READY)
 	$(PY) -m ruff check .

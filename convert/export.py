@@ -29,7 +29,7 @@ from convert.comparison import HEADER, Difference, batches, resolutions
 from trex_models import TRexResNet, __version__, folders, naver
 from trex_models.files import replacing
 from trex_models.heads import Projector
-from trex_models.transfer.encoders import weights_digest
+from trex_models.transfer.encoders import license_of_file, weights_digest
 
 TARGETS = {"torchvision": to_torchvision.SUFFIXES, "onnx": to_onnx.SUFFIXES}
 OUTPUTS = ("features", "embeddings", "logits")
@@ -88,7 +88,7 @@ def export(
     say(f"reading   {file or name}")
     model = _load(name, file)
     output = _cut(name, model, output)
-    facts = {**_facts(name, model), "output": output}
+    facts = {**_facts(name, model, file), "output": output}
     if target == "onnx":
         exported = _to_onnx(name, model, facts, with_preprocessing, half)
     else:
@@ -167,17 +167,20 @@ def _cut(name: str, model: Any, output: str | None) -> str:
     return output
 
 
-def _facts(name: str, model: Any) -> dict[str, Any]:
+def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     """Return what a user of the export has to know, for JSON."""
     cfg = model.pretrained_cfg
-    licence = cfg.get("license") or "not stated"
+    licence, origin = cfg.get("license") or "not stated", cfg.get("origin_url") or "not stated"
+    if file is not None:  # what the architecture's own weights are does not count
+        licence = license_of_file(file, str(cfg.get("architecture")))
+        origin = f"the file {file.name}"
     if licence == naver.LICENSE:
         licence += " (NAVER's weights: not for commercial use)"
     return {
         "model": name,
         "architecture": cfg.get("architecture") or type(model).__name__,
         "license": licence,
-        "origin": cfg.get("origin_url") or "not stated",
+        "origin": origin,
         "paper": cfg.get("paper_ids") or "not stated",
         "weights_sha256": weights_digest(model),
         "preprocessing": _preprocessing(model),

@@ -21,6 +21,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import trex_models  # noqa: F401  # registers the models
 from tests import official_files
 
+pytestmark = pytest.mark.client
+
 NAMES = [
     f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
 ]

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from tests.clients import NUM_CLASSES, small_model
 
+pytestmark = pytest.mark.client
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of pandas and, on Python 3.14, asyncio
     from fastai.vision.all import (

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.clients import NUM_CLASSES, small_model
 
 pytestmark = [
+    pytest.mark.client,
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import trex_models
 from tests import official_files
 
+pytestmark = pytest.mark.client
+
 NAMES = [
     f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
 ]

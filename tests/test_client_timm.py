@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tests import official_files
 from tests.clients import NUM_CLASSES, SMALL, quick
 
+pytestmark = pytest.mark.client
+
 MODELS = timm.list_models("trex*_resnet50*")
 ROOT = Path(__file__).parents[1]
 

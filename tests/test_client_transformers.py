@@ -31,6 +31,8 @@ from tests import official_files
 from trex_models import CosineClassifier, folders
 from trex_models.data.fractals import FractalSource
 
+pytestmark = pytest.mark.client
+
 FAMILIES = ("trex", "trexstar")
 NAMES = [f"{family}_resnet50{part}" for family in FAMILIES for part in ("", "_proj", "_cls")]
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

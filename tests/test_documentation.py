@@ -21,6 +21,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     shutil.rmtree(folder)
 
 
+@pytest.mark.client
 @pytest.mark.parametrize(
     "page",
     [

@@ -17,6 +17,8 @@ import timm
 
 import trex_models  # noqa: F401  # registers the models
 
+pytestmark = pytest.mark.client
+
 ROOT = Path(__file__).parent.parent
 TIMM_SOURCE = ROOT / ".timm-src" / f"timm-{timm.__version__}"
 # timm's test files whose tests name models or build ResNets.

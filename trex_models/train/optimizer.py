@@ -31,7 +31,7 @@ def learning_rates(
 
 
 def build_sgd(
-    module: nn.Module, momentum: float = 0.9, weight_decay: float = 1e-4, lr: float = 0.0
+    module: nn.Module, momentum: float = 0.9, weight_decay: float = 1e-4, lr: float = 0.1
 ) -> torch.optim.SGD:
     """SGD without Nesterov; only parameters with more than one dimension decay.
 
@@ -45,7 +45,7 @@ def build_sgd(
         module: What is trained; parameters without gradient are left out.
         momentum: Of the gradients' sum.
         weight_decay: As torch's, of weights, not of biases and norms.
-        lr: Learning rate; leave it where every step sets its own.
+        lr: Learning rate, where no step sets its own.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
