@@ -65,7 +65,7 @@ def _look(argument: str) -> tuple[str, list[str]]:
         return _of_list(path)
     if path.is_file():
         _require_image(str(path), argument)
-        return _absolute(path.parent), [_absolute(path)]
+        return absolute(path.parent), [absolute(path)]
     if glob.has_magic(argument):
         return _of_pattern(argument)
     raise ValueError(
@@ -81,7 +81,7 @@ def _of_folder(path: Path, argument: str) -> tuple[str, list[str]]:
             f"{argument} holds no images (file types: {' '.join(IMG_EXTENSIONS)}); name another "
             "folder, or convert them"
         )
-    return _absolute(path), found
+    return absolute(path), found
 
 
 def _of_pattern(argument: str) -> tuple[str, list[str]]:
@@ -92,13 +92,13 @@ def _of_pattern(argument: str) -> tuple[str, list[str]]:
         if match.is_dir():
             found += _images_below(match)
         elif match.name.lower().endswith(IMG_EXTENSIONS):
-            found.append(_absolute(match))
+            found.append(absolute(match))
     if not found:
         matched = f"{len(matches)} files and folders, none of them an image" if matches else "none"
         raise ValueError(f"{argument} matches {matched}; correct the pattern")
     parts = Path(pattern).parts
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-    return _absolute(Path(*parts[:fixed])), list(dict.fromkeys(found))
+    return absolute(Path(*parts[:fixed])), list(dict.fromkeys(found))
 
 
 def _of_list(path: Path) -> tuple[str, list[str]]:
@@ -112,16 +112,16 @@ def _of_list(path: Path) -> tuple[str, list[str]]:
         raise ValueError(f"{path} lists no images; write the path of one on each line")
     for number, line in rows:
         _require_image(line, f"{path}, line {number}: {line}")
-    found = [_absolute(path.parent / Path(line).expanduser()) for _, line in rows]
+    found = [absolute(path.parent / Path(line).expanduser()) for _, line in rows]
     return os.path.commonpath({str(Path(file).parent) for file in found}), found
 
 
 def _images_below(folder: Path) -> list[str]:
-    root = _absolute(folder).rstrip(os.sep)
+    root = absolute(folder).rstrip(os.sep)
     return [f"{root}{os.sep}{os.fsdecode(path)}" for path in image_files(folder, ".")]
 
 
-def _absolute(path: Path) -> str:
+def absolute(path: Path) -> str:
     """Return a path from the file system's root, without dots; links are not followed."""
     return os.path.normpath(Path.cwd() / path)
 

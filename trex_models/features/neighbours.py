@@ -5,7 +5,6 @@ Shapes: N images of the file, M queries, F features, K neighbours.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from trex_models.data.file_list import FileSource
 from trex_models.evaluation.features import extract_features
 from trex_models.evaluation.neighbors import nearest_neighbors
-from trex_models.features import outputs
+from trex_models.features import images, outputs
 from trex_models.features.file import Features
 from trex_models.transfer.cache import as_text
 from trex_models.transfer.encoders import PRECISIONS
@@ -70,7 +69,7 @@ def find(
             f"neighbours are of vectors, but the file holds maps {found.features.shape[1:]}; "
             "extract --output backbone"
         )
-    root = _absolute(root or Path(found.metadata["root"]))
+    root = Path(images.absolute((root or Path(found.metadata["root"])).expanduser()))
     rows = {name: row for row, name in enumerate(found.names)}
     known = [_row(query, rows, root) for query in queries]
     new = [query for query, row in zip(queries, known, strict=True) if row is None]
@@ -108,13 +107,8 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
             f"--query {query} is neither a name of the file (such as {next(iter(rows))}) nor an "
             "image; correct it"
         )
-    placed = _absolute(path)
+    placed = Path(images.absolute(path.expanduser()))
     return rows.get(placed.relative_to(root).as_posix()) if placed.is_relative_to(root) else None
-
-
-def _absolute(path: Path) -> Path:
-    """Return a path from the file system's root, without dots; links are not followed."""
-    return Path(os.path.normpath(Path.cwd() / path.expanduser()))
 
 
 def _compute(
