@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from trex_models.data.fractals import FractalSource
+from trex_models.data.fractals import FractalSource, draw_fractal
 
 
 def _stack(source: FractalSource) -> np.ndarray:
@@ -43,7 +43,7 @@ def test_the_same_bytes_in_any_order_and_process() -> None:
     backwards = [again.read(index) for index in reversed(range(len(again)))]
     np.testing.assert_array_equal(forwards, backwards[::-1])
     script = (
-        "import hashlib; from trex_models.data.fractals import FractalSource\n"
+        "import hashlib; from trex_models.data.fractals import FractalSource, draw_fractal\n"
         "source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5)\n"
         "images = [source.read(index).tobytes() for index in (5, 4, 3, 2, 1, 0)]\n"
         "print(hashlib.sha256(b''.join(images[::-1])).hexdigest())"
@@ -138,3 +138,69 @@ def test_refuses(argument: str, value: float) -> None:
 def test_index_out_of_range(index: int) -> None:
     with pytest.raises(IndexError, match="6 fractal images"):
         FractalSource(num_classes=3, images_per_class=2).read(index)
+
+
+def test_draw_gives_what_the_source_reads() -> None:
+    source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5, variation=0.7)
+    drawn = draw_fractal(2, 1, 32, seed=5, variation=0.7)
+    np.testing.assert_array_equal(drawn.image, source.read(5))
+
+
+def test_a_given_turn_changes_the_pose_alone() -> None:
+    own = draw_fractal(0, 0, 32)
+    assert abs(own.turn) <= np.pi / 12
+    np.testing.assert_array_equal(draw_fractal(0, 0, 32, turn=own.turn).image, own.image)
+    turned = draw_fractal(0, 0, 32, turn=1.0)
+    assert turned.turn == 1.0
+    assert turned.mirrored == own.mirrored
+    assert turned.color == pytest.approx(own.color, abs=0.03)
+    assert (turned.image != own.image).any()
+
+
+def test_images_of_an_individual_are_alike() -> None:
+    def shapes(number: int, individual: int | None) -> np.ndarray:
+        drawn = [
+            draw_fractal(number, n, 32, variation=8, turn=0, individual=individual)
+            for n in range(40)
+        ]
+        edges = np.stack(
+            [np.abs(np.diff(d.image.mean(2), axis=1)).ravel() for d in drawn if not d.mirrored]
+        )
+        return edges / np.linalg.norm(edges, axis=1, keepdims=True)
+
+    likeness = []
+    for number in range(6):
+        one, other, anyone = (shapes(number, individual) for individual in (0, 1, None))
+        pairs = (one, one), (one, other), (anyone, anyone)
+        likeness.append([(left @ right.T).mean() for left, right in pairs])
+    of_one, of_two, of_any = np.mean(likeness, axis=0)
+    assert of_one > of_two + 0.02
+    assert of_one > of_any + 0.02
+
+
+def test_mirrored_images_are_those_that_say_so() -> None:
+    drawn = [draw_fractal(0, n, 32, variation=0, turn=0) for n in range(200)]
+    edges = np.stack([np.abs(np.diff(d.image.mean(2), axis=0)) for d in drawn])
+    mirrored = np.array([d.mirrored for d in drawn])
+    assert 0.3 < mirrored.mean() < 0.7
+    apart = edges[mirrored].mean(0) - edges[~mirrored].mean(0)
+    assert np.corrcoef(apart.ravel(), -apart[:, ::-1].ravel())[0, 1] > 0.8
+
+
+def test_the_colour_is_that_of_the_shape() -> None:
+    drawn = [draw_fractal(n % 5, n, 32) for n in range(150)]
+    near = []
+    for fractal in drawn:
+        pixels = fractal.image.reshape(-1, 3) / 255
+        color = np.array(fractal.color)
+        assert (color >= 0).all()
+        assert (color <= 1 + 1e-9).all()
+        # Some pixels show about the mean of the shape, which is in no mean of the image.
+        near.append(np.abs(pixels - color).max(1).min())
+    assert np.median(near) < 0.06
+    others = [np.array(fractal.color) for fractal in drawn[1:]]
+    far = [
+        np.abs(fractal.image.reshape(-1, 3) / 255 - color).max(1).min()
+        for fractal, color in zip(drawn, others, strict=False)
+    ]
+    assert np.median(far) > 2 * np.median(near)

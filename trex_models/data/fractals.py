@@ -18,7 +18,7 @@ import numpy as np
 
 from trex_models.data.sources import digest
 
-_SYSTEM, _INSTANCE = 0, 1  # separate random streams
+_SYSTEM, _INSTANCE, _INDIVIDUAL = 0, 1, 2  # separate random streams
 _WORD_LENGTH = 5
 _BURN_IN = 24
 _MAX_TURN = np.pi / 12  # either way, at variation 1
@@ -97,10 +97,7 @@ class FractalSource:
     def read(self, index: int) -> np.ndarray:
         """Render one image, (S, S, 3) uint8 RGB."""
         class_number, image_number = self._numbers(index)
-        rng = np.random.default_rng((_INSTANCE, self.seed, class_number, image_number))
-        system = _perturbed(_system(self.seed, class_number), self.variation, rng)
-        turn = self.variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
-        return _render(system, turn, self.size, rng)
+        return draw_fractal(class_number, image_number, self.size, self.seed, self.variation).image
 
     def name(self, index: int) -> str:
         """Return the sample's name in messages, by its class and image numbers."""
@@ -117,6 +114,54 @@ class FractalSource:
             raise IndexError(f"index {index} is outside the {len(self)} fractal images")
         label, image = divmod(int(index), self.images_per_class)
         return self.first_class + label, self.first_image + image
+
+
+class Fractal(NamedTuple):
+    """An image, and what was drawn for it that does not depend on its class."""
+
+    image: np.ndarray
+    """(S, S, 3) uint8 RGB."""
+    turn: float
+    """How far the shape is turned, in radians, before it may be mirrored."""
+    mirrored: bool
+    """Whether left and right are exchanged."""
+    color: tuple[float, float, float]
+    """Mean red, green and blue of the shape, in [0, 1], where it covers the background."""
+
+
+def draw_fractal(
+    class_number: int,
+    image_number: int,
+    size: int = 64,
+    seed: int = 0,
+    variation: float = 1.0,
+    *,
+    turn: float | None = None,
+    individual: int | None = None,
+) -> Fractal:
+    """Draw one image of a class: what ``FractalSource`` reads, or one whose pose is given.
+
+    Args:
+        class_number: Which class; non-negative.
+        image_number: Which image of the class, or of the individual; non-negative.
+        size: S.
+        seed: Seed of everything.
+        variation: As of ``FractalSource``.
+        turn: Radians, in place of a turn that is drawn.
+        individual: One variant of the class's shape, drawn by ``variation``; its images differ in
+            shape from one another by a fifth of that. None: each image has a shape of its own.
+    """
+    system = _system(seed, class_number)
+    key: tuple[int, ...] = (_INSTANCE, seed, class_number, image_number)
+    if individual is not None:
+        own = np.random.default_rng((_INDIVIDUAL, seed, class_number, individual))
+        system = _perturbed(system, variation, own)
+        variation /= 5
+        key = (_INDIVIDUAL, seed, class_number, individual, image_number)
+    rng = np.random.default_rng(key)
+    system = _perturbed(system, variation, rng)
+    drawn = variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
+    return _render(system, drawn if turn is None else turn, size, rng)
 
 
 @lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit what is filled
@@ -266,7 +311,7 @@ def _is_rich(system: _System, rng: np.random.Generator) -> bool:
     return bool(0.12 < covered.mean() < 0.6 and border > 0.2)
 
 
-def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> np.ndarray:
+def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> Fractal:
     """Draw a system, turned and perhaps mirrored, in random colours on a random background."""
     num_maps = len(system.theta)
     map_tones = rng.permutation(np.arange(num_maps) / (num_maps - 1))
@@ -274,19 +319,20 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
 
     # The histogram has a margin of one cell that takes the points outside the frame.
     fine = size * _OVERSAMPLING
-    view = _rotation(turn) * np.array([[rng.choice((-1.0, 1.0))], [1.0]])
+    side = rng.choice((-1.0, 1.0))
+    view = _rotation(turn) * np.array([[side], [1.0]])
     # The extent without the outermost points, which lie far out for some systems.
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
     centre = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
     x, y, tone = attractor.seen(zoom * view, centre - zoom * (low + high) / 2).spread()
-    side = fine + 2
-    column = x.clip(0, side - 1).astype(np.int32)
-    row = y.clip(0, side - 1).astype(np.int32)
-    cell = (row * np.int32(side) + column).ravel()
+    width = fine + 2
+    column = x.clip(0, width - 1).astype(np.int32)
+    row = y.clip(0, width - 1).astype(np.int32)
+    cell = (row * np.int32(width) + column).ravel()
 
-    count = np.bincount(cell, minlength=side**2)
-    tones = np.bincount(cell, tone.ravel(), minlength=side**2)
+    count = np.bincount(cell, minlength=width**2)
+    tones = np.bincount(cell, tone.ravel(), minlength=width**2)
     mean_tone = _pixel_sums(tones, size) / np.maximum(_pixel_sums(count, size), 1)
     full = rng.uniform(2, 6)  # points that make a cell opaque
     ramp = (np.minimum(np.arange(7), full) / full) ** 0.5
@@ -296,7 +342,9 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     front, back = (light, dark) if rng.random() < 0.5 else (dark, light)
     ink = _palette(front, rng)[(mean_tone * 255).astype(np.intp)]
     paper = _palette(back, rng)[(_clouds(size, rng) * 255).astype(np.intp)]
-    return (255 * (paper + opacity[..., None] * (ink - paper)) + 0.5).astype(np.uint8)
+    image = (255 * (paper + opacity[..., None] * (ink - paper)) + 0.5).astype(np.uint8)
+    red, green, blue = np.einsum("ij,ijc->c", opacity, ink) / max(opacity.sum(), 1e-6)
+    return Fractal(image, turn, side < 0, (float(red), float(green), float(blue)))
 
 
 def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:

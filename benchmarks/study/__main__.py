@@ -1,0 +1,206 @@
+"""The study: does our t-ReX do what the paper says? docs/study.md has what came out.
+
+    python -m benchmarks.study run [--scale gpu]
+    python -m benchmarks.study report --out docs
+
+The first command writes the images, searches a learning rate for each cell (short runs, top-1 on
+held-out images of the training classes), then trains and evaluates each cell with each seed: one
+JSON file a run. It does as many runs at once as there are cores, a thread each, and goes on where
+it was interrupted; a run whose file is there is not done again. The second one draws the figures
+and prints the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from benchmarks import measure
+from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
+from benchmarks.study.runs import Run
+from trex_models.files import write_whole
+from trex_models.machine import free_cores
+from trex_models.transfer import command
+
+
+def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
+    """Search for the best learning rate by factors of 2: upwards, or else downwards.
+
+    Returns:
+        The scores of all rates that were tried, at least three; the best has a worse one (or an
+        equal one) on either side.
+    """
+    tried = {rate: score(rate) for rate in (first, 2 * first)}
+    factor = 2.0 if tried[2 * first] > tried[first] else 0.5
+    best = max(tried, key=lambda rate: tried[rate])
+    while True:
+        tried[factor * best] = score(factor * best)
+        if tried[factor * best] <= tried[best]:
+            return tried
+        best *= factor
+
+
+def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
+    """Do tasks, several at once, and print what each returns, with the time left.
+
+    What is begun when one fails or Ctrl-C is pressed comes to an end; no other is begun.
+    """
+    waiting = list(tasks)
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(task) for task in waiting]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                text = future.result()
+                left = (time.monotonic() - started) / done * (len(futures) - done) / 60
+                print(f"[{done}/{len(futures)}] {text}; about {left:.0f} min left", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def search(name: str, scale: Scale, folder: Path, out: Path) -> str:
+    """Find a cell's learning rate; write the scores of all that were tried."""
+
+    def trial(rate: float) -> Run:
+        epochs = scale.search_epochs
+        return Run(
+            name=name, rate=rate, seed=SEARCH_SEED, epochs=epochs, scale=scale, folder=folder
+        )
+
+    tried = climb(lambda rate: trial(rate).search(), scale.first_rate)
+    found = {
+        "top1": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
+        "core_seconds": round(sum(trial(rate).core_seconds() for rate in tried), 1),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, json.dumps(found) + "\n")
+    shown = ", ".join(f"{rate:g}: {100 * tried[rate]:.1f} %" for rate in sorted(tried))
+    return f"{name}: learning rates {shown}"
+
+
+def best_rate(path: Path) -> float:
+    """Return the learning rate that a search found."""
+    tried = {float(rate): top1 for rate, top1 in json.loads(path.read_text())["top1"].items()}
+    return max(tried, key=lambda rate: tried[rate])
+
+
+def run(run: Run, out: Path) -> str:
+    """Train and evaluate a cell with one seed; write its result."""
+    run.complete(out)
+    found = json.loads(out.read_text())
+    return (
+        f"{run.name}, seed {run.seed}: training task {100 * found['task_top1']:.1f} %, transfer "
+        f"{found['transfer_log_odds']:.3f}, {found['core_seconds'] / 60:.1f} core minutes"
+    )
+
+
+def _results(options: argparse.Namespace) -> Path:
+    return options.results or measure.RESULTS / f"study-{options.scale}"
+
+
+def _search_file(results: Path, name: str) -> Path:
+    return results / f"search-{name}.json"
+
+
+def _result_file(results: Path, name: str, seed: int) -> Path:
+    return results / f"{name}-{seed}.json"
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Do all that is not done yet."""
+    scale = SCALES[options.scale]
+    cells = options.cells or scale.cells
+    if absent := set(cells) - set(scale.cells):
+        raise ValueError(f"--scale {options.scale} has no cell {min(absent)}: leave it out")
+    folder: Path = (options.folder or Path("runs", f"study-{options.scale}")).absolute()
+    results = _results(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = options.jobs or torch.cuda.device_count() or free_cores()
+    torch.set_num_threads(1)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            scale.images.write(folder / "images")
+            searches = [
+                partial(search, name, scale, folder, out)
+                for name in cells
+                if not (out := _search_file(results, name)).exists()
+            ]
+            in_parallel(searches, jobs)
+            runs = {
+                _result_file(results, name, seed): Run(
+                    name=name,
+                    rate=best_rate(_search_file(results, name)),
+                    seed=seed,
+                    epochs=scale.epochs,
+                    scale=scale,
+                    folder=folder,
+                )
+                for seed in range(options.seeds)
+                for name in cells
+            }
+            left = [partial(run, of, out) for out, of in runs.items() if not of.is_done(out)]
+            in_parallel(left, jobs)
+    except Timeout:
+        raise ValueError(f"another study runs in {folder}; name another --folder") from None
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print the tables and draw the figures."""
+    from benchmarks.study import claims, pictures, tables
+
+    folder = _results(options)
+    results = claims.read_results(folder)
+    tested = claims.tested(results)
+    searches = {
+        name: json.loads(path.read_text())
+        for name in CELLS
+        if (path := _search_file(folder, name)).exists()
+    }
+    print(tables.tradeoff(results), end="\n\n")
+    print(tables.claims(tested), end="\n\n")
+    print(tables.data_sets(results), end="\n\n")
+    print(tables.search({name: found["top1"] for name, found in searches.items()}), end="\n\n")
+    trained = tables.core_hours(run for runs in results.values() for run in runs)
+    searched = tables.core_hours(searches.values())
+    print(f"{trained:.1f} core hours of runs, {searched:.1f} of searches")
+    for path in pictures.draw_all(results, tested, options.out):
+        print(f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parts = parser.add_subparsers(required=True, metavar="run|report")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--scale", choices=SCALES, default="cpu", help="(cpu)")
+    shared.add_argument(
+        "--results", type=Path, help="folder of the JSON files (benchmarks/results/study-SCALE)"
+    )
+    part = parts.add_parser("run", parents=[shared], help="train and evaluate")
+    part.add_argument("--folder", type=Path, help="of images, runs and logs (runs/study-SCALE)")
+    part.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL", help="(all)")
+    part.add_argument("--seeds", type=command.positive, default=3, help="runs of each cell (3)")
+    part.add_argument("--jobs", type=command.positive, help="runs at once (one a core, or a GPU)")
+    part.set_defaults(work=run_all)
+    part = parts.add_parser("report", parents=[shared], help="draw and print what was found")
+    part.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    part.set_defaults(work=report)
+    options = parser.parse_args(arguments)
+    return command.run(lambda: options.work(options), "the study", "transfer")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

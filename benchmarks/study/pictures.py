@@ -1,0 +1,250 @@
+"""The study's figures; bars and bands are intervals of 95 % over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.cells import CELLS
+from benchmarks.study.claims import (
+    MEASURES,
+    Claim,
+    Estimate,
+    Results,
+    estimate,
+    values,
+    verdict,
+)
+from benchmarks.study.images import FRACTAL_SETS
+from trex_models.files import replacing
+from trex_models.transfer.canvas import (
+    GREY,
+    PALETTE,
+    Label,
+    bare,
+    drawing,
+    place_labels,
+)
+from trex_models.transfer.scores import student_interval
+
+COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
+VERDICTS = {"holds": "#009E73", "within noise": GREY, "fails": "#D55E00"}
+_POINTS = 40  # of a curve
+TITLES = {**FRACTAL_SETS, "digits": "Digits", "photographs": "Photographs"}
+
+
+def _style(name: str) -> dict[str, Any]:
+    """Return how a cell is drawn: colour by objective, filled by local crops, shape by depth."""
+    cell = CELLS[name]
+    color = COLORS[cell.objective]
+    marks = {None: "o", 0: "v", 1: "s", 2: "D", 3: "^"}
+    return {
+        "color": color,
+        "marker": marks[cell.layers],
+        "mfc": color if cell.local else "white",
+        "mec": color,
+    }
+
+
+def _line(name: str) -> dict[str, Any]:
+    """Return how a cell's curve is drawn: wider with depth, dashed without local crops."""
+    cell = CELLS[name]
+    width = 1.2 + 0.5 * (cell.layers or 0)
+    return {"color": COLORS[cell.objective], "ls": "-" if cell.local else "--", "lw": width}
+
+
+def _interval(axis: Any, found: Estimate, row: float, name: str, alpha: float = 1.0) -> None:
+    """Draw a cell's estimate on a row."""
+    style = _style(name)
+    _bar(axis, found, row, color=style["color"], lw=1.6, alpha=alpha)
+    axis.plot(found.mean, row, ls="", ms=7, alpha=alpha, **style)
+
+
+def _rows(axis: Any, cells: Sequence[str]) -> None:
+    """Name the rows of axes by cells, the first at the top."""
+    axis.set_yticks(range(len(cells)), [CELLS[cell].title for cell in cells])
+    axis.set_ylim(len(cells) - 0.4, -0.6)
+    bare(axis)
+
+
+def _bar(axis: Any, across: Estimate, up: float, vertical: bool = False, **style: Any) -> None:
+    """Draw an interval as a line."""
+    ends, place = (across.low, across.high), (up, up)
+    axis.plot(*((place, ends) if vertical else (ends, place)), **style)
+
+
+def tradeoff(results: Results) -> Any:
+    """Draw the paper's picture: training task against transfer, a point a cell."""
+    task, transfer = MEASURES["task"], MEASURES["transfer"]
+    points = {
+        name: (
+            Estimate(*(100 * v for v in estimate(values(runs, task)))),
+            estimate(values(runs, transfer)),
+        )
+        for name, runs in results.items()
+    }
+    with drawing(8.5, 6.2) as figure:
+        axis = figure.add_subplot()
+        bare(axis)
+        axis.margins(0.12)
+        for shallow, deep in (
+            ("cosine-1-global", "cosine-3-global"),
+            ("cosine-1", "cosine-3"),
+            ("ocm-1", "ocm-3"),
+        ):
+            if shallow in points and deep in points:
+                ends = [(points[n][0].mean, points[n][1].mean) for n in (shallow, deep)]
+                axis.plot(*zip(*ends, strict=True), color=_style(deep)["color"], ls=":", lw=1.4)
+        labels, lines = [], []
+        for name, (x, y) in points.items():
+            style = _style(name)
+            _bar(axis, x, y.mean, color=style["color"], lw=1.2)
+            _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
+            axis.plot(x.mean, y.mean, ls="", ms=8, zorder=3, **style)
+            labels.append(Label(x.mean, y.mean, CELLS[name].title, style["color"]))
+            lines += [((x.low, x.high), (y.mean,) * 2), ((x.mean,) * 2, (y.low, y.high))]
+        sets = len(next(iter(results.values()))[0]["data_sets"]) - 1
+        axis.set_xlabel("training task: top-1 accuracy on new images, %")
+        axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
+        axis.set_title("What depth of the projector, local crops and objective are worth")
+        place_labels(axis, labels, lines)
+    return figure
+
+
+def differences(tested: Sequence[tuple[Claim, Estimate]]) -> Any:
+    """Draw the claims, a panel a measure: the difference that each is about, with its interval."""
+    panels = {
+        key: [(claim, found) for claim, found in tested if claim.measure == key] for key in MEASURES
+    }
+    panels = {key: rows for key, rows in panels.items() if rows}
+    with drawing(9.5, 1.6 + 0.34 * len(tested) + 0.5 * len(panels)) as figure:
+        axes = figure.subplots(
+            len(panels), 1, height_ratios=[len(rows) + 0.6 for rows in panels.values()]
+        )
+        for axis, (key, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+            measure = MEASURES[key]
+            for place, (_, found) in enumerate(rows):
+                color = VERDICTS[verdict(found)]
+                scaled = Estimate(*(measure.scale * v for v in found))
+                _bar(axis, scaled, place, color=color, lw=2)
+                axis.plot(scaled.mean, place, "o", color=color, ms=7)
+            axis.axvline(0, color="black", lw=0.9)
+            axis.set_yticks(range(len(rows)), [claim.text for claim, _ in rows])
+            axis.set_ylim(len(rows) - 0.4, -0.6)
+            axis.set_title(f"difference in: {measure.title}", fontsize=9.5)
+            bare(axis)
+        for text, color in VERDICTS.items():
+            axis.plot([], [], "o-", color=color, label=text)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def data_sets(results: Results) -> Any:
+    """Draw accuracy on every data set, a panel each, a row a cell."""
+    names = list(next(iter(results.values()))[0]["data_sets"])
+    cells = list(results)
+    columns = 4
+    rows = -(-len(names) // columns)
+    with drawing(13, 0.8 + rows * (0.9 + 0.26 * len(cells))) as figure:
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axis, name in zip(axes, names, strict=False):
+            for place, cell in enumerate(cells):
+                found = estimate([100 * run["data_sets"][name]["top1"] for run in results[cell]])
+                _interval(axis, found, place, cell)
+            _rows(axis, cells)
+            axis.set_title(TITLES[name])
+            axis.set_xlabel("top-1, %")
+        for axis in axes[len(names) :]:
+            axis.remove()
+    return figure
+
+
+def geometry(results: Results, data_set: str) -> Any:
+    """Draw coding length, effective rank and spectrum of a data set's features."""
+    cells = list(results)
+    found = {
+        cell: [run["data_sets"][data_set]["analyses"] for run in runs]
+        for cell, runs in results.items()
+    }
+    with drawing(13, 4.6) as figure:
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+        for axis, key, title in (
+            (left, "coding_length", "coding length, nats (eps 0.5)"),
+            (middle, "effective_rank", "effective rank"),
+        ):
+            for place, cell in enumerate(cells):
+                numbers = [analysis[key] for analysis in found[cell]]
+                _interval(axis, estimate(numbers), place, cell)
+            _rows(axis, cells)
+            axis.set_xlabel(title)
+        middle.tick_params(labelleft=False)
+        for cell in cells:
+            spectra = np.array([analysis["singular_values"] for analysis in found[cell]])
+            axes = np.arange(1, spectra.shape[1] + 1)
+            right.plot(axes, spectra.mean(0), label=CELLS[cell].title, **_line(cell))
+        right.set(xscale="log", yscale="log", xlabel="principal axis", ylabel="singular value")
+        right.legend(frameon=False, fontsize=8)
+        bare(right)
+        figure.suptitle(f"Features of {TITLES[data_set].lower()}, at unit length", fontsize=11)
+    return figure
+
+
+def change(results: Results) -> Any:
+    """Draw how much class vectors change a step, and how far the heads are from new images."""
+    with drawing(13, 4.4) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+        for name, runs in results.items():
+            if "prototype_change" not in runs[0]["curves"]:
+                continue
+            curves = np.array([run["curves"]["prototype_change"] for run in runs])
+            blocks = np.array_split(np.arange(curves.shape[1]), _POINTS)
+            steps = [np.mean([runs[0]["curves"]["step"][i] for i in block]) for block in blocks]
+            # On the axis' own scale: geometric means, and the interval of the logarithm.
+            logs = np.log10(np.stack([curves[:, block].mean(1) for block in blocks], 1))
+            ends = [student_interval(list(column)) or (column[0],) * 2 for column in logs.T]
+            style = _line(name)
+            left.plot(steps, 10 ** logs.mean(0), label=CELLS[name].title, **style)
+            low, high = 10 ** np.array(ends).T
+            left.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        left.set(xlabel="step", ylabel="change of unit class vectors a step", yscale="log")
+        left.set_ylim(bottom=1e-5)
+        left.set_title("Class vectors")
+        left.legend(frameon=False, fontsize=8)
+        bare(left)
+        cells = [name for name, runs in results.items() if runs[0]["head"]]
+        for place, name in enumerate(cells):
+            for part, offset, faint in (("train", -0.14, 0.45), ("test", 0.14, 1.0)):
+                found = estimate([100 * run["head"][part] for run in results[name]])
+                _interval(right, found, place + offset, name, alpha=faint)
+        _rows(right, cells)
+        right.set_xlabel("top-1, %; pale: training images, full: new ones")
+        right.set_title("The training heads")
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
+
+
+def draw_all(
+    results: Results, tested: Sequence[tuple[Claim, Estimate]], folder: Path
+) -> list[Path]:
+    """Draw all figures into a folder; return their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: Mapping[str, Any] = {
+        "tradeoff": tradeoff(results),
+        "data_sets": data_sets(results),
+        "geometry": geometry(results, "task"),
+        "change": change(results),
+        **({"claims": differences(tested)} if tested else {}),
+    }
+    files = []
+    for name, figure in figures.items():
+        files.append(folder / f"study_{name}.png")
+        save(figure, files[-1])
+    return files

@@ -1,0 +1,221 @@
+"""One run of the study: the trainer's command, the evaluation's command, and what they found.
+
+A run that was interrupted goes on where it was; its result is one JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from benchmarks import measure
+from benchmarks.study.cells import CELLS, Cell, Field, Scale
+from benchmarks.study.images import FRACTAL_SETS
+from trex_models.data.folder import FolderSource
+from trex_models.evaluation.features import extract_features
+from trex_models.files import append, write_whole
+from trex_models.train.config import flatten
+
+TRAINING_TASK = "task"
+_REAL_SETS = ("digits", "photographs")
+_SEEDS = 2  # of the evaluation's validation splits
+_CURVES = ("step", "loss", "accuracy", "prototype_change")
+
+
+class FailedError(ValueError):
+    """A command of the study ended with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training and its evaluation.
+
+    Raises:
+        FailedError: Of ``search`` and ``complete``: a command failed; the message names its log.
+    """
+
+    name: str
+    """Of the cell, a key of ``CELLS``."""
+    rate: float
+    """Peak learning rate per 256 images."""
+    seed: int
+    epochs: int
+    scale: Scale
+    folder: Path
+    """Of the study."""
+
+    @property
+    def cell(self) -> Cell:
+        """What is trained."""
+        return CELLS[self.name]
+
+    @property
+    def output(self) -> Path:
+        """Folder of the run."""
+        return self.folder / "runs" / f"{self.name}-{self.epochs}-{self.rate:g}-{self.seed}"
+
+    def _beside(self, kind: str) -> Path:
+        """Return a file beside the run's folder; its name has dots that are no suffix."""
+        return self.output.with_name(f"{self.output.name}.{kind}")
+
+    def settings(self) -> dict[str, Field]:
+        """Return the trainer's fields that say what is learned, over the recipe demo."""
+        return {
+            "data.source": "folder",
+            "data.variation": 1.0,  # the default: these images are not the recipe's own
+            "validation.images-per-class": 0,
+            **self.scale.settings,
+            **self.cell.settings(),
+            "optim.epochs": self.epochs,
+            "optim.base-lr": self.rate,
+            "seed": self.seed,
+        }
+
+    def training(self) -> list[str]:
+        """Return the trainer's arguments."""
+        fields = {
+            **self.settings(),
+            "data.path": str(self.folder / "images" / "train"),
+            "system.workers": self.scale.workers,
+            "output": str(self.output),
+        }
+        arguments = ["demo"]
+        for field, value in fields.items():
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [f"--{field}", *map(str, values)]
+        return arguments
+
+    def evaluation(self, sets: Sequence[str], out: Path, seeds: int) -> list[str]:
+        """Return the arguments of the transfer evaluation.
+
+        Args:
+            sets: Names of folders of the study, and of data sets.
+            out: The report.
+            seeds: Validation splits.
+        """
+        images = self.folder / "images"
+        named = [name if name in _REAL_SETS else f"{name}={images / name}" for name in sets]
+        arguments = ["--model", str(self.output), "--data-sets", ",".join(named)]
+        arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--out", str(out)]
+        arguments += ["--workers", str(self.scale.workers)]
+        return [*arguments, "--analyses", "--label", self.cell.title]
+
+    def search(self) -> float:
+        """Train, and return top-1 on held-out images of the training classes."""
+        out = self.output / "held-out.json"
+        if not out.exists():
+            self._do("trex_models.train", self.training())
+            self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
+        return float(json.loads(out.read_text())["data_sets"]["held-out"]["top1"]["mean"])
+
+    def is_done(self, result: Path) -> bool:
+        """Return whether there is a result of this run.
+
+        Raises:
+            ValueError: There is one of other settings.
+        """
+        if not result.exists():
+            return False
+        known = flatten(json.loads(result.read_text())["settings"])
+        asked = flatten(json.loads(json.dumps(self.settings())))
+        for field in sorted(known.keys() | asked.keys()):
+            if known.get(field) != asked.get(field):
+                raise ValueError(
+                    f"{result} is of {field} {known.get(field)}, not {asked.get(field)}: delete "
+                    "it, or name another --results"
+                )
+        return True
+
+    def complete(self, result: Path) -> None:
+        """Train, evaluate on all sets, and write the result."""
+        out = self.output / "transfer.json"
+        training = self.training()
+        self._do("trex_models.train", training)
+        evaluation = self.evaluation([*FRACTAL_SETS, *_REAL_SETS], out, _SEEDS)
+        self._do("trex_models.transfer", evaluation)
+        report = json.loads(out.read_text())
+        metrics = [json.loads(line) for line in (self.output / "metrics.jsonl").open()]
+        found = {
+            "cell": self.name,
+            "seed": self.seed,
+            "settings": self.settings(),
+            "commands": {"train": shlex.join(training), "transfer": shlex.join(evaluation)},
+            "task_top1": report["data_sets"][TRAINING_TASK]["top1"]["mean"],
+            "transfer_log_odds": report["transfer"]["mean_log_odds"],
+            "data_sets": {name: _entry(entry) for name, entry in report["data_sets"].items()},
+            "head": self._head(),
+            "curves": {
+                key: [line[key] for line in metrics] for key in _CURVES if key in metrics[0]
+            },
+            "core_seconds": round(self.core_seconds(), 1),
+            "machine": measure.machine(),
+        }
+        result.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(result, json.dumps(found) + "\n")
+
+    def core_seconds(self) -> float:
+        """Return the processor time of all commands of the run, interrupted ones included."""
+        costs = self._beside("cost")
+        return sum(map(float, costs.read_text().split())) if costs.exists() else 0.0
+
+    def _head(self) -> dict[str, float] | None:
+        """Return top-1 of the training head on training images and new ones; None without one."""
+        export = self.output / "export" / "cls"
+        if not export.is_dir():
+            return None
+        model = timm.create_model(f"local-dir:{export}", pretrained=True)
+        shares = {}
+        for part in ("train", "test"):
+            images = FolderSource(self.folder / "images" / TRAINING_TASK / part)
+            guesses = extract_features(model, images).argmax(1)
+            shares[part] = float((guesses == images.labels).mean())
+        return shares
+
+    def _do(self, module: str, arguments: list[str]) -> None:
+        """Run a module on one thread; its output goes to a log beside the run's folder."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        log = self._beside("log")
+        with log.open("ab") as file:
+            child = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+            )
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        append(self._beside("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
+        if child.returncode:
+            raise FailedError(f"{module} ended with status {child.returncode}: see {log}")
+
+
+_ANALYSES = (
+    "coding_length",
+    "effective_rank",
+    "singular_values",
+    "within_class_distance",
+    "between_class_distance",
+)
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result keeps of a data set's entry in a report."""
+    analyses = entry["analyses"]["train"]
+    return {
+        "top1": entry["top1"]["mean"],
+        "log_odds": entry["log_odds"],
+        "knn": entry["knn"]["top1"],
+        "test_images": entry["test"]["images"],
+        "images": {part: entry[part]["sha256"] for part in ("train", "test")},
+        "analyses": {key: analyses[key] for key in _ANALYSES} if analyses else None,
+    }

@@ -1,0 +1,237 @@
+"""The study's parts, and one run of it, from images to figures, at the size of a test."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.study import __main__ as study
+from benchmarks.study import claims, runs, tables
+from benchmarks.study.cells import CELLS, SCALES
+from benchmarks.study.claims import CLAIMS, MEASURES, Estimate
+from benchmarks.study.images import FRACTAL_SETS, Images, Part
+from benchmarks.study.runs import Run
+from trex_models.train.__main__ import parse
+from trex_models.train.backbone import build_backbone
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.8, [0.4, 0.8, 1.6]),
+        (3.2, [0.8, 1.6, 3.2, 6.4]),
+        (0.2, [0.1, 0.2, 0.4, 0.8, 1.6]),
+    ],
+)
+def test_climb_ends_with_a_worse_rate_on_either_side(best: float, tried: list[float]) -> None:
+    found = study.climb(lambda rate: -abs(np.log(rate / best)), 0.8)
+    assert sorted(found) == pytest.approx(tried)
+    assert max(found, key=lambda rate: found[rate]) == pytest.approx(best)
+
+
+def test_climb_ends_on_a_plateau() -> None:
+    assert sorted(study.climb(lambda _: 0.5, 0.8)) == [0.4, 0.8, 1.6]
+
+
+def test_claims_are_of_cells_and_measures_that_there_are() -> None:
+    for claim in CLAIMS:
+        assert claim.more in CELLS
+        assert claim.less in CELLS
+        assert claim.measure in MEASURES
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.3, "holds"), (-0.1, 0.3, "within noise"), (-0.3, -0.1, "fails")],
+)
+def test_verdict(low: float, high: float, verdict: str) -> None:
+    assert claims.verdict(Estimate((low + high) / 2, low, high)) == verdict
+
+
+def test_difference_has_welchs_interval() -> None:
+    found = claims.difference([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
+    half = 2.7764 * (2 / 3) ** 0.5  # t of 4 degrees of freedom, times the standard error
+    assert found == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
+
+
+def test_parts_of_a_set_share_no_image_and_labels_are_balanced() -> None:
+    images = Images(num_classes=3, per_class=4, size=16, few_classes=2)
+    parts = images.parts() | {
+        "hues/train": lambda: images._hues(30_000, 3),
+        "hues/test": lambda: images._hues(40_000, 2),
+    }
+    drawn = {name: list(part()) for name, part in parts.items()}
+    for name, part in drawn.items():
+        assert len(set(Counter(label for label, _ in part).values())) == 1, name
+    pixels = {name: {image.tobytes() for _, image in part} for name, part in drawn.items()}
+    for name in FRACTAL_SETS:
+        assert not pixels[f"{name}/train"] & pixels[f"{name}/test"], name
+    new = ("held-out/test", "task/test", "unseen/test", "hues/train", "hues/test")
+    for name in new:
+        assert not pixels["train"] & pixels[name], name
+    assert not pixels["held-out/test"] & pixels["task/test"]
+    labels = {name: {label for label, _ in part} for name, part in drawn.items()}
+    assert len(labels["hues/train"]) == 6
+    assert len(labels["turns/test"]) == len(labels["individuals/test"]) == 2 * 4
+    assert not labels["unseen/train"] & labels["train"]
+
+
+class _Drawn(Images):
+    """Images that are drawn otherwise."""
+
+    def parts(self) -> dict[str, Callable[[], Part]]:
+        return {"set/train": lambda: iter(self._drawn())}
+
+    def _drawn(self) -> Part:
+        yield "a", np.full((4, 4, 3), 7, np.uint8)
+        if self.size == 1:
+            raise OSError(28, "No space left on device")
+
+
+def test_images_are_whole_or_absent(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space"):
+        _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)
+    assert not (tmp_path / "set" / "train").exists()
+    _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)
+    [file] = (tmp_path / "set" / "train").rglob("*.bmp")
+    assert file.parent.name == "a"
+    with Image.open(file) as image:
+        assert np.asarray(image).tolist() == np.full((4, 4, 3), 7).tolist()
+    written = file.stat().st_mtime_ns
+    _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)  # what is there stays
+    assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_trainer_takes_every_cell(scale: str, tmp_path: Path) -> None:
+    for name in SCALES[scale].cells:
+        run = Run(name=name, rate=0.2, seed=3, epochs=20, scale=SCALES[scale], folder=tmp_path)
+        config = parse("demo", run.training()[1:])
+        cell = CELLS[name]
+        assert config.objective.name == cell.objective
+        assert config.model.projector == ("none" if cell.layers is None else "mlp")
+        assert bool(config.crops.local_crops) == cell.local
+        assert config.precision == cell.precision
+        assert (config.seed, config.optim.epochs, config.optim.base_lr) == (3, 20, 0.2)
+        train = SCALES[scale].images
+        assert config.objective.bank_entries <= train.num_classes * train.per_class
+        build_backbone(config.model.backbone, config.model.parsed_backbone_args(), [32])
+
+
+def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
+    """Return what a run might have found."""
+    rng = np.random.default_rng((len(cell), seed))
+    names = ["task", "unseen", "digits"]
+    entry = {
+        "log_odds": 1.0,
+        "knn": 0.5,
+        "test_images": 100,
+        "images": {"train": "1", "test": "2"},
+        "analyses": {
+            "coding_length": 10.0 + seed,
+            "effective_rank": 3.0 + seed,
+            "singular_values": [0.5, 0.2, 0.1],
+        },
+    }
+    steps = [20.0 * (line + 1) for line in range(60)]
+    curves = {"step": steps, "loss": [3.0] * 60, "accuracy": [0.1] * 60}
+    if CELLS[cell].objective != "look":
+        curves["prototype_change"] = rng.uniform(0.01, 0.02, 60).tolist()
+    return {
+        "cell": cell,
+        "seed": seed,
+        "settings": {"optim.base-lr": 0.8, "optim.epochs": 3},
+        "task_top1": float(rng.uniform(0.5, 0.9)),
+        "transfer_log_odds": float(rng.uniform(0, 1)),
+        "data_sets": {name: {"top1": float(rng.uniform(0.2, 0.9)), **entry} for name in names},
+        "head": None
+        if CELLS[cell].objective == "look"
+        else {"train": 0.9, "test": float(rng.uniform(0.6, 0.8))},
+        "curves": curves,
+        "core_seconds": 1800.0,
+        **changes,
+    }
+
+
+def _write(folder: Path, *results: dict[str, Any]) -> None:
+    for result in results:
+        (folder / f"{result['cell']}-{result['seed']}.json").write_text(json.dumps(result))
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(tmp_path, *(_result(cell, seed) for cell in CELLS for seed in range(2)))
+    for cell in CELLS:
+        found = {"top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6}, "core_seconds": 3600.0}
+        (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
+    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
+    assert "**0.8: 70.0**" in printed
+    for claim in CLAIMS:
+        assert f"| {claim.text} |" in printed
+    for name in ("tradeoff", "claims", "data_sets", "geometry", "change"):
+        with Image.open(tmp_path / "out" / f"study_{name}.png") as picture:
+            assert picture.width > 800
+            assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
+
+
+def test_results_of_one_seed_make_no_claims(tmp_path: Path) -> None:
+    _write(tmp_path, *(_result(cell, 0) for cell in CELLS))
+    assert claims.tested(claims.read_results(tmp_path)) == []
+
+
+def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, _result("ocm-1", 0), _result("ocm-3", 1, settings={"optim.epochs": 4}))
+    with pytest.raises(ValueError, match=r"ocm-3-1\.json differs in its epochs from ocm-1-0\.json"):
+        claims.read_results(tmp_path)
+
+
+def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "has no results" in capsys.readouterr().err
+
+
+def test_a_failed_command_names_its_log(tmp_path: Path) -> None:
+    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=1, scale=SCALES["cpu"], folder=tmp_path)
+    with pytest.raises(
+        runs.FailedError, match=r"trex_models\.train ended with status 2: see .*log"
+    ):
+        run.search()
+    assert "error: " in (tmp_path / "runs" / "ocm-1-1-0.8-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All cells' kinds of results come from the real commands."""
+    images = Images(num_classes=4, per_class=20, size=32, few_classes=2)
+    settings = {**SCALES["cpu"].settings, "objective.bank-size": 64}
+    small = replace(SCALES["cpu"], images=images, epochs=2, search_epochs=1, settings=settings)
+    monkeypatch.setitem(SCALES, "cpu", small)
+    monkeypatch.setattr(study, "climb", lambda score, first: {first: score(first)})
+    folder, results = tmp_path / "study", tmp_path / "results"
+    command = ["run", "--folder", str(folder), "--results", str(results), "--seeds", "1"]
+    command += ["--cells", "ocm-1", "look-1", "--jobs", "1"]
+    assert study.main(command) == 0
+    [ocm, look] = (json.loads((results / f"{n}-0.json").read_text()) for n in ("ocm-1", "look-1"))
+    assert list(ocm["data_sets"]) == [*FRACTAL_SETS, "digits", "photographs"]
+    assert set(ocm["head"]) == {"train", "test"}
+    assert look["head"] is None
+    assert len(ocm["curves"]["prototype_change"]) == len(ocm["curves"]["step"])
+    assert ocm["core_seconds"] > 1
+    assert tables.tradeoff(claims.read_results(results)).count("\n") == 3
+    before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
+    assert study.main(command) == 0  # nothing is left to do
+    assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == before
+    changed = replace(small, settings={**settings, "objective.ema-momentum": 0.5})
+    monkeypatch.setitem(SCALES, "cpu", changed)
+    capsys.readouterr()
+    assert study.main(command) == 2
+    assert "is of objective.ema-momentum 0.9, not 0.5: delete it" in capsys.readouterr().err
