@@ -152,7 +152,7 @@ def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
         "data_sets": {name: {"top1": float(rng.uniform(0.2, 0.9)), **entry} for name in names},
         "head": None
         if CELLS[cell].objective == "look"
-        else {"train": 0.9, "test": float(rng.uniform(0.6, 0.8))},
+        else dict(zip(("train", "test"), rng.random(2).tolist(), strict=True)),
         "curves": curves,
         "core_seconds": 1800.0,
         **changes,
@@ -173,6 +173,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
+    assert "(18 runs)." in printed
     for claim in CLAIMS:
         assert f"| {claim.text} |" in printed
     for name in ("tradeoff", "claims", "data_sets", "geometry", "change"):
@@ -204,6 +205,17 @@ def test_a_failed_command_names_its_log(tmp_path: Path) -> None:
     ):
         run.search()
     assert "error: " in (tmp_path / "runs" / "ocm-1-1-0.8-0.log").read_text()
+
+
+def test_the_page_shows_the_recorded_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(["report", "--out", str(tmp_path)]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
+    lines = capsys.readouterr().out.split("wrote")[0].splitlines()
+    assert len(lines) > 30
+    for line in lines:
+        assert line in page, line
 
 
 @pytest.mark.slow

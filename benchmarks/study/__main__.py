@@ -121,7 +121,7 @@ def run_all(options: argparse.Namespace) -> None:
     cells = options.cells or scale.cells
     if absent := set(cells) - set(scale.cells):
         raise ValueError(f"--scale {options.scale} has no cell {min(absent)}: leave it out")
-    folder: Path = (options.folder or Path("runs", f"study-{options.scale}")).absolute()
+    folder = options.folder or Path("runs", f"study-{options.scale}")
     results = _results(options)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or torch.cuda.device_count() or free_cores()
@@ -167,6 +167,7 @@ def report(options: argparse.Namespace) -> None:
     }
     print(tables.tradeoff(results), end="\n\n")
     print(tables.claims(tested), end="\n\n")
+    print(tables.fit(results), end="\n\n")
     print(tables.data_sets(results), end="\n\n")
     print(tables.search({name: found["top1"] for name, found in searches.items()}), end="\n\n")
     trained = tables.core_hours(run for runs in results.values() for run in runs)

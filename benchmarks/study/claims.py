@@ -47,6 +47,11 @@ class Measure:
         return f"{mean} ({low} to {high})"
 
 
+def _fit(result: Mapping[str, Any]) -> float | None:
+    head = result["head"]
+    return float(head["train"]) if head else None
+
+
 def _gap(result: Mapping[str, Any]) -> float | None:
     head = result["head"]
     return head["train"] - head["test"] if head else None
@@ -62,6 +67,7 @@ MEASURES = {
     "task": Measure("training task, top-1 %", lambda r: float(r["task_top1"]), ".1f", 100),
     "transfer": Measure("transfer, log-odds", lambda r: float(r["transfer_log_odds"]), ".3f"),
     "change": Measure("change of class vectors a step", _change, ".4f"),
+    "fit": Measure("head on its training images, top-1 %", _fit, ".1f", 100),
     "gap": Measure("head: training less new images, points", _gap, ".1f", 100),
 }
 

@@ -112,9 +112,8 @@ class Run:
     def search(self) -> float:
         """Train, and return top-1 on held-out images of the training classes."""
         out = self.output / "held-out.json"
-        if not out.exists():
-            self._do("trex_models.train", self.training())
-            self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
+        self._do("trex_models.train", self.training())
+        self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
         return float(json.loads(out.read_text())["data_sets"]["held-out"]["top1"]["mean"])
 
     def is_done(self, result: Path) -> bool:
@@ -160,7 +159,7 @@ class Run:
             "machine": measure.machine(),
         }
         result.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(result, json.dumps(found) + "\n")
+        write_whole(result, json.dumps(rounded(found)) + "\n")
 
     def core_seconds(self) -> float:
         """Return the processor time of all commands of the run, interrupted ones included."""
@@ -197,6 +196,15 @@ class Run:
         append(self._beside("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
         if child.returncode:
             raise FailedError(f"{module} ended with status {child.returncode}: see {log}")
+
+
+def rounded(value: Any) -> Any:
+    """Return a JSON value with numbers of six digits, which is more than seeds agree on."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 _ANALYSES = (

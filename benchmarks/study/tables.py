@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from benchmarks.study.cells import CELLS
 from benchmarks.study.claims import MEASURES, Claim, Estimate, Results, estimate, values, verdict
 from benchmarks.study.pictures import TITLES
@@ -60,6 +62,20 @@ def search(tried: Mapping[str, Mapping[str, float]]) -> str:
         ]
         rows.append([CELLS[name].title, ", ".join(shown)])
     return _table(["", "learning rate: top-1 on held-out images, %"], rows)
+
+
+def fit(results: Results) -> str:
+    """Say how the two scores go with what a head knows of its training images, over all runs."""
+    runs = [run for runs in results.values() for run in runs if run["head"]]
+    known = [run["head"]["train"] for run in runs]
+    ranks = [
+        f"{spearmanr(known, [run[score] for run in runs]).statistic:.2f} with {title}"
+        for score, title in (("task_top1", "the training task"), ("transfer_log_odds", "transfer"))
+    ]
+    return (
+        "Spearman's rank correlation of the head's top-1 on its training images: "
+        f"{', '.join(ranks)} ({len(runs)} runs)."
+    )
 
 
 def core_hours(runs: Iterable[Mapping[str, Any]]) -> float:
