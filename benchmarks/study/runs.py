@@ -142,7 +142,9 @@ class Run:
         evaluation = self.evaluation([*FRACTAL_SETS, *_REAL_SETS], out, _SEEDS)
         self._do("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
-        metrics = [json.loads(line) for line in (self.output / "metrics.jsonl").open()]
+        metrics = [
+            json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()
+        ]
         found = {
             "cell": self.name,
             "seed": self.seed,
