@@ -46,7 +46,7 @@ def pins(name: str) -> dict[str, Version]:
 def changelog() -> list[tuple[str, str]]:
     """Return version and date of each release that the changelog has, the latest first."""
     text = (ROOT / "CHANGELOG.md").read_text()
-    return re.findall(r"^## \[?([^\]\s]+)\]?(?: - (\S+))?$", text, re.MULTILINE)
+    return re.findall(r"^## (?!\[Unreleased\]$)\[?([^\]\s]+)\]?(?: - (\S+))?$", text, re.MULTILINE)
 
 
 def citation(field: str) -> str:
