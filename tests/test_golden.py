@@ -76,9 +76,13 @@ def test_file_in_another_format_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "epochs"), [("resnet50", 3), ("resnext50_32x4d", 1)])
+@pytest.mark.parametrize(("arch", "epochs"), [("resnet50", 2), ("resnext50_32x4d", 1)])
 def test_steps_of_a_deep_network(arch: str, epochs: int) -> None:
-    """Against plain formulas: deep networks amplify any difference in rounding."""
+    """Against plain formulas.
+
+    Deep networks amplify any difference in rounding, which no two processors share: after nine
+    steps of a ResNet-50 it may exceed the limit (1.5e-6), after six it is 3e-9.
+    """
     torch.set_num_threads(1)
     case = ENTRIES[0]["case"] | {"arch": arch, "lr": 1.6, "hidden_layers": 3, "epochs": epochs}
     recorded = reference_method.train(case)
