@@ -7,6 +7,7 @@ Shapes: H, W height and width of the image; S the size of the crop.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -51,19 +52,42 @@ def draw_boxes(
     for name, (low, high) in (("scale", scale), ("ratio", ratio)):
         if not 0 < low <= high < math.inf:
             raise ValueError(f"{name} must be positive and ascending, not {(low, high)}")
+    draws = rng.random((4, count, _ATTEMPTS)).tolist()
+    boxes = [
+        _first_box(attempts, height, width, scale, ratio) for attempts in zip(*draws, strict=True)
+    ]
+    return np.array(boxes, np.int64).reshape(count, 4)
+
+
+def _first_box(
+    attempts: Sequence[Sequence[float]],
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Return the first box that fits into the image, or else the largest central one.
+
+    Plain floats: arrays of so few numbers would take ten times as long.
+
+    Args:
+        attempts: Numbers in [0, 1) for area, ratio, top and left, each for every attempt.
+        height: H.
+        width: W.
+        scale: As of ``draw_boxes``, likewise:
+        ratio: Of a box.
+    """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    size, shape, down, right = rng.random((4, count, _ATTEMPTS))
-    # By logarithms: sides are sqrt(area / aspect) and sqrt(area * aspect).
-    area = np.log(height * width * (scale[0] + (scale[1] - scale[0]) * size))
-    aspect = log_low + (log_high - log_low) * shape
-    heights, widths = np.rint(np.exp([(area - aspect) / 2, (area + aspect) / 2])).astype(np.int64)
-    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
-    tops = (down * (height - heights + 1)).astype(np.int64)
-    lefts = (right * (width - widths + 1)).astype(np.int64)
-    chosen = fits.argmax(1)
-    boxes = np.stack([tops, lefts, heights, widths], 2)[np.arange(count), chosen]
-    boxes[~fits.any(1)] = _largest_box(height, width, ratio)
-    return boxes
+    for size, shape, down, right in zip(*attempts, strict=True):
+        # By logarithms: sides are sqrt(area / aspect) and sqrt(area * aspect).
+        area = math.log(height * width * (scale[0] + (scale[1] - scale[0]) * size))
+        aspect = log_low + (log_high - log_low) * shape
+        box_height = round(math.exp((area - aspect) / 2))
+        box_width = round(math.exp((area + aspect) / 2))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(down * (height - box_height + 1))
+            return top, int(right * (width - box_width + 1)), box_height, box_width
+    return _largest_box(height, width, ratio)
 
 
 def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:

@@ -24,6 +24,7 @@ from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.photometric import (
     GLOBAL_LAW,
     LOCAL_LAW,
+    NUM_DRAWS,
     NUM_PARAMETERS,
     PhotometricLaw,
 )
@@ -66,20 +67,31 @@ class CropSpec:
         rng: np.random.Generator,
         image: NDArray[np.uint8],
         out: Tensor,
-        parameters: NDArray[np.float32],
+        draws: NDArray[np.float64],
     ) -> None:
-        """Write an image's crops, and the parameters of the augmentation still to be done.
+        """Write an image's crops, and the draws for the augmentation still to be done.
 
         Args:
             rng: Source of the draws.
             image: (height, width, 3) uint8 RGB.
             out: (N, S, S, 3) uint8, written in place.
-            parameters: (N, P), written in place.
+            draws: (N, NUM_DRAWS), written in place: what ``law.fill`` makes parameters of.
         """
-        self.law.draw(rng, parameters)
+        rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
         for crop, box in enumerate(boxes.tolist()):
             cut(image, box, self.size, out[crop])
+
+    def parameters(self, draws: NDArray[np.float64]) -> Tensor:
+        """Return the parameters of a batch's augmentation, (N * B, P) float32, crop-major.
+
+        Args:
+            draws: (B, N, NUM_DRAWS), of ``draw``.
+        """
+        crop_major = draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS)
+        parameters = np.empty((len(crop_major), NUM_PARAMETERS), np.float32)
+        self.law.fill(crop_major, parameters)
+        return torch.from_numpy(parameters)
 
 
 TREX_CROPS = (
@@ -161,16 +173,16 @@ class MultiCropDataset(Dataset[Batch]):
         ids: list[int] = []
         unreadable: dict[int, str] = {}
         crops = self._crops(size)
-        parameters = [np.empty((s.count, size, NUM_PARAMETERS), np.float32) for s in self.specs]
+        draws = [np.empty((size, s.count, NUM_DRAWS)) for s in self.specs]
         for position, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
             image, found = self._read(epoch, index, unreadable)
             ids.append(found)
-            for spec, out, rows in zip(self.specs, crops, parameters, strict=True):
-                spec.draw(rng, image, out[:, position], rows[:, position])
+            for spec, out, drawn in zip(self.specs, crops, draws, strict=True):
+                spec.draw(rng, image, out[:, position], drawn[position])
         return Batch(
             [c.flatten(0, 1) for c in crops],
-            [torch.from_numpy(p).flatten(0, 1) for p in parameters],
+            [s.parameters(drawn) for s, drawn in zip(self.specs, draws, strict=True)],
             torch.from_numpy(self.source.labels[ids]),
             torch.tensor(ids),
             unreadable,

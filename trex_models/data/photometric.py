@@ -50,6 +50,8 @@ SOLARIZE = 12
 THRESHOLD = 13
 NUM_PARAMETERS = 14
 
+NUM_DRAWS = 14  # that a row is made of
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -140,7 +142,15 @@ class PhotometricLaw:
             rng: source of the draws.
             out: (N, NUM_PARAMETERS), written in place.
         """
-        u = rng.random((len(out), 14))
+        self.fill(rng.random((len(out), NUM_DRAWS)), out)
+
+    def fill(self, u: NDArray[np.float64], out: NDArray[np.float32]) -> None:
+        """Fill rows of parameters from numbers that were drawn: of a whole batch at once.
+
+        Args:
+            u: (N, NUM_DRAWS), uniform in [0, 1).
+            out: (N, NUM_PARAMETERS), written in place.
+        """
         out[:, FLIP] = u[:, 0] < self.flip
         out[:, JITTER] = u[:, 1] < self.jitter
         out[:, ORDER] = u[:, 2:6].argsort(1)

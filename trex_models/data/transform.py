@@ -50,8 +50,8 @@ class MultiCrop:
         crops: list[Tensor] = []
         for spec in self.specs:
             out = torch.empty(spec.count, spec.size, spec.size, 3, dtype=torch.uint8)
-            rows = np.empty((spec.count, photometric.NUM_PARAMETERS), np.float32)
-            spec.draw(rng, pixels, out, rows)
-            images = photometric.apply(out.permute(0, 3, 1, 2), torch.from_numpy(rows))
+            draws = np.empty((1, spec.count, photometric.NUM_DRAWS))
+            spec.draw(rng, pixels, out, draws[0])
+            images = photometric.apply(out.permute(0, 3, 1, 2), spec.parameters(draws))
             crops += photometric.normalize(images)
         return crops
