@@ -199,18 +199,18 @@ def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_failed_command_names_its_log(tmp_path: Path) -> None:
-    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=1, scale=SCALES["cpu"], folder=tmp_path)
+    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
     with pytest.raises(
         runs.FailedError, match=r"trex_models\.train ended with status 2: see .*log"
     ):
         run.search()
-    assert "error: " in (tmp_path / "runs" / "ocm-1-1-0.8-0.log").read_text()
+    assert "error: " in (tmp_path / "runs" / "ocm-1-20-0.8-0.log").read_text()
 
 
 def test_the_page_shows_the_recorded_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert study.main(["report", "--out", str(tmp_path)]) == 0
+    assert study.main(["report", "--scale", "short", "--out", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()
     assert len(lines) > 30
@@ -225,7 +225,10 @@ def test_a_study(
     """A cell's result comes from the real commands."""
     images = Images(num_classes=4, per_class=20, size=32, few_classes=2)
     settings = {**SCALES["cpu"].settings, "objective.bank-size": 64}
-    small = replace(SCALES["cpu"], images=images, epochs=2, search_epochs=1, settings=settings)
+    settings["optim.warmup-epochs"] = 1
+    small = replace(
+        SCALES["cpu"], images=images, epochs=2, search_epochs=1, start_epochs=1, settings=settings
+    )
     monkeypatch.setitem(SCALES, "cpu", small)
     monkeypatch.setattr(study, "climb", lambda score, first: {first: score(first)})
     folder, results = tmp_path / "study", tmp_path / "results"
@@ -233,6 +236,12 @@ def test_a_study(
     command += ["--cells", "ocm-1", "--jobs", "1"]
     assert study.main(command) == 0
     ocm = json.loads((results / "ocm-1-0.json").read_text())
+    assert (
+        f"--init-from {folder / 'runs' / 'start-0' / 'export' / 'backbone'}"
+        in (ocm["commands"]["train"])
+    )
+    log = (folder / "runs" / "ocm-1-2-0.2-0.log").read_text()
+    assert "start-0" in log
     assert list(ocm["data_sets"]) == [*FRACTAL_SETS, "digits", "photographs"]
     assert set(ocm["head"]) == {"train", "test"}
     assert len(ocm["curves"]["prototype_change"]) == len(ocm["curves"]["step"])

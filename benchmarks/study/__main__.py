@@ -67,6 +67,14 @@ def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
             raise
 
 
+def start(run: Run, out: Path) -> str:
+    """Train the backbone that the runs of a seed start from; write what it cost."""
+    run.train()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, json.dumps({"core_seconds": round(run.core_seconds(), 1)}) + "\n")
+    return f"what runs of seed {run.seed} start from"
+
+
 def search(name: str, scale: Scale, folder: Path, out: Path) -> str:
     """Find a cell's learning rate; write the scores of all that were tried."""
 
@@ -111,6 +119,10 @@ def _search_file(results: Path, name: str) -> Path:
     return results / f"search-{name}.json"
 
 
+def _start_file(results: Path, seed: int) -> Path:
+    return results / f"start-{seed}.json"
+
+
 def _result_file(results: Path, name: str, seed: int) -> Path:
     return results / f"{name}-{seed}.json"
 
@@ -129,6 +141,12 @@ def run_all(options: argparse.Namespace) -> None:
     try:
         with FileLock(folder / ".lock", timeout=0):
             scale.images.write(folder / "images")
+            if scale.start_epochs:
+                seeds = (SEARCH_SEED, *range(options.seeds))
+                starts = [Run.start(scale, seed, folder) for seed in seeds]
+                in_parallel(
+                    [partial(start, of, _start_file(results, of.seed)) for of in starts], jobs
+                )
             searches = [
                 partial(search, name, scale, folder, out)
                 for name in cells
@@ -170,9 +188,11 @@ def report(options: argparse.Namespace) -> None:
     print(tables.fit(results), end="\n\n")
     print(tables.data_sets(results), end="\n\n")
     print(tables.search({name: found["top1"] for name, found in searches.items()}), end="\n\n")
+    starts = [json.loads(path.read_text()) for path in sorted(folder.glob("start-*.json"))]
     trained = tables.core_hours(run for runs in results.values() for run in runs)
-    searched = tables.core_hours(searches.values())
-    print(f"{trained:.1f} core hours of runs, {searched:.1f} of searches")
+    prepared = tables.core_hours([*searches.values(), *starts])
+    what = "searches and starts" if starts else "searches"
+    print(f"{trained:.1f} core hours of runs, {prepared:.1f} of {what}")
     for path in pictures.draw_all(results, tested, options.out):
         print(f"wrote {path}")
 

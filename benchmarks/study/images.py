@@ -49,12 +49,14 @@ class Images:
         num_classes: Of the training task, and of those not trained on.
         per_class: Training images of each class.
         size: Side in pixels.
+        variation: As of ``draw_fractal``: how much the images of a class differ.
         few_classes: Training classes of the sets whose labels are a class and something else.
     """
 
     num_classes: int
     per_class: int
     size: int
+    variation: float = 1.0
     few_classes: int = 16
 
     def parts(self) -> dict[str, Callable[[], Part]]:
@@ -95,18 +97,36 @@ class Images:
                 Image.fromarray(pixels).save(beside / label / f"{number:05d}.bmp")
             beside.rename(part)
 
+    def _draw(
+        self,
+        number: int,
+        image: int,
+        *,
+        turn: float | None = None,
+        individual: int | None = None,
+    ) -> Fractal:
+        """Draw an image of a class."""
+        return draw_fractal(
+            number,
+            image,
+            self.size,
+            variation=self.variation,
+            turn=turn,
+            individual=individual,
+        )
+
     def _classes(self, first_class: int, first_image: int, count: int) -> Part:
         """Yield images labelled by class."""
         for number in range(first_class, first_class + self.num_classes):
             for image in range(first_image, first_image + count):
-                yield f"{number:04d}", draw_fractal(number, image, self.size).image
+                yield f"{number:04d}", self._draw(number, image).image
 
     def _individuals(self, first_image: int, count: int) -> Part:
         """Yield images of few training classes, labelled by the variant of the class's shape."""
         for number in range(self.few_classes):
             for individual in range(_INDIVIDUALS):
                 for image in range(first_image, first_image + count):
-                    drawn = draw_fractal(number, image, self.size, individual=individual)
+                    drawn = self._draw(number, image, individual=individual)
                     yield f"{number:04d}-{individual}", drawn.image
 
     def _turns(self, first_image: int, count: int) -> Part:
@@ -122,7 +142,7 @@ class Images:
         """Yield images of a class near a turn, leaving out those that are mirrored."""
         for image in range(first_image, first_image + _MOST_NUMBERS):
             spread = np.random.default_rng((number, image)).uniform(-1, 1) * _TURN_SPREAD
-            drawn = draw_fractal(number, image, self.size, turn=turn + float(spread))
+            drawn = self._draw(number, image, turn=turn + float(spread))
             if not drawn.mirrored:
                 yield drawn
 
@@ -131,7 +151,7 @@ class Images:
         found = [0] * _HUES
         for image in range(first_image, first_image + _LATER):
             for number in range(self.num_classes):
-                drawn = draw_fractal(number, image, self.size)
+                drawn = self._draw(number, image)
                 label = int(rgb_to_hsv(*drawn.color)[0] * _HUES)
                 if np.ptp(drawn.color) < _LEAST_CHROMA or found[label] == count:
                     continue

@@ -33,6 +33,7 @@ from trex_models.transfer.scores import student_interval
 COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
 VERDICTS = {"holds": "#009E73", "within noise": GREY, "fails": "#D55E00"}
 _POINTS = 40  # of a curve
+_LEAST = 1e-12  # that has a logarithm
 TITLES = {**FRACTAL_SETS, "digits": "Digits", "photographs": "Photographs"}
 
 
@@ -74,6 +75,19 @@ def _bar(axis: Any, across: Estimate, up: float, vertical: bool = False, **style
     """Draw an interval as a line."""
     ends, place = (across.low, across.high), (up, up)
     axis.plot(*((place, ends) if vertical else (ends, place)), **style)
+
+
+def _curve(axis: Any, places: Any, curves: np.ndarray, name: str) -> None:
+    """Draw a cell's curves, a row a seed, on the scale of the logarithm.
+
+    The line is the geometric mean, the band the interval of the mean logarithm.
+    """
+    logs = np.log10(np.maximum(curves, _LEAST))
+    style = _line(name)
+    axis.plot(places, 10 ** logs.mean(0), label=CELLS[name].title, **style)
+    ends = [student_interval(list(column)) or (column[0],) * 2 for column in logs.T]
+    low, high = 10 ** np.array(ends).T
+    axis.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def tradeoff(results: Results) -> Any:
@@ -184,7 +198,7 @@ def geometry(results: Results, data_set: str) -> Any:
         for cell in cells:
             spectra = np.array([analysis["singular_values"] for analysis in found[cell]])
             axes = np.arange(1, spectra.shape[1] + 1)
-            right.plot(axes, spectra.mean(0), label=CELLS[cell].title, **_line(cell))
+            _curve(right, axes, spectra, cell)
         right.set(xscale="log", yscale="log", xlabel="principal axis", ylabel="singular value")
         right.legend(frameon=False, fontsize=8)
         bare(right)
@@ -202,13 +216,7 @@ def change(results: Results) -> Any:
             curves = np.array([run["curves"]["prototype_change"] for run in runs])
             blocks = np.array_split(np.arange(curves.shape[1]), _POINTS)
             steps = [np.mean([runs[0]["curves"]["step"][i] for i in block]) for block in blocks]
-            # On the axis' own scale: geometric means, and the interval of the logarithm.
-            logs = np.log10(np.stack([curves[:, block].mean(1) for block in blocks], 1))
-            ends = [student_interval(list(column)) or (column[0],) * 2 for column in logs.T]
-            style = _line(name)
-            left.plot(steps, 10 ** logs.mean(0), label=CELLS[name].title, **style)
-            low, high = 10 ** np.array(ends).T
-            left.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            _curve(left, steps, np.stack([curves[:, b].mean(1) for b in blocks], 1), name)
         left.set(xlabel="step", ylabel="change of unit class vectors a step", yscale="log")
         left.set_ylim(bottom=1e-5)
         left.set_title("Class vectors")

@@ -40,7 +40,7 @@ class Run:
     """A training and its evaluation.
 
     Raises:
-        FailedError: Of ``search`` and ``complete``: a command failed; the message names its log.
+        FailedError: Of all that runs a command: it failed; the message names its log.
     """
 
     name: str
@@ -52,6 +52,22 @@ class Run:
     scale: Scale
     folder: Path
     """Of the study."""
+    is_start: bool = False
+    """Whether it only makes the backbone that the runs of its seed start from."""
+
+    @classmethod
+    def start(cls, scale: Scale, seed: int, folder: Path) -> Run:
+        """Return the run whose backbone those of a seed start from: the plain baseline, briefly."""
+        epochs, rate = scale.start_epochs, scale.start_rate
+        return cls(
+            name="softmax-global",
+            rate=rate,
+            seed=seed,
+            epochs=epochs,
+            scale=scale,
+            folder=folder,
+            is_start=True,
+        )
 
     @property
     def cell(self) -> Cell:
@@ -61,6 +77,8 @@ class Run:
     @property
     def output(self) -> Path:
         """Folder of the run."""
+        if self.is_start:
+            return self.folder / "runs" / f"start-{self.seed}"
         return self.folder / "runs" / f"{self.name}-{self.epochs}-{self.rate:g}-{self.seed}"
 
     def _beside(self, kind: str) -> Path:
@@ -80,6 +98,11 @@ class Run:
             "seed": self.seed,
         }
 
+    def conditions(self) -> dict[str, Field]:
+        """Return what a result is of: the settings, and what the run starts from."""
+        started = {"start.epochs": self.scale.start_epochs, "start.base-lr": self.scale.start_rate}
+        return {**self.settings(), **(started if self.scale.start_epochs else {})}
+
     def training(self) -> list[str]:
         """Return the trainer's arguments."""
         fields = {
@@ -88,6 +111,9 @@ class Run:
             "system.workers": self.scale.workers,
             "output": str(self.output),
         }
+        if self.scale.start_epochs and not self.is_start:
+            start = Run.start(self.scale, self.seed, self.folder)
+            fields["init-from"] = str(start.backbone)
         arguments = ["demo"]
         for field, value in fields.items():
             values = value if isinstance(value, tuple) else (value,)
@@ -109,10 +135,19 @@ class Run:
         arguments += ["--workers", str(self.scale.workers)]
         return [*arguments, "--analyses", "--label", self.cell.title]
 
+    @property
+    def backbone(self) -> Path:
+        """Folder of the trained backbone."""
+        return self.output / "export" / "backbone"
+
+    def train(self) -> None:
+        """Train, or go on where it was interrupted."""
+        self._do("trex_models.train", self.training())
+
     def search(self) -> float:
         """Train, and return top-1 on held-out images of the training classes."""
         out = self.output / "held-out.json"
-        self._do("trex_models.train", self.training())
+        self.train()
         self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
         return float(json.loads(out.read_text())["data_sets"]["held-out"]["top1"]["mean"])
 
@@ -125,7 +160,7 @@ class Run:
         if not result.exists():
             return False
         known = flatten(json.loads(result.read_text())["settings"])
-        asked = flatten(json.loads(json.dumps(self.settings())))
+        asked = flatten(json.loads(json.dumps(self.conditions())))
         for field in sorted(known.keys() | asked.keys()):
             if known.get(field) != asked.get(field):
                 raise ValueError(
@@ -137,8 +172,7 @@ class Run:
     def complete(self, result: Path) -> None:
         """Train, evaluate on all sets, and write the result."""
         out = self.output / "transfer.json"
-        training = self.training()
-        self._do("trex_models.train", training)
+        self.train()
         evaluation = self.evaluation([*FRACTAL_SETS, *_REAL_SETS], out, _SEEDS)
         self._do("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
@@ -148,8 +182,8 @@ class Run:
         found = {
             "cell": self.name,
             "seed": self.seed,
-            "settings": self.settings(),
-            "commands": {"train": shlex.join(training), "transfer": shlex.join(evaluation)},
+            "settings": self.conditions(),
+            "commands": {"train": shlex.join(self.training()), "transfer": shlex.join(evaluation)},
             "task_top1": report["data_sets"][TRAINING_TASK]["top1"]["mean"],
             "transfer_log_odds": report["transfer"]["mean_log_odds"],
             "data_sets": {name: _entry(entry) for name, entry in report["data_sets"].items()},
