@@ -1,6 +1,7 @@
 """The study's parts, and one run of it, from images to figures, at the size of a test."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import measure
 from benchmarks.study import __main__ as study
 from benchmarks.study import claims, runs, tables
 from benchmarks.study.cells import CELLS, SCALES
@@ -96,15 +98,17 @@ class _Drawn(Images):
 
 def test_images_are_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
-        _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)
-    assert not (tmp_path / "set" / "train").exists()
+        _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path / "full")
+    assert not (tmp_path / "full" / "set" / "train").exists()
     _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)
     [file] = (tmp_path / "set" / "train").rglob("*.bmp")
     assert file.parent.name == "a"
     with Image.open(file) as image:
         assert np.asarray(image).tolist() == np.full((4, 4, 3), 7).tolist()
     written = file.stat().st_mtime_ns
-    _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)  # what is there stays
+    _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)  # what is there stays
+    with pytest.raises(ValueError, match=r"'size': 4, .*, not .*'size': 1, .*name another"):
+        _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)
     assert file.stat().st_mtime_ns == written
 
 
@@ -205,6 +209,50 @@ def test_a_failed_command_names_its_log(tmp_path: Path) -> None:
     ):
         run.search()
     assert "error: " in (tmp_path / "runs" / "ocm-1-20-0.8-0.log").read_text()
+
+
+def test_a_training_that_diverges_scores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho error: the loss of step 3 is no longer finite\nexit 2\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
+    assert run.search() == 0
+    with pytest.raises(runs.DivergedError, match=r"status 2: see .*log"):
+        run.complete(tmp_path / "result.json")
+
+
+def test_results_of_other_images_are_refused(tmp_path: Path) -> None:
+    scale = SCALES["short"]
+    recorded = measure.RESULTS / "study-short" / "ocm-1-0.json"
+    run = Run(name="ocm-1", rate=0.4, seed=0, epochs=100, scale=scale, folder=tmp_path)
+    assert run.is_done(recorded)
+    other = replace(run, scale=replace(scale, images=replace(scale.images, variation=2.0)))
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of images\.variation 1\.0, not 2\.0"):
+        other.is_done(recorded)
+
+
+def test_a_cell_is_named_twice_or_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Images, "write", lambda *_: None)
+    searched: list[str] = []
+
+    def search(name: str, *_: object) -> str:
+        searched.append(name)
+        return name
+
+    monkeypatch.setattr(study, "search", search)
+    monkeypatch.setattr(study, "start", lambda *_: "started")
+    monkeypatch.setattr(study, "best_rate", lambda _: 0.2)
+    monkeypatch.setattr(study, "run", lambda *_: "done")
+    command = ["run", "--folder", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert study.main([*command, "--cells", "ocm-1", "ocm-1"]) == 0
+    assert searched == ["ocm-1"]
+    assert study.main([*command, "--cells", "ocm-1-fp16"]) == 2
+    assert "--scale cpu has no cell ocm-1-fp16: leave it out" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_recorded_results(

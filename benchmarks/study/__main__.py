@@ -127,11 +127,25 @@ def _result_file(results: Path, name: str, seed: int) -> Path:
     return results / f"{name}-{seed}.json"
 
 
+def _starts(
+    seeds: Iterable[int], scale: Scale, folder: Path, results: Path
+) -> list[Callable[[], str]]:
+    """Return what is left to do for the backbones that the runs of some seeds start from."""
+    if not scale.start_epochs:
+        return []
+    starts = {_start_file(results, seed): Run.start(scale, seed, folder) for seed in seeds}
+    return [
+        partial(start, of, out)
+        for out, of in starts.items()
+        if not (out.exists() and of.backbone.is_dir())
+    ]
+
+
 def run_all(options: argparse.Namespace) -> None:
     """Do all that is not done yet."""
     scale = SCALES[options.scale]
-    cells = options.cells or scale.cells
-    if absent := set(cells) - set(scale.cells):
+    cells = dict.fromkeys(options.cells or scale.cells)
+    if absent := cells.keys() - set(scale.cells):
         raise ValueError(f"--scale {options.scale} has no cell {min(absent)}: leave it out")
     folder = options.folder or Path("runs", f"study-{options.scale}")
     results = _results(options)
@@ -141,17 +155,13 @@ def run_all(options: argparse.Namespace) -> None:
     try:
         with FileLock(folder / ".lock", timeout=0):
             scale.images.write(folder / "images")
-            if scale.start_epochs:
-                seeds = (SEARCH_SEED, *range(options.seeds))
-                starts = [Run.start(scale, seed, folder) for seed in seeds]
-                in_parallel(
-                    [partial(start, of, _start_file(results, of.seed)) for of in starts], jobs
-                )
             searches = [
                 partial(search, name, scale, folder, out)
                 for name in cells
                 if not (out := _search_file(results, name)).exists()
             ]
+            if searches:
+                in_parallel(_starts([SEARCH_SEED], scale, folder, results), jobs)
             in_parallel(searches, jobs)
             runs = {
                 _result_file(results, name, seed): Run(
@@ -165,8 +175,10 @@ def run_all(options: argparse.Namespace) -> None:
                 for seed in range(options.seeds)
                 for name in cells
             }
-            left = [partial(run, of, out) for out, of in runs.items() if not of.is_done(out)]
-            in_parallel(left, jobs)
+            left = {out: of for out, of in runs.items() if not of.is_done(out)}
+            seeds = dict.fromkeys(of.seed for of in left.values())
+            in_parallel(_starts(seeds, scale, folder, results), jobs)
+            in_parallel([partial(run, of, out) for out, of in left.items()], jobs)
     except Timeout:
         raise ValueError(f"another study runs in {folder}; name another --folder") from None
 

@@ -6,10 +6,11 @@ variant of a class's shape an image shows, how far the shape is turned, its colo
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from colorsys import rgb_to_hsv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from trex_models.data.fractals import Fractal, draw_fractal
+from trex_models.files import write_whole
 
 Part = Iterator[tuple[str, np.ndarray]]
 """Names of classes and images."""
@@ -83,7 +85,13 @@ class Images:
 
         Raises:
             OSError: A file cannot be written.
+            ValueError: The folder has other images.
         """
+        folder.mkdir(parents=True, exist_ok=True)
+        described, drawn = folder / "images.json", asdict(self)
+        if described.exists() and (known := json.loads(described.read_text())) != drawn:
+            raise ValueError(f"{folder} has images of {known}, not {drawn}: name another --folder")
+        write_whole(described, json.dumps(drawn) + "\n")
         for name, images in self.parts().items():
             part = folder / name
             if part.is_dir():

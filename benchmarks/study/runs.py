@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,15 @@ _SEEDS = 2  # of the evaluation's validation splits
 _CURVES = ("step", "loss", "accuracy", "prototype_change")
 
 
+_DIVERGED = b"no longer finite"  # of the trainer's errors
+
+
 class FailedError(ValueError):
     """A command of the study ended with an error."""
+
+
+class DivergedError(FailedError):
+    """The loss of a training did not stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +106,10 @@ class Run:
         }
 
     def conditions(self) -> dict[str, Field]:
-        """Return what a result is of: the settings, and what the run starts from."""
+        """Return what a result is of: the settings, the images, and what the run starts from."""
         started = {"start.epochs": self.scale.start_epochs, "start.base-lr": self.scale.start_rate}
-        return {**self.settings(), **(started if self.scale.start_epochs else {})}
+        drawn = {f"images.{field}": value for field, value in asdict(self.scale.images).items()}
+        return {**self.settings(), **drawn, **(started if self.scale.start_epochs else {})}
 
     def training(self) -> list[str]:
         """Return the trainer's arguments."""
@@ -145,9 +153,12 @@ class Run:
         self._do("trex_models.train", self.training())
 
     def search(self) -> float:
-        """Train, and return top-1 on held-out images of the training classes."""
+        """Train, and return top-1 on held-out images of the training classes; 0 if it diverges."""
         out = self.output / "held-out.json"
-        self.train()
+        try:
+            self.train()
+        except DivergedError:
+            return 0.0
         self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
         return float(json.loads(out.read_text())["data_sets"]["held-out"]["top1"]["mean"])
 
@@ -198,7 +209,10 @@ class Run:
         write_whole(result, json.dumps(rounded(found)) + "\n")
 
     def core_seconds(self) -> float:
-        """Return the processor time of all commands of the run, interrupted ones included."""
+        """Return the processor time of the run's commands, those included that were interrupted.
+
+        Not of one whose study was killed beside it, nor of the heads' accuracy.
+        """
         costs = self._beside("cost")
         return sum(map(float, costs.read_text().split())) if costs.exists() else 0.0
 
@@ -231,7 +245,8 @@ class Run:
             child.returncode = os.waitstatus_to_exitcode(status)
         append(self._beside("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
         if child.returncode:
-            raise FailedError(f"{module} ended with status {child.returncode}: see {log}")
+            kind = DivergedError if _DIVERGED in log.read_bytes()[-4096:] else FailedError
+            raise kind(f"{module} ended with status {child.returncode}: see {log}")
 
 
 def rounded(value: Any) -> Any:

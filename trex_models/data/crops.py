@@ -74,8 +74,8 @@ def _first_box(
         attempts: Numbers in [0, 1) for area, ratio, top and left, each for every attempt.
         height: H.
         width: W.
-        scale: As of ``draw_boxes``, likewise:
-        ratio: Of a box.
+        scale: Least and greatest share of the image's area.
+        ratio: Least and greatest width / height.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for size, shape, down, right in zip(*attempts, strict=True):

@@ -75,7 +75,7 @@ class CropSpec:
             rng: Source of the draws.
             image: (height, width, 3) uint8 RGB.
             out: (N, S, S, 3) uint8, written in place.
-            draws: (N, NUM_DRAWS), written in place: what ``law.fill`` makes parameters of.
+            draws: (N, NUM_DRAWS) float64, contiguous, written in place, for ``parameters``.
         """
         rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
