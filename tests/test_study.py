@@ -224,6 +224,11 @@ def test_a_training_that_diverges_scores_nothing(
         run.complete(tmp_path / "result.json")
 
 
+def test_a_run_without_class_vectors_has_no_head(tmp_path: Path) -> None:
+    run = Run(name="look-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
+    assert run._head() is None
+
+
 def test_results_of_other_images_are_refused(tmp_path: Path) -> None:
     scale = SCALES["short"]
     recorded = measure.RESULTS / "study-short" / "ocm-1-0.json"

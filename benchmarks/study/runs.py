@@ -65,12 +65,11 @@ class Run:
     @classmethod
     def start(cls, scale: Scale, seed: int, folder: Path) -> Run:
         """Return the run whose backbone those of a seed start from: the plain baseline, briefly."""
-        epochs, rate = scale.start_epochs, scale.start_rate
         return cls(
             name="softmax-global",
-            rate=rate,
+            rate=scale.start_rate,
             seed=seed,
-            epochs=epochs,
+            epochs=scale.start_epochs,
             scale=scale,
             folder=folder,
             is_start=True,
