@@ -43,7 +43,7 @@ def test_the_same_bytes_in_any_order_and_process() -> None:
     backwards = [again.read(index) for index in reversed(range(len(again)))]
     np.testing.assert_array_equal(forwards, backwards[::-1])
     script = (
-        "import hashlib; from trex_models.data.fractals import FractalSource, draw_fractal\n"
+        "import hashlib; from trex_models.data.fractals import FractalSource\n"
         "source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5)\n"
         "images = [source.read(index).tobytes() for index in (5, 4, 3, 2, 1, 0)]\n"
         "print(hashlib.sha256(b''.join(images[::-1])).hexdigest())"

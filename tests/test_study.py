@@ -1,7 +1,10 @@
 """The study's parts, and one run of it, from images to figures, at the size of a test."""
 
 import json
+import os
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import measure
 from benchmarks.study import __main__ as study
 from benchmarks.study import claims, runs, tables
-from benchmarks.study.cells import CELLS, SCALES
+from benchmarks.study.cells import CELLS, SCALES, Start
 from benchmarks.study.claims import CLAIMS, MEASURES, Estimate
-from benchmarks.study.images import FRACTAL_SETS, Images, Part
+from benchmarks.study.images import REAL_SETS, TITLES, Images, Part
 from benchmarks.study.runs import Run
 from trex_models.train.__main__ import parse
 from trex_models.train.backbone import build_backbone
@@ -56,8 +58,8 @@ def test_verdict(low: float, high: float, verdict: str) -> None:
     assert claims.verdict(Estimate((low + high) / 2, low, high)) == verdict
 
 
-def test_difference_has_welchs_interval() -> None:
-    found = claims.difference([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
+def test_welchs_interval() -> None:
+    found = claims.welch([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
     half = 2.7764 * (2 / 3) ** 0.5  # t of 4 degrees of freedom, times the standard error
     assert found == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
 
@@ -72,7 +74,7 @@ def test_parts_of_a_set_share_no_image_and_labels_are_balanced() -> None:
     for name, part in drawn.items():
         assert len(set(Counter(label for label, _ in part).values())) == 1, name
     pixels = {name: {image.tobytes() for _, image in part} for name, part in drawn.items()}
-    for name in FRACTAL_SETS:
+    for name in TITLES.keys() - set(REAL_SETS):
         assert not pixels[f"{name}/train"] & pixels[f"{name}/test"], name
     new = ("held-out/test", "task/test", "unseen/test", "hues/train", "hues/test")
     for name in new:
@@ -150,13 +152,15 @@ def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
     return {
         "cell": cell,
         "seed": seed,
-        "settings": {"optim.base-lr": 0.8, "optim.epochs": 3},
+        "settings": {**CELLS[cell].settings(), "optim.base-lr": 0.8, "optim.epochs": 3},
         "task_top1": float(rng.uniform(0.5, 0.9)),
         "transfer_log_odds": float(rng.uniform(0, 1)),
         "data_sets": {name: {"top1": float(rng.uniform(0.2, 0.9)), **entry} for name in names},
         "head": None
         if CELLS[cell].objective == "look"
-        else dict(zip(("train", "test"), rng.random(2).tolist(), strict=True)),
+        else dict(
+            zip(("train", "test", "means_train", "means_test"), rng.random(4).tolist(), strict=True)
+        ),
         "curves": curves,
         "core_seconds": 1800.0,
         **changes,
@@ -171,29 +175,93 @@ def _write(folder: Path, *results: dict[str, Any]) -> None:
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, seed) for cell in CELLS for seed in range(2)))
     for cell in CELLS:
-        found = {"top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6}, "core_seconds": 3600.0}
+        found = {
+            "settings": {"optim.base-lr": 0.8},
+            "top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6},
+            "core_seconds": 3600.0,
+        }
         (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
-    assert "(18 runs)." in printed
+    assert "has the least of 18 runs" in printed
     for claim in CLAIMS:
         assert f"| {claim.text} |" in printed
-    for name in ("tradeoff", "claims", "data_sets", "geometry", "change"):
+    for name in ("tradeoff", "claims", "data_sets", "effects", "geometry", "change"):
         with Image.open(tmp_path / "out" / f"study_{name}.png") as picture:
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_results_of_one_seed_make_no_claims(tmp_path: Path) -> None:
-    _write(tmp_path, *(_result(cell, 0) for cell in CELLS))
+def test_results_of_one_seed_make_no_claims(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path)) == []
+    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    assert " to " not in printed
+    assert "has the least of 2 runs" in printed
+    assert (tmp_path / "out" / "study_tradeoff.png").exists()
+    assert not (tmp_path / "out" / "study_claims.png").exists()
+    assert not (tmp_path / "out" / "study_effects.png").exists()
+
+
+def _tops(folder: Path, **tops: tuple[float, ...]) -> claims.Results:
+    """Return results with given accuracies, a seed each."""
+    for cell, found in tops.items():
+        name = cell.replace("_", "-")
+        _write(folder, *(_result(name, seed, task_top1=top) for seed, top in enumerate(found)))
+    return claims.read_results(folder)
+
+
+def test_seeds_are_blocks(tmp_path: Path) -> None:
+    task = MEASURES["task"]
+    weights = {"cosine-1": 1.0, "cosine-1-global": -1.0}
+    two = _tops(tmp_path, cosine_1=(0.5, 0.6, 0.8), cosine_1_global=(0.4, 0.5, 0.6))
+    # Of two cells the paired interval: t of 2 degrees of freedom, the standard error.
+    half = 4.3027 * (0.01 / 3) ** 0.5 / 3**0.5
+    expected = pytest.approx((0.4 / 3, 0.4 / 3 - half, 0.4 / 3 + half), abs=1e-4)
+    assert claims.contrast(two, task, weights) == expected
+    # A seed that one of them lacks says nothing of their difference.
+    less = {"cosine-1": two["cosine-1"][:2], "cosine-1-global": two["cosine-1-global"]}
+    assert claims.contrast(less, task, weights) == pytest.approx((0.1, 0.1, 0.1))
+    # A third cell adds degrees of freedom: the two-way analysis of variance.
+    three = _tops(tmp_path, ocm_1=(0.4, 0.5, 0.65))
+    table = np.array([[0.5, 0.6, 0.8], [0.4, 0.5, 0.6], [0.4, 0.5, 0.65]])
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    half = 2.7764 * (2 / 3 * (rest**2).sum() / 4) ** 0.5  # t of 4 degrees of freedom
+    expected = pytest.approx((0.4 / 3, 0.4 / 3 - half, 0.4 / 3 + half), abs=1e-4)
+    assert claims.contrast(three, task, weights) == expected
+    half = 2.7764 * ((1 - 1 / 3) / 3 * (rest**2).sum() / 4) ** 0.5
+    mean = table[1].mean()
+    assert claims.among_cells(three, task, "cosine-1-global") == pytest.approx(
+        (mean, mean - half, mean + half), abs=1e-4
+    )
 
 
 def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
-    _write(tmp_path, _result("ocm-1", 0), _result("ocm-3", 1, settings={"optim.epochs": 4}))
-    with pytest.raises(ValueError, match=r"ocm-3-1\.json differs in its epochs from ocm-1-0\.json"):
+    other = {"optim.base-lr": 0.8, "optim.epochs": 4}
+    _write(tmp_path, _result("ocm-1", 0), _result("ocm-3", 1, settings=other))
+    differs = r"ocm-3-1\.json differs in its optim\.epochs from ocm-1-0\.json"
+    with pytest.raises(ValueError, match=differs):
+        claims.read_results(tmp_path)
+    (tmp_path / "ocm-3-1.json").unlink()
+    settings = {**_result("ocm-1", 10)["settings"], "optim.base-lr": 0.4}
+    _write(tmp_path, _result("ocm-1", 2), _result("ocm-1", 10, settings=settings))
+    differs = r"ocm-1-10\.json differs in its optim\.base-lr from ocm-1-0\.json"
+    with pytest.raises(ValueError, match=differs):
+        claims.read_results(tmp_path)
+    _write(tmp_path, _result("ocm-1", 10))
+    assert [run["seed"] for run in claims.read_results(tmp_path)["ocm-1"]] == [0, 2, 10]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "", '{"settings": {}}'])
+def test_a_damaged_result_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ocm-1-0.json").write_text(text)
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json is damaged \(.*\): delete it"):
         claims.read_results(tmp_path)
 
 
@@ -229,33 +297,96 @@ def test_a_run_without_class_vectors_has_no_head(tmp_path: Path) -> None:
     assert run._head() is None
 
 
-def test_results_of_other_images_are_refused(tmp_path: Path) -> None:
-    scale = SCALES["short"]
-    recorded = measure.RESULTS / "study-short" / "ocm-1-0.json"
+def test_results_of_other_conditions_are_not_gone_on_with(tmp_path: Path) -> None:
+    scale = SCALES["cpu"]
     run = Run(name="ocm-1", rate=0.4, seed=0, epochs=100, scale=scale, folder=tmp_path)
-    assert run.is_done(recorded)
-    other = replace(run, scale=replace(scale, images=replace(scale.images, variation=2.0)))
-    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of images\.variation 1\.0, not 2\.0"):
-        other.is_done(recorded)
+    result = tmp_path / "ocm-1-0.json"
+    assert not run.is_done(result)
+    runs.write(result, {"settings": run.conditions()})
+    assert run.is_done(result)
+    other = replace(run, scale=replace(scale, images=replace(scale.images, variation=7.0)))
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of images\.variation .*, not 7\.0"):
+        other.is_done(result)
+    assert scale.start
+    other = replace(run, scale=replace(scale, start=replace(scale.start, epochs=7)))
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of start\.epochs .*, not 7"):
+        other.is_done(result)
+
+
+def test_a_search_is_done_once_and_not_of_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = SCALES["cpu"]
+    trial = Run(name="ocm-1", rate=0.2, seed=0, epochs=9, scale=scale, folder=tmp_path)
+    out = tmp_path / "search-ocm-1.json"
+    assert study.best_rate(trial, out) is None
+    monkeypatch.setattr(Run, "search", lambda run: {0.2: 0.5, 0.4: 0.75, 0.8: 0.625}[run.rate])
+    assert study.search(trial, out) == "ocm-1: learning rates 0.2: 50.0 %, 0.4: 75.0 %, 0.8: 62.5 %"
+    assert study.best_rate(trial, out) == 0.4
+    with pytest.raises(ValueError, match=r"search-ocm-1\.json is of optim\.epochs 9, not 8"):
+        study.best_rate(replace(trial, epochs=8), out)
+
+
+def test_mean_head_leaves_out_an_images_own_embedding() -> None:
+    # The second image is its class's by its own embedding alone: 0.89 with it, 0.6 without; the
+    # other class has 0.8.
+    known = np.array([[1, 0], [0.6, 0.8], [0, 1], [0, 1]], np.float32)
+    labels = np.array([0, 0, 1, 1])
+    assert runs.mean_head(known, labels, known, labels) == (3 / 4, 1)
+    assert runs.mean_head(2 * known, labels, 3 * known[:3], np.array([0, 1, 1])) == (3 / 4, 2 / 3)
+
+
+def test_a_failed_task_does_not_end_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> str:
+        raise runs.FailedError("ended with status 2")
+
+    with pytest.raises(runs.FailedError, match="status 2"):
+        study.in_parallel([fail, lambda: "second", lambda: "third"], 1)
+    printed = capsys.readouterr().out
+    assert printed.index("[1/3] failed: ended with status 2") < printed.index("[3/3] third")
+
+
+def test_sigterm_reaches_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    trap = "trap 'echo saved; exit 3' TERM"
+    script.write_text(f"#!/bin/sh\n{trap}\necho on\nwhile :; do sleep 0.1; done\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
+    log = tmp_path / "runs" / "ocm-1-20-0.8-0.log"
+
+    def interrupt() -> str:
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "sent"
+
+    def train() -> str:
+        run.train()
+        return "trained"
+
+    with pytest.raises(KeyboardInterrupt), runs.sigterm_stops():
+        study.in_parallel([train, interrupt, train], 2)
+    assert log.read_text().split() == ["on", "saved"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_cell_is_named_twice_or_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Images, "write", lambda *_: None)
-    searched: list[str] = []
+    completed: list[str] = []
 
-    def search(name: str, *_: object) -> str:
-        searched.append(name)
-        return name
+    def complete(run: Run, _: Path) -> str:
+        completed.append(f"{run.name}-{run.seed}-{run.rate:g}")
+        return "done"
 
-    monkeypatch.setattr(study, "search", search)
-    monkeypatch.setattr(study, "start", lambda *_: "started")
-    monkeypatch.setattr(study, "best_rate", lambda _: 0.2)
-    monkeypatch.setattr(study, "run", lambda *_: "done")
+    monkeypatch.setattr(study, "_search_all", lambda cells, *_: dict.fromkeys(cells, 0.2))
+    monkeypatch.setattr(study, "make_start", lambda *_: "started")
+    monkeypatch.setattr(study, "complete", complete)
     command = ["run", "--folder", str(tmp_path), "--results", str(tmp_path / "results")]
-    assert study.main([*command, "--cells", "ocm-1", "ocm-1"]) == 0
-    assert searched == ["ocm-1"]
+    assert study.main([*command, "--jobs", "1", "--seeds", "2", "--cells", "ocm-1", "ocm-1"]) == 0
+    assert completed == ["ocm-1-0-0.2", "ocm-1-1-0.2"]
     assert study.main([*command, "--cells", "ocm-1-fp16"]) == 2
     assert "--scale cpu has no cell ocm-1-fp16: leave it out" in capsys.readouterr().err
 
@@ -263,7 +394,7 @@ def test_a_cell_is_named_twice_or_absent(
 def test_the_page_shows_the_recorded_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert study.main(["report", "--scale", "short", "--out", str(tmp_path)]) == 0
+    assert study.main(["report", "--out", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()
     assert len(lines) > 30
@@ -279,8 +410,9 @@ def test_a_study(
     images = Images(num_classes=4, per_class=20, size=32, few_classes=2)
     settings = {**SCALES["cpu"].settings, "objective.bank-size": 64}
     settings["optim.warmup-epochs"] = 1
+    begin = Start(cell="cosine-1-global", epochs=1, rate=0.2)
     small = replace(
-        SCALES["cpu"], images=images, epochs=2, search_epochs=1, start_epochs=1, settings=settings
+        SCALES["cpu"], images=images, epochs=2, search_epochs=1, start=begin, settings=settings
     )
     monkeypatch.setitem(SCALES, "cpu", small)
     monkeypatch.setattr(study, "climb", lambda score, first: {first: score(first)})
@@ -289,17 +421,14 @@ def test_a_study(
     command += ["--cells", "ocm-1", "--jobs", "1"]
     assert study.main(command) == 0
     ocm = json.loads((results / "ocm-1-0.json").read_text())
-    assert (
-        f"--init-from {folder / 'runs' / 'start-0' / 'export' / 'backbone'}"
-        in (ocm["commands"]["train"])
-    )
-    log = (folder / "runs" / "ocm-1-2-0.2-0.log").read_text()
-    assert "start-0" in log
-    assert list(ocm["data_sets"]) == [*FRACTAL_SETS, "digits", "photographs"]
-    assert set(ocm["head"]) == {"train", "test"}
+    start = folder / "runs" / "start-cosine-1-global-1-0.2-10000" / "export" / "backbone"
+    assert f"--init-from {start} " in f"{ocm['commands']['train']} "
+    assert str(start) in (folder / "runs" / "ocm-1-2-0.4-0.log").read_text()
+    assert list(ocm["data_sets"]) == list(TITLES)
+    assert set(ocm["head"]) == {"train", "test", "means_train", "means_test"}
     assert len(ocm["curves"]["prototype_change"]) == len(ocm["curves"]["step"])
     assert ocm["core_seconds"] > 1
-    assert tables.tradeoff(claims.read_results(results)).count("\n") == 2
+    assert tables.cells(claims.read_results(results), ["task"]).count("\n") == 2
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
     assert study.main(command) == 0  # nothing is left to do
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == before

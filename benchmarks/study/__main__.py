@@ -5,18 +5,18 @@
 
 The first command writes the images, searches a learning rate for each cell (short runs, top-1 on
 held-out images of the training classes), then trains and evaluates each cell with each seed: one
-JSON file a run. It does as many runs at once as there are cores, a thread each, and goes on where
-it was interrupted; a run whose file is there is not done again. The second one draws the figures
-and prints the tables.
+JSON file a run. It does as many runs at once as there are cores, a thread each (on a GPU one), and
+goes on where it was interrupted; a run whose file is there is not done again. The second one draws
+the figures and prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from filelock import FileLock, Timeout
 
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
-from benchmarks.study.runs import Run
-from trex_models.files import write_whole
+from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
 from trex_models.machine import free_cores
 from trex_models.transfer import command
 
@@ -51,60 +50,68 @@ def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
 def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
     """Do tasks, several at once, and print what each returns, with the time left.
 
-    What is begun when one fails or Ctrl-C is pressed comes to an end; no other is begun.
+    Raises:
+        FailedError: Of the first task that raised it; the others were done all the same.
     """
     waiting = list(tasks)
+    failed: list[FailedError] = []
     started = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(task) for task in waiting]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
-                text = future.result()
+                try:
+                    text = future.result()
+                except FailedError as error:
+                    failed.append(error)
+                    text = f"failed: {error}"
                 left = (time.monotonic() - started) / done * (len(futures) - done) / 60
                 print(f"[{done}/{len(futures)}] {text}; about {left:.0f} min left", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        raise failed[0]
 
 
-def start(run: Run, out: Path) -> str:
+def make_start(run: Run, out: Path) -> str:
     """Train the backbone that the runs of a seed start from; write what it cost."""
     run.train()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps({"core_seconds": round(run.core_seconds(), 1)}) + "\n")
-    return f"what runs of seed {run.seed} start from"
+    write(out, {"settings": run.conditions(), "core_seconds": run.core_seconds()})
+    return f"{out.stem} is trained"
 
 
-def search(name: str, scale: Scale, folder: Path, out: Path) -> str:
-    """Find a cell's learning rate; write the scores of all that were tried."""
-
-    def trial(rate: float) -> Run:
-        epochs = scale.search_epochs
-        return Run(
-            name=name, rate=rate, seed=SEARCH_SEED, epochs=epochs, scale=scale, folder=folder
-        )
-
-    tried = climb(lambda rate: trial(rate).search(), scale.first_rate)
+def search(trial: Run, out: Path) -> str:
+    """Find a cell's learning rate; write the scores of all that were tried, the best's settings."""
+    tried = climb(lambda rate: replace(trial, rate=rate).search(), trial.rate)
+    best = max(tried, key=lambda rate: tried[rate])
     found = {
+        "settings": replace(trial, rate=best).conditions(),
         "top1": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
-        "core_seconds": round(sum(trial(rate).core_seconds() for rate in tried), 1),
+        "core_seconds": sum(replace(trial, rate=rate).core_seconds() for rate in tried),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(found) + "\n")
+    write(out, found)
     shown = ", ".join(f"{rate:g}: {100 * tried[rate]:.1f} %" for rate in sorted(tried))
-    return f"{name}: learning rates {shown}"
+    return f"{trial.name}: learning rates {shown}"
 
 
-def best_rate(path: Path) -> float:
-    """Return the learning rate that a search found."""
-    tried = {float(rate): top1 for rate, top1 in json.loads(path.read_text())["top1"].items()}
-    return max(tried, key=lambda rate: tried[rate])
+def best_rate(trial: Run, out: Path) -> float | None:
+    """Return the learning rate that a search found; None if it is still to be done.
+
+    Raises:
+        ValueError: It was of other settings, or its file is damaged.
+    """
+    if not out.exists():
+        return None
+    rate = float(read(out)["settings"]["optim.base-lr"])
+    replace(trial, rate=rate).is_done(out)
+    return rate
 
 
-def run(run: Run, out: Path) -> str:
+def complete(run: Run, out: Path) -> str:
     """Train and evaluate a cell with one seed; write its result."""
     run.complete(out)
-    found = json.loads(out.read_text())
+    found = read(out)
     return (
         f"{run.name}, seed {run.seed}: training task {100 * found['task_top1']:.1f} %, transfer "
         f"{found['transfer_log_odds']:.3f}, {found['core_seconds'] / 60:.1f} core minutes"
@@ -131,14 +138,37 @@ def _starts(
     seeds: Iterable[int], scale: Scale, folder: Path, results: Path
 ) -> list[Callable[[], str]]:
     """Return what is left to do for the backbones that the runs of some seeds start from."""
-    if not scale.start_epochs:
+    if not scale.start:
         return []
     starts = {_start_file(results, seed): Run.start(scale, seed, folder) for seed in seeds}
     return [
-        partial(start, of, out)
-        for out, of in starts.items()
-        if not (out.exists() and of.backbone.is_dir())
+        partial(make_start, start, out)
+        for out, start in starts.items()
+        if not (start.is_done(out) and start.backbone.is_dir())
     ]
+
+
+def _search_all(
+    cells: Iterable[str], scale: Scale, folder: Path, results: Path, jobs: int
+) -> dict[str, float]:
+    """Search the learning rates that are not known yet; return that of each cell."""
+    trials = {
+        name: Run(
+            name=name,
+            rate=scale.first_rate,
+            seed=SEARCH_SEED,
+            epochs=scale.search_epochs,
+            scale=scale,
+            folder=folder,
+        )
+        for name in cells
+    }
+    files = {name: _search_file(results, name) for name in trials}
+    left = [name for name, trial in trials.items() if best_rate(trial, files[name]) is None]
+    if left:
+        in_parallel(_starts([SEARCH_SEED], scale, folder, results), jobs)
+        in_parallel([partial(search, trials[name], files[name]) for name in left], jobs)
+    return {name: float(read(out)["settings"]["optim.base-lr"]) for name, out in files.items()}
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -150,23 +180,17 @@ def run_all(options: argparse.Namespace) -> None:
     folder = options.folder or Path("runs", f"study-{options.scale}")
     results = _results(options)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = options.jobs or torch.cuda.device_count() or free_cores()
+    # Several at once do not make a GPU faster.
+    jobs = options.jobs or (1 if torch.cuda.is_available() else free_cores())
     torch.set_num_threads(1)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0), sigterm_stops():
             scale.images.write(folder / "images")
-            searches = [
-                partial(search, name, scale, folder, out)
-                for name in cells
-                if not (out := _search_file(results, name)).exists()
-            ]
-            if searches:
-                in_parallel(_starts([SEARCH_SEED], scale, folder, results), jobs)
-            in_parallel(searches, jobs)
+            rates = _search_all(cells, scale, folder, results, jobs)
             runs = {
                 _result_file(results, name, seed): Run(
                     name=name,
-                    rate=best_rate(_search_file(results, name)),
+                    rate=rates[name],
                     seed=seed,
                     epochs=scale.epochs,
                     scale=scale,
@@ -175,10 +199,10 @@ def run_all(options: argparse.Namespace) -> None:
                 for seed in range(options.seeds)
                 for name in cells
             }
-            left = {out: of for out, of in runs.items() if not of.is_done(out)}
-            seeds = dict.fromkeys(of.seed for of in left.values())
+            todo = {out: run for out, run in runs.items() if not run.is_done(out)}
+            seeds = dict.fromkeys(run.seed for run in todo.values())
             in_parallel(_starts(seeds, scale, folder, results), jobs)
-            in_parallel([partial(run, of, out) for out, of in left.items()], jobs)
+            in_parallel([partial(complete, run, out) for out, run in todo.items()], jobs)
     except Timeout:
         raise ValueError(f"another study runs in {folder}; name another --folder") from None
 
@@ -190,17 +214,17 @@ def report(options: argparse.Namespace) -> None:
     folder = _results(options)
     results = claims.read_results(folder)
     tested = claims.tested(results)
-    searches = {
-        name: json.loads(path.read_text())
-        for name in CELLS
-        if (path := _search_file(folder, name)).exists()
-    }
-    print(tables.tradeoff(results), end="\n\n")
-    print(tables.claims(tested), end="\n\n")
+    searches = {name: read(path) for name in CELLS if (path := _search_file(folder, name)).exists()}
+    print(tables.cells(results, ["task", "transfer"]), end="\n\n")
+    if tested:
+        print(tables.claims(tested), end="\n\n")
+    print(tables.cells(results, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
     print(tables.fit(results), end="\n\n")
     print(tables.data_sets(results), end="\n\n")
-    print(tables.search({name: found["top1"] for name, found in searches.items()}), end="\n\n")
-    starts = [json.loads(path.read_text()) for path in sorted(folder.glob("start-*.json"))]
+    if claims.found_effects(results):
+        print(tables.effects(results), end="\n\n")
+    print(tables.search(searches), end="\n\n")
+    starts = [read(path) for path in sorted(folder.glob("start-*.json"))]
     trained = tables.core_hours(run for runs in results.values() for run in runs)
     prepared = tables.core_hours([*searches.values(), *starts])
     what = "searches and starts" if starts else "searches"
@@ -226,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part.add_argument("--folder", type=Path, help="of images, runs and logs (runs/study-SCALE)")
     part.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL", help="(all)")
     part.add_argument("--seeds", type=command.positive, default=3, help="runs of each cell (3)")
-    part.add_argument("--jobs", type=command.positive, help="runs at once (one a core, or a GPU)")
+    part.add_argument("--jobs", type=command.positive, help="runs at once (one a core; 1 on a GPU)")
     part.set_defaults(work=run_all)
     part = parts.add_parser("report", parents=[shared], help="draw and print what was found")
     part.add_argument("--out", type=Path, required=True, help="folder of the figures")

@@ -60,6 +60,16 @@ _PRECISIONS = ("ocm-1-fp16", "ocm-1-fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """A short training, whose backbone others start from."""
+
+    cell: str
+    epochs: int
+    rate: float
+    """Peak learning rate per 256 images."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scale:
     """How large the study is; what all of its cells share."""
 
@@ -69,10 +79,8 @@ class Scale:
     """Of a run that tries a learning rate."""
     first_rate: float
     """Per 256 images; where the search for a learning rate begins."""
-    start_epochs: int = 0
-    """Of plain softmax training, whose backbone all runs of a seed start from; 0: random ones."""
-    start_rate: float = 0.2
-    """Peak learning rate of that, per 256 images."""
+    start: Start | None = None
+    """Whose backbone all runs of a seed start from; None: random weights."""
     cells: tuple[str, ...]
     """Names of the cells that it has."""
     workers: int
@@ -82,54 +90,37 @@ class Scale:
 
 
 _CELLS = tuple(name for name in CELLS if name not in _PRECISIONS)
-_SMALL: Mapping[str, Field] = {
-    # A slimmer network than the demo's: half the time a step.
-    "model.backbone-args": ("channels=(16, 32, 64, 128)", "stem_width=16"),
-    "crops.local-crops": 2,
-    # Locals of less than this show too little of a 64-pixel fractal.
-    "crops.local-scale": ("0.15", "0.4"),
-    # 0.999 averages over 0.2 % of the paper's 500,000 steps, this one over as much of ours.
-    "objective.ema-momentum": 0.9,
-}
 
 SCALES = {
-    # Batches of 64, crops of 32 and 16 pixels, as the demo's; 5,400 steps.
+    # Batches of 64, crops of 32 and 16 pixels, as the demo's; 3,600 steps.
     "cpu": Scale(
-        images=Images(num_classes=24, per_class=24, size=64, variation=2.0),
+        images=Images(num_classes=24, per_class=16, size=64, variation=2.5),
         epochs=600,
-        search_epochs=80,
-        first_rate=0.2,
-        start_epochs=40,
-        cells=_CELLS,
-        workers=0,
-        settings={
-            **_SMALL,
-            "objective.bank-size": 576,
-            "objective.neighbors": 144,
-            "optim.warmup-epochs": 10,
-        },
-    ),
-    # From random weights, 3,600 steps: too few of them for all variants but the plain one.
-    "short": Scale(
-        images=Images(num_classes=48, per_class=48, size=64),
-        epochs=100,
-        search_epochs=21,
+        search_epochs=150,
         first_rate=0.4,
+        start=Start(cell="cosine-1-global", epochs=60, rate=0.4),
         cells=_CELLS,
         workers=0,
         settings={
-            **_SMALL,
-            "objective.bank-size": 2048,
-            # With 64 of them LOOK stays at chance: docs/study.md.
-            "objective.neighbors": 512,
+            # A slimmer network than the demo's: half the time a step.
+            "model.backbone-args": ("channels=(16, 32, 64, 128)", "stem_width=16"),
+            "crops.local-crops": 2,
+            # Locals of less than this show too little of a 64-pixel fractal.
+            "crops.local-scale": ("0.15", "0.4"),
+            # 0.999 averages over 0.2 % of the paper's 500,000 steps, this one over as much of ours.
+            "objective.ema-momentum": 0.9,
+            "objective.bank-size": 384,
+            "objective.neighbors": 96,
+            "optim.warmup-epochs": 20,
         },
     ),
     # Not yet run: ResNet-50 on a GPU, 15,600 steps of 256 images.
     "gpu": Scale(
-        images=Images(num_classes=200, per_class=200, size=128),
-        epochs=100,
-        search_epochs=15,
+        images=Images(num_classes=200, per_class=100, size=128, variation=2.5),
+        epochs=200,
+        search_epochs=40,
         first_rate=0.1,
+        start=Start(cell="cosine-1-global", epochs=15, rate=0.1),
         cells=tuple(CELLS),
         workers=8,
         settings={

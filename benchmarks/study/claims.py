@@ -1,20 +1,24 @@
 """What the papers claim, as differences between cells, and what our runs say of it.
 
-Intervals are of 95 %, over seeds: Student's of one cell, Welch's of a difference.
+Intervals are of 95 %, over seeds and of one set of images. Runs of one seed share their start, so
+seeds are blocks: a difference is judged by the additive model of cells and seeds, whose residuals
+are pooled over all cells. Welch's interval, which takes the runs for independent, stands beside it.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import ttest_ind
+import numpy as np
+from scipy.stats import t, ttest_ind
 
 from benchmarks.study.cells import CELLS
+from benchmarks.study.runs import read
 from trex_models.transfer.scores import student_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -22,11 +26,16 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, or a difference of two, with its interval."""
+    """A mean over seeds, or a difference of two, with its interval; NaN of one seed."""
 
     mean: float
     low: float
     high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether it is of several seeds."""
+        return not math.isnan(self.low)
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,17 @@ class Measure:
     def text(self, estimate: Estimate, sign: str = "") -> str:
         """Write an estimate and its interval."""
         mean, low, high = (f"{self.scale * v:{sign}{self.form}}" for v in estimate)
-        return f"{mean} ({low} to {high})"
+        return f"{mean} ({low} to {high})" if estimate.has_interval else mean
 
 
-def _fit(result: Mapping[str, Any]) -> float | None:
-    head = result["head"]
-    return float(head["train"]) if head else None
+def _head(known: str, less: str | None = None) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return what takes an accuracy of a run's head, or the difference of two."""
 
+    def of(result: Mapping[str, Any]) -> float | None:
+        head = result["head"]
+        return float(head[known] - (head[less] if less else 0)) if head else None
 
-def _gap(result: Mapping[str, Any]) -> float | None:
-    head = result["head"]
-    return head["train"] - head["test"] if head else None
+    return of
 
 
 def _change(result: Mapping[str, Any]) -> float | None:
@@ -63,13 +72,29 @@ def _change(result: Mapping[str, Any]) -> float | None:
     return statistics.fmean(change[len(change) // 10 :]) if change else None
 
 
+def _last_change(result: Mapping[str, Any]) -> float | None:
+    """Return the change a step at the end, where the learning rate is near 0."""
+    change = result["curves"].get("prototype_change")
+    return float(change[-1]) if change else None
+
+
 MEASURES = {
     "task": Measure("training task, top-1 %", lambda r: float(r["task_top1"]), ".1f", 100),
     "transfer": Measure("transfer, log-odds", lambda r: float(r["transfer_log_odds"]), ".3f"),
     "change": Measure("change of class vectors a step", _change, ".4f"),
-    "fit": Measure("head on its training images, top-1 %", _fit, ".1f", 100),
-    "gap": Measure("head: training less new images, points", _gap, ".1f", 100),
+    "last": Measure("the same at the end", _last_change, ".4f"),
+    "fit": Measure("head on its training images, top-1 %", _head("train"), ".1f", 100),
+    "new": Measure("head on new ones, top-1 %", _head("test"), ".1f", 100),
+    "gap": Measure("head: training less new images, points", _head("train", "test"), ".1f", 100),
+    "means_gap": Measure(
+        "class means: the same, own image left out", _head("means_train", "means_test"), ".1f", 100
+    ),
 }
+
+
+def accuracy(data_set: str) -> Measure:
+    """Return the measure of top-1 on a data set."""
+    return Measure("top-1, %", lambda run: float(run["data_sets"][data_set]["top1"]), ".1f", 100)
 
 
 @dataclass(frozen=True)
@@ -106,40 +131,90 @@ CLAIMS = [
     Claim("OCM's class vectors change more, L = 3", "ocm-3", "cosine-3", "change"),
     Claim("OCM overfits less, L = 1", "cosine-1", "ocm-1", "gap"),
     Claim("OCM overfits less, L = 3", "cosine-3", "ocm-3", "gap"),
+    Claim("OCM's embeddings overfit less, L = 1", "cosine-1", "ocm-1", "means_gap"),
+    Claim("OCM's embeddings overfit less, L = 3", "cosine-3", "ocm-3", "means_gap"),
 ]
+
+
+EFFECTS = {
+    "Local crops": {
+        "L = 1": ("cosine-1", "cosine-1-global"),
+        "L = 3": ("cosine-3", "cosine-3-global"),
+    },
+    "Three hidden layers for one": {
+        "learned": ("cosine-3", "cosine-1"),
+        "OCM": ("ocm-3", "ocm-1"),
+    },
+    "OCM for learned class vectors": {
+        "L = 1": ("ocm-1", "cosine-1"),
+        "L = 3": ("ocm-3", "cosine-3"),
+    },
+}
+"""What a change does, by the cells with it and without."""
+
+
+def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return those of ``EFFECTS`` whose cells have been run."""
+    found = {
+        title: {kind: pair for kind, pair in pairs.items() if set(pair) <= results.keys()}
+        for title, pairs in EFFECTS.items()
+    }
+    return {title: pairs for title, pairs in found.items() if pairs}
+
+
+def by_data_set(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
+    """Return the difference of two cells in top-1 on each data set, with seeds as blocks."""
+    with_it, without = pair
+    names = results[with_it][0]["data_sets"]
+    weights = {with_it: 1.0, without: -1.0}
+    return {name: contrast(results, accuracy(name), weights) for name in names}
 
 
 def read_results(folder: Path) -> Results:
     """Read the results of all runs, in the order of ``CELLS`` and of the seeds.
 
     Raises:
-        ValueError: There are none, or runs differ in their images or length.
+        ValueError: There are none, one is damaged, or runs differ in what all share.
     """
     results = {
-        name: [
-            json.loads(path.read_text())
-            for path in sorted(folder.glob(f"{name}-[0-9]*.json"))
-            if path.stem.removeprefix(f"{name}-").isdigit()
-        ]
+        name: sorted(
+            (
+                read(path)
+                for path in folder.glob(f"{name}-[0-9]*.json")
+                if path.stem.removeprefix(f"{name}-").isdigit()
+            ),
+            key=lambda run: int(run["seed"]),
+        )
         for name in CELLS
     }
     results = {name: runs for name, runs in results.items() if runs}
     if not results:
         raise ValueError(f"{folder} has no results; python -m benchmarks.study run makes them")
-    first, *others = [run for runs in results.values() for run in runs]
-    for run in others:
-        for what in ("epochs", "images"):
-            if _conditions(run)[what] != _conditions(first)[what]:
-                raise ValueError(
-                    f"{folder}: {run['cell']}-{run['seed']}.json differs in its {what} from "
-                    f"{first['cell']}-{first['seed']}.json; delete what is of another study"
-                )
+    first = next(iter(results.values()))[0]
+    for runs in results.values():
+        for run in runs:
+            for other, own in ((runs[0], {"seed"}), (first, _OWN)):
+                _require_alike(run, other, own, folder)
     return results
 
 
-def _conditions(run: Mapping[str, Any]) -> dict[str, Any]:
-    images = {name: entry["images"] for name, entry in run["data_sets"].items()}
-    return {"epochs": run["settings"]["optim.epochs"], "images": images}
+_OWN = {"optim.base-lr", "seed", *(field for cell in CELLS.values() for field in cell.settings())}
+
+
+def _require_alike(
+    run: Mapping[str, Any], other: Mapping[str, Any], own: Set[str], folder: Path
+) -> None:
+    """Check that two runs have the same images, and the same settings but those of their own."""
+    known, asked = (
+        {**one["settings"], "images": {n: entry["images"] for n, entry in one["data_sets"].items()}}
+        for one in (run, other)
+    )
+    for what in sorted((known.keys() | asked.keys()) - own):
+        if known.get(what) != asked.get(what):
+            raise ValueError(
+                f"{folder}: {run['cell']}-{run['seed']}.json differs in its {what} from "
+                f"{other['cell']}-{other['seed']}.json; delete what is of another study"
+            )
 
 
 def values(runs: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:
@@ -149,16 +224,58 @@ def values(runs: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
-    """Return the mean; of a single number the interval is the number."""
-    mean = statistics.fmean(numbers)
-    return Estimate(mean, *(student_interval(numbers) or (mean, mean)))
+    """Return the mean and its interval."""
+    interval = student_interval(numbers) or (math.nan, math.nan)
+    return Estimate(statistics.fmean(numbers), *interval)
 
 
-def difference(more: Sequence[float], less: Sequence[float]) -> Estimate:
+def welch(more: Sequence[float], less: Sequence[float]) -> Estimate:
     """Return a difference of means, with Welch's interval; NaN where there is one seed alone."""
     interval = ttest_ind(more, less, equal_var=False).confidence_interval(0.95)
     mean = statistics.fmean(more) - statistics.fmean(less)
     return Estimate(mean, float(interval.low), float(interval.high))
+
+
+def contrast(results: Results, measure: Measure, weights: Mapping[str, float]) -> Estimate:
+    """Return a weighted sum of the cells' effects in the additive model of cells and seeds.
+
+    By least squares, with Student's interval; cells need not have been run with the same seeds. Of
+    two cells, all of whose seeds agree, it is the paired t-interval.
+    """
+    found = [
+        (cell, run["seed"], value)
+        for cell, runs in results.items()
+        for run in runs
+        if (value := measure.of(run)) is not None
+    ]
+    cells = sorted({cell for cell, _, _ in found})
+    seeds = sorted({seed for _, seed, _ in found})
+    design = np.array(
+        [[cell == c for c in cells] + [seed == s for s in seeds] for cell, seed, _ in found], float
+    )
+    wanted = np.array([weights.get(cell, 0.0) for cell in cells] + [0.0] * len(seeds))
+    numbers = np.array([value for _, _, value in found])
+    inverse = np.linalg.pinv(design.T @ design)
+    fit = inverse @ design.T @ numbers
+    freedom = len(numbers) - int(np.linalg.matrix_rank(design))
+    mean = float(wanted @ fit)
+    if not freedom:
+        return Estimate(mean, math.nan, math.nan)
+    variance = float(((numbers - design @ fit) ** 2).sum()) / freedom
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance * (wanted @ inverse @ wanted))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def among_cells(results: Results, measure: Measure, cell: str) -> Estimate:
+    """Return a cell's mean with the interval of its distance from the mean of all cells.
+
+    What a seed does to all cells alike is not in it.
+    """
+    names = [name for name, runs in results.items() if values(runs, measure)]
+    weights = {name: (name == cell) - 1 / len(names) for name in names}
+    distance = contrast(results, measure, weights)
+    mean = statistics.fmean(values(results[cell], measure))
+    return Estimate(mean, *(mean + end - distance.mean for end in distance[1:]))
 
 
 def verdict(found: Estimate) -> str:
@@ -168,12 +285,23 @@ def verdict(found: Estimate) -> str:
     return "fails" if found.high < 0 else "within noise"
 
 
-def tested(results: Results) -> list[tuple[Claim, Estimate]]:
+class Tested(NamedTuple):
+    """A claim, and the difference that it is about."""
+
+    claim: Claim
+    difference: Estimate
+    """With seeds as blocks."""
+    welch: Estimate
+    """With runs as independent."""
+
+
+def tested(results: Results) -> list[Tested]:
     """Return the claims whose cells have been run at least twice, with their differences."""
     found = []
     for claim in CLAIMS:
         measure = MEASURES[claim.measure]
         more, less = (values(results.get(n, ()), measure) for n in (claim.more, claim.less))
         if min(len(more), len(less)) > 1:
-            found.append((claim, difference(more, less)))
+            difference = contrast(results, measure, {claim.more: 1, claim.less: -1})
+            found.append(Tested(claim, difference, welch(more, less)))
     return found

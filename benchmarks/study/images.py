@@ -23,16 +23,19 @@ from trex_models.files import write_whole
 Part = Iterator[tuple[str, np.ndarray]]
 """Names of classes and images."""
 
-FRACTAL_SETS = {
+TITLES = {
     "task": "Training classes, new images",
     "unseen": "Unseen classes",
     "individuals": "Variants of a shape",
     "turns": "Turns of a shape",
     "hues": "Hues",
+    "digits": "Digits",
+    "photographs": "Photographs",
 }
 """Names and titles of the sets to evaluate on, the training task first."""
+REAL_SETS = ("digits", "photographs")
+"""Those that are not drawn here."""
 
-_HELD_OUT, _NEW = 15, 25  # further images of each class: to choose settings by, to test on
 _UNSEEN = 40  # images of each unseen class to fit on
 _INDIVIDUALS = 4  # of a class
 _TURNS = np.radians([-45, -15, 15, 45])
@@ -53,6 +56,8 @@ class Images:
         size: Side in pixels.
         variation: As of ``draw_fractal``: how much the images of a class differ.
         few_classes: Training classes of the sets whose labels are a class and something else.
+        held_out: Further images of each training class, to choose settings by.
+        new: Further images of each class, to test on.
     """
 
     num_classes: int
@@ -60,18 +65,20 @@ class Images:
     size: int
     variation: float = 1.0
     few_classes: int = 16
+    held_out: int = 40
+    new: int = 40
 
     def parts(self) -> dict[str, Callable[[], Part]]:
         """Return what draws the images of each folder."""
-        new = self.per_class + _HELD_OUT
+        used = self.per_class + self.held_out
         return {
             "train": lambda: self._classes(0, 0, self.per_class),
             "held-out/train": lambda: self._classes(0, 0, self.per_class),
-            "held-out/test": lambda: self._classes(0, self.per_class, _HELD_OUT),
+            "held-out/test": lambda: self._classes(0, self.per_class, self.held_out),
             "task/train": lambda: self._classes(0, 0, self.per_class),
-            "task/test": lambda: self._classes(0, new, _NEW),
+            "task/test": lambda: self._classes(0, used, self.new),
             "unseen/train": lambda: self._classes(self.num_classes, 0, _UNSEEN),
-            "unseen/test": lambda: self._classes(self.num_classes, max(new, _UNSEEN), _NEW),
+            "unseen/test": lambda: self._classes(self.num_classes, _UNSEEN, self.new),
             "individuals/train": lambda: self._individuals(0, 30),
             "individuals/test": lambda: self._individuals(30, 20),
             "turns/train": lambda: self._turns(_LATER, 30),

@@ -1,4 +1,8 @@
-"""The study's figures; bars and bands are intervals of 95 % over seeds."""
+"""The study's figures; bars and bands are intervals of 95 %.
+
+Bars of accuracy and transfer leave out what a seed does to all cells alike; the others are
+Student's over seeds, of curves those of the mean logarithm.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,19 @@ import numpy as np
 from benchmarks.study.cells import CELLS
 from benchmarks.study.claims import (
     MEASURES,
-    Claim,
     Estimate,
+    Measure,
     Results,
+    Tested,
+    accuracy,
+    among_cells,
+    by_data_set,
     estimate,
-    values,
+    found_effects,
     verdict,
 )
-from benchmarks.study.images import FRACTAL_SETS
+from benchmarks.study.images import TITLES
+from benchmarks.study.runs import TRAINING_TASK
 from trex_models.files import replacing
 from trex_models.transfer.canvas import (
     GREY,
@@ -28,13 +37,11 @@ from trex_models.transfer.canvas import (
     drawing,
     place_labels,
 )
-from trex_models.transfer.scores import student_interval
 
 COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
 VERDICTS = {"holds": "#009E73", "within noise": GREY, "fails": "#D55E00"}
 _POINTS = 40  # of a curve
 _LEAST = 1e-12  # that has a logarithm
-TITLES = {**FRACTAL_SETS, "digits": "Digits", "photographs": "Photographs"}
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -55,6 +62,11 @@ def _line(name: str) -> dict[str, Any]:
     cell = CELLS[name]
     width = 1.2 + 0.5 * (cell.layers or 0)
     return {"color": COLORS[cell.objective], "ls": "-" if cell.local else "--", "lw": width}
+
+
+def _scaled(measure: Measure, found: Estimate) -> Estimate:
+    """Return an estimate in the unit that it is written in."""
+    return Estimate(*(measure.scale * value for value in found))
 
 
 def _interval(axis: Any, found: Estimate, row: float, name: str, alpha: float = 1.0) -> None:
@@ -85,41 +97,45 @@ def _curve(axis: Any, places: Any, curves: np.ndarray, name: str) -> None:
     logs = np.log10(np.maximum(curves, _LEAST))
     style = _line(name)
     axis.plot(places, 10 ** logs.mean(0), label=CELLS[name].title, **style)
-    ends = [student_interval(list(column)) or (column[0],) * 2 for column in logs.T]
-    low, high = 10 ** np.array(ends).T
+    ends = [estimate(list(column)) for column in logs.T]
+    _, low, high = 10 ** np.array(ends).T
     axis.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def tradeoff(results: Results) -> Any:
-    """Draw the paper's picture: training task against transfer, a point a cell."""
-    task, transfer = MEASURES["task"], MEASURES["transfer"]
+    """Draw the paper's picture: training task against transfer, a point a cell.
+
+    Dotted lines lead from one hidden layer to three, dashed ones from no local crops to some.
+    """
+    measures = MEASURES["task"], MEASURES["transfer"]
     points = {
-        name: (
-            Estimate(*(100 * v for v in estimate(values(runs, task)))),
-            estimate(values(runs, transfer)),
-        )
-        for name, runs in results.items()
+        name: [_scaled(measure, among_cells(results, measure, name)) for measure in measures]
+        for name in results
     }
     with drawing(8.5, 6.2) as figure:
         axis = figure.add_subplot()
         bare(axis)
         axis.margins(0.12)
-        for shallow, deep in (
-            ("cosine-1-global", "cosine-3-global"),
-            ("cosine-1", "cosine-3"),
-            ("ocm-1", "ocm-3"),
+        for ends, dashes in (
+            (("cosine-1-global", "cosine-3-global"), ":"),
+            (("cosine-1", "cosine-3"), ":"),
+            (("ocm-1", "ocm-3"), ":"),
+            (("cosine-1-global", "cosine-1"), "--"),
+            (("cosine-3-global", "cosine-3"), "--"),
         ):
-            if shallow in points and deep in points:
-                ends = [(points[n][0].mean, points[n][1].mean) for n in (shallow, deep)]
-                axis.plot(*zip(*ends, strict=True), color=_style(deep)["color"], ls=":", lw=1.4)
+            if set(ends) <= points.keys():
+                places = [(points[name][0].mean, points[name][1].mean) for name in ends]
+                color = _style(ends[1])["color"]
+                axis.plot(*zip(*places, strict=True), color=color, ls=dashes, lw=1.2, alpha=0.7)
         labels, lines = [], []
         for name, (x, y) in points.items():
             style = _style(name)
-            _bar(axis, x, y.mean, color=style["color"], lw=1.2)
-            _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
             axis.plot(x.mean, y.mean, ls="", ms=8, zorder=3, **style)
             labels.append(Label(x.mean, y.mean, CELLS[name].title, style["color"]))
-            lines += [((x.low, x.high), (y.mean,) * 2), ((x.mean,) * 2, (y.low, y.high))]
+            if x.has_interval:
+                _bar(axis, x, y.mean, color=style["color"], lw=1.2)
+                _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
+                lines += [((x.low, x.high), (y.mean,) * 2), ((x.mean,) * 2, (y.low, y.high))]
         sets = len(next(iter(results.values()))[0]["data_sets"]) - 1
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
         axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
@@ -128,11 +144,11 @@ def tradeoff(results: Results) -> Any:
     return figure
 
 
-def differences(tested: Sequence[tuple[Claim, Estimate]]) -> Any:
+def differences(tested: Sequence[Tested]) -> Any:
     """Draw the claims, a panel a measure: the difference that each is about, with its interval."""
-    panels = {
-        key: [(claim, found) for claim, found in tested if claim.measure == key] for key in MEASURES
-    }
+    from matplotlib.lines import Line2D
+
+    panels = {key: [test for test in tested if test.claim.measure == key] for key in MEASURES}
     panels = {key: rows for key, rows in panels.items() if rows}
     with drawing(9.5, 1.6 + 0.34 * len(tested) + 0.5 * len(panels)) as figure:
         axes = figure.subplots(
@@ -140,19 +156,18 @@ def differences(tested: Sequence[tuple[Claim, Estimate]]) -> Any:
         )
         for axis, (key, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
             measure = MEASURES[key]
-            for place, (_, found) in enumerate(rows):
+            for place, (_, found, _) in enumerate(rows):
                 color = VERDICTS[verdict(found)]
-                scaled = Estimate(*(measure.scale * v for v in found))
+                scaled = _scaled(measure, found)
                 _bar(axis, scaled, place, color=color, lw=2)
                 axis.plot(scaled.mean, place, "o", color=color, ms=7)
             axis.axvline(0, color="black", lw=0.9)
-            axis.set_yticks(range(len(rows)), [claim.text for claim, _ in rows])
+            axis.set_yticks(range(len(rows)), [test.claim.text for test in rows])
             axis.set_ylim(len(rows) - 0.4, -0.6)
             axis.set_title(f"difference in: {measure.title}", fontsize=9.5)
             bare(axis)
-        for text, color in VERDICTS.items():
-            axis.plot([], [], "o-", color=color, label=text)
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        marks = [Line2D([], [], color=color, marker="o", label=v) for v, color in VERDICTS.items()]
+        figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -166,8 +181,8 @@ def data_sets(results: Results) -> Any:
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for axis, name in zip(axes, names, strict=False):
             for place, cell in enumerate(cells):
-                found = estimate([100 * run["data_sets"][name]["top1"] for run in results[cell]])
-                _interval(axis, found, place, cell)
+                found = among_cells(results, accuracy(name), cell)
+                _interval(axis, _scaled(accuracy(name), found), place, cell)
             _rows(axis, cells)
             axis.set_title(TITLES[name])
             axis.set_xlabel("top-1, %")
@@ -176,11 +191,35 @@ def data_sets(results: Results) -> Any:
     return figure
 
 
-def geometry(results: Results, data_set: str) -> Any:
-    """Draw coding length, effective rank and spectrum of a data set's features."""
+def effects(results: Results) -> Any:
+    """Draw what a change does to accuracy, a panel a change, a row a data set."""
+    names = list(next(iter(results.values()))[0]["data_sets"])
+    panels = found_effects(results)
+    with drawing(13, 1.2 + 0.42 * len(names)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
+            for offset, (kind, pair) in zip((-0.15, 0.15), pairs.items(), strict=False):
+                style = _style(pair[0])
+                for row, (name, found) in enumerate(by_data_set(results, pair).items()):
+                    scaled = _scaled(accuracy(name), found)
+                    _bar(axis, scaled, row + offset, color=style["color"], lw=1.6)
+                    label = kind if row == 0 else None
+                    axis.plot(scaled.mean, row + offset, ls="", ms=7, label=label, **style)
+            axis.axvline(0, color="black", lw=0.9)
+            axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
+            axis.set_ylim(len(names) - 0.4, -0.6)
+            axis.set_title(title)
+            axis.set_xlabel("difference in top-1, points")
+            axis.legend(frameon=False, fontsize=9)
+            bare(axis)
+    return figure
+
+
+def geometry(results: Results) -> Any:
+    """Draw coding length, effective rank and spectrum of the training images' features."""
     cells = list(results)
     found = {
-        cell: [run["data_sets"][data_set]["analyses"] for run in runs]
+        cell: [run["data_sets"][TRAINING_TASK]["analyses"] for run in runs]
         for cell, runs in results.items()
     }
     with drawing(13, 4.6) as figure:
@@ -202,7 +241,7 @@ def geometry(results: Results, data_set: str) -> Any:
         right.set(xscale="log", yscale="log", xlabel="principal axis", ylabel="singular value")
         right.legend(frameon=False, fontsize=8)
         bare(right)
-        figure.suptitle(f"Features of {TITLES[data_set].lower()}, at unit length", fontsize=11)
+        figure.suptitle("Features of the training images, at unit length", fontsize=11)
     return figure
 
 
@@ -224,8 +263,8 @@ def change(results: Results) -> Any:
         bare(left)
         cells = [name for name, runs in results.items() if runs[0]["head"]]
         for place, name in enumerate(cells):
-            for part, offset, faint in (("train", -0.14, 0.45), ("test", 0.14, 1.0)):
-                found = estimate([100 * run["head"][part] for run in results[name]])
+            for key, offset, faint in (("fit", -0.14, 0.45), ("new", 0.14, 1.0)):
+                found = _scaled(MEASURES[key], among_cells(results, MEASURES[key], name))
                 _interval(right, found, place + offset, name, alpha=faint)
         _rows(right, cells)
         right.set_xlabel("top-1, %; pale: training images, full: new ones")
@@ -239,16 +278,15 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(file, format="png")
 
 
-def draw_all(
-    results: Results, tested: Sequence[tuple[Claim, Estimate]], folder: Path
-) -> list[Path]:
+def draw_all(results: Results, tested: Sequence[Tested], folder: Path) -> list[Path]:
     """Draw all figures into a folder; return their files."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: Mapping[str, Any] = {
         "tradeoff": tradeoff(results),
         "data_sets": data_sets(results),
-        "geometry": geometry(results, "task"),
+        "geometry": geometry(results),
         "change": change(results),
+        **({"effects": effects(results)} if found_effects(results) else {}),
         **({"claims": differences(tested)} if tested else {}),
     }
     files = []

@@ -8,29 +8,33 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import timm
+import torch
 
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
-from benchmarks.study.images import FRACTAL_SETS
+from benchmarks.study.images import REAL_SETS, TITLES
 from trex_models.data.folder import FolderSource
 from trex_models.evaluation.features import extract_features
 from trex_models.files import append, write_whole
-from trex_models.train.config import flatten
 
 TRAINING_TASK = "task"
-_REAL_SETS = ("digits", "photographs")
 _SEEDS = 2  # of the evaluation's validation splits
+_START_SEEDS = 10_000  # a start shares no weights, order or crops with the runs that begin there
 _CURVES = ("step", "loss", "accuracy", "prototype_change")
-
-
+_running: set[int] = set()  # processes of the commands that have not ended
+_stopped = Event()  # by SIGTERM
 _DIVERGED = b"no longer finite"  # of the trainer's errors
 
 
@@ -64,12 +68,13 @@ class Run:
 
     @classmethod
     def start(cls, scale: Scale, seed: int, folder: Path) -> Run:
-        """Return the run whose backbone those of a seed start from: the plain baseline, briefly."""
+        """Return the run whose backbone those of a seed start from."""
+        assert scale.start
         return cls(
-            name="softmax-global",
-            rate=scale.start_rate,
-            seed=seed,
-            epochs=scale.start_epochs,
+            name=scale.start.cell,
+            rate=scale.start.rate,
+            seed=_START_SEEDS + seed,
+            epochs=scale.start.epochs,
             scale=scale,
             folder=folder,
             is_start=True,
@@ -83,9 +88,9 @@ class Run:
     @property
     def output(self) -> Path:
         """Folder of the run."""
-        if self.is_start:
-            return self.folder / "runs" / f"start-{self.seed}"
-        return self.folder / "runs" / f"{self.name}-{self.epochs}-{self.rate:g}-{self.seed}"
+        kind = "start-" if self.is_start else ""
+        named = f"{kind}{self.name}-{self.epochs}-{self.rate:g}-{self.seed}"
+        return self.folder / "runs" / named
 
     def _beside(self, kind: str) -> Path:
         """Return a file beside the run's folder; its name has dots that are no suffix."""
@@ -106,9 +111,11 @@ class Run:
 
     def conditions(self) -> dict[str, Field]:
         """Return what a result is of: the settings, the images, and what the run starts from."""
-        started = {"start.epochs": self.scale.start_epochs, "start.base-lr": self.scale.start_rate}
-        drawn = {f"images.{field}": value for field, value in asdict(self.scale.images).items()}
-        return {**self.settings(), **drawn, **(started if self.scale.start_epochs else {})}
+        fields = self.settings()
+        for part, described in (("images", self.scale.images), ("start", self.scale.start)):
+            if described:
+                fields |= {f"{part}.{field}": value for field, value in asdict(described).items()}
+        return fields
 
     def training(self) -> list[str]:
         """Return the trainer's arguments."""
@@ -118,7 +125,7 @@ class Run:
             "system.workers": self.scale.workers,
             "output": str(self.output),
         }
-        if self.scale.start_epochs and not self.is_start:
+        if self.scale.start and not self.is_start:
             start = Run.start(self.scale, self.seed, self.folder)
             fields["init-from"] = str(start.backbone)
         arguments = ["demo"]
@@ -136,11 +143,10 @@ class Run:
             seeds: Validation splits.
         """
         images = self.folder / "images"
-        named = [name if name in _REAL_SETS else f"{name}={images / name}" for name in sets]
+        named = [name if name in REAL_SETS else f"{name}={images / name}" for name in sets]
         arguments = ["--model", str(self.output), "--data-sets", ",".join(named)]
         arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--out", str(out)]
-        arguments += ["--workers", str(self.scale.workers)]
-        return [*arguments, "--analyses", "--label", self.cell.title]
+        return [*arguments, "--workers", str(self.scale.workers), "--label", self.cell.title]
 
     @property
     def backbone(self) -> Path:
@@ -165,12 +171,12 @@ class Run:
         """Return whether there is a result of this run.
 
         Raises:
-            ValueError: There is one of other settings.
+            ValueError: There is one of other settings, or a file that is no result.
         """
         if not result.exists():
             return False
-        known = flatten(json.loads(result.read_text())["settings"])
-        asked = flatten(json.loads(json.dumps(self.conditions())))
+        known = read(result)["settings"]
+        asked = json.loads(json.dumps(rounded(self.conditions())))
         for field in sorted(known.keys() | asked.keys()):
             if known.get(field) != asked.get(field):
                 raise ValueError(
@@ -183,7 +189,7 @@ class Run:
         """Train, evaluate on all sets, and write the result."""
         out = self.output / "transfer.json"
         self.train()
-        evaluation = self.evaluation([*FRACTAL_SETS, *_REAL_SETS], out, _SEEDS)
+        evaluation = [*self.evaluation(list(TITLES), out, _SEEDS), "--analyses"]
         self._do("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
         metrics = [
@@ -204,8 +210,7 @@ class Run:
             "core_seconds": round(self.core_seconds(), 1),
             "machine": measure.machine(),
         }
-        result.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(result, json.dumps(rounded(found)) + "\n")
+        write(result, found)
 
     def core_seconds(self) -> float:
         """Return the processor time of the run's commands, those included that were interrupted.
@@ -216,23 +221,35 @@ class Run:
         return sum(map(float, costs.read_text().split())) if costs.exists() else 0.0
 
     def _head(self) -> dict[str, float] | None:
-        """Return top-1 of the training head on training images and new ones; None without one."""
+        """Return top-1 of the training head on training images and new ones; None without one.
+
+        And of class means of the embeddings (``mean_head``), a classifier that all objectives have
+        alike: OCM's own head holds an embedding of each training image.
+        """
         export = self.output / "export" / "cls"
         if not export.is_dir():
             return None
-        model = timm.create_model(f"local-dir:{export}", pretrained=True)
-        shares = {}
-        for part in ("train", "test"):
-            images = FolderSource(self.folder / "images" / TRAINING_TASK / part)
-            guesses = extract_features(model, images).argmax(1)
-            shares[part] = float((guesses == images.labels).mean())
-        return shares
+        model: Any = timm.create_model(f"local-dir:{export}", pretrained=True)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        train, test = (
+            FolderSource(self.folder / "images" / TRAINING_TASK / part)
+            for part in ("train", "test")
+        )
+        shares = {
+            part: float((extract_features(model, source).argmax(1) == source.labels).mean())
+            for part, source in (("train", train), ("test", test))
+        }
+        model.reset_classifier(0)
+        known, new = (extract_features(model, source) for source in (train, test))
+        means = mean_head(known, train.labels, new, test.labels)
+        return {**shares, **dict(zip(("means_train", "means_test"), means, strict=True))}
 
     def _do(self, module: str, arguments: list[str]) -> None:
         """Run a module on one thread; its output goes to a log beside the run's folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         log = self._beside("log")
         with log.open("ab") as file:
+            begun = file.tell()
             child = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
                 stdout=file,
@@ -240,12 +257,79 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
             )
+            _running.add(child.pid)
+            if _stopped.is_set():
+                child.terminate()
             _, status, used = os.wait4(child.pid, 0)
+            _running.discard(child.pid)
             child.returncode = os.waitstatus_to_exitcode(status)
         append(self._beside("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
         if child.returncode:
-            kind = DivergedError if _DIVERGED in log.read_bytes()[-4096:] else FailedError
+            kind = DivergedError if _DIVERGED in log.read_bytes()[begun:] else FailedError
             raise kind(f"{module} ended with status {child.returncode}: see {log}")
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Have SIGTERM end the study as Ctrl-C does: the trainings save their state and end, too."""
+
+    def stop(*_: object) -> None:
+        _stopped.set()
+        for process in list(_running):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _stopped.clear()
+
+
+def mean_head(
+    known: np.ndarray, labels: np.ndarray, new: np.ndarray, new_labels: np.ndarray
+) -> tuple[float, float]:
+    """Return top-1 by the nearest class mean of unit embeddings, on known and on new images.
+
+    Args:
+        known: (N, D), of the images that make the means; each is left out of its own class's.
+        labels: (N,), each class at least twice.
+        new: (M, D).
+        new_labels: (M,).
+    """
+    known, new = _unit(known), _unit(new)
+    sums = np.stack([known[labels == label].sum(0) for label in range(labels.max() + 1)])
+    scores = known @ _unit(sums).T
+    scores[np.arange(len(labels)), labels] = (known * _unit(sums[labels] - known)).sum(1)
+    guesses = scores.argmax(1), (new @ _unit(sums).T).argmax(1)
+    return float((guesses[0] == labels).mean()), float((guesses[1] == new_labels).mean())
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON file of the study.
+
+    Raises:
+        ValueError: It is damaged; the message says what to do.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if "optim.base-lr" not in found["settings"]:
+            raise ValueError("its settings lack optim.base-lr")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run the study") from None
+    return dict(found)
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Write a JSON file of the study, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(rounded(found)) + "\n")
 
 
 def rounded(value: Any) -> Any:

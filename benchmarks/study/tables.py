@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from scipy.stats import spearmanr
-
 from benchmarks.study.cells import CELLS
-from benchmarks.study.claims import MEASURES, Claim, Estimate, Results, estimate, values, verdict
-from benchmarks.study.pictures import TITLES
+from benchmarks.study.claims import (
+    MEASURES,
+    Estimate,
+    Results,
+    Tested,
+    accuracy,
+    among_cells,
+    by_data_set,
+    estimate,
+    found_effects,
+    values,
+    verdict,
+)
+from benchmarks.study.images import TITLES
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -17,64 +27,81 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tradeoff(results: Results) -> str:
-    """Return the two scores of each cell and what else is measured of it, with intervals."""
-    head = ["", "learning rate", "seeds", *(measure.title for measure in MEASURES.values())]
+def _half(share: Estimate) -> str:
+    """Write half the width of an interval of percents, if there is one."""
+    return f" +- {100 * (share.high - share.mean):.1f}" if share.has_interval else ""
+
+
+def cells(results: Results, measured: Sequence[str]) -> str:
+    """Return measures of each cell, keys of ``MEASURES``, with intervals."""
+    chosen = [MEASURES[key] for key in measured]
     rows = []
     for name, runs in results.items():
-        found = [(measure, values(runs, measure)) for measure in MEASURES.values()]
-        cells = [measure.text(estimate(v)) if v else "-" for measure, v in found]
-        rates = sorted({f"{run['settings']['optim.base-lr']:g}" for run in runs})
-        rows.append([CELLS[name].title, ", ".join(rates), str(len(runs)), *cells])
-    return _table(head, rows)
+        found = [(measure, values(runs, measure)) for measure in chosen]
+        shown = [measure.text(estimate(v)) if v else "-" for measure, v in found]
+        rate = runs[0]["settings"]["optim.base-lr"]
+        rows.append([CELLS[name].title, f"{rate:g}", str(len(runs)), *shown])
+    return _table(["", "learning rate", "seeds", *(measure.title for measure in chosen)], rows)
 
 
 def data_sets(results: Results) -> str:
-    """Return top-1 on each data set in percent, with half the width of its interval."""
+    """Return top-1 on each data set in percent, with half the width of its interval among cells."""
     names = list(next(iter(results.values()))[0]["data_sets"])
     rows = []
-    for cell, runs in results.items():
-        cells = []
+    for cell in results:
+        shown = []
         for name in names:
-            found = estimate([100 * run["data_sets"][name]["top1"] for run in runs])
-            cells.append(f"{found.mean:.1f} +- {found.high - found.mean:.1f}")
-        rows.append([CELLS[cell].title, *cells])
+            found = among_cells(results, accuracy(name), cell)
+            shown.append(f"{100 * found.mean:.1f}{_half(found)}")
+        rows.append([CELLS[cell].title, *shown])
     return _table(["top-1, %", *(TITLES[name] for name in names)], rows)
 
 
-def claims(tested: Sequence[tuple[Claim, Estimate]]) -> str:
+def effects(results: Results) -> str:
+    """Return what a change does to top-1 on each data set, in points, with half the interval."""
+    names = list(next(iter(results.values()))[0]["data_sets"])
+    rows = []
+    for title, pairs in found_effects(results).items():
+        for kind, pair in pairs.items():
+            found = by_data_set(results, pair).values()
+            shown = [f"{100 * e.mean:+.1f}{_half(e)}" for e in found]
+            rows.append([f"{title}, {kind}", *shown])
+    return _table(["difference in top-1, points", *(TITLES[name] for name in names)], rows)
+
+
+def claims(tested: Iterable[Tested]) -> str:
     """Return each claim, the difference that it is about, and the verdict."""
     rows = []
-    for claim, found in tested:
+    for claim, found, welch in tested:
         measure = MEASURES[claim.measure]
-        rows.append([claim.text, measure.title, measure.text(found, "+"), verdict(found)])
-    return _table(["claim", "difference in", "difference (95 % interval)", "verdict"], rows)
+        intervals = measure.text(found, "+"), verdict(found), measure.text(welch, "+")
+        rows.append([claim.text, measure.title, *intervals])
+    head = ["claim", "difference in", "seeds as blocks (95 %)", "verdict", "runs as independent"]
+    return _table(head, rows)
 
 
-def search(tried: Mapping[str, Mapping[str, float]]) -> str:
+def search(searches: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what the searches for a learning rate found."""
     rows = []
-    for name, scores in tried.items():
-        best = max(scores, key=lambda rate: scores[rate])
+    for name, found in searches.items():
+        best = f"{found['settings']['optim.base-lr']:g}"
         shown = [
             f"**{rate}: {100 * top1:.1f}**" if rate == best else f"{rate}: {100 * top1:.1f}"
-            for rate, top1 in scores.items()
+            for rate, top1 in found["top1"].items()
         ]
         rows.append([CELLS[name].title, ", ".join(shown)])
     return _table(["", "learning rate: top-1 on held-out images, %"], rows)
 
 
 def fit(results: Results) -> str:
-    """Say how the two scores go with what a head knows of its training images, over all runs."""
+    """Say how much heads know at least of their training images."""
     runs = [run for runs in results.values() for run in runs if run["head"]]
-    known = [run["head"]["train"] for run in runs]
-    ranks = [
-        f"{spearmanr(known, [run[score] for run in runs]).statistic:.2f} with {title}"
-        for score, title in (("task_top1", "the training task"), ("transfer_log_odds", "transfer"))
-    ]
+    if not runs:
+        return "No run has a head."
+    least = min(runs, key=lambda run: run["head"]["train"])
     return (
-        "Spearman's rank correlation of the head's top-1 on its training images: "
-        f"{', '.join(ranks)} ({len(runs)} runs)."
+        f"Every head knows at least {100 * least['head']['train']:.1f} % of its training images "
+        f"({CELLS[least['cell']].title}, seed {least['seed']}, has the least of {len(runs)} runs)."
     )
 
 
