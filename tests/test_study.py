@@ -50,12 +50,22 @@ def test_claims_are_of_cells_and_measures_that_there_are() -> None:
         assert claim.measure in MEASURES
 
 
+_ABOVE, _AROUND, _BELOW = (Estimate(mean, mean - 1, mean + 1) for mean in (2.0, 0.0, -2.0))
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [(0.1, 0.3, "holds"), (-0.1, 0.3, "within noise"), (-0.3, -0.1, "fails")],
+    ("intervals", "verdict"),
+    [
+        ((_ABOVE, _ABOVE, _AROUND), "holds"),
+        ((_ABOVE, _AROUND, _ABOVE), "holds"),
+        ((_ABOVE, _AROUND, _AROUND), "weakly holds"),
+        ((_AROUND, _ABOVE, _ABOVE), "within noise"),
+        ((_BELOW, _AROUND, _ABOVE), "weakly fails"),
+        ((_BELOW, _BELOW, _BELOW), "fails"),
+    ],
 )
-def test_verdict(low: float, high: float, verdict: str) -> None:
-    assert claims.verdict(Estimate((low + high) / 2, low, high)) == verdict
+def test_verdict(intervals: tuple[Estimate, Estimate, Estimate], verdict: str) -> None:
+    assert claims.Tested(CLAIMS[0], *intervals).verdict == verdict
 
 
 def test_welchs_interval() -> None:
@@ -135,10 +145,9 @@ def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng((len(cell), seed))
     names = ["task", "unseen", "digits"]
     entry = {
-        "log_odds": 1.0,
+        "log_odds": float(rng.normal()),
         "knn": 0.5,
         "test_images": 100,
-        "images": {"train": "1", "test": "2"},
         "analyses": {
             "coding_length": 10.0 + seed,
             "effective_rank": 3.0 + seed,
@@ -198,7 +207,7 @@ def test_results_of_one_seed_make_no_claims(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
-    assert claims.tested(claims.read_results(tmp_path)) == []
+    assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "nan" not in printed
@@ -359,6 +368,7 @@ def test_sigterm_reaches_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         while not (log.exists() and log.read_text()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert runs._stopped.wait(60)
         return "sent"
 
     def train() -> str:

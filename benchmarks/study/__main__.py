@@ -140,11 +140,11 @@ def _starts(
     """Return what is left to do for the backbones that the runs of some seeds start from."""
     if not scale.start:
         return []
-    starts = {_start_file(results, seed): Run.start(scale, seed, folder) for seed in seeds}
+    starts = [Run.start(scale, seed, folder) for seed in seeds]
     return [
         partial(make_start, start, out)
-        for out, start in starts.items()
-        if not (start.is_done(out) and start.backbone.is_dir())
+        for start in starts
+        if not (start.is_done(out := _start_file(results, start.seed)) and start.backbone.is_dir())
     ]
 
 
@@ -213,11 +213,12 @@ def report(options: argparse.Namespace) -> None:
 
     folder = _results(options)
     results = claims.read_results(folder)
-    tested = claims.tested(results)
+    tested = claims.tested(results, claims.CLAIMS)
     searches = {name: read(path) for name in CELLS if (path := _search_file(folder, name)).exists()}
     print(tables.cells(results, ["task", "transfer"]), end="\n\n")
     if tested:
         print(tables.claims(tested), end="\n\n")
+        print(tables.claims(claims.tested(results, claims.BUT_HUES)), end="\n\n")
     print(tables.cells(results, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
     print(tables.fit(results), end="\n\n")
     print(tables.data_sets(results), end="\n\n")

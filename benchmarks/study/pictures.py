@@ -24,7 +24,6 @@ from benchmarks.study.claims import (
     by_data_set,
     estimate,
     found_effects,
-    verdict,
 )
 from benchmarks.study.images import TITLES
 from benchmarks.study.runs import TRAINING_TASK
@@ -39,7 +38,13 @@ from trex_models.transfer.canvas import (
 )
 
 COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
-VERDICTS = {"holds": "#009E73", "within noise": GREY, "fails": "#D55E00"}
+VERDICTS = {
+    "holds": "#009E73",
+    "weakly holds": "#8CCFBC",
+    "within noise": GREY,
+    "weakly fails": "#EDB489",
+    "fails": "#D55E00",
+}
 _POINTS = 40  # of a curve
 _LEAST = 1e-12  # that has a logarithm
 
@@ -58,10 +63,15 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _line(name: str) -> dict[str, Any]:
-    """Return how a cell's curve is drawn: wider with depth, dashed without local crops."""
+    """Return how a cell's curve is drawn: dotted if deep, faint without local crops."""
     cell = CELLS[name]
-    width = 1.2 + 0.5 * (cell.layers or 0)
-    return {"color": COLORS[cell.objective], "ls": "-" if cell.local else "--", "lw": width}
+    deep = (cell.layers or 0) > 1
+    return {
+        "color": COLORS[cell.objective],
+        "ls": (0, (1, 1)) if deep else "-",
+        "lw": 2.2 if deep else 1.6,
+        "alpha": 1.0 if cell.local else 0.5,
+    }
 
 
 def _scaled(measure: Measure, found: Estimate) -> Estimate:
@@ -139,7 +149,11 @@ def tradeoff(results: Results) -> Any:
         sets = len(next(iter(results.values()))[0]["data_sets"]) - 1
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
         axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
-        axis.set_title("What depth of the projector, local crops and objective are worth")
+        axis.set_title(
+            "What depth of the projector, local crops and objective are worth\n"
+            "hollow: no local crops; dashed: they are added; dotted: from 1 to 3 hidden layers",
+            fontsize=10,
+        )
         place_labels(axis, labels, lines)
     return figure
 
@@ -156,18 +170,18 @@ def differences(tested: Sequence[Tested]) -> Any:
         )
         for axis, (key, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
             measure = MEASURES[key]
-            for place, (_, found, _) in enumerate(rows):
-                color = VERDICTS[verdict(found)]
-                scaled = _scaled(measure, found)
+            for place, test in enumerate(rows):
+                color = VERDICTS[test.verdict]
+                scaled = _scaled(measure, test.difference)
                 _bar(axis, scaled, place, color=color, lw=2)
                 axis.plot(scaled.mean, place, "o", color=color, ms=7)
             axis.axvline(0, color="black", lw=0.9)
             axis.set_yticks(range(len(rows)), [test.claim.text for test in rows])
             axis.set_ylim(len(rows) - 0.4, -0.6)
-            axis.set_title(f"difference in: {measure.title}", fontsize=9.5)
+            axis.set_title(f"{measure.title}; right of 0: as claimed", fontsize=9.5)
             bare(axis)
         marks = [Line2D([], [], color=color, marker="o", label=v) for v, color in VERDICTS.items()]
-        figure.legend(handles=marks, loc="outside lower center", ncols=3)
+        figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
 
 
@@ -196,9 +210,10 @@ def effects(results: Results) -> Any:
     names = list(next(iter(results.values()))[0]["data_sets"])
     panels = found_effects(results)
     with drawing(13, 1.2 + 0.42 * len(names)) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
-            for offset, (kind, pair) in zip((-0.15, 0.15), pairs.items(), strict=False):
+            offsets = np.linspace(-0.2, 0.2, len(pairs)) if len(pairs) > 1 else [0.0]
+            for offset, (kind, pair) in zip(offsets, pairs.items(), strict=True):
                 style = _style(pair[0])
                 for row, (name, found) in enumerate(by_data_set(results, pair).items()):
                     scaled = _scaled(accuracy(name), found)
@@ -234,11 +249,15 @@ def geometry(results: Results) -> Any:
             _rows(axis, cells)
             axis.set_xlabel(title)
         middle.tick_params(labelleft=False)
-        for cell in cells:
-            spectra = np.array([analysis["singular_values"] for analysis in found[cell]])
-            axes = np.arange(1, spectra.shape[1] + 1)
-            _curve(right, axes, spectra, cell)
-        right.set(xscale="log", yscale="log", xlabel="principal axis", ylabel="singular value")
+        spectra = {
+            cell: np.maximum([analysis["singular_values"] for analysis in of_cell], _LEAST)
+            for cell, of_cell in found.items()
+        }
+        reference = np.exp(np.log(spectra[cells[0]]).mean(0))
+        for cell, rows in spectra.items():
+            _curve(right, np.arange(1, rows.shape[1] + 1), rows / reference, cell)
+        right.set(xscale="log", yscale="log", xlabel="principal axis")
+        right.set_ylabel(f"singular value, of that of: {CELLS[cells[0]].title}", fontsize=8)
         right.legend(frameon=False, fontsize=8)
         bare(right)
         figure.suptitle("Features of the training images, at unit length", fontsize=11)

@@ -248,6 +248,8 @@ class Run:
         """Run a module on one thread; its output goes to a log beside the run's folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         log = self._beside("log")
+        if _stopped.is_set():
+            raise FailedError(f"{module} was not begun: the study was told to stop")
         with log.open("ab") as file:
             begun = file.tell()
             child = subprocess.Popen(
@@ -258,7 +260,7 @@ class Run:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
             )
             _running.add(child.pid)
-            if _stopped.is_set():
+            if _stopped.is_set():  # between the check and the line above
                 child.terminate()
             _, status, used = os.wait4(child.pid, 0)
             _running.discard(child.pid)
@@ -358,6 +360,5 @@ def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
         "log_odds": entry["log_odds"],
         "knn": entry["knn"]["top1"],
         "test_images": entry["test"]["images"],
-        "images": {part: entry[part]["sha256"] for part in ("train", "test")},
         "analyses": {key: analyses[key] for key in _ANALYSES} if analyses else None,
     }
