@@ -121,6 +121,9 @@ def test_images_are_whole_or_absent(tmp_path: Path) -> None:
     _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)  # what is there stays
     with pytest.raises(ValueError, match=r"'size': 4, .*, not .*'size': 1, .*name another"):
         _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)
+    (tmp_path / "images.json").unlink()
+    with pytest.raises(ValueError, match=r"has images and no images\.json: name another"):
+        _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)
     assert file.stat().st_mtime_ns == written
 
 

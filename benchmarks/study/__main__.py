@@ -203,6 +203,7 @@ def run_all(options: argparse.Namespace) -> None:
             seeds = dict.fromkeys(run.seed for run in todo.values())
             in_parallel(_starts(seeds, scale, folder, results), jobs)
             in_parallel([partial(complete, run, out) for out, run in todo.items()], jobs)
+            print(f"{len(runs)} runs are done: {results}")
     except Timeout:
         raise ValueError(f"another study runs in {folder}; name another --folder") from None
 

@@ -98,6 +98,8 @@ class Images:
         described, drawn = folder / "images.json", asdict(self)
         if described.exists() and (known := json.loads(described.read_text())) != drawn:
             raise ValueError(f"{folder} has images of {known}, not {drawn}: name another --folder")
+        if not described.exists() and any((folder / name).exists() for name in self.parts()):
+            raise ValueError(f"{folder} has images and no {described.name}: name another --folder")
         write_whole(described, json.dumps(drawn) + "\n")
         for name, images in self.parts().items():
             part = folder / name
