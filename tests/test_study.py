@@ -240,6 +240,9 @@ def test_seeds_are_blocks(tmp_path: Path) -> None:
     # A seed that one of them lacks says nothing of their difference.
     less = {"cosine-1": two["cosine-1"][:2], "cosine-1-global": two["cosine-1-global"]}
     assert claims.contrast(less, task, weights) == pytest.approx((0.1, 0.1, 0.1))
+    one = {**_result("cosine-1", 7), "task_top1": 0.7}
+    apart = {"cosine-1": [one, {**one, "seed": 8}], "cosine-1-global": two["cosine-1-global"]}
+    assert not claims.contrast(apart, task, weights).has_interval
     # A third cell adds degrees of freedom: the two-way analysis of variance.
     three = _tops(tmp_path, ocm_1=(0.4, 0.5, 0.65))
     table = np.array([[0.5, 0.6, 0.8], [0.4, 0.5, 0.6], [0.4, 0.5, 0.65]])

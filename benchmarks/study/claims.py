@@ -261,8 +261,9 @@ def welch(more: Sequence[float], less: Sequence[float]) -> Estimate:
 def contrast(results: Results, measure: Measure, weights: Mapping[str, float]) -> Estimate:
     """Return a weighted sum of the cells' effects in the additive model of cells and seeds.
 
-    By least squares, with Student's interval; cells need not have been run with the same seeds. For
-    results of two cells alone with the same seeds it is the paired t-interval.
+    By least squares, with Student's interval; cells need not have been run with the same seeds, but
+    where no seeds connect them there is no interval. For results of two cells alone with the same
+    seeds it is the paired t-interval.
     """
     found = [
         (cell, run["seed"], value)
@@ -277,11 +278,13 @@ def contrast(results: Results, measure: Measure, weights: Mapping[str, float]) -
     )
     wanted = np.array([weights.get(cell, 0.0) for cell in cells] + [0.0] * len(seeds))
     numbers = np.array([value for _, _, value in found])
-    inverse = np.linalg.pinv(design.T @ design)
+    gram = design.T @ design
+    inverse = np.linalg.pinv(gram)
     fit = inverse @ design.T @ numbers
     freedom = len(numbers) - int(np.linalg.matrix_rank(design))
     mean = float(wanted @ fit)
-    if not freedom:
+    connected = np.allclose(gram @ inverse @ wanted, wanted)
+    if not freedom or not connected:
         return Estimate(mean, math.nan, math.nan)
     variance = float(((numbers - design @ fit) ** 2).sum()) / freedom
     half = float(t.ppf(0.975, freedom)) * math.sqrt(variance * (wanted @ inverse @ wanted))
