@@ -103,9 +103,13 @@ def best_rate(trial: Run, out: Path) -> float | None:
     """
     if not out.exists():
         return None
-    rate = float(read(out)["settings"]["optim.base-lr"])
+    rate = _found_rate(out)
     replace(trial, rate=rate).is_done(out)
     return rate
+
+
+def _found_rate(out: Path) -> float:
+    return float(read(out)["settings"]["optim.base-lr"])
 
 
 def complete(run: Run, out: Path) -> str:
@@ -168,7 +172,7 @@ def _search_all(
     if left:
         in_parallel(_starts([SEARCH_SEED], scale, folder, results), jobs)
         in_parallel([partial(search, trials[name], files[name]) for name in left], jobs)
-    return {name: float(read(out)["settings"]["optim.base-lr"]) for name, out in files.items()}
+    return {name: _found_rate(out) for name, out in files.items()}
 
 
 def run_all(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import t, ttest_ind
 
 from benchmarks.study.cells import CELLS
-from benchmarks.study.runs import read
+from benchmarks.study.runs import TRAINING_TASK, differing, read
 from trex_models.transfer.scores import student_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -69,7 +69,9 @@ def _head(known: str, less: str | None = None) -> Callable[[Mapping[str, Any]], 
 
 def _transfer_but_hues(result: Mapping[str, Any]) -> float:
     sets = result["data_sets"].items()
-    return statistics.fmean(e["log_odds"] for name, e in sets if name not in ("task", "hues"))
+    return statistics.fmean(
+        e["log_odds"] for name, e in sets if name not in (TRAINING_TASK, "hues")
+    )
 
 
 def _change(result: Mapping[str, Any]) -> float | None:
@@ -160,12 +162,13 @@ CLAIMS = [
 
 BUT_HUES = [replace(c, measure="but_hues") for c in CLAIMS if c.measure == "transfer"]
 """The claims on transfer without the set that no cell tells from chance."""
+LOCAL_CROPS, DEPTH = "Local crops", "Three hidden layers for one"
 EFFECTS = {
-    "Local crops": {
+    LOCAL_CROPS: {
         "L = 1": ("cosine-1", "cosine-1-global"),
         "L = 3": ("cosine-3", "cosine-3-global"),
     },
-    "Three hidden layers for one": {
+    DEPTH: {
         "learned, no local crops": ("cosine-3-global", "cosine-1-global"),
         "learned": ("cosine-3", "cosine-1"),
         "OCM": ("ocm-3", "ocm-1"),
@@ -190,9 +193,13 @@ def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
 def by_data_set(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
     """Return the difference of two cells in top-1 on each data set, with seeds as blocks."""
     with_it, without = pair
-    names = results[with_it][0]["data_sets"]
     weights = {with_it: 1.0, without: -1.0}
-    return {name: contrast(results, accuracy(name), weights) for name in names}
+    return {name: contrast(results, accuracy(name), weights) for name in list_data_sets(results)}
+
+
+def list_data_sets(results: Results) -> list[str]:
+    """Return the names of the data sets, the training task first."""
+    return list(next(iter(results.values()))[0]["data_sets"])
 
 
 def read_results(folder: Path) -> Results:
@@ -230,13 +237,11 @@ def _require_alike(
     run: Mapping[str, Any], other: Mapping[str, Any], own: Set[str], folder: Path
 ) -> None:
     """Check that two runs have the same settings but those of their own."""
-    known, asked = run["settings"], other["settings"]
-    for what in sorted((known.keys() | asked.keys()) - own):
-        if known.get(what) != asked.get(what):
-            raise ValueError(
-                f"{folder}: {run['cell']}-{run['seed']}.json differs in its {what} from "
-                f"{other['cell']}-{other['seed']}.json; delete what is of another study"
-            )
+    if what := differing(run["settings"], other["settings"], own):
+        raise ValueError(
+            f"{folder}: {run['cell']}-{run['seed']}.json differs in its {what} from "
+            f"{other['cell']}-{other['seed']}.json; delete what is of another study"
+        )
 
 
 def values(runs: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from benchmarks.study.cells import CELLS
 from benchmarks.study.claims import (
+    DEPTH,
+    LOCAL_CROPS,
     MEASURES,
     Estimate,
     Measure,
@@ -24,6 +26,7 @@ from benchmarks.study.claims import (
     by_data_set,
     estimate,
     found_effects,
+    list_data_sets,
 )
 from benchmarks.study.images import TITLES
 from benchmarks.study.runs import TRAINING_TASK
@@ -79,11 +82,18 @@ def _scaled(measure: Measure, found: Estimate) -> Estimate:
     return Estimate(*(measure.scale * value for value in found))
 
 
-def _interval(axis: Any, found: Estimate, row: float, name: str, alpha: float = 1.0) -> None:
-    """Draw a cell's estimate on a row."""
+def _interval(
+    axis: Any,
+    found: Estimate,
+    row: float,
+    name: str,
+    alpha: float = 1.0,
+    label: str | None = None,
+) -> None:
+    """Draw an estimate on a row, in a cell's style."""
     style = _style(name)
     _bar(axis, found, row, color=style["color"], lw=1.6, alpha=alpha)
-    axis.plot(found.mean, row, ls="", ms=7, alpha=alpha, **style)
+    axis.plot(found.mean, row, ls="", ms=7, alpha=alpha, label=label, **style)
 
 
 def _rows(axis: Any, cells: Sequence[str]) -> None:
@@ -126,16 +136,10 @@ def tradeoff(results: Results) -> Any:
         axis = figure.add_subplot()
         bare(axis)
         axis.margins(0.12)
-        for ends, dashes in (
-            (("cosine-1-global", "cosine-3-global"), ":"),
-            (("cosine-1", "cosine-3"), ":"),
-            (("ocm-1", "ocm-3"), ":"),
-            (("cosine-1-global", "cosine-1"), "--"),
-            (("cosine-3-global", "cosine-3"), "--"),
-        ):
-            if set(ends) <= points.keys():
-                places = [(points[name][0].mean, points[name][1].mean) for name in ends]
-                color = _style(ends[1])["color"]
+        for title, dashes in ((DEPTH, ":"), (LOCAL_CROPS, "--")):
+            for after, before in found_effects(results).get(title, {}).values():
+                places = [(points[n][0].mean, points[n][1].mean) for n in (before, after)]
+                color = _style(after)["color"]
                 axis.plot(*zip(*places, strict=True), color=color, ls=dashes, lw=1.2, alpha=0.7)
         labels, lines = [], []
         for name, (x, y) in points.items():
@@ -146,7 +150,7 @@ def tradeoff(results: Results) -> Any:
                 _bar(axis, x, y.mean, color=style["color"], lw=1.2)
                 _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
                 lines += [((x.low, x.high), (y.mean,) * 2), ((x.mean,) * 2, (y.low, y.high))]
-        sets = len(next(iter(results.values()))[0]["data_sets"]) - 1
+        sets = len(list_data_sets(results)) - 1
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
         axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
         axis.set_title(
@@ -187,7 +191,7 @@ def differences(tested: Sequence[Tested]) -> Any:
 
 def data_sets(results: Results) -> Any:
     """Draw accuracy on every data set, a panel each, a row a cell."""
-    names = list(next(iter(results.values()))[0]["data_sets"])
+    names = list_data_sets(results)
     cells = list(results)
     columns = 4
     rows = -(-len(names) // columns)
@@ -207,19 +211,17 @@ def data_sets(results: Results) -> Any:
 
 def effects(results: Results) -> Any:
     """Draw what a change does to accuracy, a panel a change, a row a data set."""
-    names = list(next(iter(results.values()))[0]["data_sets"])
+    names = list_data_sets(results)
     panels = found_effects(results)
     with drawing(13, 1.2 + 0.42 * len(names)) as figure:
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
             offsets = np.linspace(-0.2, 0.2, len(pairs)) if len(pairs) > 1 else [0.0]
             for offset, (kind, pair) in zip(offsets, pairs.items(), strict=True):
-                style = _style(pair[0])
                 for row, (name, found) in enumerate(by_data_set(results, pair).items()):
                     scaled = _scaled(accuracy(name), found)
-                    _bar(axis, scaled, row + offset, color=style["color"], lw=1.6)
-                    label = kind if row == 0 else None
-                    axis.plot(scaled.mean, row + offset, ls="", ms=7, label=label, **style)
+                    label = None if row else kind
+                    _interval(axis, scaled, row + offset, pair[0], label=label)
             axis.axvline(0, color="black", lw=0.9)
             axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
             axis.set_ylim(len(names) - 0.4, -0.6)

@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,12 +177,11 @@ class Run:
             return False
         known = read(result)["settings"]
         asked = json.loads(json.dumps(rounded(self.conditions())))
-        for field in sorted(known.keys() | asked.keys()):
-            if known.get(field) != asked.get(field):
-                raise ValueError(
-                    f"{result} is of {field} {known.get(field)}, not {asked.get(field)}: delete "
-                    "it, or name another --results"
-                )
+        if field := differing(known, asked):
+            raise ValueError(
+                f"{result} is of {field} {known.get(field)}, not {asked.get(field)}: delete "
+                "it, or name another --results"
+            )
         return True
 
     def complete(self, result: Path) -> None:
@@ -332,6 +331,14 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     """Write a JSON file of the study, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(rounded(found)) + "\n")
+
+
+def differing(
+    known: Mapping[str, Any], asked: Mapping[str, Any], but: Set[str] = frozenset()
+) -> str | None:
+    """Return the first field in which settings differ, ``but`` some; None where they agree."""
+    fields = sorted((known.keys() | asked.keys()) - but)
+    return next((field for field in fields if known.get(field) != asked.get(field)), None)
 
 
 def rounded(value: Any) -> Any:

@@ -16,6 +16,7 @@ from benchmarks.study.claims import (
     by_data_set,
     estimate,
     found_effects,
+    list_data_sets,
     values,
 )
 from benchmarks.study.images import TITLES
@@ -45,7 +46,7 @@ def cells(results: Results, measured: Sequence[str]) -> str:
 
 def data_sets(results: Results) -> str:
     """Return top-1 on each data set in percent, with half the width of its interval among cells."""
-    names = list(next(iter(results.values()))[0]["data_sets"])
+    names = list_data_sets(results)
     rows = []
     for cell in results:
         shown = []
@@ -58,7 +59,7 @@ def data_sets(results: Results) -> str:
 
 def effects(results: Results) -> str:
     """Return what a change does to top-1 on each data set, in points, with half the interval."""
-    names = list(next(iter(results.values()))[0]["data_sets"])
+    names = list_data_sets(results)
     rows = []
     for title, pairs in found_effects(results).items():
         for kind, pair in pairs.items():
