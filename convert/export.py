@@ -26,10 +26,10 @@ from torch import nn
 
 from convert import to_onnx, to_torchvision
 from convert.comparison import HEADER, Difference, batches, resolutions
-from trex_models import TRexResNet, __version__, folders, naver
+from trex_models import TRexResNet, __version__, folders, licenses, naver
 from trex_models.files import replacing
 from trex_models.heads import Projector
-from trex_models.transfer.encoders import license_of_file, weights_digest
+from trex_models.transfer.encoders import weights_digest
 
 TARGETS = {"torchvision": to_torchvision.SUFFIXES, "onnx": to_onnx.SUFFIXES}
 OUTPUTS = ("features", "embeddings", "logits")
@@ -171,8 +171,9 @@ def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     """Return what a user of the export has to know, for JSON."""
     cfg = model.pretrained_cfg
     licence, origin = cfg.get("license") or "not stated", cfg.get("origin_url") or "not stated"
-    if file is not None:  # what the architecture's own weights are does not count
-        licence = license_of_file(file, str(cfg.get("architecture")))
+    if own_weights := file or folders.find(name):  # not those of the architecture
+        licence = licenses.describe(own_weights, str(cfg.get("architecture")))
+    if file is not None:
         origin = f"the file {file.name}"
     if licence == naver.LICENSE:
         licence += " (NAVER's weights: not for commercial use)"

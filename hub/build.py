@@ -14,6 +14,7 @@ from hub import cards, licenses
 from hub.folder import Model, inspect
 from hub.imagenet import read_results
 from trex_models import folders, naver
+from trex_models.licenses import license_of
 from trex_models.manifest import sha256
 
 NAMESPACE = "trex-models"
@@ -135,10 +136,10 @@ def _license(model: Model, owner: Owner) -> str:
                 "because the weights are NAVER's; leave --license out"
             )
         return naver.LICENSE
-    stated = model.license
+    stated = license_of(model.folder) or model.license
     if stated and owner.license and stated != owner.license:
         raise ValueError(
-            f"--license {owner.license}: {model.folder / 'config.json'} states {stated!r}; leave "
+            f"--license {owner.license}: the weights of {model.folder} are under {stated}; leave "
             "--license out, or export the model again with the other one"
         )
     chosen = owner.license or stated

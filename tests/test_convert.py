@@ -329,8 +329,7 @@ def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None
         "sha256": hashlib.sha256(data).hexdigest(),
         **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
     }
-    with torch.serialization.safe_globals(checkpoints.OFFICIAL_GLOBALS):
-        contents = torch.load(conversion.path, weights_only=True, mmap=True)
+    contents = checkpoints.load(conversion.path)
     held = dict(contents["model"]) if name in FULL else dict(contents)
     others = contents.keys() - {"model"} if name in FULL else set()
     assert len(rows) == len(held) + len(others)

@@ -121,7 +121,7 @@ def exchanges(process: Process, folder: Path) -> dict[str, Any]:
     sums = meter.gathered()
     seen["sums"] = sums
     restored = Meter(process)
-    restored.restore(sums)
+    restored.load_state_dict(sums)
     seen["restored exactly"] = torch.equal(restored.gathered(), sums)
     seen["read"] = meter.read()
     seen["started anew"] = meter.gathered().abs().sum().item()
@@ -251,7 +251,7 @@ def test_meter_of_another_number_of_processes(seen: Seen) -> None:
     """The means go on: of 2 or 3 processes' sums, one process takes the mean."""
     one = Meter(Process(0, 1, torch.device("cpu")))
     update(one, loss=99.0, correct=False)  # forgotten
-    one.restore(seen[0]["sums"])
+    one.load_state_dict(seen[0]["sums"])
     torch.testing.assert_close(one.gathered(), seen[0]["sums"].mean(0, keepdim=True))
     assert one.read() == pytest.approx(seen[0]["read"])
 

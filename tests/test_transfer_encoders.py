@@ -19,8 +19,9 @@ from trex_models import naver
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
+from trex_models.licenses import describe
 from trex_models.manifest import sha256
-from trex_models.transfer.encoders import calibrated, license_of_file, load, weights_digest
+from trex_models.transfer.encoders import calibrated, load, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
 
 
 LINEAR = {"fc.weight": torch.zeros(2, 3)}
-UNTOLD = "not stated (weights of --file)"
+UNTOLD = "not stated"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_the_licence_of_a_file_is_its_own(
         (tmp_path / file).write_bytes(b"another format")
     else:
         torch.save(contents, tmp_path / file)
-    assert license_of_file(tmp_path / file, "resnet50") == expected
+    assert describe(tmp_path / file, "resnet50") == expected
 
 
 def test_files_of_naver_are_known_by_what_was_recorded(
@@ -190,24 +191,24 @@ def test_files_of_naver_are_known_by_what_was_recorded(
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
     path = tmp_path / "renamed.pth"
     torch.save(LINEAR, path)
-    untold = license_of_file(path, "trex_resnet50")
-    assert untold == f"not stated (weights of --file; if they are NAVER's: {naver.LICENSE})"
+    untold = describe(path, "trex_resnet50")
+    assert untold == f"not stated (if the weights are NAVER's: {naver.LICENSE})"
     (tmp_path / "naver").mkdir()
     record = tmp_path / "naver" / "trex.json"
     record.write_text(json.dumps({"sha256": sha256(path), "converted_sha256": ""}))
-    assert license_of_file(path, "resnet50") == naver.LICENSE
+    assert describe(path, "resnet50") == naver.LICENSE
     record.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        license_of_file(path, "resnet50")
+        describe(path, "resnet50")
 
 
 def test_a_licence_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
     save_file(LINEAR, tmp_path / "converted.safetensors", {"license": naver.LICENSE})
-    assert license_of_file(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
+    assert describe(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
     save_file(LINEAR, tmp_path / "model.safetensors")
-    assert license_of_file(tmp_path / "model.safetensors", "resnet50") == UNTOLD
+    assert describe(tmp_path / "model.safetensors", "resnet50") == UNTOLD
     (tmp_path / "config.json").write_text('{"pretrained_cfg": {"license": "mit"}}')
-    assert license_of_file(tmp_path / "model.safetensors", "resnet50") == "mit"
+    assert describe(tmp_path / "model.safetensors", "resnet50") == "mit"
 
 
 def test_a_file_has_neither_licence_nor_tag_of_the_architecture(tmp_path: Path) -> None:

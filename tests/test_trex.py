@@ -357,7 +357,9 @@ def test_backbone_file_with_a_new_classifier(tmp_path: Path) -> None:
     torch.save(create("trex_resnet50").state_dict(), tmp_path / "backbone.pth")
     model = load("trex_resnet50", tmp_path / "backbone.pth", num_classes=10)
     assert model(images()).shape == (2, 10)
-    with pytest.raises(RuntimeError, match=r"do not fit trex_resnet50_proj: .*proj\.1\.fc\.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"do not match trex_resnet50_proj: .*proj\.1\.fc\.weight"
+    ):
         load("trex_resnet50_proj", tmp_path / "backbone.pth")
 
 
@@ -365,7 +367,7 @@ def test_backbone_file_with_a_new_classifier(tmp_path: Path) -> None:
 def test_file_of_another_architecture(other: str, tmp_path: Path) -> None:
     torch.save(state_of(other, num_classes=0), tmp_path / "other.pth")
     for num_classes in (0, 10):
-        with pytest.raises(RuntimeError, match="the weights do not fit trex_resnet50: "):
+        with pytest.raises(RuntimeError, match="the weights do not match trex_resnet50: "):
             load("trex_resnet50", tmp_path / "other.pth", num_classes=num_classes)
 
 
@@ -384,7 +386,7 @@ def test_file_of_another_width(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_classes", [1000, 10])
 def test_file_with_another_projector(cls_file: Path, num_classes: int) -> None:
-    with pytest.raises(RuntimeError, match=r"do not fit trexstar_resnet50_cls: .*proj\."):
+    with pytest.raises(RuntimeError, match=r"do not match trexstar_resnet50_cls: .*proj\."):
         load("trexstar_resnet50_cls", cls_file, num_classes=num_classes)
 
 

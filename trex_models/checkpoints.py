@@ -3,32 +3,32 @@
 Four forms: the official release's backbone files (flat, torchvision's names), its full training
 states (online encoder, momentum encoder, memory bank, optimizer, arguments), its full states
 without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
-Pickles are read under ``weights_only=True``. In a training state a key that the table below does
-not name is an error; in a model's file it is taken for the backbone's, and compared with it later.
+Pickles run no code (``unpickling``). In a training state a key that the table below does not name
+is an error; in a model's file it is taken for the backbone's, and compared with it later. All
+commands read files by `load` and `sort`, so that the same contents are refused everywhere.
 
 Shapes: C classes, D embedding, Q bank size.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import re
-import zipfile
-from collections.abc import Callable, Mapping
+import stat
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import timm
 import torch
 from torch import Tensor
-from torch.serialization import add_safe_globals
 
 from trex_models.heads import Projector, class_means, widen
+from trex_models.unpickling import RefusedError, load_torch
 
 
 class CheckpointError(ValueError):
@@ -76,31 +76,35 @@ TABLE = (
 
 # Where the weights stand in a training state, and its other entries, which are not weights.
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
-CONTAINERS = {
+CONTAINERS: dict[str, Collection[str]] = {
     "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
     "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
-    "method": {
-        *("config", "classes", "images", "step", "optimizer", "scaler", "meter"),
-        *("environment", "batchnorm_groups", "unreadable", "inherited_license"),
-        *("process", "crops", "labels", "ids"),  # of a step whose loss was not finite
+    "method": {  # the types of the entries, and of their items
+        "config": (dict,),
+        "classes": (list, str),
+        "images": (str,),
+        "step": (int,),
+        "optimizer": (dict,),
+        "scaler": (dict,),
+        "meter": (Tensor,),
+        "environment": (dict, int, str),
+        "batchnorm_groups": (int,),
+        "unreadable": (list, int),
+        "inherited_license": (str,),
+        # of a step whose loss was not finite
+        "process": (int,),
+        "crops": (list, Tensor),
+        "labels": (Tensor,),
+        "ids": (Tensor,),
     },
 }
 
 # Modules around a module: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# Of torch's default allow-list an official full file needs these besides: its ``args``, whose
-# learning rates are a float64 array. numpy 2 renamed the module of the array's constructor.
-_array_constructor: Any = np.zeros(0).__reduce__()[0]
-OFFICIAL_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    (_array_constructor, "numpy._core.multiarray._reconstruct"),
-    (_array_constructor, "numpy.core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    np.dtypes.Float64DType,
-]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = {"bank labels", "bank ids", "bank ages"}  # parts
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,6 @@ def read(
                     f"it is a {backbone} with a linear classifier, not a t-ReX model; use the "
                     "file of one"
                 )
-        check_finite(checkpoint.state_dict())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
@@ -203,8 +206,8 @@ def split(
         num_classes: As ``read``.
 
     Raises:
-        CheckpointError: A key or entry is unknown, a needed one is missing, or the projector's
-            or the bank's shapes do not fit each other.
+        CheckpointError: The contents are not those of a checkpoint (`sort`), a needed part is
+            missing, shapes do not match, or values are not finite.
     """
     form, parts, places = sort(contents)
     encoder = "momentum " if momentum_encoder else ""
@@ -214,6 +217,7 @@ def split(
         raise CheckpointError(f"it holds no {wanted}, among {len(places)} keys; use another file")
     if form != "model" and not projector and _had_projector(contents, form):
         raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
+    check_finite(parts)
     _check_projector(projector)
     if num_classes is None and form == "trainer" and "classes" in contents:
         num_classes = len(contents["classes"])
@@ -222,7 +226,7 @@ def split(
     absent: tuple[int, ...] = ()
     if num_classes == 0:
         class_weights = class_biases = None
-    elif parts["bank features"] or parts["bank labels"]:
+    elif parts["bank features"]:
         if class_weights is not None:
             raise CheckpointError(
                 "it holds both a memory bank and learned class weights, which no run writes; use "
@@ -247,13 +251,14 @@ class Sorted(NamedTuple):
 
 
 def sort(contents: Mapping[str, Any]) -> Sorted:
-    """Sort the weights of a file into the parts of ``TABLE``.
+    """Sort the weights of a file into the parts of ``TABLE``, and check their types.
 
     Args:
         contents: A state dict, or a training state around one.
 
     Raises:
-        CheckpointError: A key or entry is unknown, stands there twice, or is no tensor.
+        CheckpointError: A key or entry is unknown, occurs twice, or has another type; or the parts
+            of the memory bank do not match.
     """
     state, others = _unwrap(contents)
     for key in state:
@@ -269,7 +274,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
         name = names[key].removeprefix(row.prefix)
         if row.form != form:
             raise CheckpointError(
-                f"unexpected key {key!r} beside those of {_FORMS[form]}; if that is another "
+                f"unexpected key {key!r} next to those of {_FORMS[form]}; if that is another "
                 "network's, load its own file"
             )
         if name in parts[row.part]:
@@ -277,9 +282,72 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
         parts[row.part][name] = state[key]
         places[key] = row.part, name
     for key, value in state.items():
-        if not isinstance(value, Tensor) and rows[key].part != "bank pointer":
-            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
+        if rows[key].part != "bank pointer":
+            _check_type(key, rows[key].part, value)
+    if any(parts[part] for part in parts if part.startswith("bank")):
+        _check_bank(parts, len(contents["classes"]) if "classes" in others else None)
     return Sorted(form, parts, places)
+
+
+def _check_type(key: str, part: str, value: Any) -> None:
+    """Require a dense tensor of floats; of integers where a part or a buffer has those."""
+    if not isinstance(value, Tensor):
+        raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
+    integers = (torch.int64,)
+    if key.endswith("num_batches_tracked") or part in _INTEGERS:
+        allowed: tuple[torch.dtype, ...] = integers
+    elif part.endswith("backbone") and not key.endswith((".weight", ".bias")):
+        allowed = (*_FLOATS, *integers, torch.bool)  # buffers, such as indices of positions
+    else:
+        allowed = _FLOATS
+    if value.dtype not in allowed or value.layout != torch.strided:
+        kind = "64-bit integers" if allowed is integers else "floating-point numbers"
+        raise CheckpointError(
+            f"{key} is {value.dtype} {value.layout}; expected dense {kind}: if the model was "
+            "quantized or pruned, save the original weights"
+        )
+
+
+def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None) -> None:
+    """Require features (Q, D), integers (Q,) next to them, and labels in [0, num_classes)."""
+    features, labels = parts["bank features"].get(""), parts["bank labels"].get("")
+    if features is None or labels is None:
+        missing = "features" if features is None else "labels"
+        raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
+    if features.ndim != 2 or not len(features):
+        raise CheckpointError(
+            f"the bank's features are {tuple(features.shape)}; expected (Q, D): use another file"
+        )
+    for part in _INTEGERS:
+        found = parts[part].get("", labels)
+        if found.shape != features.shape[:1]:
+            raise CheckpointError(
+                f"the {part}, {tuple(found.shape)}, do not match its features, "
+                f"{tuple(features.shape)}"
+            )
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= (num_classes or sys.maxsize):
+        raise CheckpointError(
+            f"the bank's labels run from {low} to {high}, outside {num_classes} classes"
+        )
+    if not 0 <= bank_pointer(parts) < len(labels):
+        raise CheckpointError(f"the bank's pointer is outside its {len(labels)} entries")
+
+
+def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the position where a memory bank is written next.
+
+    Raises:
+        CheckpointError: It is not an integer.
+    """
+    pointer = parts["bank pointer"].get("", 0)
+    if isinstance(pointer, Mapping) and pointer.keys() == {"pointer", "batches"}:
+        pointer = pointer["pointer"] if type(pointer["batches"]) is int else None
+    if isinstance(pointer, Tensor) and pointer.dtype == torch.int64 and pointer.numel() == 1:
+        pointer = pointer.item()
+    if type(pointer) is not int:
+        raise CheckpointError(f"the bank's pointer is a {type(pointer).__name__}, not an integer")
+    return pointer
 
 
 def _had_projector(contents: Mapping[str, Any], form: str) -> bool:
@@ -287,7 +355,7 @@ def _had_projector(contents: Mapping[str, Any], form: str) -> bool:
     if form != "trainer":
         return True
     model = contents.get("config", {}).get("model", {})
-    return model.get("projector", "none") != "none"
+    return isinstance(model, Mapping) and model.get("projector", "none") != "none"
 
 
 _FORMS = {
@@ -305,8 +373,11 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
         unknown = [name for name in contents if name not in expected and name != container]
         if unknown:
             raise CheckpointError(
-                f"unknown entries {unknown} beside {container!r}; expected only {sorted(expected)}"
+                f"unknown entries {_some(unknown)} next to {container!r}; expected only "
+                f"{sorted(expected)}"
             )
+        if isinstance(expected, Mapping):
+            _check_entries(contents, expected)
         return contents[container], [name for name in contents if name in expected]
     if not any(isinstance(value, Tensor) for value in contents.values()):
         raise CheckpointError(
@@ -314,6 +385,19 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
             f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
         )
     return contents, []
+
+
+def _check_entries(contents: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Require the types of the entries of a training state, and of their items."""
+    for name, (kind, *of) in types.items():
+        value = contents.get(name, kind())
+        items = value.values() if isinstance(value, Mapping) else value
+        if not isinstance(value, kind) or (of and not all(isinstance(i, tuple(of)) for i in items)):
+            names = " or ".join(item.__name__ for item in of)
+            raise CheckpointError(
+                f"its entry {name!r} is not a {kind.__name__}{f' of {names}' * bool(of)}; use the "
+                "file that training wrote"
+            )
 
 
 def _container(contents: Mapping[str, Any]) -> str | None:
@@ -364,20 +448,7 @@ def _prototypes(
     parts: Mapping[str, Any], told_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Return the bank's L2-normalised class sums, (C, D), and the classes without an entry."""
-    features, labels = parts["bank features"].get(""), parts["bank labels"].get("")
-    if features is None or labels is None:
-        missing = "features" if features is None else "labels"
-        raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
-    if features.ndim != 2 or not len(features) or not features.is_floating_point():
-        raise CheckpointError(
-            f"the bank's features are {tuple(features.shape)} {features.dtype}; expected (Q, D) "
-            "floats: use another file"
-        )
-    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
-        raise CheckpointError(
-            f"the bank's labels, {tuple(labels.shape)} {labels.dtype}, do not fit its features, "
-            f"{tuple(features.shape)}"
-        )
+    features, labels = parts["bank features"][""], parts["bank labels"][""]
     num_classes = 1000 if told_classes is None else told_classes
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
@@ -391,8 +462,9 @@ def _prototypes(
             f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
             f"{_TELL}"
         )
-    check_finite({"the bank's features": features})
-    return class_means(widen(features), labels, num_classes), absent
+    prototypes = class_means(widen(features), labels, num_classes)
+    check_finite({"class means": {"": prototypes}})
+    return prototypes, absent
 
 
 def _bottleneck(projector: Mapping[str, Tensor]) -> int:
@@ -425,36 +497,56 @@ def _check_widths(class_weights: Tensor, projector: Mapping[str, Tensor]) -> Non
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
     """Require exactly the expected keys, shapes and types."""
+    if difference := mismatch(state, expected, exact=True):
+        raise CheckpointError(
+            f"its weights are not those of a {name}: {difference}; use a whole file of a t-ReX "
+            "model"
+        )
+
+
+def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bool = False) -> str:
+    """Describe the first difference between the tensors of two states; empty if there is none.
+
+    Args:
+        state: What was found.
+        expected: What it must match in keys, in shapes, and in whether its values are floats.
+        exact: Require the same types, too.
+    """
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        raise CheckpointError(
-            f"its keys are not those of a {name}: {_some(missing)} missing, "
-            f"{_some(unexpected)} unexpected; use a whole file of a t-ReX model"
-        )
+        return f"{_some(missing)} missing, {_some(unexpected)} unexpected"
     for key, tensor in expected.items():
         found = state[key]
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(
-                f"{key} is {tuple(found.shape)} {found.dtype}; a {name} has "
-                f"{tuple(tensor.shape)} {tensor.dtype}; use a file of a t-ReX model"
+        if not isinstance(tensor, Tensor):
+            continue
+        both_floats = found.is_floating_point() and tensor.is_floating_point()
+        if found.shape != tensor.shape or (
+            found.dtype != tensor.dtype and (exact or not both_floats)
+        ):
+            return (
+                f"{key} is {tuple(found.shape)} {found.dtype}, expected {tuple(tensor.shape)} "
+                f"{tensor.dtype}"
             )
+    return ""
 
 
-def check_finite(state: Mapping[str, Tensor]) -> None:
+def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Require finite values.
 
     Raises:
         CheckpointError: A tensor has others.
     """
-    for key, tensor in state.items():
-        # A finite sum has finite terms, and takes a tenth of the time of looking at each.
-        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
-            continue
-        if not tensor.isfinite().all():
+    for part, state in parts.items():
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            # A finite sum has finite terms, and takes a tenth of the time of looking at each.
+            if tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
+                continue
             count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{key} has {count} values that are not finite (NaN or infinity), of "
+                f"{f'{part} {name}'.strip()} has {count} values that are not finite, of "
                 f"{tensor.numel()}; the file is damaged or its training diverged"
             )
 
@@ -473,12 +565,14 @@ def load(path: Path | str) -> Mapping[str, Any]:
         path: A .pth, .pt or .safetensors file; the first bytes decide.
 
     Raises:
-        DamagedError: The file is cut short, or its contents do not fit its checksums.
+        DamagedError: The file is cut short, or its contents do not match its checksums or lengths.
         CheckpointError: It is missing, unreadable, unsafe, or something else.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
@@ -486,41 +580,28 @@ def load(path: Path | str) -> Mapping[str, Any]:
     if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
         raise CheckpointError(f"{path}: it is a web page, not weights; download the file again")
     damaged = (
-        f"{path}: it is damaged or cut short ({size} bytes); download or copy it again, and "
-        "compare sizes"
+        f"{path}: it is damaged or cut short ({status.st_size} bytes); download or copy it again, "
+        "and compare sizes"
     )
-    is_zip = start.startswith(b"PK\x03\x04")
     try:
         if start[8:9] == b"{":
             return safetensors.torch.load_file(path)
-        if not is_zip and not start.startswith(b"\x80"):
+        if not start.startswith((b"PK\x03\x04", b"\x80")):
             raise DamagedError(
-                f"{path}: it is no file of torch or safetensors (it begins with {start[:16]!r}); "
-                "download or copy it again"
+                f"{path}: it is not a file of torch or safetensors (it begins with "
+                f"{start[:16]!r}); download or copy it again"
             )
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:  # torch passes over wrong checksums
-                if archive.testzip() is not None:
-                    raise DamagedError(damaged)
-        # For good: safe_globals would take away what other threads and the user rely on. Each
-        # time: timm's loading takes Namespace away.
-        add_safe_globals(OFFICIAL_GLOBALS)
-        # Files of torch < 1.6 are no zip and cannot be mapped into memory.
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        contents = load_torch(path)
     except (CheckpointError, MemoryError):
         raise
+    except RefusedError as error:
+        raise CheckpointError(f"{path}: refused: {error}") from error
     except OSError as error:
         if error.errno == errno.EINVAL:  # a position before the file's start, from a wrong field
             raise DamagedError(damaged) from error
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # both libraries raise many kinds for a damaged file
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise DamagedError(damaged) from error
-        raise CheckpointError(
-            f"{path}: refused: it wants to run {found[1]}, which no t-ReX checkpoint needs; a "
-            "file from elsewhere can execute any code that way"
-        ) from error
+    except Exception as error:  # each library raises many kinds for a damaged file
+        raise DamagedError(damaged) from error
     if not isinstance(contents, Mapping):
         raise CheckpointError(
             f"{path}: it holds a {type(contents).__name__}, not a state dict; save "

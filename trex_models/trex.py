@@ -16,6 +16,7 @@ authors published their backbones alone. ``in1k_r2`` were retrained with the rel
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from trex_models import checkpoints, naver, weights
+from trex_models import checkpoints, licenses, naver, weights
 from trex_models.heads import CosineClassifier, Projector
 
 __all__ = ["TRexResNet"]  # register_model appends the entry points
@@ -211,41 +212,30 @@ class TRexResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Leave out the parts of the head that ``model`` lacks; check that the rest is the model's.
+def _fit(found: dict[str, Tensor], model: Any, source: str) -> dict[str, Tensor]:
+    """Leave out the parts of the head that ``model`` lacks; check that the rest matches.
 
-    So the file of a whole model also serves the smaller ones. timm loads without strictness where
-    the number of classes changes, and would pass over another architecture's file.
+    The file of a whole model thus serves the smaller ones, too. timm loads without strictness where
+    the number of classes changes, and would accept another architecture's file.
 
     Raises:
-        CheckpointError: Values are not finite.
         RuntimeError: The weights are another architecture's.
     """
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
         if not any(key.startswith(part) for key in wanted):
             found = {k: v for k, v in found.items() if not k.startswith(part)}
-    # The classifier is left to timm, which knows whether it is to be loaded.
-    missing = [k for k in wanted if k not in found and not k.startswith("fc.")]
-    unexpected = [k for k in found if k not in wanted and not k.startswith("fc.")]
-    name = model.pretrained_cfg["architecture"]
-    if missing or unexpected:
-        raise RuntimeError(
-            f"the weights do not fit {name}: {_some(missing)} missing, "
-            f"{_some(unexpected)} unexpected"
-        )
-    for key in found.keys() & wanted.keys():
-        if found[key].is_floating_point() != wanted[key].is_floating_point():
-            raise RuntimeError(
-                f"the weights do not fit {name}: {key} is {found[key].dtype}, not "
-                f"{wanted[key].dtype}"
-            )
-    checkpoints.check_finite(found)
+    # timm knows whether the classifier is to be loaded, and adapts the first layer to other numbers
+    # of input channels.
+    body, expected = (
+        {k: v for k, v in state.items() if not k.startswith("fc.")} for state in (found, wanted)
+    )
+    for key in [key for key in body if key.startswith("conv1.") and key in expected]:
+        expected[key] = expected[key].new_empty(body[key].shape)
+    if difference := checkpoints.mismatch(body, expected):
+        name = model.pretrained_cfg["architecture"]
+        raise RuntimeError(f"{source}the weights do not match {name}: {difference}")
     return found
-
-
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} keys ({', '.join(keys[:3])}, ...)" if keys else "0 keys"
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -327,18 +317,23 @@ def _create(
             if cfg.url and "hf_hub_id" not in overlay:
                 overlay["hf_hub_id"] = None  # timm would prefer it to the url
         else:
-            given = load_file(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
-            weights.notice()
-    elif pretrained and cfg.license == naver.LICENSE:
-        weights.notice()
+            found = load_file(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
+            given = checkpoints.split(found).state_dict()
+            licenses.notice()
+    elif pretrained:
+        folder = Path(cfg.file) if cfg.source == "local-dir" and cfg.file else None
+        if (licenses.license_of(folder) or cfg.license) == naver.LICENSE:
+            licenses.notice()
     if given is not None:
         overlay |= {"state_dict": {"given": True}, "file": None}
 
     def filter_fn(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         model.pretrained_cfg.pop("state_dict", None)  # it is the weights' no more
         if given is not None:
-            return _fit(given, model)
-        return _fit(checkpoints.split(found, num_classes=cfg.num_classes).state_dict(), model)
+            found = given
+        else:
+            found = checkpoints.split(found, num_classes=cfg.num_classes).state_dict()
+        return _fit(found, model, f"{cfg.file}: " if cfg.file else "")
 
     return build_model_with_cfg(
         cls,
@@ -355,8 +350,8 @@ def _create(
 def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of the file or the state dict that timm was told of, in our names.
 
-    Writes into the overlay what they are: their number of classes, which decides whether timm
-    keeps their classifier; and of this trainer's checkpoints the licence, which is not NAVER's.
+    Writes into the overlay their number of classes, which decides whether timm keeps their
+    classifier, and their license; unless it is unknown, for they may be NAVER's, saved again.
     """
     contents: Any = cfg.state_dict
     if contents is None:
@@ -369,9 +364,11 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
         raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
     if cfg.num_classes and checkpoint.class_weights is not None:
         overlay["num_classes"] = len(checkpoint.class_weights)
-    if checkpoint.form == "trainer":
-        stated = contents.get("config", {}).get("license")
-        overlay |= {"license": stated or None, "origin_url": None}
+    license_ = licenses.license_of(Path(cfg.file) if cfg.file else None, contents)
+    if license_ == naver.LICENSE:
+        licenses.notice()
+    elif license_ or checkpoint.form == "trainer":
+        overlay |= {"license": license_ or None, "origin_url": None}
     return checkpoint.state_dict()
 
 

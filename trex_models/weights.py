@@ -11,14 +11,9 @@ What timm is told explicitly (a file, a state dict, hf-hub:, local-dir:) does no
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import (
     constants,
@@ -27,9 +22,8 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from safetensors import SafetensorError, safe_open
 
-from trex_models import checkpoints, manifest, naver
+from trex_models import manifest, naver
 from trex_models.checkpoints import CheckpointError
 from trex_models.manifest import Manifest, Published, WeightsError
 
@@ -72,61 +66,6 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
         return Path(cache_dir) / "trex_models"
     told = os.environ.get("TREX_MODELS_CACHE")
     return Path(told).expanduser() if told else Path(constants.HF_HOME) / "trex_models"
-
-
-def license_of(path: Path) -> str | None:
-    """Return the licence of a weights file: NAVER's, or what it or its config.json states.
-
-    NAVER's files are known by the form of their training states, by name, and by SHA-256.
-
-    Args:
-        path: A file of any form.
-
-    Returns:
-        Such as cc-by-nc-sa-4.0; None where nothing tells.
-
-    Raises:
-        WeightsError: The manifest is damaged.
-    """
-    try:
-        contents: Mapping[str, Any] = checkpoints.load(path)
-        form = checkpoints.sort(contents).form
-    except CheckpointError:  # weights of another kind
-        contents, form = {}, "model"
-    if form == "trainer":
-        stated = contents.get("config", {}).get("license") or contents.get("inherited_license")
-        return str(stated) if stated else None
-    if form == "official" or path.name in {
-        file for files in naver.FILES.values() for file in files
-    }:
-        return naver.LICENSE
-    stated = _stated(path)
-    if stated:
-        return stated
-    known = naver.known(cache_folder(), manifest.load())
-    return naver.LICENSE if manifest.sha256(path) in known else None
-
-
-def _stated(path: Path) -> str:
-    """Return the licence in a safetensors file's metadata, or in a timm folder's config.json."""
-    found = ""
-    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        found = (file.metadata() or {}).get("license", "")
-    config = path.with_name("config.json")
-    if not found and path.name.startswith(("model.", "pytorch_model.")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(config.read_text())["pretrained_cfg"].get("license", "")
-    return str(found or "")
-
-
-@functools.cache
-def notice() -> None:
-    """Say once per process that the weights are not free for every use."""
-    if not os.environ.get("TREX_MODELS_NO_NOTICE"):
-        _logger.warning(
-            "these t-ReX weights are NAVER's, licence CC BY-NC-SA 4.0: not for commercial use "
-            "(TREX_MODELS_NO_NOTICE=1 silences this)"
-        )
 
 
 def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path | None:

@@ -25,24 +25,33 @@ from typing import Any, Protocol
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, DamagedError
 from trex_models.files import replacing, sync_folder, write_whole
-from trex_models.train.config import Config, differences, to_json
+from trex_models.train.config import Config, differences, from_dict, to_json
 
 KEPT = 2
+_ENTRIES = {
+    *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
+    *("batchnorm_groups", "unreadable", "inherited_license"),
+}
 
 
-class Stateful(Protocol):
-    """A module, an optimiser, or a gradient scaler."""
+class Restorable(Protocol):
+    """A meter, or what is `Stateful`."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Restore a state."""
+        ...
+
+
+class Stateful(Restorable, Protocol):
+    """A module, an optimizer, or a gradient scaler."""
 
     def state_dict(self) -> Any:
         """Return the state: tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take on a state."""
         ...
 
 
@@ -203,11 +212,11 @@ def put_aside(path: Path, error: DamagedError) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of the trainer, onto the CPU, and verify its checksums.
+    """Read a checkpoint of the trainer, onto the CPU, and verify its checksums and contents.
 
     Raises:
         DamagedError: The file is cut short or damaged.
-        ValueError: It is missing, or something else.
+        ValueError: It is missing or something else, or its values are not finite.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
@@ -217,8 +226,15 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read as a checkpoint: it is damaged") from error
     except CheckpointError as error:
         raise ValueError(str(error)) from error
-    if not {"config", "step", "method"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of this trainer (no config, step and method)")
+    if not state.keys() >= _ENTRIES:
+        raise ValueError(f"{path} is not a checkpoint of this trainer (no config, step and method)")
+    try:
+        parts = checkpoints.sort(state).parts
+        if "crops" not in state:  # a step whose loss was not finite may hold other values, too
+            checkpoints.check_finite(parts)
+        from_dict(state["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return dict(state)
 
 
@@ -252,18 +268,35 @@ def check_belongs(
         )
 
 
-def restore(parts: Mapping[str, Stateful], state: Mapping[str, Any], path: Path) -> None:
+def restore(parts: Mapping[str, Restorable], state: Mapping[str, Any], path: Path) -> None:
     """Load a checkpoint's contents into the parts of a run.
 
     Raises:
-        ValueError: A part does not fit.
+        ValueError: A part does not match.
     """
     for name, part in parts.items():
         try:
+            if isinstance(part, nn.Module):  # which would convert other types without a word
+                _check_module(part, state[name])
             part.load_state_dict(state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+            if isinstance(part, torch.optim.Optimizer):
+                _check_optimizer(part)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = shorten(str(error), 200)  # torch lists every key
             raise ValueError(
-                f"the {name} in {path} does not fit its configuration ({reason}); it belongs to "
+                f"the {name} in {path} does not match its configuration ({reason}); it belongs to "
                 "another architecture"
             ) from error
+
+
+def _check_module(module: nn.Module, state: Mapping[str, Any]) -> None:
+    if difference := checkpoints.mismatch(state, module.state_dict()):
+        raise ValueError(difference)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} is {tuple(value.shape)} for {tuple(parameter.shape)}")
+        checkpoints.check_finite({"optimizer": state})

@@ -12,7 +12,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
@@ -22,6 +23,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+_LOADING_ARGS = ("pretrained", "checkpoint_path", "cache_dir")  # of timm.create_model
 _SOURCES_WITH = {
     "split": ("huggingface",),
     "image_column": ("csv", "huggingface"),
@@ -110,7 +112,11 @@ class CropsConfig:
     def __post_init__(self) -> None:
         _require(self.global_crops > 0, "crops.global_crops must be at least 1")
         _require(self.local_crops >= 0, "crops.local_crops must not be negative")
-        _require(min(self.global_size, self.local_size) > 0, "crop sizes must be at least 1 pixel")
+        _require(
+            min(self.global_size, self.local_size) > 0
+            and max(self.global_size, self.local_size) <= 2048,
+            f"crop sizes must be 1 to 2048 pixels, got {self.global_size} and {self.local_size}",
+        )
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             _require(
@@ -148,8 +154,13 @@ class ModelConfig:
         for item in self.backbone_args:
             key, equals, text = item.partition("=")
             _require(
-                bool(equals) and key.isidentifier(),
-                f"model.backbone_args takes key=value, got {item!r}",
+                bool(equals) and key.isidentifier() and len(item) < 1000,
+                f"model.backbone_args takes key=value, got {item[:1000]!r}",
+            )
+            _require(
+                not key.startswith(_LOADING_ARGS),
+                f"model.backbone_args must not load weights, got {item!r}; name a checkpoint by "
+                "--init-from",
             )
             try:
                 parsed[key] = ast.literal_eval(text)
@@ -353,27 +364,48 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
     """Rebuild a configuration from ``dataclasses.asdict`` or parsed JSON.
 
     Raises:
-        ValueError: A value is out of range, or a field is unknown or missing.
+        ValueError: A value has another type or is out of range, or a field is unknown or missing.
     """
-
-    def build(cls: type, values: Mapping[str, Any]) -> Any:
-        hints = get_type_hints(cls)
-        try:
-            return cls(
-                **{
-                    name: build(hints[name], value)
-                    if dataclasses.is_dataclass(hints.get(name))
-                    else tuple(value)
-                    if isinstance(value, list)
-                    else value
-                    for name, value in values.items()
-                }
-            )
-        except TypeError as error:
-            raise ValueError(f"not a configuration of this version: {error}") from error
-
-    config: Config = build(Config, saved)
+    config: Config = _build(Config, saved, "")
     return config
+
+
+def _build(hint: Any, value: Any, name: str) -> Any:
+    """Return the value of a field, with tuples for JSON's lists."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        hints, prefix = get_type_hints(hint), f"{name}." if name else ""
+        unknown = [key for key in value if key not in hints]
+        missing = [
+            field.name
+            for field in dataclasses.fields(hint)
+            if field.name not in value and field.default is field.default_factory
+        ]
+        if unknown or missing:
+            raise ValueError(
+                f"not a configuration of this version: {prefix}{(unknown or missing)[0]} is "
+                f"{'unknown' if unknown else 'missing'}"
+            )
+        return hint(**{key: _build(hints[key], value[key], f"{prefix}{key}") for key in value})
+    found = tuple(value) if isinstance(value, list) else value
+    if not _has_type(found, hint):
+        raise ValueError(f"{name or 'the configuration'} has the wrong type {type(value).__name__}")
+    return found
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, of = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in of
+    if origin in (Union, UnionType):
+        return any(_has_type(value, choice) for choice in of)
+    if origin is tuple:
+        kinds = of[:1] * len(value) if of[-1] is ... and isinstance(value, tuple) else of
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(map(_has_type, value, kinds))
+        )
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def differences(saved: Mapping[str, Any], config: Config) -> list[str]:

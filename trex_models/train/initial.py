@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from trex_models import checkpoints, naver
+from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError
 from trex_models.heads import class_means
+from trex_models.licenses import license_of
+from trex_models.manifest import WeightsError
 from trex_models.train import checkpointing
 from trex_models.train.bank import MemoryBank
 from trex_models.train.method import TReX
@@ -76,30 +77,11 @@ def init_from(
     """
     file = _open(path)
     try:
+        checkpoints.check_finite(file.parts)
         lines = [f"from {file.path}:", *_restore(method, file, classes, images)]
-        state = method.state_dict()
-        checkpoints.check_finite({k: v for k, v in state.items() if isinstance(v, Tensor)})
     except CheckpointError as error:
         raise ValueError(f"init_from: {file.path}: {error}") from error
     return lines, file.license
-
-
-def license_of_result(chosen: str, inherited: str) -> str:
-    """Return the licence of what is trained from other weights.
-
-    Args:
-        chosen: What the run's owner wants; empty for no wish.
-        inherited: Of the weights that the run started from; empty for none.
-
-    Raises:
-        ValueError: The weights are NAVER's, whose licence asks for the same one.
-    """
-    if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
-        raise ValueError(
-            f"license: the weights that the run starts from are under {naver.LICENSE}, and so is "
-            f"what is trained from them, not under {chosen}; leave --license out"
-        )
-    return chosen or inherited
 
 
 def _open(path: Path) -> _File:
@@ -125,40 +107,36 @@ def _open(path: Path) -> _File:
         form, parts, _ = checkpoints.sort(contents)
     except CheckpointError as error:
         raise ValueError(f"init_from: {path}: {error}") from error
+    try:
+        license_of_weights = license_of(path, contents)
+    except WeightsError as error:
+        raise ValueError(f"init_from: {error}") from error
     if form == "trainer":
-        license_of_weights = str(contents.get("config", {}).get("license", ""))
-        return _File(
-            path, form, parts, contents.get("classes"), contents.get("images"), license_of_weights
-        )
-    cfg = _pretrained_cfg(path)
-    license_of_weights = cfg.get("license") or _stated_license(path)
-    known = {file for files in naver.FILES.values() for file in files}
-    if form == "official" or path.name in known:
-        license_of_weights = naver.LICENSE
-    return _File(path, form, parts, cfg.get("label_names"), None, license_of_weights)
+        classes, images = contents.get("classes"), contents.get("images")
+    else:
+        classes, images = _label_names(path), None
+    return _File(path, form, parts, classes, images, license_of_weights)
 
 
-def _pretrained_cfg(path: Path) -> dict[str, Any]:
-    """Return timm's description beside a model.safetensors, empty where there is none."""
+def _label_names(path: Path) -> list[str] | None:
+    """Return the class names in timm's config.json next to a model.safetensors, if there are any.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     config = path.with_name("config.json")
     if path.name != "model.safetensors" or not config.is_file():
-        return {}
+        return None
     try:
-        return dict(json.loads(config.read_text())["pretrained_cfg"])
+        names = dict(json.loads(config.read_text())["pretrained_cfg"]).get("label_names")
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise TypeError("label_names is not a list of strings")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"init_from: {config} is no model's configuration ({type(error).__name__}: {error}); "
             "export the model again, or name a file that stands alone"
         ) from error
-
-
-def _stated_license(path: Path) -> str:
-    """Return the licence in a safetensors file's metadata; converted files of NAVER's have it."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("license", "")
-    except (OSError, SafetensorError):
-        return ""
+    return names
 
 
 def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> list[str]:
@@ -264,11 +242,10 @@ def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
         )
     bank.features.copy_(features)
     bank.labels.copy_(labels)
-    ids, pointer = file.value("bank ids"), file.value("bank pointer")
+    ids = file.value("bank ids")
     if same_images and ids is not None:  # else they are of unknown samples
         bank.ids.copy_(ids)
-    pointer = pointer["pointer"] if isinstance(pointer, Mapping) else int(pointer or 0)
-    bank.pointer = pointer % len(bank.labels)
+    bank.pointer = checkpoints.bank_pointer(file.parts)
     return ""
 
 
@@ -299,17 +276,10 @@ def _line(part: str, otherwise: str = "") -> str:
 
 
 def _misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """Return in which keys or shapes a state is not the module's; empty where it is."""
+    """Describe in which keys or shapes a state differs from the module's; empty if it matches."""
     wanted = module.state_dict()
     if not state:
         return "the file has none" if wanted else ""
     if not wanted:
         return "the run has none"
-    missing, more = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    if missing or more:
-        example = min(missing or more)
-        return f"{len(missing)} keys missing, {len(more)} too many, such as {example}"
-    for key, tensor in wanted.items():
-        if state[key].shape != tensor.shape:
-            return f"{key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
-    return ""
+    return checkpoints.mismatch(state, wanted)

@@ -59,8 +59,8 @@ class Meter:
         """Return the sums of all processes, (processes, 3); all of them must call it."""
         return gather(self._sums[None])
 
-    def restore(self, sums: Tensor) -> None:
-        """Take on this process's part of ``gathered``; the mean where there were more or fewer."""
+    def load_state_dict(self, sums: Tensor) -> None:
+        """Restore this process's part of ``gathered``; the mean if the number of them changed."""
         own = sums[self._rank] if len(sums) == self._world_size else sums.mean(0)
         self._sums.copy_(own)
 

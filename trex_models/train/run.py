@@ -19,10 +19,11 @@ from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
+from trex_models.licenses import resolve_license
 from trex_models.train import build, checkpointing, distributed
 from trex_models.train.config import Config, differences, to_json
 from trex_models.train.distributed import Process
-from trex_models.train.initial import init_from, license_of_result
+from trex_models.train.initial import init_from
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
 from trex_models.train.reporting import Meter
@@ -234,7 +235,7 @@ def built(config: Config, process: Process) -> Run:
                 build.export_method(method, config, classes, Path(trial))
 
     started_from, inherited = _initialised(config, method, facts, process)
-    config = replace(config, license=license_of_result(config.license, inherited))
+    config = replace(config, license=resolve_license(config.license, inherited))
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -296,7 +297,7 @@ def _initialised(
             lines, inherited = init_from(
                 Path(config.init_from), method, facts["classes"], facts["images"]
             )
-            told = license_of_result(config.license, inherited)
+            told = resolve_license(config.license, inherited)
             what = f"{told}, for what is trained from them, too" if told else "not told"
             lines.append(f"  licence of the weights: {what} (NAVER's are under {naver.LICENSE})")
     state, inherited = distributed.broadcast((method.state_dict(), inherited))
@@ -319,10 +320,10 @@ def _continue(run: Run) -> None:
         return
     path, state = saved
     checkpointing.restore(run.parts, state, path)
-    run.meter.restore(state["meter"])
+    checkpointing.restore({"meter": run.meter}, state, path)
     run.inherited_license = state["inherited_license"]
     run.config = replace(
-        run.config, license=license_of_result(run.config.license, run.inherited_license)
+        run.config, license=resolve_license(run.config.license, run.inherited_license)
     )
     _restore_unreadable(run, state["unreadable"])
     match_memory_format(run.optimizer)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from trex_models import checkpoints
+from trex_models.licenses import resolve_license
 from trex_models.train import checkpointing
 from trex_models.train.build import build_method, export_method
 from trex_models.train.config import from_dict
 from trex_models.train.distributed import choose_device
-from trex_models.train.initial import license_of_result
 from trex_models.train.method import TReX
 from trex_models.train.step import Precision, seed_step
 
@@ -35,7 +40,7 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
     method, state = load_method(path)
     config = from_dict(state["config"])
     if weights_license is not None:
-        chosen = license_of_result(weights_license, state["inherited_license"])
+        chosen = resolve_license(weights_license, state["inherited_license"])
         config = replace(config, license=chosen)
     return export_method(method, config, state["classes"], folder)
 
@@ -73,10 +78,10 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     """Build a checkpoint's method, on the CPU; return it and all that the file holds.
 
     Args:
-        path: A file, or a run's folder: its last whole checkpoint.
+        path: A file, or a run's folder: its last checkpoint that is not damaged.
 
     Raises:
-        ValueError: There is no checkpoint, or it is damaged or does not fit its configuration.
+        ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
     """
     if path.is_dir():
         newest = checkpointing.newest(path, lambda _, error: print(error))
@@ -85,6 +90,35 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
         path, state = newest
     else:
         state = checkpointing.load(path)
-    method = build_method(from_dict(state["config"]), len(state["classes"]))
+    config, num_classes = from_dict(state["config"]), len(state["classes"])
+    # First without memory: the configuration may ask for a network that the file cannot fill.
+    too_large = f"{path}: its configuration describes a larger network than its tensors"
+    if any(re.search(r"(?<![\d.])\d{7}", text) for text in config.model.backbone_args):
+        raise ValueError(too_large)
+    with torch.device("meta"), _LimitedCalls(5_000 + 50 * len(state["method"]), too_large):
+        expected = build_method(config, num_classes).state_dict()
+    if difference := checkpoints.mismatch(state["method"], expected):
+        raise ValueError(f"{path} does not match its configuration: {difference}")
+    method = build_method(config, num_classes)
     checkpointing.restore({"method": method}, state, path)
     return method, state
+
+
+class _LimitedCalls(TorchFunctionMode):
+    """Raises ValueError with a message after a number of calls of torch's functions."""
+
+    def __init__(self, left: int, message: str) -> None:
+        super().__init__()
+        self.left, self.message = left, message
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(self.message)
+        return func(*args, **(kwargs or {}))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trex_models.data.file_list import FileSource
-from trex_models.transfer.pickled_lists import read_pickle
 from trex_models.transfer.readers import read_json
+from trex_models.unpickling import PlainUnpickler
 
 NUM_LEVELS = 5
 _SUFFIXES = (".json", ".pkl", ".pickle")
@@ -29,7 +29,8 @@ def cog(root: Path, level: int) -> tuple[FileSource, FileSource]:
         level: 1 to 5.
 
     Raises:
-        ValueError: A list is missing, of no known shape, or a pickle of something else.
+        ValueError: A list is missing, has an unknown layout, or is a pickle of anything but
+            containers, strings and numbers.
     """
     levels_file, splits_file = (_found(root / "cog", stem) for stem in ("levels", "splits"))
     concepts = _levels(_content(levels_file), levels_file)[level - 1]
@@ -67,7 +68,13 @@ def _content(path: Path) -> Any:
     """Return what a list file holds."""
     if path.suffix == ".json":
         return read_json(path)
-    return read_pickle(path)
+    with path.open("rb") as file:
+        try:
+            return PlainUnpickler(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise ValueError(
+                f"{path} cannot be read as lists of names ({error}); write it as JSON"
+            ) from error
 
 
 def _levels(content: Any, path: Path) -> list[list[str]]:
@@ -113,4 +120,6 @@ def _number(level: object, path: Path) -> int:
 
 
 def _text(value: object) -> str:
+    if not isinstance(value, str | bytes | int):
+        raise ValueError(f"expected a name or a number in the lists of CoG, got {type(value)}")
     return os.fsdecode(value) if isinstance(value, bytes) else str(value)

@@ -25,11 +25,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from trex_models import folders, naver, weights
+from trex_models import folders, licenses
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import image_batches, preprocessing
-from trex_models.manifest import WeightsError
 
 PIXELS = "pixels"
 """Name of the encoder that is no model: an image's pixels at 16 x 16."""
@@ -135,11 +134,12 @@ def load(
         transform = replace(PROTOCOLS[prepare], size=size, mean=mean, std=std)
     architecture = cfg.get("architecture") or type(model).__name__
     stated = cfg.get("license") or "not stated"
+    own_weights = file or folders.find(name)
     facts = {
-        "source": str(file or folders.find(name) or name),
+        "source": str(own_weights or name),
         "architecture": architecture,
         "tag": "" if file else cfg.get("tag", ""),
-        "license": license_of_file(file, architecture) if file else stated,
+        "license": licenses.describe(own_weights, architecture) if own_weights else stated,
         "untrained": untrained,
         **({"seed": seed} if untrained else {}),
         "weights_sha256": weights_digest(model),
@@ -181,25 +181,6 @@ def calibrated(encoder: Encoder, source: Source, title: str, workers: int = 0) -
         "weights_sha256": weights_digest(encoder.model),
     }
     return replace(encoder, facts=facts)
-
-
-def license_of_file(file: Path, architecture: str) -> str:
-    """Return the licence of weights of a user's own, for people; the architecture's does not count.
-
-    Args:
-        file: The weights.
-        architecture: timm's name of the model that they are for.
-
-    Raises:
-        ValueError: The manifest of published weights is damaged.
-    """
-    try:
-        found = weights.license_of(file)
-    except WeightsError as error:
-        raise ValueError(str(error)) from error
-    if found is None and architecture in {name.partition(".")[0] for name in naver.FILES}:
-        return f"not stated (weights of --file; if they are NAVER's: {naver.LICENSE})"
-    return found or "not stated (weights of --file)"
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,0 +1,438 @@
+"""Damaged and hostile checkpoints on every path that reads one.
+
+    python -m tests.fuzz_checkpoints --files 5000 --seed 0
+
+Each file is a small checkpoint with one change: damaged bytes, records of other lengths, a program
+in its pickle, or contents of other types. Each is read by one path, in a worker process with a
+time limit and a memory limit. Prints how many files had which outcome, by path and by kind of
+change, and exits with status 1 if one was loaded with wrong values although its format carries
+checksums or lengths, took too long or too much memory, ended the process, or raised anything but
+an error that names the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import io
+import json
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import trex_models  # noqa: F401  # registers the models
+from tests.test_initial import official_form
+from trex_models import checkpoints, licenses
+from trex_models.train import checkpointing, initial, run, saved
+from trex_models.train.__main__ import main as train
+from trex_models.train.build import build_method
+from trex_models.train.config import from_dict
+from trex_models.train.distributed import Process
+
+SECONDS, GIBIBYTES = 30, 1.5  # of a file, beyond what the worker has before
+NOTHING = torch.empty(0)
+GOOD = {"refused", "loaded", "loaded as written"}
+SETTINGS = (
+    "demo --data.num-classes 4 --data.images-per-class 16 --data.image-size 16 "
+    "--crops.global-size 16 --crops.local-crops 1 --crops.local-size 12 --optim.batch-size 16 "
+    "--optim.epochs 1 --optim.warmup-epochs 0 --model.hidden-dim 16 --model.embedding-dim 8 "
+    "--model.backbone-args channels=(4,4,8,8) --objective.bank-size 64 --system.workers 0 "
+    "--validation.images-per-class 0"
+).split()
+
+
+# Hostile pickles: programs, in protocol 2.
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def integer(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def call(name: str, *arguments: bytes) -> bytes:
+    module, _, function = name.rpartition(".")
+    return f"c{module}\n{function}\n(".encode() + b"".join(arguments) + b"tR"
+
+
+def tensor(count: int, offset: int, size: int, stride: int, storage: str = "Float") -> bytes:
+    pid = b"(" + text("storage") + f"ctorch\n{storage}Storage\n".encode() + text("0") + text("cpu")
+    pid += integer(count) + b"tQ"
+    view = integer(offset) + b"(" + integer(size) + b"t(" + integer(stride) + b"t\x89}"
+    return call("torch._utils._rebuild_tensor_v2", pid, view)
+
+
+GADGETS = {
+    "ndarray of pointers": call(
+        "numpy.ndarray", b"(K\x01t", text("O"), call("_codecs.encode", text("AAAA"), text("latin1"))
+    ),
+    "bytearray": call("builtins.bytearray", integer(1_500_000_000)),
+    "codec": call("_codecs.encode", text("a" * 3_000_000), text("punycode")),
+    "array of 1e17": call("numpy._core.multiarray._reconstruct", b"(" + integer(10**17) + b"t"),
+    "system": call("os.system", text("true")),
+    "getattr": call("builtins.getattr", text("a"), text("b")),
+    "stride 0": tensor(4, 0, 2_000_000_000, 0),
+    "beyond": tensor(4, 0, 4000, 1),
+    "offset": tensor(4, 4000, 4, 1),
+    "negative": tensor(4, 0, 4, -1),
+    "longer storage": tensor(4_000_000, 0, 4, 1),
+    "huge": tensor(10**17, 0, 10**17, 1),
+    "memo": b"]r\xff\xff\xff\x7f",
+    "nested": b"]q\x00" + b"](h\x00h\x00eq\x00" * 60,
+    "same hash": b"}(" + b"".join(integer(k * (2**61 - 1)) + b"N" for k in range(50_000)) + b"u",
+    "attribute": b"ccollections\nOrderedDict\n}" + text("a") + text("b") + b"sb",
+    "deep": b"(" * 200_000 + b"t" * 200_000,
+    "long number": b"L" + b"9" * 100_000 + b"L\n",
+    "frame": b"\x95" + b"\xff" * 7 + b"\x7f",
+    "byte array of any size": b"\x96" + b"\xff" * 5 + b"\0" * 3,
+    "none": b"N",
+    "number": integer(10**300),
+    "text": text("text"),
+    "list": b"](K\x01K\x02e",
+    "dict": b"}" + text("a") + b"K\x01s",
+}
+
+
+class Bench:
+    """Small checkpoints of every form, and every path that reads one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert train([*SETTINGS, "--output", str(folder / "run")]) == 0
+        (path,) = checkpointing.files(folder / "run")
+        self.name = path.name
+        state = checkpointing.load(path)
+        self.config = from_dict(state["config"])
+        self.run = run.built(self.config, Process(0, 1, torch.device("cpu")))
+        self.classes: list[str] = state["classes"]
+        method, _ = saved.load_method(path)
+        prefix = "encoder.backbone."
+        state = copy.deepcopy(state)  # in memory, not in the file
+        flat = {
+            key.removeprefix(prefix): value.contiguous()
+            for key, value in state["method"].items()
+            if key.startswith(prefix)
+        }
+        self.contents = {"trainer": state, "official": official_form(state["method"]), "flat": flat}
+        self.expected = method.encoder.backbone.state_dict()
+        self.data = {form: self.saved(form) for form in (*self.contents, "legacy", "safetensors")}
+        self.paths: dict[str, Callable[[Path], dict[str, Tensor] | None]] = {
+            "create_model": self.create_model,
+            "read": self.read,
+            "init_from": self.init_from,
+            "resume": self.resume,
+            "export": self.export,
+            "license": self.license,
+        }
+
+    def saved(self, form: str) -> bytes:
+        path = self.folder / "saved"
+        if form == "safetensors":
+            save_file(self.contents["flat"], path)
+        else:
+            contents = self.contents["trainer" if form == "legacy" else form]
+            torch.save(contents, path, _use_new_zipfile_serialization=form != "legacy")
+        return path.read_bytes()
+
+    def create_model(self, path: Path) -> dict[str, Tensor]:
+        model = timm.create_model(
+            "trex_resnet",
+            pretrained=True,
+            backbone="resnet10t",
+            num_classes=0,
+            proj_dim=0,
+            channels=(4, 4, 8, 8),
+            pretrained_cfg_overlay={"file": str(path)},
+        )
+        return model.state_dict()
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        return checkpoints.read(path, num_classes=4, backbone=None).backbone
+
+    def init_from(self, path: Path) -> dict[str, Tensor]:
+        method = build_method(self.config, len(self.classes))
+        initial.init_from(path, method, self.classes, "")
+        return method.encoder.backbone.state_dict()
+
+    def resume(self, path: Path) -> dict[str, Tensor]:
+        target = self.folder / "run" / "checkpoints" / self.name
+        target.write_bytes(path.read_bytes())
+        try:
+            run._continue(self.run)
+        finally:
+            for left in target.parent.iterdir():
+                left.unlink()
+        return self.run.method.encoder.backbone.state_dict()
+
+    def export(self, path: Path) -> dict[str, Tensor]:
+        (backbone, *_) = saved.export_checkpoint(path, self.folder / "export")
+        return checkpoints.read(backbone, backbone=None).backbone
+
+    def license(self, path: Path) -> None:
+        licenses.license_of(path)
+
+
+# Changes: each returns the file's bytes and what may be done with it: "same" (if it is loaded,
+# then with the original's values), "refuse", or "any".
+def damage(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
+    """Change bytes anywhere, cut the file, or insert bytes."""
+    data = bytearray(bench.data[form])
+    position = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(1, 4000)
+    kind = rng.choice(["flip", "cut", "insert", "delete", "zero"])
+    if kind == "flip":
+        data[position % len(data)] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del data[rng.randrange(len(data)) :]
+    elif kind == "insert":
+        data[position:position] = rng.randbytes(rng.randrange(1, 100))
+    elif kind == "delete":
+        del data[position : position + rng.randrange(1, 100)]
+    else:
+        data[position : position + 64] = bytes(min(64, len(data) - position))
+    # These formats carry lengths but no checksums: a changed value cannot be seen.
+    exact = form not in ("legacy", "safetensors") or kind in ("cut", "insert", "delete")
+    return bytes(data), "same" if exact else "any"
+
+
+def records(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def zipped(contents: Iterator[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in contents:
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def rezip(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
+    """Write the zip file again, with right checksums, but records changed."""
+    contents = records(bench.data[form])
+    name = rng.choice([name for name in contents if "/data/" in name and len(contents[name]) > 8])
+    kind = rng.choice(["short", "empty", "long", "missing", "deflate", "swap"])
+    compression = zipfile.ZIP_DEFLATED if kind == "deflate" else zipfile.ZIP_STORED
+    if kind == "short":
+        contents[name] = contents[name][: rng.randrange(len(contents[name]))]
+    elif kind == "empty":
+        contents[name] = b""
+    elif kind == "long":
+        contents[name] += rng.randbytes(rng.randrange(1, 500))
+    elif kind == "missing":
+        del contents[name]
+    elif kind == "swap":
+        contents["archive/data/none"] = contents.pop(name)
+    return zipped(iter(contents.items()), compression), "same"
+
+
+def program(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
+    """Put a program into the pickle, as an entry, as a weight, or as the whole; or damage it."""
+    contents = records(bench.data[form])
+    (name,) = [name for name in contents if name.endswith("data.pkl")]
+    body = bytearray(contents[name])
+    gadget = rng.choice(list(GADGETS.values()))
+    kind = rng.choice(["whole", "entry", "weight", "flip"])
+    if kind == "whole":
+        body = bytearray(b"\x80\x02" + gadget + b".")
+    elif kind == "entry":
+        entry = rng.choice(["config", "classes", "environment", "args", "optimizer", "step"])
+        body = body[:-1] + text(entry) + gadget + b"s."
+    elif kind == "weight":
+        model = bytearray(pickle.dumps({}, 2)[:-1])
+        body = model + text("model" if form == "official" else "method") + b"}"
+        body += text("module.model.encoder.conv1.0.weight") + gadget + b"ss."
+    else:
+        for _ in range(rng.randrange(1, 4)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+    contents[name] = bytes(body)
+    return zipped(iter(contents.items())), "any"
+
+
+VALUES: list[Any] = [
+    *(None, 1, -1, 1.5, "text", b"bytes", [], {}, [1], ["a"], {"a": 1}, {"license": 1}, 10**12),
+    *([[["a"]]], {"model": {"hidden_layers": 100_000}}, {"license": ["mit"]}, (1, 2), True),
+]
+
+
+def types(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
+    """Replace an entry, a setting, or a tensor by something of another type or value."""
+    contents = dict(bench.contents[form])
+    weights = next((name for name in ("method", "model") if name in contents), "")
+    state = dict(contents[weights]) if weights else contents
+    key = rng.choice([key for key in state if isinstance(state[key], Tensor)])
+    value = state[key].clone(memory_format=torch.contiguous_format)
+    kind = rng.choice(["entry", "setting", "dtype", "value", "shape", "drop", "label"])
+    verdict = "any"
+    if kind == "entry" and weights:
+        contents[rng.choice([name for name in contents if name != weights])] = rng.choice(VALUES)
+    elif kind == "setting" and form == "trainer":
+        config = json.loads(json.dumps(contents["config"]))
+        section = rng.choice([name for name in config if isinstance(config[name], dict)])
+        config[section][rng.choice(list(config[section]))] = rng.choice([*VALUES, 100_000])
+        if rng.random() < 0.3:
+            config["model"]["backbone_args"] = [
+                rng.choice(
+                    [
+                        *("pretrained=True", "checkpoint_path=/etc/passwd", "cache_dir=/tmp/x"),
+                        *(
+                            "pretrained_cfg={'url': 'http://127.0.0.1:9/x'}",
+                            "layers=(100000,1,1,1)",
+                        ),
+                        *(
+                            "layers=(1000000000,1,1,1)",
+                            "channels=(4,4,8,100000)",
+                            "(" * 5000 + "=1",
+                        ),
+                    ]
+                )
+            ]
+        contents["config"] = config
+    elif kind == "dtype":
+        dtypes = (torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint8, torch.int32)
+        dtype = rng.choice([dtype for dtype in dtypes if dtype != value.dtype])
+        value, verdict = value.to(dtype), "refuse"
+    elif kind == "value" and value.is_floating_point() and value.numel():
+        value.view(-1)[0] = rng.choice([float("nan"), float("inf"), float("-inf")])
+        verdict = "refuse"
+    elif kind == "shape":
+        value = value.reshape(-1)[: rng.randrange(3)].clone()
+    elif kind == "label":
+        key = next((name for name in state if name.endswith(("bank.labels", "memory.labels"))), key)
+        value = state[key].clone(memory_format=torch.contiguous_format)
+        value.view(-1)[0] = rng.choice([-1, 4, 10**9])
+        # A model's file, and an official one, do not say how many classes there are.
+        verdict = (
+            "refuse" if form == "trainer" or (form == "official" and value.min() < 0) else "any"
+        )
+    state[key] = value
+    if kind == "drop":
+        del state[key]
+    if weights:
+        contents[weights] = state
+    else:
+        contents = state
+    file = io.BytesIO()
+    torch.save(contents, file)
+    return file.getvalue(), verdict
+
+
+CHANGES = {"damage": damage, "records": rezip, "programs": program, "types": types}
+
+
+def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
+    """Change a file, read it, and return path, change and outcome."""
+    rng = random.Random(f"{seed}.{index}")
+    path_name = rng.choice(list(bench.paths))
+    change = rng.choice(list(CHANGES))
+    forms = list(bench.data) if change == "damage" else ["trainer", "official", "flat"]
+    if path_name in ("resume", "export"):
+        forms = ["trainer", "legacy"] if change == "damage" else ["trainer"]
+    data, verdict = CHANGES[change](bench, rng.choice(forms), rng)
+    path = bench.folder / "bad" / "step_4.pt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome, said = "loaded", io.StringIO()
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(said):
+            found = bench.paths[path_name](path)
+        signal.alarm(0)
+        if found is not None:
+            same = all(
+                torch.equal(found.get(key, NOTHING), value) for key, value in bench.expected.items()
+            )
+            outcome = "loaded" if same else "loaded as written" if verdict == "any" else "WRONG"
+            outcome = "ACCEPTED" if verdict == "refuse" else outcome
+    except TimeoutError:
+        outcome = "TOO LONG"
+    except (ValueError, checkpoints.CheckpointError) as error:
+        signal.alarm(0)
+        message = f"{said.getvalue()} {error}"
+        outcome = "refused" if path.name in message else f"NO FILE NAMED: {message[:200]}"
+    except RuntimeError as error:
+        signal.alarm(0)
+        outcome = "refused" if "do not" in str(error) else f"{type(error).__name__}: {error}"[:200]
+    except BaseException as error:  # anything else is a finding
+        signal.alarm(0)
+        outcome = f"{type(error).__name__}: {error}"[:200]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return path_name, change, outcome if grown < GIBIBYTES else f"TOO MUCH MEMORY: {grown:.1f}"
+
+
+def work(seed: int, start: int, stop: int, step: int) -> None:
+    """Print a line of JSON for each file."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError()))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for index in range(start, stop, step):
+            print(json.dumps([index]), flush=True)
+            print(json.dumps([index, *one(bench, seed, index)]), flush=True)
+
+
+def outcomes(seed: int, files: int, workers: int) -> Iterator[tuple[int, str, str, str]]:
+    """Run all files in worker processes; one that dies is replaced behind its last file."""
+    for worker in range(workers):
+        start = worker
+        while start < files:
+            command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--work"]
+            command += [str(n) for n in (seed, start, files, workers)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                last = start - workers
+                for line in process.stdout:
+                    index, *found = json.loads(line)
+                    last = index
+                    if found:
+                        yield index, *found
+            if process.returncode == 0:
+                break
+            if last < start:
+                raise RuntimeError("a worker ended before its first file")
+            yield last, "?", "?", f"CRASH: status {process.returncode}"
+            start = last + workers
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Read damaged and hostile checkpoints.")
+    parser.add_argument("--files", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=int, nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.work:
+        work(*options.work)
+        return 0
+    counts: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    bad = 0
+    for index, path, change, outcome in outcomes(options.seed, options.files, 1):
+        counts[path, change, outcome if outcome in GOOD else "FOUND"] += 1
+        if outcome not in GOOD:
+            bad += 1
+            print(f"file {index}, {path}, {change}: {outcome}", flush=True)
+    for (path, change, outcome), count in sorted(counts.items()):
+        print(f"{path:14} {change:10} {outcome:18} {count:6}")
+    print(f"{counts.total()} files, seed {options.seed}: {bad} findings")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

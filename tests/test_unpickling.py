@@ -1,0 +1,190 @@
+"""Files that were damaged, or made to do harm, are refused; reading one leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tracemalloc
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import fuzz_checkpoints, official_files
+from tests.fuzz_checkpoints import GADGETS, Bench
+from trex_models import checkpoints
+from trex_models.checkpoints import CheckpointError, DamagedError
+from trex_models.train import saved
+from trex_models.train.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
+
+
+def changed(bench: Bench, name: str, data: bytes, form: str = "trainer") -> bytes:
+    contents = fuzz_checkpoints.records(bench.data[form])
+    contents[f"saved/{name}"] = data
+    return fuzz_checkpoints.zipped(iter(contents.items()))
+
+
+@pytest.fixture
+def own_globals() -> Iterator[list[Any]]:
+    torch.serialization.add_safe_globals([random.Random])
+    yield torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+
+
+def test_the_allow_list_of_the_process_is_not_touched(
+    bench: Bench, own_globals: list[Any], tmp_path: Path
+) -> None:
+    arguments = argparse.Namespace(lr_schedule=np.linspace(0, 1, 9), scale=(0.25, 1.0))
+    contents = {**bench.contents["official"], "args": arguments}
+    paths = [tmp_path / f"{number}.pth" for number in range(4)]
+    for number, path in enumerate(paths):
+        names: Any = "new" if number % 2 else "old"
+        official_files.write(contents, path, numpy_names=names, legacy=number > 1)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(checkpoints.load, paths * 2):
+            assert found["model"].keys() == contents["model"].keys()
+            assert found["args"] is None
+    assert torch.serialization.get_safe_globals() == own_globals
+    with pytest.raises(Exception, match="weights_only"):
+        torch.load(paths[0], weights_only=True)
+
+
+@pytest.mark.parametrize("name", GADGETS)
+def test_programs_are_not_run(bench: Bench, name: str, tmp_path: Path) -> None:
+    """In an entry of a checkpoint; what is refused was not allocated before."""
+    pickled = fuzz_checkpoints.records(bench.data["trainer"])["saved/data.pkl"]
+    program = pickled[:-1] + fuzz_checkpoints.text("meter") + GADGETS[name] + b"s."
+    path = tmp_path / "step_4.pt"
+    path.write_bytes(changed(bench, "data.pkl", program))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"step_4\.pt"):
+            checkpoints.sort(named(path))
+        assert tracemalloc.get_traced_memory()[1] < 64e6
+    finally:
+        tracemalloc.stop()
+
+
+def named(path: Path) -> Any:
+    """Read a file whose entries are of wrong types, with its name in the error of those."""
+    contents = checkpoints.load(path)
+    try:
+        checkpoints.sort(contents)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return contents
+
+
+@pytest.mark.parametrize("form", ["trainer", "official", "flat"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "missing", "deflated", "twice"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_records_of_other_lengths(bench: Bench, form: str, change: str, tmp_path: Path) -> None:
+    contents = fuzz_checkpoints.records(bench.data[form])
+    name = "saved/data/0"
+    if change == "missing":
+        del contents[name]
+    elif change in ("shorter", "longer"):
+        contents[name] = contents[name][:-4] if change == "shorter" else contents[name] + b"more"
+    items = [*contents.items(), *([(name, b"again")] if change == "twice" else [])]
+    kind = zipfile.ZIP_DEFLATED if change == "deflated" else zipfile.ZIP_STORED
+    (tmp_path / "bad.pth").write_bytes(fuzz_checkpoints.zipped(iter(items), kind))
+    message = "compressed.*zip -0" if change == "deflated" else "damaged or cut short"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoints.load(tmp_path / "bad.pth")
+    assert isinstance(caught.value, DamagedError) is (change != "deflated")
+
+
+def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> None:
+    data = bench.data["legacy"]
+    for bad in (data[:-4], data + b"more"):
+        (tmp_path / "bad.pth").write_bytes(bad)
+        with pytest.raises(DamagedError, match="damaged or cut short"):
+            checkpoints.load(tmp_path / "bad.pth")
+    (tmp_path / "good.pth").write_bytes(data)
+    assert checkpoints.load(tmp_path / "good.pth").keys() == bench.contents["trainer"].keys()
+
+
+def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
+    tensor = torch.zeros(2000, 500)
+    torch.save({"a": tensor, "b": tensor}, tmp_path / "tied.pth")
+    found = checkpoints.load(tmp_path / "tied.pth")
+    assert torch.equal(found["a"], tensor)
+    torch.save({str(n): tensor.t() for n in range(20)}, tmp_path / "many.pth")
+    with pytest.raises(CheckpointError, match="share memory and need more than the file holds"):
+        checkpoints.load(tmp_path / "many.pth")
+
+
+def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
+
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        checkpoints.load(tmp_path / "pipe.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("config", None), ("config", [1]), ("classes", "abcd"), ("classes", [1, 2, 3, 4])],
+        *[("environment", []), ("environment", {"torch": [1]}), ("step", "4"), ("images", 9)],
+        *[("unreadable", ["a"]), ("inherited_license", 3), ("optimizer", 1), ("meter", [0.0])],
+    ],
+)
+def test_entries_have_their_types(bench: Bench, name: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"its entry '{name}' is not a "):
+        checkpoints.sort({**bench.contents["trainer"], name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_layers": 100_000}, "describes a larger network than its tensors"),
+        ({"backbone_args": ["layers=(100000,1,1,1)"]}, "describes a larger network than its ten"),
+        ({"backbone_args": ["layers=(999999999,1,1,1)"]}, "describes a larger network"),
+        ({"hidden_dim": 1_000_000_000}, r"does not match its configuration: .*expected \(10000000"),
+        ({"backbone_args": ["pretrained=True"]}, "must not load weights.*--init-from"),
+        ({"backbone_args": ["pretrained_cfg={'url': 'http://x'}"]}, "must not load weights"),
+        ({"backbone_args": ["checkpoint_path=/etc/passwd"]}, "must not load weights"),
+        ({"backbone_args": ["cache_dir=/tmp/x"]}, "must not load weights"),
+        ({"backbone": "hf-hub:someone/resnet10t"}, "is pretrained; training starts from random"),
+        ({"backbone": "local-dir:/tmp"}, "is pretrained; training starts from random"),
+        ({"hidden_layers": "3"}, "model.hidden_layers has the wrong type str"),
+        ({"hidden_layers": [[1]]}, "model.hidden_layers has the wrong type list"),
+        ({"surprise": 1}, "not a configuration of this version: model.surprise is unknown"),
+    ],
+)
+def test_a_configuration_asks_for_no_more_than_the_file_holds(
+    bench: Bench, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    contents = dict(bench.contents["trainer"])
+    contents["config"] = {**contents["config"], "model": contents["config"]["model"] | settings}
+    torch.save(contents, tmp_path / "step_4.pt")
+    with pytest.raises(ValueError, match=message):
+        saved.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
+def test_users_are_told_the_same() -> None:
+    with pytest.raises(ValueError, match="must not load weights, got 'pretrained=True'; name a "):
+        ModelConfig(backbone_args=("pretrained=True",))
+
+
+@pytest.mark.slow
+def test_many_damaged_and_hostile_files() -> None:
+    """The larger runs are by hand: python -m tests.fuzz_checkpoints."""
+    command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "150 files, seed 7: 0 findings" in result.stdout

@@ -1,0 +1,116 @@
+"""Licenses of weights, by one rule for every command."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from trex_models import checkpoints, manifest, naver, weights
+from trex_models.checkpoints import CheckpointError
+from trex_models.manifest import WeightsError
+
+_NAMES = {file for files in naver.FILES.values() for file in files}
+_ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
+_logger = logging.getLogger(__name__)
+
+
+def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> str:
+    """Return the license of weights, such as cc-by-nc-sa-4.0; empty if nothing states it.
+
+    NAVER's files are recognized by name, by the layout of their training states, and by SHA-256
+    (the manifest's, and those recorded in the cache). Weights trained from them inherit their
+    license. Other files are under what they state: the run's configuration in a trainer's
+    checkpoint, the metadata of a safetensors file, or config.json next to the weights.
+
+    Args:
+        path: The file, or a timm folder; None for weights in memory.
+        contents: What `checkpoints.load` returned for it, if it was read already.
+
+    Raises:
+        WeightsError: The manifest, or a record in the cache, is damaged.
+    """
+    if path is not None and path.is_dir():
+        path = path / "model.safetensors"
+    if path is not None and path.name in _NAMES:
+        return naver.LICENSE
+    form = "model"
+    with suppress(CheckpointError):  # weights of another kind
+        contents = checkpoints.load(path) if contents is None and path is not None else contents
+        form = checkpoints.sort(contents or {}).form
+    if form == "official":
+        return naver.LICENSE
+    if contents is not None and form == "trainer":
+        stated = [contents.get("config", {}).get("license"), contents.get("inherited_license")]
+        return naver.LICENSE if naver.LICENSE in stated else next(filter(_is_name, stated), "")
+    if path is None or not path.is_file():
+        return ""
+    if manifest.sha256(path) in naver.known(weights.cache_folder(), manifest.load()):
+        return naver.LICENSE
+    return _stated(path)
+
+
+def _is_name(stated: object) -> bool:
+    return isinstance(stated, str) and bool(stated)
+
+
+def _stated(path: Path) -> str:
+    """Return the license in a safetensors file's metadata, or in config.json next to it."""
+    stated: Any = None
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        stated = (file.metadata() or {}).get("license")
+    if not stated and path.name.startswith(("model.", "pytorch_model.")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            config = json.loads(path.with_name("config.json").read_text())
+            stated = config["pretrained_cfg"].get("license")
+    return stated if _is_name(stated) else ""
+
+
+def describe(path: Path, architecture: str) -> str:
+    """Return the license of a file or a timm folder for a report, "not stated" included.
+
+    Raises:
+        ValueError: The manifest, or a record in the cache, is damaged.
+    """
+    try:
+        found = license_of(path)
+    except WeightsError as error:
+        raise ValueError(str(error)) from error
+    if not found and architecture in _ARCHITECTURES:
+        return f"not stated (if the weights are NAVER's: {naver.LICENSE})"
+    return found or "not stated"
+
+
+def resolve_license(chosen: str, inherited: str) -> str:
+    """Return the license of weights that were trained from other weights.
+
+    Args:
+        chosen: The owner's choice; empty for none.
+        inherited: License of the weights that the run started from; empty for none.
+
+    Raises:
+        ValueError: The owner chose another license than NAVER's for weights derived from NAVER's.
+    """
+    if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
+        raise ValueError(
+            f"license: the run starts from weights under {naver.LICENSE}, and so is what is "
+            f"trained from them, not under {chosen}; leave --license out"
+        )
+    return chosen or inherited
+
+
+@functools.cache
+def notice() -> None:
+    """Warn once per process that NAVER's weights are not for commercial use."""
+    if not os.environ.get("TREX_MODELS_NO_NOTICE"):
+        _logger.warning(
+            "these t-ReX weights are NAVER's, license CC BY-NC-SA 4.0: not for commercial use "
+            "(TREX_MODELS_NO_NOTICE=1 hides this message)"
+        )

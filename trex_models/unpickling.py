@@ -1,0 +1,310 @@
+"""Read pickles and files of ``torch.save`` without running code, exactly, in bounded memory.
+
+A pickle is a program. Here it builds plain containers, strings, numbers and dense tensors; every
+other call that checkpoints contain (NumPy arrays, argparse namespaces) gives None.
+
+``torch.load(weights_only=True)`` is not strict enough: its allow-list is shared by the whole
+process, NumPy's constructors on that list forge object pointers, a tensor may be larger than the
+file, and with ``mmap=True`` a record shorter than its tensor is read past its end.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import pickle
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+_LIMIT = 16 << 20  # bytes of a checkpoint's pickle; 100,000 class names take two million
+_LONGEST_SHARED = 256  # characters of a string that a pickle may repeat by reference
+_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
+_LEGACY_VERSION = 1001
+
+_STORAGES = {
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.ShortStorage": torch.int16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+}
+_REBUILD = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
+# Calls in entries that are not weights. The arguments of an official training state include a
+# float64 array; numpy 2 renamed the module of the array's constructor.
+_IGNORED = {
+    *("argparse.Namespace", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.Float64DType"),
+    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *("torch.device", "torch.Size", "builtins.complex", "builtins.bytearray"),
+    *map(str, _STORAGES.values()),
+}
+
+
+class RefusedError(ValueError):
+    """A pickle asks for something that no file of ours needs."""
+
+
+class _Memo(dict[int, Any]):
+    """Values that a pickle may use again, each as ``shared`` returns it."""
+
+    def __init__(self, shared: Callable[[Any], Any]) -> None:
+        self.shared = shared
+
+    def __getitem__(self, index: int) -> Any:
+        return self.shared(super().__getitem__(index))
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Unpickler of dicts, lists, tuples, strings, bytes and numbers; sets become lists.
+
+    Args:
+        file: Binary stream at the start of a pickle; read up to the pickle's end.
+    """
+
+    # Without opcodes that reserve any amount of memory, or repeat what the memo would limit.
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in (pickle.DUP, pickle.LONG4, pickle.BYTEARRAY8)
+    }
+    names: ClassVar[set[str]] = {
+        "collections.OrderedDict",
+        "_codecs.encode",  # bytes, before protocol 3
+        *("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"),
+    }
+    remedy = "save plain containers, strings and numbers"
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        super().__init__(file, encoding="latin1")
+        self.memo = _Memo(self.shared)
+
+    def find_class(self, module: str, name: str) -> str:
+        """Return the full name: `call` decides what a call by this name gives."""
+        if f"{module}.{name}" not in self.names:
+            raise RefusedError(f"it wants to run {module}.{name}; {self.remedy}")
+        return f"{module}.{name}"
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Return the value of a call."""
+        if name == "_codecs.encode":
+            return args[0].encode("latin1")
+        if name == "collections.OrderedDict" and not args:
+            return {}
+        (items,) = args or ([],)
+        if type(items) is not list:
+            raise ValueError(f"{name} takes a list")
+        return items
+
+    def shared(self, value: Any) -> Any:
+        """Return a value that is used again; None for a container, which could grow without end."""
+        if type(value) in (str, bytes) and len(value) > _LONGEST_SHARED:
+            raise RefusedError("it repeats a long string")
+        if type(value) is tuple and len(value) <= 8:
+            return value if all(type(item) in (int, float, str) for item in value) else None
+        return None if type(value) in (tuple, list, dict) else value
+
+    def load_call(self) -> None:
+        """Call a name with a tuple of arguments."""
+        args, name = self.stack.pop(), self.stack.pop()
+        if type(args) is not tuple or name not in self.names:
+            raise ValueError("a call without a name or a tuple of arguments")
+        self.stack.append(self.call(name, args))
+
+    def load_state(self) -> None:
+        """Drop attributes: those of ignored objects, or versions of a state dict's modules."""
+        self.stack.pop()
+
+    dispatch |= {pickle.REDUCE[0]: load_call, pickle.NEWOBJ[0]: load_call}
+    dispatch |= {pickle.BUILD[0]: load_state}
+    dispatch |= {pickle.EMPTY_SET[0]: dispatch[pickle.EMPTY_LIST[0]]}
+    dispatch |= {pickle.FROZENSET[0]: dispatch[pickle.LIST[0]]}
+
+    def _put(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            # Larger integers could all have the same hash.
+            if type(key) not in (str, bytes) and not (type(key) is int and abs(key) < 1 << 31):
+                raise RefusedError(f"a dictionary has a key of type {type(key).__name__}")
+            if type(target) is not dict:
+                raise ValueError("items are set on something that is no dictionary")
+            target[key] = value
+
+    def _extend(self, items: list[Any]) -> None:
+        if type(self.stack[-1]) is not list:
+            raise ValueError("items are appended to something that is no list")
+        self.stack[-1].extend(items)
+
+    def _dict(self, pairs: list[Any]) -> None:
+        self.stack.append({})
+        self._put(pairs)
+
+    dispatch |= {
+        pickle.SETITEM[0]: lambda self: self._put([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._put(self.pop_mark()),
+        pickle.DICT[0]: lambda self: self._dict(self.pop_mark()),
+        pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
+        pickle.APPENDS[0]: lambda self: self._extend(self.pop_mark()),
+        pickle.ADDITEMS[0]: lambda self: self._extend(self.pop_mark()),
+    }
+
+
+class _TensorUnpickler(PlainUnpickler):
+    """Unpickler of tensors, whose values stay in the file.
+
+    Args:
+        file: The pickle.
+        data: The mapped file.
+        records: Start and length in bytes of each storage in ``data``; None to read no tensors.
+
+    Attributes:
+        itemsizes: Bytes of an element, of each storage that was asked for.
+    """
+
+    remedy = "no weights need that; instead of a whole model, save model.state_dict()"
+    names: ClassVar = PlainUnpickler.names | _STORAGES.keys() | _REBUILD | _IGNORED
+
+    def __init__(
+        self,
+        file: io.BufferedIOBase,
+        data: mmap.mmap,
+        records: Mapping[str, tuple[int, int]] | None,
+    ) -> None:
+        super().__init__(file)
+        self.data, self.records = data, records
+        self.itemsizes: dict[str, int] = {}
+        self.room = 2 * len(data) + _LIMIT
+
+    def persistent_load(self, pid: Any) -> Tensor | None:
+        """Return a storage as a tensor of one dimension."""
+        kind, storage, key, _, count, *view = pid
+        dtype = _STORAGES[storage]
+        self.itemsizes[key] = dtype.itemsize
+        if self.records is None:
+            return None
+        start, size = self.records[key]
+        if kind != "storage" or view not in ([], [None]) or size != count * dtype.itemsize:
+            raise ValueError(f"storage {key} has {size} bytes, not {count} of {dtype}")
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        if start % dtype.itemsize:  # torch before 1.6 did not align them
+            return torch.frombuffer(bytearray(self.data[start : start + size]), dtype=dtype)
+        return torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Return a tensor; None for a call that is ignored."""
+        if name in _IGNORED:
+            return None
+        if name not in _REBUILD:
+            return super().call(name, args)
+        if name.endswith("_parameter") or self.records is None:
+            return args[0]
+        storage, offset, size, stride, _, _, *metadata = args
+        _check_view(storage, offset, size, stride)
+        if any(metadata):
+            raise RefusedError("it holds a conjugate or negative view; save a copy of that tensor")
+        return self.shared(storage.as_strided(size, stride, offset))
+
+    def shared(self, value: Any) -> Any:
+        """Return the value; a tensor counts each time, since a copy may be made of each."""
+        if not isinstance(value, Tensor):
+            return super().shared(value)
+        self.room -= value.numel() * value.itemsize
+        if self.room < 0:
+            raise RefusedError("its tensors share memory and need more than the file holds")
+        return value
+
+
+def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
+    """Require that a view lies inside its storage and has no more elements."""
+    numbers = (offset, *size, *stride)
+    if len(size) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+        raise ValueError(f"a tensor has offset {offset} and {len(size)} dimensions")
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if 0 not in size and not (last < len(storage) >= math.prod(size)):
+        raise ValueError(f"a tensor of shape {tuple(size)} exceeds its storage of {len(storage)}")
+
+
+def load_torch(path: Path) -> Any:
+    """Read a file of ``torch.save``, on the CPU. Tensors stay in the file until they are used.
+
+    Args:
+        path: A zip file with stored records, or a file of torch before 1.6.
+
+    Raises:
+        RefusedError: The file holds more than containers, strings, numbers and dense tensors.
+        OSError: The file cannot be read.
+        Exception: The file is damaged; the standard library and torch raise many kinds.
+    """
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if data[:4] == b"PK\x03\x04":
+            with zipfile.ZipFile(file) as archive:
+                return _load_zip(archive, data)
+    return _load_legacy(data)
+
+
+def _load_zip(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
+    infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    compressed = [i.filename for i in infos.values() if i.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise RefusedError(
+            f"its record {compressed[0]} is compressed, which torch.save never does; zip it again "
+            "without compression (zip -0)"
+        )
+    if len(infos) != len(archive.infolist()) or archive.testzip():
+        raise ValueError("a record is there twice or has another checksum")
+    if "byteorder" in infos:
+        _check_byteorder(archive.read(infos["byteorder"]).decode())
+    if infos["data.pkl"].file_size > _LIMIT:
+        raise RefusedError(f"its pickle exceeds {_LIMIT >> 20} MiB")
+    records = {}
+    for name, info in infos.items():
+        name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
+        start = info.header_offset + 30 + name_length + extra_length
+        records[name.removeprefix("data/")] = start, info.file_size
+    return _TensorUnpickler(io.BytesIO(archive.read(infos["data.pkl"])), data, records).load()
+
+
+def _load_legacy(data: mmap.mmap) -> Any:
+    """Read magic number, version, machine, contents and keys, all pickles, then the storages."""
+    file = io.BytesIO(data[:_LIMIT])
+    magic, version, machine = (PlainUnpickler(file).load() for _ in range(3))
+    if (magic, version) != (_MAGIC, _LEGACY_VERSION):
+        raise RefusedError("it is a pickle, not a file of torch.save")
+    _check_byteorder("little" if machine["little_endian"] else "big")
+    contents = file.tell()
+    skimmed = _TensorUnpickler(file, data, None)
+    skimmed.load()
+    keys = PlainUnpickler(file).load()
+    start, records = file.tell(), {}
+    for key in keys:
+        (count,) = struct.unpack_from("<q", data, start)
+        size = count * skimmed.itemsizes[key]
+        records[key] = start + 8, size
+        start += 8 + size
+    if start != len(data):
+        raise ValueError(f"its storages end at byte {start} of {len(data)}")
+    file.seek(contents)
+    return _TensorUnpickler(file, data, records).load()
+
+
+def _check_byteorder(order: str) -> None:
+    if order != sys.byteorder:
+        raise RefusedError(f"its numbers are {order}-endian; save it again on a machine like this")
