@@ -175,7 +175,7 @@ def test_foreign_checkpoint_is_refused(
     assert "step_12.pt is of another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
     torch.save({"weights": torch.zeros(3)}, copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
-    assert "step_12.pt is no checkpoint of this trainer" in capsys.readouterr().err
+    assert "step_12.pt is not a checkpoint of this trainer" in capsys.readouterr().err
     assert names(copied) == ["step_12.pt", "step_6.pt", "step_8.pt"]
 
 
@@ -294,7 +294,9 @@ def test_a_step_that_diverged_can_be_repeated(
 
 def save_as_checkpoint(path: Path, target: Path) -> Path:
     state = checkpointing.load(path)
-    checkpointing.write(target, {k: v for k, v in state.items() if k != "crops"})
+    weights = {k: v.nan_to_num() if torch.is_tensor(v) else v for k, v in state["method"].items()}
+    kept = {k: v for k, v in state.items() if k != "crops"}
+    checkpointing.write(target, kept | {"method": weights})
     return target
 
 

@@ -95,6 +95,13 @@ class PlainUnpickler(pickle._Unpickler):
         super().__init__(file, encoding="latin1")
         self.memo = _Memo(self.shared)
 
+    def load(self) -> Any:
+        """Return the contents of the pickle; call it once."""
+        try:
+            return super().load()
+        finally:
+            del self.memo  # a cycle, which would hold the file until it is collected
+
     def find_class(self, module: str, name: str) -> str:
         """Return the full name: `call` decides what a call by this name gives."""
         if f"{module}.{name}" not in self.names:
@@ -262,23 +269,26 @@ def load_torch(path: Path) -> Any:
 
 def _load_zip(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
     infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    compressed = [i.filename for i in infos.values() if i.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        raise RefusedError(
-            f"its record {compressed[0]} is compressed, which torch.save never does; zip it again "
-            "without compression (zip -0)"
+    records = {}
+    for name, info in infos.items():
+        method, name_length, extra_length = struct.unpack_from(
+            "<8xH16xHH", data, info.header_offset
         )
-    if len(infos) != len(archive.infolist()) or archive.testzip():
-        raise ValueError("a record is there twice or has another checksum")
+        if method and method == info.compress_type:
+            raise RefusedError(
+                f"its record {info.filename} is compressed, which torch.save never does; zip it "
+                "again without compression (zip -0)"
+            )
+        start = info.header_offset + 30 + name_length + extra_length
+        records[name.removeprefix("data/")] = start, info.file_size
+    if len(infos) != len(archive.infolist()) or any(i.compress_type for i in infos.values()):
+        raise ValueError("a record is there twice, or its two headers differ")
+    if archive.testzip():
+        raise ValueError("a record does not match its checksum")
     if "byteorder" in infos:
         _check_byteorder(archive.read(infos["byteorder"]).decode())
     if infos["data.pkl"].file_size > _LIMIT:
         raise RefusedError(f"its pickle exceeds {_LIMIT >> 20} MiB")
-    records = {}
-    for name, info in infos.items():
-        name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
-        start = info.header_offset + 30 + name_length + extra_length
-        records[name.removeprefix("data/")] = start, info.file_size
     return _TensorUnpickler(io.BytesIO(archive.read(infos["data.pkl"])), data, records).load()
 
 

@@ -118,7 +118,8 @@ class Run:
             ValueError: Weights are not finite, or the checkpoint cannot be written.
         """
         distributed.check_identical(self._shared_tensors())
-        if not torch.stack([p.isfinite().all() for p in self.method.parameters()]).all():
+        tensors = (*self.method.parameters(), *self.method.buffers())
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise ValueError(
                 f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
             )
