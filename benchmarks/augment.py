@@ -297,7 +297,7 @@ def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
         By photographs, size and operation: a `Difference`, and whether it keeps to its limit.
     """
     files = [io.BytesIO(jpeg(KINDS["standard"], index)) for index in range(len(bundled()))]
-    synthetic = [np.array(Image.open(file)) for file in files]
+    synthetic = [np.array(Image.open(file, formats=["JPEG"])) for file in files]
     table = []
     for name, photographs in (("bundled", bundled()), ("synthetic", synthetic)):
         for spec in SPECS:

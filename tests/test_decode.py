@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import socket
 import struct
 import warnings
 import zlib
@@ -17,10 +19,10 @@ import simplejpeg
 from PIL import Image
 
 from trex_models.data import decode
-from trex_models.data.decode import UnreadableImageError, decode_image, read_image
+from trex_models.data.decode import FORMATS, UnreadableImageError, decode_image, read_image
 
 JPEG_OPTIONS: dict[str, Any] = {"quality": 100, "subsampling": 0}  # within 4 of the original
-UNREADABLE = r"^x\.img cannot be read as an image \(.+\); mend or replace it$"
+UNREADABLE = r"^x\.img cannot be read as an image \(.+\); fix or replace it$"
 
 
 def picture(height: int = 30, width: int = 40, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -57,6 +59,14 @@ def same(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 0) -> None
 def _each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "Pillow":
         monkeypatch.setattr(decode, "simplejpeg", None)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_and_their_endings(kind: str) -> None:
+    known = Image.registered_extensions()
+    assert {known[ending] for ending in FORMATS[kind]} <= {kind, "MPO"}
+    if kind in Image.SAVE:  # Pillow 11 reads QOI and does not write it
+        assert decode_image(encode(picture(32, 32), kind), "x.img").shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM", "WEBP"])
@@ -211,10 +221,12 @@ def png_of_rgb16(pixels: np.ndarray) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*parts) for parts in chunks)
+
+
+def png_chunk(kind: bytes, data: bytes, damage: int = 0) -> bytes:
+    crc = zlib.crc32(kind + data) ^ damage
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
 
 def grey16() -> np.ndarray:
@@ -410,7 +422,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_what_is_no_image_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=r"broken\.jpg cannot be .*; mend or repl"):
+    with pytest.raises(UnreadableImageError, match=r"broken\.jpg cannot be .*; fix or repl"):
         read_image(path)
 
 
@@ -436,3 +448,101 @@ def test_the_error_can_be_sent_to_another_process() -> None:
     assert isinstance(copy, UnreadableImageError)
     assert isinstance(copy, ValueError)
     assert str(copy) == str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_not_a_regular_file_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    os.mkfifo("fifo.jpg")
+    Path("device.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jpg")
+        for name in ("device", "fifo"):
+            with pytest.raises(UnreadableImageError, match=rf"{name}\.jpg .*\(not a regular file"):
+                read_image(Path(f"{name}.jpg"))
+        with pytest.raises(UnreadableImageError, match=r"socket\.jpg cannot be read"):
+            read_image(Path("socket.jpg"))
+    Path("large.jpg").write_bytes(encode(picture(), "JPEG"))
+    monkeypatch.setattr(decode, "_MAX_BYTES", 99)
+    with pytest.raises(UnreadableImageError, match="bytes exceed the limit of 99"):
+        read_image(Path("large.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["EPS", "AVIF"])
+def test_formats_that_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript for an EPS file; it can be built without AVIF."""
+    data = encode(picture(), kind)
+    monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    with pytest.raises(UnreadableImageError, match=r"\(unknown format, or one that the inst"):
+        decode_image(data, "x.img")
+
+
+BOMB = zlib.compress(bytes(3_000_000))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(png_chunk(b"zTXt", b"k\0\0" + BOMB), id="text"),
+        pytest.param(png_chunk(b"iTXt", b"k\0\1\0\0\0" + BOMB), id="unicode"),
+        pytest.param(png_chunk(b"iCCP", b"k\0\0" + BOMB), id="profile"),
+        pytest.param(png_chunk(b"pHYs", b"\0"), id="short"),
+        pytest.param(png_chunk(b"tEXt", b"k\0value", damage=1), id="crc"),
+    ],
+)
+def test_metadata_of_a_png_do_not_cost_the_image(chunk: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = picture(channels=1)[:, :, 0]
+    expected = np.where(pixels == pixels[7, 9], 255, pixels)[::-1, ::-1]
+    png = encode(pixels, "PNG", exif=exif, transparency=int(pixels[7, 9]))
+    for place in (33, len(png) - 12):  # after IHDR, before IEND
+        data = png[:place] + chunk + png[place:]
+        same(decode_image(data, "x.img"), expected[:, :, None].repeat(3, axis=2))
+
+
+def test_exif_of_a_png_with_a_wrong_crc_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    png = encode(picture(), "PNG")
+    data = png[:33] + png_chunk(b"eXIf", exif.tobytes()[6:], damage=1) + png[33:]
+    same(decode_image(data, "x.img"), picture())
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"tRNS"])
+def test_damaged_parts_that_pixels_depend_on_are_refused(kind: bytes) -> None:
+    png = bytearray(encode(Image.fromarray(picture()).quantize(16), "PNG", transparency=b"\0" * 8))
+    start = png.index(kind)
+    png[start + 4 + int.from_bytes(png[start - 4 : start], "big")] ^= 1  # of its CRC
+    with pytest.raises(UnreadableImageError, match=UNREADABLE):
+        decode_image(bytes(png), "x.img")
+
+
+@pytest.mark.usefixtures("_each_decoder")
+@pytest.mark.parametrize("block", [b"\xe0JFIF\0\0", b"\xe2ICC_PROFILE\0\1"])
+def test_metadata_of_a_jpeg_do_not_cost_the_image(block: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    stored = np.ascontiguousarray(picture()[::-1, ::-1])
+    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif)
+    content = block[1:]
+    data = data[:2] + struct.pack(">cBH", b"\xff", block[0], len(content) + 2) + content + data[2:]
+    same(decode_image(data, "x.img"), picture(), tolerance=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a/b c.jpg", "a/b c.jpg"),
+        ("a /b.jpg", "'a /b.jpg'"),
+        ("a.jpg ", "'a.jpg '"),
+        ("a\\b.jpg", r"'a\\b.jpg'"),
+        ("a\u200b.jpg", r"'a\u200b.jpg'"),
+    ],
+)
+def test_names_show_what_would_be_overlooked(name: str, shown: str) -> None:
+    with pytest.raises(UnreadableImageError) as caught:
+        decode_image(b"", name)
+    assert str(caught.value).startswith(f"{shown} cannot be read")

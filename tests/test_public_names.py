@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import trex_models.train
 from tests.documentation import ROOT, python_blocks
 from trex_models import Projector
 from trex_models.data import GLOBAL_LAW, LOCAL_LAW, CropSpec, FractalSource, MultiCrop
+from trex_models.data.decode import decode_image
 from trex_models.evaluation import knn_accuracy, knn_votes
 from trex_models.train import (
     LOOK,
@@ -255,6 +257,25 @@ def test_crops_of_the_transform_follow_torchs_generator_and_come_from_the_image(
     assert not torch.equal(first[0], first[1])
 
 
+def test_pil_images_are_converted_as_files_are() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rng = np.random.default_rng(0)
+    hidden = rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    hidden[..., 3] = 0
+    gray = Image.fromarray(rng.integers(0, 65536, (20, 30), dtype=np.uint16))
+    turned = Image.fromarray(hidden[..., :3])
+    transform = MultiCrop(SPECS)
+    for image, options in ((gray, {}), (turned, {"exif": exif}), (Image.fromarray(hidden), {})):
+        file = io.BytesIO()
+        image.save(file, "PNG", **options)
+        crops = []
+        for given in (decode_image(file.getvalue(), "x"), Image.open(file)):
+            torch.manual_seed(0)
+            crops.append(transform(given))
+        assert all(map(torch.equal, *crops))
+
+
 def test_crops_in_a_list_are_those_of_a_resolution_together() -> None:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AvgPool2d(6), nn.Flatten())
@@ -332,6 +353,7 @@ def test_accuracy_of_neighbours_is_that_of_their_votes() -> None:
         (lambda: LOOK(MemoryBank(8, 4, 3), neighbors=0), "neighbors must be at least 1, got 0"),
         (lambda: CropSpec(0, 24, (0.1, 1.0), GLOBAL_LAW), "at least 1, got 0 and 24"),
         (lambda: MultiCrop(SPECS)(np.zeros((9, 9), np.uint8)), "image must be uint8"),
+        (lambda: MultiCrop(SPECS)(Image.new("F", (9, 9))), "no defined range"),
         (
             lambda: knn_accuracy(np.eye(2), np.arange(2), np.eye(2), np.arange(3)),
             "query_labels must be 2",

@@ -87,7 +87,7 @@ def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert any(f"{name} cannot be read as an image" in err for name in BROKEN)
-    assert "or pass over such images: --data.unreadable skip" in err
+    assert "or skip unreadable images with --data.unreadable skip" in err
     (kept,) = checkpointing.files(tmp_path / "run")  # the last whole step, though none was due
     assert checkpointing.load(kept)["step"] > 0
     assert run(tmp_path / "run", *command, *SKIP) == 0
@@ -115,7 +115,7 @@ def test_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """The first image of all is among those that are tried."""
     options = make_folder(tmp_path / "images", ["a/0.png"])
     assert run(tmp_path / "run", *options) == 2
-    assert "or pass over such images: --data.unreadable skip" in capsys.readouterr().err
+    assert "or skip unreadable images with --data.unreadable skip" in capsys.readouterr().err
     assert run(tmp_path / "run", *options, *SKIP) == 0
     assert "warning: 1 of 16 training images cannot be read, " in capsys.readouterr().out
     options = make_folder(tmp_path / "broken", NAMES)

@@ -6,9 +6,13 @@ Shapes: H, W height and width of the image, the right way up.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -21,8 +25,36 @@ try:
 except ImportError:  # an optional dependency: Pillow reads JPEG too
     simplejpeg = None
 
-_START_OF_SCAN, _APP1 = 0xDA, 0xE1  # JPEG markers; EXIF and XMP stand in APP1
+# Formats that are decoded, the most common first, with the endings of their files. All are raster
+# formats that Pillow decodes by itself: for EPS, for example, it would start Ghostscript.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "TGA": (".tga",),
+    "ICO": (".ico",),
+    "PCX": (".pcx",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi",),
+}
+IMAGE_ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
+T = TypeVar("T")
+
+_FORMATS = tuple(FORMATS)
+_MAX_BYTES = 1 << 31  # above any single frame within Pillow's limit of pixels
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # POSIX
+_PNG_SIGNATURE, _JPEG_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+_START_OF_SCAN, _APP1 = b"\xda", b"\xe1"  # JPEG markers; EXIF and XMP are in APP1
+# Comments and APPn, except APP1 and APP14, which says how CMYK is stored.
+_JPEG_METADATA = {0xE0, *range(0xE2, 0xEE), 0xEF, 0xFE}
 
 _TURNS = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,6 +71,13 @@ class UnreadableImageError(ValueError):
     """An image is missing or torn, or its format or range of values is not known."""
 
 
+def quoted(name: str) -> str:
+    """Quote a name with characters that a message would hide, such as blanks at its ends."""
+    parts = name.replace(os.sep, "/").split("/")
+    plain = name.isprintable() and all(p == p.strip() and "\\" not in p for p in parts)
+    return name if plain else repr(name)
+
+
 def unreadable(name: str, reason: object) -> UnreadableImageError:
     """Return the error for an image, in one line.
 
@@ -47,45 +86,63 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
         reason: What was raised, or a phrase.
     """
     if isinstance(reason, UnidentifiedImageError):  # its text names a file object
-        reason = "the format is unknown"
+        reason = "unknown format, or one that the installed Pillow cannot decode"
     elif isinstance(reason, OSError) and reason.strerror:  # its text repeats the path
         reason = reason.strerror
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return UnreadableImageError(f"{name} cannot be read as an image ({text}); mend or replace it")
+    return UnreadableImageError(
+        f"{quoted(name)} cannot be read as an image ({text}); fix or replace it"
+    )
 
 
 def or_skip(error: UnreadableImageError) -> UnreadableImageError:
-    """Return an error of training that tells of the other policy, too."""
-    return UnreadableImageError(f"{error}, or pass over such images: --data.unreadable skip")
+    """Return an error of training that also names the other policy."""
+    return UnreadableImageError(f"{error}, or skip unreadable images with --data.unreadable skip")
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: str | Path) -> np.ndarray:
     """Decode an image file.
 
     Args:
-        path: A file in any format that Pillow reads.
+        path: A file in one of ``FORMATS``, whatever its ending.
 
     Returns:
         (H, W, 3) uint8 RGB, as `decode_image` returns it.
 
     Raises:
-        UnreadableImageError: The file is missing or is not a whole image; the message names it.
+        UnreadableImageError: The file is missing, not a regular file or not a whole image; the
+            message names it.
     """
     try:
-        data = path.read_bytes()
+        data = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
         raise unreadable(str(path), error) from error
     return decode_image(data, str(path))
 
 
+def _read_file(path: str | Path) -> bytes:
+    # Checked when open: on a network file system, stat by path would cost another round trip.
+    with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > _MAX_BYTES:
+            raise ValueError(f"{status.st_size:,} bytes exceed the limit of {_MAX_BYTES:,}")
+        return file.read()
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | _NONBLOCK)  # otherwise it waits for a FIFO's writer
+
+
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode the content of an image file.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is reduced to its
-    upper byte, and of several frames the first one counts.
+    The pixels are converted as by ``rgb_pixels``. Of several frames the first one counts. Metadata
+    that cannot be read are ignored.
 
     Args:
-        data: In any format that Pillow reads.
+        data: Content of a file in one of ``FORMATS``.
         name: What to call the image in messages.
 
     Returns:
@@ -96,22 +153,76 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
             `PIL.Image.MAX_IMAGE_PIXELS`), or values of no defined range (floating point, 32 bits).
     """
     try:
-        if simplejpeg is not None and data[:3] == b"\xff\xd8\xff":
+        if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
             # What is not quite in order, CMYK, or too large is left to Pillow.
             with suppress(ValueError, IndexError):
                 height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
                 limit = Image.MAX_IMAGE_PIXELS
                 if colours in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
                     return _upright(simplejpeg.decode_jpeg(data), _jpeg_orientation(data))
-        with warnings.catch_warnings():  # of odd metadata and of size: what matters is an error
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _upright(_pixels(image), _orientation(image))
+        return _with_pillow(rgb_pixels, data)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins let anything out of a broken file
         raise unreadable(name, error) from error
+
+
+def _with_pillow(read: Callable[[Image.Image], T], data: bytes) -> T:
+    """Open an image and read from it; without its metadata if these cannot be read."""
+    try:
+        with warnings.catch_warnings():  # of odd metadata and of size: what matters is an error
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return read(image)
+    except Exception:
+        essential = _without_metadata(data)
+        if len(essential) == len(data):
+            raise
+        return _with_pillow(read, essential)
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Return a PNG or JPEG file with only the parts that its pixels depend on, and EXIF."""
+    if data.startswith(_PNG_SIGNATURE):
+        return _PNG_SIGNATURE + b"".join(c for c in _png_chunks(data) if _is_essential(c))
+    if data.startswith(_JPEG_SIGNATURE):
+        segments = list(_jpeg_segments(data))
+        rest = data[2 + sum(map(len, segments)) :]
+        return data[:2] + b"".join(s for s in segments if s[1] not in _JPEG_METADATA) + rest
+    return data
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """Yield the chunks of a PNG file: length, type, content and CRC."""
+    start = len(_PNG_SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        yield data[start:end]
+        start = end
+
+
+def _is_essential(chunk: bytes) -> bool:
+    """Return whether a PNG chunk is critical, transparency, or intact EXIF."""
+    kind = chunk[4:8]
+    if kind == b"eXIf":
+        return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+    return kind[:1].isupper() or kind == b"tRNS"
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Convert a PIL image of any mode.
+
+    EXIF orientation is applied, transparency is laid over white, and 16-bit gray is reduced to its
+    upper byte.
+
+    Returns:
+        (H, W, 3) uint8 RGB, writeable and contiguous.
+
+    Raises:
+        ValueError: The values have no defined range (floating point, 32 bits).
+    """
+    image.load()  # before mode and EXIF are read: it may change them
+    return _upright(_pixels(image), _orientation(image))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -134,20 +245,23 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def _jpeg_segments(data: bytes) -> Iterator[bytes]:
+    """Yield the segments of a JPEG file before the first scan: marker, length and content."""
+    start = 2
+    while data[start + 1 : start + 2] not in (b"", _START_OF_SCAN):
+        end = start + 1  # of a fill byte
+        if data[end] != 0xFF:
+            end += 1 + int.from_bytes(data[end + 1 : end + 3], "big")
+        yield data[start:end]
+        start = end
+
+
 def _jpeg_orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG that has been decoded."""
-    position = 2
-    while (marker := data[position + 1]) not in (_START_OF_SCAN, _APP1):
-        if marker == 0xFF:  # fill
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    if marker == _START_OF_SCAN:  # most images: 2 us, where Pillow takes 40
-        return 1
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            return _orientation(image)
+    if not any(segment[1:2] == _APP1 for segment in _jpeg_segments(data)):
+        return 1  # most images: 5 us, where Pillow takes 40
+    with suppress(Exception):
+        return _with_pillow(_orientation, data)
     return 1
 
 

@@ -151,7 +151,7 @@ def _photograph(file: str, package: str, folder: str) -> np.ndarray:
             f"{package} {module.__version__} does not ship {file} (looked for {path}); "
             "install versions that do: pip install 'scikit-image>=0.24,<0.27' scikit-learn"
         )
-    with Image.open(path) as image:
+    with Image.open(path, formats=("JPEG", "PNG")) as image:
         return np.asarray(image.convert("L"))
 
 

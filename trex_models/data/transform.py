@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from trex_models.data import photometric
+from trex_models.data.decode import rgb_pixels
 from trex_models.data.multicrop import TREX_CROPS, CropSpec
 
 
@@ -22,7 +23,7 @@ class MultiCrop:
     Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. DataLoader's
     own collation makes of them one (B, 3, S, S) a crop, which is what ``TReX`` takes:
 
-        dataset = ImageFolder("images", transform=MultiCrop())
+        dataset = ImageFolder("images", transform=MultiCrop(), loader=read_image)
         for crops, labels in DataLoader(dataset, batch_size=256, shuffle=True): ...
 
     Draws follow torch's generator, which DataLoader seeds in each worker. The same law as
@@ -40,12 +41,14 @@ class MultiCrop:
         """Return an image's crops, (3, S, S) float32 each, normalised as ImageNet's are.
 
         Args:
-            image: Of Pillow, or (height, width, 3) uint8 RGB.
+            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (height,
+                width, 3) uint8 RGB.
 
         Raises:
-            ValueError: An array is not of this shape and type.
+            ValueError: An array is not of this shape and type, or the values of a PIL image have
+                no defined range (floating point, 32 bits).
         """
-        pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        pixels = rgb_pixels(image) if isinstance(image, Image.Image) else image
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         crops: list[Tensor] = []
         for spec in self.specs:
