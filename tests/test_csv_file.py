@@ -106,6 +106,7 @@ def test_an_image_may_be_listed_twice_with_one_label(tmp_path: Path) -> None:
         ("path,label,path\n", "names 2 columns 'path'"),
         ("path,label\n\n", "has a header and no rows; add"),
         ("path,label\na,x\nb,x\n", "every label is 'x', at least 2 classes are needed; add"),
+        ('path,label\n"a ",x\n"a ",y\n', "line 3: 'a ' has the label 'y' here and 'x' above"),
         ("path,label\na,x\n\nb\n", "line 4: 1 fields, but the header has 2; correct the row"),
         ("path,label\na,x\nb,y,z\n", r"line 3: 3 fields.*text that holds ',' must be quoted"),
         ("path,label\na,x\n,y\n", "line 3: 'path' is empty; fill it in or remove the row"),

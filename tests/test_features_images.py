@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_folder import save_image
+from tests.test_folder import fail_to_list, save_image
 from trex_models.features.images import find
 
 FILES = ["b/2.png", "b/1.jpg", "a/deep/3.PNG", "a/.hidden.png", "top.jpeg"]
@@ -93,12 +93,28 @@ def test_a_name_with_the_letters_of_a_pattern_is_a_name(place: Path) -> None:
         ("blank.txt", "blank.txt lists no images"),
         ("bad.txt", "bad.txt, line 2: model.pt is no image"),
         ("latin.txt", "latin.txt cannot be read as a list"),
+        ("blank-end.txt", r"line 1: 'top.jpeg ' is no image by its name"),
     ],
 )
 def test_what_names_no_images_is_told(place: Path, argument: str, message: str) -> None:
     (place / "list.csv").write_text("path\nimages/top.jpeg\n")
     (place / "blank.txt").write_text("\n \n")
     (place / "bad.txt").write_text("images/top.jpeg\nmodel.pt\n")
+    (place / "blank-end.txt").write_text("top.jpeg \n")
     (place / "latin.txt").write_bytes(b"gr\xfcn.png\n")
     with pytest.raises(ValueError, match=message):
         find(["images", argument])
+
+
+@pytest.mark.parametrize("argument", ["images", "images/*", "images/**/*.jpg", "images/*/*.jpg"])
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    place: Path, argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_list(monkeypatch, place / "images" / "b")
+    with pytest.raises(ValueError, match=r"images/b/? cannot be listed \(Input/output error\)"):
+        find([argument])
+
+
+def test_other_files_are_counted(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find(["images/a", "images/b", "images/**"])
+    assert caplog.messages == [f"{place}/images: 1 file(s) left out (1 ending in '.md')"]

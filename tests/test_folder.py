@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,18 @@ def save_image(
     image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     image.save(path, **options)  # type: ignore[arg-type]
     return np.asarray(image)
+
+
+def fail_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder fail as on a broken disk; permissions do not bind root."""
+    scandir = os.scandir
+
+    def failing(path: bytes) -> object:
+        if Path(os.fsdecode(path)).absolute() == folder:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
 
 
 def test_sorted_classes_and_files_at_any_depth(tmp_path: Path) -> None:
@@ -45,7 +59,7 @@ def test_names_that_are_not_ascii(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=r"absent cannot be listed \(No such file or directory"):
         FolderSource(tmp_path / "absent")
     with pytest.raises(ValueError, match="0 class folders"):
         FolderSource(tmp_path)
@@ -88,3 +102,72 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     source = FolderSource(tmp_path)
     assert len(source.digest()) == 64
     assert source.part(np.arange(2)).digest() != source.digest()
+
+
+@pytest.mark.parametrize("folder", [".", "ant", "ant/more"])
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ant/a.png", "ant/more/b.png", "bee/c.png"):
+        save_image(tmp_path / name)
+    fail_to_list(monkeypatch, tmp_path / folder)
+    with pytest.raises(ValueError, match=r"cannot be listed \(Input/output error\)") as caught:
+        FolderSource(tmp_path)
+    caught.match(str(tmp_path / folder))
+
+
+def test_files_without_the_ending_of_an_image_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = ("a.jpg", "b.JPG", "c.gif", "d.avif", "e.jfif", "f.jpe", "g.jp2", "h.webp")
+    for name in ("ant/x.png", *(f"bee/{name}" for name in taken)):
+        save_image(tmp_path / name)
+    source = FolderSource(tmp_path)
+    assert len(source) == 9
+    assert [source.read(index).shape for index in range(9)] == [(30, 40, 3)] * 9
+    assert not caplog.messages
+    for name in ("ant/i", "ant/j.heic", "bee/k.HEIC", ".hidden", "readme.txt"):
+        (tmp_path / name).touch()
+    FolderSource(tmp_path)
+    assert caplog.messages == [
+        f"{tmp_path}: 4 file(s) left out (2 ending in '.heic', 1 next to the class folders, "
+        "1 without an ending)"
+    ]
+
+
+def test_names_do_not_depend_on_the_order_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ant/more/a.png", "bee/b.png"):
+        save_image(tmp_path / name)
+    (tmp_path / "ant" / "link").symlink_to("more")
+    scandir, found = os.scandir, []
+    for backward in (False, True):
+
+        def ordered(
+            path: bytes, backward: bool = backward
+        ) -> AbstractContextManager[list[os.DirEntry[bytes]]]:
+            entries = sorted(scandir(path), key=lambda entry: entry.name, reverse=backward)
+            return nullcontext(entries)
+
+        monkeypatch.setattr(os, "scandir", ordered)
+        found.append(FolderSource(tmp_path).paths.tolist())
+    assert found == [[b"ant/link/a.png", b"bee/b.png"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("cow", "ant", "ant/ and cow/ are the same folder"),
+        ("bee/more", "ant/more", "ant/more/ and bee/more/ are the same folder"),
+        ("ant/up", ".", "ant/up/bee/ and bee/ are the same folder"),
+    ],
+)
+def test_one_folder_of_two_classes_is_refused(
+    tmp_path: Path, link: str, target: str, message: str
+) -> None:
+    for name in ("ant/a.png", "ant/more/b.png", "bee/c.png"):
+        save_image(tmp_path / name)
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=f"{message}, so that its images would have two labels"):
+        FolderSource(tmp_path)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.test_decode import encode, picture
+from tests.test_folder import fail_to_list
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, MultiCropDataset
@@ -206,7 +207,7 @@ def test_images_outside_of_the_data_set(tmp_path: Path) -> None:
             (2, "absent.png cannot .*No such file"),
             (3, "row 3 cannot be read as an image .the row holds neither"),
             (4, "row 4 cannot be read as an image .the row holds neither"),
-            (5, r"row 5 \(torn.jpg\) cannot be read as an image .the format is unknown"),
+            (5, r"row 5 \(torn.jpg\) cannot be read as an image .unknown format"),
             (6, "row 6 cannot be read as an image"),
         ):
             with pytest.raises(UnreadableImageError, match=message):
@@ -319,6 +320,16 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path: Path) -> None:
     file = hub / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-300])
     with pytest.raises(ValueError, match="hub cannot be opened as a data set .*; write or fetch"):
+        HuggingFaceSource(hub, "train")
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = on_hub(tmp_path / "hub")
+    shutil.copytree(hub / "data", hub / "data" / "more")
+    fail_to_list(monkeypatch, hub / "data" / "more")
+    with pytest.raises(ValueError, match=r"data/more/ cannot be listed \(Input/output error\)"):
         HuggingFaceSource(hub, "train")
 
 

@@ -75,12 +75,14 @@ def test_an_error_of_one_process_ends_both_and_is_shown(images: Path, tmp_path: 
 @pytest.mark.slow
 def test_processes_that_would_train_apart_do_not_start(images: Path, tmp_path: Path) -> None:
     other = images.with_name("other")
+    (images / "a/notes.txt").touch()
     shutil.copytree(images, other)
     (other / "a/03.jpg").rename(other / "a/99.jpg")
     arguments = ["--output", str(tmp_path / "run"), *TINY, *FOLDER]
     ends = run_two([*arguments, str(images)], [*arguments, str(other), "--optim.base-lr", "3"])
     assert [status for status, _ in ends] == [2, 2]
     assert ends[0][1] == (
+        f"{images}: 1 file(s) left out (1 ending in '.txt')\n"
         "error: process 1: this process and process 0 differ in optim.base_lr: 0.8 -> 3.0; the "
         "images; start all with the same command and the same data\n"
     )

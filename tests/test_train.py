@@ -284,7 +284,7 @@ def test_unreadable_image_ends_the_run(
     ("overrides", "message"),
     [
         (["--data.source", "folder"], "data.path is not set"),
-        (["--data.source", "folder", "--data.path", "/absent"], "/absent is no folder"),
+        (["--data.source", "folder", "--data.path", "/absent"], "/absent cannot be listed"),
         (["--optim.batch-size", "33"], "exceeds the data set's 32 images"),
         (["--model.backbone", "resnet51"], "timm has no model 'resnet51'"),
         (["--model.backbone-args", "depht=3"], "refuses {'depht': 3"),

@@ -140,7 +140,7 @@ def test_output_is_not_written_with_images_that_are_skipped(images: Path, tmp_pa
     ("overrides", "message"),
     [
         (["--data.source", "folder"], "data.path is not set"),
-        (["--data.source", "folder", "--data.path", "/absent"], "/absent is no folder"),
+        (["--data.source", "folder", "--data.path", "/absent"], "/absent cannot be listed"),
         (["--optim.batch-size", "33"], "exceeds the data set's 32 images"),
         (["--model.backbone", "resnet51"], "timm has no model 'resnet51'"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),

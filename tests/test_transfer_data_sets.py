@@ -242,7 +242,7 @@ def test_undivided_folders_are_divided_the_same_wherever_they_are(tmp_path: Path
 
 def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
     message = refused(own(tmp_path / "absent"), tmp_path)
-    assert message.startswith(f"mine: {tmp_path}/absent is no folder")
+    assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
     assert message.endswith(f"or {tmp_path}/absent/CLASS alone")
     folders(tmp_path, "train", 2)
     assert "neither test/ nor val/: rename the folder" in refused(own(tmp_path), tmp_path)

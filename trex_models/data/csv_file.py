@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+from trex_models.data.decode import quoted
 from trex_models.data.file_list import FileSource
 from trex_models.data.sources import sorted_classes
 
@@ -53,7 +54,7 @@ class CsvSource(FileSource):
             file = os.path.normpath(image) if "./" in image or "//" in image else image
             if label_of.setdefault(file, label) != label:
                 raise ValueError(
-                    f"{self.path}, line {line}: {image} has the label {label!r} here and "
+                    f"{self.path}, line {line}: {quoted(image)} has the label {label!r} here and "
                     f"{label_of[file]!r} above; remove one of the rows"
                 )
             paths.append(image)

@@ -5,18 +5,23 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from trex_models.data.decode import read_image
+from trex_models.data.decode import IMAGE_ENDINGS, quoted, read_image
 from trex_models.data.sources import digest
 
+_logger = logging.getLogger(__name__)
+
+_ENDINGS = tuple(map(os.fsencode, IMAGE_ENDINGS))
+_KINDS = 6  # of files left out that are listed
 _THREADS, _BLOCK = 8, 4096
 _INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
 
@@ -97,7 +102,7 @@ class FileSource:
         if require and len(absent):
             raise ValueError(
                 f"{self.root}: {len(absent)} of {len(self)} image files are missing or empty, the "
-                f"first is {self.name(int(absent[0]))}; unpack or copy them again"
+                f"first is {quoted(self.name(int(absent[0])))}; unpack or copy them again"
             )
         return found
 
@@ -106,27 +111,94 @@ class FileSource:
         return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
 
 
-def image_files(root: Path, folder: str) -> list[bytes]:
-    """Return the paths of a folder's images below the root, at any depth, sorted.
+def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes]]:
+    """List a folder, without names that begin with a dot.
 
-    Names that begin with a dot do not count. A folder that links lead to again is looked into once.
+    Returns:
+        Its device and inode, the names of its folders, and those of all else; both sorted.
+
+    Raises:
+        ValueError: It cannot be listed.
     """
-    seen: set[tuple[int, int]] = set()
-    found: list[bytes] = []
-    for parent, folders, names in os.walk(root / folder, followlinks=True):
-        place = Path(parent).stat()
-        if (place.st_dev, place.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(root)
-        found += [
-            os.fsencode(below / name)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)
+    folders: list[bytes] = []
+    files: list[bytes] = []
+    try:
+        status = os.stat(folder)  # noqa: PTH116 - bytes
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(b"."):
+                    (folders if entry.is_dir() else files).append(entry.name)
+    except OSError as error:
+        name = quoted(os.fsdecode(error.filename or folder))
+        raise ValueError(
+            f"{name} cannot be listed ({error.strerror}); repair it, or name another folder"
+        ) from error
+    return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
+
+
+def walk(
+    root: Path, folder: str = "", visited: dict[tuple[int, int], bytes] | None = None
+) -> Iterator[bytes]:
+    """Yield the paths below ``root`` of a folder's files at any depth, folders in sorted order.
+
+    Names that begin with a dot are left out, and so are folders that were listed before, which
+    links can lead to.
+
+    Args:
+        root: The folder that the paths are relative to.
+        folder: The folder to walk, below ``root``; a class.
+        visited: Folders that were listed for the classes before, to which this one's are added.
+
+    Raises:
+        ValueError: A folder cannot be listed, or was listed for another class.
+    """
+    visited = {} if visited is None else visited
+    top, of_class = os.fsencode(root), os.path.join(os.fsencode(folder), b"")  # noqa: PTH118
+    pending = [of_class]
+    while pending:
+        below = pending.pop()
+        identity, folders, files = list_folder(os.path.join(top, below))  # noqa: PTH118
+        if identity not in visited:
+            visited[identity] = below
+            pending += [os.path.join(below, name, b"") for name in reversed(folders)]  # noqa: PTH118
+            yield from [below + name for name in files]
+        elif not visited[identity].startswith(of_class):
+            first, second = map(os.fsdecode, (visited[identity], below))
+            raise ValueError(
+                f"{root}: {first} and {second} are the same folder, so that its images would have "
+                "two labels; remove the link"
+            )
+
+
+def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Return the paths that end as those of images do, sorted, and the others."""
+    images: list[bytes] = []
+    others: list[bytes] = []
+    for path in paths:
+        (images if path.lower().endswith(_ENDINGS) else others).append(path)
+    return sorted(images), others
+
+
+def log_left_out(place: object, others: Iterable[bytes]) -> None:
+    """Log in one line how many files were left out, if any.
+
+    Args:
+        place: What the images are called.
+        others: Paths of the files; without a folder if they are next to class folders.
+    """
+    kinds = Counter(map(_kind, others))
+    if kinds:
+        parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(_KINDS)]
+        parts += ["..."] if len(kinds) > _KINDS else []
+        _logger.warning("%s: %d file(s) left out (%s)", place, kinds.total(), ", ".join(parts))
+
+
+def _kind(path: bytes) -> str:
+    folder, name = os.path.split(path)
+    ending = os.fsdecode(os.path.splitext(name.lower())[1])  # noqa: PTH122 - bytes
+    if not folder:
+        return "next to the class folders"
+    return f"ending in {ending!r}" if ending else "without an ending"
 
 
 def _stats(files: Sequence[bytes]) -> list[tuple[int, int, int, int]]:

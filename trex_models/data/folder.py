@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from trex_models.data.file_list import FileSource, image_files
+from trex_models.data.decode import IMAGE_ENDINGS
+from trex_models.data.file_list import FileSource, list_folder, log_left_out, split_images, walk
 from trex_models.data.sources import digest
 
 
@@ -16,7 +16,9 @@ class FolderSource(FileSource):
     """Images under ``root/<class>/``, at any depth; a class is a folder's name.
 
     Classes and files are in sorted order, so that an index means the same image everywhere. Names
-    that begin with a dot do not count, of folders and of files. Nothing is decoded before ``read``.
+    that begin with a dot do not count, of folders and of files. Files without the ending of an
+    image (``decode.IMAGE_ENDINGS``) are left out and counted in a line of the log. Nothing is
+    decoded before ``read``.
 
         source = FolderSource("imagenet/train")
         image, label = source.read(0), source.labels[0]  # (H, W, 3) uint8 RGB
@@ -25,29 +27,33 @@ class FolderSource(FileSource):
         root: The folder of class folders.
 
     Raises:
-        ValueError: ``root`` is no folder, has fewer than two class folders, or one of them has
-            no images.
+        ValueError: A folder cannot be listed, there are fewer than two class folders, one of them
+            has no images, or two of them lead to the same folder.
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
-        if not root.is_dir():
-            raise ValueError(f"{root} is no folder; name the folder of class folders")
-        folders = (entry.name for entry in os.scandir(root) if entry.is_dir())
-        classes = sorted(name for name in folders if not name.startswith("."))
+        _, folders, others = list_folder(os.fsencode(root))
+        classes = list(map(os.fsdecode, folders))
         if len(classes) < 2:
             raise ValueError(
                 f"{root} holds {len(classes)} class folders, at least 2 are needed: "
                 "put the images of each class into a folder of its own"
             )
-        files = [image_files(root, name) for name in classes]
+        visited: dict[tuple[int, int], bytes] = {}
+        files: list[list[bytes]] = []
+        for name in classes:
+            images, left_out = split_images(walk(root, name, visited))
+            files.append(images)
+            others += left_out
         empty = [name for name, found in zip(classes, files, strict=True) if not found]
         if empty:
             raise ValueError(
                 f"{root}: no images in {len(empty)} of {len(files)} class folders "
                 f"({', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}); "
-                f"fill or remove them (file types: {' '.join(IMG_EXTENSIONS)})"
+                f"fill or remove them (file types: {' '.join(IMAGE_ENDINGS)})"
             )
+        log_left_out(root, others)
         labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
         super().__init__(root, [path for found in files for path in found], labels, classes)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trex_models.data.decode import decode_image, read_image, unreadable
+from trex_models.data.file_list import walk
 from trex_models.data.sources import digest, sorted_classes
 
 _MISSING = (None, "", -1)  # -1 is what hidden labels of test splits are on the Hub
@@ -138,6 +139,7 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
 
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a data set's folder or parquet file")
+    files = list(walk(path)) if path.is_dir() else []  # datasets leaves out what it cannot list
     where = str(path.resolve())  # a relative one could be taken for the name of a format
     open_saved = partial(datasets.load_from_disk, keep_in_memory=False)
     splits: dict[str, Callable[[], Any]]
@@ -151,7 +153,7 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
             elif (path / "state.json").is_file():
                 name = json.loads((path / "state.json").read_text("utf-8")).get("_split") or ""
                 splits = {name: partial(open_saved, where)}
-            elif any(path.rglob("*.parquet")):
+            elif any(file.endswith(b".parquet") for file in files):
                 builder = datasets.load_dataset_builder(where)
                 # A card may list more than the files that were fetched: no checks against it.
                 load = partial(datasets.load_dataset, where, verification_mode="no_checks")

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from trex_models.data.file_list import FileSource, image_files
+from trex_models.data.decode import IMAGE_ENDINGS, quoted
+from trex_models.data.file_list import (
+    FileSource,
+    list_folder,
+    log_left_out,
+    split_images,
+    walk,
+)
 
 
 class Images(NamedTuple):
@@ -40,10 +45,13 @@ def find(arguments: Sequence[str]) -> Images:
             count.
 
     Raises:
-        ValueError: An argument names nothing, no image, or a file of another type.
+        ValueError: An argument names nothing, no image, or a file of another type, or a folder
+            cannot be listed.
     """
-    found = [_look(argument) for argument in arguments]
+    left_out: set[str] = set()
+    found = [_look(argument, left_out) for argument in arguments]
     root = os.path.commonpath([folder for folder, _ in found])
+    log_left_out(root, map(os.fsencode, left_out))
     named = [path for _, paths in found for path in paths]
     once = list(dict.fromkeys(named))
     start = len(root.rstrip(os.sep)) + 1
@@ -56,49 +64,58 @@ def shown(text: str) -> str:
     return os.fsencode(text).decode(errors="replace")
 
 
-def _look(argument: str) -> tuple[str, list[str]]:
+def _look(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
     """Return an argument's folder and its images, all as absolute paths."""
     path = Path(argument).expanduser()
     if path.is_dir():
-        return _of_folder(path, argument)
+        return _of_folder(path, argument, left_out)
     if path.suffix.lower() == ".txt" and path.is_file():
         return _of_list(path)
     if path.is_file():
-        _require_image(str(path), argument)
+        _require_image(str(path), quoted(argument))
         return absolute(path.parent), [absolute(path)]
     if glob.has_magic(argument):
-        return _of_pattern(argument)
+        return _of_pattern(argument, left_out)
     raise ValueError(
         f"{argument}: there is no such file or folder; name images, folders of them, a pattern in "
         "quotes, or a .txt file that lists images"
     )
 
 
-def _of_folder(path: Path, argument: str) -> tuple[str, list[str]]:
-    found = _images_below(path)
+def _of_folder(path: Path, argument: str, left_out: set[str]) -> tuple[str, list[str]]:
+    found = _images_below(path, left_out)
     if not found:
         raise ValueError(
-            f"{argument} holds no images (file types: {' '.join(IMG_EXTENSIONS)}); name another "
+            f"{argument} holds no images (file types: {' '.join(IMAGE_ENDINGS)}); name another "
             "folder, or convert them"
         )
     return absolute(path), found
 
 
-def _of_pattern(argument: str) -> tuple[str, list[str]]:
+def _of_pattern(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
     pattern = str(Path(argument).expanduser())
-    matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it passes hidden ones over
+    parts = Path(pattern).parts
+    magic = [place for place, part in enumerate(parts) if glob.has_magic(part)]
+    for place in magic:  # glob leaves out what it cannot list
+        for folder in _glob(f"{Path(*parts[:place])}{os.sep}"):
+            list_folder(os.fsencode(folder))
+    matches = _glob(pattern)
     found: list[str] = []
     for match in map(Path, matches):
         if match.is_dir():
-            found += _images_below(match)
-        elif match.name.lower().endswith(IMG_EXTENSIONS):
+            found += _images_below(match, left_out)
+        elif match.name.lower().endswith(IMAGE_ENDINGS):
             found.append(absolute(match))
+        else:
+            left_out.add(absolute(match))
     if not found:
         matched = f"{len(matches)} files and folders, none of them an image" if matches else "none"
         raise ValueError(f"{argument} matches {matched}; correct the pattern")
-    parts = Path(pattern).parts
-    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-    return absolute(Path(*parts[:fixed])), list(dict.fromkeys(found))
+    return absolute(Path(*parts[: magic[0]])), list(dict.fromkeys(found))
+
+
+def _glob(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it leaves out hidden files
 
 
 def _of_list(path: Path) -> tuple[str, list[str]]:
@@ -111,14 +128,19 @@ def _of_list(path: Path) -> tuple[str, list[str]]:
     if not rows:
         raise ValueError(f"{path} lists no images; write the path of one on each line")
     for number, line in rows:
-        _require_image(line, f"{path}, line {number}: {line}")
+        _require_image(line, f"{path}, line {number}: {quoted(line)}")
     found = [absolute(path.parent / Path(line).expanduser()) for _, line in rows]
     return os.path.commonpath({str(Path(file).parent) for file in found}), found
 
 
-def _images_below(folder: Path) -> list[str]:
+def _images_below(folder: Path, left_out: set[str]) -> list[str]:
     root = absolute(folder).rstrip(os.sep)
-    return [f"{root}{os.sep}{os.fsdecode(path)}" for path in image_files(folder, ".")]
+    images, others = (
+        [f"{root}{os.sep}{os.fsdecode(path)}" for path in paths]
+        for paths in split_images(walk(folder))
+    )
+    left_out.update(others)
+    return images
 
 
 def absolute(path: Path) -> str:
@@ -127,10 +149,10 @@ def absolute(path: Path) -> str:
 
 
 def _require_image(path: str, called: str) -> None:
-    if not path.lower().endswith(IMG_EXTENSIONS):
+    if not path.lower().endswith(IMAGE_ENDINGS):
         remedy = "convert it, or leave it out"
         if path.lower().endswith(".csv"):
             remedy = "give its paths as a .txt file, one a line"
         raise ValueError(
-            f"{called} is no image by its name (file types: {' '.join(IMG_EXTENSIONS)}); {remedy}"
+            f"{called} is no image by its name (file types: {' '.join(IMAGE_ENDINGS)}); {remedy}"
         )

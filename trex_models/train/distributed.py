@@ -7,6 +7,7 @@ Every function is a no-op where there is one process.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
             "this process cannot meet the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason})"
         ) from error
+    if dist.get_rank():  # what all ranks log, rank 0 logs for all
+        logging.getLogger("trex_models").setLevel(logging.ERROR)
     try:
         yield Process(dist.get_rank(), world_size, chosen)
     except BaseException as error:
