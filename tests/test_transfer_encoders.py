@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from trex_models import naver
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
-from trex_models.licenses import describe
-from trex_models.manifest import sha256
 from trex_models.transfer.encoders import calibrated, load, weights_digest
 
 
@@ -148,75 +143,12 @@ def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
         load(name, hint="--untrained evaluates")
 
 
-LINEAR = {"fc.weight": torch.zeros(2, 3)}
-UNTOLD = "not stated"
-
-
-@pytest.mark.parametrize(
-    ("file", "contents", "expected"),
-    [
-        ("trex.pth", LINEAR, naver.LICENSE),
-        (
-            "renamed.pth",
-            {"model": {"module.model.encoder.conv1.weight": torch.zeros(2)}},
-            naver.LICENSE,
-        ),
-        (
-            "run.pt",
-            {"config": {"license": "mit"}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            "mit",
-        ),
-        (
-            "run.pt",
-            {"config": {"license": ""}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            UNTOLD,
-        ),
-        ("own.pth", LINEAR, UNTOLD),
-        ("own.bin", None, UNTOLD),
-    ],
-)
-def test_the_licence_of_a_file_is_its_own(
-    tmp_path: Path, file: str, contents: dict[str, Any] | None, expected: str
-) -> None:
-    if contents is None:
-        (tmp_path / file).write_bytes(b"another format")
-    else:
-        torch.save(contents, tmp_path / file)
-    assert describe(tmp_path / file, "resnet50") == expected
-
-
-def test_files_of_naver_are_known_by_what_was_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
-    path = tmp_path / "renamed.pth"
-    torch.save(LINEAR, path)
-    untold = describe(path, "trex_resnet50")
-    assert untold == f"not stated (if the weights are NAVER's: {naver.LICENSE})"
-    (tmp_path / "naver").mkdir()
-    record = tmp_path / "naver" / "trex.json"
-    record.write_text(json.dumps({"sha256": sha256(path), "converted_sha256": ""}))
-    assert describe(path, "resnet50") == naver.LICENSE
-    record.write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        describe(path, "resnet50")
-
-
-def test_a_licence_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
-    save_file(LINEAR, tmp_path / "converted.safetensors", {"license": naver.LICENSE})
-    assert describe(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
-    save_file(LINEAR, tmp_path / "model.safetensors")
-    assert describe(tmp_path / "model.safetensors", "resnet50") == UNTOLD
-    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"license": "mit"}}')
-    assert describe(tmp_path / "model.safetensors", "resnet50") == "mit"
-
-
 def test_a_file_has_neither_licence_nor_tag_of_the_architecture(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     assert vars(model)["pretrained_cfg"]["license"]
     torch.save(model.state_dict(), tmp_path / "own.pth")
     facts = load("test_resnet", file=tmp_path / "own.pth").facts
-    assert (facts["license"], facts["tag"]) == (UNTOLD, "")
+    assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
 def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -364,11 +364,12 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
         raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
     if cfg.num_classes and checkpoint.class_weights is not None:
         overlay["num_classes"] = len(checkpoint.class_weights)
-    license_ = licenses.license_of(Path(cfg.file) if cfg.file else None, contents)
-    if license_ == naver.LICENSE:
+    found = licenses.license_of(Path(cfg.file) if cfg.file else None, contents)
+    if found == naver.LICENSE:
         licenses.notice()
-    elif license_ or checkpoint.form == "trainer":
-        overlay |= {"license": license_ or None, "origin_url": None}
+        overlay["license"] = found
+    elif found or checkpoint.form == "trainer":
+        overlay |= {"license": found or None, "origin_url": None}
     return checkpoint.state_dict()
 
 

@@ -127,8 +127,9 @@ def make_folder(folder: Path) -> None:
 
 def files(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    found = [p for p in (folder / "checkpoints").glob("step_*.pt") if re.search(r"_\d+$", p.stem)]
-    return sorted(found, key=_step)
+    place = folder / "checkpoints"
+    entries = place.iterdir() if place.is_dir() else ()  # glob would leave out what it cannot list
+    return sorted((p for p in entries if re.fullmatch(r"step_\d+\.pt", p.name)), key=_step)
 
 
 def _step(path: Path) -> int:

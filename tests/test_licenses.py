@@ -1,0 +1,131 @@
+"""Licenses of weights, by one rule for every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from convert import export
+from hub import build
+from hub.folder import inspect
+from trex_models import folders, licenses, naver
+from trex_models.licenses import describe, license_of
+from trex_models.manifest import sha256
+from trex_models.train.__main__ import main
+from trex_models.transfer.encoders import load
+
+LINEAR = {"fc.weight": torch.zeros(2, 3)}
+UNTOLD = "not stated"
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "expected"),
+    [
+        ("trex.pth", LINEAR, naver.LICENSE),
+        (
+            "renamed.pth",
+            {"model": {"module.model.encoder.conv1.weight": torch.zeros(2)}},
+            naver.LICENSE,
+        ),
+        (
+            "run.pt",
+            {"config": {"license": "mit"}, "method": {"encoder.backbone.a": torch.zeros(2)}},
+            "mit",
+        ),
+        (
+            "run.pt",
+            {"config": {"license": ""}, "method": {"encoder.backbone.a": torch.zeros(2)}},
+            UNTOLD,
+        ),
+        ("own.pth", LINEAR, UNTOLD),
+        ("own.bin", None, UNTOLD),
+    ],
+)
+def test_the_licence_of_a_file_is_its_own(
+    tmp_path: Path, file: str, contents: dict[str, Any] | None, expected: str
+) -> None:
+    if contents is None:
+        (tmp_path / file).write_bytes(b"another format")
+    else:
+        torch.save(contents, tmp_path / file)
+    assert describe(tmp_path / file, "resnet50") == expected
+
+
+def test_files_of_naver_are_known_by_what_was_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
+    path = tmp_path / "renamed.pth"
+    torch.save(LINEAR, path)
+    untold = describe(path, "trex_resnet50")
+    assert untold == f"not stated (if the weights are NAVER's: {naver.LICENSE})"
+    (tmp_path / "naver").mkdir()
+    record = tmp_path / "naver" / "trex.json"
+    record.write_text(json.dumps({"sha256": sha256(path), "converted_sha256": ""}))
+    assert describe(path, "resnet50") == naver.LICENSE
+    record.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        describe(path, "resnet50")
+
+
+def test_a_licence_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
+    save_file(LINEAR, tmp_path / "converted.safetensors", {"license": naver.LICENSE})
+    assert describe(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
+    save_file(LINEAR, tmp_path / "model.safetensors")
+    assert describe(tmp_path / "model.safetensors", "resnet50") == UNTOLD
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"license": "mit"}}')
+    assert describe(tmp_path / "model.safetensors", "resnet50") == "mit"
+
+
+def test_one_rule_for_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renamed file of NAVER's, known by the SHA-256 that the cache recorded at first use."""
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TREX_MODELS_NO_NOTICE", raising=False)
+    folder = tmp_path / "mine"
+    weights_file = folder / "model.safetensors"
+    cfg = {
+        **vars(timm.create_model("resnet50"))["pretrained_cfg"],
+        "license": "mit",
+        "num_classes": 0,
+    }
+    model: Any = timm.create_model("resnet50", num_classes=0, pretrained_cfg=cfg).eval()
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        folders.write(model, folder, images, model(images))
+    assert license_of(folder) == "mit"
+
+    (tmp_path / "cache/naver").mkdir(parents=True)
+    record = {"sha256": "", "converted_sha256": sha256(weights_file)}
+    (tmp_path / "cache/naver/trex.json").write_text(json.dumps(record))
+    assert license_of(folder) == naver.LICENSE
+    assert load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
+    assert load("resnet50", file=weights_file).facts["license"] == naver.LICENSE
+    assert export._facts("resnet50", model, weights_file)["license"].startswith(naver.LICENSE)
+    assert export._facts(str(folder), model, None)["license"].startswith(naver.LICENSE)
+    licenses.notice.cache_clear()
+    overlay = {"file": str(weights_file), "license": "mit"}
+    timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert "not for commercial use" in caplog.text
+    with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
+        build._license(inspect(folder, "mine"), build.Owner("me", "mit"))
+    command = [
+        "trex",
+        "--data.source",
+        "fractals",
+        "--data.num-classes",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+        "--init-from",
+        str(folder),
+    ]
+    assert main([*command, "--license", "mit", "--crops.local-crops", "0"]) == 2
+    assert not (tmp_path / "run").exists()
