@@ -426,7 +426,7 @@ def test_file_of_timm_s_trainer(release: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bank", [True, False])
 def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
     method = tiny_method(bank).eval()
-    state = {"config": {"license": "mit"}, "classes": list("abcde"), "images": 9, "step": 3}
+    state = {"config": {"license": "mit"}, "classes": list("abcde"), "images": "9", "step": 3}
     state |= {"method": method.state_dict(), "optimizer": {}, "scaler": {}}
     torch.save(state, tmp_path / "step_3.pt")
     args: dict[str, Any] = {
