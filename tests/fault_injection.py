@@ -5,8 +5,8 @@
     python -m tests.fault_injection --kills 200 --seed 7        # other moments
 
 A tiny run is trained once undisturbed. Then the same command is started again and again, and each
-time ended at a random moment: by SIGKILL in start-up, steps, saving or export, or (counted apart)
-by SIGTERM or SIGUSR1 while steps go on. When it has finished, all that it left is compared with
+time ended at a random moment in start-up, steps, saving, export or exit: by SIGKILL, or (counted
+apart) by a signal that asks to stop. When it has finished, all that it left is compared with
 the undisturbed run: every value of the last checkpoint, metrics.jsonl without its speeds, the
 configuration and the export byte for byte, and the names of all files. Then it begins anew.
 
@@ -47,6 +47,7 @@ import torch
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
 from trex_models.train.reporting import TIMINGS
+from trex_models.train.signals import ASKING
 
 _STEPS_PER_EPOCH = 4
 _PHASES = ("start-up", "steps", "save", "export")
@@ -232,7 +233,7 @@ def _live(
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which has been read already
-    sys.exit(train_main(command))
+    sys.exit(train_main(command, exits=True))
 
 
 def _enter_namespaces(pid: int) -> None:
@@ -405,15 +406,20 @@ class Tormentor:
         self._pace = undisturbed(setting, self._reference)
         self._orphans: dict[int, float] = {}  # sessions, and when their leader was killed
 
-    def until(self, kills: int, signals: bool = True) -> None:
-        """Go on until so many kills are counted, and the run under way has finished."""
+    def until(self, kills: int, signals: float = 0.15) -> None:
+        """Go on until so many kills are counted, and the run under way has finished.
+
+        Args:
+            kills: How many.
+            signals: Share of lives that a signal ends that asks to stop.
+        """
         results = self.results
         while results.kills.total() < kills or self._folder.exists():
             if len(results.anomalies) > _MOST_ANOMALIES:
                 return
             number = signal.SIGKILL if results.kills.total() < kills else None
-            if number and signals and self._random.random() < 0.15:
-                number = self._random.choice([signal.SIGTERM, signal.SIGUSR1])
+            if number and self._random.random() < signals:
+                number = self._random.choice(ASKING)
             self.live_once(number)
 
     def live_once(self, number: signal.Signals | None) -> None:
@@ -422,23 +428,18 @@ class Tormentor:
         life = Life(self.setting, self._folder)
         ranks = list(range(self.setting.processes))
         self._random.shuffle(ranks)
-        if number == signal.SIGKILL:
+        victims = []
+        if number is not None:
             self._await_moment(life, self._share_left(before))
             victims = ranks[: self._random.randint(1, len(ranks))]
-        elif number is not None:
-            life.await_(life.out)
-            steps_take = (self._pace.saved - self._pace.started) * self._share_left(before)
-            life.await_(lambda: False, self._random.uniform(0, steps_take))
-            victims = ranks[:1]
-        else:
-            victims = []
         victims = [rank for rank in victims if life.alive(rank)]
         all_saved = life.all_steps_saved()
         if number is not None:
             life.send(number, victims)
         killed = number == signal.SIGKILL and bool(victims)
-        patience = _PEER_SECONDS if life.out() else _MEETING_SECONDS
-        statuses = life.end(patience if killed else _MOST_SECONDS)
+        started = " images of " in life.out()
+        patience = _PEER_SECONDS if started else _MEETING_SECONDS
+        statuses = life.end(patience if killed or not started else _MOST_SECONDS)
         for process in life.processes:
             assert process.pid is not None
             self._orphans[process.pid] = time.monotonic()
@@ -521,6 +522,10 @@ class Tormentor:
         number: signal.Signals | None,
     ) -> None:
         """Check a stop by a signal that can be handled; anything else here is an anomaly."""
+        if number and number in ASKING and " images of " not in life.out():
+            self.results.signals[f"{number.name}: ended in start-up"] += 1
+            self._check_start_up(life, victims, statuses, number)
+            return
         expected: list[int | None] = [128 + (number or 0)] * len(statuses)
         said = re.search(
             r"stopped by .* after step (\d+) of \d+, saved; the same .*\n$", life.out()
@@ -534,6 +539,21 @@ class Tormentor:
         self.results.signals[f"{number.name}: stopped, saved"] += 1
         if not (life.run / "checkpoints" / f"step_{said[1]}.pt").exists():
             self._note(f"step {said[1]} was not saved", life, 0)
+
+    def _check_start_up(
+        self, life: Life, victims: list[int], statuses: list[int | None], number: signal.Signals
+    ) -> None:
+        """Check that a signal in start-up ended the processes without a traceback."""
+        for rank, status in enumerate(statuses):
+            err = life.err(rank)
+            if status is None and "init_process_group" in err:
+                self.results.waiting += 1
+            elif not (
+                (rank in victims and status in (-number, 128 + number) and not err)
+                or (status == 1 and re.fullmatch(_PEER_FAILED, err))
+                or (status == 2 and re.search(_NOT_MET, err))
+            ):
+                self._note(f"signal {number} to {victims} in start-up: {status}", life, rank)
 
     def _check_finished(self, life: Life) -> None:
         self.results.comparisons += 1
@@ -598,6 +618,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, choices=(1, 2, 3), default=1)
+    parser.add_argument("--signals", type=float, default=0.15, help="share of lives they end")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     results, began = Results(), time.monotonic()
@@ -608,7 +629,7 @@ def main(arguments: Sequence[str]) -> int:
         ]
         rounds = range(10, options.kills + 10, 10)
         for index, kills in enumerate(rounds):
-            tormentors[index % len(tormentors)].until(min(kills, options.kills))
+            tormentors[index % len(tormentors)].until(min(kills, options.kills), options.signals)
             if len(results.anomalies) > _MOST_ANOMALIES:
                 break
             done, seconds = results.kills.total(), time.monotonic() - began

@@ -6,10 +6,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGTERM, SIGUSR1, Signals
+from signal import SIGINT, SIGSTOP, SIGTERM, SIGUSR1, Signals
 
 import pytest
 
@@ -19,10 +20,12 @@ from tests.fault_injection import (
     Setting,
     Tormentor,
     compare,
+    members,
     names_of_checkpoints,
     undisturbed,
 )
 from trex_models.train import checkpointing
+from trex_models.train.signals import ASKING
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
@@ -63,7 +66,7 @@ def assert_finishes_like(
 def test_killed_at_random_moments(tmp_path: Path, setting: Setting, kills: int) -> None:
     results = Results()
     tormentor = Tormentor(setting, tmp_path, seed=os.getpid(), results=results)
-    tormentor.until(kills, signals=False)
+    tormentor.until(kills, signals=0)
     tormentor.finish()
     print(results.table())
     assert results.kills.total() >= kills
@@ -97,6 +100,36 @@ def test_stops_when_asked_to(
     assert life.end() == [0]
     assert f"continues from run/checkpoints/step_{step}.pt" in life.out()
     assert compare(life.run, reference(LONG), LONG.total_steps) == []
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_signals_during_export_and_exit_change_nothing(tmp_path: Path, processes: int) -> None:
+    life = Life(Setting(processes), tmp_path)
+    assert life.await_(life.all_steps_saved)
+    while life.ranks_alive():
+        for number in ASKING:
+            if number != SIGINT:  # the second one ends the process at once
+                life.send(number, range(processes))
+        time.sleep(0.001)
+    assert life.end() == [0] * processes, life.err()
+    assert "exported run/export/cls" in life.out()
+
+
+@pytest.mark.slow
+def test_stops_while_a_loader_worker_is_stopped(
+    reference: Callable[[Setting], Path], tmp_path: Path
+) -> None:
+    setting = Setting(workers=1, epochs=10, log_every=1, save_steps=100)
+    life = Life(setting, tmp_path)
+    assert life.await_(lambda: "step 2/" in life.out())
+    leader = life.processes[0].pid or 0
+    for worker in {*members(leader)} - {leader}:
+        os.kill(worker, SIGSTOP)
+    life.send(SIGTERM, [0])
+    assert life.end(60) == [143]
+    step = stopped_at(life, "SIGTERM")
+    assert [p.name for p in checkpointing.files(life.run)] == [f"step_{step}.pt"]
+    assert_finishes_like(reference(setting), setting, tmp_path)
 
 
 @pytest.mark.slow

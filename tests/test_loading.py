@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import dataloader
 from torch.utils.data._utils import signal_handling
 
-from trex_models.data.loading import load_batches
+from trex_models.data import loading
+from trex_models.data.loading import GaveUpError, load_batches
 
 BATCHES = [[10 * batch + item for item in range(3)] for batch in range(8)]
 
@@ -231,6 +232,39 @@ def test_consumer_that_stops_early_leaves_no_workers(tmp_path: Path) -> None:
     assert workers_end()
 
 
+def stop_workers() -> list[int]:
+    """Stop all workers, as Ctrl-Z or a hung file system does; return their numbers."""
+    workers = [child.pid or 0 for child in multiprocessing.active_children()]
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    return workers
+
+
+def test_stopped_workers_are_reported_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_LONG", 1.0)
+    monkeypatch.setattr(loading, "_TOO_LONG", 1.5)
+    told: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2, False, told.append, lambda: told)
+    next(batches)
+    workers = stop_workers()
+    with pytest.raises(GaveUpError):
+        keys_of(batches)
+    (line,) = told
+    assert any(
+        f"waiting for loader worker {worker}, which is stopped" in line for worker in workers
+    )
+
+
+def test_stopped_workers_end_with_their_consumer(tmp_path: Path) -> None:
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2)
+    next(batches)
+    stop_workers()
+    del batches
+    assert workers_end()
+
+
 def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
     """A RuntimeError between batches is no worker's death, whatever it says."""
     told: list[str] = []
@@ -247,7 +281,8 @@ def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
 ORPHANS = """
 import multiprocessing, os, signal, sys, warnings
 import torch
-from trex_models.data.loading import load_batches
+from trex_models.data import loading
+from trex_models.data.loading import GaveUpError, load_batches
 
 class Zeros:
     def __getitems__(self, keys):

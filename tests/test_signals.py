@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from trex_models.data.loading import GaveUpError
 from trex_models.train import signals
 from trex_models.train.signals import ASKING, Alarm, Stopped, StopSignals
 
@@ -86,6 +87,26 @@ def test_handlers_are_restored(handlers: dict[int, object], error: type[Exceptio
     assert {int(number): signal.getsignal(number) for number in ASKING} == handlers
 
 
+def test_signals_are_ignored_where_the_process_exits() -> None:
+    with StopSignals(exits=True):
+        pass
+    assert {signal.getsignal(number) for number in ASKING} == {signal.SIG_IGN}
+
+
+@pytest.mark.parametrize("error", [GaveUpError(), RuntimeError("/gloo/transport")])
+def test_stop_within_a_step(error: Exception) -> None:
+    def fail(asked: bool) -> None:
+        with StopSignals():
+            if asked:
+                signal.raise_signal(signal.SIGTERM)
+            raise error
+
+    with pytest.raises(type(error)):
+        fail(asked=False)
+    with pytest.raises(Stopped, match="by SIGTERM within a step; .* from the last checkpoint"):
+        fail(asked=True)
+
+
 def test_signals_before_and_after_the_block_are_not_noted() -> None:
     signal.raise_signal(signal.SIGTERM)
     with StopSignals() as stop:
@@ -114,7 +135,7 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
     assert (
         str(stopped) == "stopped by SIGUSR1 after step 7 of 20, saved; the same command continues"
     )
-    assert stopped.number == signal.SIGUSR1
+    assert stopped.received is signal.SIGUSR1
 
 
 def test_ignored_signals_stay_ignored() -> None:
@@ -134,7 +155,7 @@ def test_first_signal_is_announced(announce: bool, capfd: pytest.CaptureFixture[
     with StopSignals(announce):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-    expected = "SIGINT: stopping after this step, saved; Ctrl-C again ends at once\n"
+    expected = "SIGINT: stopping once the state is saved; Ctrl-C again ends at once\n"
     assert capfd.readouterr().out == (expected if announce else "")
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_signals import Clock
 from tests.test_train import logged, run
 from trex_models.train import reporting
+from trex_models.train.distributed import Process
 from trex_models.train.reporting import Reporter
 from trex_models.train.summary import summarize
 
@@ -30,7 +32,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def reporter(folder: Path, **options: Any) -> Reporter:
     plan = {"start_step": 0, "total_steps": 8, "steps_per_epoch": 4, "images_per_step": 16}
-    return Reporter(folder / "metrics.jsonl", **(plan | {"enabled": True} | options))
+    return Reporter(
+        folder / "metrics.jsonl",
+        **(plan | {"process": Process(0, 1, torch.device("cpu"))} | options),
+    )
 
 
 def slow(clock: Clock, seconds: float) -> Iterator[int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing import parent_process
@@ -13,10 +15,15 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 _MOST_DEATHS = 3
+_LONG, _TOO_LONG = 60.0, 10.0  # seconds without a batch: to report, and to wait if asked to stop
 _PREFETCHED = 2  # batches that a worker is ahead by
 # A worker may write over a batch of its own when so many later ones have been begun: it is told to
 # begin the last of them when the batch that follows this one is handed out.
 LIVE_BATCHES = _PREFETCHED + 1
+
+
+class GaveUpError(Exception):
+    """No batch came for ten seconds, and ``load_batches`` was asked to stop."""
 
 
 class BatchDataset(Protocol):
@@ -33,6 +40,7 @@ def load_batches(
     workers: int = 0,
     pin_memory: bool = False,
     say: Callable[[str], object] = print,
+    asked_to_stop: Callable[[], object] = lambda: False,
 ) -> Iterator[Any]:
     """Yield the data set's batches in order; each holds until the next one is asked for.
 
@@ -47,9 +55,11 @@ def load_batches(
         batches: The keys of every batch; the same ones each time that it is iterated.
         workers: Worker processes; 0 loads in this process.
         pin_memory: Whether to copy the batches to page-locked memory.
-        say: What to do with a line about a worker's death.
+        say: Receives a line when a worker dies, or when a batch takes longer than a minute.
+        asked_to_stop: Whether to give up on a batch that takes longer than ten seconds.
 
     Raises:
+        GaveUpError: A batch took too long.
         ValueError: A sample cannot be read, or workers keep dying on the same batch.
     """
     done, deaths = 0, 0
@@ -63,8 +73,9 @@ def load_batches(
             pin_memory=pin_memory,
             worker_init_fn=_depend_on_parent,
         )
+        watch = _Watch(say, asked_to_stop)
         try:
-            for batch in _started(loader):
+            for batch in watch.timed(_started(loader)):
                 if isinstance(batch, ValueError):
                     raise batch
                 yield batch
@@ -74,6 +85,8 @@ def load_batches(
             # that pins. What the data set itself raised, torch marks.
             if not workers or str(error).startswith("Caught "):
                 raise
+            if watch.gave_up:
+                raise GaveUpError from error
             deaths += 1
             reason = f"{type(error).__name__}: {error}"
             if deaths == _MOST_DEATHS:
@@ -99,6 +112,61 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     if previous is not None:  # not one of a C library
         signal.signal(signal.SIGCHLD, previous)
     return batches
+
+
+class _Watch(threading.Thread):
+    """Watches how long workers take, from a thread: to receive from a stopped one blocks."""
+
+    def __init__(self, say: Callable[[str], object], asked_to_stop: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.gave_up = False
+        self._say = say
+        self._asked_to_stop = asked_to_stop
+        self._since = math.inf
+        self._ended = threading.Event()
+
+    def timed(self, batches: Any) -> Iterator[Any]:
+        """Yield the batches of a DataLoader's iterator, which may have no workers."""
+        self._batches = batches
+        if workers := getattr(batches, "_workers", []):
+            self.start()
+        try:
+            while True:
+                self._since = time.monotonic()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                self._since = math.inf
+                yield batch
+        finally:
+            self._ended.set()
+            del self._batches
+            for worker in workers:
+                if worker.is_alive() and hasattr(signal, "SIGCONT"):
+                    os.kill(worker.pid, signal.SIGCONT)  # a stopped one would not end
+
+    def run(self) -> None:
+        """Report a long wait once, and end it when asked to stop."""
+        reported = -math.inf
+        while not self._ended.wait(1):
+            since = self._since
+            waited = time.monotonic() - since
+            if waited > _LONG and since != reported:
+                reported = since
+                self._say(
+                    f"no batch for {waited:.0f} s: waiting for loader worker {self._awaited()}, "
+                    "which is stopped or reads from storage that is slow or does not answer"
+                )
+            if waited > _TOO_LONG and self._asked_to_stop():
+                self.gave_up = True
+                for worker in self._batches._workers:
+                    worker.kill()
+
+    def _awaited(self) -> int:
+        """Return the process that makes the next batch."""
+        worker, *_ = self._batches._task_info[self._batches._rcvd_idx]
+        return self._batches._workers[worker].pid
 
 
 def _depend_on_parent(_: int) -> None:

@@ -31,8 +31,13 @@ are on this machine; it trains nothing, writes nothing, and needs no --output.
 """
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
+def main(arguments: Sequence[str], exits: bool = False) -> int:
+    """Run the command; return its exit status: 0, or 2 with a short message on bad input.
+
+    Args:
+        arguments: Those of the command line.
+        exits: Whether the process exits afterwards, as ``loop.train``.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             return _export(rest)
         with _first_process_speaks():
             config = parse(command, [a for a in rest if a != _BENCHMARK], measures)
-        return _benchmark(config) if measures else _train(config)
+        return _benchmark(config) if measures else _train(config, exits)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
@@ -62,16 +67,19 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, exits: bool) -> int:
     from trex_models.train.loop import train
     from trex_models.train.signals import Stopped
 
     try:
-        train(config)
+        train(config, exits)
     except Stopped as stopped:
-        with _first_process_speaks():
-            print(stopped)
-        return 128 + stopped.number
+        if stopped.saved:  # all processes at the same step
+            with _first_process_speaks():
+                print(stopped)
+        else:
+            print(f"{_process()}{stopped}")
+        return 128 + stopped.received
     return 0
 
 
@@ -175,7 +183,7 @@ def _fail(message: str, who: str = "") -> int:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
+    status = main(sys.argv[1:], exits=True)
     if status and _process():
         # No tidy end: nccl would wait for the other processes, and they for this one.
         sys.stdout.flush()

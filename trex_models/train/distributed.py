@@ -84,10 +84,15 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
     except BaseException as error:
         if not nccl:  # which would wait for the others
             dist.destroy_process_group()
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        if is_peer_failure(error):
             raise PeerError("another process failed; its own error tells why") from error
         raise
     dist.destroy_process_group()
+
+
+def is_peer_failure(error: BaseException | None) -> bool:
+    """Return whether an error comes from an exchange with a process that is gone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:

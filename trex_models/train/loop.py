@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from signal import Signals
 
-from trex_models.data.loading import load_batches
+from trex_models.data.loading import GaveUpError, load_batches
 from trex_models.data.multicrop import augment
 from trex_models.data.transfer import to_device
 from trex_models.train import build, distributed, saved
@@ -19,8 +19,12 @@ from trex_models.train.summary import summarize
 from trex_models.train.validation import Validator
 
 
-def train(config: Config) -> list[Path]:
+def train(config: Config, exits: bool = False) -> list[Path]:
     """Train, or continue the run that ``config.output`` holds, to the end; then export.
+
+    Args:
+        config: The configuration.
+        exits: Whether the process exits afterwards, as ``StopSignals``.
 
     Returns:
         The exported folders (of the main process; empty for the others).
@@ -28,12 +32,12 @@ def train(config: Config) -> list[Path]:
     Raises:
         ValueError: The configuration, the data or the output folder will not do, a checkpoint
             cannot be written, or the loss is no longer finite. The message says what to do.
-        Stopped: A signal asked for it; the state is saved.
+        Stopped: A signal asked for it.
         PeerError: Another process failed.
     """
     with (
         distributed.process_group(config.system.device, config.system.backend) as process,
-        StopSignals(announce=process.is_main) as signals,
+        StopSignals(process.is_main, exits) as signals,
         prepared(config, process) as run,
         Reporter(
             run.folder / "metrics.jsonl",
@@ -41,7 +45,7 @@ def train(config: Config) -> list[Path]:
             total_steps=run.sampler.total_steps,
             steps_per_epoch=run.sampler.steps_per_epoch,
             images_per_step=config.optim.batch_size,
-            enabled=process.is_main,
+            process=process,
             tensorboard=run.folder / "tensorboard" if config.system.tensorboard else None,
         ) as reporter,
     ):
@@ -68,16 +72,20 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     with run.precision.autocast():
         distributed.rehearse(model, *run.blank_inputs())
     workers, pinned = build.num_workers(run.config), process.device.type == "cuda"
-    validator = _validator(run, workers, reporter)
+    validator = _validator(run, workers, signals, reporter)
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
-    batches = reporter.timed(load_batches(run.dataset, sampler, workers, pinned, reporter.say))
+    batches = reporter.timed(
+        load_batches(run.dataset, sampler, workers, pinned, reporter.say_from_any, signals.asked)
+    )
 
     for step in range(sampler.start_step, sampler.total_steps):
         try:
             batch = next(batches)
-        except ValueError:
+        except (ValueError, GaveUpError) as error:
             if process.world_size == 1 and step > sampler.start_step:
                 run.save(step)  # so that nothing is lost; of many processes, one alone is here
+                if isinstance(error, GaveUpError) and signals.received:
+                    raise Stopped(signals.received, step, sampler.total_steps) from error
             raise
         run.unreadable.add(batch.unreadable)
         seed_step(run.config.seed, step, process.rank)
@@ -123,7 +131,9 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     flags.finish()
 
 
-def _validator(run: Run, workers: int, reporter: Reporter) -> Validator | None:
+def _validator(
+    run: Run, workers: int, signals: StopSignals, reporter: Reporter
+) -> Validator | None:
     if run.validation is None:
         return None
     return Validator(
@@ -133,7 +143,8 @@ def _validator(run: Run, workers: int, reporter: Reporter) -> Validator | None:
         run.config.optim.batch_size // run.process.world_size,
         workers,
         neighbors=run.neighbors,
-        say=reporter.say,
+        say=reporter.say_from_any,
+        asked_to_stop=signals.asked,
         watch=reporter.watched,
         pass_over=run.unreadable.add_of_validation,
     )

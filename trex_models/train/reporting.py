@@ -78,7 +78,7 @@ class Reporter:
         total_steps: Steps of the run.
         steps_per_epoch: Steps of an epoch.
         images_per_step: Global batch size.
-        enabled: Whether this is the main process.
+        process: This process.
         tensorboard: Folder for TensorBoard's files; None for none.
     """
 
@@ -89,14 +89,15 @@ class Reporter:
         total_steps: int,
         steps_per_epoch: int,
         images_per_step: int,
-        enabled: bool,
+        process: Process,
         tensorboard: Path | None = None,
     ) -> None:
         self._path = path
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._images_per_step = images_per_step
-        self._enabled = enabled
+        self._process = process
+        self._enabled = enabled = process.is_main
         self._started = self._last_time = time.monotonic()
         self._start_step = self._last_step = start_step
         self._waited = self._set_aside = 0.0
@@ -117,6 +118,11 @@ class Reporter:
         """Print one line above the progress bar."""
         if self._enabled:
             tqdm.write(message)
+
+    def say_from_any(self, message: str) -> None:
+        """Print one line of this process, main or not, above the progress bar."""
+        rank = "" if self._enabled else f"process {self._process.rank}: "
+        tqdm.write(rank + message)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches, and count the time that is spent waiting for them."""

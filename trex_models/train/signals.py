@@ -10,6 +10,9 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from trex_models.data.loading import GaveUpError
+from trex_models.train.distributed import is_peer_failure
+
 # What schedulers send before a time limit, Ctrl-C, and a terminal that closes. Windows lacks some.
 ASKING = [
     getattr(signal, name)
@@ -19,20 +22,23 @@ ASKING = [
 
 
 class Stopped(Exception):  # noqa: N818  # it is no error
-    """A run stopped at a signal, its state saved.
+    """A run stopped at a signal.
 
     Args:
         received: The signal.
-        done: Steps done and saved.
+        done: Steps done and saved; None if the stop came in the middle of a step.
         total: Steps of the run.
     """
 
-    def __init__(self, received: signal.Signals, done: int, total: int) -> None:
-        super().__init__(
-            f"stopped by {received.name} after step {done} of {total}, saved; the same command "
-            "continues"
-        )
-        self.number = int(received)
+    def __init__(
+        self, received: signal.Signals, done: int | None = None, total: int | None = None
+    ) -> None:
+        where = f"after step {done} of {total}, saved; the same command continues"
+        if done is None:
+            where = "within a step; the same command continues from the last checkpoint"
+        super().__init__(f"stopped by {received.name} {where}")
+        self.received = received
+        self.saved = done is not None
 
 
 class Alarm:
@@ -54,16 +60,22 @@ class Alarm:
 class StopSignals:
     """Notes the first signal that asks to stop while the block runs, in the main thread.
 
+    If loading gave up after such a signal, or another process failed, which probably got it, too,
+    the block raises Stopped.
+
     A signal that the process ignores (as under nohup) stays ignored. Repeated signals change
     nothing (torchrun and Slurm send them twice), but for another Ctrl-C a second or more after the
     first, which ends the process at once.
 
     Args:
         announce: Whether to print a line when the first one comes.
+        exits: Whether the process exits after the block. The signals are then ignored from its
+            end on: one of them would turn a run that has finished into one that failed.
     """
 
-    def __init__(self, announce: bool = True) -> None:
+    def __init__(self, announce: bool = True, exits: bool = False) -> None:
         self._announce = announce
+        self._exits = exits
         self.received: signal.Signals | None = None
         self._interrupted: float | None = None
         self._previous: dict[int, Any] = {}
@@ -78,14 +90,20 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._exits else handler)
+        if self.received and (isinstance(error, GaveUpError) or is_peer_failure(error)):
+            raise Stopped(self.received) from error
+
+    def asked(self) -> bool:
+        """Return whether a signal came."""
+        return self.received is not None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
             if self._announce:  # not by print, which the signal may have interrupted
-                line = f"{self.received.name}: stopping after this step, saved{again}\n"
+                line = f"{self.received.name}: stopping once the state is saved{again}\n"
                 with suppress(OSError):
                     os.write(1, line.encode())
         if number == signal.SIGINT:

@@ -82,7 +82,8 @@ class Validator:
         batch_size: Images at a time, of this process.
         workers: Loader processes.
         neighbors: What to compare features with; None for no k-NN classifier.
-        say: What to do with a line about a worker's death.
+        say: As of ``load_batches``.
+        asked_to_stop: As of ``load_batches``.
         watch: Yields the batches that it is given, their number and what they are for, while
             someone may be watching.
         pass_over: What to do with the reasons why images were left out.
@@ -97,6 +98,7 @@ class Validator:
         workers: int,
         neighbors: Neighbors | None = None,
         say: Callable[[str], object] = print,
+        asked_to_stop: Callable[[], object] = lambda: False,
         watch: Callable[
             [Iterator[CropBatch], int, str], Iterator[CropBatch]
         ] = lambda batches, *_: batches,
@@ -109,6 +111,7 @@ class Validator:
         self._workers = workers
         self._neighbors = neighbors
         self._say = say
+        self._asked_to_stop = asked_to_stop
         self._watch = watch
         self._pass_over = pass_over
 
@@ -208,7 +211,9 @@ class Validator:
         """Yield the backbone's features, (<= B, F), and labels of some images."""
         size, device = self._batch_size, self._process.device
         batches = [[int(i) for i in own[at : at + size]] for at in range(0, len(own), size)]
-        loaded = load_batches(dataset, batches, self._workers, device.type == "cuda", self._say)
+        loaded = load_batches(
+            dataset, batches, self._workers, device.type == "cuda", self._say, self._asked_to_stop
+        )
         for batch in self._watch(loaded, len(batches), name):
             self._pass_over(batch.unreadable)
             if len(batch.labels):
