@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from trex_models import folders
 from trex_models.files import append, replacing, write_whole
 
 
@@ -49,3 +53,21 @@ def test_append_adds_to_the_end(tmp_path: Path) -> None:
     append(tmp_path / "file", "a\n")
     append(tmp_path / "file", "b\n")
     assert (tmp_path / "file").read_text() == "a\nb\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_exported_folders_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    model, images = (
+        timm.create_model("test_resnet", num_classes=0).eval(),
+        torch.zeros(1, 3, 32, 32),
+    )
+    previous = os.umask(mask)
+    try:
+        for _ in range(2):  # the second one replaces the first
+            folders.write(model, tmp_path / "model", images, model(images))
+    finally:
+        os.umask(previous)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
+    file = 0o666 & ~mask
+    assert modes == {"model": 0o777 & ~mask, "config.json": file, "model.safetensors": file}

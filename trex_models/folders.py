@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,16 +80,10 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; choose another folder")
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as private:
+        beside = Path(private, "new")
+        beside.mkdir()  # with the permissions of the umask
         yield beside
-        beside.chmod(0o755)  # mkdtemp's folders are private
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            folder.replace(old)
-            beside.replace(folder)
-            shutil.rmtree(old)
-        else:
-            beside.replace(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            folder.replace(Path(private, "old"))
+        beside.replace(folder)
