@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -25,7 +27,7 @@ from trex_models.data.sources import ArraySource, Source
 from trex_models.heads import Projector
 from trex_models.train import build, saved, validation
 from trex_models.train.bank import MemoryBank
-from trex_models.train.config import DataConfig, ValidationConfig, smoke
+from trex_models.train.config import Config, DataConfig, ValidationConfig, smoke
 from trex_models.train.distributed import Process, process_group
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import OnlineClassMeans
@@ -327,7 +329,7 @@ def test_generated_images_are_held_out() -> None:
 
 
 @pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "c"]], ids=["more", "others"])
-def test_other_classes_are_refused(
+def test_unknown_classes_are_refused(
     names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
@@ -335,17 +337,40 @@ def test_other_classes_are_refused(
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 2
     err = capsys.readouterr().err
-    assert str(held_out) in err
-    assert "need the same class folders; one of them alone has" in err
+    assert f"{held_out}: 1 of {len(names)} class folders are none of the 2 classes" in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_folder_of_held_out_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "csv", "huggingface"])
+def test_validation_images_of_some_classes(
+    kind: Literal["folder", "csv", "huggingface"], tmp_path: Path
+) -> None:
+    for part, names in (("train", "abc"), ("held_out", "b")):
+        save_classes(tmp_path / part, names, 4)
+        paths = sorted(tmp_path.glob(f"{part}/*/*"))
+        rows = [f"{path},{path.parent.name}" for path in paths]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *rows]))
+        table: dict[str, list[Any]] = {"image": [path.read_bytes() for path in paths]}
+        table["label"] = [path.parent.name for path in paths]
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{part}.parquet")
+    suffix = {"folder": "", "csv": ".csv", "huggingface": ".parquet"}[kind]
+    column = "image" if kind == "huggingface" else ""
+    data = DataConfig(source=kind, path=str(tmp_path / f"train{suffix}"), image_column=column)
+    validation = ValidationConfig(path=str(tmp_path / f"held_out{suffix}"))
+    config = Config(output="x", data=data, validation=validation)
+    dataset = build.open_validation(config, build.open_source(data))
+    assert dataset is not None
+    assert list(dataset.source.classes) == ["a", "b", "c"]
+    assert set(dataset.source.labels.tolist()) == {1}
+
+
+def test_folder_of_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
-    save_classes(held_out, "ab", 3)
+    save_classes(held_out, "b", 3)
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 0
+    assert "validation: 3 images of 1 of the 2 classes\n" in capsys.readouterr().out
     method, _ = saved.load_method(tmp_path / "run")
-    expected = by_hand(method, FolderSource(held_out), side=32)
+    expected = by_hand(method, FolderSource(held_out, "ab"), side=32)
     assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected

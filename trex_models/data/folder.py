@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,28 +26,38 @@ class FolderSource(FileSource):
 
     Args:
         root: The folder of class folders.
+        classes: Class names that the folders are looked up in (a training set's), which need not
+            all have one; the folders' own if None.
 
     Raises:
         ValueError: A folder cannot be listed, there are fewer than two class folders, one of them
-            has no images, or two of them lead to the same folder.
+            has no images or is of no known class, or two of them lead to the same folder.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
         root = Path(root)
         _, folders, others = list_folder(os.fsencode(root))
-        classes = list(map(os.fsdecode, folders))
-        if len(classes) < 2:
+        names = list(map(os.fsdecode, folders))
+        least = 2 if classes is None else 1
+        if len(names) < least:
             raise ValueError(
-                f"{root} holds {len(classes)} class folders, at least 2 are needed: "
+                f"{root} holds {len(names)} class folders, at least {least} are needed: "
                 "put the images of each class into a folder of its own"
+            )
+        code = {name: label for label, name in enumerate(names if classes is None else classes)}
+        unknown = [name for name in names if name not in code]
+        if unknown:
+            raise ValueError(
+                f"{root}: {len(unknown)} of {len(names)} class folders are none of the {len(code)} "
+                f"classes of the training set ({', '.join(unknown[:3])}); rename or remove them"
             )
         visited: dict[tuple[int, int], bytes] = {}
         files: list[list[bytes]] = []
-        for name in classes:
+        for name in names:
             images, left_out = split_images(walk(root, name, visited))
             files.append(images)
             others += left_out
-        empty = [name for name, found in zip(classes, files, strict=True) if not found]
+        empty = [name for name, found in zip(names, files, strict=True) if not found]
         if empty:
             raise ValueError(
                 f"{root}: no images in {len(empty)} of {len(files)} class folders "
@@ -54,8 +65,8 @@ class FolderSource(FileSource):
                 f"fill or remove them (file types: {' '.join(IMAGE_ENDINGS)})"
             )
         log_left_out(root, others)
-        labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
-        super().__init__(root, [path for found in files for path in found], labels, classes)
+        labels = np.repeat([code[name] for name in names], [len(found) for found in files])
+        super().__init__(root, [path for found in files for path in found], labels, list(code))
 
     def digest(self) -> str:
         """Return a hash of the images' paths below the root, and so of their classes."""

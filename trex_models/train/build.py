@@ -76,15 +76,14 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
             f"{data.path} is a file; a CSV file needs --data.source csv, a parquet file "
             "--data.source huggingface"
         )
-    return FolderSource(data.path)
+    return FolderSource(data.path, classes)
 
 
 def open_validation(config: Config, source: Source) -> ValidationDataset | None:
     """Open the images to validate on, if there are any.
 
     Raises:
-        ValueError: What the path leads to will not do, or has other classes than the training
-            images.
+        ValueError: The data is invalid, or has a class that the training images do not have.
     """
     data, validation = config.data, config.validation
     if data.source == "fractals":
@@ -102,12 +101,6 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
         held_out = open_source(data, source.classes)
     else:
         return None
-    lonely = sorted(set(held_out.classes) ^ set(source.classes))
-    if lonely:
-        raise ValueError(
-            f"validation.path {validation.path} and data.path {config.data.path} need the same "
-            f"class folders; one of them alone has {', '.join(lonely[:3])}"
-        )
     return ValidationDataset(held_out, config.crops.global_size, data.skips_unreadable)
 
 

@@ -265,6 +265,7 @@ def built(config: Config, process: Process) -> Run:
         inherited_license=inherited,
         messages=[
             _describe(config, source, process),
+            *([_describe_validation(validation.source)] if validation else []),
             *(f"warning: {warning}" for warning in warnings),
             *started_from,
         ],
@@ -372,6 +373,11 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
             f"warning: saved elsewhere ({'; '.join(changed)}): what follows is what it would have "
             "been up to rounding, not bit for bit"
         )
+
+
+def _describe_validation(source: Source) -> str:
+    present = len(np.unique(source.labels))
+    return f"validation: {len(source)} images of {present} of the {len(source.classes)} classes"
 
 
 def _describe(config: Config, source: Source, process: Process) -> str:
