@@ -320,11 +320,18 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(
     for label in "ab":
         for index in range(8):
             save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
-    folder = ["--data.source", "folder", "--objective.bank-size", "16", "--data.path"]
+    folder = ["--system.save-steps", "2", "--objective.bank-size", "16"]
+    folder += ["--data.source", "folder", "--data.path"]
     assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0
     (tmp_path / "images").rename(tmp_path / "moved")
     assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 0
     assert "the run is finished" in capsys.readouterr().out
+    checkpointing.files(tmp_path / "run")[-1].unlink()
+    save_image(tmp_path / "moved/a/3.jpg", seed=9)
+    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: 1 of 16 training images have other ") == 1
+    assert f"such as {tmp_path}/moved/a/3.jpg" in out
     (tmp_path / "moved/a/3.jpg").rename(tmp_path / "moved/a/9.jpg")
     assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 2
     assert "was saved with other images" in capsys.readouterr().err

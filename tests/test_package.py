@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.checkpointing": {"checkpoints", "files", "train.config"},
     "train.preflight": {"data"},
     "train.reporting": {"files", "train.distributed"},
-    "train.signals": set(),
+    "train.signals": {"data", "train.distributed"},
     "train.validation": {
         *("data", "evaluation", "train.distributed", "train.method", "train.step"),
     },

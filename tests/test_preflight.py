@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -338,3 +340,39 @@ def test_recipes_have_crops_that_bfloat16_bears_or_say_so(recipe: str) -> None:
     except ValueError:
         refused = True
     assert refused == (recipe in ("demo", "smoke"))
+
+
+TIMES = r"have other modification times since step_4\.pt was saved"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "times", "expected"),
+    [
+        ([], [], []),
+        ([3], [], [r"warning: 1 of 8 training images have other sizes .*, such as .*/a/3\.png"]),
+        ([], [1, 2], [rf"warning: 2 of 8 training images {TIMES}, such as .*/a/1\.png"]),
+        ([], range(8), [rf"all training images {TIMES}, but no other sizes"]),
+        ([0], range(8), ["warning: 1 of 8 .* sizes", f"warning: 7 of 8 training images {TIMES}"]),
+    ],
+)
+def test_changed_image_files(
+    tmp_path: Path, sizes: Sequence[int], times: Sequence[int], expected: list[str]
+) -> None:
+    for index in range(8):
+        save_image(tmp_path / "ab"[index // 4] / f"{index % 4}.png", index)
+    source = FolderSource(tmp_path)
+    before = preflight.ImageFiles({"training": source}).state(60)
+    assert before["training"].nbytes == 4 * len(source)
+    for index in times:
+        os.utime(source.name(index), (0, 1e9))
+    for index in sizes:
+        with Path(source.name(index)).open("ab") as file:
+            file.write(b"more")
+        os.utime(source.name(index), (0, 1e9))
+    files = preflight.ImageFiles({"training": source})
+    files.state(60)
+    files.compare_with(before, Path("step_4.pt"))
+    found = files.warnings()
+    assert len(found) == len(expected)
+    assert all(map(re.match, expected, found))
+    assert files.warnings() == []

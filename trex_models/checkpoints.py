@@ -92,6 +92,7 @@ CONTAINERS: dict[str, Collection[str]] = {
         "batchnorm_groups": (int,),
         "unreadable": (list, int),
         "inherited_license": (str,),
+        "files": (dict, Tensor),
         # of a step whose loss was not finite
         "process": (int,),
         "crops": (list, Tensor),

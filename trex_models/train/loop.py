@@ -153,6 +153,7 @@ def _validator(
 def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
     """Report, and end the run where too many images cannot be read, after saving it."""
     run.share_unreadable(reporter.say)
+    run.report_changed_files(reporter.say)
     if run.unreadable:
         measured["unreadable"] = len(run.unreadable)
     reporter.report(done, measured)

@@ -26,6 +26,7 @@ from trex_models.train.distributed import Process
 from trex_models.train.initial import init_from
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
+from trex_models.train.preflight import ImageFiles
 from trex_models.train.reporting import Meter
 from trex_models.train.step import Precision
 from trex_models.train.unreadable import UnreadableImages
@@ -54,6 +55,7 @@ class Run:
         facts: What a checkpoint says of the data.
         inherited_license: Of the weights that the run started from; empty for none.
         messages: What to tell before the first step.
+        files: State of the image files; None but in the main process.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Run:
     facts: dict[str, Any]
     inherited_license: str
     messages: list[str]
+    files: ImageFiles | None = None
 
     @property
     def folder(self) -> Path:
@@ -108,6 +111,11 @@ class Run:
         if self.config.data.skips_unreadable:
             self.unreadable.exchange(self.process.is_main, say)
 
+    def report_changed_files(self, say: Callable[[str], object]) -> None:
+        """Report image files that changed since the checkpoint that the run continues from."""
+        for line in self.files.warnings() if self.files else []:
+            say(line)
+
     def save(self, done: int) -> None:
         """Save the state after ``done`` steps, if all processes agree on it and it is finite.
 
@@ -125,7 +133,9 @@ class Run:
             )
         self.share_unreadable(print)
         state = self._state_after(done) | {"meter": self.meter.gathered()}
-        if self.process.is_main:
+        if self.files:
+            state["files"] = self.files.state()
+            self.report_changed_files(print)
             checkpointing.save(self.folder, state)
         distributed.barrier()  # a process that ends early would have the others ended, too
 
@@ -309,6 +319,9 @@ def _initialised(
 
 def _continue(run: Run) -> None:
     """Take on the state of the run's last checkpoint, which the main process reads for all."""
+    if run.process.is_main:
+        datasets = {"training": run.dataset, "validation": run.validation}
+        run.files = ImageFiles({name: data.source for name, data in datasets.items() if data})
     saved = None
     with distributed.together():
         if run.process.is_main:
@@ -327,6 +340,8 @@ def _continue(run: Run) -> None:
     run.config = replace(
         run.config, license=resolve_license(run.config.license, run.inherited_license)
     )
+    if run.files:
+        run.files.compare_with(state.get("files", {}), path)
     _restore_unreadable(run, state["unreadable"])
     match_memory_format(run.optimizer)
     run.sampler.start_step = state["step"]
