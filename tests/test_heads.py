@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import Tensor, fx, nn
 
 from trex_models import CosineClassifier, Projector
@@ -92,7 +93,12 @@ def test_classifier_starts_like_linear() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(6, 3)
     torch.manual_seed(0)
-    assert torch.equal(CosineClassifier(6, 3).weight, linear.weight)
+    classifier = CosineClassifier(6, 3)
+    assert torch.equal(classifier.weight, linear.weight)
+    assert (classifier.in_features, classifier.out_features) == (6, 3)
+    assert list(classifier.state_dict()) == ["weight"]
+    reinit_non_persistent_buffers(classifier)  # its hook is for transformers alone
+    assert torch.equal(classifier.weight, linear.weight)
 
 
 def test_float32_islands_under_autocast() -> None:

@@ -8,6 +8,7 @@ Shapes: B batch, D embedding, C classes, Q bank size.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
@@ -163,21 +164,23 @@ class HiddenLayer(nn.Module):
         return self.act(self.bn(self.fc(x)))
 
 
-# A Linear: of other layers transformers leaves a weight that the file lacks uninitialised.
-class CosineClassifier(nn.Linear):
+class CosineClassifier(nn.Module):
     """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
 
     Equation 1 of t-ReX (arXiv 2206.15369); ``weight``, (C, D), may equally hold the class
-    prototypes of Eq. 2. A drop-in for the last nn.Linear of a classifier:
+    prototypes of Eq. 2. A drop-in for the last layer of a classifier:
 
         model.fc = CosineClassifier(model.num_features, num_classes=10)
+
+    It has an nn.Linear's attributes and initial weight, but is not a subclass: tools that adapt
+    or quantize Linear layers replace W x, which is not what this module computes.
 
     Args:
         in_features: D, width of the embeddings.
         num_classes: C.
         temperature: tau > 0.
-        device: Where to create the weight.
-        dtype: Type of the weight.
+        device: Device of the weight.
+        dtype: Data type of the weight.
 
     Raises:
         ValueError: ``temperature`` is not above 0.
@@ -192,8 +195,25 @@ class CosineClassifier(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         require_temperature(temperature)
-        super().__init__(in_features, num_classes, bias=False, device=device, dtype=dtype)
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = num_classes
         self.temperature = temperature
+        weight = torch.empty(num_classes, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from nn.Linear's default distribution."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialize a weight that transformers did not find in a file."""
+        # The only hook that transformers' TimmWrapper calls on modules it does not know. timm
+        # calls it on loaded models, too. Only transformers replaces the functions of torch.nn.init
+        # meanwhile, by ones that leave loaded weights unchanged.
+        if nn.init.kaiming_uniform_.__module__.startswith("transformers."):
+            self.reset_parameters()
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return logits, (B, C), for embeddings, (B, D).
