@@ -17,7 +17,6 @@ import re
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -371,8 +370,10 @@ def _staged(out_dir: Path, names: list[str], needed: int) -> Iterator[tuple[Path
             if (out_dir / name).is_file():
                 raise OSError(f"{name} there is a file")
         out_dir.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".convert.", dir=out_dir))
+        stage = out_dir / f".{names[-1]}.tmp"
+        shutil.rmtree(stage, ignore_errors=True)  # of a killed process
         try:
+            stage.mkdir()
             yield stage, done
         finally:
             shutil.rmtree(stage, ignore_errors=True)

@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from convert.comparison import Difference, difference
+from trex_models.files import write_safetensors
 
 SUFFIXES = (".pth", ".safetensors")
 # By the blocks of each stage, which spares building most of them.
@@ -108,11 +109,12 @@ def serialise(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
         facts: For the header of a safetensors file; a .pth file holds nothing but the tensors.
     """
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    stream = io.BytesIO()
     if suffix == ".safetensors":
         # "format" is what other readers of such files look for.
-        return safetensors.torch.save(state, {"format": "pt", **facts})
-    stream = io.BytesIO()
-    torch.save(state, stream)
+        write_safetensors(stream, state, {"format": "pt", **facts})
+    else:
+        torch.save(state, stream)
     return stream.getvalue()
 
 

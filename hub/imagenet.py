@@ -182,6 +182,7 @@ def keep_features(folder: Path, source: FolderSource, path: Path, protocol: Prot
     """Write a backbone's L2-normalised features of all images, (N, F) float16, whole or not."""
     model = load(folder).to(protocol.device)
     beside = path.with_name(f".{path.name}.tmp")
+    beside.unlink(missing_ok=True)  # it may be a link
     shape = (len(source), model.num_features)
     kept = np.lib.format.open_memmap(beside, "w+", np.float16, shape)
     for start, features in _outputs(model, source, protocol):

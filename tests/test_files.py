@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 
 from trex_models import folders
-from trex_models.files import append, replacing, write_whole
+from trex_models.files import append, replacing, write_safetensors, write_whole
 
 
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -35,18 +39,45 @@ def test_an_error_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseExce
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append(full, "line")
-    (tmp_path / ".file.tmp").symlink_to(full)
-    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/file'"):
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match=f"full: '{tmp_path}/file'"):
         write_whole(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such file or directory"):
         write_whole(tmp_path / "absent" / "file", "text")
+
+
+def test_remains_of_killed_processes_and_links(tmp_path: Path) -> None:
+    (tmp_path / ".file.tmp").symlink_to(tmp_path / "victim")
+    write_whole(tmp_path / "file", "new")
+    for name in (".folder.tmp", ".folder.old", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    with folders.replaced(tmp_path / "folder") as beside:
+        (beside / "new").touch()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"file", "folder", "folder/new"}
+
+
+def test_safetensors_are_deterministic(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(3), "a": torch.ones(2, 2)}
+    metadata = {str(i): "\u00e9" * i for i in range(9)}
+    written = set()
+    for order in (list(metadata), list(reversed(metadata))):
+        stream = io.BytesIO()
+        write_safetensors(stream, tensors, {key: metadata[key] for key in order})
+        written.add(stream.getvalue())
+    (data,) = written
+    (tmp_path / "file").write_bytes(data)
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in tensors.items())
 
 
 def test_append_adds_to_the_end(tmp_path: Path) -> None:

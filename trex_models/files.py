@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+import safetensors.torch
+from torch import Tensor
 
 
 @contextmanager
@@ -20,7 +24,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with beside.open("wb") as file:
+        with open_new(beside) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +36,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file for writing in place of what is there, without following links."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def write_safetensors(
+    stream: BinaryIO, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write safetensors' format with sorted metadata, whose order safetensors leaves to chance."""
+    data = safetensors.torch.save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {**json.loads(data[8:start]), "__metadata__": metadata}
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    stream.write(len(text).to_bytes(8, "little") + text)
+    stream.write(memoryview(data)[start:])
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,10 +80,15 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; choose another folder")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as private:
-        beside = Path(private, "new")
-        beside.mkdir()  # with the permissions of the umask
+    beside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(beside, ignore_errors=True)  # of a killed process
+    try:
+        beside.mkdir()
         yield beside
         if folder.exists():
-            folder.replace(Path(private, "old"))
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
         beside.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

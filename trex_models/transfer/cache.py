@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trex_models.data.file_list import FileSource
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import feature_batches
-from trex_models.files import sync_folder, write_whole
+from trex_models.files import open_new, sync_folder, write_whole
 from trex_models.transfer.encoders import PRECISIONS, Encoder
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
@@ -190,7 +190,7 @@ class GrowingFile:
     @contextmanager
     def writing(self) -> Iterator[Callable[[np.ndarray], None]]:
         """Give what appends rows; however the block ends, those that were appended are kept."""
-        with self.part.open("r+b" if self.rows else "wb") as file:
+        with self.part.open("r+b") if self.rows else open_new(self.part) as file:
             if not self.rows:
                 file.write(self.header)
             file.truncate(len(self.header) + self.rows * self.row_bytes)
