@@ -87,8 +87,7 @@ def _obtain(path: Path, manifest_path: Path) -> str:
     part = path.with_name(f".{path.name}.part")
     try:
         print(f"{path.name}: downloading {naver.url(path.name)}", flush=True)
-        with part.open("wb") as stream:
-            naver.download(naver.url(path.name), stream)
+        naver.download(path.name, part)
         digest = _check(part, path.name, manifest_path)
         part.replace(path)
     finally:

@@ -39,6 +39,7 @@ class Fault:
         times: Go wrong so many times; None is always.
         delay: Seconds to wait before the answer.
         body: Send these bytes under the headers of the true content.
+        endless: Send this piece for ever, with so many seconds after each, and no Content-Length.
         reset: Where the connection ends, end it by a reset (RST), not in good order (FIN).
         headers: Headers to add, such as X-Error-Code or Retry-After.
         hits: How many times it went wrong.
@@ -50,6 +51,7 @@ class Fault:
     times: int | None = None
     delay: float = 0
     body: bytes | None = None
+    endless: tuple[bytes, float] | None = None
     reset: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     hits: int = field(default=0, init=False)
@@ -221,11 +223,17 @@ class Handler(BaseHTTPRequestHandler):
             status, fields["Content-Range"] = 206, f"bytes {span.start}-{span.stop - 1}/{size}"
         span = range(size) if span is None else span
         self.send_response(status)
-        for name, value in {**fields, "Content-Length": str(len(span))}.items():
+        if fault.endless is None:
+            fields["Content-Length"] = str(len(span))
+        for name, value in fields.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
+        if fault.endless is not None:
+            piece, seconds = fault.endless
+            while not self.server.stopping.wait(seconds):  # until the client hangs up
+                self.wfile.write(piece)
         for piece in pieces(content, span[: fault.cut_after]):
             self.wfile.write(piece)
         if fault.cut_after is not None:

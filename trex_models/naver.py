@@ -10,26 +10,35 @@ finite values, and its SHA-256 is recorded when it is first used. A later change
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
+import re
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from http.client import HTTPException, HTTPResponse, responses
 from pathlib import Path
 from typing import BinaryIO
+from urllib.error import HTTPError
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import WeakFileLock
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from huggingface_hub.utils import WeakFileLock, tqdm
 
 from trex_models import checkpoints
-from trex_models.files import write_whole
+from trex_models.files import open_new, replacing, write_safetensors, write_whole
 from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
 
 LICENSE = "cc-by-nc-sa-4.0"
 BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"
+# A connection that brings fewer bytes in this time (10 kB/s) has stalled, and is made again.
+STALL_BYTES, STALL_SECONDS = 300_000, 30
+ATTEMPTS = 3  # connections in a row that bring fewer bytes
+TOTAL_SECONDS = 12 * 3600
 
 # The files that hold a model's weights, the smallest first. Full training states alone have the
 # projector and the class prototypes.
@@ -48,9 +57,22 @@ _logger = logging.getLogger(__name__)
 
 
 def url(file: str) -> str:
-    """Return a file's address; TREX_MODELS_NAVER_URL names a mirror of the folder."""
-    base = os.environ.get("TREX_MODELS_NAVER_URL") or BASE_URL
-    return f"{base.rstrip('/')}/{file}"
+    """Return a file's address, without the credentials that a mirror may need."""
+    base = _base()
+    return f"{base.scheme}://{base.netloc.rpartition('@')[2]}{base.path.rstrip('/')}/{file}"
+
+
+def _base() -> SplitResult:
+    """Return the address of NAVER's folder, or of its mirror, TREX_MODELS_NAVER_URL."""
+    address = os.environ.get("TREX_MODELS_NAVER_URL") or BASE_URL
+    with suppress(ValueError):  # its message may show a password
+        base = urlsplit(address)
+        if re.fullmatch(r"https?://[!-~]+", address) and base.hostname and base.port != 0:
+            return base
+    raise WeightsError(
+        "TREX_MODELS_NAVER_URL is not an http or https address; percent-encode special characters "
+        "of a password"
+    )
 
 
 def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
@@ -119,7 +141,10 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
     original = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / f".{file}.lock"):
+        with WeakFileLock(folder / ".naver.lock"):
+            for pattern in (".*.part", ".*.tmp"):  # of killed processes
+                for left in folder.glob(pattern):
+                    left.unlink()
             made = cached(name, cache, manifest)
             if made is not None:
                 return made
@@ -127,56 +152,123 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
                 return _convert(original, file, cache, manifest)
             part = folder / f".{file}.part"
             try:
-                with _Part(io.FileIO(part, "w")) as stream:
-                    _logger.warning("downloading %s for %s, once", url(file), name)
-                    download(url(file), stream)
+                _logger.warning("downloading %s for %s, once", url(file), name)
+                download(file, part)
                 return _convert(part, file, cache, manifest)
             finally:
                 part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise WeightsError(
-            f"{folder} cannot be written ({reason}); set TREX_MODELS_CACHE to a "
+            f"{folder} cannot be written ({error.strerror or error}); set TREX_MODELS_CACHE to a "
             "folder with room that can"
         ) from error
 
 
-class _Part(io.BufferedWriter):
-    """A file that is being downloaded; it is not begun anew for ever."""
-
-    restarts = 0
-
-    def truncate(self, size: int | None = None) -> int:
-        """Drop what a server that cannot resume will send again."""
-        self.restarts += 1
-        if self.restarts > 5:
-            raise WeightsError("the connection breaks each time, and the server cannot resume")
-        return super().truncate(size)
+class _BrokenConnectionError(Exception):
+    """A connection broke or stalled; another one may bring the rest."""
 
 
-def download(address: str, stream: BinaryIO) -> None:
-    """Download a file with progress; a connection that breaks is taken up where it broke.
+def download(file: str, path: Path) -> None:
+    """Download one of NAVER's files with progress; resume where a connection broke.
+
+    Args:
+        file: NAVER's name.
+        path: Where to write; what is there is replaced, and a link not followed.
 
     Raises:
-        WeightsError: It cannot be had.
+        WeightsError: The file is not available, or larger than it can be.
+        OSError: ``path`` cannot be written.
     """
-    while True:
+    deadline = time.monotonic() + TOTAL_SECONDS
+    failures = 0
+    with open_new(path) as stream:
+        while True:
+            start = stream.tell()
+            try:
+                _receive(file, stream, deadline)
+                break
+            except _BrokenConnectionError as error:
+                failures = 0 if stream.tell() - start >= STALL_BYTES else failures + 1
+                if failures == ATTEMPTS:
+                    raise _unavailable(file, error) from None
+                _logger.warning("%s: %s; resuming at byte %d", url(file), error, stream.tell())
+                time.sleep(1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _receive(file: str, stream: BinaryIO, deadline: float) -> None:
+    """Append what one connection brings."""
+    # A backbone has 94 MB; a full training state two encoders, bank and optimizer.
+    limit = 2_000_000_000 if "full" in file else 200_000_000
+    with _open(file, stream.tell()) as response:
+        if response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {stream.tell()}":
+            stream.seek(0)  # the server cannot resume
+            stream.truncate()
         start = stream.tell()
-        try:
-            name = address.rpartition("/")[2]
-            http_get(address, stream, resume_size=start, displayed_filename=name)
-            break
-        except WeightsError:
-            raise
-        except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
-            if isinstance(error, OSError) and error.errno is not None:  # of the disk
-                raise
-            reason = (str(error) or type(error).__name__).partition("\n")[0]
-            if stream.tell() == start:
-                raise WeightsError(f"{address} cannot be had: {reason}") from error
-            _logger.warning("%s: %s; going on from %d bytes", address, reason, stream.tell())
-    stream.flush()
-    os.fsync(stream.fileno())
+        total = None if response.length is None else start + response.length
+        units = {"unit": "B", "unit_scale": True, "disable": None}  # None: off without a terminal
+        with tqdm(desc=file, total=total, initial=start, **units) as bar:  # type: ignore[no-untyped-call]
+            for piece in _pieces(response):
+                stream.write(piece)
+                bar.update(len(piece))
+                if max(total or 0, stream.tell()) > limit:
+                    raise _unavailable(file, f"it has more than {limit // 10**6} MB: another file")
+                if time.monotonic() > deadline:
+                    raise _unavailable(file, f"it takes more than {TOTAL_SECONDS // 3600} hours")
+        if total is not None and stream.tell() < total:
+            raise _BrokenConnectionError("connection closed early")
+
+
+def _open(file: str, start: int) -> HTTPResponse:
+    """Send the request. Its credentials go to the mirror alone, and into no message or log."""
+    base = _base()
+    request = Request(url(file) + (f"?{base.query}" if base.query else ""))
+    request.add_header("User-Agent", "trex_models")
+    request.add_header("Accept-Encoding", "identity")
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    if "@" in base.netloc:
+        credentials = unquote(base.netloc.rpartition("@")[0]).encode()
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(credentials).decode()}")
+    try:
+        response: HTTPResponse = urlopen(request, timeout=STALL_SECONDS)
+    except HTTPError as error:
+        error.close()
+        wait = error.headers.get("Retry-After", "")
+        reason = f"the server answered {error.code} {responses.get(error.code, '')}"
+        reason += f" (try again in {wait} s)" if wait.isdigit() else ""
+        raise _unavailable(file, reason) from None
+    except (OSError, HTTPException) as error:
+        raise _BrokenConnectionError(getattr(error, "reason", error)) from None
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        reason = "the server compresses it"
+    elif base.scheme == "https" and urlsplit(response.url).scheme != "https":
+        reason = "the server redirects from https to http"
+    else:
+        return response
+    response.close()
+    raise _unavailable(file, reason)
+
+
+def _pieces(response: HTTPResponse) -> Iterator[bytes]:
+    """Yield a response's body as it arrives, unless it stalls."""
+    received, since = 0, time.monotonic()
+    try:
+        while piece := response.read1(1 << 20):
+            yield piece
+            received += len(piece)
+            now = time.monotonic()
+            if now > since + STALL_SECONDS:
+                if received < STALL_BYTES:
+                    raise _BrokenConnectionError(f"only {received} bytes in {now - since:.0f} s")
+                received, since = 0, now
+    except (OSError, HTTPException) as error:
+        raise _BrokenConnectionError(str(error) or type(error).__name__) from None
+
+
+def _unavailable(file: str, reason: object) -> WeightsError:
+    return WeightsError(f"{url(file)} is not available: {reason}")
 
 
 def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
@@ -192,23 +284,20 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             )
     checkpoint = checkpoints.read(path)
     check_contents(checkpoint, file)
-    beside = weights.with_name(f".{weights.name}.tmp")
-    try:
-        save_file(checkpoint.state_dict(), beside, {"format": "pt", "license": LICENSE})
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
+    with replacing(weights) as stream:
+        metadata = {"format": "pt", "license": LICENSE}
+        write_safetensors(stream, checkpoint.state_dict(), metadata)
+        stream.flush()
         facts = {
             "file": file,
             "url": url(file),
             "sha256": digest,
-            "converted_sha256": sha256(beside),
+            "converted_sha256": sha256(Path(stream.name)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_whole(record, json.dumps(facts, indent=2) + "\n")
-        beside.chmod(record.stat().st_mode)  # save_file's are private; a cache may be shared
-        beside.replace(weights)
-    finally:
-        beside.unlink(missing_ok=True)
+        if path.suffix == ".part":  # once the weights are there, nobody looks for temporary files
+            path.unlink()
     _logger.warning(
         "converted %s (SHA-256 %s, %s) to %s",
         file,
