@@ -116,7 +116,7 @@ def _checked(folder: Path, namespace: str) -> Model:
 def _who(api: HfApi) -> str:
     if not (api.token or get_token()):
         raise HubError(f"there is no token for the Hub: {LOG_IN}")
-    with explained(api.endpoint):
+    with explained(manifest.without_credentials(api.endpoint)):
         return str(api.whoami()["name"])
 
 

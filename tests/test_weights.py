@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -773,7 +774,7 @@ def test_hub_fails_and_naver_serves(
     # Of a level that reaches stderr though no logging is set up.
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for name in BACKBONES:
-        assert any(f"{name} cannot be had from the Hub (" in message for message in said)
+        assert any(f"{name} is not available from the Hub (" in message for message in said)
         wanted = re.compile(rf"downloading {re.escape(place.server.url)}\w+\.pth for {name}")
         assert any(map(wanted.match, said))
     assert len(place.server.log) == 4
@@ -789,6 +790,85 @@ def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
     place.set_endpoint("http://127.0.0.1:9")
     place.create(expected, "trexstar_resnet50.in1k")
     assert len(place.hub.log) == 1
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_token_of_the_hub_stays_there(
+    place: Place, converted: dict[str, Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "trex_resnet50.in1k"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    commit = place.hub.hub.repos[f"trex-models/{name}"].commits[0]
+    with FileServer({"weights": converted[name]}) as other:
+        headers = {
+            "Location": f"{other.url}weights",
+            "X-Repo-Commit": commit.sha,
+            "X-Linked-ETag": f'"{commit.files["model.safetensors"].sha256}"',
+        }
+        place.hub.faults = [Fault(rf"^{method} .*safetensors$", status=302, headers=headers)]
+        assert weights.fetch(name).is_relative_to(place.home / "hub")
+        assert {r.authorization for r in place.hub.log} == {"Bearer hf_secret"}
+        assert [(r.method, r.authorization) for r in other.log] == [("GET", None)]
+    assert place.server.log == []
+
+
+def test_password_in_the_hub_s_address(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.set_endpoint(place.hub.url.replace("//", "//ada:secret@"))
+    place.hub.faults = [Fault("", status=500)]
+    weights.fetch("trex_resnet50.in1k")
+    said = "".join(r.getMessage() for r in caplog.records if r.name.startswith("trex_models"))
+    assert f"for url '{place.hub.url}/" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("time", [0, 2**32])
+def test_clock_that_is_wrong(place: Place, time: int) -> None:
+    date = {"Date": formatdate(time, usegmt=True)}
+    place.hub.faults = [Fault("", headers=date)]
+    found = weights.fetch("trex_resnet50.in1k")
+    for path in place.home.rglob("*"):
+        os.utime(path, (time, time), follow_symlinks=False)
+    asked = len(place.hub.log)
+    assert weights.fetch("trex_resnet50.in1k") == found
+    assert len(place.hub.log) == asked
+
+
+def test_killed_while_the_hub_s_file_arrives(place: Place, expected: dict[str, Tensor]) -> None:
+    place.hub.faults = [Fault(r"GET.*safetensors$", endless=(bytes(MIB), 0.01), times=1)]
+    process = place.start("trex_resnet50.in1k")
+    deadline = time.monotonic() + 60
+    while not any(place.home.rglob("*.incomplete")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)
+    assert len(list(place.home.rglob("*.incomplete"))) == 1
+    place.create(expected, "trex_resnet50.in1k")
+    assert not list(place.home.rglob("*.incomplete"))
+    assert place.server.log == []
+
+
+EIGHT = """
+import os
+from trex_models import weights
+for _ in range(8):
+    if not os.fork():
+        os.write(1, f"{weights.fetch('trex_resnet50.in1k')}\\n".encode())
+        os._exit(0)
+for _ in range(8):
+    os.wait()
+"""
+
+
+def test_eight_processes_at_the_hub(place: Place) -> None:
+    place.hub.faults = [Fault("GET", delay=1)]
+    command = [sys.executable, "-c", EIGHT]
+    done = subprocess.run(command, env=place.environment, stdout=subprocess.PIPE, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 8
+    (path,) = set(lines)
+    assert path.endswith(b"model.safetensors")
+    assert len(place.hub.requests("^GET .*/resolve/")) == 1
+    assert place.server.log == []
 
 
 def test_connection_to_the_hub_breaks_and_is_resumed(

@@ -86,6 +86,11 @@ def save(manifest: Manifest, path: Path) -> None:
     write_whole(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
 
 
+def without_credentials(text: str) -> str:
+    """Remove users and passwords from the addresses in a message."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
 def sha256(path: Path) -> str:
     """Return a file's SHA-256, 64 hexadecimal digits."""
     with path.open("rb") as file:

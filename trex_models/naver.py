@@ -199,8 +199,8 @@ def download(file: str, path: Path) -> None:
 
 def _receive(file: str, stream: BinaryIO, deadline: float) -> None:
     """Append what one connection brings."""
-    # A backbone has 94 MB; a full training state two encoders, bank and optimizer.
-    limit = 2_000_000_000 if "full" in file else 200_000_000
+    # Backbones have 94 MB, full training states 350 to 450 MB.
+    limit = 1_000_000_000 if "full" in file else 200_000_000
     with _open(file, stream.tell()) as response:
         if response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {stream.tell()}":
             stream.seek(0)  # the server cannot resume

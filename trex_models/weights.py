@@ -25,7 +25,7 @@ from huggingface_hub import (
 
 from trex_models import manifest, naver
 from trex_models.checkpoints import CheckpointError
-from trex_models.manifest import Manifest, Published, WeightsError
+from trex_models.manifest import Manifest, Published, WeightsError, without_credentials
 
 _logger = logging.getLogger(__name__)
 
@@ -96,12 +96,16 @@ def _from_hub(name: str, entry: Published | None, cache_dir: Path | str | None) 
         )
     except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
         _logger.warning(
-            "%s cannot be had from the Hub (%s: %s); trying NAVER's file",
+            "%s is not available from the Hub (%s: %s); trying NAVER's file",
             name,
             type(error).__name__,
-            str(error).partition("\n")[0],
+            without_credentials(str(error).partition("\n")[0]),
         )
         return None
+    blob = Path(found).resolve()
+    with suppress(OSError):  # huggingface_hub leaves what killed processes had received
+        for left in blob.parent.glob(f"{blob.name}*.incomplete"):
+            left.unlink()
     return _verified(Path(found), entry)
 
 
@@ -110,7 +114,7 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
         return naver.obtain(name, cache, published)
     except (CheckpointError, WeightsError) as error:
         file = naver.FILES[name][0]
-        hub = "gave no file" if entry else f"{name} is not published there yet"
+        hub = "see the warning above" if entry else f"{name} is not published there yet"
         if constants.HF_HUB_OFFLINE:
             hub = "not asked: HF_HUB_OFFLINE is set"
         raise WeightsError(
