@@ -391,6 +391,12 @@ def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not checkpointing.files(tmp_path / "run")
 
 
+def test_help_without_docstrings() -> None:
+    command = [sys.executable, "-OO", "-m", "trex_models.train", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "smoke" in result.stdout
+
+
 def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

@@ -148,7 +148,7 @@ def parse(recipe: str, arguments: Sequence[str], measures: bool = False) -> Conf
         default=RECIPES[recipe]("" if measures else tyro.MISSING),
         args=list(arguments),
         prog=f"python -m trex_models.train {recipe}",
-        description=f"{inspect.getdoc(RECIPES[recipe])}\n{_ABOUT_BENCHMARK}",
+        description=f"{inspect.getdoc(RECIPES[recipe]) or ''}\n{_ABOUT_BENCHMARK}",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
@@ -172,7 +172,7 @@ def _export(arguments: Sequence[str]) -> int:
 def _usage() -> str:
     lines = [(__doc__ or "").strip(), "", "Recipes:"]
     for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<10}{(recipe.__doc__ or '').strip().splitlines()[0]}")
+        lines.append(f"  {name:<10}{(recipe.__doc__ or '').strip().partition(chr(10))[0]}")
     return "\n".join(lines)
 
 
