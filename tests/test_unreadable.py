@@ -146,6 +146,20 @@ def test_validation_leaves_them_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert last_state(tmp_path / "raise")["step"] == 4  # of the epoch that was validated
 
 
+def test_images_to_compare_with_count_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The k-NN classifier reads training images, too, under indices of their own."""
+    options = make_folder(tmp_path / "images", BROKEN)
+    make_folder(tmp_path / "held", ["a/5.png"])
+    knn = ["--validation.path", str(tmp_path / "held"), "--validation.neighbors", "3"]
+    assert run(tmp_path / "run", *options, *SKIP, *knn) == 0
+    assert "3 images could not be read" in capsys.readouterr().out
+    assert logged(tmp_path / "run")[-1]["unreadable"] == 2
+    listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert [str(tmp_path) in line for line in listed] == [True] * 3
+
+
 def test_mended_and_moved_images(
     skipped: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

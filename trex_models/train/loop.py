@@ -147,6 +147,7 @@ def _validator(
         asked_to_stop=signals.asked,
         watch=reporter.watched,
         pass_over=run.unreadable.add_of_validation,
+        pass_over_reference=run.unreadable.add,
     )
 
 

@@ -86,7 +86,8 @@ class Validator:
         asked_to_stop: As of ``load_batches``.
         watch: Yields the batches that it is given, their number and what they are for, while
             someone may be watching.
-        pass_over: What to do with the reasons why images were left out.
+        pass_over: Receives {index: reason} of validation images that are left out.
+        pass_over_reference: The same of the training images to compare with.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Validator:
             [Iterator[CropBatch], int, str], Iterator[CropBatch]
         ] = lambda batches, *_: batches,
         pass_over: Callable[[dict[int, str]], object] = lambda _: None,
+        pass_over_reference: Callable[[dict[int, str]], object] = lambda _: None,
     ) -> None:
         self._dataset = dataset
         self._process = process
@@ -113,7 +115,7 @@ class Validator:
         self._say = say
         self._asked_to_stop = asked_to_stop
         self._watch = watch
-        self._pass_over = pass_over
+        self._pass_over = {"validation": pass_over, "features": pass_over_reference}
 
     @torch.no_grad()
     def measure(self, method: TReX) -> dict[str, float]:
@@ -215,7 +217,7 @@ class Validator:
             dataset, batches, self._workers, device.type == "cuda", self._say, self._asked_to_stop
         )
         for batch in self._watch(loaded, len(batches), name):
-            self._pass_over(batch.unreadable)
+            self._pass_over[name](batch.unreadable)
             if len(batch.labels):
                 crops, labels = to_device([batch.images, batch.labels], device)
                 with self._precision.autocast():
