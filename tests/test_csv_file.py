@@ -103,7 +103,7 @@ def test_an_image_may_be_listed_twice_with_one_label(tmp_path: Path) -> None:
         ("\n", r"names no columns 'path' \(it has nothing\)"),
         ("a.png,dog\n", r"names no columns 'path' \(it has 'a.png', 'dog'\); add a header"),
         ("path;class\n", r"columns 'label' \(it has 'path', 'class'\).*--data\.label-column NAME"),
-        ("path,label,path\n", "names 2 columns 'path'"),
+        ("path,label,path\n", "names 2 columns 'path' .*; rename all but one"),
         ("path,label\n\n", "has a header and no rows; add"),
         ("path,label\na,x\nb,x\n", "every label is 'x', at least 2 classes are needed; add"),
         ('path,label\n"a ",x\n"a ",y\n', "line 3: 'a ' has the label 'y' here and 'x' above"),

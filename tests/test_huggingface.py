@@ -220,7 +220,9 @@ def test_columns_by_name(tmp_path: Path) -> None:
     masks = [{"bytes": content(6 - i), "path": None} for i in range(7)]
     data = rows(more, mask=masks, fine=[0, 1] * 3 + [0])
     path = saved(tmp_path / "set", data)
-    message = r"not one obvious image column among image \(.*Image\), label .*; give --data.image-c"
+    message = (
+        r"not one obvious image column among image \(.*Image\), .* --data.image-column image or "
+    )
     with pytest.raises(ValueError, match=message):
         HuggingFaceSource(path)
     source = HuggingFaceSource(path, image_column="mask", label_column="fine")
@@ -230,7 +232,9 @@ def test_columns_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"no image column '{column}' among image"):
             HuggingFaceSource(path, image_column=column)
     for column in ("absent", "mask"):
-        with pytest.raises(ValueError, match=f"no label column '{column}' .*--data.label-column N"):
+        with pytest.raises(
+            ValueError, match=f"no label column '{column}' .*give --data.label-column "
+        ):
             HuggingFaceSource(path, image_column="image", label_column=column)
     path = saved(
         tmp_path / "other", data.remove_columns(["mask", "fine"]).rename_column("label", "breed")
@@ -239,6 +243,27 @@ def test_columns_by_name(tmp_path: Path) -> None:
     path = saved(tmp_path / "two", data.remove_columns("mask").rename_column("label", "breed"))
     with pytest.raises(ValueError, match="not one obvious label column"):
         HuggingFaceSource(path)
+
+
+def test_columns_of_other_types_are_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "away.png").write_bytes(content(0))
+    paths = datasets.Dataset.from_dict(
+        {"image": [str(tmp_path / "away.png")] * 2, "label": [0.0, 1.0]}
+    )
+    path = saved(tmp_path / "paths", paths)
+    with pytest.raises(ValueError, match=r"no image column 'image' .*cast_column\(NAME, datasets"):
+        HuggingFaceSource(path, image_column="image")
+    images = paths.cast_column("image", datasets.Image())
+    path = saved(tmp_path / "images", images)
+    with pytest.raises(
+        ValueError, match="no label column 'label' .*must be class labels, integers"
+    ):
+        HuggingFaceSource(path, label_column="label")
+    labels = images.cast_column("label", datasets.Value("bool"))
+    source = HuggingFaceSource(saved(tmp_path / "labels", labels))
+    assert source.classes == ["False", "True"]
+    assert source.labels.tolist() == [0, 1]
+    np.testing.assert_array_equal(source.read(1), pixels(0))
 
 
 @pytest.mark.parametrize(

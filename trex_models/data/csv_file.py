@@ -127,8 +127,9 @@ def _header(line: str) -> tuple[list[str], str]:
 def _position(path: Path, header: Collection[str], column: str, option: str) -> int:
     found = [position for position, name in enumerate(header) if name == column]
     if len(found) != 1:
+        remedy = "rename all but one" if found else f"add a header or give {option} NAME"
         raise ValueError(
             f"{path}: the first line names {len(found) or 'no'} columns {column!r} (it has "
-            f"{', '.join(map(repr, header)) or 'nothing'}); add a header or give {option} NAME"
+            f"{', '.join(map(repr, header)) or 'nothing'}); {remedy}"
         )
     return found[0]

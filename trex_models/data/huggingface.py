@@ -16,6 +16,12 @@ from trex_models.data.decode import decode_image, read_image, unreadable
 from trex_models.data.file_list import walk
 from trex_models.data.sources import digest, sorted_classes
 
+_REMEDIES = {
+    "image": "images must be an Image feature or bytes: convert a column of paths with "
+    "cast_column(NAME, datasets.Image()) and save the data set again",
+    "label": "labels must be class labels, integers, text or booleans: convert the column and save "
+    "the data set again",
+}
 _MISSING = (None, "", -1)  # -1 is what hidden labels of test splits are on the Hub
 
 
@@ -32,8 +38,8 @@ class HuggingFaceSource:
         split: Its name; may be empty if there is only one.
         image_column: The column of images: of images' bytes, or of both bytes and path; if empty,
             the only such column.
-        label_column: The column of labels: class labels, integers or strings; if empty, "label" or
-            the only one of class labels.
+        label_column: The column of labels: class labels, integers, booleans or strings; if empty,
+            "label" or the only one of class labels.
         classes: Class names that the labels are looked up in (a training set's). If None, the data
             set's own: all names of class labels, otherwise the distinct values, sorted.
 
@@ -206,7 +212,7 @@ def _holds_bytes(feature: object) -> bool:
 
 def _holds_names(feature: object) -> bool:
     dtype = str(getattr(feature, "dtype", ""))
-    return dtype.startswith(("int", "uint")) or dtype in ("string", "large_string")
+    return dtype.startswith(("int", "uint", "bool")) or dtype in ("string", "large_string")
 
 
 def _choose(
@@ -218,11 +224,12 @@ def _choose(
     *guesses: Callable[[str, object], bool],
 ) -> str:
     """Return the column asked for, or the only one that a guess finds, the first guess first."""
-    if column in features and fits(features[column]):
+    suitable = {name: feature for name, feature in features.items() if fits(feature)}
+    if column in suitable:
         return column
     if not column:
         for guess in guesses:
-            found = [n for n, feature in features.items() if fits(feature) and guess(n, feature)]
+            found = [name for name, feature in suitable.items() if guess(name, feature)]
             if len(found) == 1:
                 return found[0]
             if found:
@@ -232,7 +239,9 @@ def _choose(
         for name, feature in features.items()
     )
     problem = f"no {kind} column {column!r}" if column else f"not one obvious {kind} column"
-    raise ValueError(f"{where} has {problem} among {known}; give --data.{kind}-column NAME")
+    options = f"give --data.{kind}-column {' or '.join(suitable)}"
+    remedy = options if suitable else _REMEDIES[kind]
+    raise ValueError(f"{where} has {problem} among {known}; {remedy}")
 
 
 def _labels(
