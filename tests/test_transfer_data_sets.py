@@ -163,6 +163,8 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
     others = [name for name in GROUPS["small"] if name != "pets"]
     assert [data_set.name for data_set in chosen] == ["pets", *others, "mine"]
     assert chosen[-1].classifier is None
+    (own, digits) = select(r"mine=/data/a\,b,digits")
+    assert (own.layout.split()[2], digits.name) == ("/data/a,b/train/CLASS", "digits")
 
 
 @pytest.mark.parametrize(

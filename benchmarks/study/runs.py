@@ -142,8 +142,8 @@ class Run:
             out: The report.
             seeds: Validation splits.
         """
-        images = self.folder / "images"
-        named = [name if name in REAL_SETS else f"{name}={images / name}" for name in sets]
+        images = str(self.folder / "images").replace(",", "\\,")
+        named = [name if name in REAL_SETS else f"{name}={images}/{name}" for name in sets]
         arguments = ["--model", str(self.output), "--data-sets", ",".join(named)]
         arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--out", str(out)]
         return [*arguments, "--workers", str(self.scale.workers), "--label", self.cell.title]

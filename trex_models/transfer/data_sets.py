@@ -211,14 +211,16 @@ def select(text: str) -> list[DataSet]:
     """Return the data sets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
 
     Args:
-        text: Names of data sets and of groups, and ``NAME=PATH`` for class folders at PATH.
+        text: Names of data sets and of groups, and ``NAME=PATH`` for class folders at PATH, with
+            a backslash before each comma of PATH.
 
     Raises:
         ValueError: A name is unknown, is no name, or stands for two things.
     """
     chosen: dict[str, DataSet] = {}
     places: dict[str, str] = {}
-    for word in filter(None, (word.strip() for word in text.split(","))):
+    words = (word.strip().replace("\\,", ",") for word in re.split(r"(?<!\\),", text))
+    for word in filter(None, words):
         name, is_own, place = word.partition("=")
         if not is_own:
             members = GROUPS.get(name, (name,))
@@ -301,5 +303,5 @@ def _named(name: str) -> DataSet:
 def _known() -> str:
     return (
         f"there are {', '.join(DATA_SETS)}, the groups {', '.join(GROUPS)}, and NAME=PATH for "
-        "class folders of your own"
+        "class folders of your own (write a comma in PATH as \\,)"
     )
