@@ -30,6 +30,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from benchmarks import measure
+from trex_models.cli import run
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import Source
 from trex_models.files import replacing, write_whole
@@ -272,13 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tasks", nargs="+", default=_TASKS, metavar="NAME:PER_CLASS", help="images a class"
     )
-    options = parser.parse_args(arguments)
-    try:
-        report(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work(arguments: Sequence[str]) -> None:
+        report(parser.parse_args(arguments))
+
+    return run(work, sys.argv[1:] if arguments is None else arguments, "transfer")
 
 
 def report(options: argparse.Namespace) -> None:

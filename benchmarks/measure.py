@@ -105,8 +105,12 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file")
+    result.add_argument("--out", type=_path, default=RESULTS / f"{name}.json", help="JSON file")
     return result
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def record(out: Path, result: Mapping[str, Any]) -> None:

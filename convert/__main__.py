@@ -12,27 +12,22 @@ A tool of the checkout: run it there. TREX_TRACEBACK=1 shows where an error come
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from trex_models.cli import run
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
+    return run(_command, arguments, "export")
+
+
+def _command(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("TREX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from hub.errors import HubError
 from hub.publish import publish
 from hub.verify import verify
 from trex_models import naver
+from trex_models.cli import run
 from trex_models.manifest import PACKAGED, WeightsError
 
 
@@ -35,17 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     0; 1 where something was checked and differs; 2 with a message of one line on bad input, or
     where the Hub or NAVER's server does not do what was asked.
     """
+    return run(_command, arguments, "transfer", errors=(HubError, WeightsError))
+
+
+def _command(arguments: Sequence[str]) -> bool:
     options = _parser().parse_args(arguments)
-    try:
-        return 0 if options.run(options) else 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, HubError, WeightsError) as error:
-        if os.environ.get("TREX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +92,7 @@ def _add_namespace(command: argparse.ArgumentParser) -> None:
 
 
 def _add_manifest(command: argparse.ArgumentParser) -> None:
-    default = Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED)
+    default = Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED).expanduser()
     command.add_argument(
         "--manifest", type=Path, default=default, help="the manifest (default: %(default)s)"
     )

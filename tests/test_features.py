@@ -278,7 +278,7 @@ def test_what_another_command_left_is_begun_anew(
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
         assert run(models, "images", "--out", out, model="other") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "interrupted; run the same command again" in capsys.readouterr().err
     assert run(models, "images", "--out", out) == 0
     assert "going on" not in capsys.readouterr().out
     found = trex_models.features.load(out)

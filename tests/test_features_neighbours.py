@@ -127,18 +127,6 @@ def test_features_stay_in_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [found.features.ctypes.data]
 
 
-@pytest.mark.usefixtures("place")
-def test_an_interrupted_search_is_not_said_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(neighbours, "find", interrupted)
-    assert main(["neighbours", "f.npy", "--query", "a/0.png"]) == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
 def test_names_that_are_not_utf8_are_drawn_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.png")

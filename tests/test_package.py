@@ -20,6 +20,7 @@ PACKAGE = ROOT / "trex_models"
 ALLOWED: dict[str, set[str]] = {
     "heads": set(),
     "checkpoints": set(),
+    "cli": set(),
     "files": set(),
     "folders": set(),
     "machine": set(),
@@ -64,13 +65,14 @@ ALLOWED: dict[str, set[str]] = {
     "train.loop": {"data", "train"},
     "train.advice": set(),
     "train.benchmark": {"data", "machine", "train"},
-    "train.__main__": {"train"},
-    "demo": {"data", "evaluation", "train", "transfer"},
+    "train.__main__": {"cli", "train"},
+    "demo": {"cli", "data", "evaluation", "train", "transfer"},
     "transfer": {
-        *("data", "evaluation", "files", "folders", "machine", "manifest", "naver", "weights"),
+        *("cli", "data", "evaluation", "files", "folders", "machine", "manifest", "naver"),
+        "weights",
     },
-    "features": {"data", "evaluation", "files", "machine", "transfer"},
-    "plot": {"files", "train.config"},
+    "features": {"cli", "data", "evaluation", "files", "machine", "transfer"},
+    "plot": {"cli", "files", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }
 

@@ -24,6 +24,7 @@ import numpy as np
 import timm
 import torch
 
+from trex_models import cli
 from trex_models.data.fractals import FractalSource
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.samples import digits, photographs
@@ -243,12 +244,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the demo from the command line."""
     parser = argparse.ArgumentParser(prog="python -m trex_models.demo", description=__doc__)
     parser.add_argument("--output", default="runs/demo", help="folder of the run")
-    try:
+
+    def work(arguments: Sequence[str]) -> None:
         run(demo(parser.parse_args(arguments).output))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return cli.run(work, arguments, "transfer")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from trex_models import cli
 from trex_models.files import replacing
 from trex_models.train.config import flatten
 
@@ -478,13 +479,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
     parser.add_argument("--x", choices=("epoch", "step", "hours"), default="epoch")
-    options = parser.parse_args(arguments)
-    try:
+
+    def work(arguments: Sequence[str]) -> None:
+        options = parser.parse_args(arguments)
         print(plot(options.runs, options.output, options.x))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return cli.run(work, arguments, "train")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ the figures and prints the tables.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,8 +27,8 @@ from filelock import FileLock, Timeout
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
 from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
+from trex_models import cli
 from trex_models.machine import free_cores
-from trex_models.transfer import command
 
 
 def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
@@ -255,14 +256,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     part = parts.add_parser("run", parents=[shared], help="train and evaluate")
     part.add_argument("--folder", type=Path, help="of images, runs and logs (runs/study-SCALE)")
     part.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL", help="(all)")
-    part.add_argument("--seeds", type=command.positive, default=3, help="runs of each cell (3)")
-    part.add_argument("--jobs", type=command.positive, help="runs at once (one a core; 1 on a GPU)")
+    part.add_argument("--seeds", type=cli.positive, default=3, help="runs of each cell (3)")
+    part.add_argument("--jobs", type=cli.positive, help="runs at once (one a core; 1 on a GPU)")
     part.set_defaults(work=run_all)
     part = parts.add_parser("report", parents=[shared], help="draw and print what was found")
     part.add_argument("--out", type=Path, required=True, help="folder of the figures")
     part.set_defaults(work=report)
-    options = parser.parse_args(arguments)
-    return command.run(lambda: options.work(options), "the study", "transfer")
+
+    def work(arguments: Sequence[str]) -> None:
+        options = parser.parse_args(arguments)
+        options.work(options)
+
+    return cli.run(work, sys.argv[1:] if arguments is None else arguments, "transfer")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trex_models.cli import default_device, natural, positive, require_writable, run
 from trex_models.features import images, neighbours, outputs, picture
 from trex_models.features.extract import Plan, extract
 from trex_models.features.file import FORMATS, KIND, load
@@ -26,16 +26,14 @@ from trex_models.features.outputs import OUTPUTS
 from trex_models.machine import free_cores
 from trex_models.transfer import pictures
 from trex_models.transfer.cache import DTYPES
-from trex_models.transfer.command import default_device, natural, positive, require_writable, run
 from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
     if arguments[:1] == ["neighbours"]:
-        work = partial(_neighbours, arguments[1:])
-        return run(work, "this command", "features", resumes=False)
-    return run(partial(_extract, arguments or ["--help"]), "this command", "features")
+        return run(_neighbours, arguments[1:], "features")
+    return run(_extract, arguments or ["--help"], "features")
 
 
 def _extract(arguments: Sequence[str]) -> None:

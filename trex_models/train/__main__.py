@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from trex_models.cli import prepare
 from trex_models.train.config import RECIPES, Config
 
 _BENCHMARK = "--benchmark"
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str], exits: bool = False) -> int:
         arguments: Those of the command line.
         exits: Whether the process exits afterwards, as ``loop.train``.
     """
+    arguments = prepare(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2

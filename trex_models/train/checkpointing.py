@@ -67,6 +67,11 @@ def claimed(config: Config) -> Iterator[None]:
     """
     folder = Path(config.output)
     path = folder / "config.json"
+    if config.output != config.output.encode(errors="replace").decode():
+        raise ValueError(
+            f"{folder} is not valid UTF-8, so torch could not read checkpoints back; choose "
+            "another --output"
+        )
     if path.exists():
         try:
             different = differences(json.loads(path.read_text()), config)

@@ -17,21 +17,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trex_models.cli import default_device, natural, positive, require_writable, run
 from trex_models.machine import free_cores
-from trex_models.transfer.command import (
-    default_device,
-    natural,
-    positive,
-    require_writable,
-    run,
-)
 from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 from trex_models.transfer.published import PUBLISHED
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
-    return run(lambda: _command(arguments), "the evaluation", "transfer")
+    return run(_command, arguments, "transfer")
 
 
 def _command(arguments: Sequence[str]) -> None:

@@ -1,45 +1,68 @@
-"""What commands on images share: exit status and errors, and the types of options."""
+"""How every command runs: its arguments, what it prints, its errors and exit status."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 
 
-def run(work: Callable[[], None], what: str, extra: str, *, resumes: bool = True) -> int:
-    """Do a command's work; return its exit status: 0, or 2 with a short message on bad input.
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Expand ``~`` in arguments, and make stdout escape characters that its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does by itself
+    return [_expand_home(argument) for argument in arguments]
+
+
+def _expand_home(argument: str) -> str:
+    """Expand ``~`` where shells do not: --output=~/x, and quoted."""
+    named = argument.startswith("--")
+    option, equals, value = argument.partition("=") if named else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}"  # noqa: PTH111 - the rest of the text stays
+
+
+def run(
+    work: Callable[[list[str]], bool | None],
+    arguments: Sequence[str],
+    extra: str,
+    errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run a command; return its exit status.
+
+    0; 1 if ``work`` returns False; 2 with a short message on bad input.
 
     Args:
-        work: All of it.
-        what: What needs the packages, if one is missing.
-        extra: The extra of ours that brings them.
-        resumes: Whether the same command goes on where it was interrupted.
+        work: The command, called with its arguments.
+        arguments: The command line.
+        extra: The extra of trex-models that the command needs.
+        errors: Further errors that a user can act on.
     """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *errors)
     try:
-        work()
+        passed = work(prepare(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError, ImportError) as error:
+    except expected as error:
         if os.environ.get("TREX_TRACEBACK"):
             raise
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
             remedy = f"pip install trex-models[{extra}]"
-            error = ValueError(f"{what} needs another package, {error.name}: {remedy}")
+            error = ValueError(f"this command needs another package, {error.name}: {remedy}")
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted{'; the same command goes on' if resumes else ''}", file=sys.stderr)
+        print("interrupted; run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
+    return 1 if passed is False else 0
 
 
 def require_writable(out: Path, *suffixes: str) -> None:

@@ -1,0 +1,86 @@
+"""What all commands share: paths with ``~``, and text that stdout cannot encode."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import convert.__main__ as convert
+import hub.__main__ as hub
+import trex_models.features.__main__ as features
+import trex_models.train.__main__ as train
+import trex_models.transfer.__main__ as transfer
+from tests.test_train import TINY
+from trex_models import cli, demo, plot
+from trex_models.train.checkpointing import claimed
+from trex_models.train.config import smoke
+
+Main = Callable[[Sequence[str]], int]
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["~/a b", "--output=~/x", "--data.path", "~", "--label=a=~/x", "a~/x", "--half"]
+    home = ["/home/me/a b", "--output=/home/me/x", "--data.path", "/home/me", *given[4:]]
+    assert cli.prepare(given) == home
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (convert.main, "naver ~/absent ~/out"),
+        (convert.main, "export --to=onnx --out=~/absent/x.onnx resnet18 --file=~/absent"),
+        (demo.main, "--output=~/file"),
+        (features.main, "~/absent --model=pixels --out=~/x.npy"),
+        (features.main, "~ --model=pixels --out=~/file/x.npy"),
+        (features.main, "neighbours ~/absent --query x"),
+        (hub.main, "build ~/absent --output=~/out"),
+        (hub.main, "publish ~/absent --dry-run"),
+        (plot.main, "~/absent"),
+        (train.main, "export ~/absent --output=~/out"),
+        (train.main, "smoke --output=~/file"),
+        (train.main, "smoke --output=~/run --data.source=folder --data.path=~/absent"),
+        (train.main, "smoke --output=~/run --init-from=~/absent"),
+        (transfer.main, "table ~/absent"),
+        (transfer.main, "--model=pixels --data-sets=own=~/absent --out=~/x.json"),
+        (transfer.main, "--model=pixels --data-sets=digits --out=~/file/x.json"),
+    ],
+)
+def test_every_command_expands_home(
+    main: Main,
+    arguments: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "file").touch()
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "home") in error
+    assert "~" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_what_stdout_cannot_encode_is_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert train.main(["smoke", "--output", str(tmp_path / "日本"), *TINY]) == 0
+    assert plot.main([str(tmp_path / "日本"), "--output", str(tmp_path / "caf\udce9.png")]) == 0
+    assert b"u65e5\\u672c" in written.getvalue()
+    assert written.getvalue().endswith(b"/caf\\udce9.png\n")
+
+
+def test_a_run_is_not_written_where_torch_cannot_read(tmp_path: Path) -> None:
+    config = smoke(str(tmp_path / "caf\udce9"))
+    with pytest.raises(ValueError, match="is not valid UTF-8"), claimed(config):
+        pass
+    assert not any(tmp_path.iterdir())
