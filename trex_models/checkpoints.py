@@ -105,6 +105,7 @@ CONTAINERS: dict[str, Collection[str]] = {
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT_NAMES = (".weight", ".bias", ".running_mean", ".running_var")
 _INTEGERS = {"bank labels", "bank ids", "bank ages"}  # parts
 
 
@@ -297,7 +298,7 @@ def _check_type(key: str, part: str, value: Any) -> None:
     integers = (torch.int64,)
     if key.endswith("num_batches_tracked") or part in _INTEGERS:
         allowed: tuple[torch.dtype, ...] = integers
-    elif part.endswith("backbone") and not key.endswith((".weight", ".bias")):
+    elif part.endswith("backbone") and not key.endswith(_FLOAT_NAMES):
         allowed = (*_FLOATS, *integers, torch.bool)  # buffers, such as indices of positions
     else:
         allowed = _FLOATS

@@ -376,12 +376,14 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
     before, now = state["environment"], run.environment
     if state["batchnorm_groups"] != run.batchnorm_groups:
         raise ValueError(
-            f"{path} was saved by {before['processes']} processes, and BatchNorm saw "
+            f"{path} was saved by {before.get('processes')} processes, and BatchNorm saw "
             f"{state['batchnorm_groups']} parts of each batch; with {now['processes']} it would "
-            f"see {run.batchnorm_groups}: start {before['processes']}"
+            f"see {run.batchnorm_groups}: start {before.get('processes')}"
         )
     changed = [
-        f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]
+        f"{name}: {before.get(name)} -> {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
     ]
     if changed:
         run.messages.append(
