@@ -44,7 +44,7 @@ from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 from trex_models.train.distributed import Process
 
-SECONDS, GIBIBYTES = 30, 1.5  # of a file, beyond what the worker has before
+SECONDS, GIBIBYTES = 60, 1.5  # of a file; memory beyond what the worker had before
 NOTHING = torch.empty(0)
 GOOD = {"refused", "loaded", "loaded as written"}
 SETTINGS = (

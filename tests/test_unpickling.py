@@ -153,7 +153,7 @@ def test_entries_have_their_types(bench: Bench, name: str, value: Any) -> None:
         ({"hidden_layers": 100_000}, "describes a larger network than its tensors"),
         ({"backbone_args": ["layers=(100000,1,1,1)"]}, "describes a larger network than its ten"),
         ({"backbone_args": ["layers=(999999999,1,1,1)"]}, "describes a larger network"),
-        ({"hidden_dim": 1_000_000_000}, r"does not match its configuration: .*expected \(10000000"),
+        ({"hidden_dim": 1_000_000_000}, r"do not match its configuration: .*expected \(10000000"),
         ({"backbone_args": ["pretrained=True"]}, "must not load weights.*--init-from"),
         ({"backbone_args": ["pretrained_cfg={'url': 'http://x'}"]}, "must not load weights"),
         ({"backbone_args": ["checkpoint_path=/etc/passwd"]}, "must not load weights"),

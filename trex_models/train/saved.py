@@ -92,13 +92,16 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
         state = checkpointing.load(path)
     config, num_classes = from_dict(state["config"]), len(state["classes"])
     # First without memory: the configuration may ask for a network that the file cannot fill.
-    too_large = f"{path}: its configuration describes a larger network than its tensors"
-    if any(re.search(r"(?<![\d.])\d{7}", text) for text in config.model.backbone_args):
-        raise ValueError(too_large)
-    with torch.device("meta"), _LimitedCalls(5_000 + 50 * len(state["method"]), too_large):
-        expected = build_method(config, num_classes).state_dict()
-    if difference := checkpoints.mismatch(state["method"], expected):
-        raise ValueError(f"{path} does not match its configuration: {difference}")
+    too_large = "its configuration describes a larger network than its tensors"
+    try:
+        if any(re.search(r"(?<![\d.])\d{7}", text) for text in config.model.backbone_args):
+            raise ValueError(too_large)
+        with torch.device("meta"), _LimitedCalls(5_000 + 50 * len(state["method"]), too_large):
+            expected = build_method(config, num_classes).state_dict()
+        if difference := checkpoints.mismatch(state["method"], expected):
+            raise ValueError(f"its weights do not match its configuration: {difference}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     method = build_method(config, num_classes)
     checkpointing.restore({"method": method}, state, path)
     return method, state
