@@ -253,7 +253,10 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
             put(CONV, torch.ones(64, 3, 7, 7).to(torch.complex64)),
             "is torch.complex64 .*expected dense floa",
         ),
-        (put("module.model.encoder.bn1.running_mean", torch.ones(64).long()), "torch.int64, expe"),
+        (
+            put("module.model.encoder.bn1.running_mean", torch.ones(64).long()),
+            "torch.int64 .*expected den",
+        ),
         (put("module.model.encoder.bn1.num_batches_tracked", torch.ones(())), "64-bit integers"),
         (put("module.memory.features", torch.ones(1200, 256).int()), "is torch.int32"),
         (put("module.memory.labels", torch.ones(1200)), "labels is torch.float32 .* 64-bit int"),
