@@ -370,13 +370,8 @@ def _staged(out_dir: Path, names: list[str], needed: int) -> Iterator[tuple[Path
             if (out_dir / name).is_file():
                 raise OSError(f"{name} there is a file")
         out_dir.mkdir(parents=True, exist_ok=True)
-        stage = out_dir / f".{names[-1]}.tmp"
-        shutil.rmtree(stage, ignore_errors=True)  # of a killed process
-        try:
-            stage.mkdir()
+        with folders.temporary_folder(out_dir, names[-1]) as stage:
             yield stage, done
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
         raise OSError(
             f"{out_dir}: {getattr(error, 'strerror', None) or error}; written: "

@@ -256,7 +256,7 @@ def test_a_folder_that_a_killed_start_left_behind_is_taken(tmp_path: Path) -> No
 def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     checkpointing.files(copied)[-1].unlink()
     (copied / "checkpoints/.step_7.pt.tmp").write_bytes(b"half")
-    (copied / "export/.backbone.x1").mkdir()
+    (copied / "export/.backbone.x1.tmp").mkdir()
     (copied / "export/.git").mkdir()
     shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_4.pt")
     shutil.copy(copied / "checkpoints/step_6.pt", copied / "checkpoints/step_5.pt")

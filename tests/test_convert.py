@@ -602,7 +602,7 @@ TREX = ("--model", "trex_resnet50.in1k")
 
 
 NO_WEIGHTS = {
-    "empty": (b"", "no file of torch or safetensors .*; download or copy it again"),
+    "empty": (b"", "not a file of torch or safetensors .*; download or copy it again"),
     "page": (b"<!DOCTYPE html>\n<html>", "web page, not weights; download the file again"),
     "text": (b"404: Not Found", r"begins with b'404: Not Found'\); download or copy"),
 }
@@ -635,7 +635,7 @@ def test_truncated_file(cut: float, backbone: Conversion, scratch: Path) -> None
         assert f"damaged or cut short ({length} bytes); download or copy it again" in message
 
 
-@pytest.mark.parametrize("at", [70, 0.1, 0.5, 0.99, -60])
+@pytest.mark.parametrize("at", [70, 0.1, 0.5, 0.99, -50])
 def test_flipped_byte(at: float, backbone: Conversion, scratch: Path) -> None:
     path = scratch / "trexstar.pth"
     data = bytearray(backbone.path.read_bytes())
@@ -670,9 +670,9 @@ BAD_BACKBONES = {
     ),
     "wrong shape": (
         change("conv1.weight", lambda t: t[:, :, :3]),
-        r"conv1\.weight is \(64, 3, 3, 7\) torch\.float32; a resnet50 has \(64, 3, 7, 7\)",
+        r"conv1\.weight is \(64, 3, 3, 7\) torch\.float32, expected \(64, 3, 7, 7\)",
     ),
-    "wrong dtype": (change("conv1.weight", lambda t: t.half()), r"torch\.float16; a resnet50 has"),
+    "wrong dtype": (change("conv1.weight", lambda t: t.half()), r"torch\.float16, expected"),
     "NaN": (change("bn1.running_var", with_nan), r"bn1\.running_var has 1 values that are not fin"),
     "infinity": (change("fc.weight", lambda _: torch.full((9, 2048), torch.inf)), "18432 values"),
     "classifier": (change("fc.weight", lambda _: torch.ones(9, 2048)), "holds a whole model"),
@@ -694,7 +694,7 @@ ONLINE = "module.model."
 BAD_FULL_FILES = {
     "NaN in the bank": (
         change(f"{BANK}features", with_nan),
-        "the bank's features has 1 values that are not finite",
+        "bank features has 1 values that are not finite",
     ),
     "no labels": (change(f"{BANK}labels", None), "the memory bank has no labels; it is cut down"),
     "no features": (change(f"{BANK}features", None), "bank has no features; it is cut down"),
@@ -757,7 +757,7 @@ def test_pickle_that_wants_other_globals(scratch: Path) -> None:
     for value, wanted in ((Command(scratch / "made"), "posix.mkdir"), (Fraction(1), "Fraction")):
         torch.save({"model": {"conv1.weight": torch.ones(2)}, "epoch": value}, path)
         message = refused(path, scratch / "out")
-        assert re.search(rf"refused: it wants to run \S*{wanted}, which no t-ReX check", message)
+        assert re.search(rf"refused: it wants to run \S*{wanted}; no weights need that", message)
     assert not (scratch / "made").exists()
 
 

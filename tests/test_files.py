@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from trex_models import folders
-from trex_models.files import append, replacing, write_safetensors, write_whole
+from trex_models.files import append, open_new, replacing, write_safetensors, write_whole
 
 
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -56,13 +56,33 @@ def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_remains_of_killed_processes_and_links(tmp_path: Path) -> None:
     (tmp_path / ".file.tmp").symlink_to(tmp_path / "victim")
     write_whole(tmp_path / "file", "new")
-    for name in (".folder.tmp", ".folder.old", "folder"):
+    for name in (".folder.x1.tmp", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
     with folders.replaced(tmp_path / "folder") as beside:
         (beside / "new").touch()
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"file", "folder", "folder/new"}
+
+
+def test_two_writers_of_one_place_do_not_mix(tmp_path: Path) -> None:
+    with folders.replaced(tmp_path / "folder") as first:
+        (first / "a").write_text("first")
+        with folders.replaced(tmp_path / "folder") as second:
+            (second / "b").write_text("second")
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+
+    def write_meanwhile() -> None:
+        with replacing(tmp_path / "file") as file:
+            file.write(b"first")
+            with open_new(tmp_path / ".file.tmp") as other:
+                other.write(b"half")
+
+    with pytest.raises(OSError, match="another process is writing it"):
+        write_meanwhile()
+    assert not (tmp_path / "file").exists()
 
 
 def test_safetensors_are_deterministic(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_checkpoint_of_another_architecture(
     torch.save(state, tmp_path / "step_8.pt")
     assert main(["export", str(tmp_path / "step_8.pt"), "--output", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
-    assert "belongs to another architecture" in err
+    assert "its weights do not match its configuration" in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -382,7 +382,7 @@ def test_damaged_checkpoint_is_named(
     assert "step_1.pt cannot be read as a checkpoint" in capsys.readouterr().err
     torch.save({"weights": 1}, tmp_path / "step_1.pt")
     assert main(["export", str(tmp_path / "step_1.pt"), "--output", str(tmp_path / "out")]) == 2
-    assert "is no checkpoint of this trainer" in capsys.readouterr().err
+    assert "is not a checkpoint of this trainer" in capsys.readouterr().err
 
 
 def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

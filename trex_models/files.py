@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if os.fstat(file.fileno()).st_ino != beside.stat().st_ino:
+                raise OSError(errno.EBUSY, "another process is writing it", str(path))
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows, where folders of killed processes are kept
+    fcntl = None  # type: ignore[assignment]
 
 
 def find(name: str) -> Path | None:
@@ -80,15 +87,38 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; choose another folder")
-    beside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(beside, ignore_errors=True)  # of a killed process
-    try:
-        beside.mkdir()
+    with temporary_folder(folder.parent, folder.name) as private:
+        beside = private / "new"
+        beside.mkdir()  # with the permissions of the umask
         yield beside
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.replace(old)
+            folder.replace(private / "old")
         beside.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Give a hidden folder in ``parent`` for this process alone; delete those of killed ones."""
+    for left in parent.glob(f".{name}.*.tmp"):
+        with suppress(OSError, AttributeError):  # another process is using it
+            os.close(_lock(left))
+            shutil.rmtree(left)
+    prefix = f".{name}."
+    with (
+        TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=parent) as private,
+        ExitStack() as end,
+    ):
+        with suppress(OSError, AttributeError):  # the file system has no locks
+            end.callback(os.close, _lock(Path(private)))
+        yield Path(private)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder until the descriptor that is returned is closed, or the process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor

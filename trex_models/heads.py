@@ -201,6 +201,7 @@ class CosineClassifier(nn.Module):
         self.temperature = temperature
         weight = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight)
+        self.register_parameter("bias", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

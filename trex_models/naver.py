@@ -141,9 +141,9 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
     original = folder / file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder / ".naver.lock"):
-            for pattern in (".*.part", ".*.tmp"):  # of killed processes
-                for left in folder.glob(pattern):
+        with WeakFileLock(folder / f".{file}.lock"):
+            for left in folder.glob(f".{Path(file).stem}.*"):  # of killed processes
+                if left.suffix in (".part", ".tmp"):
                     left.unlink()
             made = cached(name, cache, manifest)
             if made is not None:
@@ -296,8 +296,6 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_whole(record, json.dumps(facts, indent=2) + "\n")
-        if path.suffix == ".part":  # once the weights are there, nobody looks for temporary files
-            path.unlink()
     _logger.warning(
         "converted %s (SHA-256 %s, %s) to %s",
         file,

@@ -5,6 +5,7 @@ Shapes: N images.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -136,13 +137,23 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(b"."):
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if _is_folder(entry) else files).append(entry.name)
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
-            f"{name} cannot be listed ({error.strerror}); repair it, or name another folder"
+            f"{name} cannot be listed ({error.strerror}); fix its permissions or its storage, or "
+            "name another folder"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False  # a link to itself, which cannot be read as an image either
 
 
 def walk(

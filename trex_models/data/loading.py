@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import parent_process
 from typing import Any, Protocol
@@ -148,20 +149,23 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         """Report a long wait once, and end it when asked to stop."""
-        reported = -math.inf
+        reported, asked = -math.inf, math.inf
         while not self._ended.wait(1):
-            since = self._since
-            waited = time.monotonic() - since
-            if waited > _LONG and since != reported:
-                reported = since
-                self._say(
-                    f"no batch for {waited:.0f} s: waiting for loader worker {self._awaited()}, "
-                    "which is stopped or reads from storage that is slow or does not answer"
-                )
-            if waited > _TOO_LONG and self._asked_to_stop():
-                self.gave_up = True
-                for worker in self._batches._workers:
-                    worker.kill()
+            now, since = time.monotonic(), self._since
+            if self._asked_to_stop():
+                asked = min(asked, now)
+            with suppress(AttributeError, KeyError):  # the batch came, or was the last one
+                if now - since > _LONG and since != reported:
+                    reported = since
+                    self._say(
+                        f"no batch for {now - since:.0f} s: waiting for loader worker "
+                        f"{self._awaited()}, which is stopped or reads from storage that is slow "
+                        "or does not answer"
+                    )
+                if now - max(since, asked) > _TOO_LONG:
+                    self.gave_up = True
+                    for worker in self._batches._workers:
+                        worker.kill()
 
     def _awaited(self) -> int:
         """Return the process that makes the next batch."""

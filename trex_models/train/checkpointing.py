@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,9 +100,6 @@ def claimed(config: Config) -> Iterator[None]:
         # Of a process that was killed.
         for torn in folder.glob("checkpoints/.step_*.tmp"):
             torn.unlink()
-        for name in ("backbone", "cls", "proj"):
-            for torn in folder.glob(f"export/.{name}.*"):
-                shutil.rmtree(torn)
         yield
     finally:
         lock.release()

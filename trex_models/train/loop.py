@@ -114,8 +114,9 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             try:
                 with reporter.aside():
                     measured |= validator.measure(run.method)
-            except ValueError:
-                run.save(done)  # of all processes, which fail together here
+            except (ValueError, GaveUpError) as error:
+                if isinstance(error, ValueError) or process.world_size == 1:
+                    run.save(done)  # errors are those of all processes
                 raise
         if measured:
             _report(run, reporter, done, measured)

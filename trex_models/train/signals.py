@@ -89,8 +89,9 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        ended = self._exits and (error is None or isinstance(error, Stopped))
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if self._exits else handler)
+            signal.signal(number, signal.SIG_IGN if ended else handler)
         if self.received and (isinstance(error, GaveUpError) or is_peer_failure(error)):
             raise Stopped(self.received) from error
 
