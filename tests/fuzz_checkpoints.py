@@ -95,6 +95,14 @@ GADGETS = {
     "huge": tensor(10**17, 0, 10**17, 1),
     "memo": b"]r\xff\xff\xff\x7f",
     "nested": b"]q\x00" + b"](h\x00h\x00eq\x00" * 60,
+    "long string in tuples": text("a" * 10_000)
+    + b"\x85q\x00"
+    + b"]("
+    + b"c_codecs\nencode\nh\x00R" * 1000
+    + b"e",
+    "memo of one hash": b"K\x01" + b"".join(b"p%d\n" % (k * (2**61 - 1)) for k in range(40_000)),
+    "extension": b"\x82\x01)R",
+    "instance": b"(ios\nsystem\n",
     "same hash": b"}(" + b"".join(integer(k * (2**61 - 1)) + b"N" for k in range(50_000)) + b"u",
     "attribute": b"ccollections\nOrderedDict\n}" + text("a") + text("b") + b"sb",
     "deep": b"(" * 200_000 + b"t" * 200_000,

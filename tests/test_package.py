@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "licenses": {"checkpoints", "manifest", "naver", "weights"},
     "cli": set(),
     "files": set(),
-    "folders": set(),
+    "folders": {"files"},
     "machine": set(),
     "manifest": {"files"},
     "naver": {"checkpoints", "files", "manifest"},

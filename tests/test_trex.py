@@ -380,7 +380,10 @@ def state_of(name: str, **kwargs: Any) -> dict[str, Tensor]:
 
 def test_file_of_another_width(tmp_path: Path) -> None:
     torch.save(state_of("wide_resnet50_2"), tmp_path / "wide.pth")
-    with pytest.raises(RuntimeError, match=r"wide\.pth: the weights do not match trex_resnet50: layer1\.0\.conv1\.weight is"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"wide\.pth: the weights do not match trex_resnet50: layer1\.0\.conv1\.weight is",
+    ):
         load("trex_resnet50", tmp_path / "wide.pth")
 
 

@@ -24,6 +24,7 @@ from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, DamagedError
 from trex_models.train import saved
 from trex_models.train.config import ModelConfig
+from trex_models.unpickling import PlainUnpickler
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,10 @@ def test_entries_have_their_types(bench: Bench, name: str, value: Any) -> None:
         ({"backbone_args": ["pretrained_cfg={'url': 'http://x'}"]}, "must not load weights"),
         ({"backbone_args": ["checkpoint_path=/etc/passwd"]}, "must not load weights"),
         ({"backbone_args": ["cache_dir=/tmp/x"]}, "must not load weights"),
+        ({"backbone_args": ["device=cpu", "channels=(4,4,8,9000)"]}, "or choose a device"),
+        ({"backbone_args": ["layers=(0x3B9AC9FF,1,1,1)"]}, "describes a larger network"),
+        ({"backbone_args": ["act_layer=os.system"]}, r"step_4\.pt: "),
+        ({"hidden_dim": 10**30}, r"step_4\.pt: "),
         ({"backbone": "hf-hub:someone/resnet10t"}, "is pretrained; training starts from random"),
         ({"backbone": "local-dir:/tmp"}, "is pretrained; training starts from random"),
         ({"hidden_layers": "3"}, "model.hidden_layers has the wrong type str"),
@@ -177,8 +182,26 @@ def test_a_configuration_asks_for_no_more_than_the_file_holds(
 
 
 def test_users_are_told_the_same() -> None:
-    with pytest.raises(ValueError, match="must not load weights, got 'pretrained=True'; name a "):
+    with pytest.raises(
+        ValueError, match="must not load weights or choose a device, got 'pretrained=True'"
+    ):
         ModelConfig(backbone_args=("pretrained=True",))
+
+
+def test_steps_that_went_wrong_are_no_checkpoints(bench: Bench, tmp_path: Path) -> None:
+    contents = {**bench.contents["trainer"], "crops": []}
+    torch.save(contents, tmp_path / "step_4.pt")
+    with pytest.raises(ValueError, match=r"step_4\.pt is a step whose loss was not finite"):
+        saved.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
+
+
+def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
+    pairs = b"](](X\x01\0\0\0aK\x01e](X\x01\0\0\0bK\x02ee"
+    (tmp_path / "list.pkl").write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
+    with (tmp_path / "list.pkl").open("rb") as file:
+        assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
+    torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
+    assert 140_000_000_000_000 in checkpoints.load(tmp_path / "x")["state"]
 
 
 @pytest.mark.slow

@@ -235,8 +235,7 @@ def split(
                 "the file that training wrote"
             )
         class_weights, absent = _prototypes(parts, num_classes)
-    if class_weights is not None and projector:
-        _check_widths(class_weights, projector)
+    _check_classifier(class_weights, class_biases, projector)
     fates = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
     return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, fates)
 
@@ -394,7 +393,12 @@ def _check_entries(contents: Mapping[str, Any], types: Mapping[str, tuple[type, 
     for name, (kind, *of) in types.items():
         value = contents.get(name, kind())
         items = value.values() if isinstance(value, Mapping) else value
-        if not isinstance(value, kind) or (of and not all(isinstance(i, tuple(of)) for i in items)):
+        numbers = [value] if kind is int else items if int in of else []
+        if (
+            not isinstance(value, kind)
+            or (of and not all(isinstance(item, tuple(of)) for item in items))
+            or any(isinstance(number, int) and abs(number) >> 63 for number in numbers)
+        ):
             names = " or ".join(item.__name__ for item in of)
             raise CheckpointError(
                 f"its entry {name!r} is not a {kind.__name__}{f' of {names}' * bool(of)}; use the "
@@ -464,6 +468,8 @@ def _prototypes(
             f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
             f"{_TELL}"
         )
+    if num_classes * features.shape[1] > 1 << 28:
+        raise CheckpointError(f"{num_classes} classes are too many for {features.shape[1]} numbers")
     prototypes = class_means(widen(features), labels, num_classes)
     check_finite({"class means": {"": prototypes}})
     return prototypes, absent
@@ -478,6 +484,8 @@ def _check_projector(projector: Mapping[str, Tensor]) -> None:
     if not projector:
         return
     layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
+    if len(layers) > 100:
+        raise CheckpointError(f"its projector has {len(layers)} layers; it is another network's")
     last = projector.get(f"{layers[-1]}.weight") if layers else None
     first = projector.get(f"{layers[0]}.fc.weight", last) if layers else None
     if last is None or first is None or last.ndim != 2 or first.ndim != 2:
@@ -489,12 +497,19 @@ def _check_projector(projector: Mapping[str, Tensor]) -> None:
     _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
 
 
-def _check_widths(class_weights: Tensor, projector: Mapping[str, Tensor]) -> None:
-    width = projector[f"{_bottleneck(projector)}.weight"].shape[0]
-    if class_weights.ndim != 2 or class_weights.shape[1] != width:
-        raise CheckpointError(
-            f"its class weights, {tuple(class_weights.shape)}, do not fit embeddings of {width}"
-        )
+def _check_classifier(
+    weights: Tensor | None, biases: Tensor | None, projector: Mapping[str, Tensor]
+) -> None:
+    if weights is not None and (weights.ndim != 2 or not len(weights)):
+        raise CheckpointError(f"its class weights are {tuple(weights.shape)}; expected (C, D)")
+    if biases is not None and (weights is None or biases.shape != weights.shape[:1]):
+        raise CheckpointError(f"its class biases, {tuple(biases.shape)}, do not match its weights")
+    if weights is not None and projector:
+        width = projector[f"{_bottleneck(projector)}.weight"].shape[0]
+        if weights.shape[1] != width:
+            raise CheckpointError(
+                f"its class weights, {tuple(weights.shape)}, do not fit embeddings of {width}"
+            )
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
@@ -586,6 +601,8 @@ def load(path: Path | str) -> Mapping[str, Any]:
         "and compare sizes"
     )
     try:
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") > 4 << 20:
+            raise CheckpointError(f"{path}: its header exceeds 4 MiB; it is another network's")
         if start[8:9] == b"{":
             return safetensors.torch.load_file(path)
         if not start.startswith((b"PK\x03\x04", b"\x80")):

@@ -13,8 +13,11 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
+
+from trex_models.files import write_safetensors
 
 try:
     import fcntl
@@ -69,13 +72,21 @@ def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> P
         # It stands at the top level too, and transformers refuses to be told twice.
         config.get("model_args", {}).pop("num_classes", None)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
-        # save_file's are private
-        (beside / "model.safetensors").chmod(config_path.stat().st_mode)
+        _state_license(beside / "model.safetensors", config["pretrained_cfg"].get("license"))
         reloaded = timm.create_model(f"local-dir:{beside}", pretrained=True).eval()
         error = (reloaded(images) - expected).abs().max().item()
         if not error <= 1e-4 * expected.abs().max().item():
             raise RuntimeError(f"the copy in {folder} does not reproduce the model: off by {error}")
     return folder
+
+
+def _state_license(weights: Path, license_: str | None) -> None:
+    """Write the license into the file's metadata, with which it may be passed on alone."""
+    metadata = {"format": "pt"} | ({"license": license_} if license_ else {})
+    fresh = weights.with_name("licensed")
+    with fresh.open("wb") as stream:
+        write_safetensors(stream, load_file(weights), metadata)
+    fresh.replace(weights)
 
 
 @contextmanager

@@ -48,8 +48,7 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
     if form == "official":
         return naver.LICENSE
     if contents is not None and form == "trainer":
-        stated = [contents.get("config", {}).get("license"), contents.get("inherited_license")]
-        return naver.LICENSE if naver.LICENSE in stated else next(filter(_is_name, stated), "")
+        return _chosen(contents.get("config", {}).get("license"), contents.get("inherited_license"))
     if path is None or not path.is_file():
         return ""
     if manifest.sha256(path) in naver.known(weights.cache_folder(), manifest.load()):
@@ -57,20 +56,24 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
     return _stated(path)
 
 
-def _is_name(stated: object) -> bool:
-    return isinstance(stated, str) and bool(stated)
-
-
 def _stated(path: Path) -> str:
     """Return the license in a safetensors file's metadata, or in config.json next to it."""
-    stated: Any = None
+    metadata: Any = None
+    config: Any = None
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        stated = (file.metadata() or {}).get("license")
-    if not stated and path.name.startswith(("model.", "pytorch_model.")):
+        metadata = (file.metadata() or {}).get("license")
+    if path.name.startswith(("model.", "pytorch_model.")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            config = json.loads(path.with_name("config.json").read_text())
-            stated = config["pretrained_cfg"].get("license")
-    return stated if _is_name(stated) else ""
+            text = path.with_name("config.json").read_text()
+            config = json.loads(text)["pretrained_cfg"].get("license")
+    return _chosen(metadata, config)
+
+
+def _chosen(*stated: object) -> str:
+    """Return NAVER's license if any is, otherwise the first that is stated."""
+    names = [name for name in stated if isinstance(name, str) and name]
+    is_naver = any(name.lower() == naver.LICENSE for name in names)
+    return naver.LICENSE if is_naver else next(iter(names), "")
 
 
 def describe(path: Path, architecture: str) -> str:

@@ -343,7 +343,9 @@ def _places(file: str, cache: Path) -> tuple[Path, Path]:
 
 def _recorded(record: Path, field: str) -> str:
     try:
-        value: str = json.loads(record.read_text())[field]
+        value = json.loads(record.read_text())[field]
+        if not isinstance(value, str):
+            raise TypeError(f"{field} is not a string")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{record} is damaged ({error}); delete it") from error
     return value

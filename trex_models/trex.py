@@ -212,7 +212,7 @@ class TRexResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def _fit(found: dict[str, Tensor], model: Any, source: str) -> dict[str, Tensor]:
+def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Leave out the parts of the head that ``model`` lacks; check that the rest matches.
 
     The file of a whole model thus serves the smaller ones, too. timm loads without strictness where
@@ -234,7 +234,7 @@ def _fit(found: dict[str, Tensor], model: Any, source: str) -> dict[str, Tensor]
         expected[key] = expected[key].new_empty(body[key].shape)
     if difference := checkpoints.mismatch(body, expected):
         name = model.pretrained_cfg["architecture"]
-        raise RuntimeError(f"{source}the weights do not match {name}: {difference}")
+        raise RuntimeError(f"the weights do not match {name}: {difference}")
     return found
 
 
@@ -333,18 +333,23 @@ def _create(
             found = given
         else:
             found = checkpoints.split(found, num_classes=cfg.num_classes).state_dict()
-        return _fit(found, model, f"{cfg.file}: " if cfg.file else "")
+        return _fit(found, model)
 
-    return build_model_with_cfg(
-        cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_fn,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
+    try:
+        return build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=filter_fn,
+            cache_dir=cache_dir,
+            **kwargs,
+        )
+    except RuntimeError as error:
+        if given is None or not cfg.file:
+            raise
+        raise RuntimeError(f"{cfg.file}: {error}") from error
 
 
 def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 _LIMIT = 16 << 20  # bytes of a checkpoint's pickle; 100,000 class names take two million
+_CONTAINERS = {tuple, list, dict}
 _LONGEST_SHARED = 256  # characters of a string that a pickle may repeat by reference
 _MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
 _LEGACY_VERSION = 1001
@@ -43,7 +44,8 @@ _STORAGES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
 }
-_REBUILD = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
+_PARAMETER = "torch._utils._rebuild_parameter"
+_REBUILD = {"torch._utils._rebuild_tensor_v2", _PARAMETER, f"{_PARAMETER}_with_state"}
 # Calls in entries that are not weights. The arguments of an official training state include a
 # float64 array; numpy 2 renamed the module of the array's constructor.
 _IGNORED = {
@@ -68,6 +70,11 @@ class _Memo(dict[int, Any]):
     def __getitem__(self, index: int) -> Any:
         return self.shared(super().__getitem__(index))
 
+    def __setitem__(self, index: int, value: Any) -> None:
+        if index >= 1 << 32:  # could all have the same hash
+            raise ValueError(f"memo index {index}")
+        super().__setitem__(index, value)
+
 
 class PlainUnpickler(pickle._Unpickler):
     """Unpickler of dicts, lists, tuples, strings, bytes and numbers; sets become lists.
@@ -76,11 +83,16 @@ class PlainUnpickler(pickle._Unpickler):
         file: Binary stream at the start of a pickle; read up to the pickle's end.
     """
 
-    # Without opcodes that reserve any amount of memory, or repeat what the memo would limit.
+    # Without opcodes that reserve any amount of memory, that repeat what the memo would limit, or
+    # that look up objects of the process.
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if bytes([code]) not in (pickle.DUP, pickle.LONG4, pickle.BYTEARRAY8)
+        if bytes([code])
+        not in (
+            *(pickle.BYTEARRAY8, pickle.DUP, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
+            *(pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        )
     }
     names: ClassVar[set[str]] = {
         "collections.OrderedDict",
@@ -112,20 +124,27 @@ class PlainUnpickler(pickle._Unpickler):
         """Return the value of a call."""
         if name == "_codecs.encode":
             return args[0].encode("latin1")
-        if name == "collections.OrderedDict" and not args:
-            return {}
         (items,) = args or ([],)
         if type(items) is not list:
             raise ValueError(f"{name} takes a list")
+        if name == "collections.OrderedDict":
+            self._dict([part for key, value in items for part in (key, value)])
+            return self.stack.pop()
         return items
 
     def shared(self, value: Any) -> Any:
-        """Return a value that is used again; None for a container, which could grow without end."""
+        """Return a value that is used again, unless it could grow without end."""
         if type(value) in (str, bytes) and len(value) > _LONGEST_SHARED:
             raise RefusedError("it repeats a long string")
-        if type(value) is tuple and len(value) <= 8:
-            return value if all(type(item) in (int, float, str) for item in value) else None
-        return None if type(value) in (tuple, list, dict) else value
+        if type(value) not in _CONTAINERS:
+            return value
+        if type(value) is tuple and len(value) <= 8 and _CONTAINERS.isdisjoint(map(type, value)):
+            return tuple(map(self.shared, value))
+        return self.shared_container()
+
+    def shared_container(self) -> Any:
+        """Refuse a container that is used again."""
+        raise RefusedError("it repeats a list or a dictionary")
 
     def load_call(self) -> None:
         """Call a name with a tuple of arguments."""
@@ -147,7 +166,7 @@ class PlainUnpickler(pickle._Unpickler):
         target = self.stack[-1]
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # Larger integers could all have the same hash.
-            if type(key) not in (str, bytes) and not (type(key) is int and abs(key) < 1 << 31):
+            if type(key) not in (str, bytes) and not (type(key) is int and abs(key) < 1 << 60):
                 raise RefusedError(f"a dictionary has a key of type {type(key).__name__}")
             if type(target) is not dict:
                 raise ValueError("items are set on something that is no dictionary")
@@ -196,23 +215,31 @@ class _TensorUnpickler(PlainUnpickler):
         super().__init__(file)
         self.data, self.records = data, records
         self.itemsizes: dict[str, int] = {}
+        self.storages: dict[str, Tensor] = {}
         self.room = 2 * len(data) + _LIMIT
 
     def persistent_load(self, pid: Any) -> Tensor | None:
         """Return a storage as a tensor of one dimension."""
         kind, storage, key, _, count, *view = pid
         dtype = _STORAGES[storage]
+        if kind != "storage" or type(key) is not str or view not in ([], [None]):
+            raise ValueError("a storage without a name, or a view of one")
         self.itemsizes[key] = dtype.itemsize
         if self.records is None:
             return None
         start, size = self.records[key]
-        if kind != "storage" or view not in ([], [None]) or size != count * dtype.itemsize:
+        if size != count * dtype.itemsize:
             raise ValueError(f"storage {key} has {size} bytes, not {count} of {dtype}")
-        if not count:
+        if key not in self.storages:
+            self.storages[key] = self._storage(dtype, start, size)
+        return self.storages[key]
+
+    def _storage(self, dtype: torch.dtype, start: int, size: int) -> Tensor:
+        if not size:
             return torch.empty(0, dtype=dtype)
         if start % dtype.itemsize:  # torch before 1.6 did not align them
             return torch.frombuffer(bytearray(self.data[start : start + size]), dtype=dtype)
-        return torch.frombuffer(self.data, dtype=dtype, count=count, offset=start)
+        return torch.frombuffer(self.data, dtype=dtype, count=size // dtype.itemsize, offset=start)
 
     def call(self, name: str, args: tuple[Any, ...]) -> Any:
         """Return a tensor; None for a call that is ignored."""
@@ -220,7 +247,7 @@ class _TensorUnpickler(PlainUnpickler):
             return None
         if name not in _REBUILD:
             return super().call(name, args)
-        if name.endswith("_parameter") or self.records is None:
+        if name.startswith(_PARAMETER) or self.records is None:
             return args[0]
         storage, offset, size, stride, _, _, *metadata = args
         _check_view(storage, offset, size, stride)
@@ -237,6 +264,9 @@ class _TensorUnpickler(PlainUnpickler):
             raise RefusedError("its tensors share memory and need more than the file holds")
         return value
 
+    def shared_container(self) -> None:
+        """Return None: entries that are not weights may repeat a list, which nobody reads."""
+
 
 def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
     """Require that a view lies inside its storage and has no more elements."""
@@ -244,12 +274,16 @@ def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
     if len(size) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise ValueError(f"a tensor has offset {offset} and {len(size)} dimensions")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if 0 not in size and not (last < len(storage) >= math.prod(size)):
+    if 0 not in size and last >= len(storage):
         raise ValueError(f"a tensor of shape {tuple(size)} exceeds its storage of {len(storage)}")
+    if 0 not in size and math.prod(size) > len(storage):
+        raise RefusedError("it holds an expanded tensor; save a copy of that tensor")
 
 
 def load_torch(path: Path) -> Any:
-    """Read a file of ``torch.save``, on the CPU. Tensors stay in the file until they are used.
+    """Read a file of ``torch.save``, on the CPU.
+
+    Tensors stay in the file until they are used; do not overwrite it before that.
 
     Args:
         path: A zip file with stored records, or a file of torch before 1.6.
@@ -279,10 +313,13 @@ def _load_zip(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
                 f"its record {info.filename} is compressed, which torch.save never does; zip it "
                 "again without compression (zip -0)"
             )
-        start = info.header_offset + 30 + name_length + extra_length
-        records[name.removeprefix("data/")] = start, info.file_size
-    if len(infos) != len(archive.infolist()) or any(i.compress_type for i in infos.values()):
-        raise ValueError("a record is there twice, or its two headers differ")
+        if info.compress_type or info.compress_size != info.file_size:
+            raise ValueError(f"the headers of record {info.filename} differ")
+        if name.startswith("data/"):
+            start = info.header_offset + 30 + name_length + extra_length
+            records[name.removeprefix("data/")] = start, info.file_size
+    if len(infos) != len(archive.infolist()):
+        raise ValueError("a record is there twice")
     if archive.testzip():
         raise ValueError("a record does not match its checksum")
     if "byteorder" in infos:

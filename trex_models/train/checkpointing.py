@@ -36,6 +36,7 @@ _ENTRIES = {
     *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
+_STEP = {"process", "crops", "labels", "ids"}  # of a step whose loss was not finite
 
 
 class Restorable(Protocol):
@@ -232,7 +233,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this trainer (no config, step and method)")
     try:
         parts = checkpoints.sort(state).parts
-        if "crops" not in state:  # a step whose loss was not finite may hold other values, too
+        if not state.keys() >= _STEP:  # which may hold values that are not finite
             checkpoints.check_finite(parts)
         from_dict(state["config"])
     except ValueError as error:
@@ -255,6 +256,7 @@ def check_belongs(
         ValueError: A setting or a fact was another one when it was saved, such as the classes of
             a data folder that has changed.
     """
+    refuse_step(path, state)
     different = differences(state["config"], config)
     if state["step"] != _step(path):
         different.append(f"step: {state['step']}")
@@ -268,6 +270,16 @@ def check_belongs(
             f"{path} was saved with other {' and '.join(changed)}; restore the data that the run "
             "began with, or choose another --output"
         )
+
+
+def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse a step whose loss was not finite, where a checkpoint is needed.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if "crops" in state:
+        raise ValueError(f"{path} is a step whose loss was not finite, not a checkpoint")
 
 
 def restore(parts: Mapping[str, Restorable], state: Mapping[str, Any], path: Path) -> None:
@@ -299,6 +311,6 @@ def _check_module(module: nn.Module, state: Mapping[str, Any]) -> None:
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                 raise ValueError(f"{name} is {tuple(value.shape)} for {tuple(parameter.shape)}")
         checkpoints.check_finite({"optimizer": state})

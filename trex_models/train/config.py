@@ -23,7 +23,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-_LOADING_ARGS = ("pretrained", "checkpoint_path", "cache_dir")  # of timm.create_model
+_RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of timm.create_model
 _SOURCES_WITH = {
     "split": ("huggingface",),
     "image_column": ("csv", "huggingface"),
@@ -158,9 +158,9 @@ class ModelConfig:
                 f"model.backbone_args takes key=value, got {item[:1000]!r}",
             )
             _require(
-                not key.startswith(_LOADING_ARGS),
-                f"model.backbone_args must not load weights, got {item!r}; name a checkpoint by "
-                "--init-from",
+                not key.startswith(_RESERVED_ARGS),
+                f"model.backbone_args must not load weights or choose a device, got {item!r}; name "
+                "a checkpoint by --init-from",
             )
             try:
                 parsed[key] = ast.literal_eval(text)

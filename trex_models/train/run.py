@@ -353,6 +353,8 @@ def _restore_unreadable(run: Run, indices: list[int]) -> None:
     """Read the images again that could not be read: some may have been mended meanwhile."""
     with distributed.together():
         for index in indices:
+            if not 0 <= index < len(run.dataset.source):
+                raise ValueError(f"the last checkpoint of {run.folder} lists an image {index}")
             try:
                 run.dataset.source.read(index)
             except UnreadableImageError as error:

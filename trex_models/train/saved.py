@@ -38,10 +38,10 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
             must stay under another licence.
     """
     method, state = load_method(path)
+    checkpointing.refuse_step(path, state)
     config = from_dict(state["config"])
-    if weights_license is not None:
-        chosen = resolve_license(weights_license, state["inherited_license"])
-        config = replace(config, license=chosen)
+    chosen = config.license if weights_license is None else weights_license
+    config = replace(config, license=resolve_license(chosen, state["inherited_license"]))
     return export_method(method, config, state["classes"], folder)
 
 
@@ -94,13 +94,13 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     # First without memory: the configuration may ask for a network that the file cannot fill.
     too_large = "its configuration describes a larger network than its tensors"
     try:
-        if any(re.search(r"(?<![\d.])\d{7}", text) for text in config.model.backbone_args):
+        if re.search(r"(?<![\d.])\d{7}", repr(config.model.parsed_backbone_args())):
             raise ValueError(too_large)
         with torch.device("meta"), _LimitedCalls(5_000 + 50 * len(state["method"]), too_large):
             expected = build_method(config, num_classes).state_dict()
         if difference := checkpoints.mismatch(state["method"], expected):
             raise ValueError(f"its weights do not match its configuration: {difference}")
-    except ValueError as error:
+    except Exception as error:  # each network refuses arguments in its own way
         raise ValueError(f"{path}: {error}") from error
     method = build_method(config, num_classes)
     checkpointing.restore({"method": method}, state, path)

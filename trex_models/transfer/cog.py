@@ -33,8 +33,21 @@ def cog(root: Path, level: int) -> tuple[FileSource, FileSource]:
             containers, strings and numbers.
     """
     levels_file, splits_file = (_found(root / "cog", stem) for stem in ("levels", "splits"))
-    concepts = _levels(_content(levels_file), levels_file)[level - 1]
-    content = _content(splits_file)
+    levels, content = _content(levels_file), _content(splits_file)
+    try:
+        return _sources(
+            root / "imagenet21k", _levels(levels, levels_file)[level - 1], content, splits_file
+        )
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{levels_file} or {splits_file} has an unknown layout ({error}); "
+            "docs/transfer_data.md shows those that are read"
+        ) from error
+
+
+def _sources(
+    folder: Path, concepts: list[str], content: Any, splits_file: Path
+) -> tuple[FileSource, FileSource]:
     parts: tuple[list[str], list[str]] = ([], [])
     labels: tuple[list[int], list[int]] = ([], [])
     for label, concept in enumerate(concepts):
@@ -43,7 +56,6 @@ def cog(root: Path, level: int) -> tuple[FileSource, FileSource]:
                 name if "/" in name else f"{concept}/{name}" for name in map(_text, names)
             )
             labels[part].extend([label] * len(names))
-    folder = root / "imagenet21k"
     train, test = (
         FileSource(folder, paths, numbers, concepts)
         for paths, numbers in zip(parts, labels, strict=True)
