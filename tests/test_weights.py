@@ -16,7 +16,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,6 @@ from tests.test_checkpoints import tiny_method
 from trex_models import (
     CheckpointError,
     WeightsError,
-    checkpoints,
     licenses,
     manifest,
     naver,
@@ -556,14 +554,6 @@ def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
             assert model.pretrained_cfg["license"] == "mit"
             assert "origin_url" not in model.pretrained_cfg
     assert load(num_classes=3).fc.weight.shape == (3, 16)
-
-
-def test_threads(release: Path) -> None:
-    """Loading changes no state of torch that another thread relies on."""
-    files = [release / "trexstar_2_checkpoint_full.pth", release / "trex.pth"] * 3
-    with ThreadPoolExecutor(6) as threads:
-        assert len(list(threads.map(checkpoints.load, files))) == 6
-    assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 # Against the loopback Hub

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from trex_models import checkpoints, manifest, naver, weights
 from trex_models.checkpoints import CheckpointError
-from trex_models.manifest import WeightsError
+from trex_models.manifest import Manifest, WeightsError
 
 _NAMES = {file for files in naver.FILES.values() for file in files}
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
@@ -51,9 +51,18 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
         return _chosen(contents.get("config", {}).get("license"), contents.get("inherited_license"))
     if path is None or not path.is_file():
         return ""
-    if manifest.sha256(path) in naver.known(weights.cache_folder(), manifest.load()):
+    if manifest.sha256(path) in naver.known(weights.cache_folder(), _listed()):
         return naver.LICENSE
     return _stated(path)
+
+
+def _listed() -> Manifest:
+    try:
+        return manifest.load()
+    except WeightsError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # a maintainer's, before the first model
+            return Manifest()
+        raise
 
 
 def _stated(path: Path) -> str:
