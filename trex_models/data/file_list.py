@@ -141,8 +141,8 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
-            f"{name} cannot be listed ({error.strerror}); fix its permissions or its storage, or "
-            "name another folder"
+            f"{name} cannot be listed ({error.strerror}); name another folder, or fix its "
+            "permissions or its storage"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
 
