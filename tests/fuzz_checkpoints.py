@@ -378,7 +378,7 @@ def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
         outcome = "refused" if path.name in message else f"NO FILE NAMED: {message[:200]}"
     except RuntimeError as error:
         signal.alarm(0)
-        outcome = "refused" if "do not" in str(error) else f"{type(error).__name__}: {error}"[:200]
+        outcome = "refused" if path.name in str(error) else f"RuntimeError: {error}"[:200]
     except BaseException as error:  # anything else is a finding
         signal.alarm(0)
         outcome = f"{type(error).__name__}: {error}"[:200]

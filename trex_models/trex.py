@@ -230,7 +230,7 @@ def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     body, expected = (
         {k: v for k, v in state.items() if not k.startswith("fc.")} for state in (found, wanted)
     )
-    for key in [key for key in body if key.startswith("conv1.") and key in expected]:
+    for key in {"conv1.weight", "conv1.0.weight"} & body.keys() & expected.keys():
         expected[key] = expected[key].new_empty(body[key].shape)
     if difference := checkpoints.mismatch(body, expected):
         name = model.pretrained_cfg["architecture"]
