@@ -869,7 +869,7 @@ def test_command_line(scratch: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
-    """Above what the imports take, about as much as the file: its pages, and one copy."""
+    """Above what the imports take: the pages of the file, all of which are checked, and one copy."""
     path = scratch / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""
@@ -883,4 +883,4 @@ print((peak() - before) * 1024)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert int(done.stdout.split()[-1]) < 1.4 * path.stat().st_size
+    assert int(done.stdout.split()[-1]) < 1.7 * path.stat().st_size

@@ -53,11 +53,15 @@ def write_safetensors(
     """Write safetensors' format with sorted metadata, whose order safetensors leaves to chance."""
     data = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
-    header = {**json.loads(data[8:start]), "__metadata__": metadata}
+    stream.write(safetensors_header({**json.loads(data[8:start]), "__metadata__": metadata}))
+    stream.write(memoryview(data)[start:])
+
+
+def safetensors_header(header: Mapping[str, object]) -> bytes:
+    """Return the start of a safetensors file: the header's length and the header, sorted."""
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
-    stream.write(len(text).to_bytes(8, "little") + text)
-    stream.write(memoryview(data)[start:])
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from trex_models.files import write_safetensors
+from trex_models.files import safetensors_header
 
 try:
     import fcntl
@@ -84,8 +83,10 @@ def _state_license(weights: Path, license_: str | None) -> None:
     """Write the license into the file's metadata, with which it may be passed on alone."""
     metadata = {"format": "pt"} | ({"license": license_} if license_ else {})
     fresh = weights.with_name("licensed")
-    with fresh.open("wb") as stream:
-        write_safetensors(stream, load_file(weights), metadata)
+    with weights.open("rb") as old, fresh.open("wb") as new:  # without reading the tensors
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        new.write(safetensors_header({**header, "__metadata__": metadata}))
+        shutil.copyfileobj(old, new)
     fresh.replace(weights)
 
 
