@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from trex_models import demo
 from trex_models.train.build import open_source
 from trex_models.train.config import smoke
+from trex_models.train.signals import Stopped
 
 
 @pytest.mark.slow
@@ -50,3 +52,14 @@ def test_unseen_classes_and_new_images_are_new() -> None:
     assert not trained & {new.test.name(i) for i in range(len(new.test))}
     for part in (unseen.train, unseen.test):
         assert not trained & {part.name(i) for i in range(len(part))}
+
+
+def test_a_signal_stops_it_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: object) -> None:
+        raise Stopped(signal.SIGTERM, 3, 9)
+
+    monkeypatch.setattr(demo, "train", stopped)
+    assert demo.main(["--output", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM after step 3 of 9, saved" in capsys.readouterr().out

@@ -33,6 +33,7 @@ from trex_models.evaluation.features import extract_features
 from trex_models.train.build import crop_specs, open_source
 from trex_models.train.config import Config, demo
 from trex_models.train.loop import train
+from trex_models.train.signals import Stopped
 from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
 from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.protocol import knn_score, logistic_scores
@@ -248,7 +249,11 @@ def main(arguments: Sequence[str]) -> int:
     def work(arguments: Sequence[str]) -> None:
         run(demo(parser.parse_args(arguments).output))
 
-    return cli.run(work, arguments, "transfer")
+    try:
+        return cli.run(work, arguments, "transfer")
+    except Stopped as stopped:
+        print(stopped)
+        return 128 + stopped.received
 
 
 if __name__ == "__main__":
