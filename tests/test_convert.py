@@ -869,7 +869,7 @@ def test_command_line(scratch: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
-    """Above what the imports take: the pages of the file, all of which are checked, and one copy."""
+    """Above what the imports take: the pages of the file, which are all checked, and one copy."""
     path = scratch / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""
