@@ -79,7 +79,7 @@ def test_what_stdout_cannot_encode_is_escaped(
     assert written.getvalue().endswith(b"/caf\\udce9.png\n")
 
 
-def test_a_run_is_not_written_where_torch_cannot_read(tmp_path: Path) -> None:
+def test_a_run_is_not_written_where_its_export_cannot_be_read(tmp_path: Path) -> None:
     config = smoke(str(tmp_path / "caf\udce9"))
     with pytest.raises(ValueError, match="is not valid UTF-8"), claimed(config):
         pass

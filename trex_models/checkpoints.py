@@ -601,9 +601,9 @@ def load(path: Path | str) -> Mapping[str, Any]:
         "and compare sizes"
     )
     try:
-        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") > 4 << 20:
-            raise CheckpointError(f"{path}: its header exceeds 4 MiB; it is another network's")
         if start[8:9] == b"{":
+            if int.from_bytes(start[:8], "little") > 4 << 20:
+                raise CheckpointError(f"{path}: its header exceeds 4 MiB; it is another network's")
             return safetensors.torch.load_file(path)
         if not start.startswith((b"PK\x03\x04", b"\x80")):
             raise DamagedError(

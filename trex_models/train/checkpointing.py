@@ -69,7 +69,7 @@ def claimed(config: Config) -> Iterator[None]:
     path = folder / "config.json"
     if config.output != config.output.encode(errors="replace").decode():
         raise ValueError(
-            f"{folder} is not valid UTF-8, so torch could not read checkpoints back; choose "
+            f"{folder} is not valid UTF-8, so safetensors could not read the export back; choose "
             "another --output"
         )
     if path.exists():

@@ -52,7 +52,7 @@ class _File:
     @property
     def has_bank(self) -> bool:
         """Whether there is a memory bank."""
-        return self.value("bank features") is not None and self.value("bank labels") is not None
+        return self.value("bank features") is not None
 
 
 @torch.no_grad()
@@ -235,7 +235,7 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
     """Copy the bank; return why not, where it does not fit."""
     features, labels = file.value("bank features"), file.value("bank labels")
-    if features.shape != bank.features.shape or labels.shape != bank.labels.shape:
+    if features.shape != bank.features.shape:
         return (
             f"the file's is {tuple(features.shape)}, the run's {tuple(bank.features.shape)}; see "
             "objective.bank_size"
@@ -262,11 +262,11 @@ def _other_classes(file: _File, classes: Sequence[str]) -> str:
     weights, labels = file.value("class weights"), file.value("bank labels")
     if weights is not None and weights.shape[:1] != (len(classes),):
         return f"the file's are {tuple(weights.shape)}, the run has {len(classes)} classes"
-    if labels is not None and labels.numel():
+    if labels is not None:
         # A bank does not tell how many classes there are; but for ImageNet's 1000, the last one
         # must have an entry.
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= len(classes) or high + 1 < len(classes) != 1000:
+        high = int(labels.max())
+        if high >= len(classes) or high + 1 < len(classes) != 1000:
             return f"the bank's labels go up to {high}, the run has {len(classes)} classes"
     return ""
 
