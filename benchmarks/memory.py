@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
+from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build, step
-from trex_models.train.config import RECIPES, Config, PrecisionName
+from trex_models.train.config import RECIPES, Config
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd
 
@@ -130,7 +131,7 @@ def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
     method = _method(config, classes, "cpu")
     optimizer, inputs = _parts(config, method, batch, "cpu")
     held = _size([*method.parameters(), *method.buffers(), *inputs[0]])
-    precision = step.Precision.from_name(config.precision, "cpu")
+    precision = Precision.from_name(config.precision, "cpu")
     with profile(
         activities=[ProfilerActivity.CPU], acc_events=True, profile_memory=True
     ) as profiled:
@@ -273,7 +274,7 @@ def _two_steps(
 ) -> dict[str, int]:
     """Take two steps (the first one makes the optimiser's state) and return the bytes by kind."""
     optimizer, inputs = _parts(config, method, batch, device)
-    precision = step.Precision.from_name(config.precision, device)
+    precision = Precision.from_name(config.precision, device)
     trained = [p for p in method.parameters() if p.requires_grad]
     after_forward = []
 

@@ -24,17 +24,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks import reference_step as reference
+from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build
 from trex_models.train.config import (
     Config,
     ModelConfig,
     ObjectiveConfig,
-    PrecisionName,
 )
 from trex_models.train.distributed import Process
 from trex_models.train.optimizer import build_sgd
 from trex_models.train.reporting import Meter
-from trex_models.train.step import Precision, training_step
+from trex_models.train.step import training_step
 
 _DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
     "float32": (torch.float32, "fp32"),
@@ -132,6 +132,7 @@ def our_step(
         method.encoder.compile()
     optimizer = build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay)
     precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
+    precision.apply()
     meter = Meter(Process(0, 1, device))
 
     def step(crops: Sequence[Tensor], labels: Tensor, ids: Tensor) -> None:

@@ -10,12 +10,13 @@ import timm
 import torch
 
 from tests.test_train import TINY, load
+from trex_models.precision import Precision
 from trex_models.train import build
 from trex_models.train.__main__ import parse
 from trex_models.train.config import Config
 from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd
-from trex_models.train.step import Precision, training_step
+from trex_models.train.step import training_step
 
 CLASSES = ["a", "b", "c", "d"]
 PROJECTORS = {

@@ -17,13 +17,14 @@ from tests.test_train import TINY, assert_same_state, last_state, logged, run
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource
 from trex_models.data.transfer import to_device
+from trex_models.precision import Precision, PrecisionName
 from trex_models.train import benchmark, build, checkpointing, saved
-from trex_models.train.config import Config, CropsConfig, ModelConfig, PrecisionName
+from trex_models.train.config import Config, CropsConfig, ModelConfig
 from trex_models.train.distributed import Process
 from trex_models.train.look import LOOK
 from trex_models.train.optimizer import build_sgd
 from trex_models.train.reporting import Meter
-from trex_models.train.step import Precision, training_step
+from trex_models.train.step import training_step
 
 pytestmark = [
     pytest.mark.cuda,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from trex_models.precision import choose_device
 from trex_models.train import distributed
 from trex_models.train.distributed import (
     Process,
@@ -309,5 +310,5 @@ def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])
 def test_device_that_does_not_exist(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^system\.device: "):
-        distributed.choose_device(name)
+    with pytest.raises(ValueError, match=r"^--device: "):
+        choose_device(name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.test_train import assert_same_state, last_state, logged, run
 from trex_models.heads import Projector
+from trex_models.precision import Precision
 from trex_models.train import build, checkpointing
 from trex_models.train.__main__ import parse
 from trex_models.train.bank import MemoryBank
@@ -24,7 +25,7 @@ from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import OnlineClassMeans
 from trex_models.train.optimizer import build_sgd
 from trex_models.train.recompute import kept_buffers, recompute_activations
-from trex_models.train.step import Precision, seed_step, training_step
+from trex_models.train.step import seed_step, training_step
 
 OPTION = "--system.checkpoint-activations"
 BACKBONES: dict[str, dict[str, Any]] = {

@@ -25,13 +25,13 @@ from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.heads import Projector
+from trex_models.precision import Precision
 from trex_models.train import build, saved, validation
 from trex_models.train.bank import MemoryBank
 from trex_models.train.config import Config, DataConfig, ValidationConfig, smoke
 from trex_models.train.distributed import Process, process_group
 from trex_models.train.method import Encoder, TReX
 from trex_models.train.objectives import OnlineClassMeans
-from trex_models.train.step import Precision
 from trex_models.train.validation import Neighbors, ValidationDataset, Validator
 
 SIDE = 24

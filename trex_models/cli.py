@@ -1,16 +1,191 @@
-"""How every command runs: its arguments, what it prints, its errors and exit status."""
+"""How every command runs: subcommands, help, what it prints, its errors and its exit status.
+
+A command is a function: its keyword-only parameters are the options, those annotated
+`tyro.conf.Positional` are positional, and its Google-style docstring is the help.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 import io
 import os
+import re
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import is_dataclass
 from errno import EISDIR
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Command = Callable[..., Any]
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A command ended early, on request: its message goes to stdout.
+
+    Args:
+        message: What to print.
+        status: Exit status.
+        on_all_ranks: Whether all processes stop with this message, so that one prints it.
+    """
+
+    def __init__(self, message: str, status: int, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.on_all_ranks = on_all_ranks
+
+
+def main(
+    commands: Command | Mapping[str, Command],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str | None,
+    extra: str,
+    errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run one command, or one of several subcommands; return the exit status, as `run`.
+
+    Args:
+        commands: The command, or subcommands by name.
+        arguments: The command line.
+        prog: How the program is called, for its help.
+        description: Help of a program with subcommands; a command's own docstring otherwise.
+        extra: The extra of trex-models that the program needs.
+        errors: Further errors that a user can act on.
+    """
+    work = partial(call, commands, prog=prog, description=description)
+    return run(work, arguments, extra, errors)
+
+
+def call(
+    commands: Command | Mapping[str, Command],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str | None = None,
+    **options: Any,
+) -> Any:
+    """Parse a command line with tyro and return what the command returns.
+
+    Prints help, or usage errors with status 2, by raising SystemExit.
+
+    Args:
+        commands: The command, or subcommands by name.
+        arguments: The command line.
+        prog: How the program is called, for its help.
+        description: Help of the program; None for the command's docstring.
+        options: Further arguments of ``tyro.cli``.
+    """
+    import tyro
+
+    parse: Any = tyro.cli
+    if isinstance(commands, Mapping):
+        parse, arguments = tyro.extras.subcommand_cli_from_dict, arguments or ["--help"]
+    for command in commands.values() if isinstance(commands, Mapping) else [commands]:
+        _describe(command)
+    options = {"config": (tyro.conf.FlagCreatePairsOff,), **options}
+    printed = io.StringIO()  # help alone: tyro does not wrap descriptions
+    try:
+        with redirect_stdout(printed) if {"-h", "--help"} & set(arguments) else nullcontext():
+            return parse(
+                commands, args=list(arguments), prog=prog, description=description, **options
+            )
+    finally:
+        width = shutil.get_terminal_size().columns
+        for line in printed.getvalue().splitlines():
+            print(textwrap.fill(line, width) if len(line) > width else line.rstrip())
+
+
+def _describe(command: Any) -> None:
+    """Join the lines of each description, which tyro would break where the source does."""
+    if is_dataclass(command):
+        kind: Any = command
+        fields = {}
+        source: Any = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+        for field, text in pairwise(source.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                fields[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+        for section in get_type_hints(command).values():
+            if is_dataclass(section):
+                _describe(section)
+        entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
+        about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+        command.__doc__ = f"{about}\n\nArgs:{entries}"
+    elif command.__doc__:
+        command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.getdoc(command) or "")
+
+
+def run(
+    work: Callable[[list[str]], bool | None],
+    arguments: Sequence[str],
+    extra: str,
+    errors: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run a command; return its exit status.
+
+    0; 1 if ``work`` returns False or another process failed; 2 with a short message on bad input;
+    130 on Ctrl-C. ``TREX_TRACEBACK=1`` shows where an error comes from.
+
+    Args:
+        work: The command, called with its arguments.
+        arguments: The command line.
+        extra: The extra of trex-models that the command needs.
+        errors: Further errors that a user can act on.
+    """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *errors)
+    try:
+        passed = work(prepare(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Stopped as stopped:
+        if not stopped.on_all_ranks or not rank():
+            print(("" if stopped.on_all_ranks else this_process()) + str(stopped))
+        return stopped.status
+    except Exception as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
+        if os.environ.get("TREX_TRACEBACK") or not (out_of_memory or isinstance(error, expected)):
+            raise
+        message, shared = str(error), getattr(error, "on_all_ranks", False)
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
+            remedy = f"pip install trex-models[{extra}]"
+            message = f"this command needs another package, {error.name}: {remedy}"
+        elif out_of_memory:
+            message = f"{first_line(error)} Use a smaller batch size, or more processes"
+        if not shared or not rank():
+            for line in message.splitlines():
+                print(f"error: {'' if shared else this_process()}{line}", file=sys.stderr)
+        return getattr(error, "exit_status", 2)
+    except KeyboardInterrupt:
+        if not rank():
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 1 if passed is False else 0
+
+
+def rank() -> int:
+    """Return this process's rank among those that torchrun started; 0 for a single process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def this_process() -> str:
+    """Return the start of a message of one process among several."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return f"process {rank()} of {processes}: " if processes > 1 else ""
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
@@ -27,65 +202,59 @@ def _expand_home(argument: str) -> str:
     return f"{option}{equals}{os.path.expanduser(value)}"  # noqa: PTH111 - the rest of the text stays
 
 
-def run(
-    work: Callable[[list[str]], bool | None],
-    arguments: Sequence[str],
-    extra: str,
-    errors: tuple[type[Exception], ...] = (),
-) -> int:
-    """Run a command; return its exit status.
-
-    0; 1 if ``work`` returns False; 2 with a short message on bad input.
-
-    Args:
-        work: The command, called with its arguments.
-        arguments: The command line.
-        extra: The extra of trex-models that the command needs.
-        errors: Further errors that a user can act on.
-    """
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *errors)
-    try:
-        passed = work(prepare(arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except expected as error:
-        if os.environ.get("TREX_TRACEBACK"):
-            raise
-        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
-            remedy = f"pip install trex-models[{extra}]"
-            error = ValueError(f"this command needs another package, {error.name}: {remedy}")
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 1 if passed is False else 0
-
-
-def require_writable(out: Path, *suffixes: str) -> None:
-    """Check a file's name, and that its folder can be written, or made.
+def require_writable(output: Path, *suffixes: str) -> None:
+    """Check the name of ``--output``, and that its folder can be written, or created.
 
     Raises:
         ValueError: It ends in none of the suffixes, or cannot be written.
     """
-    if out.suffix not in suffixes:
-        raise ValueError(f"--out {out}: give a file that ends in {' or '.join(suffixes)}")
+    if output.suffix not in suffixes:
+        raise ValueError(f"--output {output}: give a file that ends in {' or '.join(suffixes)}")
     try:
-        folder = next(place for place in out.absolute().parents if place.exists())
+        folder = next(place for place in output.absolute().parents if place.exists())
         with TemporaryFile(dir=folder):
             pass
-        if out.is_dir():
+        if output.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")
     except OSError as error:
-        reason = error.strerror
         raise ValueError(
-            f"--out {out} cannot be written ({reason}); choose another place"
+            f"--output {output} cannot be written ({error.strerror}); choose another place"
         ) from error
 
 
+def require_at_least(least: int, **options: int) -> None:
+    """Check numbers of a command line, by the names of its parameters.
+
+    Raises:
+        ValueError: One is smaller.
+    """
+    for name, value in options.items():
+        if value < least:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {least}, got {value}")
+
+
+def progress_bar(total: float, description: str, unit: str, **options: Any) -> tqdm[Any]:
+    """Return a progress bar with rate and remaining time, on stderr where that is a terminal."""
+    from tqdm import tqdm
+
+    scaled = unit.startswith(" ")  # many small things: 12k samples
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=scaled,
+        dynamic_ncols=True,
+        **{"disable": None, **options},
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# To be dropped once no command parses its arguments by argparse.
 def positive(text: str) -> int:
     """Return an option's number, 1 at least."""
     return _at_least(1, text)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trex_models.evaluation.neighbors import full_float32
+from trex_models.precision import full_float32
 
 MOMENTUM = 0.9
 EPOCHS = 100

@@ -36,7 +36,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trex_models.evaluation.neighbors import full_float32, require_finite
+from trex_models.evaluation.neighbors import require_finite
+from trex_models.precision import full_float32
 
 _HISTORY = 10
 _ARMIJO, _CURVATURE = 1e-4, 0.1  # a close search: its trials cost no product

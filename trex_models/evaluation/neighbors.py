@@ -10,13 +10,14 @@ Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbours
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trex_models.precision import full_float32
 
 
 def knn_accuracy(
@@ -269,15 +270,3 @@ def require_finite(name: str, features: Tensor, chunk: int) -> None:
         if not finite.all():
             row = start + int((~finite).nonzero()[0])
             raise ValueError(f"{name} must be finite, but row {row} has a NaN or an infinity")
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off: errors of 1e-3 in a product change what is nearest, or best."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32

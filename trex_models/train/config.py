@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+from trex_models.precision import PrecisionName
 
 
 def _require(condition: bool, message: str) -> None:

@@ -20,6 +20,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trex_models.precision import choose_device
+
 T = TypeVar("T")
 
 
@@ -58,7 +60,7 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         PeerError: Another process failed while this one waited for it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), "--system.device")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world_size == 1:
@@ -93,35 +95,6 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
 def is_peer_failure(error: BaseException | None) -> bool:
     """Return whether an error comes from an exchange with a process that is gone."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
-
-
-def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """Return the device of a process.
-
-    Args:
-        name: ``auto`` (CUDA where there is one, else the CPU) or a torch device name.
-        local_rank: Of this process among those of the machine: which CUDA device is its own.
-
-    Raises:
-        ValueError: It does not exist.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(
-            f"system.device: {name!r} is no torch device; try auto, cpu or cuda"
-        ) from None
-    if device.type == "cuda":
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(
-                f"system.device: there is no cuda:{index}, only {torch.cuda.device_count()} CUDA "
-                "devices; start fewer processes or use --system.device cpu"
-            )
-        return torch.device("cuda", index)
-    return device
 
 
 def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> nn.Module:

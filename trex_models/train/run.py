@@ -20,6 +20,7 @@ from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.licenses import resolve_license
+from trex_models.precision import Precision
 from trex_models.train import build, checkpointing, distributed
 from trex_models.train.config import Config, differences, to_json
 from trex_models.train.distributed import Process
@@ -28,7 +29,6 @@ from trex_models.train.method import TReX
 from trex_models.train.optimizer import build_sgd, match_memory_format
 from trex_models.train.preflight import ImageFiles
 from trex_models.train.reporting import Meter
-from trex_models.train.step import Precision
 from trex_models.train.unreadable import UnreadableImages
 from trex_models.train.validation import Neighbors, ValidationDataset
 
@@ -233,6 +233,7 @@ def built(config: Config, process: Process) -> Run:
     """
     with distributed.together():
         precision = Precision.from_name(config.precision, process.device.type)
+        precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)

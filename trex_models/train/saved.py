@@ -14,12 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from trex_models import checkpoints
 from trex_models.licenses import resolve_license
+from trex_models.precision import Precision, choose_device
 from trex_models.train import checkpointing
 from trex_models.train.build import build_method, export_method
 from trex_models.train.config import from_dict
-from trex_models.train.distributed import choose_device
 from trex_models.train.method import TReX
-from trex_models.train.step import Precision, seed_step
+from trex_models.train.step import seed_step
 
 
 def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
@@ -68,6 +68,7 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
     if "crops" not in state:
         raise ValueError(f"{path} is a checkpoint, not a step: it holds no crops")
     precision = Precision.from_name(state["config"]["precision"], device.type)
+    precision.apply()
     seed_step(state["config"]["seed"], state["step"], state["process"])
     crops = [images.to(device) for images in state["crops"]]
     inputs = crops, state["labels"].to(device), state["ids"].to(device)

@@ -5,55 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trex_models.train.config import PrecisionName
+from trex_models.precision import Precision
 from trex_models.train.method import TReX
 from trex_models.train.recompute import kept_buffers
-
-
-@dataclass
-class Precision:
-    """Types of the computation: what autocast casts to, and the loss scaling of float16.
-
-    The float32 islands (norms, logits, prototypes, bank) are in the modules themselves.
-    """
-
-    name: PrecisionName
-    device_type: str
-    autocast_dtype: torch.dtype | None
-    scaler: torch.amp.GradScaler
-
-    @classmethod
-    def from_name(cls, name: PrecisionName, device_type: str) -> Precision:
-        """Build from fp32, tf32, bf16, fp16, or auto: bf16 on CUDA, fp32 elsewhere.
-
-        TF32 is for matrix products and convolutions that stay in float32, on CUDA.
-
-        Raises:
-            ValueError: The device cannot compute so.
-        """
-        if name == "auto":
-            name = "bf16" if device_type == "cuda" else "fp32"
-        elif name in ("tf32", "fp16") and device_type != "cuda":
-            raise ValueError(f"precision {name} needs CUDA, not {device_type}; use fp32 or bf16")
-        tf32 = name != "fp32"
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cudnn.benchmark = True  # crops come in few shapes, which never change
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-        scaler = torch.amp.GradScaler(device_type, enabled=name == "fp16")
-        return cls(name, device_type, dtype, scaler)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context that the forward passes run in."""
-        return torch.autocast(
-            self.device_type, self.autocast_dtype, enabled=self.autocast_dtype is not None
-        )
 
 
 class NonFiniteLossError(ValueError):

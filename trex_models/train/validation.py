@@ -21,6 +21,7 @@ from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
 from trex_models.evaluation.neighbors import hits, knn_votes
 from trex_models.heads import widen
+from trex_models.precision import Precision
 from trex_models.train.distributed import (
     Process,
     broadcast_buffers,
@@ -29,7 +30,6 @@ from trex_models.train.distributed import (
     together,
 )
 from trex_models.train.method import TReX
-from trex_models.train.step import Precision
 
 _QUERIES = 4096
 _Indices = TypeVar("_Indices", range, np.ndarray)

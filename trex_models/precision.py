@@ -1,0 +1,116 @@
+"""Where and in which number formats models compute: device, autocast, TF32, loss scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trex_models.cli import first_line
+
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(
+    name: str = "auto", local_rank: int = 0, option: str = "--device"
+) -> torch.device:
+    """Return the device that a user names.
+
+    Args:
+        name: ``auto`` (CUDA if available, else the CPU) or a torch device name.
+        local_rank: Rank of this process on its machine: the default index of a CUDA device.
+        option: Name of the setting in error messages.
+
+    Raises:
+        ValueError: It is not a device, or not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device).cpu()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            f"{option}: {name!r} is not available as a torch device ({first_line(error)}); use "
+            "auto, cpu or cuda"
+        ) from None
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"{option}: there is no cuda:{index}, only {torch.cuda.device_count()} CUDA devices; "
+            f"start fewer processes, or use {option} cpu"
+        )
+    return torch.device("cuda", index)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number formats of a computation: what autocast casts to, and whether TF32 is allowed.
+
+    The parts that need float32 (norms, logits, prototypes, bank) switch autocast off themselves.
+
+    Attributes:
+        name: fp32, tf32, bf16 or fp16.
+        device_type: Type of the device.
+        scaler: Scaling of the loss, which fp16 needs and other formats pass through.
+    """
+
+    name: PrecisionName
+    device_type: str
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def from_name(cls, name: PrecisionName, device_type: str) -> Precision:
+        """Build from fp32, tf32, bf16, fp16, or auto: bf16 on CUDA, fp32 elsewhere.
+
+        Raises:
+            ValueError: The device does not support it.
+        """
+        if name == "auto":
+            name = "bf16" if device_type == "cuda" else "fp32"
+        elif name in ("tf32", "fp16") and device_type != "cuda":
+            raise ValueError(f"precision {name} needs CUDA, not {device_type}; use fp32 or bf16")
+        return cls(name, device_type, torch.amp.GradScaler(device_type, enabled=name == "fp16"))
+
+    def apply(self) -> None:
+        """Set torch's global switches for training."""
+        products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+        products.allow_tf32 = convolutions.allow_tf32 = self.name != "fp32"
+        convolutions.benchmark = True  # crops come in few shapes, which never change
+
+    def autocast(self) -> torch.autocast:
+        """Return the context for forward passes."""
+        dtype = _AUTOCAST.get(self.name)
+        return torch.autocast(self.device_type, dtype, enabled=dtype is not None)
+
+    @contextmanager
+    def tf32(self) -> Iterator[None]:
+        """Allow TF32 in float32 products and convolutions on CUDA, unless this is fp32."""
+        with tf32(self.name != "fp32"):
+            yield
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in float32 products and convolutions on CUDA within the block."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Switch autocast and TF32 off: an error of 1e-3 in a product changes what is nearest."""
+    with tf32(False), torch.autocast(device.type, enabled=False):
+        yield
