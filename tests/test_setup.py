@@ -85,6 +85,8 @@ LOGGED = [3, 6, 9, 12, 15, 18, 20]
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
 
+Trained = tuple[Path, list[dict[str, Any]]]
+
 
 def batch_keys(step: int) -> list[tuple[int, int]]:
     """The (epoch, index) keys of a global batch: stream 1 of the seed is the order."""
@@ -102,13 +104,12 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
 
     def recording(model: Any, method: Any, optimizer: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        _, crops, labels, ids, rate = args
-        seen = {"seed": torch.initial_seed(), "crops": crops, "ids": ids, "rate": rate}
-        files = {path.name for path in checkpointing.files(Path(config.output))}
+        seen = dict(zip(("precision", "crops", "labels", "ids", "rate"), args, strict=True))
+        seen["seed"] = torch.initial_seed()
+        seen["files"] = {path.name for path in checkpointing.files(Path(config.output))}
         loss, logits = training_step(model, method, optimizer, *args)
-        group_rates = {group["lr"] for group in optimizer.param_groups}
-        seen |= {"labels": labels, "loss": loss, "logits": logits, "group_rates": group_rates}
-        steps.append(seen | {"files": files})
+        seen["group_rates"] = {group["lr"] for group in optimizer.param_groups}
+        steps.append(seen | {"loss": loss, "logits": logits})
         return loss, logits
 
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +122,7 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A finished run's folder, and its steps."""
     folder = tmp_path_factory.mktemp("setup") / "run"
     return folder, train(replace(CONFIG, output=str(folder)))
@@ -188,9 +189,7 @@ def test_other_objectives_follow_the_config() -> None:
     assert cosine.objective.classifier.temperature == 0.25
 
 
-def test_steps_use_the_runs_rates_order_and_crops(
-    trained: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_steps_use_the_runs_rates_order_and_crops(trained: Trained) -> None:
     _, steps = trained
     assert [seen["rate"] for seen in steps] == pytest.approx(RATES, rel=1e-12)
     assert [seen["group_rates"] for seen in steps] == [{seen["rate"]} for seen in steps]
@@ -204,12 +203,12 @@ def test_steps_use_the_runs_rates_order_and_crops(
             assert torch.equal(crops, expected)
 
 
-def test_metrics_are_those_of_the_steps(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_metrics_are_those_of_the_steps(trained: Trained) -> None:
     folder, steps = trained
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == LOGGED
-    assert [line["step"] for line in lines if "val_top1" in line] == [8, 16, 20]
-    assert [line["step"] for line in lines if "val_knn" in line] == [8, 16, 20]
+    for name in ("val_top1", "val_knn"):
+        assert [line["step"] for line in lines if name in line] == [8, 16, 20]
     # Accuracies of the first global crop, and of the last local one.
     first: list[float] = []
     last: list[float] = []
@@ -224,9 +223,7 @@ def test_metrics_are_those_of_the_steps(trained: tuple[Path, list[dict[str, Any]
     assert first != last
 
 
-def test_checkpoints_come_every_so_many_minutes(
-    trained: tuple[Path, list[dict[str, Any]]],
-) -> None:
+def test_checkpoints_come_every_so_many_minutes(trained: Trained) -> None:
     """A minute is three steps of 20 s, and the last two checkpoints are kept."""
     folder, steps = trained
     for done, seen in enumerate(steps):
@@ -252,7 +249,7 @@ def test_each_process_has_its_part_of_a_batch_and_its_own_seeds(tmp_path: Path) 
 
 
 def test_all_processes_start_from_the_weights_of_init_from(
-    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 alone reads the file; what it broadcasts is replayed to rank 1."""
     folder, _ = trained
