@@ -29,6 +29,7 @@ from hub.figures import reported
 from hub.folder import load
 from trex_models import naver
 from trex_models.data.folder import FolderSource
+from trex_models.data.sources import digest
 from trex_models.evaluation.features import image_batches
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.evaluation.splits import held_out
@@ -89,12 +90,14 @@ def measure(
             "protocol": kind,
             "sha256": sha256(folder / "model.safetensors"),
             "images": len(val),
+            "images_sha256": _images(val),
         }
         if kind == LINEAR:
             if train is None:
                 print(f"{name}: not measured, for {imagenet / 'train'} is missing")
                 continue
-            facts |= {"train_images": len(train), "epochs": protocol.epochs}
+            facts |= {"train_images": len(train), "train_images_sha256": _images(train)}
+            facts |= {"epochs": protocol.epochs}
         if facts.items() <= results.get(name, {}).items():
             print(f"{name}: measured already, {results[name]['top1']:.2f} %")
             continue
@@ -152,7 +155,7 @@ def linear_accuracy(
     device = torch.device(protocol.device)
     samples = []
     for split, source in (("train", train), ("val", val)):
-        path = features_folder / f"{stem}-{split}-{len(source)}.npy"
+        path = features_folder / f"{stem}-{split}-{_images(source)[:12]}.npy"
         if not path.exists():
             keep_features(folder, source, path, protocol)
         features = torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
@@ -224,6 +227,11 @@ def _source(root: Path, protocol: Protocol) -> FolderSource:
             f"{odd[0]}"
         )
     return source
+
+
+def _images(source: FolderSource) -> str:
+    """Hash the list of images with the sizes and modification times of their files."""
+    return digest(source.digest(), source.stats()[:, :2])
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -602,6 +603,27 @@ def test_a_changed_file_alone_is_committed(
     assert third.outputs != second.models["small_trex"].outputs
 
 
+def test_a_commit_by_others_in_between_is_not_overwritten(
+    built: Path,
+    hub: Hub,
+    api: HfApi,
+    push: Callable[..., Manifest],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(built / "small_trex")
+    (built / "small_trex" / "NOTICE").write_text("Ada has moved.\n")
+    commit = api.create_commit
+
+    def late(*args: Any, **options: Any) -> Any:
+        hub.add("trex-models/small_trex", {"NOTICE": b"Charles was faster.\n"})
+        return commit(*args, **options)
+
+    monkeypatch.setattr(api, "create_commit", late)
+    with pytest.raises(HubError, match="answered 412"):
+        push(built / "small_trex")
+    assert len(hub.repos["trex-models/small_trex"].commits) == 3
+
+
 def test_dry_run_sends_nothing(
     built: Path,
     hub: Hub,
@@ -875,6 +897,18 @@ def test_verify(
     assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in check()
 
 
+def test_verify_loads_models_of_the_zoo_by_name(
+    built: Path,
+    push: Callable[..., Manifest],
+    check: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push(built / "small_trex")
+    assert "by its name" not in check()
+    monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
+    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", check())
+
+
 def test_verify_compares_keys_and_shapes(
     built: Path,
     hub: Hub,
@@ -1012,6 +1046,20 @@ def test_measured_top1_is_the_known_one(
     again = imagenet.measure(rightful, replica, tmp_path, longer)
     assert again["trex_resnet50.in1k"]["epochs"] == 301
     assert [path.stat().st_mtime_ns for path in kept] == before
+
+
+def test_as_many_other_images_are_measured_again(
+    rightful: Path, replica: Path, tmp_path: Path
+) -> None:
+    root, features = tmp_path / "images", tmp_path / "features"
+    shutil.copytree(replica, root)
+    imagenet.measure(rightful, root, tmp_path, SMALL)
+    for file, kept in (("val/ant/val_0.png", 3), ("train/ant/train_0.png", 4)):
+        picture(COLOURS["ant"], 7).save(root / file)
+        os.utime(root / file, (10**9, 10**9))
+        found = imagenet.measure(rightful, root, tmp_path, SMALL)
+        assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
+        assert len(list(features.iterdir())) == kept
 
 
 def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:
