@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -111,6 +111,15 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     image = Image.fromarray(pixels)
     expected = create_transform(**resolve_model_data_config(source(stock)))(image)
     torch.testing.assert_close(ImageClassification(**values)(image), expected)
+
+
+def test_weights_in_a_file_have_their_own_license(tmp_path: Path) -> None:
+    own, path = tmp_path / "own.safetensors", tmp_path / "model.pth"
+    save_file(timm.create_model("resnet18").state_dict(), own, {"license": "cc-by-4.0"})
+    status, printed, _ = run("resnet18", "--file", own, "--to", "torchvision", "--out", path)
+    assert (status, "cc-by-4.0" in printed) == (0, True)
+    facts = json.loads(path.with_name("model.pth.json").read_text())
+    assert (facts["license"], facts["origin"]) == ("cc-by-4.0", "the file own.safetensors")
 
 
 def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:

@@ -158,6 +158,24 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     assert Path("f.npy").read_bytes() != before
 
 
+def test_changed_images_with_the_same_names_are_extracted_again(
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(models, "images", "--out", "f.npy") == 0
+    before = np.load("f.npy")
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, "9.png")
+        assert run(models, "images", "--out", "cut.npy") == 130
+    save_image(place / "images" / "a" / "0.png", 99)
+    os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
+    assert run(models, "images", "--out", "f.npy") == 2
+    assert "something else (images_sha256 differs)" in capsys.readouterr().err
+    assert run(models, "images", "--out", "cut.npy") == 0
+    assert "going on" not in capsys.readouterr().out
+    changed = (np.load("cut.npy") != before).any(1)
+    assert changed.tolist() == [True] + 10 * [False]
+
+
 @pytest.mark.usefixtures("place")
 def test_a_file_of_something_else_is_not_replaced_unasked(
     models: Path, capsys: pytest.CaptureFixture[str]

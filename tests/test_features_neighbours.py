@@ -22,6 +22,7 @@ from tests.test_folder import save_image
 from trex_models.evaluation.neighbors import nearest_neighbors
 from trex_models.features import neighbours, picture
 from trex_models.features.__main__ import main
+from trex_models.features.file import Features
 from trex_models.features.neighbours import Neighbours, find
 from trex_models.transfer import pictures
 
@@ -55,6 +56,14 @@ def test_neighbours_are_the_nearest_by_cosine_and_not_the_query(place: Path) -> 
     assert by_name.names == [found.names[row] for row in nearest]
     np.testing.assert_allclose(by_name.similarities, cosines[nearest], atol=1e-5)
     assert by_name.path == place / "images" / found.names[3]
+
+
+def test_a_query_excludes_itself_and_not_its_duplicates(tmp_path: Path) -> None:
+    rows = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
+    found = Features(rows, ["one.png", "same.png", "other.png"], {"root": str(tmp_path)})
+    one, same = find(found, ["one.png", "same.png"], 2)
+    assert one.names == ["same.png", "other.png"]
+    assert same.names == ["one.png", "other.png"]
 
 
 def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:

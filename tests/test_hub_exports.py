@@ -119,6 +119,19 @@ def test_every_export_of_a_resnet(
 
 
 @pytest.mark.parametrize(
+    ("objective", "layers", "architecture"),
+    [("ocm", 3, "trex_resnet50_cls"), ("look", 1, "trexstar_resnet50_proj")],
+)
+def test_exports_of_the_papers_models_have_their_names(
+    objective: str, layers: int, architecture: str, tmp_path: Path
+) -> None:
+    own = {"backbone": "resnet50", "backbone_args": (), "hidden_layers": layers}
+    export(tmp_path, objective, "mlp", **own)
+    config = json.loads((tmp_path / architecture[-4:].strip("_") / "config.json").read_text())
+    assert config["architecture"] == architecture
+
+
+@pytest.mark.parametrize(
     ("model", "part", "width"), [(VIT, "backbone", 192), (VIT, "cls", 192), (WIDER, "cls", 1024)]
 )
 def test_exports_of_other_architectures(

@@ -15,6 +15,7 @@ from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import (
+    TREX_CROPS,
     Batch,
     CropSpec,
     EpochSampler,
@@ -23,6 +24,7 @@ from trex_models.data.multicrop import (
 )
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
 from trex_models.data.sources import ArraySource
+from trex_models.data.transform import MultiCrop
 
 SPECS = [
     CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
@@ -38,6 +40,14 @@ def batch_of(keys: list[tuple[int, int]], seed: int = 0) -> Batch:
     batch = dataset(seed).__getitems__(keys)
     assert isinstance(batch, Batch)
     return batch
+
+
+def test_default_crops_are_those_of_the_paper() -> None:
+    global_crops, local_crops = TREX_CROPS
+    assert global_crops == CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW)
+    assert local_crops == CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW)
+    assert MultiCropDataset(FractalSource(3, 5, 32)).specs == list(TREX_CROPS)
+    assert MultiCrop().specs == list(TREX_CROPS)
 
 
 def test_shapes_and_labels() -> None:
