@@ -51,7 +51,7 @@ def write_model(folder: Path, name: str, license: str = "mit", **kwargs: Any) ->
                 tensor.data.add_(torch.randn_like(tensor) / 10)
             assert module.running_var is not None
             module.running_var.uniform_(0.5, 1.5)
-    cfg = {"input_size": (3, SIDE, SIDE), "crop_pct": 0.9, "license": license}
+    cfg = {"input_size": (3, SIDE, SIDE), "crop_pct": 0.93, "license": license}
     config = {"pretrained_cfg": {**vars(model)["pretrained_cfg"], **cfg}}
     kwargs.pop("num_classes", None)
     save_for_hf(model, str(folder), model_config=config, model_args=kwargs, safe_serialization=True)

@@ -158,6 +158,20 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     assert Path("f.npy").read_bytes() != before
 
 
+@pytest.mark.usefixtures("place")
+def test_precision_and_type_make_other_features(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for precision in ("fp32", "bf16"):
+        assert run(models, "images", "--out", f"{precision}.npy", "--precision", precision) == 0
+    exact, rounded = np.load("fp32.npy"), np.load("bf16.npy")
+    assert not np.array_equal(rounded, exact)
+    np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
+    for option, value in (("precision", "bf16"), ("dtype", "float16")):
+        assert run(models, "images", "--out", "fp32.npy", f"--{option}", value) == 2
+        assert f"something else ({option} differs)" in capsys.readouterr().err
+
+
 def test_changed_images_with_the_same_names_are_extracted_again(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,6 +74,16 @@ def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:
     assert len(answer.names) == 11
 
 
+@pytest.mark.usefixtures("place")
+def test_another_image_is_prepared_and_computed_as_those_of_the_file(models: Path) -> None:
+    shutil.copy("images/b/5.png", "new.png")
+    for option in ("--precision bf16", "--preprocessing validation"):
+        given = ["--out", "other.npy", "--overwrite", *option.split()]
+        assert run(models, "images", *given) == 0
+        [answer] = find(trex_models.features.load("other.npy"), ["new.png"], 1)
+        assert answer.similarities[0] == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value", "differing"),
     [

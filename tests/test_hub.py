@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
 from trex_models import folders, manifest, naver
-from trex_models.evaluation.linear import Setting
+from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.manifest import Manifest, WeightsError, sha256
 from trex_models.trex import default_cfgs
 
@@ -870,6 +870,8 @@ def test_verify(
     near = tuple(value * (1 + 5e-4) for value in entry.outputs)
     rewrite(path, outputs=near)
     assert ": good: " in check()
+    rewrite(path, outputs=tuple(value * (1 + 2e-3) for value in entry.outputs))
+    assert "DIFFERS: outputs are off by 0.002 of the largest" in check()
     far = (*entry.outputs[:-1], entry.outputs[-1] * 2)
     rewrite(path, outputs=far)
     assert re.match(r"small_trex: DIFFERS: outputs are off by 0.5 of the largest, more", check())
@@ -1060,6 +1062,27 @@ def test_as_many_other_images_are_measured_again(
         found = imagenet.measure(rightful, root, tmp_path, SMALL)
         assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
         assert len(list(features.iterdir())) == kept
+
+
+def test_other_weights_of_the_same_name_are_measured_again(
+    replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The setting is chosen on a fifth of train, and the last layer fitted to all of it."""
+    sizes = []
+
+    def noting(train: Samples, test: Samples, settings: Sequence[Setting], **options: Any) -> Any:
+        sizes.append((len(train.rows), len(test.rows), len(settings)))
+        return fitted_accuracies(train, test, settings, **options)
+
+    monkeypatch.setattr(imagenet, "fitted_accuracies", noting)
+    folder = tmp_path / "models" / "trex_resnet50.in1k"
+    for seed in (0, 1):
+        tiny_folder(folder, seed)
+        quick = dataclasses.replace(SMALL, epochs=1)
+        [result] = imagenet.measure(tmp_path / "models", replica, tmp_path, quick).values()
+        assert result["sha256"] == sha256(folder / "model.safetensors")
+        assert len(list((tmp_path / "features").iterdir())) == 2 * (seed + 1)
+    assert sizes == [(16, 4, 2), (20, 16, 1)] * 2
 
 
 def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
+from trex_models.transfer import encoders
 from trex_models.transfer.encoders import calibrated, load, weights_digest
 
 
@@ -112,6 +113,22 @@ def test_calibration_gives_batchnorm_the_images_statistics() -> None:
     )
     twin = calibrated(load("test_resnet", untrained=True), source, "dark noise")
     assert twin.identity() == after.identity()
+
+
+def test_calibration_takes_images_evenly_over_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    class Noting(ArraySource):
+        def read(self, index: int) -> np.ndarray:
+            read.append(index)
+            return super().read(index)
+
+    monkeypatch.setattr(encoders, "_CALIBRATION_IMAGES", 4)
+    pixels = np.random.default_rng(0).integers(0, 100, (8, 40, 40, 3), dtype=np.uint8)
+    source = Noting(pixels, np.zeros(8, int), ["a"])
+    after = calibrated(load("test_resnet", untrained=True), source, "noise")
+    assert read == [0, 2, 4, 6]
+    assert after.facts["batchnorm"] == "statistics of 4 training images of noise"
 
 
 def test_pixels_are_an_encoder() -> None:
