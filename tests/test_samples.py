@@ -89,6 +89,8 @@ class TestPhotographs:
                 seen[top : top + side, left : left + side] += 1
         assert seen.max() == 1
         assert len(parts["train"]) >= 1.4 * len(parts["test"]) > 0
+        tuning = samples._tiles(height, width, validation=True)  # the test tiles stay unseen
+        assert sorted(tuning["train"] + tuning["test"]) == sorted(parts["train"])
 
     def test_windows_stay_within_a_tile_of_their_part(self) -> None:
         rng = np.random.default_rng(0)

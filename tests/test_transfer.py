@@ -305,6 +305,9 @@ def test_models_share_a_table_and_a_picture(
         assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
         with Image.open(picture) as image:
             assert image.width > 500
+    asked = ["--kind", "analyses", "--data-set", "nowhere", "--out", str(picture)]
+    assert main(["plot", one, *asked]) == 2
+    assert "no report has analyses of 'nowhere'" in capsys.readouterr().err
     picture = tmp_path / "scatter.svg"
     assert main(["plot", other, "--out", str(picture)]) == 0
     assert picture.stat().st_size > 10_000

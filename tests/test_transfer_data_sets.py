@@ -19,11 +19,13 @@ import torchvision
 from tests import replicas
 from tests.replicas import REPLICAS, Files, Parts, cog_lists, folders, touch, write
 from trex_models.data.file_list import FileSource
+from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import Source
 from trex_models.demo import tasks
 from trex_models.train.config import demo
 from trex_models.transfer import readers
 from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
+from trex_models.transfer.evaluate import Task
 
 ON_DISK = sorted(REPLICAS)
 
@@ -210,6 +212,13 @@ def test_own_folders_in_two_parts(tmp_path: Path, second: str) -> None:
     train, test = folders(tmp_path, "train", 3), folders(tmp_path, second, 1)
     found = open_checked(own(tmp_path), Path("/elsewhere"))
     assert [files(part, tmp_path) for part in found] == [train, test]
+
+
+def test_the_size_of_own_folders_decides_their_classifier() -> None:
+    [own] = select("mine=anywhere")
+    test = FractalSource(2, 5, 16)
+    for count, classifier in ((10, "logistic"), (50_001, "sgd")):
+        assert Task(own, FractalSource(2, count, 16), test).classifier == classifier
 
 
 def test_own_folders_in_three_parts_are_fitted_on_two(tmp_path: Path) -> None:
