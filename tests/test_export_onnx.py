@@ -108,6 +108,14 @@ def backbone(whole: Path) -> to_onnx.Graph:
     return to_onnx.Graph(model, NORMALISE).eval()
 
 
+@torch.no_grad()
+def test_a_graph_normalizes_pixels_itself(whole: Path) -> None:
+    graph = backbone(whole)
+    pixels = torch.randint(0, 256, (2, SIDE, 48, 3), dtype=torch.uint8)
+    images = normalize(pixels.permute(0, 3, 1, 2) / 255, *map(list, NORMALISE))
+    torch.testing.assert_close(graph(pixels), graph.model(images), rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def exported(whole: Path) -> bytes:
     """The file of a backbone, for one size."""
