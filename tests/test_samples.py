@@ -19,6 +19,9 @@ def test_array_source() -> None:
     assert source.read(1).tolist() == images[1].tolist()
     assert source.labels.dtype == np.int64
     assert source.name(0) == "dog image 0"
+    others = [(images, [0, 1], ["cat", "dog"]), (images, [1, 0], ["dog", "cat"])]
+    others.append((images[::-1], [1, 0], ["cat", "dog"]))
+    assert source.digest() not in {ArraySource(*other).digest() for other in others}
 
 
 @pytest.mark.parametrize(

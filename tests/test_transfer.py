@@ -118,6 +118,9 @@ def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
     transfer = report["transfer"]
     assert transfer["data_sets"] == ["easy", "hard"]
     assert transfer["mean_log_odds"] == pytest.approx(np.mean(by_seed))
+    by_neighbors = [entry["knn"]["log_odds"] for entry in report["data_sets"].values()]
+    assert transfer["knn_mean_log_odds"] == pytest.approx(np.mean(by_neighbors))
+    assert by_neighbors[0] == pytest.approx(math.log(35.5 / 0.5))
     half = student.ppf(0.975, 1) * np.std(by_seed, ddof=1) / math.sqrt(2)
     assert transfer["interval"] == pytest.approx([np.mean(by_seed) - half, np.mean(by_seed) + half])
 
@@ -127,7 +130,8 @@ def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["data set", "easy", "hard", "mean log-odds of 2 sets"]
     hard = report["data_sets"]["hard"]
-    assert rows[2][2].startswith(f"{100 * hard['top1']['mean']:.1f} (")
+    mean, *ends = (100 * value for value in (hard["top1"]["mean"], *hard["top1"]["test_interval"]))
+    assert rows[2][2] == f"{mean:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
     assert rows[3][-1].startswith(f"{report['transfer']['mean_log_odds']:.3f} (")
     assert "counts as half a test image off" in text
     assert report["protocol"]["note"] in text
