@@ -19,7 +19,7 @@ import torch
 
 from tests.test_train import assert_same_state, last_state, logged, run
 from trex_models.checkpoints import DamagedError
-from trex_models.train import checkpointing, loop, saved
+from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
 from trex_models.train.step import training_step
 
@@ -274,8 +274,8 @@ def test_a_step_that_diverged_can_be_repeated(
     assert len(err.splitlines()) == 1
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "lower optim.base_lr" in err
-    assert f"trex_models.train.saved.load_step('{path}')" in err
-    method, (crops, labels, ids), precision = saved.load_step(path)
+    assert f"trex_models.train.export.load_step('{path}')" in err
+    method, (crops, labels, ids), precision = export.load_step(path)
     before = copy.deepcopy(method.state_dict())
     assert all(parameter.isfinite().all() for parameter in method.parameters())
     with precision.autocast():
@@ -289,7 +289,7 @@ def test_a_step_that_diverged_can_be_repeated(
     assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
     assert torch.equal(before["objective.bank.features"], bank.features)
     with pytest.raises(ValueError, match="is a checkpoint, not a step"):
-        saved.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
+        export.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
 
 
 def save_as_checkpoint(path: Path, target: Path) -> Path:

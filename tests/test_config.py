@@ -13,14 +13,14 @@ import pytest
 
 from trex_models.train import config as config_module
 from trex_models.train.config import (
-    RECIPES,
     Config,
     DataConfig,
     ModelConfig,
-    differences,
+    config_diff,
     from_dict,
     to_json,
 )
+from trex_models.train.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_json_round_trip(recipe: str) -> None:
     config = RECIPES[recipe]("out")
     saved = json.loads(to_json(config))
     assert from_dict(saved) == config
-    assert differences(saved, config) == []
+    assert config_diff(saved, config) == []
 
 
 def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
@@ -70,9 +70,9 @@ def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
     moved = dataclasses.replace(
         config, output="elsewhere", system=dataclasses.replace(config.system, workers=3)
     )
-    assert differences(saved, moved) == []
+    assert config_diff(saved, moved) == []
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_layers=2))
-    assert differences(saved, other) == ["model.hidden_layers: 1 -> 2"]
+    assert config_diff(saved, other) == ["model.hidden_layers: 1 -> 2"]
 
 
 def test_unknown_saved_field_is_an_error() -> None:

@@ -28,7 +28,7 @@ from trex_models import Projector
 from trex_models.data import GLOBAL_LAW, LOCAL_LAW, CropSpec, FractalSource, MultiCrop
 from trex_models.data.decode import decode_image
 from trex_models.evaluation import knn_accuracy, knn_votes
-from trex_models.train import (
+from trex_models.method import (
     LOOK,
     CosineSoftmax,
     Encoder,
