@@ -293,7 +293,7 @@ def test_unreadable_image_ends_the_run(
         (["--model.backbone", "trex_resnet50", "--model.backbone-args"], "trex_resnet50"),
         (["--data.path", "images"], "add --data.source folder"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
-        (["--system.device", "gpu"], "no torch device"),
+        (["--system.device", "gpu"], "not an available torch device"),
         (["--seed", "-1"], "seed must not be negative"),
         (["--optim.batch-size", "1"], "BatchNorm needs at least 2"),
         (["--model.backbone", "hf-hub:timm/resnet18.a1_in1k"], "name the architecture alone"),

@@ -22,6 +22,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(least: float, section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(
+            value is None or value >= least,
+            f"{prefix}.{name} must be at least {least}, got {value}",
+        )
+
+
 _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of timm.create_model
 _SOURCES_WITH = {
     "split": ("huggingface",),
@@ -82,13 +91,9 @@ class DataConfig:
             0 <= self.max_unreadable < 1,
             f"data.max_unreadable is a share in [0, 1), got {self.max_unreadable}",
         )
-        _require(
-            self.num_classes > 1, f"data.num_classes must be at least 2, got {self.num_classes}"
-        )
-        for name in ("images_per_class", "image_size"):
-            value = getattr(self, name)
-            _require(value > 0, f"data.{name} must be at least 1, got {value}")
-        _require(self.variation >= 0, f"data.variation must not be negative, got {self.variation}")
+        _require_at_least(2, self, "data", "num_classes")
+        _require_at_least(1, self, "data", "images_per_class", "image_size")
+        _require_at_least(0, self, "data", "variation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +114,8 @@ class CropsConfig:
     """Smallest and largest share of the image's area in a local crop."""
 
     def __post_init__(self) -> None:
-        _require(self.global_crops > 0, "crops.global_crops must be at least 1")
-        _require(self.local_crops >= 0, "crops.local_crops must not be negative")
+        _require_at_least(1, self, "crops", "global_crops")
+        _require_at_least(0, self, "crops", "local_crops")
         _require(
             min(self.global_size, self.local_size) > 0
             and max(self.global_size, self.local_size) <= 2048,
@@ -143,8 +148,8 @@ class ModelConfig:
     """D, width of the projector's output."""
 
     def __post_init__(self) -> None:
-        _require(self.hidden_layers >= 0, "model.hidden_layers must not be negative")
-        _require(min(self.hidden_dim, self.embedding_dim) > 0, "model widths must be at least 1")
+        _require_at_least(0, self, "model", "hidden_layers")
+        _require_at_least(1, self, "model", "hidden_dim", "embedding_dim")
         self.parsed_backbone_args()
 
     def parsed_backbone_args(self) -> dict[str, Any]:
@@ -197,11 +202,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature must be above 0")
-        for name in ("bank_size", "neighbors"):
-            value = getattr(self, name)
-            _require(
-                value is None or value > 0, f"objective.{name} must be at least 1, got {value}"
-            )
+        _require_at_least(1, self, "objective", "bank_size", "neighbors")
         _require(0 <= self.ema_momentum <= 1, "objective.ema_momentum must lie in [0, 1]")
 
 
@@ -225,12 +226,9 @@ class OptimConfig:
     """Weight decay of tensors with more than one dimension; 0 on all others."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            _require(value > 0, f"optim.{name} must be at least 1, got {value}")
-        for name in ("base_lr", "final_lr", "warmup_epochs", "sgd_momentum", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, f"optim.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "optim", "epochs", "batch_size")
+        non_negative = "base_lr", "final_lr", "warmup_epochs", "sgd_momentum", "weight_decay"
+        _require_at_least(0, self, "optim", *non_negative)
         _require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs ({self.warmup_epochs}) exceeds optim.epochs ({self.epochs})",
@@ -267,10 +265,8 @@ class SystemConfig:
     """Also write the metrics for TensorBoard, into the run's folder tensorboard."""
 
     def __post_init__(self) -> None:
-        _require(self.log_every > 0, f"system.log_every must be at least 1, got {self.log_every}")
-        for name in ("workers", "save_minutes", "save_steps"):
-            value = getattr(self, name) or 0
-            _require(value >= 0, f"system.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "system", "log_every")
+        _require_at_least(0, self, "system", "workers", "save_minutes", "save_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,12 +289,8 @@ class ValidationConfig:
     2 GB of device memory on one process, twice that on several; each validation reads them."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "neighbors_among"):
-            value = getattr(self, name)
-            _require(value > 0, f"validation.{name} must be at least 1, got {value}")
-        for name in ("images_per_class", "neighbors"):
-            value = getattr(self, name)
-            _require(value >= 0, f"validation.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "validation", "every", "neighbors_among")
+        _require_at_least(0, self, "validation", "images_per_class", "neighbors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +318,7 @@ class Config:
     """License of the trained weights, written into the export; yours to choose."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         _require(
             not self.validation.path or self.data.source != "fractals",
             "validation.path is set, but data.source is fractals; set "
