@@ -49,3 +49,13 @@ def test_entries_of_no_sample_are_nobodys_own() -> None:
     unknown, _ = look(EMBEDDINGS, LABELS, torch.full((4,), -1))
     assert loss > 0
     assert torch.equal(unknown, loss)
+
+
+def test_ids_of_overwritten_entries_are_forgotten() -> None:
+    bank = filled()
+    for first in range(0, 16, 4):
+        bank.enqueue(EMBEDDINGS, LABELS, torch.arange(first, first + 4))
+    bank.enqueue(EMBEDDINGS, LABELS)
+    assert bank.ids.tolist() == [-1] * 4 + list(range(4, 16))
+    bank.enqueue(EMBEDDINGS, LABELS, torch.arange(20, 24))
+    assert bank.ids.tolist() == [-1] * 4 + list(range(20, 24)) + list(range(8, 16))

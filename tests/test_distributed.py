@@ -109,6 +109,7 @@ def exchanges(process: Process, folder: Path) -> dict[str, Any]:
 
     seen["object"] = distributed.broadcast({"rank": rank, "path": folder / str(rank)})
     seen["gather"] = distributed.gather(torch.full((2, 1), rank)).flatten().tolist()
+    seen["rows"] = distributed.gather_rows(torch.full((rank, 1), rank)).flatten().tolist()
     norm = nn.BatchNorm1d(2)
     for tensor in (*norm.buffers(), *norm.parameters()):
         tensor.data.fill_(rank + 5)
@@ -225,6 +226,7 @@ def test_tensors_and_objects_are_exchanged(seen: Seen) -> None:
     assert alike(seen, "object")["rank"] == 0
     assert alike(seen, "object")["path"].name == "0"
     assert alike(seen, "gather") == [rank for rank in range(size) for _ in range(2)]
+    assert alike(seen, "rows") == [rank for rank in range(size) for _ in range(rank)]
 
 
 def test_buffers_become_those_of_process_0_and_parameters_do_not(seen: Seen) -> None:

@@ -111,7 +111,7 @@ def test_a_bank_of_own_entries_alone_adds_no_loss() -> None:
 
 def test_votes_are_the_weighted_nearest_neighbours() -> None:
     bank = make_bank()
-    z, _, _ = batch()
+    z, _, _ = batch(images=100)  # 300 rows: more than are compared at a time
     votes = LOOK(bank, TAU, 7).logits(z.detach())
     for row, query in zip(votes, z.detach(), strict=True):
         scores = F.cosine_similarity(query[None], bank.features) / TAU

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.test_folder import save_image
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
@@ -21,6 +22,7 @@ from trex_models.data.multicrop import (
     augment,
 )
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
+from trex_models.data.sources import ArraySource
 
 SPECS = [
     CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
@@ -142,6 +144,28 @@ def test_unreadable_image_is_named_without_a_workers_traceback(
     with pytest.raises(ValueError, match="3.png cannot be read") as caught:
         list(load_batches(torn, EpochSampler(4, 4, 1, 0), workers, False))
     assert "Traceback" not in str(caught.value)
+
+
+def test_stand_in_brings_its_own_label_and_id() -> None:
+    """The crops, the label and the id of one position are those of one image."""
+
+    class Torn(ArraySource):
+        def read(self, index: int) -> np.ndarray:
+            if index in (2, 7):
+                raise UnreadableImageError(f"image {index} is torn")
+            return super().read(index)
+
+    images = [np.full((50, 60, 3), 10 * index, np.uint8) for index in range(12)]
+    source = Torn(images, [index % 3 for index in range(12)], ["a", "b", "c"])
+    keys = [(0, 2), (0, 5), (0, 7), (1, 2)]
+    batch = MultiCropDataset(source, SPECS, 0, substitute=True).__getitems__(keys)
+    assert sorted(batch.unreadable) == [2, 7]
+    assert batch.ids[1] == 5
+    assert not {2, 7} & {*batch.ids.tolist()}
+    assert batch.labels.tolist() == [index % 3 for index in batch.ids.tolist()]
+    assert batch.labels[[0, 2, 3]].tolist() != [2 % 3, 7 % 3, 2 % 3]
+    for spec, crops in zip(SPECS, batch.crops, strict=True):
+        assert (crops == 10 * batch.ids.repeat(spec.count)[:, None, None, None]).all()
 
 
 def test_crops_come_from_the_image() -> None:

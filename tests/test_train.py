@@ -294,7 +294,7 @@ def test_unreadable_image_ends_the_run(
         (["--data.path", "images"], "add --data.source folder"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
         (["--system.device", "gpu"], "not an available torch device"),
-        (["--seed", "-1"], "seed must not be negative"),
+        (["--seed", "-1"], "seed must be at least 0"),
         (["--optim.batch-size", "1"], "BatchNorm needs at least 2"),
         (["--model.backbone", "hf-hub:timm/resnet18.a1_in1k"], "name the architecture alone"),
         (["--optim.epochs", "0"], "epochs must be at least 1"),
