@@ -89,7 +89,7 @@ def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
     (copied / "checkpoints/step_8.pt").write_bytes(content)
     assert run(copied, *MIDWAY) == 0
     out = capsys.readouterr().out
-    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is put aside" in out
+    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is renamed to" in out
     assert f"continues from {copied}/checkpoints/step_6.pt" in out
     assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
     assert_same_state(last_state(copied), last_state(finished) | {"config": any_output(copied)})
@@ -109,7 +109,7 @@ def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
     lines = logged(copied)
     for _ in range(2):
         assert run(copied, *MIDWAY) == 2
-        assert "no checkpoint of" in capsys.readouterr().err
+        assert "all checkpoints of" in capsys.readouterr().err
     assert logged(copied) == lines
     assert names(copied) == ["step_6.pt.damaged", "step_8.pt.damaged"]
 
@@ -168,7 +168,7 @@ def test_foreign_checkpoint_is_refused(
 ) -> None:
     shutil.copy(copied / "checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
-    assert "step_12.pt is of another run (step: 8); take it out" in capsys.readouterr().err
+    assert "step_12.pt belongs to another run (step: 8); move it out" in capsys.readouterr().err
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trex_models.train import config as config_module
 from trex_models.train.config import (
     Config,
     DataConfig,
@@ -124,14 +120,3 @@ def test_backbone_args_are_literals_or_strings() -> None:
 def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DataConfig().source = "fractals"  # type: ignore[misc]
-
-
-def test_config_imports_the_standard_library_alone() -> None:
-    tree = ast.parse(Path(config_module.__file__).read_text())
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-    assert imported <= set(sys.stdlib_module_names)

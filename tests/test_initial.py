@@ -67,7 +67,7 @@ def started(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more:
     lines = capsys.readouterr().out.splitlines()
     first = lines.index(f"from {file_of(path)}:")
     told = [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
-    assert told[-1].startswith("licence of the weights: ")
+    assert told[-1].startswith("license of the weights: ")
     return told[:-1]
 
 
@@ -300,7 +300,7 @@ def test_naver_licence_stays(
     )
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", *command) == 0
-    assert "weights: cc-by-nc-sa-4.0, for what is trained from" in capsys.readouterr().out
+    assert "weights: cc-by-nc-sa-4.0, also of weights trained from" in capsys.readouterr().out
     assert run(tmp_path / "run", *command) == 0
     assert f"from {sources['official ocm']}" not in capsys.readouterr().out
     for part in ("backbone", "cls"):

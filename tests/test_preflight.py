@@ -128,7 +128,7 @@ def test_recommended_bank_does_not_exceed_the_data() -> None:
 
 def test_bank_larger_than_the_data_is_refused() -> None:
     labels = labels_of([50, 50])
-    with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* take at most 100$"):
+    with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* use at most 100$"):
         checks.bank(101, labels, 2)
     assert checks.bank(100, labels, 2) is None
 
@@ -302,8 +302,8 @@ def test_two_troubles_give_two_lines_and_nothing_is_written(
     lines = captured.err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("error: ") for line in lines)
-    assert sum("take --precision fp32" in line for line in lines) == 1
-    assert sum("bank_size 33 exceeds the data set's 32 images" in line for line in lines) == 1
+    assert sum("use --precision fp32" in line for line in lines) == 1
+    assert sum("bank_size 33 exceeds the dataset's 32 images" in line for line in lines) == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 

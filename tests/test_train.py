@@ -348,7 +348,7 @@ def test_another_run_is_not_overwritten(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("[]")
     assert run(tmp_path / "other") == 2
-    assert "is no configuration; choose another --output" in capsys.readouterr().err
+    assert "is not a configuration; choose another --output" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "run") == 2
     assert "cannot be made" in capsys.readouterr().err

@@ -40,9 +40,7 @@ def main(arguments: Sequence[str], exits: bool = False) -> int:
         arguments: Command line.
         exits: The process exits afterwards, as ``loop.train``.
     """
-    from trex_models.distributed import PeerError
-
-    return cli.run(partial(_command, exits=exits), arguments, "train", (PeerError,))
+    return cli.run(partial(_command, exits=exits), arguments, "train")
 
 
 def _command(arguments: list[str], exits: bool) -> None:

@@ -150,6 +150,8 @@ def _check(
     process: Process,
 ) -> list[str]:
     """Run the preflight checks that this configuration needs; return warnings."""
+    if process.is_main and config.system.tensorboard:
+        import torch.utils.tensorboard  # noqa: F401  # if missing, before the run is created
     specs, objective, folder = build.crop_specs(config.crops), config.objective, Path(config.output)
     held_out = [] if validation is None else [("validation", validation.source)]
     share = config.optim.batch_size // process.world_size
