@@ -172,7 +172,7 @@ def test_foreign_checkpoint_is_refused(
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
-    assert "step_12.pt is of another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
+    assert "step_12.pt belongs to another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
     torch.save({"weights": torch.zeros(3)}, copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
     assert "step_12.pt is not a checkpoint of this trainer" in capsys.readouterr().err

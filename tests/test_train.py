@@ -351,7 +351,7 @@ def test_another_run_is_not_overwritten(
     assert "is not a configuration; choose another --output" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "run") == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "other")
     (tmp_path / "file").unlink()
     (tmp_path / "thesis.txt").write_text("precious")

@@ -73,7 +73,7 @@ def test_stand_ins_do_not_depend_on_the_workers(
     options, folder = skipped
     assert run(tmp_path / "run", *options, *SKIP, "--system.workers", workers) == 0
     out = capsys.readouterr().out
-    assert f"2 unreadable images were skipped: see {tmp_path}" in out
+    assert f"2 unreadable images were skipped, listed in {tmp_path}" in out
     assert out.count("skipped: ") == 2  # once each, not once an epoch
     assert_same_run(tmp_path / "run", folder)
 
@@ -120,7 +120,7 @@ def test_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "warning: 1 of 16 training images are unreadable, " in capsys.readouterr().out
     options = make_folder(tmp_path / "broken", NAMES)
     assert run(tmp_path / "other", *options, *SKIP) == 2
-    assert "none of 16 training images can be read" in capsys.readouterr().err
+    assert "none of 16 training images is readable" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

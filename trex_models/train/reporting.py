@@ -320,7 +320,7 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
     listed = folder / "unreadable.txt"
     if listed.exists():
         count = len(listed.read_text().splitlines())
-        lines.append(f"{count} unreadable images were skipped: see {listed}")
+        lines.append(f"{count} unreadable images were skipped, listed in {listed}")
     lines.append(f"curves: python -m trex_models.plot {folder}")
     lines += [f"exported {path}" for path in exported]
     backbone = exported[0]
