@@ -30,11 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
+from trex_models.method.model import TReX
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build, step
-from trex_models.train.config import RECIPES, Config
-from trex_models.train.method import TReX
-from trex_models.train.optimizer import build_sgd
+from trex_models.train.config import Config
+from trex_models.train.recipes import RECIPES
 
 _BLOCK = 512  # bytes; CUDA's caching allocator rounds up to it
 _GIB = 2**30

@@ -24,6 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks import reference_step as reference
+from trex_models.distributed import Process
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build
 from trex_models.train.config import (
@@ -31,8 +33,6 @@ from trex_models.train.config import (
     ModelConfig,
     ObjectiveConfig,
 )
-from trex_models.train.distributed import Process
-from trex_models.train.optimizer import build_sgd
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
 

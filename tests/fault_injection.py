@@ -47,7 +47,7 @@ import torch
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
 from trex_models.train.reporting import TIMINGS
-from trex_models.train.signals import ASKING
+from trex_models.train.signals import STOP_SIGNALS
 
 _STEPS_PER_EPOCH = 4
 _PHASES = ("start-up", "steps", "save", "export")
@@ -419,7 +419,7 @@ class Tormentor:
                 return
             number = signal.SIGKILL if results.kills.total() < kills else None
             if number and self._random.random() < signals:
-                number = self._random.choice(ASKING)
+                number = self._random.choice(STOP_SIGNALS)
             self.live_once(number)
 
     def live_once(self, number: signal.Signals | None) -> None:
@@ -522,7 +522,7 @@ class Tormentor:
         number: signal.Signals | None,
     ) -> None:
         """Check a stop by a signal that can be handled; anything else here is an anomaly."""
-        if number and number in ASKING and " images of " not in life.out():
+        if number and number in STOP_SIGNALS and " images of " not in life.out():
             self.results.signals[f"{number.name}: ended in start-up"] += 1
             self._check_start_up(life, victims, statuses, number)
             return

@@ -38,11 +38,11 @@ from torch import Tensor
 import trex_models  # noqa: F401  # registers the models
 from tests.test_initial import official_form
 from trex_models import checkpoints, licenses
-from trex_models.train import checkpointing, initial, run, saved
+from trex_models.distributed import Process
+from trex_models.train import checkpointing, export, init_from, setup
 from trex_models.train.__main__ import main as train
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
-from trex_models.train.distributed import Process
 
 SECONDS, GIBIBYTES = 60, 1.5  # of a file; memory beyond what the worker had before
 NOTHING = torch.empty(0)
@@ -128,9 +128,9 @@ class Bench:
         self.name = path.name
         state = checkpointing.load(path)
         self.config = from_dict(state["config"])
-        self.run = run.built(self.config, Process(0, 1, torch.device("cpu")))
+        self.run = setup.build_run(self.config, Process(0, 1, torch.device("cpu")))
         self.classes: list[str] = state["classes"]
-        method, _ = saved.load_method(path)
+        method, _ = export.load_method(path)
         prefix = "encoder.backbone."
         state = copy.deepcopy(state)  # in memory, not in the file
         flat = {
@@ -176,21 +176,21 @@ class Bench:
 
     def init_from(self, path: Path) -> dict[str, Tensor]:
         method = build_method(self.config, len(self.classes))
-        initial.init_from(path, method, self.classes, "")
+        init_from.init_from(path, method, self.classes, "")
         return method.encoder.backbone.state_dict()
 
     def resume(self, path: Path) -> dict[str, Tensor]:
         target = self.folder / "run" / "checkpoints" / self.name
         target.write_bytes(path.read_bytes())
         try:
-            run._continue(self.run)
+            setup._resume(self.run)
         finally:
             for left in target.parent.iterdir():
                 left.unlink()
         return self.run.method.encoder.backbone.state_dict()
 
     def export(self, path: Path) -> dict[str, Tensor]:
-        (backbone, *_) = saved.export_checkpoint(path, self.folder / "export")
+        (backbone, *_) = export.export_checkpoint(path, self.folder / "export")
         return checkpoints.read(backbone, backbone=None).backbone
 
     def license(self, path: Path) -> None:

@@ -27,13 +27,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from trex_models.distributed import Process, data_parallel
 from trex_models.heads import Projector
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.objectives import CosineSoftmax, Objective, OnlineClassMeans
+from trex_models.method.optimizer import build_sgd, learning_rates
 from trex_models.precision import Precision
-from trex_models.train.bank import MemoryBank
-from trex_models.train.distributed import Process, data_parallel
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import CosineSoftmax, Objective, OnlineClassMeans
-from trex_models.train.optimizer import build_sgd, learning_rates
 from trex_models.train.step import training_step
 
 LIMIT = 1e-6

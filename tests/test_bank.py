@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trex_models.train import LOOK, CosineSoftmax, MemoryBank, Objective, OnlineClassMeans
+from trex_models.method import LOOK, CosineSoftmax, MemoryBank, Objective, OnlineClassMeans
 
 EMBEDDINGS, LABELS = torch.randn(4, 8), torch.tensor([0, 1, 2, 2])
 

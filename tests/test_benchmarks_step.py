@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, reference_step, step
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision
 from trex_models.train import build
 from trex_models.train.config import Config, CropsConfig, ModelConfig, ObjectiveConfig
-from trex_models.train.optimizer import build_sgd
 from trex_models.train.step import training_step
 
 CONFIG = Config(

@@ -19,7 +19,7 @@ import torch
 
 from tests.test_train import assert_same_state, last_state, logged, run
 from trex_models.checkpoints import DamagedError
-from trex_models.train import checkpointing, loop, saved
+from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
 from trex_models.train.step import training_step
 
@@ -89,7 +89,7 @@ def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
     (copied / "checkpoints/step_8.pt").write_bytes(content)
     assert run(copied, *MIDWAY) == 0
     out = capsys.readouterr().out
-    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is put aside" in out
+    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is renamed to" in out
     assert f"continues from {copied}/checkpoints/step_6.pt" in out
     assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
     assert_same_state(last_state(copied), last_state(finished) | {"config": any_output(copied)})
@@ -109,7 +109,7 @@ def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
     lines = logged(copied)
     for _ in range(2):
         assert run(copied, *MIDWAY) == 2
-        assert "no checkpoint of" in capsys.readouterr().err
+        assert "all checkpoints of" in capsys.readouterr().err
     assert logged(copied) == lines
     assert names(copied) == ["step_6.pt.damaged", "step_8.pt.damaged"]
 
@@ -168,11 +168,11 @@ def test_foreign_checkpoint_is_refused(
 ) -> None:
     shutil.copy(copied / "checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
-    assert "step_12.pt is of another run (step: 8); take it out" in capsys.readouterr().err
+    assert "step_12.pt belongs to another run (step: 8); move it out" in capsys.readouterr().err
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
-    assert "step_12.pt is of another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
+    assert "step_12.pt belongs to another run (seed: 5 -> 0; step: 8)" in capsys.readouterr().err
     torch.save({"weights": torch.zeros(3)}, copied / "checkpoints/step_12.pt")
     assert run(copied, *MIDWAY) == 2
     assert "step_12.pt is not a checkpoint of this trainer" in capsys.readouterr().err
@@ -274,8 +274,8 @@ def test_a_step_that_diverged_can_be_repeated(
     assert len(err.splitlines()) == 1
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "lower optim.base_lr" in err
-    assert f"trex_models.train.saved.load_step('{path}')" in err
-    method, (crops, labels, ids), precision = saved.load_step(path)
+    assert f"trex_models.train.export.load_step('{path}')" in err
+    method, (crops, labels, ids), precision = export.load_step(path)
     before = copy.deepcopy(method.state_dict())
     assert all(parameter.isfinite().all() for parameter in method.parameters())
     with precision.autocast():
@@ -289,7 +289,7 @@ def test_a_step_that_diverged_can_be_repeated(
     assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
     assert torch.equal(before["objective.bank.features"], bank.features)
     with pytest.raises(ValueError, match="is a checkpoint, not a step"):
-        saved.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
+        export.load_step(save_as_checkpoint(path, tmp_path / "step_1.pt"))
 
 
 def save_as_checkpoint(path: Path, target: Path) -> Path:

@@ -18,9 +18,9 @@ from tests import official_files
 from tests.reference_resnet import outputs, pictures
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, read, split
-from trex_models.train.bank import MemoryBank
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
 
 Contents = dict[str, Any]
 SMALL: Contents = {"bank_size": 1200, "optimizer": False}

@@ -16,8 +16,8 @@ import trex_models.train.__main__ as train
 import trex_models.transfer.__main__ as transfer
 from tests.test_train import TINY
 from trex_models import cli, demo, plot
-from trex_models.train.checkpointing import claimed
-from trex_models.train.config import smoke
+from trex_models.train.checkpointing import lock_run_dir
+from trex_models.train.recipes import smoke
 
 Main = Callable[[Sequence[str]], int]
 
@@ -81,6 +81,6 @@ def test_what_stdout_cannot_encode_is_escaped(
 
 def test_a_run_is_not_written_where_its_export_cannot_be_read(tmp_path: Path) -> None:
     config = smoke(str(tmp_path / "caf\udce9"))
-    with pytest.raises(ValueError, match="is not valid UTF-8"), claimed(config):
+    with pytest.raises(ValueError, match="is not valid UTF-8"), lock_run_dir(config):
         pass
     assert not any(tmp_path.iterdir())

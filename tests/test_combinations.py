@@ -10,12 +10,13 @@ import timm
 import torch
 
 from tests.test_train import TINY, load
+from trex_models.method.model import TReX
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision
 from trex_models.train import build
 from trex_models.train.__main__ import parse
 from trex_models.train.config import Config
-from trex_models.train.method import TReX
-from trex_models.train.optimizer import build_sgd
+from trex_models.train.export import export_method
 from trex_models.train.step import training_step
 
 CLASSES = ["a", "b", "c", "d"]
@@ -63,7 +64,7 @@ def test_trains_and_exports(objective: str, projector: str, tmp_path: Path) -> N
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *options])
     method = train_a_step(config)
     assert (method.momentum_encoder is not None) == (objective in ("ocm", "look"))
-    folders = build.export_method(method, config, CLASSES, tmp_path)
+    folders = export_method(method, config, CLASSES, tmp_path)
     names = [folder.name for folder in folders]
     head = {"look": ["proj"] if projector != "none" else []}.get(objective, ["cls"])
     assert names == ["backbone", *head]
@@ -87,7 +88,7 @@ def test_linear_classifier_on_a_vit_is_timms_own_model(tmp_path: Path) -> None:
         --model.projector none --objective.name softmax""".split()
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *options])
     method = build.build_method(config, len(CLASSES))
-    _, folder = build.export_method(method, config, CLASSES, tmp_path)
+    _, folder = export_method(method, config, CLASSES, tmp_path)
     whole: Any = load(folder)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -17,12 +17,12 @@ from tests.test_train import TINY, assert_same_state, last_state, logged, run
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource
 from trex_models.data.transfer import to_device
+from trex_models.distributed import Process
+from trex_models.method.objectives import LOOK
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
-from trex_models.train import benchmark, build, checkpointing, saved
+from trex_models.train import benchmark, build, checkpointing, export
 from trex_models.train.config import Config, CropsConfig, ModelConfig
-from trex_models.train.distributed import Process
-from trex_models.train.look import LOOK
-from trex_models.train.optimizer import build_sgd
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
 
@@ -79,7 +79,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: s
 def test_step_that_diverged_is_kept(tmp_path: Path) -> None:
     assert run(tmp_path / "run", *CUDA, "--precision", "fp16", "--optim.base-lr", "1e30") == 2
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
-    method, inputs, precision = saved.load_step(path)
+    method, inputs, precision = export.load_step(path)
     assert inputs[0][0].is_cuda
     with precision.autocast():
         loss, _ = method(*inputs)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from trex_models import demo
 from trex_models.train.build import open_source
-from trex_models.train.config import smoke
-from trex_models.train.signals import Stopped
+from trex_models.train.recipes import smoke
+from trex_models.train.signals import StoppedBySignal
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_signal_stops_it_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(_: object) -> None:
-        raise Stopped(signal.SIGTERM, 3, 9)
+        raise StoppedBySignal(signal.SIGTERM, 3, 9)
 
     monkeypatch.setattr(demo, "train", stopped)
     assert demo.main(["--output", str(tmp_path / "run")]) == 128 + signal.SIGTERM

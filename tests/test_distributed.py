@@ -16,15 +16,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from trex_models.precision import choose_device
-from trex_models.train import distributed
-from trex_models.train.distributed import (
+from trex_models import distributed
+from trex_models.distributed import (
     Process,
     SharedFlags,
     check_identical,
     process_group,
-    together,
+    raise_on_all_ranks,
 )
+from trex_models.precision import choose_device
 from trex_models.train.reporting import Meter
 
 Work = Callable[[Path], Any]
@@ -65,7 +65,7 @@ def message_of(function: Callable[[], object]) -> str:
 
 
 def block(error: Exception | None) -> None:
-    with together():
+    with raise_on_all_ranks():
         if error is not None:
             raise error
 

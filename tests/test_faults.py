@@ -25,7 +25,7 @@ from tests.fault_injection import (
     undisturbed,
 )
 from trex_models.train import checkpointing
-from trex_models.train.signals import ASKING
+from trex_models.train.signals import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
@@ -107,7 +107,7 @@ def test_signals_during_export_and_exit_change_nothing(tmp_path: Path, processes
     life = Life(Setting(processes), tmp_path)
     assert life.await_(life.all_steps_saved)
     while life.ranks_alive():
-        for number in ASKING:
+        for number in STOP_SIGNALS:
             if number != SIGINT:  # the second one ends the process at once
                 life.send(number, range(processes))
         time.sleep(0.001)

@@ -14,8 +14,12 @@ import torchvision
 
 from tests import golden, reference_method
 
-FILE = Path(__file__).parent / "data" / "golden_trajectory.json"
-ENTRIES = json.loads(FILE.read_text())
+DATA = Path(__file__).parent / "data"
+ENTRIES = [
+    entry
+    for name in ("golden_trajectory", "golden_depth3")
+    for entry in json.loads((DATA / f"{name}.json").read_text())
+]
 
 
 @pytest.mark.slow

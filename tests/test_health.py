@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trex_models.train.bank import MemoryBank
-from trex_models.train.health import class_directions, head_health
-from trex_models.train.look import LOOK
-from trex_models.train.objectives import CosineSoftmax, LinearSoftmax, OnlineClassMeans
+from trex_models.method.bank import MemoryBank
+from trex_models.method.objectives import LOOK, CosineSoftmax, LinearSoftmax, OnlineClassMeans
+from trex_models.train.reporting import class_directions, head_health
 
 
 def fill(bank: MemoryBank, labels: list[int]) -> None:

@@ -21,8 +21,10 @@ from hub.build import Owner, build
 from hub.folder import FILES
 from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
 from trex_models import folders, naver
-from trex_models.train.build import build_method, export_method
-from trex_models.train.config import RECIPES, from_dict
+from trex_models.train.build import build_method
+from trex_models.train.config import from_dict
+from trex_models.train.export import export_method
+from trex_models.train.recipes import RECIPES
 
 OWNER = Owner("Ada", "cc-by-4.0")
 CLASSES = ["ant", "bee`s", "na\u00efve cat", "dog"]

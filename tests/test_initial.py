@@ -16,11 +16,12 @@ import trex_models  # noqa: F401  # registers the models
 from tests.test_train import TINY, assert_same_state, last_state, logged, run
 from trex_models import naver
 from trex_models.data.multicrop import MultiCropDataset, augment
-from trex_models.train import build, checkpointing, initial
+from trex_models.distributed import Process
+from trex_models.method.model import TReX
+from trex_models.train import build, checkpointing, init_from
 from trex_models.train.__main__ import main, parse
 from trex_models.train.config import from_dict
-from trex_models.train.distributed import Process
-from trex_models.train.method import TReX
+from trex_models.train.export import export_method
 
 OFFICIAL = {
     "encoder.backbone.": "module.model.encoder.",
@@ -66,7 +67,7 @@ def started(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more:
     lines = capsys.readouterr().out.splitlines()
     first = lines.index(f"from {file_of(path)}:")
     told = [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
-    assert told[-1].startswith("licence of the weights: ")
+    assert told[-1].startswith("license of the weights: ")
     return told[:-1]
 
 
@@ -115,7 +116,9 @@ def first_steps_loss(method: TReX, folder: Path, steps: int) -> float:
     config = from_dict(json.loads((folder / "config.json").read_text()))
     source = build.open_source(config.data)
     dataset = MultiCropDataset(source, build.crop_specs(config.crops), config.seed)
-    sampler = build.build_sampler(config, len(source), Process(0, 1, torch.device("cpu")))
+    sampler = build.build_sampler(
+        config.optim, config.seed, len(source), Process(0, 1, torch.device("cpu"))
+    )
     losses = []
     for _, keys in zip(range(steps), sampler, strict=False):
         batch = dataset.__getitems__(keys)
@@ -141,7 +144,7 @@ def test_bank_and_momentum_encoder_are_taken_on(sources: dict[str, Path], tmp_pa
     for name in ("ocm", "official ocm"):
         method = build.build_method(config, 4)
         path = tmp_path / f"{name}.pth"
-        lines, _ = initial.init_from(path, method, saved["classes"], saved["images"])
+        lines, _ = init_from.init_from(path, method, saved["classes"], saved["images"])
         told = fates([line.strip() for line in lines[1:]])
         assert ("classes" in told) == (name == "official ocm")
         told.pop("classes", None)
@@ -160,7 +163,7 @@ def test_bank_and_momentum_encoder_are_taken_on(sources: dict[str, Path], tmp_pa
 def test_other_images_do_not_know_the_banks_samples(sources: dict[str, Path]) -> None:
     saved = last_state(sources["ocm"])
     method: Any = build.build_method(from_dict(saved["config"]), 4)
-    initial.init_from(sources["ocm"], method, saved["classes"], "others")
+    init_from.init_from(sources["ocm"], method, saved["classes"], "others")
     assert (method.objective.bank.ids == -1).all()
 
 
@@ -242,7 +245,7 @@ def test_what_does_not_fit_is_told(
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *overrides])
     names = [f"fractal {label:04d}" for label in range(config.data.num_classes)]
     method = build.build_method(config, len(names))
-    lines, _ = initial.init_from(sources[source], method, names, "images")
+    lines, _ = init_from.init_from(sources[source], method, names, "images")
     told = fates([line.strip() for line in lines[1:]])
     for part, fate in expected.items():
         assert re.match(fate, told[part]), (part, told)
@@ -254,7 +257,7 @@ def test_what_is_not_restored_keeps_its_random_weights(
 ) -> None:
     config = parse("smoke", ["--output", str(tmp_path), *TINY, "--model.hidden-layers", "2"])
     method, untouched = (build.build_method(config, 4) for _ in range(2))
-    initial.init_from(sources["ocm"], method, ["a", "b", "c", "d"], "")
+    init_from.init_from(sources["ocm"], method, ["a", "b", "c", "d"], "")
     assert_same_state(
         method.encoder.projector.state_dict(), untouched.encoder.projector.state_dict()
     )
@@ -297,7 +300,7 @@ def test_naver_licence_stays(
     )
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", *command) == 0
-    assert "weights: cc-by-nc-sa-4.0, for what is trained from" in capsys.readouterr().out
+    assert "weights: cc-by-nc-sa-4.0, also of weights trained from" in capsys.readouterr().out
     assert run(tmp_path / "run", *command) == 0
     assert f"from {sources['official ocm']}" not in capsys.readouterr().out
     for part in ("backbone", "cls"):
@@ -333,7 +336,7 @@ def test_navers_backbone_files_are_known(sources: dict[str, Path], tmp_path: Pat
         "x.safetensors": naver.LICENSE,
         "mine.pth": "",
     }.items():
-        _, told = initial.init_from(tmp_path / name, method, saved["classes"], "")
+        _, told = init_from.init_from(tmp_path / name, method, saved["classes"], "")
         assert told == expected
 
 
@@ -347,7 +350,7 @@ def test_weights_of_other_classes_or_another_order_are_not_restored(
     for path in (sources["cosine"], sources["cosine"] / "export" / "cls"):
         for names, difference in (other, another_order):
             method, untouched = (build.build_method(from_dict(saved["config"]), 4) for _ in "ab")
-            lines, _ = initial.init_from(path, method, names, "")
+            lines, _ = init_from.init_from(path, method, names, "")
             assert lines[-1].strip() == (
                 f"class weights: random: the file's 4 classes are not the run's 4{difference}"
             )
@@ -363,8 +366,8 @@ def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
     trained, method = (build.build_method(config, 4) for _ in range(2))
     for parameter in trained.parameters():
         torch.nn.init.normal_(parameter)
-    _, folder = build.export_method(trained, config, names, tmp_path)
-    lines, _ = initial.init_from(folder, method, names, "")
+    _, folder = export_method(trained, config, names, tmp_path)
+    lines, _ = init_from.init_from(folder, method, names, "")
     assert fates([line.strip() for line in lines[1:]]) == {
         "backbone": "restored",
         "class weights": "restored",

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trex_models.train.bank import MemoryBank
-from trex_models.train.look import LOOK
+from trex_models.method.bank import MemoryBank
+from trex_models.method.objectives import LOOK
 
 TAU, D, C = 0.1, 6, 5
 

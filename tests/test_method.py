@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trex_models import distributed
 from trex_models.heads import Projector
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.momentum import MomentumEncoder
+from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
+from trex_models.method.optimizer import build_sgd, learning_rates, match_memory_format
 from trex_models.precision import Precision
-from trex_models.train import distributed
-from trex_models.train.bank import MemoryBank
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.momentum import MomentumEncoder
-from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
-from trex_models.train.optimizer import build_sgd, learning_rates, match_memory_format
 from trex_models.train.step import training_step
 
 

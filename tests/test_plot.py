@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from trex_models import plot
-from trex_models.train.config import Config, ObjectiveConfig, demo, to_json, trex
+from trex_models.train.config import Config, ObjectiveConfig, to_json
+from trex_models.train.recipes import demo, trex
 
 Line = dict[str, float]
 Make = Callable[..., Path]

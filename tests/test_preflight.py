@@ -18,8 +18,10 @@ from tests.test_folder import save_image
 from tests.test_train import run
 from trex_models.data.folder import FolderSource
 from trex_models.data.sources import ArraySource
-from trex_models.train import build, checkpointing, preflight
-from trex_models.train.config import RECIPES, from_dict
+from trex_models.train import build, checkpointing, checks
+from trex_models.train.config import from_dict
+from trex_models.train.recipes import RECIPES
+from trex_models.train.unreadable import ImageFiles
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -61,7 +63,7 @@ def exact_share(size: int, counts: list[int]) -> float:
     ],
 )
 def test_share_of_classes_without_a_prototype(counts: list[int], size: int) -> None:
-    share = preflight._share_without_prototype(size, np.array(counts))
+    share = checks._share_without_prototype(size, np.array(counts))
     assert share == pytest.approx(exact_share(size, counts), rel=1e-9, abs=1e-15)
 
 
@@ -72,20 +74,20 @@ def test_share_is_what_a_simulation_shows() -> None:
     absent = sum(
         len(counts) - len(np.unique(rng.choice(labels, 20, replace=False))) for _ in range(draws)
     )
-    share = preflight._share_without_prototype(20, np.array(counts))
+    share = checks._share_without_prototype(20, np.array(counts))
     assert absent / draws / len(counts) == pytest.approx(share, abs=0.015)
 
 
 def test_papers_bank_suits_imagenet() -> None:
     """8192 of 1,281,167 images show each of 1000 classes but in 0.03 % of the cases."""
     counts = [1300] * 895 + [732] * 105
-    assert preflight.bank(8192, labels_of(counts), 1000) is None
-    assert preflight.bank(8192, labels_of([1300] * 1000), 1000) is None
+    assert checks.bank(8192, labels_of(counts), 1000) is None
+    assert checks.bank(8192, labels_of([1300] * 1000), 1000) is None
 
 
 def test_papers_bank_is_small_for_8192_classes() -> None:
     counts = [120] * 8192
-    warning = preflight.bank(8192, labels_of(counts), 8192)
+    warning = checks.bank(8192, labels_of(counts), 8192)
     assert warning is not None
     assert "\n" not in warning
     found = re.fullmatch(
@@ -98,45 +100,43 @@ def test_papers_bank_is_small_for_8192_classes() -> None:
     # The logarithm of the chance that a class is absent is about -Q / C.
     assert math.exp(-wanted / 8192) <= 0.001 < math.exp(-wanted / 2 / 8192)
     assert float(found[2]) <= 0.1
-    assert preflight.bank(wanted, labels_of(counts), 8192) is None
+    assert checks.bank(wanted, labels_of(counts), 8192) is None
 
 
 def test_bank_warns_above_one_percent() -> None:
     counts = [100] * 100
-    shares = {
-        size: preflight._share_without_prototype(size, np.array(counts)) for size in (440, 450)
-    }
+    shares = {size: checks._share_without_prototype(size, np.array(counts)) for size in (440, 450)}
     assert shares[440] > 0.01 > shares[450] > 0.009
-    assert preflight.bank(440, labels_of(counts), 100)
-    assert preflight.bank(450, labels_of(counts), 100) is None
+    assert checks.bank(440, labels_of(counts), 100)
+    assert checks.bank(450, labels_of(counts), 100) is None
 
 
 def test_recommended_bank_is_the_least_power_of_two_for_one_in_a_thousand() -> None:
     counts = [100] * 160
     assert 0.001 < exact_share(1024, counts) < 0.002
-    warning = preflight.bank(300, labels_of(counts), 160)
+    warning = checks.bank(300, labels_of(counts), 160)
     assert (warning or "").endswith("--objective.bank-size 2048 leaves 0.0%")
 
 
 def test_recommended_bank_does_not_exceed_the_data() -> None:
     """1 image of a class in 1000: no power of two below 1000 suffices."""
     counts = [1] * 500 + [500]
-    warning = preflight.bank(600, labels_of(counts), 501)
+    warning = checks.bank(600, labels_of(counts), 501)
     assert warning is not None
     assert warning.endswith("--objective.bank-size 1000 leaves 0.0%")
 
 
 def test_bank_larger_than_the_data_is_refused() -> None:
     labels = labels_of([50, 50])
-    with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* take at most 100$"):
-        preflight.bank(101, labels, 2)
-    assert preflight.bank(100, labels, 2) is None
+    with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* use at most 100$"):
+        checks.bank(101, labels, 2)
+    assert checks.bank(100, labels, 2) is None
 
 
 def test_bank_smaller_than_the_classes_is_refused() -> None:
     labels = labels_of([10] * 64)
     with pytest.raises(ValueError, match="bank_size 63 is below the 64 classes") as caught:
-        preflight.bank(63, labels, 64)
+        checks.bank(63, labels, 64)
     message = str(caught.value)
     assert "\n" not in message
     found = re.search(r"leaves (\S+)% of the classes without .*-size (\d+) leaves (\S+)%", message)
@@ -145,7 +145,7 @@ def test_bank_smaller_than_the_classes_is_refused() -> None:
     assert share == pytest.approx(100 * exact_share(63, [10] * 64), abs=0.051)
     assert left == pytest.approx(100 * exact_share(wanted, [10] * 64), abs=0.051)
     assert left <= 0.1
-    assert "leaves" in (preflight.bank(64, labels, 64) or "")  # a warning, no longer refused
+    assert "leaves" in (checks.bank(64, labels, 64) or "")  # a warning, no longer refused
 
 
 def tiny_method() -> tuple[torch.nn.Module, int]:
@@ -160,25 +160,25 @@ def test_disk_space_is_that_of_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, size = tiny_method()
-    assert preflight.checkpoint_bytes(module) == size
+    assert checks.checkpoint_bytes(module) == size
     asked = set_free_space(monkeypatch, 3 * size)
-    preflight.disk_space(tmp_path / "run" / "of" / "mine", module, 3)
-    preflight.disk_space(tmp_path, module, 3)
+    checks.disk_space(tmp_path / "run" / "of" / "mine", module, 3)
+    checks.disk_space(tmp_path, module, 3)
     assert asked == [tmp_path, tmp_path]
     set_free_space(monkeypatch, 3 * size - 1)
     with pytest.raises(
         ValueError, match="space left, the checkpoints take .* another --output"
     ) as caught:
-        preflight.disk_space(tmp_path / "run", module, 3)
+        checks.disk_space(tmp_path / "run", module, 3)
     assert str(caught.value).startswith(f"{tmp_path / 'run'} has 0 MB")
-    preflight.disk_space(tmp_path / "run", module, 2)
+    checks.disk_space(tmp_path / "run", module, 2)
 
 
 def test_disk_space_of_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = set_free_space(monkeypatch, 0)
     with pytest.raises(ValueError, match="^runs/mine has "):
-        preflight.disk_space(Path("runs/mine"), tiny_method()[0], 1)
+        checks.disk_space(Path("runs/mine"), tiny_method()[0], 1)
     assert asked == [tmp_path]
 
 
@@ -192,21 +192,21 @@ def test_size_of_a_checkpoint(tmp_path: Path, objective: str) -> None:
     )  # fmt: skip
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
-    assert preflight.checkpoint_bytes(method) == pytest.approx(path.stat().st_size, rel=0.1)
+    assert checks.checkpoint_bytes(method) == pytest.approx(path.stat().st_size, rel=0.1)
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(preflight, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path)
     needed = 10**6 * 4 * 3 * 3  # that each worker keeps
     asked = set_free_space(monkeypatch, needed)
-    preflight.shared_memory(10**6, workers=4, processes=3)
+    checks.shared_memory(10**6, workers=4, processes=3)
     assert asked == [tmp_path]
     set_free_space(monkeypatch, needed - 1)
     with pytest.raises(ValueError, match="from 12 workers take 36 MB; .* --system.workers"):
-        preflight.shared_memory(10**6, workers=4, processes=3)
-    preflight.shared_memory(10**6, workers=0, processes=3)  # needs none
-    monkeypatch.setattr(preflight, "_SHARED_MEMORY", tmp_path / "absent")  # macOS
-    preflight.shared_memory(10**6, workers=4, processes=3)
+        checks.shared_memory(10**6, workers=4, processes=3)
+    checks.shared_memory(10**6, workers=0, processes=3)  # needs none
+    monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path / "absent")  # macOS
+    checks.shared_memory(10**6, workers=4, processes=3)
 
 
 class Recording(ArraySource):
@@ -224,7 +224,7 @@ class Recording(ArraySource):
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 1000])
 def test_samples_are_read_from_all_over(count: int) -> None:
     source = Recording(count)
-    preflight.samples("training", source)
+    checks.samples("training", source)
     assert len(source.seen) == len(set(source.seen)) == min(count, 16)
     assert source.seen[0] == 0
     assert source.seen[-1] == count - 1
@@ -241,7 +241,7 @@ def test_sample_that_is_no_rgb_bytes(image: np.ndarray) -> None:
     source.images = [*source.images[:4], image]
     message = f"^a image 4 is {re.escape(f'{image.dtype} {image.shape}')}, not uint8"
     with pytest.raises(ValueError, match=message):
-        preflight.samples("training", source)
+        checks.samples("training", source)
 
 
 def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
         save_image(tmp_path / label / "0.png")
     (tmp_path / "b" / "1.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"b/1.png cannot be read as an image"):
-        preflight.samples("training", FolderSource(tmp_path))
+        checks.samples("training", FolderSource(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -264,10 +264,10 @@ def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_bfloat16_on_a_cpu(precision: str, device: str, sizes: list[int], refused: bool) -> None:
     def check() -> None:
-        preflight.cpu_bfloat16(precision, torch.device(device), sizes)
+        checks.cpu_bfloat16(precision, torch.device(device), min(sizes))
 
     if refused:
-        with pytest.raises(ValueError, match="16 pixels or fewer; take --precision fp32"):
+        with pytest.raises(ValueError, match="16 pixels or fewer; use --precision fp32"):
             check()
     else:
         check()
@@ -283,14 +283,14 @@ def test_every_check_is_made() -> None:
         return outcome
 
     passing = [lambda: check(0, None), lambda: check(1, "odd"), lambda: check(2, "strange")]
-    assert preflight.all_of(*passing) == ["odd", "strange"]
-    assert preflight.all_of() == []
+    assert checks.run_checks(passing) == ["odd", "strange"]
+    assert checks.run_checks([]) == []
     failing = [lambda: check(3, ValueError("bad")), lambda: check(4, OSError("worse"))]
     with pytest.raises(ValueError, match="^bad\nworse$"):
-        preflight.all_of(*failing, *passing)
+        checks.run_checks([*failing, *passing])
     assert made == [0, 1, 2, 3, 4, 0, 1, 2]
     with pytest.raises(RuntimeError, match="defect"):
-        preflight.all_of(lambda: check(5, RuntimeError("defect")))
+        checks.run_checks([lambda: check(5, RuntimeError("defect"))])
 
 
 def test_two_troubles_give_two_lines_and_nothing_is_written(
@@ -302,8 +302,8 @@ def test_two_troubles_give_two_lines_and_nothing_is_written(
     lines = captured.err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("error: ") for line in lines)
-    assert sum("take --precision fp32" in line for line in lines) == 1
-    assert sum("bank_size 33 exceeds the data set's 32 images" in line for line in lines) == 1
+    assert sum("use --precision fp32" in line for line in lines) == 1
+    assert sum("bank_size 33 exceeds the dataset's 32 images" in line for line in lines) == 1
     assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -336,7 +336,7 @@ def test_recipes_have_crops_that_bfloat16_bears_or_say_so(recipe: str) -> None:
     sizes = [spec.size for spec in build.crop_specs(config.crops)]
     refused = False
     try:
-        preflight.cpu_bfloat16("bf16", torch.device("cpu"), sizes)
+        checks.cpu_bfloat16("bf16", torch.device("cpu"), min(sizes))
     except ValueError:
         refused = True
     assert refused == (recipe in ("demo", "smoke"))
@@ -361,7 +361,7 @@ def test_changed_image_files(
     for index in range(8):
         save_image(tmp_path / "ab"[index // 4] / f"{index % 4}.png", index)
     source = FolderSource(tmp_path)
-    before = preflight.ImageFiles({"training": source}).state(60)
+    before = ImageFiles({"training": source}).state(60)
     assert before["training"].nbytes == 4 * len(source)
     for index in times:
         os.utime(source.name(index), (0, 1e9))
@@ -369,7 +369,7 @@ def test_changed_image_files(
         with Path(source.name(index)).open("ab") as file:
             file.write(b"more")
         os.utime(source.name(index), (0, 1e9))
-    files = preflight.ImageFiles({"training": source})
+    files = ImageFiles({"training": source})
     files.state(60)
     files.compare_with(before, Path("step_4.pt"))
     found = files.warnings()

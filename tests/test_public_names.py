@@ -22,13 +22,13 @@ from torchvision.datasets import ImageFolder
 import trex_models
 import trex_models.data
 import trex_models.evaluation
-import trex_models.train
+import trex_models.method
 from tests.documentation import ROOT, python_blocks
 from trex_models import Projector
 from trex_models.data import GLOBAL_LAW, LOCAL_LAW, CropSpec, FractalSource, MultiCrop
 from trex_models.data.decode import decode_image
 from trex_models.evaluation import knn_accuracy, knn_votes
-from trex_models.train import (
+from trex_models.method import (
     LOOK,
     CosineSoftmax,
     Encoder,
@@ -50,7 +50,7 @@ NAMES = {
         "LogisticFit extract_features knn_accuracy knn_votes logistic nearest_neighbors "
         "preprocessing"
     ),
-    "trex_models.train": (
+    "trex_models.method": (
         "LOOK CosineSoftmax Encoder LinearSoftmax MemoryBank MomentumEncoder Objective "
         "OnlineClassMeans TReX build_backbone build_sgd learning_rates"
     ),

@@ -15,16 +15,16 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from tests.test_train import assert_same_state, last_state, logged, run
+from trex_models.distributed import Process, data_parallel
 from trex_models.heads import Projector
+from trex_models.method.backbone import preserve_running_stats, recompute_activations
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.objectives import OnlineClassMeans
+from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision
 from trex_models.train import build, checkpointing
 from trex_models.train.__main__ import parse
-from trex_models.train.bank import MemoryBank
-from trex_models.train.distributed import Process, data_parallel
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import OnlineClassMeans
-from trex_models.train.optimizer import build_sgd
-from trex_models.train.recompute import kept_buffers, recompute_activations
 from trex_models.train.step import seed_step, training_step
 
 OPTION = "--system.checkpoint-activations"
@@ -119,7 +119,7 @@ def test_buffers_are_kept_only_where_activations_are_recomputed() -> None:
     for recomputes in (False, True):
         backbone = build_method("resnet10t", recomputes).encoder.backbone
         before = copy.deepcopy(backbone.state_dict())
-        with kept_buffers(backbone):
+        with preserve_running_stats(backbone):
             backbone(torch.randn(2, 3, 32, 32))
         same = all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
         assert same == recomputes
@@ -130,7 +130,7 @@ def test_buffers_are_kept_when_the_block_fails() -> None:
     before = copy.deepcopy(backbone.state_dict())
 
     def fail() -> None:
-        with kept_buffers(backbone):
+        with preserve_running_stats(backbone):
             backbone(torch.randn(2, 3, 32, 32))
             raise RuntimeError("out of memory")
 

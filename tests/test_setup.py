@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_train import assert_same_state
+from trex_models import distributed
 from trex_models.data.multicrop import CropSpec, MultiCropDataset, augment
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
-from trex_models.train import (
-    LOOK,
-    CosineSoftmax,
-    MomentumEncoder,
-    OnlineClassMeans,
-    checkpointing,
-    distributed,
-    loop,
-)
+from trex_models.distributed import Process
+from trex_models.method import LOOK, CosineSoftmax, MomentumEncoder, OnlineClassMeans
+from trex_models.train import checkpointing, loop
 from trex_models.train.config import (
     Config,
     CropsConfig,
@@ -38,8 +33,7 @@ from trex_models.train.config import (
     SystemConfig,
     ValidationConfig,
 )
-from trex_models.train.distributed import Process
-from trex_models.train.run import built, prepared
+from trex_models.train.setup import build_run, setup_run
 from trex_models.train.step import training_step
 
 # No value is a default or equals another one that it could be mistaken for.
@@ -129,7 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def test_every_part_of_a_run_follows_the_config() -> None:
-    run = built(CONFIG, ALONE)
+    run = build_run(CONFIG, ALONE)
     method, objective = run.method, run.method.objective
     assert method.training
     assert isinstance(objective, OnlineClassMeans)
@@ -153,8 +147,8 @@ def test_every_part_of_a_run_follows_the_config() -> None:
     for group in (weights, others):
         assert (group["momentum"], group["dampening"], group["nesterov"]) == (0.6, 0, False)
 
-    assert run.rates.tolist() == pytest.approx(RATES, rel=1e-12)
-    assert run.rates.argmax() == WARMUP - 1
+    assert run.lr_schedule.tolist() == pytest.approx(RATES, rel=1e-12)
+    assert run.lr_schedule.argmax() == WARMUP - 1
     assert run.dataset.specs == SPECS
     assert list(run.sampler) == [batch_keys(step) for step in range(TOTAL)]
     assert (run.dataset.seed, run.dataset.substitute) == (11, False)
@@ -171,7 +165,7 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
     states: list[dict[str, Any]] = []
     for seed in (11, 11, 12):
         torch.manual_seed(len(states))
-        states.append(built(replace(CONFIG, seed=seed), ALONE).method.state_dict())
+        states.append(build_run(replace(CONFIG, seed=seed), ALONE).method.state_dict())
     assert_same_state(states[0], states[1])
     for key in ("encoder.backbone.conv1.0.weight", "objective.bank.features"):
         assert not torch.equal(states[0][key], states[2][key])
@@ -179,10 +173,12 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
 
 def test_other_objectives_follow_the_config() -> None:
     options = CONFIG.objective
-    look = built(replace(CONFIG, objective=replace(options, name="look")), ALONE).method.objective
+    look = build_run(
+        replace(CONFIG, objective=replace(options, name="look")), ALONE
+    ).method.objective
     assert isinstance(look, LOOK)
     assert (look.temperature, look.neighbors, len(look.bank.labels)) == (0.25, 5, 18)
-    cosine = built(replace(CONFIG, objective=replace(options, name="cosine")), ALONE).method
+    cosine = build_run(replace(CONFIG, objective=replace(options, name="cosine")), ALONE).method
     assert cosine.momentum_encoder is None
     assert isinstance(cosine.objective, CosineSoftmax)
     assert cosine.objective.classifier.weight.shape == (3, 7)
@@ -193,7 +189,7 @@ def test_steps_use_the_runs_rates_order_and_crops(trained: Trained) -> None:
     _, steps = trained
     assert [seen["rate"] for seen in steps] == pytest.approx(RATES, rel=1e-12)
     assert [seen["group_rates"] for seen in steps] == [{seen["rate"]} for seen in steps]
-    source = built(CONFIG, ALONE).dataset.source
+    source = build_run(CONFIG, ALONE).dataset.source
     for step, seen in enumerate(steps):
         keys = batch_keys(step)
         assert seen["ids"].tolist() == [index for _, index in keys]
@@ -261,9 +257,9 @@ def test_all_processes_start_from_the_weights_of_init_from(
         return value
 
     monkeypatch.setattr(distributed, "broadcast", send)
-    first = built(config, Process(0, 2, CPU)).method.state_dict()
+    first = build_run(config, Process(0, 2, CPU)).method.state_dict()
     monkeypatch.setattr(distributed, "broadcast", lambda _: pickle.loads(sent.pop(0)))
-    second = built(config, Process(1, 2, CPU)).method.state_dict()
+    second = build_run(config, Process(1, 2, CPU)).method.state_dict()
     assert not sent
     assert_same_state(second, first)
     saved = checkpointing.load(checkpointing.files(folder)[-1])["method"]
@@ -275,7 +271,7 @@ def test_all_processes_start_from_the_weights_of_init_from(
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     config = replace(CONFIG, output=str(tmp_path / "run"))
-    with prepared(config, ALONE) as run:
+    with setup_run(config, ALONE) as run:
         assert run.method.momentum_encoder is not None
         assert run.method.objective.bank is not None
         for tensor in (

@@ -11,7 +11,7 @@ import pytest
 
 from trex_models.data.loading import GaveUpError
 from trex_models.train import signals
-from trex_models.train.signals import ASKING, Alarm, Stopped, StopSignals
+from trex_models.train.signals import STOP_SIGNALS, Alarm, StoppedBySignal, StopSignals
 
 
 class Clock:
@@ -34,8 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict[int, object]]:
     """Put harmless handlers of our own in place, one for each signal."""
-    before = {number: signal.getsignal(number) for number in ASKING}
-    own = {int(number): lambda *_: None for number in ASKING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    own = {int(number): lambda *_: None for number in STOP_SIGNALS}
     for number, handler in own.items():
         signal.signal(number, handler)
     yield dict(own)
@@ -44,10 +44,10 @@ def handlers() -> Iterator[dict[int, object]]:
 
 
 def test_the_signals_are_those_of_schedulers_and_ctrl_c() -> None:
-    assert {number.name for number in ASKING} == {"SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"}
+    assert {number.name for number in STOP_SIGNALS} == {"SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"}
 
 
-@pytest.mark.parametrize("number", ASKING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_first_signal_is_noted(number: signal.Signals) -> None:
     with StopSignals() as stop:
         signal.raise_signal(number)
@@ -84,13 +84,13 @@ def test_handlers_are_restored(handlers: dict[int, object], error: type[Exceptio
                 raise error
     except ValueError:
         pass
-    assert {int(number): signal.getsignal(number) for number in ASKING} == handlers
+    assert {int(number): signal.getsignal(number) for number in STOP_SIGNALS} == handlers
 
 
 def test_signals_are_ignored_where_the_process_exits() -> None:
     with StopSignals(exits=True):
         pass
-    assert {signal.getsignal(number) for number in ASKING} == {signal.SIG_IGN}
+    assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
 
 
 @pytest.mark.parametrize("error", [GaveUpError(), RuntimeError("/gloo/transport")])
@@ -103,7 +103,9 @@ def test_stop_within_a_step(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         fail(asked=False)
-    with pytest.raises(Stopped, match="by SIGTERM within a step; .* from the last checkpoint"):
+    with pytest.raises(
+        StoppedBySignal, match="by SIGTERM within a step; .* from the last checkpoint"
+    ):
         fail(asked=True)
 
 
@@ -120,18 +122,18 @@ def test_outside_the_main_thread_nothing_is_touched(handlers: dict[int, object])
 
     def work() -> None:
         with StopSignals() as stop:
-            seen.append({int(number): signal.getsignal(number) for number in ASKING})
+            seen.append({int(number): signal.getsignal(number) for number in STOP_SIGNALS})
             seen.append(stop.received)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen == [handlers, None]
-    assert {int(number): signal.getsignal(number) for number in ASKING} == handlers
+    assert {int(number): signal.getsignal(number) for number in STOP_SIGNALS} == handlers
 
 
 def test_stopped_says_where_and_how_to_go_on() -> None:
-    stopped = Stopped(signal.SIGUSR1, 7, 20)
+    stopped = StoppedBySignal(signal.SIGUSR1, 7, 20)
     assert (
         str(stopped) == "stopped by SIGUSR1 after step 7 of 20, saved; the same command continues"
     )

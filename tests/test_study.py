@@ -21,8 +21,8 @@ from benchmarks.study.cells import CELLS, SCALES, Start
 from benchmarks.study.claims import CLAIMS, MEASURES, Estimate
 from benchmarks.study.images import REAL_SETS, TITLES, Images, Part
 from benchmarks.study.runs import Run
+from trex_models.method.backbone import build_backbone
 from trex_models.train.__main__ import parse
-from trex_models.train.backbone import build_backbone
 
 
 @pytest.mark.parametrize(

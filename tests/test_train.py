@@ -293,8 +293,8 @@ def test_unreadable_image_ends_the_run(
         (["--model.backbone", "trex_resnet50", "--model.backbone-args"], "trex_resnet50"),
         (["--data.path", "images"], "add --data.source folder"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
-        (["--system.device", "gpu"], "no torch device"),
-        (["--seed", "-1"], "seed must not be negative"),
+        (["--system.device", "gpu"], "not an available torch device"),
+        (["--seed", "-1"], "seed must be at least 0"),
         (["--optim.batch-size", "1"], "BatchNorm needs at least 2"),
         (["--model.backbone", "hf-hub:timm/resnet18.a1_in1k"], "name the architecture alone"),
         (["--optim.epochs", "0"], "epochs must be at least 1"),
@@ -348,10 +348,10 @@ def test_another_run_is_not_overwritten(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("[]")
     assert run(tmp_path / "other") == 2
-    assert "is no configuration; choose another --output" in capsys.readouterr().err
+    assert "is not a configuration; choose another --output" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "run") == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "cannot be created" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "other")
     (tmp_path / "file").unlink()
     (tmp_path / "thesis.txt").write_text("precious")

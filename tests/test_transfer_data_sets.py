@@ -22,7 +22,7 @@ from trex_models.data.file_list import FileSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import Source
 from trex_models.demo import tasks
-from trex_models.train.config import demo
+from trex_models.train.recipes import demo
 from trex_models.transfer import readers
 from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
 from trex_models.transfer.evaluate import Task

@@ -22,7 +22,7 @@ from tests import fuzz_checkpoints, official_files
 from tests.fuzz_checkpoints import GADGETS, Bench
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, DamagedError
-from trex_models.train import saved
+from trex_models.train import export
 from trex_models.train.config import ModelConfig
 from trex_models.unpickling import PlainUnpickler
 
@@ -177,7 +177,7 @@ def test_a_configuration_asks_for_no_more_than_the_file_holds(
     contents["config"] = {**contents["config"], "model": contents["config"]["model"] | settings}
     torch.save(contents, tmp_path / "step_4.pt")
     with pytest.raises(ValueError, match=message):
-        saved.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
+        export.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -192,7 +192,7 @@ def test_steps_that_went_wrong_are_no_checkpoints(bench: Bench, tmp_path: Path) 
     contents = {**bench.contents["trainer"], "crops": []}
     torch.save(contents, tmp_path / "step_4.pt")
     with pytest.raises(ValueError, match=r"step_4\.pt is a step whose loss was not finite"):
-        saved.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
+        export.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
 
 
 def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:

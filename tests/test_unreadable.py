@@ -73,7 +73,7 @@ def test_stand_ins_do_not_depend_on_the_workers(
     options, folder = skipped
     assert run(tmp_path / "run", *options, *SKIP, "--system.workers", workers) == 0
     out = capsys.readouterr().out
-    assert f"2 images could not be read and were passed over: see {tmp_path}" in out
+    assert f"2 unreadable images were skipped, listed in {tmp_path}" in out
     assert out.count("skipped: ") == 2  # once each, not once an epoch
     assert_same_run(tmp_path / "run", folder)
 
@@ -101,11 +101,11 @@ def test_too_many_end_the_run_after_it_is_saved(
     few = [*options, *SKIP[:3], "0.04"]  # of 32: one
     assert run(tmp_path / "run", *few) == 2
     err = capsys.readouterr().err
-    assert "2 training images cannot be read, 1 may be (data.max_unreadable)" in err
+    assert "2 training images are unreadable, 1 may be (data.max_unreadable)" in err
     assert len(err.splitlines()) == 1
     # Not even by running it once more:
     assert run(tmp_path / "run", *few) == 2
-    assert "2 training images cannot be read, 1 may be" in capsys.readouterr().err
+    assert "2 training images are unreadable, 1 may be" in capsys.readouterr().err
     assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 2
     assert run(tmp_path / "run", *options, *SKIP) == 0
     assert_same_state(last_state(tmp_path / "run")["method"], last_state(folder)["method"])
@@ -117,10 +117,10 @@ def test_before_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(tmp_path / "run", *options) == 2
     assert "or skip unreadable images with --data.unreadable skip" in capsys.readouterr().err
     assert run(tmp_path / "run", *options, *SKIP) == 0
-    assert "warning: 1 of 16 training images cannot be read, " in capsys.readouterr().out
+    assert "warning: 1 of 16 training images are unreadable, " in capsys.readouterr().out
     options = make_folder(tmp_path / "broken", NAMES)
     assert run(tmp_path / "other", *options, *SKIP) == 2
-    assert "none of 16 training images can be read" in capsys.readouterr().err
+    assert "none of 16 training images is readable" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -154,7 +154,7 @@ def test_images_to_compare_with_count_once(
     make_folder(tmp_path / "held", ["a/5.png"])
     knn = ["--validation.path", str(tmp_path / "held"), "--validation.neighbors", "3"]
     assert run(tmp_path / "run", *options, *SKIP, *knn) == 0
-    assert "3 images could not be read" in capsys.readouterr().out
+    assert "3 unreadable images were skipped" in capsys.readouterr().out
     assert logged(tmp_path / "run")[-1]["unreadable"] == 2
     listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
     assert [str(tmp_path) in line for line in listed] == [True] * 3

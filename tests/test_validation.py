@@ -24,14 +24,15 @@ from tests.test_train import assert_same_state, last_state, logged, run
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source
+from trex_models.distributed import Process, process_group
 from trex_models.heads import Projector
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.objectives import OnlineClassMeans
 from trex_models.precision import Precision
-from trex_models.train import build, saved, validation
-from trex_models.train.bank import MemoryBank
-from trex_models.train.config import Config, DataConfig, ValidationConfig, smoke
-from trex_models.train.distributed import Process, process_group
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import OnlineClassMeans
+from trex_models.train import build, export, validation
+from trex_models.train.config import Config, DataConfig, ValidationConfig
+from trex_models.train.recipes import smoke
 from trex_models.train.validation import Neighbors, ValidationDataset, Validator
 
 SIDE = 24
@@ -307,7 +308,7 @@ def test_each_epoch_is_measured(validated: Path, tmp_path: Path) -> None:
 
 def test_what_is_logged_is_the_accuracy_of_the_checkpoint(validated: Path) -> None:
     for step, line in ((4, logged(validated)[1]), (8, logged(validated)[3])):
-        method, state = saved.load_method(validated / "checkpoints" / f"step_{step}.pt")
+        method, state = export.load_method(validated / "checkpoints" / f"step_{step}.pt")
         assert state["step"] == line["step"] == step
         held_out = FractalSource(4, 3, 32, first_image=8, variation=0.4)
         expected = by_hand(method, held_out, side=32)
@@ -371,6 +372,6 @@ def test_folder_of_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 0
     assert "validation: 3 images of 1 of the 2 classes\n" in capsys.readouterr().out
-    method, _ = saved.load_method(tmp_path / "run")
+    method, _ = export.load_method(tmp_path / "run")
     expected = by_hand(method, FolderSource(held_out, "ab"), side=32)
     assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected

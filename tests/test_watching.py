@@ -15,10 +15,9 @@ import torch
 
 from tests.test_signals import Clock
 from tests.test_train import logged, run
+from trex_models.distributed import Process
 from trex_models.train import reporting
-from trex_models.train.distributed import Process
-from trex_models.train.reporting import Reporter
-from trex_models.train.summary import summarize
+from trex_models.train.reporting import Reporter, summarize
 
 METRICS = ["--validation.images-per-class", "4", "--validation.neighbors", "3"]
 
@@ -52,7 +51,7 @@ def test_rate_waiting_and_time_left(
         for _ in range(2):
             next(batches)
             clock.now += 3.0  # the step
-        with report.aside():
+        with report.untimed():
             clock.now += 12.0  # a validation
         report.report(2, {"loss": 2.5, "accuracy": 0.25, "learning_rate": 0.1})
         next(batches)
@@ -86,8 +85,8 @@ def test_on_a_terminal_it_is_a_bar(
         next(batches)
         clock.now += 1.0
         report.advance()
-        report.say("a message")
-        list(report.watched(iter(range(3)), 3, "validation"))
+        report.log("a message")
+        list(report.with_progress(iter(range(3)), 3, "validation"))
         report.report(1, {"loss": 2.5, "bank_age": 3.0})
         report.report(2, {"loss": 2.5, "val_top1": 0.5, "val_knn": 0.25})
     captured = capsys.readouterr()

@@ -158,7 +158,8 @@ def run(
         return stopped.status
     except Exception as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
-        if os.environ.get("TREX_TRACEBACK") or not (out_of_memory or isinstance(error, expected)):
+        known = isinstance(error, expected) or hasattr(error, "exit_status") or out_of_memory
+        if os.environ.get("TREX_TRACEBACK") or not known:
             raise
         message, shared = str(error), getattr(error, "on_all_ranks", False)
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):

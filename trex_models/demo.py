@@ -31,9 +31,10 @@ from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import ArraySource, Source
 from trex_models.evaluation.features import extract_features
 from trex_models.train.build import crop_specs, open_source
-from trex_models.train.config import Config, demo
+from trex_models.train.config import Config
 from trex_models.train.loop import train
-from trex_models.train.signals import Stopped
+from trex_models.train.recipes import demo
+from trex_models.train.signals import StoppedBySignal
 from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
 from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.protocol import knn_score, logistic_scores
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         return cli.run(work, arguments, "transfer")
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         print(stopped)
         return 128 + stopped.received
 

@@ -9,8 +9,6 @@ from typing import Literal
 
 import torch
 
-from trex_models.cli import first_line
-
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,10 +32,9 @@ def choose_device(
         device = torch.device(name)
         if device.type != "cuda":
             torch.empty(0, device=device).cpu()
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError):
         raise ValueError(
-            f"{option}: {name!r} is not available as a torch device ({first_line(error)}); use "
-            "auto, cpu or cuda"
+            f"{option}: {name!r} is not an available torch device; use auto, cpu or cuda"
         ) from None
     if device.type != "cuda":
         return device

@@ -4,190 +4,118 @@
     python -m trex_models.train RECIPE --benchmark [--FIELD VALUE ...]
     python -m trex_models.train export RUN_OR_CHECKPOINT --output DIR
 
-``python -m trex_models.train RECIPE --help`` lists the fields. The same command continues a run
-that was interrupted, from its last checkpoint. --benchmark measures for a minute how fast the
-loader and the step are on this machine, trains nothing and writes nothing. On several GPUs:
+``python -m trex_models.train RECIPE --help`` lists the fields. The same command resumes an
+interrupted run from its last checkpoint. --benchmark measures for a minute how fast loading and
+training are on this machine; it trains and writes nothing. On several GPUs:
 
     torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
-from trex_models.cli import prepare
-from trex_models.train.config import RECIPES, Config
+from trex_models import cli
+from trex_models.train.config import Config
+from trex_models.train.recipes import RECIPES
 
+_PROGRAM = "python -m trex_models.train"
 _BENCHMARK = "--benchmark"
 _ABOUT_BENCHMARK = f"""
-With {_BENCHMARK} beside these fields it measures for a minute how fast the loader and the step
-are on this machine; it trains nothing, writes nothing, and needs no --output.
+With {_BENCHMARK} in addition to these fields it measures for a minute how fast loading and training
+are on this machine; it trains and writes nothing, and needs no --output.
 """
 
 
 def main(arguments: Sequence[str], exits: bool = False) -> int:
-    """Run the command; return its exit status: 0, or 2 with a short message on bad input.
+    """Run the command; return its exit status.
 
     Args:
-        arguments: Those of the command line.
-        exits: Whether the process exits afterwards, as ``loop.train``.
+        arguments: Command line.
+        exits: The process exits afterwards, as ``loop.train``.
     """
-    arguments = prepare(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
-    command, *rest = arguments
-    if command == _BENCHMARK:
-        return _fail(f"the recipe comes first: python -m trex_models.train RECIPE {_BENCHMARK}")
-    measures = command in RECIPES and _BENCHMARK in rest
-    if command != "export" and command not in RECIPES:
-        return _fail(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
-    try:
-        if command == "export":
-            return _export(rest)
-        with _first_process_speaks():
-            config = parse(command, [a for a in rest if a != _BENCHMARK], measures)
-        return _benchmark(config) if measures else _train(config, exits)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("TREX_TRACEBACK"):
-            raise
-        status = _explain(error)
-        if status is None:
-            raise
-        return status
-    except KeyboardInterrupt:
-        with _first_process_speaks():
-            hope = "" if measures else "; the same command continues from the last checkpoint"
-            print(f"interrupted{hope}")
-        return 128 + signal.SIGINT
+    return cli.run(partial(_command, exits=exits), arguments, "train")
 
 
-def _train(config: Config, exits: bool) -> int:
-    from trex_models.train.loop import train
-    from trex_models.train.signals import Stopped
+def _command(arguments: list[str], exits: bool) -> None:
+    command, *rest = arguments or [""]
+    if command in ("", "-h", "--help"):
+        about = {name: inspect.getdoc(recipe) or "" for name, recipe in RECIPES.items()}
+        recipes = [f"  {name:<10}{doc.partition(chr(10))[0]}" for name, doc in about.items()]
+        print("\n".join([(__doc__ or "").strip(), "", "Recipes:", *recipes]))
+        if not arguments:
+            raise SystemExit(2)
+    elif command == "export":
+        cli.call(export, rest, prog=f"{_PROGRAM} export")
+    elif command == _BENCHMARK:
+        raise ValueError(f"the recipe comes first: {_PROGRAM} RECIPE {_BENCHMARK}")
+    elif command not in RECIPES:
+        raise ValueError(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
+    elif _BENCHMARK in rest:
+        from trex_models.train.benchmark import benchmark
 
-    try:
-        train(config, exits)
-    except Stopped as stopped:
-        if stopped.saved:  # all processes at the same step
-            with _first_process_speaks():
-                print(stopped)
-        else:
-            print(f"{_process()}{stopped}")
-        return 128 + stopped.received
-    return 0
+        benchmark(parse(command, [a for a in rest if a != _BENCHMARK], needs_output=False))
+    else:
+        from trex_models.train.loop import train
 
-
-def _benchmark(config: Config) -> int:
-    from trex_models.train.benchmark import benchmark
-
-    benchmark(config)
-    return 0
-
-
-def _explain(error: Exception) -> int | None:
-    """Print an error that a user can do something about; None for a defect of ours."""
-    import torch
-
-    from trex_models.train.distributed import PeerError, SharedError
-
-    if isinstance(error, SharedError):
-        with _first_process_speaks():
-            return _fail(str(error))
-    if isinstance(error, PeerError):
-        _fail(str(error), _process())
-        return 1
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = str(error).partition("\n")[0]
-        return _fail(f"{reason} Lower optim.batch_size, or use more processes", _process())
-    return _fail(str(error), _process()) if isinstance(error, (ValueError, OSError)) else None
+        train(parse(command, rest), exits)
 
 
-@contextmanager
-def _first_process_speaks() -> Iterator[None]:
-    """Silence the others where all would print the same."""
+def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> Config:
+    """Apply command-line overrides to a recipe.
+
+    Args:
+        recipe: Name of the recipe.
+        arguments: Options that override its fields.
+        needs_output: ``--output`` must be given.
+
+    Raises:
+        SystemExit: With status 2 on a usage error, 0 after printing help.
+    """
+    import tyro
+
     with ExitStack() as stack:
-        if _rank() > 0:
+        if cli.rank():  # every rank parses, and rank 0 prints usage errors for all
             silence = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(redirect_stdout(silence))
             stack.enter_context(redirect_stderr(silence))
-        yield
+        config: Config = cli.call(
+            Config,
+            arguments,
+            prog=f"{_PROGRAM} {recipe}",
+            description=f"{inspect.getdoc(RECIPES[recipe]) or ''}\n{_ABOUT_BENCHMARK}",
+            default=RECIPES[recipe](tyro.MISSING if needs_output else ""),
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        return config
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> None:  # noqa: A002
+    """Export a run's last checkpoint, or any one, as timm folders.
 
-
-def _process() -> str:
-    """Return which process this is, as the start of a message, where there are many."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return f"process {_rank()} of {processes}: " if processes > 1 else ""
-
-
-def parse(recipe: str, arguments: Sequence[str], measures: bool = False) -> Config:
-    """Apply command-line overrides to a recipe; exits with status 2 on an unknown field.
+    Example: python -m trex_models.train export runs/trex --output exported --license mit
 
     Args:
-        recipe: Its name.
-        arguments: What overrides its fields.
-        measures: Whether the run is for a benchmark, which needs no output.
+        checkpoint: Folder of a run, or a checkpoint file.
+        output: Folder for the exported models.
+        license: License to state; the run's own if not given.
     """
-    try:
-        import tyro
-    except ImportError:
-        raise ValueError(
-            "the trainer needs more packages: pip install trex-models[train]"
-        ) from None
-    return tyro.cli(
-        Config,
-        default=RECIPES[recipe]("" if measures else tyro.MISSING),
-        args=list(arguments),
-        prog=f"python -m trex_models.train {recipe}",
-        description=f"{inspect.getdoc(RECIPES[recipe]) or ''}\n{_ABOUT_BENCHMARK}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    from trex_models.train.export import export_checkpoint
 
-
-def _export(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m trex_models.train export",
-        description="Export a run's last checkpoint, or any one, as timm folders.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="a run's folder or a checkpoint file")
-    parser.add_argument("--output", type=Path, required=True, help="where to write the folders")
-    parser.add_argument("--license", help="licence to state; the run's own if it is not given")
-    options = parser.parse_args(arguments)
-    from trex_models.train.saved import export_checkpoint
-
-    for folder in export_checkpoint(options.checkpoint, options.output, options.license):
+    for folder in export_checkpoint(checkpoint, output, license):
         print(f"exported {folder}")
-    return 0
-
-
-def _usage() -> str:
-    lines = [(__doc__ or "").strip(), "", "Recipes:"]
-    for name, recipe in RECIPES.items():
-        lines.append(f"  {name:<10}{(recipe.__doc__ or '').strip().partition(chr(10))[0]}")
-    return "\n".join(lines)
-
-
-def _fail(message: str, who: str = "") -> int:
-    for line in message.splitlines():
-        print(f"error: {who}{line}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:], exits=True)
-    if status and _process():
-        # No tidy end: nccl would wait for the other processes, and they for this one.
+    if status and cli.this_process():
+        # Without a tidy end: nccl would wait for the other processes, and they for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,9 +1,9 @@
-"""From a configuration to the parts of a run."""
+"""The parts of a run, each built from its section of the configuration."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,30 +18,34 @@ from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, EpochSampler
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
 from trex_models.data.sources import Source
+from trex_models.distributed import Process
 from trex_models.heads import Projector
 from trex_models.machine import free_cores
-from trex_models.train import checkpointing, preflight
-from trex_models.train.backbone import build_backbone, full_args
-from trex_models.train.bank import MemoryBank
-from trex_models.train.config import Config, CropsConfig, DataConfig, ObjectiveConfig
-from trex_models.train.distributed import Process
-from trex_models.train.export import export
-from trex_models.train.look import LOOK
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import (
+from trex_models.method.backbone import build_backbone, recompute_activations
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.objectives import (
+    LOOK,
     CosineSoftmax,
     LinearSoftmax,
     Objective,
     OnlineClassMeans,
 )
-from trex_models.train.optimizer import learning_rates
-from trex_models.train.recompute import recompute_activations
+from trex_models.method.optimizer import learning_rates
+from trex_models.train.config import (
+    Config,
+    CropsConfig,
+    DataConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SystemConfig,
+)
 from trex_models.train.validation import Neighbors, ValidationDataset
 
 _PATHS = {
     "folder": "the folder of class folders",
     "csv": "the CSV file",
-    "huggingface": "the data set's folder or parquet file",
+    "huggingface": "the dataset's folder or parquet file",
 }
 
 
@@ -49,11 +53,11 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
     """Open the images that a configuration names.
 
     Args:
-        data: What to open.
-        classes: Class names that the labels are to be counted by; None for the data set's own.
+        data: Section data of the configuration.
+        classes: Class names in the order of the labels; None for the dataset's own.
 
     Raises:
-        ValueError: There is no path, or what it leads to will not do.
+        ValueError: There is no path, or no valid dataset at it.
     """
     if data.source == "fractals":
         return FractalSource(
@@ -105,12 +109,7 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
 
 
 def build_neighbors(config: Config, source: Source) -> Neighbors | None:
-    """Draw the training images that validation compares features with, if it does.
-
-    Args:
-        config: The configuration.
-        source: The training images.
-    """
+    """Draw the training images that the k-NN classifier of validation compares with, if any."""
     validation = config.validation
     if not validation.neighbors:
         return None
@@ -127,25 +126,19 @@ def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     return specs
 
 
-def build_sampler(config: Config, num_images: int, process: Process) -> EpochSampler:
-    """Build the order of a run's batches.
+def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
+    """Build the order of this process's batches.
 
     Raises:
-        ValueError: The batch does not fit the data or the processes.
+        ValueError: The batch size does not match the data or the number of processes.
     """
     return EpochSampler(
-        num_images,
-        config.optim.batch_size,
-        config.optim.epochs,
-        config.seed,
-        process.rank,
-        process.world_size,
+        num_images, optim.batch_size, optim.epochs, seed, process.rank, process.world_size
     )
 
 
-def build_rates(config: Config, steps_per_epoch: int) -> np.ndarray:
-    """Return the learning rate of every step."""
-    optim = config.optim
+def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
+    """Return the learning rate of every step, (epochs * steps_per_epoch,)."""
     return learning_rates(
         peak=optim.base_lr * optim.batch_size / 256,
         final=optim.final_lr,
@@ -155,12 +148,12 @@ def build_rates(config: Config, steps_per_epoch: int) -> np.ndarray:
 
 
 def build_method(config: Config, num_classes: int) -> TReX:
-    """Build the method with random weights, a function of the seed, on the CPU.
+    """Build the method on the CPU; its random weights depend on the seed alone.
 
     Raises:
-        ValueError: The backbone will not do, or cannot recompute its activations.
+        ValueError: The backbone is invalid, or cannot recompute its activations.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
     model, objective = config.model, config.objective
     sizes = [spec.size for spec in crop_specs(config.crops)]
     backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
@@ -170,7 +163,8 @@ def build_method(config: Config, num_classes: int) -> TReX:
         width = model.embedding_dim
     loss = _build_objective(objective, width, num_classes)
     method = TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
-    if config.system.checkpoint_activations:  # the momentum encoder's copy keeps none anyway
+    # After the momentum encoder copied the backbone: without gradients it keeps none anyway.
+    if config.system.checkpoint_activations:
         recompute_activations(backbone, model.backbone)
     return method
 
@@ -186,92 +180,13 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Obj
     return OnlineClassMeans(bank, config.temperature)
 
 
-def num_workers(config: Config) -> int:
-    """Return the loader processes of each training process."""
-    if config.system.workers is not None:
-        return config.system.workers
+def num_workers(system: SystemConfig) -> int:
+    """Return the number of loader processes of each training process."""
+    if system.workers is not None:
+        return system.workers
     return min(8, max(1, free_cores() // local_processes()))
 
 
 def local_processes() -> int:
     """Return the number of training processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def check(
-    config: Config,
-    source: Source,
-    validation: ValidationDataset | None,
-    method: TReX,
-    process: Process,
-) -> list[str]:
-    """Look for what would fail or go badly later; return warnings.
-
-    Raises:
-        ValueError: Something would fail; one line each.
-    """
-    specs, folder = crop_specs(config.crops), Path(config.output)
-    sources = {"training": source}
-    if validation is not None:
-        sources["validation"] = validation.source
-    skip = config.data.skips_unreadable
-    share = config.optim.batch_size // process.world_size
-    batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
-    if validation is not None:  # beside the crops that wait
-        batch_bytes += share * 3 * config.crops.global_size**2
-    checks: list[Callable[[], str | None]] = [
-        *(
-            lambda name=name, images=images: preflight.samples(name, images, skip)
-            for name, images in sources.items()
-        ),
-        lambda: preflight.classes(source),
-        lambda: preflight.shared_memory(batch_bytes, num_workers(config), local_processes()),
-        lambda: preflight.cpu_bfloat16(
-            config.precision, process.device, [spec.size for spec in specs]
-        ),
-    ]
-    if size := config.objective.bank_entries:
-        checks.append(lambda: preflight.bank(size, source.labels, len(source.classes)))
-    if config.validation.neighbors and validation is None:
-        raise ValueError(
-            "validation.neighbors is set, but there are no images to validate on; name them by "
-            "validation.path, validation.split or validation.images_per_class"
-        )
-    if process.is_main and config.system.tensorboard:
-        checks.append(preflight.tensorboard)
-    if process.is_main and config.output:
-        # One more than are kept: the next is written before the oldest is deleted.
-        more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
-        checks.append(lambda: preflight.disk_space(folder, method, more))
-    return preflight.all_of(*checks)
-
-
-def export_method(method: TReX, config: Config, classes: list[str], folder: Path) -> list[Path]:
-    """Export a method that a configuration describes; return the exported folders.
-
-    Args:
-        method: On the CPU; put into eval mode.
-        config: What it was built from.
-        classes: Names of the classes.
-        folder: Where to write, as ``export.export``.
-    """
-    model = config.model
-    backbone_args = full_args(
-        model.backbone, model.parsed_backbone_args(), config.crops.global_size
-    )
-    backbone_args.pop("zero_init_last", None)  # of initial weights alone
-    return export(
-        method,
-        folder,
-        backbone=model.backbone,
-        backbone_args=backbone_args,
-        head_args={
-            "proj_layers": model.hidden_layers,
-            "proj_hidden_dim": model.hidden_dim,
-            "proj_dim": model.embedding_dim if model.projector == "mlp" else 0,
-            "temperature": config.objective.temperature,
-        },
-        image_size=config.crops.global_size,
-        classes=classes,
-        weights_license=config.license,
-    )

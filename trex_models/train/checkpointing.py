@@ -1,15 +1,15 @@
-"""A run's folder on disk: its configuration and its checkpoints. Every file is whole or absent.
+"""The directory of a run: configuration and checkpoints. Every file is complete or absent.
 
-DIR/config.json                the resolved configuration
+DIR/config.json                resolved configuration
 DIR/metrics.jsonl              one line per report
-DIR/checkpoints/step_N.pt      the state after N steps; the last two are kept
-DIR/export/backbone, .../cls   the trained model for timm; .../proj where it has no classes
-DIR/unreadable.txt             images that were passed over, if there are any
-DIR/tensorboard                the metrics for TensorBoard, if they are wanted
+DIR/checkpoints/step_N.pt      state after N steps; the last two are kept
+DIR/export/backbone, .../cls   trained model for timm; .../proj if it has no classes
+DIR/unreadable.txt             images that were skipped, if any
+DIR/tensorboard                metrics for TensorBoard, if asked for
 
-A checkpoint is a zip file of torch's, with a checksum of each tensor, which is verified when it
-is read. It holds no random generators' states: what is drawn in a step is a function of (seed,
-step, process), and what is drawn for a sample one of (seed, epoch, sample).
+A checkpoint is a zip file written by torch, with a checksum of each tensor, which is verified when
+it is read. It holds no states of random generators: what a step draws is a function of (seed, step,
+rank), and what is drawn for a sample one of (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -29,41 +29,37 @@ from torch import Tensor, nn
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, DamagedError
 from trex_models.files import replacing, sync_folder, write_whole
-from trex_models.train.config import Config, differences, from_dict, to_json
+from trex_models.train.config import Config, config_diff, from_dict, to_json
 
 KEPT = 2
 _ENTRIES = {
     *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
-_STEP = {"process", "crops", "labels", "ids"}  # of a step whose loss was not finite
+_STEP = {"process", "crops", "labels", "ids"}  # in the file of a step with a non-finite loss
 
 
 class Restorable(Protocol):
-    """A meter, or what is `Stateful`."""
+    """A meter, or a part that is `Stateful`."""
 
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Restore a state."""
-        ...
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...  # noqa: D102
 
 
 class Stateful(Restorable, Protocol):
     """A module, an optimizer, or a gradient scaler."""
 
-    def state_dict(self) -> Any:
-        """Return the state: tensors and plain values."""
-        ...
+    def state_dict(self) -> Any: ...  # noqa: D102
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[None]:
-    """Make ``config.output`` this run's folder, and this process the only one that writes to it.
+def lock_run_dir(config: Config) -> Iterator[None]:
+    """Create the directory of a run, or check that it holds this run, and lock it.
 
     The lock ends with the process, however that ends.
 
     Raises:
-        ValueError: The folder holds another run or files that are no run, is in use by another
-            process, or cannot be made; nothing is touched then.
+        ValueError: The directory holds another run or other files, is in use by another process,
+            or cannot be created; nothing is changed then.
     """
     folder = Path(config.output)
     path = folder / "config.json"
@@ -74,9 +70,9 @@ def claimed(config: Config) -> Iterator[None]:
         )
     if path.exists():
         try:
-            different = differences(json.loads(path.read_text()), config)
+            different = config_diff(json.loads(path.read_text()), config)
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no configuration; choose another --output") from error
+            raise ValueError(f"{path} is not a configuration; choose another --output") from error
         if different:
             raise ValueError(
                 f"{folder} already holds another run ({'; '.join(different)}); choose another "
@@ -98,7 +94,7 @@ def claimed(config: Config) -> Iterator[None]:
         if not path.exists():
             write_whole(path, to_json(config))
         sync_folder(folder.parent)
-        # Of a process that was killed.
+        # Left by a process that was killed.
         for torn in folder.glob("checkpoints/.step_*.tmp"):
             torn.unlink()
         yield
@@ -107,23 +103,23 @@ def claimed(config: Config) -> Iterator[None]:
 
 
 def _foreign(path: Path) -> bool:
-    """Return whether a file is not one of those that a run leaves before its config.json."""
+    """Return whether a file is not one that a run writes before its config.json."""
     if path.name == "checkpoints" and path.is_dir():
         return any(path.iterdir())
     return path.name not in (".lock", ".config.json.tmp")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, where they are missing.
+    """Create a folder and its parents, if missing.
 
     Raises:
-        ValueError: It cannot be made.
+        ValueError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            f"{folder} cannot be made ({error.strerror}); choose another --output"
+            f"{folder} cannot be created ({error.strerror}); choose another --output"
         ) from error
 
 
@@ -139,15 +135,15 @@ def _step(path: Path) -> int:
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint beside its place, move it there, and drop the oldest ones.
+    """Write a checkpoint, complete or not at all, and delete the oldest ones.
 
     Args:
-        folder: The run's folder.
-        state: What ``load`` returns: config, step, method and more.
+        folder: Directory of the run.
+        state: Contents, as ``load`` returns them: config, step, method and more.
 
     Raises:
-        ValueError: It cannot be written, for example because the disk is full; the checkpoints
-            before it stay.
+        ValueError: It cannot be written, for example because the disk is full; earlier
+            checkpoints stay.
     """
     path = folder / "checkpoints" / f"step_{state['step']}.pt"
     write(path, state)
@@ -162,7 +158,7 @@ def prune(folder: Path) -> None:
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file, which is whole or absent.
+    """Write a state to a file, complete or not at all.
 
     Raises:
         ValueError: It cannot be written.
@@ -171,27 +167,27 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         with replacing(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        # What torch says of a file that it cannot write hides the reason.
+        # torch's own message hides the reason.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
         raise ValueError(
-            f"{path} cannot be written ({reason.strerror}); make room, then the same command goes "
-            "on from the last checkpoint"
+            f"{path} cannot be written ({reason.strerror}); make room, then the same command "
+            "continues from the last checkpoint"
         ) from error
 
 
 def newest(
-    folder: Path, pass_over: Callable[[Path, DamagedError], object]
+    folder: Path, on_damaged: Callable[[Path, DamagedError], object]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Read the last whole checkpoint of a run.
+    """Read the last checkpoint of a run that is not damaged.
 
     Args:
-        folder: The run's folder.
-        pass_over: What to do with a damaged file, before the one before it is taken.
+        folder: Directory of the run.
+        on_damaged: Callback for a damaged file, before an earlier one is read.
 
     Returns:
-        The file and its contents, or None where the run has no checkpoint yet.
+        The file and its contents; None if the run has no checkpoint yet.
 
     Raises:
         ValueError: A file is not a checkpoint of this trainer, or all are damaged.
@@ -200,26 +196,26 @@ def newest(
         try:
             return path, load(path)
         except DamagedError as error:
-            pass_over(path, error)
+            on_damaged(path, error)
     if any((folder / "checkpoints").glob("step_*.pt*")):
         raise ValueError(
-            f"no checkpoint of {folder} is whole; delete its folder checkpoints to begin anew"
+            f"all checkpoints of {folder} are damaged; delete its folder checkpoints to start again"
         )
     return None
 
 
-def put_aside(path: Path, error: DamagedError) -> None:
-    """Rename a damaged checkpoint, so that it does not count as one of the last two, and say so."""
+def set_damaged_aside(path: Path, error: DamagedError) -> None:
+    """Rename a corrupt checkpoint to ``*.damaged``: it is neither resumed from nor counted."""
     aside = path.replace(path.with_name(f"{path.name}.damaged"))
-    print(f"{error}; it is put aside as {aside.name}")
+    print(f"{error}; it is renamed to {aside.name}")
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint of the trainer, onto the CPU, and verify its checksums and contents.
 
     Raises:
-        DamagedError: The file is cut short or damaged.
-        ValueError: It is missing or something else, or its values are not finite.
+        DamagedError: The file is truncated or damaged.
+        ValueError: It is missing, not a checkpoint, or its values are not finite.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
@@ -233,7 +229,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this trainer (no config, step and method)")
     try:
         parts = checkpoints.sort(state).parts
-        if not state.keys() >= _STEP:  # which may hold values that are not finite
+        if not state.keys() >= _STEP:  # those may hold values that are not finite
             checkpoints.check_finite(parts)
         from_dict(state["config"])
     except ValueError as error:
@@ -242,42 +238,37 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_belongs(
-    path: Path, state: Mapping[str, Any], config: Config, facts: Mapping[str, Any]
+    path: Path, state: Mapping[str, Any], config: Config, data_fingerprint: Mapping[str, Any]
 ) -> None:
     """Refuse a checkpoint of another run, or of other data.
 
     Args:
-        path: The file, for the message.
+        path: File, for the message.
         state: Its contents.
-        config: The run's configuration.
-        facts: Plain values that describe the run's data, as they are now.
+        config: Configuration of the run.
+        data_fingerprint: Class names and digest of the run's images.
 
     Raises:
-        ValueError: A setting or a fact was another one when it was saved, such as the classes of
-            a data folder that has changed.
+        ValueError: A setting or the data differ, for example the classes of a folder that changed.
     """
     refuse_step(path, state)
-    different = differences(state["config"], config)
+    different = config_diff(state["config"], config)
     if state["step"] != _step(path):
         different.append(f"step: {state['step']}")
     if different:
         raise ValueError(
-            f"{path} is of another run ({'; '.join(different)}); take it out of the folder"
+            f"{path} belongs to another run ({'; '.join(different)}); move it out of the folder"
         )
-    changed = [name for name, value in facts.items() if state.get(name) != value]
+    changed = [name for name, value in data_fingerprint.items() if state.get(name) != value]
     if changed:
         raise ValueError(
             f"{path} was saved with other {' and '.join(changed)}; restore the data that the run "
-            "began with, or choose another --output"
+            "started with, or choose another --output"
         )
 
 
 def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
-    """Refuse a step whose loss was not finite, where a checkpoint is needed.
-
-    Raises:
-        ValueError: It is one.
-    """
+    """Raise ValueError if the file is not a checkpoint but a step with a non-finite loss."""
     if "crops" in state:
         raise ValueError(f"{path} is a step whose loss was not finite, not a checkpoint")
 
@@ -290,7 +281,7 @@ def restore(parts: Mapping[str, Restorable], state: Mapping[str, Any], path: Pat
     """
     for name, part in parts.items():
         try:
-            if isinstance(part, nn.Module):  # which would convert other types without a word
+            if isinstance(part, nn.Module):  # load_state_dict would convert other types silently
                 _check_module(part, state[name])
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):

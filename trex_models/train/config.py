@@ -1,8 +1,7 @@
-"""Configurations and recipes: plain frozen data, the standard library alone.
+"""Configuration of a training run: frozen dataclasses, each field with its meaning below it.
 
-A recipe is a function that returns a complete ``Config``; the command line overrides
-single fields of it. What a field means stands under it. Sources: t-ReX (arXiv 2206.15369),
-section 4 and appendix, and its released training set-up.
+Defaults are the paper's: t-ReX (arXiv 2206.15369), section 4 and appendix, and its released
+training set-up.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,6 +22,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_at_least(least: float, section: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(
+            value is None or value >= least,
+            f"{prefix}.{name} must be at least {least}, got {value}",
+        )
+
+
 _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of timm.create_model
 _SOURCES_WITH = {
     "split": ("huggingface",),
@@ -33,38 +41,38 @@ _SOURCES_WITH = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from."""
+    """Source of the images."""
 
     source: Literal["folder", "csv", "huggingface", "fractals"] = "folder"
     """folder: one folder of images per class under ``path``. csv: a table of image paths and
-    labels. huggingface: a data set on disk, saved by ``datasets`` or as parquet files. fractals:
+    labels. huggingface: a dataset on disk, saved by ``datasets`` or as parquet files. fractals:
     generated images."""
     path: str = ""
-    """The folder of class folders, the CSV file, or the data set's folder or parquet file."""
+    """The folder of class folders, the CSV file, or the dataset's folder or parquet file."""
     split: str = ""
-    """Which split to train on (source huggingface); may be empty where there is one alone."""
+    """Split to train on (source huggingface); may be empty if there is only one."""
     image_column: str = ""
     """Column of the image or its path. Unset: path (source csv), the only image column
     (source huggingface)."""
     label_column: str = ""
     """Column of the label. Unset: label, or the only one of class labels (source huggingface)."""
     unreadable: Literal["raise", "skip"] = "raise"
-    """What an image that cannot be read does. raise: it ends the run. skip: another one, drawn by
-    the seed, takes its place; they are counted and listed in unreadable.txt."""
+    """How to handle an unreadable image. raise: end the run. skip: replace it by another one, drawn
+    by the seed; such images are counted and listed in unreadable.txt."""
     max_unreadable: float = 0.01
-    """Share of the images above which the run ends, if they are skipped."""
+    """Share of unreadable images above which the run ends, if they are skipped."""
     num_classes: int = 40
-    """How many classes to generate (source fractals)."""
+    """Number of classes to generate (source fractals)."""
     images_per_class: int = 150
-    """How many images to generate per class (source fractals)."""
+    """Number of images to generate per class (source fractals)."""
     image_size: int = 64
     """Side of a generated image in pixels (source fractals)."""
     variation: float = 1.0
-    """How far the images of a class differ in shape and turn (source fractals)."""
+    """Variation of shape and rotation within a class (source fractals)."""
 
     @property
     def skips_unreadable(self) -> bool:
-        """Whether images that cannot be read are passed over."""
+        """Whether unreadable images are skipped."""
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
@@ -83,18 +91,14 @@ class DataConfig:
             0 <= self.max_unreadable < 1,
             f"data.max_unreadable is a share in [0, 1), got {self.max_unreadable}",
         )
-        _require(
-            self.num_classes > 1, f"data.num_classes must be at least 2, got {self.num_classes}"
-        )
-        for name in ("images_per_class", "image_size"):
-            value = getattr(self, name)
-            _require(value > 0, f"data.{name} must be at least 1, got {value}")
-        _require(self.variation >= 0, f"data.variation must not be negative, got {self.variation}")
+        _require_at_least(2, self, "data", "num_classes")
+        _require_at_least(1, self, "data", "images_per_class", "image_size")
+        _require_at_least(0, self, "data", "variation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CropsConfig:
-    """How many crops of which size and scale are cut from an image."""
+    """Number, size and scale of the crops of an image."""
 
     global_crops: int = 1
     """M_g, large crops per image; the first one feeds the bank."""
@@ -103,15 +107,15 @@ class CropsConfig:
     global_scale: tuple[float, float] = (0.25, 1.0)
     """Smallest and largest share of the image's area in a global crop."""
     local_crops: int = 8
-    """M_l, small crops per image; 0 trains without."""
+    """M_l, small crops per image; 0 for none."""
     local_size: int = 96
     """Side of a local crop in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.25)
     """Smallest and largest share of the image's area in a local crop."""
 
     def __post_init__(self) -> None:
-        _require(self.global_crops > 0, "crops.global_crops must be at least 1")
-        _require(self.local_crops >= 0, "crops.local_crops must not be negative")
+        _require_at_least(1, self, "crops", "global_crops")
+        _require_at_least(0, self, "crops", "local_crops")
         _require(
             min(self.global_size, self.local_size) > 0
             and max(self.global_size, self.local_size) <= 2048,
@@ -134,7 +138,7 @@ class ModelConfig:
     """Further arguments of the backbone as key=value, for example drop_path_rate=0.1."""
     projector: Literal["mlp", "none"] = "mlp"
     """mlp: the paper's, thrown away after training. none: the objective sees the backbone's
-    features; the fields below do not count then."""
+    features, and the fields below are ignored."""
     hidden_layers: int = 3
     """L, the projector's depth: deeper transfers better, shallower classifies better. 0 leaves
     the L2 norm and the bottleneck."""
@@ -144,8 +148,8 @@ class ModelConfig:
     """D, width of the projector's output."""
 
     def __post_init__(self) -> None:
-        _require(self.hidden_layers >= 0, "model.hidden_layers must not be negative")
-        _require(min(self.hidden_dim, self.embedding_dim) > 0, "model widths must be at least 1")
+        _require_at_least(0, self, "model", "hidden_layers")
+        _require_at_least(1, self, "model", "hidden_dim", "embedding_dim")
         self.parsed_backbone_args()
 
     def parsed_backbone_args(self) -> dict[str, Any]:
@@ -175,14 +179,14 @@ class ObjectiveConfig:
 
     name: Literal["ocm", "cosine", "look", "softmax"] = "ocm"
     """ocm: online class means of the bank (Eq. 2). cosine: learned class weights (Eq. 1). look:
-    the image's nearest neighbours in the bank (a reconstruction of LOOK, Feng et al. 2022).
+    the image's nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022).
     softmax: a linear classifier with bias, the plain baseline."""
     temperature: float = 0.1
     """tau of cosine similarities (all but softmax)."""
     bank_size: int | None = None
     """Q, embeddings in the memory bank (ocm, look). Unset: 8192 for ocm, 65536 for look."""
     neighbors: int = 256
-    """k, nearest neighbours in the bank (look); the whole bank if that is smaller."""
+    """k, nearest neighbors in the bank (look); the whole bank if that is smaller."""
     ema_momentum: float = 0.999
     """m of the moving average that fills the bank (ocm, look)."""
 
@@ -198,11 +202,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "objective.temperature must be above 0")
-        for name in ("bank_size", "neighbors"):
-            value = getattr(self, name)
-            _require(
-                value is None or value > 0, f"objective.{name} must be at least 1, got {value}"
-            )
+        _require_at_least(1, self, "objective", "bank_size", "neighbors")
         _require(0 <= self.ema_momentum <= 1, "objective.ema_momentum must lie in [0, 1]")
 
 
@@ -226,12 +226,9 @@ class OptimConfig:
     """Weight decay of tensors with more than one dimension; 0 on all others."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            value = getattr(self, name)
-            _require(value > 0, f"optim.{name} must be at least 1, got {value}")
-        for name in ("base_lr", "final_lr", "warmup_epochs", "sgd_momentum", "weight_decay"):
-            value = getattr(self, name)
-            _require(value >= 0, f"optim.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "optim", "epochs", "batch_size")
+        non_negative = "base_lr", "final_lr", "warmup_epochs", "sgd_momentum", "weight_decay"
+        _require_at_least(0, self, "optim", *non_negative)
         _require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs ({self.warmup_epochs}) exceeds optim.epochs ({self.epochs})",
@@ -240,10 +237,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemConfig:
-    """How the run is carried out.
-
-    Nothing here but sync_batchnorm changes what is learned beyond rounding.
-    """
+    """System settings. Apart from sync_batchnorm, none changes the result beyond rounding."""
 
     device: str = "auto"
     """auto: CUDA where there is one, else the CPU. Or a torch device name."""
@@ -255,26 +249,24 @@ class SystemConfig:
     sync_batchnorm: bool = True
     """Share BatchNorm statistics between CUDA processes, as the paper's models did."""
     channels_last: bool = True
-    """Store images and weights as NHWC, which convolutions prefer."""
+    """Store images and weights as NHWC, which is faster for convolutions."""
     compile: bool = False
     """Compile the encoder and the augmentation with torch.compile: minutes at the start."""
     checkpoint_activations: bool = False
-    """Compute the backbone's activations anew in the backward pass instead of keeping them: less
-    of the device's memory, for 29 % more computation with the trex recipe (docs/memory.md)."""
+    """Recompute the backbone's activations in the backward pass instead of keeping them: less
+    device memory for 29 % more computation with the trex recipe (docs/memory.md)."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     save_minutes: float = 15.0
-    """Minutes between two checkpoints; 0 for none by time. The last two are kept."""
+    """Minutes between two checkpoints; 0 for none by time. The last two checkpoints are kept."""
     save_steps: int = 0
     """Steps between two checkpoints; 0 for none by steps."""
     tensorboard: bool = False
-    """Write the metrics for TensorBoard, too, into the run's folder tensorboard."""
+    """Also write the metrics for TensorBoard, into the run's folder tensorboard."""
 
     def __post_init__(self) -> None:
-        _require(self.log_every > 0, f"system.log_every must be at least 1, got {self.log_every}")
-        for name in ("workers", "save_minutes", "save_steps"):
-            value = getattr(self, name) or 0
-            _require(value >= 0, f"system.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "system", "log_every")
+        _require_at_least(0, self, "system", "workers", "save_minutes", "save_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,23 +279,18 @@ class ValidationConfig:
     """As data.path, of the same classes; no validation if this, split and images_per_class are
     empty."""
     split: str = ""
-    """Which split to validate on (source huggingface), of data.path if path is empty."""
+    """Split to validate on (source huggingface), of data.path if path is empty."""
     images_per_class: int = 0
-    """How many further images to generate per class (source fractals)."""
+    """Number of further images to generate per class (source fractals)."""
     neighbors: int = 0
     """k of the k-NN classifier on features; 0 for none."""
     neighbors_among: int = 50_000
-    """How many training images it compares with, drawn by the seed. Of a ResNet-50, 250,000 take
-    2 GB of the device's memory on one process, twice that on several; and at each validation the
-    time to read them."""
+    """Number of training images to compare with, drawn by the seed. 250,000 of a ResNet-50 take
+    2 GB of device memory on one process, twice that on several; each validation reads them."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "neighbors_among"):
-            value = getattr(self, name)
-            _require(value > 0, f"validation.{name} must be at least 1, got {value}")
-        for name in ("images_per_class", "neighbors"):
-            value = getattr(self, name)
-            _require(value >= 0, f"validation.{name} must not be negative, got {value}")
+        _require_at_least(1, self, "validation", "every", "neighbors_among")
+        _require_at_least(0, self, "validation", "images_per_class", "neighbors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,8 +301,8 @@ class Config:
     """Folder for the run: config.json, metrics.jsonl, checkpoints/ and export/."""
     init_from: str = ""
     """Weights to start from instead of random ones: any t-ReX checkpoint (NAVER's, a run or a
-    checkpoint of this trainer, a timm folder). What fits is taken on, bank and momentum encoder
-    included; what was and was not is said before the first step."""
+    checkpoint of this trainer, a timm folder). Parts that match are loaded, bank and momentum
+    encoder included; a report of all parts precedes the first step."""
     data: DataConfig = field(default_factory=DataConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -328,10 +315,10 @@ class Config:
     seed: int = 0
     """Fixes the initial weights, the data order and every augmentation."""
     license: str = ""
-    """Licence of the trained weights, written into the export; yours to choose."""
+    """License of the trained weights, written into the export; yours to choose."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
         _require(
             not self.validation.path or self.data.source != "fractals",
             "validation.path is set, but data.source is fractals; set "
@@ -344,8 +331,8 @@ class Config:
         )
 
 
-# What may differ when a run is continued: it does not change what is learned. Where the images
-# lie is free, too: that they are the same ones is checked by their names.
+# Fields that may change when a run is resumed, as they do not change what is learned. The place of
+# the images may change, too: that they are the same ones is checked by their names.
 _FREE_FIELDS = {
     "output",
     "license",
@@ -408,13 +395,15 @@ def _has_type(value: Any, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+def config_diff(saved: Mapping[str, Any], config: Config) -> list[str]:
     """List the fields in which a saved configuration differs, as 'name: saved -> new'.
 
+    Fields that do not change what is learned (output, license, data.path, validation, most of
+    system) are not compared.
+
     Args:
-        saved: The parsed config.json of a run.
-        config: The new configuration. Fields that do not change what is learned
-            (output, license, data.path, validation, most of system) are not compared.
+        saved: Parsed config.json of a run.
+        config: New configuration.
     """
     old = flatten(saved)
     new = flatten(json.loads(to_json(config)))
@@ -435,89 +424,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             else {prefix + key: value}
         )
     return flat
-
-
-def trex(output: str = "") -> Config:
-    """t-ReX (OCM, 3 hidden layers): the model that transfers best.
-
-    torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
-
-    The authors trained on 4 GPUs x 64 images and report 77.9 to 78.0 % ImageNet-1K top-1 by
-    logistic regression and a mean transfer log-odds of 1.17. Not yet run by us.
-    """
-    return Config(output=output)
-
-
-def trexstar(output: str = "") -> Config:
-    """t-ReX* (OCM, 1 hidden layer): the model that is best on the training task.
-
-    torchrun --nproc-per-node 4 -m trex_models.train trexstar --data.path IMAGES --output DIR
-
-    The authors report 80.2 % ImageNet-1K top-1 and a mean transfer log-odds of 0.88.
-    Not yet run by us.
-    """
-    return Config(
-        output=output,
-        crops=CropsConfig(global_scale=(0.40, 1.0), local_scale=(0.05, 0.40)),
-        model=ModelConfig(hidden_layers=1),
-    )
-
-
-def plain3(output: str = "") -> Config:
-    """t-ReX-3: as trex, with learned class weights (Eq. 1) in place of class means."""
-    return replace(trex(output), objective=ObjectiveConfig(name="cosine"))
-
-
-def plain1(output: str = "") -> Config:
-    """t-ReX-1: as trexstar, with learned class weights (Eq. 1) in place of class means."""
-    return replace(trexstar(output), objective=ObjectiveConfig(name="cosine"))
-
-
-def demo(output: str = "") -> Config:
-    """A small t-ReX* on fractals: five minutes on two CPU cores.
-
-    python -m trex_models.train demo --output DIR
-    """
-    return Config(
-        output=output,
-        data=DataConfig(source="fractals", variation=0.4),
-        crops=CropsConfig(
-            global_size=32,
-            global_scale=(0.40, 1.0),
-            local_crops=4,
-            local_size=16,
-            local_scale=(0.05, 0.40),
-        ),
-        model=ModelConfig(
-            backbone="resnet10t",
-            backbone_args=("channels=(24, 48, 96, 192)",),
-            hidden_layers=1,
-            hidden_dim=192,
-            embedding_dim=48,
-        ),
-        # A thousand steps are too few for an average over as many.
-        objective=ObjectiveConfig(bank_size=2048, ema_momentum=0.97),
-        optim=OptimConfig(epochs=12, batch_size=64, base_lr=0.8, warmup_epochs=1),
-        validation=ValidationConfig(images_per_class=10),
-        system=SystemConfig(workers=1),
-    )
-
-
-def smoke(output: str = "") -> Config:
-    """The whole method on few fractals in under a minute on two CPU cores, for checks.
-
-    python -m trex_models.train smoke --output DIR
-    """
-    config = demo(output)
-    return replace(
-        config,
-        data=replace(config.data, num_classes=10, images_per_class=64),
-        objective=replace(config.objective, bank_size=256),
-        optim=replace(config.optim, epochs=6, batch_size=32),
-        system=replace(config.system, log_every=10),
-    )
-
-
-RECIPES: dict[str, Callable[[str], Config]] = {
-    recipe.__name__: recipe for recipe in (trex, trexstar, plain3, plain1, demo, smoke)
-}

@@ -1,8 +1,10 @@
-"""A trained method as timm folders: model.safetensors and config.json, checked by reloading."""
+"""What a saved run is turned into: timm folders, checked by reloading, and a step to debug."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,66 +12,86 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trex_models import checkpoints, folders
 from trex_models.checkpoints import Checkpoint
-from trex_models.train.checkpointing import make_folder
-from trex_models.train.method import TReX
-from trex_models.train.objectives import LinearSoftmax
+from trex_models.licenses import resolve_license
+from trex_models.method.backbone import full_args
+from trex_models.method.model import TReX
+from trex_models.method.objectives import LinearSoftmax
+from trex_models.precision import Precision, choose_device
+from trex_models.train import checkpointing
+from trex_models.train.build import build_method
+from trex_models.train.config import Config, from_dict
+from trex_models.train.step import seed_step
 
 # Models of the zoo by backbone and depth of the projector. trex_resnet is on any ResNet.
 _ZOO = {("resnet50", 3): "trex_resnet50", ("resnet50", 1): "trexstar_resnet50"}
 
 
-@torch.no_grad()
-def export(
-    method: TReX,
-    folder: Path,
-    *,
-    backbone: str,
-    backbone_args: Mapping[str, Any],
-    head_args: Mapping[str, Any],
-    image_size: int,
-    classes: Sequence[str],
-    weights_license: str = "",
-) -> list[Path]:
-    """Write ``folder/backbone`` and the whole model, where timm or this package can build it.
-
-    The whole model is ``folder/cls``, or ``folder/proj`` for an objective without class weights,
-    whose output are the embeddings. It is of this package where the backbone is a ResNet; a linear
-    classifier right behind any backbone is timm's own. All load by
-    ``timm.create_model("local-dir:...", pretrained=True)``, the backbone without this package.
-    Each replaces an earlier export in one move.
+def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
+    """Export any checkpoint of the trainer, of a finished run or not.
 
     Args:
-        method: The trained method, on the CPU; put into eval mode.
-        folder: Where to write.
-        backbone: timm's name of the backbone.
-        backbone_args: Its further arguments.
-        head_args: proj_layers, proj_hidden_dim, proj_dim and temperature of ``TRexResNet``.
-        image_size: Side of the images to recommend, in pixels.
-        classes: Names of the classes.
-        weights_license: Licence to state; empty for none.
+        path: File of a run's checkpoints folder, or a run's folder for its last checkpoint.
+        folder: Output folder, as ``export_method``.
+        weights_license: License to state; None for the one that the run was started with.
 
     Returns:
-        The folders written.
+        Exported folders.
 
     Raises:
-        ValueError: ``folder`` cannot be made.
-        RuntimeError: A reloaded model gives other outputs than the method; nothing is kept then.
+        ValueError: There is no checkpoint, it is damaged or does not match its configuration, or
+            its license must not be changed.
     """
-    make_folder(folder)
+    method, state = load_method(path)
+    checkpointing.refuse_step(path, state)
+    config = from_dict(state["config"])
+    chosen = config.license if weights_license is None else weights_license
+    config = replace(config, license=resolve_license(chosen, state["inherited_license"]))
+    return export_method(method, config, state["classes"], folder)
+
+
+@torch.no_grad()
+def export_method(method: TReX, config: Config, classes: list[str], folder: Path) -> list[Path]:
+    """Write ``folder/backbone`` and the whole model, if timm or this package can build it.
+
+    The whole model is ``folder/cls``, or ``folder/proj`` if the objective has no class weights:
+    its outputs are then the embeddings. It is a model of this package if the backbone is a ResNet,
+    and of timm if a linear classifier follows the backbone directly. All load by
+    ``timm.create_model("local-dir:...", pretrained=True)``, the backbone without this package.
+    Each folder replaces an earlier export in one move.
+
+    Args:
+        method: Trained method, on the CPU; set to eval mode.
+        config: Configuration that it was built from.
+        classes: Names of the classes.
+        folder: Output folder.
+
+    Returns:
+        Exported folders.
+
+    Raises:
+        ValueError: ``folder`` cannot be created.
+        RuntimeError: The outputs of a reloaded model differ from the method's; nothing is kept.
+    """
+    checkpointing.make_folder(folder)
     method.eval()
-    images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator())
+    backbone, size = config.model.backbone, config.crops.global_size
+    backbone_args = full_args(backbone, config.model.parsed_backbone_args(), size)
+    backbone_args.pop("zero_init_last", None)  # it concerns initial weights only
+    images = torch.randn(2, 3, size, size, generator=torch.Generator())
     features = method.encoder.backbone(images)
     embeddings = method.encoder.projector(features)
     has_classes = method.objective.class_weights() is not None
     trained = checkpoints.split(method.state_dict(), num_classes=len(classes) if has_classes else 0)
+    # Ours, not a stock tag's: mean, crop and license are those of this training.
     stock_cfg = timm.get_pretrained_cfg(backbone)
     cfg = {
         "num_classes": 0,
-        "input_size": (3, image_size, image_size),
+        "input_size": (3, size, size),
         "fixed_input_size": bool(stock_cfg and stock_cfg.fixed_input_size),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
@@ -77,7 +99,7 @@ def export(
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": stock_cfg and stock_cfg.first_conv,
         "classifier": stock_cfg and stock_cfg.classifier,
-        "license": weights_license or None,
+        "license": config.license or None,
     }
 
     model = timm.create_model(backbone, num_classes=0, pretrained_cfg=cfg, **backbone_args)
@@ -85,7 +107,7 @@ def export(
     written = [folders.write(model, folder / "backbone", images, features)]
     if has_classes:
         cfg |= {"num_classes": len(classes), "label_names": tuple(classes)}
-    whole = _whole_model(method, trained, backbone, backbone_args, head_args, cfg)
+    whole = _whole_model(method, trained, config, backbone_args, cfg)
     if whole is not None:
         output = method.objective.logits(embeddings) if has_classes else embeddings
         name = "cls" if has_classes else "proj"
@@ -96,13 +118,13 @@ def export(
 def _whole_model(
     method: TReX,
     trained: Checkpoint,
-    backbone: str,
-    backbone_args: Mapping[str, Any],
-    head_args: Mapping[str, Any],
+    config: Config,
+    backbone_args: dict[str, Any],
     cfg: dict[str, Any],
 ) -> nn.Module | None:
-    """Return the model with its head; None where there is no more than the backbone to it."""
+    """Return the model with its head; None if it is the backbone alone, or cannot be built."""
     objective: Any = method.objective
+    backbone = config.model.backbone
     linear = objective.classifier if isinstance(objective, LinearSoftmax) else None
     if linear is not None and not trained.projector:
         model: Any = timm.create_model(backbone, pretrained_cfg=cfg, **backbone_args)
@@ -116,11 +138,101 @@ def _whole_model(
     if not is_resnet or (trained.class_weights is None and not trained.projector):
         return None
     name, args = "trex_resnet", {"backbone": backbone, **backbone_args}
-    known = (backbone, head_args["proj_layers"])
+    known = (backbone, config.model.hidden_layers)
     if known in _ZOO and trained.projector and not backbone_args:
         name, args = f"{_ZOO[known]}_{'proj' if trained.class_weights is None else 'cls'}", {}
     if linear is not None:
         args["linear_classifier"] = True
-    model = timm.create_model(name, pretrained_cfg=cfg, **args, **head_args)
+    model = timm.create_model(
+        name,
+        pretrained_cfg=cfg,
+        proj_layers=config.model.hidden_layers,
+        proj_hidden_dim=config.model.hidden_dim,
+        proj_dim=config.model.embedding_dim if config.model.projector == "mlp" else 0,
+        temperature=config.objective.temperature,
+        **args,
+    )
     model.load_state_dict(trained.state_dict())
     return model
+
+
+def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
+    """Load a step whose loss was not finite, as its process saw it.
+
+    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass.
+
+    Args:
+        path: File that the error message of training named.
+
+    Returns:
+        The method in training mode; its inputs (crops of each resolution, labels, sample
+        indices); the precision. On CUDA if available, else on the CPU. The global generators are
+        seeded as they were; only BatchNorm's running statistics are those after the forward pass.
+
+    Raises:
+        ValueError: The file is not such a step, or its precision needs CUDA.
+    """
+    path = Path(path)
+    device = choose_device()
+    method, state = load_method(path)
+    if "crops" not in state:
+        raise ValueError(f"{path} is a checkpoint, not a step: it holds no crops")
+    precision = Precision.from_name(state["config"]["precision"], device.type)
+    precision.apply()
+    seed_step(state["config"]["seed"], state["step"], state["process"])
+    crops = [images.to(device) for images in state["crops"]]
+    inputs = crops, state["labels"].to(device), state["ids"].to(device)
+    return method.train().to(device), inputs, precision
+
+
+def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
+    """Build a checkpoint's method, on the CPU; return it and the contents of the file.
+
+    Args:
+        path: File, or a run's folder for its last checkpoint that is not damaged.
+
+    Raises:
+        ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
+    """
+    if path.is_dir():
+        newest = checkpointing.newest(path, lambda _, error: print(error))
+        if newest is None:
+            raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
+        path, state = newest
+    else:
+        state = checkpointing.load(path)
+    config, num_classes = from_dict(state["config"]), len(state["classes"])
+    # First without memory: the configuration may ask for a network that the file cannot fill.
+    too_large = "its configuration describes a larger network than its tensors"
+    try:
+        if re.search(r"(?<![\d.])\d{7}", repr(config.model.parsed_backbone_args())):
+            raise ValueError(too_large)
+        with torch.device("meta"), _LimitedCalls(5_000 + 50 * len(state["method"]), too_large):
+            expected = build_method(config, num_classes).state_dict()
+        if difference := checkpoints.mismatch(state["method"], expected):
+            raise ValueError(f"its weights do not match its configuration: {difference}")
+    except Exception as error:  # each network refuses arguments in its own way
+        raise ValueError(f"{path}: {error}") from error
+    method = build_method(config, num_classes)
+    checkpointing.restore({"method": method}, state, path)
+    return method, state
+
+
+class _LimitedCalls(TorchFunctionMode):
+    """Raises ValueError with a message after a number of calls of torch's functions."""
+
+    def __init__(self, left: int, message: str) -> None:
+        super().__init__()
+        self.left, self.message = left, message
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(self.message)
+        return func(*args, **(kwargs or {}))

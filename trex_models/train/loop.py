@@ -1,44 +1,44 @@
-"""A training run, from its first step to its export."""
+"""The training loop: from the first step of a run to its export."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from signal import Signals
 
+from trex_models import distributed
 from trex_models.data.loading import GaveUpError, load_batches
 from trex_models.data.multicrop import augment
 from trex_models.data.transfer import to_device
-from trex_models.train import build, distributed, saved
 from trex_models.train.config import Config
-from trex_models.train.health import class_directions, head_health
-from trex_models.train.reporting import Reporter
-from trex_models.train.run import Run, prepared
-from trex_models.train.signals import Alarm, Stopped, StopSignals
+from trex_models.train.export import export_checkpoint
+from trex_models.train.reporting import Reporter, class_directions, head_health, summarize
+from trex_models.train.run import Run
+from trex_models.train.setup import setup_run
+from trex_models.train.signals import Alarm, StoppedBySignal, StopSignals
 from trex_models.train.step import NonFiniteLossError, seed_step, training_step
-from trex_models.train.summary import summarize
 from trex_models.train.validation import Validator
 
 
 def train(config: Config, exits: bool = False) -> list[Path]:
-    """Train, or continue the run that ``config.output`` holds, to the end; then export.
+    """Train, or resume the run in ``config.output``, to the end; then export.
 
     Args:
-        config: The configuration.
+        config: Configuration of the run.
         exits: Whether the process exits afterwards, as ``StopSignals``.
 
     Returns:
-        The exported folders (of the main process; empty for the others).
+        Exported folders, on rank 0; an empty list on other ranks.
 
     Raises:
-        ValueError: The configuration, the data or the output folder will not do, a checkpoint
-            cannot be written, or the loss is no longer finite. The message says what to do.
-        Stopped: A signal asked for it.
+        ValueError: The config, data or output directory is invalid, a checkpoint cannot be
+            written, or the loss is no longer finite. The message names the remedy.
+        StoppedBySignal: A signal asked to stop.
         PeerError: Another process failed.
     """
     with (
         distributed.process_group(config.system.device, config.system.backend) as process,
         StopSignals(process.is_main, exits) as signals,
-        prepared(config, process) as run,
+        setup_run(config, process) as run,
         Reporter(
             run.folder / "metrics.jsonl",
             start_step=run.sampler.start_step,
@@ -50,32 +50,30 @@ def train(config: Config, exits: bool = False) -> list[Path]:
         ) as reporter,
     ):
         for message in run.messages:
-            reporter.say(message)
-        _steps(run, signals, reporter)
+            reporter.log(message)
+        _train_steps(run, signals, reporter)
         if not process.is_main:
             return []
-        exported = saved.export_checkpoint(run.folder, run.folder / "export", run.config.license)
+        exported = export_checkpoint(run.folder, run.folder / "export", run.config.license)
         reporter.finish()
         for line in summarize(run.folder, config.optim.batch_size, exported):
-            reporter.say(line)
+            reporter.log(line)
         return exported
 
 
-def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
-    """Take the steps that are left: batch, step, report, validation, checkpoint."""
+def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
+    """Take the remaining steps: batch, step, report, validation, checkpoint."""
     process, system, sampler = run.process, run.config.system, run.sampler
     if sampler.start_step == sampler.total_steps:
         return
-    if system.compile:
-        run.method.encoder.compile()
-    model = distributed.data_parallel(run.method, process, system.sync_batchnorm)
-    with run.precision.autocast():
-        distributed.rehearse(model, *run.blank_inputs())
-    workers, pinned = build.num_workers(run.config), process.device.type == "cuda"
-    validator = _validator(run, workers, signals, reporter)
+    validator = _build_validator(run, signals, reporter)
+    steps_between_validations = run.config.validation.every * sampler.steps_per_epoch
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
+    pinned = process.device.type == "cuda"
     batches = reporter.timed(
-        load_batches(run.dataset, sampler, workers, pinned, reporter.say_from_any, signals.asked)
+        load_batches(
+            run.dataset, sampler, run.workers, pinned, reporter.log_from_any, signals.asked
+        )
     )
 
     for step in range(sampler.start_step, sampler.total_steps):
@@ -83,15 +81,16 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             batch = next(batches)
         except (ValueError, GaveUpError) as error:
             if process.world_size == 1 and step > sampler.start_step:
-                run.save(step)  # so that nothing is lost; of many processes, one alone is here
+                run.save(step)  # with several ranks, only this one is here: it cannot save
                 if isinstance(error, GaveUpError) and signals.received:
-                    raise Stopped(signals.received, step, sampler.total_steps) from error
+                    raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
         run.unreadable.add(batch.unreadable)
+        # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
-        labels, ids = to_device([batch.labels, batch.ids], process.device)
-        rate = float(run.rates[step])
+        labels, indices = to_device([batch.labels, batch.ids], process.device)
+        learning_rate = float(run.lr_schedule[step])
 
         done = step + 1
         last = done == sampler.total_steps
@@ -99,42 +98,51 @@ def _steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
-                model, run.method, run.optimizer, run.precision, crops, labels, ids, rate
+                run.model,
+                run.method,
+                run.optimizer,
+                run.precision,
+                crops,
+                labels,
+                indices,
+                learning_rate,
             )
         except NonFiniteLossError:
-            raise ValueError(run.keep_step(step, crops, labels, ids)) from None
+            raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
+        # On the device: reading it here would wait for the step. The first B rows are the logits
+        # of the first global crop.
         run.meter.update(loss, logits[: len(labels)], labels)
         reporter.advance()
 
         measured: dict[str, float] = {}
-        if reports:
-            measured |= run.meter.read() | {"learning_rate": rate}
+        if reports:  # the only wait for the device but for the loss's own check
+            measured |= run.meter.read() | {"learning_rate": learning_rate}
             measured |= head_health(run.method.objective, before)
-        if validator and (last or done % run.steps_between_validations == 0):
+        if validator and (last or done % steps_between_validations == 0):
             try:
-                with reporter.aside():
+                with reporter.untimed():
                     measured |= validator.measure(run.method)
             except (ValueError, GaveUpError) as error:
+                # A ValueError is raised on all ranks: they can save together, before it ends them.
                 if isinstance(error, ValueError) or process.world_size == 1:
-                    run.save(done)  # errors are those of all processes
+                    run.save(done)
                 raise
         if measured:
             _report(run, reporter, done, measured)
 
-        # The main process knows the time, any one may be told to stop: all act at the same step.
+        # Rank 0 keeps the time, and any rank may get a signal: all ranks must act at the same
+        # step. The exchange overlaps with the next step, so the answer is one step old.
         due, stop = flags.exchange(process.is_main and alarm.due(), signals.received or 0)
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
-            with reporter.aside():
+            with reporter.untimed():
                 run.save(done)
         if stop and not last:
             flags.finish()
-            raise Stopped(Signals(stop), done, sampler.total_steps)
+            raise StoppedBySignal(Signals(stop), done, sampler.total_steps)
     flags.finish()
 
 
-def _validator(
-    run: Run, workers: int, signals: StopSignals, reporter: Reporter
-) -> Validator | None:
+def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Validator | None:
     if run.validation is None:
         return None
     return Validator(
@@ -142,20 +150,20 @@ def _validator(
         run.process,
         run.precision,
         run.config.optim.batch_size // run.process.world_size,
-        workers,
+        run.workers,
         neighbors=run.neighbors,
-        say=reporter.say_from_any,
+        log=reporter.log_from_any,
         asked_to_stop=signals.asked,
-        watch=reporter.watched,
-        pass_over=run.unreadable.add_of_validation,
-        pass_over_reference=run.unreadable.add,
+        with_progress=reporter.with_progress,
+        on_skip=run.unreadable.add_validation,
+        on_skip_reference=run.unreadable.add,
     )
 
 
 def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
-    """Report, and end the run where too many images cannot be read, after saving it."""
-    run.share_unreadable(reporter.say)
-    run.report_changed_files(reporter.say)
+    """Report; end the run, after saving it, if too many images are unreadable."""
+    run.exchange_unreadable(reporter.log)
+    run.report_changed_files(reporter.log)
     if run.unreadable:
         measured["unreadable"] = len(run.unreadable)
     reporter.report(done, measured)

@@ -1,4 +1,7 @@
-"""All output of a run: the console's progress, metrics.jsonl, and TensorBoard's files."""
+"""What a run reports: progress, metrics.jsonl, TensorBoard files, diagnostics, a summary.
+
+Shapes: B batch, C classes, D embedding, Q bank size.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from trex_models.cli import progress_bar
+from trex_models.distributed import Process, gather
 from trex_models.files import append, write_whole
-from trex_models.train.distributed import Process, gather
+from trex_models.method.bank import MemoryBank
+from trex_models.method.objectives import Objective
 
 T = TypeVar("T")
 
-# Of a line of metrics.jsonl, what is not the same when the same run is repeated.
+# Entries of metrics.jsonl that differ when the same run is repeated.
 TIMINGS = ("images_per_second", "waiting_for_data")
 _TRAINED = ("loss", "accuracy", "unreadable")
 _VALIDATED = ("val_top1", "val_top5", "val_knn")
@@ -27,7 +34,7 @@ _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining
 
 
 class Meter:
-    """Means over the steps since the last reading, kept on the device until they are read.
+    """Mean loss and accuracy since the last reading, kept on the device until they are read.
 
     Args:
         process: This process; losses and logits are on its device.
@@ -42,39 +49,39 @@ class Meter:
         """Add a step.
 
         Args:
-            loss: Of the step, a scalar.
-            logits: Of the first global crop, (B, C).
-            labels: (B,).
+            loss: Loss of the step, a scalar.
+            logits: Logits of the first global crop, (B, C).
+            labels: Class labels, (B,).
         """
         correct = (logits.argmax(1) == labels).float().mean()
         self._sums += torch.stack([loss.float(), correct, torch.ones_like(correct)])
 
     def read(self) -> dict[str, float]:
-        """Return the means over steps and processes, and start anew; waits for the device."""
+        """Return the means over steps and ranks, and reset them; waits for the device."""
         loss, correct, steps = self.gathered().sum(0).tolist()
         self._sums.zero_()
         return {"loss": loss / steps, "accuracy": correct / steps}
 
     def gathered(self) -> Tensor:
-        """Return the sums of all processes, (processes, 3); all of them must call it."""
+        """Return the sums of all ranks, (ranks, 3); every rank must call it."""
         return gather(self._sums[None])
 
     def load_state_dict(self, sums: Tensor) -> None:
-        """Restore this process's part of ``gathered``; the mean if the number of them changed."""
+        """Restore this rank's part of ``gathered``; the mean if the number of ranks changed."""
         own = sums[self._rank] if len(sums) == self._world_size else sums.mean(0)
         self._sums.copy_(own)
 
 
 class Reporter:
-    """Progress with rate, remaining time and waiting for data, and one JSON line per report.
+    """Progress with rate, remaining time and time spent waiting for data; one JSON line a report.
 
-    On a terminal the progress is a bar, with a line above it for each validation; elsewhere it is
-    a line per report. Processes other than the main one stay silent.
+    On a terminal progress is a bar, with a line above it for each validation; elsewhere it is a
+    line per report. Only rank 0 prints and writes.
 
     Args:
-        path: The metrics file; lines of steps from ``start_step`` on, which an interrupted run
-            left behind, are cut off.
-        start_step: First step of this process's life.
+        path: File of the metrics; lines of steps after ``start_step``, left by an interrupted
+            run, are dropped.
+        start_step: First step since this start.
         total_steps: Steps of the run.
         steps_per_epoch: Steps of an epoch.
         images_per_step: Global batch size.
@@ -100,13 +107,14 @@ class Reporter:
         self._enabled = enabled = process.is_main
         self._started = self._last_time = time.monotonic()
         self._start_step = self._last_step = start_step
-        self._waited = self._set_aside = 0.0
-        self._bar = tqdm(
-            total=total_steps,
+        self._waited = self._untimed = 0.0
+        self._bar = progress_bar(
+            total_steps,
+            "",
+            "step",
             initial=start_step,
             bar_format=_BAR,
             disable=not enabled or not sys.stderr.isatty(),
-            dynamic_ncols=True,
         )
         self._writer: Any = None
         if enabled:
@@ -114,18 +122,18 @@ class Reporter:
                 self._writer = _tensorboard_writer(tensorboard, start_step)
             _truncate(path, start_step)
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print one line above the progress bar."""
         if self._enabled:
             tqdm.write(message)
 
-    def say_from_any(self, message: str) -> None:
-        """Print one line of this process, main or not, above the progress bar."""
+    def log_from_any(self, message: str) -> None:
+        """Print one line of this rank, whichever it is, above the progress bar."""
         rank = "" if self._enabled else f"process {self._process.rank}: "
         tqdm.write(rank + message)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches, and count the time that is spent waiting for them."""
+        """Yield the batches; measure the time spent waiting for them."""
         while True:
             started = time.monotonic()
             try:
@@ -136,55 +144,39 @@ class Reporter:
             yield batch
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Leave the time of the block, in which nothing is trained, out of the rates."""
+    def untimed(self) -> Iterator[None]:
+        """Exclude the time of the block, which trains nothing, from the rates."""
         started = time.monotonic()
         try:
             yield
         finally:
-            self._set_aside += time.monotonic() - started
+            self._untimed += time.monotonic() - started
 
-    def watched(self, batches: Iterator[T], count: int, name: str) -> Iterator[T]:
-        """Yield the batches under a second progress bar, which vanishes at the end.
-
-        Args:
-            batches: What to yield.
-            count: How many there are.
-            name: What is done with them.
-        """
-        return iter(
-            tqdm(
-                batches,
-                name,
-                count,
-                leave=False,
-                unit="batch",
-                disable=bool(self._bar.disable),
-                dynamic_ncols=True,
-            )
-        )
+    def with_progress(self, batches: Iterator[T], count: int, name: str) -> Iterator[T]:
+        """Yield the batches under a second progress bar, which disappears at the end."""
+        with progress_bar(
+            count, name, "batch", leave=False, disable=bool(self._bar.disable)
+        ) as bar:
+            for batch in batches:
+                yield batch
+                bar.update()
 
     def advance(self) -> None:
         """Count one step."""
         self._bar.update()
 
     def report(self, done: int, metrics: dict[str, float]) -> None:
-        """Show and record the metrics after ``done`` steps.
-
-        Args:
-            done: Steps done so far in the run.
-            metrics: Numbers by name.
-        """
+        """Print and record metrics, numbers by name, after ``done`` steps of the run."""
         if not self._enabled:
             return
         now = time.monotonic()
         seconds = max(now - self._last_time, 1e-9)
-        training = max(seconds - self._set_aside, 1e-9)
+        training = max(seconds - self._untimed, 1e-9)
         rate = (done - self._last_step) * self._images_per_step / training
         waiting = self._waited / training
         remaining = (now - self._started) / (done - self._start_step) * (self._total - done)
         self._last_time, self._last_step = now, done
-        self._waited = self._set_aside = 0.0
+        self._waited = self._untimed = 0.0
         epoch = done / self._steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
         line |= {"images_per_second": float(f"{rate:.4g}"), "waiting_for_data": round(waiting, 4)}
@@ -194,7 +186,7 @@ class Reporter:
                 if name != "step":
                     self._writer.add_scalar(name, value, done)
             self._writer.flush()
-        trained, validated = (_shown(metrics, names) for names in (_TRAINED, _VALIDATED))
+        trained, validated = (_format(metrics, names) for names in (_TRAINED, _VALIDATED))
         speed = f"{rate:.0f} images/s, {waiting:.0%} waiting for data"
         if self._bar.disable:
             print(
@@ -204,11 +196,11 @@ class Reporter:
             )
         else:
             if validated:
-                self.say(f"epoch {epoch:g}: {validated.rstrip()}")
+                self.log(f"epoch {epoch:g}: {validated.rstrip()}")
             self._bar.set_postfix_str(f"{speed}, {trained.rstrip()}")
 
     def finish(self) -> None:
-        """Leave the bar as it is; what is said from now on stands below it."""
+        """Close the bar: later lines are printed below it."""
         self._bar.close()
 
     def __enter__(self) -> Reporter:
@@ -220,19 +212,19 @@ class Reporter:
             self._writer.close()
 
 
-def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
+def _format(metrics: dict[str, float], names: Sequence[str]) -> str:
     return "".join(f"{name} {metrics[name]:.4g} " for name in names if name in metrics)
 
 
 def _tensorboard_writer(folder: Path, start_step: int) -> Any:
-    """Open a writer; what earlier lives of the run wrote of later steps is hidden."""
+    """Open a writer that hides what an interrupted run wrote of later steps."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
     return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 def _truncate(path: Path, start_step: int) -> None:
-    """Drop the lines of steps after ``start_step`` and torn ones."""
+    """Drop lines of steps after ``start_step``, and incomplete lines."""
     kept = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -249,3 +241,113 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@torch.no_grad()
+def class_directions(objective: Objective) -> Tensor | None:
+    """Return the unit vectors of the classes, (C, D); None if classes have no vectors."""
+    weights = objective.class_weights()
+    return None if weights is None else F.normalize(weights.float(), dim=1)
+
+
+def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]:
+    """Diagnostics of the head after a step: prototype drift and bank coverage.
+
+    t-ReX section 5 compares the drift of prototypes (Eq. 2) and of learned weights (Eq. 1). Waits
+    for the device.
+
+    Args:
+        objective: Objective with its bank or its learned weights.
+        before: ``class_directions`` before the step.
+
+    Returns:
+        If classes have vectors, prototype_change, the mean length of the change of their unit
+        vectors in the step, and empty_prototypes, the number of zero vectors. If there is a bank,
+        bank_classes, the share of classes with an entry written by this run; bank_age and
+        bank_oldest, the mean and largest age of these entries in steps; and bank_initial, the
+        share of entries of the initial bank (noise, or the bank of ``init_from``).
+    """
+    measured: dict[str, float] = {}
+    after = class_directions(objective)
+    if before is not None and after is not None:
+        measured["prototype_change"] = (after - before).norm(dim=1).mean().item()
+        measured["empty_prototypes"] = int((~after.any(1)).sum())
+    if objective.bank is not None:
+        measured |= _bank_health(objective.bank)
+    return measured
+
+
+def _bank_health(bank: MemoryBank) -> dict[str, float]:
+    own = bank.written >= 0
+    ages = bank.batches - 1 - bank.written[own]
+    classes = bank.labels[own].unique()
+    return {
+        "bank_classes": len(classes) / bank.num_classes,
+        "bank_age": ages.double().mean().item() if len(ages) else 0.0,
+        "bank_oldest": int(ages.max()) if len(ages) else 0,
+        "bank_initial": 1 - len(ages) / len(own),
+    }
+
+
+def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> list[str]:
+    """Return a summary of a finished run: time, rates, last and best metrics, what to do next.
+
+    Time and rates are those of training, without validation and checkpoints, over all starts.
+
+    Args:
+        folder: Directory of the run.
+        images_per_step: Global batch size.
+        exported: Exported folders.
+    """
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = []
+    if metrics:
+        images = [line["step"] * images_per_step for line in metrics]
+        # From the rates: the time that an interruption cost does not count.
+        spans = [
+            (after - before) / line["images_per_second"]
+            for before, after, line in zip([0, *images], images, metrics, strict=False)
+        ]
+        waited = sum(
+            span * line["waiting_for_data"] for span, line in zip(spans, metrics, strict=True)
+        )
+        lines.append(
+            f"finished: {metrics[-1]['step']} steps, {metrics[-1]['epoch']:g} epochs, "
+            f"{images[-1]:,} images in {duration(sum(spans))} ({images[-1] / sum(spans):.0f} "
+            f"images/s, {waited / sum(spans):.0%} waiting for data)"
+        )
+        lines += _figures(metrics)
+    listed = folder / "unreadable.txt"
+    if listed.exists():
+        count = len(listed.read_text().splitlines())
+        lines.append(f"{count} unreadable images were skipped, listed in {listed}")
+    lines.append(f"curves: python -m trex_models.plot {folder}")
+    lines += [f"exported {path}" for path in exported]
+    backbone = exported[0]
+    lines.append(f'use it: timm.create_model("local-dir:{backbone}", pretrained=True)')
+    lines.append(
+        f"for the Hub, in a checkout: python -m hub build {backbone} --output HUB --name NAME "
+        "--owner YOU --namespace YOU [--license ID]"
+    )
+    return lines
+
+
+def _figures(metrics: list[dict[str, Any]]) -> list[str]:
+    """Return the last loss and accuracy, and the last and best validation."""
+    trained = [line for line in metrics if "loss" in line]
+    validated = [line for line in metrics if "val_top1" in line]
+    lines = []
+    if trained:
+        last = trained[-1]
+        lines.append(
+            f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%} (global crop)"
+        )
+    if validated:
+        last = validated[-1]
+        best = max(validated, key=lambda line: line["val_top1"])
+        nearest = f", k-NN {last['val_knn']:.1%}" if "val_knn" in last else ""
+        lines.append(
+            f"validation: top-1 {last['val_top1']:.1%} (best {best['val_top1']:.1%} at epoch "
+            f"{best['epoch']:g}), top-5 {last['val_top5']:.1%}{nearest}"
+        )
+    return lines

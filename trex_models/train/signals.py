@@ -1,4 +1,4 @@
-"""What interrupts the steps: signals that ask a run to stop, and the time to save."""
+"""Signals that ask a run to stop, and the alarm for checkpoints."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from trex_models.cli import Stopped
 from trex_models.data.loading import GaveUpError
-from trex_models.train.distributed import is_peer_failure
+from trex_models.distributed import is_peer_failure
 
-# What schedulers send before a time limit, Ctrl-C, and a terminal that closes. Windows lacks some.
-ASKING = [
+# Sent by schedulers before a time limit, by Ctrl-C, and by a terminal that closes. Windows lacks
+# some.
+STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
     if hasattr(signal, name)
 ]
 
 
-class Stopped(Exception):  # noqa: N818  # it is no error
+class StoppedBySignal(Stopped):
     """A run stopped at a signal.
 
     Args:
-        received: The signal.
-        done: Steps done and saved; None if the stop came in the middle of a step.
-        total: Steps of the run.
+        received: Signal.
+        done: Number of steps done and saved; None if the stop came within a step.
+        total: Number of steps of the run.
     """
 
     def __init__(
@@ -36,20 +38,21 @@ class Stopped(Exception):  # noqa: N818  # it is no error
         where = f"after step {done} of {total}, saved; the same command continues"
         if done is None:
             where = "within a step; the same command continues from the last checkpoint"
-        super().__init__(f"stopped by {received.name} {where}")
+        saved = done is not None  # by all ranks at the same step
+        message = f"stopped by {received.name} {where}"
+        super().__init__(message, 128 + received, on_all_ranks=saved)
         self.received = received
-        self.saved = done is not None
 
 
 class Alarm:
-    """Is due once in every so many seconds; never if they are 0."""
+    """Fires every ``seconds``; disabled if 0."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next = time.monotonic() + seconds
 
     def due(self) -> bool:
-        """Return whether the time has come; the next time is counted from now."""
+        """Return whether it fires; the next interval starts now."""
         now = time.monotonic()
         if not self._seconds or now < self._next:
             return False
@@ -58,19 +61,19 @@ class Alarm:
 
 
 class StopSignals:
-    """Notes the first signal that asks to stop while the block runs, in the main thread.
+    """Records the first signal that asks to stop while the block runs, in the main thread.
 
-    If loading gave up after such a signal, or another process failed, which probably got it, too,
-    the block raises Stopped.
+    If loading gave up after such a signal, or another process failed, which probably received it,
+    too, the block raises StoppedBySignal.
 
-    A signal that the process ignores (as under nohup) stays ignored. Repeated signals change
-    nothing (torchrun and Slurm send them twice), but for another Ctrl-C a second or more after the
+    A signal that the process ignores (as under nohup) stays ignored. Repeated signals have no
+    effect (torchrun and Slurm send them twice), except a second Ctrl-C at least a second after the
     first, which ends the process at once.
 
     Args:
-        announce: Whether to print a line when the first one comes.
-        exits: Whether the process exits after the block. The signals are then ignored from its
-            end on: one of them would turn a run that has finished into one that failed.
+        announce: Print a line when the first signal arrives.
+        exits: The process exits after the block. Signals are then ignored from its end on, as
+            one of them would make a finished run look like a failed one.
     """
 
     def __init__(self, announce: bool = True, exits: bool = False) -> None:
@@ -82,18 +85,18 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            heeded = [n for n in ASKING if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
             self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        ended = self._exits and (error is None or isinstance(error, Stopped))
+        ended = self._exits and (error is None or isinstance(error, StoppedBySignal))
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if ended else handler)
         if self.received and (isinstance(error, GaveUpError) or is_peer_failure(error)):
-            raise Stopped(self.received) from error
+            raise StoppedBySignal(self.received) from error
 
     def asked(self) -> bool:
         """Return whether a signal came."""

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trex_models.method.backbone import preserve_running_stats
+from trex_models.method.model import TReX
 from trex_models.precision import Precision
-from trex_models.train.method import TReX
-from trex_models.train.recompute import kept_buffers
 
 
 class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite; weights, optimiser and bank are as they were before the step."""
+    """The loss is NaN or infinite; weights, optimizer and bank are as before the step."""
 
 
 def training_step(
@@ -26,23 +26,23 @@ def training_step(
     precision: Precision,
     crops: Sequence[Tensor],
     labels: Tensor,
-    ids: Tensor,
+    indices: Tensor,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward, fill the bank, optimise.
+    """Take one step: forward, backward, fill the bank, update the weights.
 
     Args:
         model: ``method``, or DistributedDataParallel around it.
         method: The method.
-        optimizer: Over the parameters of the encoder and the objective.
-        precision: The types to compute in.
+        optimizer: Optimizer of the encoder and the objective.
+        precision: Number formats of the computation.
         crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
-        labels: (B,).
-        ids: Which samples the images are, (B,).
-        learning_rate: Of this step.
+        labels: Class labels, (B,).
+        indices: Sample indices, (B,). Only LOOK reads them.
+        learning_rate: Learning rate of this step.
 
     Returns:
-        The loss before the optimiser's step, and the logits, (N * B, C); both detached.
+        The loss before the optimizer's step, and the logits, (N * B, C); both detached.
 
     Raises:
         NonFiniteLossError: The loss of this process is not finite.
@@ -51,23 +51,23 @@ def training_step(
         group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)  # before activations take their memory
     with precision.autocast():
-        loss, logits = model(crops, labels, ids)
+        loss, logits = model(crops, labels, indices)
     read_loss = _read_later(loss.detach())
-    with kept_buffers(method.encoder.backbone):
+    with preserve_running_stats(method.encoder.backbone):
         precision.scaler.scale(loss).backward()
     # The device is busy with the backward pass meanwhile: this wait does not leave it idle.
     if not math.isfinite(read_loss()):
         raise NonFiniteLossError("the loss is no longer finite")
     with precision.autocast():
-        # Before the optimiser's step: the average follows the weights that made this loss.
-        method.update_bank(crops, labels, ids)
+        # Before the optimizer's step: the average follows the weights that made this loss.
+        method.update_bank(crops, labels, indices)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach(), logits.detach()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed all global generators: what a step draws (drop path) depends on these numbers alone."""
+    """Seed all global generators, so that drop path depends on these numbers alone."""
     drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     torch.manual_seed(drawn)
     random.seed(drawn)

@@ -1,4 +1,4 @@
-"""Accuracy on held-out images: of the training head, and of nearest neighbours among features.
+"""Accuracy on held-out images: of the training head, and of a k-NN classifier on features.
 
 Exact on any number of processes.
 Shapes: N images, B batch, C classes, F features, S side in pixels.
@@ -19,29 +19,29 @@ from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
-from trex_models.evaluation.neighbors import hits, knn_votes
-from trex_models.heads import widen
-from trex_models.precision import Precision
-from trex_models.train.distributed import (
+from trex_models.distributed import (
     Process,
     broadcast_buffers,
     gather,
     gather_rows,
-    together,
+    raise_on_all_ranks,
 )
-from trex_models.train.method import TReX
+from trex_models.evaluation.neighbors import hits, knn_votes
+from trex_models.heads import widen
+from trex_models.method.model import TReX
+from trex_models.precision import Precision
 
 _QUERIES = 4096
 _Indices = TypeVar("_Indices", range, np.ndarray)
 
 
 class ValidationDataset(CentreCropDataset):
-    """Centre crops of a source's images, 224 of 256, as the authors validate during training.
+    """Center crops of a source's images, 224 of 256, as the authors validate during training.
 
     Args:
-        source: Labelled images.
-        size: S.
-        skip: Whether images that cannot be read are left out.
+        source: Labeled images.
+        size: Side of the crops, S.
+        skip: Leave out unreadable images.
     """
 
     def __init__(self, source: Source, size: int, skip: bool = False) -> None:
@@ -57,12 +57,12 @@ class ValidationDataset(CentreCropDataset):
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What a weighted k-NN classifier compares features with.
+    """References of a weighted k-NN classifier.
 
     Args:
-        dataset: Of the training images.
-        indices: Which of them, (N,).
-        k: Neighbours that vote.
+        dataset: Training images.
+        indices: Indices of the references, (N,).
+        k: Number of neighbors that vote.
     """
 
     dataset: ValidationDataset
@@ -76,18 +76,17 @@ class Validator:
     Nothing that training depends on is changed.
 
     Args:
-        dataset: The images.
-        process: This process: it takes every world_size-th image from its rank on.
-        precision: The types to compute in.
-        batch_size: Images at a time, of this process.
-        workers: Loader processes.
-        neighbors: What to compare features with; None for no k-NN classifier.
-        say: As of ``load_batches``.
-        asked_to_stop: As of ``load_batches``.
-        watch: Yields the batches that it is given, their number and what they are for, while
-            someone may be watching.
-        pass_over: Receives {index: reason} of validation images that are left out.
-        pass_over_reference: The same of the training images to compare with.
+        dataset: Images to validate on.
+        process: This process; it takes every world_size-th image from its rank on.
+        precision: Number formats of the computation.
+        batch_size: Batch size of this process.
+        workers: Number of loader processes.
+        neighbors: References of the k-NN classifier; None for none.
+        log: As ``load_batches``.
+        asked_to_stop: As ``load_batches``.
+        with_progress: Wraps (batches, their number, a title) to show progress.
+        on_skip: Callback that receives {index: reason} of skipped validation images.
+        on_skip_reference: The same for the references of the k-NN classifier.
     """
 
     def __init__(
@@ -98,13 +97,13 @@ class Validator:
         batch_size: int,
         workers: int,
         neighbors: Neighbors | None = None,
-        say: Callable[[str], object] = print,
+        log: Callable[[str], object] = print,
         asked_to_stop: Callable[[], object] = lambda: False,
-        watch: Callable[
+        with_progress: Callable[
             [Iterator[CropBatch], int, str], Iterator[CropBatch]
         ] = lambda batches, *_: batches,
-        pass_over: Callable[[dict[int, str]], object] = lambda _: None,
-        pass_over_reference: Callable[[dict[int, str]], object] = lambda _: None,
+        on_skip: Callable[[dict[int, str]], object] = lambda _: None,
+        on_skip_reference: Callable[[dict[int, str]], object] = lambda _: None,
     ) -> None:
         self._dataset = dataset
         self._process = process
@@ -112,42 +111,42 @@ class Validator:
         self._batch_size = batch_size
         self._workers = workers
         self._neighbors = neighbors
-        self._say = say
+        self._log = log
         self._asked_to_stop = asked_to_stop
-        self._watch = watch
-        self._pass_over = {"validation": pass_over, "features": pass_over_reference}
+        self._with_progress = with_progress
+        self._on_skip = {"validation": on_skip, "features": on_skip_reference}
 
     @torch.no_grad()
     def measure(self, method: TReX) -> dict[str, float]:
-        """Measure the online encoder and the head; every process must call it.
+        """Measure the online encoder and the head; every rank must call it.
 
         Args:
             method: The method; its mode is restored.
 
         Returns:
-            val_top1 and val_top5, shares of the images that could be read; val_knn, the share
-            that the k-NN classifier has right. Exact integers are summed.
+            val_top1 and val_top5, accuracies over the readable images; val_knn, accuracy of the
+            k-NN classifier.
 
         Raises:
-            ValueError: An image cannot be read, or none can; in all processes alike.
+            ValueError: An image is unreadable, or all are; on all ranks.
         """
         was_training = method.training
         method.eval()
         broadcast_buffers(method.encoder)
         try:
             references = self._references(method)
-            with together():
+            with raise_on_all_ranks():
                 counts = self._count(method, references)
         finally:
             method.train(was_training)
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
         if not images:
-            raise ValueError("none of the validation images can be read")
+            raise ValueError("none of the validation images is readable")
         measured = {"val_top1": top1 / images, "val_top5": top5 / images}
         return measured | ({"val_knn": nearest / images} if self._neighbors else {})
 
     def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return how many of this process's images are right: top-1, top-5, k-NN; and of all."""
+        """Return counts of this process: correct by top-1, top-5 and k-NN, and images."""
         counts = torch.zeros(4, dtype=torch.int64, device=self._process.device)
         waiting: list[tuple[Tensor, Tensor]] = []  # many queries at once are faster
         own = self._own(range(len(self._dataset.source)))
@@ -168,21 +167,21 @@ class Validator:
         return counts
 
     def _references(self, method: TReX) -> tuple[Tensor, Tensor] | None:
-        """Return features and labels of the training images to compare with, of all processes."""
+        """Return features and labels of the references of all ranks."""
         if self._neighbors is None:
             return None
-        with together():
+        with raise_on_all_ranks():
             features, labels = self._own_references(method, self._neighbors)
         # A process has none where there are fewer of them than processes, and knows no width then.
         width = gather(torch.tensor([features.shape[1]], device=features.device)).max()
         if not width:
-            raise ValueError("none of the training images to compare with can be read")
+            raise ValueError("none of the training images to compare with is readable")
         if not len(features):
             features = features.new_empty(0, int(width))
         return gather_rows(features), gather_rows(labels)
 
     def _own_references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
-        """Return the share of this process; written in place, for it may be large."""
+        """Return the references of this rank; written in place, as they may be large."""
         own, filled, device = self._own(among.indices), 0, self._process.device
         features = torch.empty(0, 0, device=device)
         labels = torch.empty(len(own), dtype=torch.int64, device=device)
@@ -214,10 +213,10 @@ class Validator:
         size, device = self._batch_size, self._process.device
         batches = [[int(i) for i in own[at : at + size]] for at in range(0, len(own), size)]
         loaded = load_batches(
-            dataset, batches, self._workers, device.type == "cuda", self._say, self._asked_to_stop
+            dataset, batches, self._workers, device.type == "cuda", self._log, self._asked_to_stop
         )
-        for batch in self._watch(loaded, len(batches), name):
-            self._pass_over[name](batch.unreadable)
+        for batch in self._with_progress(loaded, len(batches), name):
+            self._on_skip[name](batch.unreadable)
             if len(batch.labels):
                 crops, labels = to_device([batch.images, batch.labels], device)
                 with self._precision.autocast():

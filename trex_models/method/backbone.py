@@ -1,14 +1,22 @@
-"""Any timm backbone that pools to one vector, checked before training starts."""
+"""Any timm backbone that pools to one vector, checked before training starts.
+
+Its activations may be recomputed in the backward pass (Chen et al., arXiv 1604.06174): only the
+input of each block is kept, and its forward pass runs a second time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+
+from trex_models.distributed import preserve_buffers
+
+_RECOMPUTES = "recomputes_activations"
 
 
 def build_backbone(
@@ -95,3 +103,38 @@ def _feature_width(name: str, model: nn.Module, size: int) -> int:
             "take one that pools"
         )
     return int(shape[1])
+
+
+def recompute_activations(backbone: nn.Module, name: str) -> None:
+    """Let a backbone recompute its activations in the backward pass.
+
+    Losses and gradients are bit-identical where kernels are deterministic, as on a CPU. The
+    backward pass must run inside ``preserve_running_stats``.
+
+    Args:
+        backbone: A timm model.
+        name: Its name, for the message.
+
+    Raises:
+        ValueError: timm does not support it for this model.
+    """
+    model: Any = backbone
+    try:
+        model.set_grad_checkpointing(True)
+    except AssertionError as error:
+        raise ValueError(
+            f"system.checkpoint_activations: timm's {name} cannot recompute its activations; leave "
+            "the option out and lower optim.batch_size or crops.local_crops, or take another "
+            "backbone"
+        ) from error
+    setattr(model, _RECOMPUTES, True)
+
+
+def preserve_running_stats(backbone: nn.Module) -> AbstractContextManager[None]:
+    """Return the context for a backward pass, in which forward passes may run again.
+
+    The second forward pass updates BatchNorm's running statistics a second time; the context
+    restores them. It cannot run without them (``track_running_stats`` off), as it must save the
+    tensors that the first one saved.
+    """
+    return preserve_buffers(backbone) if hasattr(backbone, _RECOMPUTES) else nullcontext()

@@ -1,4 +1,4 @@
-"""Weights to start from: what of a checkpoint fits a run is taken on, the rest is told.
+"""Warm start: load the parts of a checkpoint that match this run, and report the rest.
 
 Shapes: C classes, D embedding, Q bank size.
 """
@@ -19,39 +19,37 @@ from trex_models.checkpoints import CheckpointError
 from trex_models.heads import class_means
 from trex_models.licenses import license_of
 from trex_models.manifest import WeightsError
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import TReX
+from trex_models.method.objectives import LinearSoftmax, Objective
 from trex_models.train import checkpointing
-from trex_models.train.bank import MemoryBank
-from trex_models.train.method import TReX
-from trex_models.train.objectives import LinearSoftmax, Objective
 
 
 @dataclass(frozen=True)
 class _File:
-    """What a file holds.
+    """Contents of a file.
 
     Args:
-        path: Where it is.
-        form: official, trainer or model.
+        path: Path of the file.
         parts: Weights by the parts of ``checkpoints.TABLE``.
-        classes: Names of its classes, if it tells them.
-        images: Digest of the images that it was trained on, if it tells it.
-        license: Of the weights; empty if it does not tell it.
+        classes: Names of its classes, if known.
+        images: Digest of the images that it was trained on, if known.
+        license: License of the weights; empty if not stated.
     """
 
     path: Path
-    form: str
     parts: dict[str, dict[str, Any]]
     classes: list[str] | None
     images: str | None
     license: str
 
     def value(self, part: str) -> Any:
-        """Return the only value of a part; None where the file has none."""
+        """Return the only value of a part; None if the file has none."""
         return next(iter(self.parts[part].values()), None)
 
     @property
     def has_bank(self) -> bool:
-        """Whether there is a memory bank."""
+        """Whether the file has a memory bank."""
         return self.value("bank features") is not None
 
 
@@ -59,21 +57,21 @@ class _File:
 def init_from(
     path: Path, method: TReX, classes: Sequence[str], images: str
 ) -> tuple[list[str], str]:
-    """Take on the weights of a checkpoint.
+    """Load the parts of a checkpoint that match a method.
 
     Args:
-        path: A checkpoint of any form, a timm folder, or a run: its last whole checkpoint.
-        method: On the CPU, with its random weights; what does not fit keeps them.
+        path: Checkpoint of any form, a timm folder, or a run for its last checkpoint.
+        method: Method with random weights, on the CPU; parts that do not match keep them.
         classes: Names of the run's classes.
-        images: Digest of the run's images, by which the bank's samples are told.
+        images: Digest of the run's images: the bank's sample indices are valid for these only.
 
     Returns:
-        A line for each part, what was restored and what was not, and why; and the licence of the
-        weights, empty where the file does not tell it.
+        A line for each part: restored, or why not; and the license of the weights, empty if the
+        file does not state it.
 
     Raises:
-        ValueError: The file cannot be read, has no backbone, or another one; or the weights that
-            would be taken on are not finite.
+        ValueError: The file is not readable, has no backbone or another one, or its weights are
+            not finite.
     """
     file = _open(path)
     try:
@@ -85,37 +83,39 @@ def init_from(
 
 
 def _open(path: Path) -> _File:
-    if (path / "checkpoints").is_dir():
-        newest = checkpointing.newest(path, lambda _, error: print(error))
-        if newest is None:
-            raise ValueError(f"init_from: {path} holds no checkpoint yet; name another one")
-        path, contents = newest
-    else:
-        if path.is_dir() and not (path / "model.safetensors").is_file():
-            raise ValueError(
-                f"init_from: {path} is neither a run's folder nor a timm folder with "
-                "model.safetensors; name one of these, or a checkpoint file"
+    """Read a file of any form.
+
+    Raises:
+        ValueError: It is missing, damaged, or not a checkpoint.
+    """
+    try:
+        if (path / "checkpoints").is_dir():
+            newest = checkpointing.newest(path, lambda _, error: print(error))
+            if newest is None:
+                raise CheckpointError(f"{path} holds no checkpoint yet; name another one")
+            path, contents = newest
+        elif path.is_dir() and not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"{path} is neither a run's folder nor a timm folder with model.safetensors; name "
+                "one of these, or a checkpoint file"
             )
-        if not path.exists():
-            raise ValueError(f"init_from: {path} does not exist; name a checkpoint, or a run")
-        path = path / "model.safetensors" if path.is_dir() else path
-        try:
+        elif not path.exists():
+            raise CheckpointError(f"{path} does not exist; name a checkpoint, or a run")
+        else:
+            path = path / "model.safetensors" if path.is_dir() else path
             contents = dict(checkpoints.load(path))
-        except CheckpointError as error:
-            raise ValueError(f"init_from: {error}") from error
+        license_of_weights = license_of(path, contents)
+    except (CheckpointError, WeightsError) as error:
+        raise ValueError(f"init_from: {error}") from error
     try:
         form, parts, _ = checkpoints.sort(contents)
     except CheckpointError as error:
         raise ValueError(f"init_from: {path}: {error}") from error
-    try:
-        license_of_weights = license_of(path, contents)
-    except WeightsError as error:
-        raise ValueError(f"init_from: {error}") from error
     if form == "trainer":
-        classes, images = contents.get("classes"), contents.get("images")
-    else:
-        classes, images = _label_names(path), None
-    return _File(path, form, parts, classes, images, license_of_weights)
+        return _File(
+            path, parts, contents.get("classes"), contents.get("images"), license_of_weights
+        )
+    return _File(path, parts, _label_names(path), None, license_of_weights)
 
 
 def _label_names(path: Path) -> list[str] | None:
@@ -140,7 +140,7 @@ def _label_names(path: Path) -> list[str] | None:
 
 
 def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> list[str]:
-    """Copy into the method what fits; return a line for each part."""
+    """Copy the parts that match into the method; return a line for each part."""
     encoder = method.encoder
     _take_head_out_of_backbone(encoder.backbone, file)
     if not file.parts["backbone"]:
@@ -158,7 +158,7 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
         encoder.projector.load_state_dict(file.parts["projector"])
     if encoder.projector.state_dict() or file.parts["projector"]:
         lines.append(_line("projector", misfit and f"random: {misfit}"))
-    # What lies behind the projector is of no use without it.
+    # Embeddings of another projector: what was learned behind it does not match them.
     lost = misfit and "the projector was not restored"
     lines += _restore_momentum_encoder(method, file, lost)
     lost = lost or _other_classes(file, classes)
@@ -172,7 +172,7 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
 
 
 def _take_head_out_of_backbone(backbone: nn.Module, file: _File) -> None:
-    """Move timm's own classifier to the class weights; the table knows the name fc alone."""
+    """Move timm's own classifier to the class weights; the key table only knows the name fc."""
     cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
     name, own = cfg.get("classifier"), backbone.state_dict()
     for suffix, part in (("weight", "class weights"), ("bias", "class biases")):
@@ -197,7 +197,7 @@ def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]
 
 
 def _restore_head(objective: Objective, file: _File, lost: str, same_images: bool) -> list[str]:
-    """Restore the bank or the class weights, unless they are lost for a reason."""
+    """Restore the bank or the class weights, unless ``lost`` says why not."""
     if objective.bank is None:
         name = "class weights"
         if file.has_bank:
@@ -215,7 +215,7 @@ def _restore_head(objective: Objective, file: _File, lost: str, same_images: boo
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
-    """Copy the class weights; return why not, where they do not fit."""
+    """Copy the class weights; return why not, if they do not match."""
     classifier, weights = objective.classifier, file.value("class weights")
     biases = file.value("class biases")
     if file.has_bank:
@@ -233,7 +233,7 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
 
 
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
-    """Copy the bank; return why not, where it does not fit."""
+    """Copy the bank; return why not, if it does not match."""
     features, labels = file.value("bank features"), file.value("bank labels")
     if features.shape != bank.features.shape:
         return (
@@ -243,14 +243,14 @@ def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
     bank.features.copy_(features)
     bank.labels.copy_(labels)
     ids = file.value("bank ids")
-    if same_images and ids is not None:  # else they are of unknown samples
+    if same_images and ids is not None:  # otherwise -1: samples of other images
         bank.ids.copy_(ids)
     bank.pointer = checkpoints.bank_pointer(file.parts)
     return ""
 
 
 def _other_classes(file: _File, classes: Sequence[str]) -> str:
-    """Return in what the file's classes differ from the run's, as far as it tells them."""
+    """Return how the file's classes differ from the run's, as far as the file states them."""
     if file.classes is not None:
         odd = sorted(set(file.classes) ^ set(classes))
         if odd or list(file.classes) != list(classes):
@@ -263,7 +263,7 @@ def _other_classes(file: _File, classes: Sequence[str]) -> str:
     if weights is not None and weights.shape[:1] != (len(classes),):
         return f"the file's are {tuple(weights.shape)}, the run has {len(classes)} classes"
     if labels is not None:
-        # A bank does not tell how many classes there are; but for ImageNet's 1000, the last one
+        # A bank does not state the number of classes: apart from ImageNet's 1000, the last class
         # must have an entry.
         high = int(labels.max())
         if high >= len(classes) or high + 1 < len(classes) != 1000:
@@ -276,7 +276,7 @@ def _line(part: str, otherwise: str = "") -> str:
 
 
 def _misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """Describe in which keys or shapes a state differs from the module's; empty if it matches."""
+    """Return how keys and shapes of a state differ from the module's; empty if they match."""
     wanted = module.state_dict()
     if not state:
         return "the file has none" if wanted else ""

@@ -20,17 +20,22 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trex_models.cli import first_line
 from trex_models.precision import choose_device
 
 T = TypeVar("T")
 
 
 class SharedError(ValueError):
-    """An error that every process raises alike, so that one of them is enough to print it."""
+    """An error that every rank raises, so that rank 0 alone prints it."""
+
+    on_all_ranks = True
 
 
 class PeerError(RuntimeError):
     """Another process failed; its own error is the one to read."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,9 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
             "cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=chosen if nccl else None
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
             "this process cannot meet the others at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({reason})"
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({first_line(error)})"
         ) from error
     if dist.get_rank():  # what all ranks log, rank 0 logs for all
         logging.getLogger("trex_models").setLevel(logging.ERROR)
@@ -121,25 +125,34 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     return DistributedDataParallel(module, **options)
 
 
-def rehearse(model: nn.Module, *inputs: Any) -> None:
+def warm_up_ddp(model: nn.Module, *inputs: Any) -> None:
     """Let DistributedDataParallel order its gradients, as it does after its first backward pass.
 
-    The first step of a process's life would sum them in another order than later ones, which from
-    three processes on changes the rounding: a run that was cut would not end bit for bit alike.
-    Parameters and buffers stay as they are.
+    Otherwise the first step of a process's life would sum them in another order than later ones,
+    which from three processes on changes the rounding: an interrupted run would not end bit for
+    bit like an uninterrupted one. Parameters and buffers stay as they are.
 
     Args:
-        model: From ``data_parallel``; its output's first item is the loss.
-        inputs: Its inputs, of the shapes to come.
+        model: Return value of ``data_parallel``; the first item of its output is the loss.
+        inputs: Inputs of the shapes to come.
     """
-    if not isinstance(model, DistributedDataParallel):
-        return
-    before = [buffer.clone() for buffer in model.buffers()]
-    model(*inputs)[0].backward()
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), before, strict=True):
-            buffer.copy_(value)
+    if isinstance(model, DistributedDataParallel):
+        with preserve_buffers(model):
+            model(*inputs)[0].backward()
+            model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
+    """Restore a module's buffers at the end of the block."""
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def synchronizes(process: Process, sync_batchnorm: bool) -> bool:
@@ -193,8 +206,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Let all processes pass the block, or none: an error of one is raised by all.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise an error of one process on all of them.
 
     Raises:
         SharedError: A process raised a ValueError or OSError; the message says which and why.

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from trex_models.distributed import gather
 from trex_models.heads import widen
-from trex_models.train.distributed import gather
-from trex_models.train.momentum import MomentumEncoder
-from trex_models.train.objectives import Objective
+from trex_models.method.momentum import MomentumEncoder
+from trex_models.method.objectives import Objective
 
 
 class Encoder(nn.Module):

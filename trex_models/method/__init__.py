@@ -1,0 +1,33 @@
+"""The reference trainer: ``python -m trex_models.train RECIPE --output DIR``.
+
+The names below are its parts, for training loops of your own; they are stable, and
+docs/library.md shows their use.
+"""
+
+from trex_models.method.backbone import build_backbone
+from trex_models.method.bank import MemoryBank
+from trex_models.method.model import Encoder, TReX
+from trex_models.method.momentum import MomentumEncoder
+from trex_models.method.objectives import (
+    LOOK,
+    CosineSoftmax,
+    LinearSoftmax,
+    Objective,
+    OnlineClassMeans,
+)
+from trex_models.method.optimizer import build_sgd, learning_rates
+
+__all__ = [
+    "LOOK",
+    "CosineSoftmax",
+    "Encoder",
+    "LinearSoftmax",
+    "MemoryBank",
+    "MomentumEncoder",
+    "Objective",
+    "OnlineClassMeans",
+    "TReX",
+    "build_backbone",
+    "build_sgd",
+    "learning_rates",
+]

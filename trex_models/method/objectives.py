@@ -1,0 +1,279 @@
+"""The losses: softmax, cosine softmax, online class means (OCM) and LOOK, behind one interface.
+
+An objective turns the embeddings of all crops into the mean loss over all crops and into logits.
+t-ReX (arXiv 2206.15369), section 3.
+
+Shapes: B batch, N crops, D embedding, C classes, Q bank size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trex_models.heads import (
+    CosineClassifier,
+    cosine_logits,
+    require_temperature,
+    widen,
+    without_autocast,
+)
+from trex_models.method.bank import MemoryBank, check_labels
+
+_ROWS = 256  # queries at a time: their similarities take 67 MB with a bank of 65536
+
+
+class Objective(nn.Module):
+    """Base of the losses: mean cross-entropy over crops and batch of a subclass's logits.
+
+    To train on a loss of your own, define ``logits`` (or ``forward``) and ``class_weights``.
+
+    Args:
+        bank: The memory bank, where the objective has one; ``TReX.update_bank`` fills it.
+    """
+
+    def __init__(self, bank: MemoryBank | None = None) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return logits, (N * B, C), for embeddings, (N * B, D)."""
+        raise NotImplementedError
+
+    def class_weights(self) -> Tensor | None:
+        """Return the vectors that classes are compared with, (C, D); None if there are none."""
+        raise NotImplementedError
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, a scalar, and the logits, (N * B, C).
+
+        Args:
+            embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
+            labels: (B,) integers in [0, C), shared by all crops of an image.
+            ids: Which samples the images are, (B,); only ``LOOK`` asks.
+
+        Raises:
+            ValueError: ``labels`` are not as ``check_labels`` wants them.
+        """
+        del ids  # only neighbours need to know their own
+        logits = self.logits(embeddings)
+        check_labels(labels, logits.shape[1])
+        return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
+
+
+class LinearSoftmax(Objective):
+    """Softmax over a linear classifier with bias: the plain baseline. No temperature, no norm.
+
+        loss, logits = LinearSoftmax(2048, num_classes=1000)(features, labels)
+
+    Args:
+        dim: D, width of the embeddings.
+        num_classes: C.
+    """
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(dim, num_classes)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return W z + b, in float32 at least."""
+        with without_autocast(embeddings.device.type):
+            return self.classifier(widen(embeddings))
+
+    def class_weights(self) -> Tensor:
+        """Return the learned weights, without the bias."""
+        return self.classifier.weight
+
+
+class CosineSoftmax(Objective):
+    """Softmax over cosines with learned class weights: logits = cos(z, w_c) / tau.
+
+    Equation 1 of t-ReX (arXiv 2206.15369), around ``CosineClassifier``.
+
+        loss, logits = CosineSoftmax(256, num_classes=1000)(embeddings, labels)
+
+    Args:
+        dim: D, width of the embeddings.
+        num_classes: C.
+        temperature: tau.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0.
+    """
+
+    def __init__(self, dim: int, num_classes: int, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.classifier = CosineClassifier(dim, num_classes, temperature)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return cosine logits against the learned weights."""
+        return self.classifier(embeddings)
+
+    def class_weights(self) -> Tensor:
+        """Return the learned weights."""
+        return self.classifier.weight
+
+
+class OnlineClassMeans(Objective):
+    """Softmax over cosines with the class means of a memory bank, in place of learned weights.
+
+    OCM, equation 2 of t-ReX (arXiv 2206.15369): logits = cos(z, mean of the bank's c) / tau.
+
+        bank = MemoryBank(8192, dim=256, num_classes=1000)
+        loss, logits = OnlineClassMeans(bank)(embeddings, labels)
+
+    Args:
+        bank: The memory bank. No gradient flows through it; who trains fills it.
+        temperature: tau.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0.
+    """
+
+    bank: MemoryBank
+
+    def __init__(self, bank: MemoryBank, temperature: float = 0.1) -> None:
+        super().__init__(bank)
+        require_temperature(temperature)
+        self.temperature = temperature
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return cosine logits against the class means; 0 for a class without entries."""
+        return cosine_logits(embeddings, self.class_weights(), self.temperature)
+
+    def class_weights(self) -> Tensor:
+        """Return the bank's class means."""
+        return self.bank.class_means()
+
+
+class LOOK(Objective):
+    """Leave-one-out error of a k-NN classifier over a memory bank; logits are the weighted vote.
+
+    A reconstruction: of Feng et al., "Rethinking supervised pre-training for better downstream
+    transferring" (ICLR 2022, arXiv 2110.06014), only the abstract could be verified, and its code
+    is not public. An image need only share its label with most of its nearest neighbors, so that a
+    class may have several modes. With N_k(i) the k entries of the bank most similar to z_i, the
+    image's own entries left out, and s = cosine:
+
+        L_i = -log(sum_{j in N_k(i), y_j = y_i} exp(s_ij / tau) / sum_{j in N_k(i)} exp(s_ij / tau))
+
+    Ours: if none of the k has the image's label, the nearest entry that has joins them; if the
+    bank has none, the crop's loss is 0; and the defaults. With k = Q it is SNCA (Wu, Efros, Yu,
+    ECCV 2018).
+
+        bank = MemoryBank(65536, dim=256, num_classes=1000)
+        loss, votes = LOOK(bank)(embeddings, labels, ids)
+
+    Args:
+        bank: The memory bank. No gradient flows through it; who trains fills it.
+        temperature: tau.
+        neighbors: k; the whole bank if it is smaller.
+
+    Raises:
+        ValueError: ``temperature`` is not above 0, or ``neighbors`` is below 1.
+    """
+
+    bank: MemoryBank
+
+    def __init__(self, bank: MemoryBank, temperature: float = 0.1, neighbors: int = 256) -> None:
+        super().__init__(bank)
+        require_temperature(temperature)
+        if neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, got {neighbors}")
+        self.temperature = temperature
+        self.neighbors = min(neighbors, len(bank.labels))
+
+    def class_weights(self) -> None:
+        """Return None: a class has no vector of its own."""
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Return the logarithm of each class's share of the vote, -inf for a class without one."""
+        bank = self._unit_features()
+        votes = [
+            self._votes(*self._nearest(self._scores(part, bank)))
+            for part in embeddings.split(_ROWS)
+        ]
+        return torch.cat(votes)
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss over all crops, and the log-votes of their neighbours, (N * B, C).
+
+        Args:
+            embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
+            labels: (B,) integers in [0, C), shared by all crops of an image.
+            ids: Which samples the images are, (B,): entries of the same sample are left out.
+                None (or -1 of an image) leaves none out, which is right where the bank has no
+                entry of these images.
+
+        Raises:
+            ValueError: ``labels`` are not as ``check_labels`` wants them.
+        """
+        check_labels(labels, self.bank.num_classes)
+        bank = self._unit_features()
+        own = torch.zeros_like(labels, dtype=torch.bool)[:, None]
+        if ids is not None:
+            own = (ids[:, None] == self.bank.ids) & (self.bank.ids >= 0)
+        of_class = labels[:, None] == self.bank.labels
+        losses, votes = [], []
+        for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory
+            loss, vote = self._compare(self._scores(crop, bank), own, of_class)
+            losses.append(loss)
+            votes.append(vote)
+        return torch.cat(losses).mean(), torch.cat(votes)
+
+    def _compare(self, scores: Tensor, own: Tensor, of_class: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss and the votes of one crop of every image.
+
+        Args:
+            scores: Similarity over temperature, (B, Q).
+            own: Which entries are of the image itself, (B, Q).
+            of_class: Which entries are of the image's class, (B, Q).
+
+        Returns:
+            (B,) and (B, C).
+        """
+        with torch.no_grad():
+            others = scores.masked_fill(own, -math.inf)
+            nearest, entries = self._nearest(others)
+            votes = self._votes(nearest, entries)
+            counts = nearest > -math.inf  # not its own, where k reaches that far
+            alike = counts & of_class.gather(1, entries)
+            best, entry = others.masked_fill(~of_class, -math.inf).max(1)
+            joins = (~alike.any(1) & (best > -math.inf))[:, None]
+            entries = torch.cat([entries, entry[:, None]], 1)
+            counts = torch.cat([counts, joins], 1)
+            alike = torch.cat([alike, joins], 1)
+            # The bank has none of the class: both sums are then the same, and their ratio 1.
+            none = ~alike.any(1, keepdim=True)
+            counts, alike = counts | none, alike | none
+        chosen = scores.gather(1, entries)
+        every = chosen.masked_fill(~counts, -math.inf).logsumexp(1)
+        same = chosen.masked_fill(~alike, -math.inf).logsumexp(1)
+        return every - same, votes
+
+    def _unit_features(self) -> Tensor:
+        """Return the bank's embeddings at unit length, once for all crops, (Q, D)."""
+        return F.normalize(self.bank.features, dim=1)
+
+    def _scores(self, embeddings: Tensor, bank: Tensor) -> Tensor:
+        """Return similarity over temperature, (B, Q), in float32 at least."""
+        with without_autocast(embeddings.device.type):
+            return F.linear(F.normalize(widen(embeddings), dim=1), bank) / self.temperature
+
+    def _nearest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the k largest scores and their entries, (B, k) each."""
+        nearest, entries = scores.detach().topk(self.neighbors, dim=1)
+        return nearest, entries
+
+    def _votes(self, nearest: Tensor, entries: Tensor) -> Tensor:
+        """Return the logarithm of the classes' shares in exp(score), (B, C)."""
+        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 where all entries are the image's own
+        votes = shares.new_zeros(len(shares), self.bank.num_classes)
+        return votes.scatter_add_(1, self.bank.labels[entries], shares).log()

@@ -1,0 +1,323 @@
+"""Set up a run, from its configuration to the moment before the first step.
+
+`setup_run` and `build_run` tell the story in the order of execution; `build` makes the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trex_models import distributed, naver
+from trex_models.data.decode import UnreadableImageError
+from trex_models.data.loading import LIVE_BATCHES
+from trex_models.data.multicrop import MultiCropDataset
+from trex_models.data.sources import Source
+from trex_models.distributed import Process, raise_on_all_ranks
+from trex_models.licenses import resolve_license
+from trex_models.method.model import TReX
+from trex_models.method.optimizer import build_sgd, match_memory_format
+from trex_models.precision import Precision
+from trex_models.train import build, checkpointing, checks
+from trex_models.train.config import Config, config_diff, to_json
+from trex_models.train.export import export_method
+from trex_models.train.init_from import init_from
+from trex_models.train.reporting import Meter
+from trex_models.train.run import Run
+from trex_models.train.unreadable import ImageFiles, UnreadableImages
+from trex_models.train.validation import ValidationDataset
+
+
+@contextmanager
+def setup_run(config: Config, process: Process) -> Iterator[Run]:
+    """Build a run, lock its directory and restore its last checkpoint.
+
+    Rank 0 alone reads and writes the directory; the other ranks need not see it.
+
+    Raises:
+        ValueError: The config, data, output directory or its checkpoint is invalid; one line for
+            each problem, on all ranks, before anything is written.
+    """
+    run = build_run(config, process)
+    with ExitStack() as stack:
+        # Locked after all checks, so that a run that cannot start leaves nothing behind, and
+        # before the checkpoint is read, so that no other process can replace it meanwhile.
+        with raise_on_all_ranks():
+            if process.is_main:
+                stack.enter_context(checkpointing.lock_run_dir(run.config))
+        _resume(run)
+        # DistributedDataParallel broadcasts the weights of rank 0 when it is built: it comes last.
+        if run.sampler.start_step < run.sampler.total_steps:
+            run.model = wrap_model(run)
+        yield run
+
+
+def build_run(config: Config, process: Process) -> Run:
+    """Build and check a run at its first step; nothing is locked, written or wrapped yet.
+
+    Raises:
+        ValueError: The config or data is invalid; one line for each problem.
+    """
+    # A fault of one rank (its data, its memory) must end all: the others would wait for it.
+    with raise_on_all_ranks():
+        # Precision and device first: the checks below depend on what "auto" stands for.
+        precision = Precision.from_name(config.precision, process.device.type)
+        precision.apply()
+        config = replace(config, precision=precision.name, objective=config.objective.resolved())
+
+        # Data before the method: its head has one output for each class.
+        source = build.open_source(config.data)
+        validation = build.open_validation(config, source)
+        sampler = build.build_sampler(config.optim, config.seed, len(source), process)
+        method = build.build_method(config, len(source.classes))
+
+        # Hours into a run these would end it, or waste it.
+        warnings = _check(config, source, validation, method, process)
+        classes = list(source.classes)
+        fingerprint = {"classes": classes, "images": source.digest()}
+        begins = not checkpointing.files(Path(config.output))
+        if process.is_main and begins:
+            with tempfile.TemporaryDirectory() as trial:  # an architecture that cannot be exported
+                export_method(method, config, classes, Path(trial))
+
+    # On the CPU, before the method is copied to the device and wrapped. A run that resumes has
+    # these weights in its checkpoint.
+    started_from, inherited = _warm_start(config, method, fingerprint, begins, process)
+    config = replace(config, license=resolve_license(config.license, inherited))
+
+    method.train().to(process.device)
+    if config.system.channels_last:
+        method.to(memory_format=torch.channels_last)
+    specs = build.crop_specs(config.crops)
+    run = Run(
+        config=config,
+        process=process,
+        precision=precision,
+        dataset=MultiCropDataset(
+            source, specs, config.seed, config.data.skips_unreadable, live_batches=LIVE_BATCHES
+        ),
+        validation=validation,
+        neighbors=build.build_neighbors(config, source),
+        sampler=sampler,
+        lr_schedule=build.lr_schedule(config.optim, sampler.steps_per_epoch),
+        method=method,
+        model=method,
+        optimizer=build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay),
+        meter=Meter(process),
+        unreadable=UnreadableImages(
+            Path(config.output) / "unreadable.txt", len(source), config.data.max_unreadable
+        ),
+        workers=build.num_workers(config.system),
+        data_fingerprint=fingerprint,
+        inherited_license=inherited,
+        messages=[
+            *_describe(config, source, validation, process),
+            *(f"warning: {warning}" for warning in warnings),
+            *started_from,
+        ],
+    )
+    # Ranks that were started with other settings or other data would train on silently.
+    first = distributed.broadcast((to_json(run.config), run.data_fingerprint))
+    with raise_on_all_ranks():
+        _check_same_on_all_ranks(run, *first)
+    return run
+
+
+def wrap_model(run: Run) -> nn.Module:
+    """Return the module to train: compiled if asked for, and parallel over the processes."""
+    if run.config.system.compile:
+        run.method.encoder.compile()
+    model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
+    with run.precision.autocast():
+        distributed.warm_up_ddp(model, *_blank_inputs(run))
+    return model
+
+
+def _check(
+    config: Config,
+    source: Source,
+    validation: ValidationDataset | None,
+    method: TReX,
+    process: Process,
+) -> list[str]:
+    """Run the preflight checks that this configuration needs; return warnings."""
+    if process.is_main and config.system.tensorboard:
+        import torch.utils.tensorboard  # noqa: F401  # if missing, before the run is created
+    specs, objective, folder = build.crop_specs(config.crops), config.objective, Path(config.output)
+    held_out = [] if validation is None else [("validation", validation.source)]
+    share = config.optim.batch_size // process.world_size
+    batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
+    if validation is not None:  # its batches wait next to the crops
+        batch_bytes += share * 3 * config.crops.global_size**2
+    elif config.validation.neighbors:
+        raise ValueError(
+            "validation.neighbors is set, but there are no images to validate on; name them by "
+            "validation.path, validation.split or validation.images_per_class"
+        )
+    found: list[Callable[[], str | None]] = [
+        *(
+            lambda name=name, images=images: checks.samples(
+                name, images, config.data.skips_unreadable
+            )
+            for name, images in [("training", source), *held_out]
+        ),
+        lambda: checks.classes(source),
+        lambda: checks.shared_memory(
+            batch_bytes, build.num_workers(config.system), build.local_processes()
+        ),
+        lambda: checks.cpu_bfloat16(
+            config.precision, process.device, min(spec.size for spec in specs)
+        ),
+    ]
+    if size := objective.bank_entries:
+        found.append(lambda: checks.bank(size, source.labels, len(source.classes)))
+    if process.is_main and config.output:
+        # One more than are kept: the next is written before the oldest is deleted.
+        more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
+        found.append(lambda: checks.disk_space(folder, method, more))
+    return checks.run_checks(found)
+
+
+def _warm_start(
+    config: Config, method: TReX, fingerprint: dict[str, Any], begins: bool, process: Process
+) -> tuple[list[str], str]:
+    """Load the weights of ``config.init_from``, unless the run has a checkpoint of its own.
+
+    Returns:
+        Lines that report each part, and the license of these weights; empty if nothing was read.
+
+    Raises:
+        ValueError: The file is invalid, or its license forbids the one that was chosen.
+    """
+    if not distributed.broadcast(bool(config.init_from) and begins):  # rank 0 sees the directory
+        return [], ""
+    lines: list[str] = []
+    inherited = ""
+    with raise_on_all_ranks():
+        if process.is_main:
+            lines, inherited = init_from(
+                Path(config.init_from), method, fingerprint["classes"], fingerprint["images"]
+            )
+            stated = resolve_license(config.license, inherited)
+            what = f"{stated}, also of weights trained from them" if stated else "not stated"
+            lines.append(f"  license of the weights: {what} (NAVER's are under {naver.LICENSE})")
+    state, inherited = distributed.broadcast((method.state_dict(), inherited))
+    method.load_state_dict(state)
+    return lines, inherited
+
+
+def _resume(run: Run) -> None:
+    """Restore the run's last checkpoint, which rank 0 reads for all."""
+    saved = None
+    with raise_on_all_ranks():
+        if run.process.is_main:
+            sources = {"training": run.dataset.source}
+            if run.validation is not None:
+                sources["validation"] = run.validation.source
+            run.files = ImageFiles(sources)
+            saved = checkpointing.newest(run.folder, checkpointing.set_damaged_aside)
+            if saved is not None:
+                checkpointing.check_belongs(*saved, run.config, run.data_fingerprint)
+                _check_environment(run, *saved)
+                checkpointing.prune(run.folder)
+    saved = distributed.broadcast(saved)
+    if saved is None:
+        return
+    path, state = saved
+    checkpointing.restore({**run.parts, "meter": run.meter}, state, path)
+    match_memory_format(run.optimizer)
+    run.inherited_license = state["inherited_license"]
+    chosen = resolve_license(run.config.license, run.inherited_license)
+    run.config = replace(run.config, license=chosen)
+    if run.files:
+        run.files.compare_with(state.get("files", {}), path)
+    _reread_unreadable(run, state["unreadable"])
+    run.sampler.start_step = state["step"]
+    finished = state["step"] == run.sampler.total_steps
+    run.messages.append(f"the run {'is finished:' if finished else 'continues from'} {path}")
+
+
+def _reread_unreadable(run: Run, indices: list[int]) -> None:
+    """Read the images again that were unreadable: some may have been fixed meanwhile."""
+    with raise_on_all_ranks():
+        for index in indices:
+            if not 0 <= index < len(run.dataset.source):
+                raise ValueError(f"the last checkpoint of {run.folder} lists an image {index}")
+            try:
+                run.dataset.source.read(index)
+            except UnreadableImageError as error:
+                run.unreadable.add({index: str(error)})
+        if run.config.data.skips_unreadable and run.unreadable.too_many:
+            raise ValueError(run.unreadable.trouble())
+
+
+def _blank_inputs(run: Run) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return crops, labels and indices of the shapes of this process's steps."""
+    share = run.config.optim.batch_size // run.process.world_size
+    device = run.process.device
+    crops = [
+        torch.zeros(spec.count * share, 3, spec.size, spec.size, device=device).to(
+            memory_format=torch.channels_last
+        )
+        for spec in run.dataset.specs
+    ]
+    return crops, *torch.zeros(2, share, dtype=torch.int64, device=device)
+
+
+def _check_same_on_all_ranks(run: Run, config: str, fingerprint: dict[str, Any]) -> None:
+    different = config_diff(json.loads(config), run.config)
+    if fingerprint != run.data_fingerprint:
+        different.append("the images")
+    if different:
+        raise ValueError(
+            f"this process and process 0 differ in {'; '.join(different)}; start all with the same "
+            "command and the same data"
+        )
+
+
+def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
+    before, now = state["environment"], run.environment
+    if state["batchnorm_groups"] != run.batchnorm_groups:
+        raise ValueError(
+            f"{path} was saved by {before.get('processes')} processes, and BatchNorm saw "
+            f"{state['batchnorm_groups']} parts of each batch; with {now['processes']} it would "
+            f"see {run.batchnorm_groups}: start {before.get('processes')}"
+        )
+    changed = [
+        f"{name}: {before.get(name)} -> {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if changed:
+        run.messages.append(
+            f"warning: saved elsewhere ({'; '.join(changed)}): the run continues as it would have "
+            "up to rounding, not bit for bit"
+        )
+
+
+def _describe(
+    config: Config, source: Source, validation: ValidationDataset | None, process: Process
+) -> list[str]:
+    model = config.model
+    layers = f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}"
+    projector = f"projector with {layers}" if model.projector == "mlp" else "no projector"
+    lines = [
+        f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, {projector}, "
+        f"{config.objective.name}; {config.precision} on {process.world_size} x {process.device}"
+    ]
+    if validation is not None:
+        present = len(np.unique(validation.source.labels))
+        lines.append(
+            f"validation: {len(validation.source)} images of {present} of the "
+            f"{len(source.classes)} classes"
+        )
+    return lines
