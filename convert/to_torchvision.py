@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from convert.comparison import Difference, difference
-from trex_models.files import write_safetensors
+from trex_models.atomic import write_safetensors
 
 SUFFIXES = (".pth", ".safetensors")
 # By the blocks of each stage, which spares building most of them.

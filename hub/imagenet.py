@@ -28,11 +28,11 @@ from tqdm import tqdm
 from hub.figures import reported
 from hub.folder import load
 from trex_models import naver
+from trex_models.atomic import write_whole
 from trex_models.data.folder import FolderSource
 from trex_models.evaluation.features import image_batches
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.evaluation.splits import held_out
-from trex_models.files import write_whole
 from trex_models.manifest import sha256
 
 SETTINGS = tuple(

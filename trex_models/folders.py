@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from trex_models.files import safetensors_header
+from trex_models.atomic import safetensors_header
 
 try:
     import fcntl

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trex_models.files import write_whole
+from trex_models.atomic import write_whole
 
 PACKAGED = Path(__file__).with_name("manifest.json")
 

@@ -30,7 +30,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
 from trex_models import checkpoints
-from trex_models.files import open_new, replacing, write_safetensors, write_whole
+from trex_models.atomic import open_new, replacing, write_safetensors, write_whole
 from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
 
 LICENSE = "cc-by-nc-sa-4.0"

@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from trex_models import checkpoints
+from trex_models.atomic import replacing, sync_folder, write_whole
 from trex_models.checkpoints import CheckpointError, DamagedError
-from trex_models.files import replacing, sync_folder, write_whole
 from trex_models.train.config import Config, differences, from_dict, to_json
 
 KEPT = 2

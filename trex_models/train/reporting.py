@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trex_models.files import append, write_whole
+from trex_models.atomic import append, write_whole
 from trex_models.train.distributed import Process, gather
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from trex_models.files import write_whole
+from trex_models.atomic import write_whole
 from trex_models.train.distributed import gather_objects
 
 _SHOWN = 5  # at once; all are in the file
