@@ -1,4 +1,4 @@
-"""Outputs for one fixed input, by which a published model is recognised."""
+"""Outputs for one fixed input, which identify a published model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 COUNT = 8
 TOLERANCE = 1e-3
-"""Of the largest recorded output. Other processors and thread counts round differently, by about
-1e-6 in these networks."""
+"""Relative to the largest output. Other processors and thread counts differ by about 1e-6."""
 
 
 def images(size: Sequence[int]) -> Tensor:
@@ -34,11 +33,7 @@ def images(size: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def outputs(model: Any) -> tuple[float, ...]:
-    """Return a timm model's first outputs for the input, to 6 significant digits.
-
-    Args:
-        model: In eval mode; its pretrained_cfg tells the input's size.
-    """
+    """Return the first outputs of a timm model in eval mode, to 6 significant digits."""
     values = model(images(model.pretrained_cfg["input_size"]))[0, :COUNT].tolist()
     return tuple(float(f"{value:.6g}") for value in values)
 

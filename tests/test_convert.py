@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convert import naver, source
+from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
 from trex_models import checkpoints, folders
@@ -66,11 +66,11 @@ class Conversion:
         return {name: value for name, _, value in (f.partition("\t") for f in facts)}, list(rows)
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
+def run(path: Path, output: Path, *options: str) -> tuple[int, str, str]:
     """Return the exit status, and what was printed to each stream."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = main(["naver", *map(str, arguments)])
+        status = main(["naver", str(path), "--output", str(output), *options])
     return status, out.getvalue(), err.getvalue()
 
 
@@ -421,7 +421,7 @@ def test_wrong_models_are_not_written(
         assert found.class_weights is not None
         return dataclasses.replace(found, class_weights=found.class_weights.roll(1, 0))
 
-    monkeypatch.setattr(naver, "read", changed)
+    monkeypatch.setattr(official, "read", changed)
     status, _, err = run(narrow.path, scratch / "out", *narrow.options)
     wrong = {
         "backbone": ["trex_resnet50", "trex_resnet50_proj", "trex_resnet50_cls"],
@@ -510,9 +510,8 @@ def test_full_disk_midway_leaves_nothing(
     assert (
         f"error: {out}: No space left on device; written: nothing; not written: "
         f"trex_resnet50.{tag}, trex_resnet50_proj.{tag}, trex_resnet50_cls.{tag}, "
-        f"narrow.report.tsv; 28"
+        f"narrow.report.tsv; free some space or choose another --output\n"
     ) in err
-    assert re.search(r"; 28\d\.\d MB are needed there and \d+\.\d MB were free; make room or", err)
     assert left(scratch) == before
 
 
@@ -524,10 +523,8 @@ def test_too_little_room_is_seen_first(
     monkeypatch.setattr(folders, "write", None)
     status, _, err = run(narrow.path, scratch / "out", *narrow.options)
     assert status == 2
-    assert err.startswith(
-        f"error: {scratch}/out: the disk has too little room; written: nothing; not written: trex"
-    )
-    assert re.search(r"28\d\.\d MB are needed there and 200\.0 MB were free; make room", err)
+    needed = r"28\d\.\d MB are needed; free some, or choose another --output"
+    assert re.fullmatch(rf"error: {scratch}/out has 200\.0 MB of free space, {needed}\n", err)
     assert not list(scratch.iterdir())
 
 
@@ -794,12 +791,15 @@ def test_name_that_contradicts_the_contents(
         ("renamed", (*TREX, "--momentum-encoder"), "it holds no momentum encoder"),
         ("backbone", TREX, "--model trex_resnet50.in1k contradicts the file's name"),
         ("trexstar", TREX, "--model trex_resnet50.in1k is for backbone files.*leave it out"),
-        ("trexstar", ("--num-classes", "0"), "--num-classes 0 must be at least 1"),
         ("trexstar", ("--num-classes", "9"), "labels run from 0 to 999, outside 9 classes"),
         ("trexstar", ("--momentum-encoder", "--tag", "in1k_r2"), "would be in1k_r2_momentum; cho"),
         ("narrow", (), r"entries of 6 of 1000 classes only; give the number .*\(--num-classes, or"),
         ("narrow", ("--num-classes", "7", "--tag", "in1k"), "--tag in1k is for the published"),
-        ("learned", ("--num-classes", "9"), "--num-classes 9 does not fit its class weights, of 1"),
+        (
+            "learned",
+            ("--num-classes", "9"),
+            "--num-classes 9 does not match its class weights, of 1",
+        ),
         ("learned", ("--momentum-encoder",), "it holds no momentum encoder"),
     ],
 )
@@ -812,6 +812,11 @@ def test_options_that_do_not_fit(
 ) -> None:
     path = request.getfixturevalue(file).path
     assert re.search(message, refused(path, scratch / "out", *options))
+
+
+def test_number_of_classes_is_positive(backbone: Conversion, scratch: Path) -> None:
+    status, _, err = run(backbone.path, scratch / "out", "--num-classes", "0")
+    assert (status, err) == (2, "error: --num-classes must be at least 1, got 0\n")
 
 
 def test_tag_option(renamed: Conversion, scratch: Path) -> None:
@@ -828,7 +833,7 @@ def test_output_that_cannot_be(
     for out in (scratch / "file", scratch / "file" / "below"):
         status, _, err = run(backbone.path, out)
         assert status == 2
-        assert err == f"error: {scratch}/file is a file; choose another OUT_DIR\n"
+        assert err == f"error: {scratch}/file is a file; choose another --output\n"
     (scratch / "out").mkdir()
     (scratch / "out" / "trexstar_resnet50.in1k").touch()
     status, _, err = run(backbone.path, scratch / "out")
@@ -837,7 +842,7 @@ def test_output_that_cannot_be(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     status, _, err = run(backbone.path, scratch / "out" / "new")
     assert status == 2
-    assert err == f"error: {scratch}/out cannot be written by this user; choose another OUT_DIR\n"
+    assert err == f"error: {scratch}/out cannot be written by this user; choose another --output\n"
     assert left(scratch) == ["file", "out", "out/trexstar_resnet50.in1k"]
 
 
@@ -850,10 +855,10 @@ def test_traceback_on_demand(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_command_line(scratch: Path) -> None:
     for arguments, status in ((["--help"], 0), ([], 2)):
         with pytest.raises(SystemExit) as stop:
-            run(*arguments)
+            main(["naver", *arguments])
         assert stop.value.code == status
     done = subprocess.run(
-        [sys.executable, "-m", "convert", "naver", "none.pth", str(scratch)],
+        [sys.executable, "-m", "convert", "naver", "none.pth", "--output", str(scratch)],
         capture_output=True,
         text=True,
         check=False,
@@ -873,11 +878,12 @@ def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
     path = scratch / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""
-import convert.naver, pathlib, re
+import convert.official, pathlib, re
 def peak():  # ru_maxrss counts the parent's, too
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak()
-convert.naver.convert(pathlib.Path({str(path)!r}), pathlib.Path({str(scratch / "out")!r}))
+paths = {[str(path), str(scratch / "out")]!r}
+convert.official.convert_official(*map(pathlib.Path, paths))
 print((peak() - before) * 1024)
 """
     done = subprocess.run(

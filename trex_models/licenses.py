@@ -13,11 +13,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trex_models import checkpoints, manifest, naver, weights
+from trex_models import checkpoints, naver, weights
 from trex_models.checkpoints import CheckpointError
-from trex_models.manifest import Manifest, WeightsError
+from trex_models.manifest import WeightsError, load_manifest, sha256
 
-_NAMES = {file for files in naver.FILES.values() for file in files}
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
     """
     if path is not None and path.is_dir():
         path = path / "model.safetensors"
-    if path is not None and path.name in _NAMES:
+    if path is not None and path.name in naver.ALL_FILES:
         return naver.LICENSE
     form = "model"
     with suppress(CheckpointError):  # weights of another kind
@@ -51,18 +50,10 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
         return _chosen(contents.get("config", {}).get("license"), contents.get("inherited_license"))
     if path is None or not path.is_file():
         return ""
-    if manifest.sha256(path) in naver.known(weights.cache_folder(), _listed()):
+    published = load_manifest(missing_ok=True)  # a maintainer has none before the first model
+    if sha256(path) in naver.known_hashes(weights.cache_folder(), published):
         return naver.LICENSE
     return _stated(path)
-
-
-def _listed() -> Manifest:
-    try:
-        return manifest.load()
-    except WeightsError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # a maintainer's, before the first model
-            return Manifest()
-        raise
 
 
 def _stated(path: Path) -> str:

@@ -52,6 +52,7 @@ FILES = {
     "trex_resnet50_cls.in1k_r2": ("trex_2_checkpoint_full.pth",),
     "trexstar_resnet50_cls.in1k_r2": ("trexstar_2_checkpoint_full.pth",),
 }
+ALL_FILES = tuple(dict.fromkeys(file for files in FILES.values() for file in files))
 
 _logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
     return None
 
 
-def known(cache: Path, manifest: Manifest) -> set[str]:
+def known_hashes(cache: Path, manifest: Manifest) -> set[str]:
     """Return the SHA-256 of NAVER's files and of what was made of them, as far as they are known.
 
     Args:

@@ -46,7 +46,7 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
     """
     if name not in naver.FILES:
         raise WeightsError(f"no weights are known for {name!r}, only for {', '.join(naver.FILES)}")
-    published = manifest.load()
+    published = manifest.load_manifest()
     entry = published.models.get(name)
     cache = cache_folder(cache_dir)
     try:
@@ -127,6 +127,6 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
             f"  - place {naver.url(file)} at {cache / 'naver' / file}; it is converted once\n"
             f"  - copy {cache / 'naver'} here from a machine where this works\n"
             f"  - pretrained_cfg_overlay=dict(file={file!r}), with the path of your copy\n"
-            f"  - in a checkout: python -m convert naver {file} OUT, then "
+            f"  - in a checkout: python -m convert naver {file} --output OUT, then "
             f'create_model("local-dir:OUT/{name}", pretrained=True)'
         ) from error

@@ -1,4 +1,4 @@
-"""What became of every key of a file, with checksums, as a tab-separated file."""
+"""Report of a conversion: the fate of every key, with checksums, as a tab-separated file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Row(NamedTuple):
     shape: str
     dtype: str
     sha256: str
-    """Of the tensor's bytes in row-major order, the first 16 hexadecimal digits."""
+    """First 16 hexadecimal digits, of the tensor's bytes in row-major order."""
     fate: str
-    """The key in the converted models, or what else happened."""
+    """The key in the converted models, or why there is none."""
 
 
 def rows(contents: Mapping[str, Any], fates: Mapping[str, str]) -> list[Row]:
@@ -53,7 +53,7 @@ def _kind(fate: str) -> str:
     return parts.get(fate.partition(".")[0], "backbone")
 
 
-def write(path: Path, facts: Mapping[str, object], rows: Iterable[Row]) -> None:
+def write_rows(path: Path, facts: Mapping[str, object], rows: Iterable[Row]) -> None:
     """Write a report, headed by facts about the file."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, "excel-tab", lineterminator="\n")
