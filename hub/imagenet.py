@@ -29,7 +29,7 @@ from hub.figures import reported
 from hub.hub_folder import load_folder
 from trex_models import naver
 from trex_models.atomic import write_whole
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.features import image_batches
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.evaluation.splits import held_out

@@ -14,9 +14,9 @@ import torch
 
 from tests.test_look import batch, make_bank
 from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from trex_models.data.loading import to_device
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource
-from trex_models.data.transfer import to_device
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import benchmark, build, checkpointing, saved
 from trex_models.train.config import Config, CropsConfig, ModelConfig

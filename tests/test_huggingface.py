@@ -23,7 +23,7 @@ from tests.test_folder import fail_to_list
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, MultiCropDataset
-from trex_models.data.photometric import LOCAL_LAW
+from trex_models.data.photometric import LOCAL_AUGMENTATION
 
 LABELS = [2, 0, 2, 1, 0, 2, 1]
 NAMES = ["cat", "dog", "ant", "unused"]
@@ -412,7 +412,7 @@ def test_worker_processes(
     tmp_path: Path, make: Callable[[Path], Path], split: str, context: str
 ) -> None:
     source = HuggingFaceSource(make(tmp_path / "set"), split)
-    data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_LAW)], seed=0)
+    data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_AUGMENTATION)], seed=0)
     keys = [[(0, 0), (0, 1)], [(0, 5), (0, 3)]]
     expected = [data.__getitems__(batch) for batch in keys]
     loader: DataLoader[Any] = DataLoader(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.test_folder import save_image
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import (
     Batch,
@@ -20,11 +20,11 @@ from trex_models.data.multicrop import (
     MultiCropDataset,
     augment,
 )
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
+from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, NUM_PARAMETERS
 
 SPECS = [
-    CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
-    CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW),
+    CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
+    CropSpec(3, 16, (0.05, 0.25), LOCAL_AUGMENTATION),
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 from tests.test_folder import save_image
 from tests.test_train import TINY, run
 from trex_models.data.multicrop import CropSpec
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
+from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.train import benchmark as module
 from trex_models.train.__main__ import main, parse
 from trex_models.train.advice import Rates, Setting, advice
@@ -344,8 +344,8 @@ def test_no_workers() -> None:
 
 def test_side_that_crops_need() -> None:
     specs = [
-        CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW),
-        CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW),
+        CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION),
+        CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION),
     ]
     assert module._needed_side(specs) == 448
     assert module._needed_side([replace(specs[0], size=112), specs[1]]) == pytest.approx(

@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
 from benchmarks.study.images import REAL_SETS, TITLES
 from trex_models.atomic import append, write_whole
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.features import extract_features
 
 TRAINING_TASK = "task"

@@ -156,9 +156,9 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
             # What is not quite in order, CMYK, or too large is left to Pillow.
             with suppress(ValueError, IndexError):
-                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+                height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
                 limit = Image.MAX_IMAGE_PIXELS
-                if colours in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
+                if colors in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
                     return _upright(simplejpeg.decode_jpeg(data), _jpeg_orientation(data))
         return _with_pillow(rgb_pixels, data)
     except MemoryError:
@@ -233,10 +233,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError(f"values from {values.min()} to {values.max()} exceed 16 bits")
-        grey = (values >> 8).astype(np.uint8)
+        gray = (values >> 8).astype(np.uint8)
         if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 0xFF
-        return np.repeat(grey[:, :, None], 3, axis=2)
+            gray[values == image.info["transparency"]] = 0xFF
+        return np.repeat(gray[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         above = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")

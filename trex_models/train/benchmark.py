@@ -28,10 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, CropSpec, augment
 from trex_models.data.sources import Source
-from trex_models.data.transfer import to_device
 from trex_models.machine import free_cores, processor, processor_facts
 from trex_models.train import build, distributed, preflight
 from trex_models.train.advice import Rates, Setting, advice, figure

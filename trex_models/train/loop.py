@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from signal import Signals
 
-from trex_models.data.loading import GaveUpError, load_batches
+from trex_models.data.loading import GaveUpError, load_batches, to_device
 from trex_models.data.multicrop import augment
-from trex_models.data.transfer import to_device
 from trex_models.train import build, distributed, saved
 from trex_models.train.config import Config
 from trex_models.train.health import class_directions, head_health

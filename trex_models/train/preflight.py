@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trex_models.data.decode import UnreadableImageError, or_skip
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
 
