@@ -58,7 +58,7 @@ def reference_jitter(image: Image.Image, row: Rows) -> Image.Image:
     return image
 
 
-def reference_grey(image: Image.Image, row: Rows) -> Image.Image:
+def reference_gray(image: Image.Image, row: Rows) -> Image.Image:
     """Remove the colors if the row says so."""
     return TF.to_grayscale(image, num_output_channels=3) if row[ph.GRAY] else image
 
@@ -80,7 +80,7 @@ def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
     for step in (
         reference_flip,
         reference_jitter,
-        reference_grey,
+        reference_gray,
         reference_blur,
         reference_solarize,
     ):

@@ -75,7 +75,7 @@ def test_crops_match_pil(size: int, scale: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("box", [(0, 0, 1, 1), (3, 5, 1, 60), (2, 7, 50, 1), (10, 10, 8, 9)])
-def test_boxes_of_few_pixels_match_pil(box: multicrop.Box) -> None:
+def test_boxes_of_few_pixels_match_pil(box: Box) -> None:
     image = bundled()[2]
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
     cut(image, box, 32, out)

@@ -49,8 +49,8 @@ NAMES = {
     "trex_models": "CheckpointError CosineClassifier Projector TRexResNet WeightsError __version__",
     "trex_models.data": (
         "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CentreCrop CropSpec "
-        "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop MultiCropDataset "
-        "PhotometricAugmentation Source UnreadableImageError augment load_batches"
+        "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop "
+        "MultiCropDataset PhotometricAugmentation Source UnreadableImageError augment load_batches"
     ),
     "trex_models.evaluation": (
         "LogisticFit extract_features knn_accuracy knn_votes logistic nearest_neighbors "
