@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.augment import LIMITS, compare_boxes, crop_error, our_boxes, summary
 from benchmarks.photographs import bundled
 from benchmarks.reference_pipeline import random_boxes, reference_crop
-from trex_models.data.multicrop import CropSpec, MultiCrop, cut
+from trex_models.data.multicrop import Box, CropSpec, MultiCrop, cut
 from trex_models.data.photometric import LOCAL_AUGMENTATION
 
 LOCAL, GLOBAL = (0.05, 0.25), (0.25, 1.0)
