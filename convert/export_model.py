@@ -25,7 +25,7 @@ from tyro.conf import Positional
 
 from convert import to_onnx, to_torchvision
 from convert.comparison import HEADER, Difference, batches, resolutions
-from trex_models import TRexResNet, __version__, folders, licenses, naver
+from trex_models import TRexResNet, __version__, licenses, naver, timm_folder
 from trex_models.atomic import replacing
 from trex_models.cli import require_writable
 from trex_models.heads import Projector
@@ -123,7 +123,7 @@ def export_model(
 
 def _load(name: str, file: Path | None) -> Any:
     """Return a model with its weights, in float32 and eval mode."""
-    folder = folders.find(name)
+    folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(
             f"{name}: there is no such folder with a config.json and weights; name a timm folder, "
@@ -162,7 +162,7 @@ def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     """Return what a user of the export has to know, for its metadata."""
     cfg = model.pretrained_cfg
     stated, origin = cfg.get("license") or "not stated", cfg.get("origin_url") or "not stated"
-    if own_weights := file or folders.find(name):  # not those of the architecture
+    if own_weights := file or timm_folder.find_timm_folder(name):  # not those of the architecture
         stated = licenses.describe(own_weights, str(cfg.get("architecture")))
     if file is not None:
         origin = f"the file {file.name}"

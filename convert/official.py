@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from convert import key_report, source
-from trex_models import folders, naver
+from trex_models import naver, timm_folder
 from trex_models.atomic import existing_folder, require_space
-from trex_models.checkpoints import Checkpoint, CheckpointError, load, read
+from trex_models.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read
 from trex_models.cli import require_at_least
 from trex_models.manifest import sha256
 
@@ -98,7 +98,7 @@ def convert_official(
     print("computing the source's outputs and the checksums of its keys", flush=True)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     # A mapping of its own: the pages that it touches leave the memory with it.
-    contents = load(file)
+    contents = load_checkpoint(file)
     classes = NUM_CLASSES if checkpoint.class_weights is None else len(checkpoint.class_weights)
     expected = source.outputs(
         contents, images, momentum_encoder=momentum_encoder, num_classes=classes
@@ -118,11 +118,11 @@ def convert_official(
     with _staged(output, [*models, report_name]) as (stage, done):
         for name, (module, wanted) in models.items():
             print(f"writing {name}", flush=True)
-            folders.write(module, stage / name, images, wanted)
+            timm_folder.write_timm_folder(module, stage / name, images, wanted)
         written = {name: sha256(stage / name / "model.safetensors") for name in models}
         key_report.write_rows(stage / report_name, facts | written, rows)
         for name in models:
-            with folders.replaced(output / name) as beside:
+            with timm_folder.replaced_folder(output / name) as beside:
                 (stage / name).replace(beside)
             done.append(name)
         (stage / report_name).replace(output / report_name)
@@ -356,7 +356,7 @@ def _staged(output: Path, names: list[str]) -> Iterator[tuple[Path, list[str]]]:
             if (output / name).is_file():
                 raise OSError(f"{name} there is a file")
         output.mkdir(parents=True, exist_ok=True)
-        with folders.temporary_folder(output, names[-1]) as stage:
+        with timm_folder.temporary_folder(output, names[-1]) as stage:
             yield stage, done
     except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
         raise OSError(

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from hub import cards, notices
 from hub.hub_folder import Model, inspect_folder
 from hub.imagenet import read_results
-from trex_models import folders, naver
+from trex_models import naver, timm_folder
 from trex_models.licenses import license_of
 from trex_models.manifest import sha256
 
@@ -177,7 +177,7 @@ def _write(model: Model, identifier: str, owner: str | None, card: str, folder: 
         notice = notices.naver_notice(model.name, CHANGES[model.part])
     else:
         notice = notices.owner_notice(model.name, str(owner), identifier)
-    with folders.replaced(folder) as fresh:
+    with timm_folder.replaced_folder(folder) as fresh:
         shutil.copyfile(model.folder / "model.safetensors", fresh / "model.safetensors")
         (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (fresh / "LICENSE").write_text(notices.license_text(identifier))

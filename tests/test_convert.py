@@ -31,7 +31,7 @@ from torch import Tensor
 from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
-from trex_models import checkpoints, folders
+from trex_models import checkpoints, timm_folder
 from trex_models.checkpoints import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -329,7 +329,7 @@ def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None
         "sha256": hashlib.sha256(data).hexdigest(),
         **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
     }
-    contents = checkpoints.load(conversion.path)
+    contents = checkpoints.load_checkpoint(conversion.path)
     held = dict(contents["model"]) if name in FULL else dict(contents)
     others = contents.keys() - {"model"} if name in FULL else set()
     assert len(rows) == len(held) + len(others)
@@ -450,7 +450,7 @@ def test_source_agrees_with_the_reference(name: str, conversion: Conversion) -> 
     options: Any = {"num_classes": 7 if name == "narrow" else 1000}
     average = "--momentum-encoder" in conversion.options
     expected = reference_resnet.outputs(conversion.contents, images, average, **options)
-    contents = checkpoints.load(conversion.path)
+    contents = checkpoints.load_checkpoint(conversion.path)
     found = source.outputs(contents, images, momentum_encoder=average, **options)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
@@ -495,7 +495,7 @@ def test_full_disk_midway_leaves_nothing(
 ) -> None:
     out = keep_out(scratch) if existing else scratch / "new" / "out"
     before = left(scratch)
-    write = folders.write
+    write = timm_folder.write_timm_folder
 
     def fail(model: Any, folder: Path, images: Tensor, expected: Tensor) -> Path:
         if "_cls" in folder.name:
@@ -503,7 +503,7 @@ def test_full_disk_midway_leaves_nothing(
             raise error
         return write(model, folder, images, expected)
 
-    monkeypatch.setattr(folders, "write", fail)
+    monkeypatch.setattr(timm_folder, "write_timm_folder", fail)
     status, _, err = run(narrow.path, out, *narrow.options)
     tag = "c7_l2_h64_d32"
     assert status == 2
@@ -520,7 +520,7 @@ def test_too_little_room_is_seen_first(
 ) -> None:
     usage = shutil.disk_usage(scratch)._replace(free=200 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(folders, "write", None)
+    monkeypatch.setattr(timm_folder, "write_timm_folder", None)
     status, _, err = run(narrow.path, scratch / "out", *narrow.options)
     assert status == 2
     needed = r"28\d\.\d MB are needed; free some, or choose another --output"
@@ -532,14 +532,14 @@ def test_message_tells_what_was_moved_before_an_error(
     narrow: Conversion, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = scratch / "out"
-    replaced = folders.replaced
+    replaced = timm_folder.replaced_folder
 
     def fail(folder: Path) -> Any:
         if folder.parent == out and "_proj" in folder.name:
             raise FULL_DISK
         return replaced(folder)
 
-    monkeypatch.setattr(folders, "replaced", fail)
+    monkeypatch.setattr(timm_folder, "replaced_folder", fail)
     status, _, err = run(narrow.path, out, *narrow.options)
     tag = "c7_l2_h64_d32"
     assert status == 2
@@ -701,7 +701,7 @@ BAD_FULL_FILES = {
     ),
     "bank of another width": (
         change(f"{BANK}features", lambda t: t[:, :16]),
-        r"class weights, \(7, 16\), do not fit embeddings of 32",
+        r"class weights, \(7, 16\), do not match embeddings of 32",
     ),
     "learned weights besides": (
         change("module.clf.fc.weight", lambda _: torch.ones(7, 32)),

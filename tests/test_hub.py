@@ -37,7 +37,7 @@ from tests import official_files
 from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
-from trex_models import folders, naver
+from trex_models import naver, timm_folder
 from trex_models.evaluation.linear import Setting
 from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
 from trex_models.trex import default_cfgs
@@ -66,7 +66,7 @@ def tiny_folder(path: Path, seed: int = 0) -> Path:
     model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg=CFG, **TINY).eval()
     images = torch.randn(2, 3, 32, 32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return folders.write(model, path, images, model(images).detach())
+    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
 
 
 def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
@@ -87,7 +87,7 @@ def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
     images = torch.randn(2, 3, 32, 32)
     model.eval()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return folders.write(model, path, images, model(images).detach())
+    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_stock_classifier_is_none_of_naver_s(tmp_path: Path) -> None:
     cfg = CFG | {"num_classes": 3}
     model = timm.create_model("resnet10t", num_classes=3, pretrained_cfg=cfg, **TINY).eval()
     images = torch.randn(2, 3, 32, 32)
-    folders.write(model, tmp_path / "mine", images, model(images).detach())
+    timm_folder.write_timm_folder(model, tmp_path / "mine", images, model(images).detach())
     for name in ("trex_resnet50.in1k", "trex_resnet50_cls.in1k_r2"):
         with pytest.raises(ValueError, match="num_classes is 3; a backbone is published with 0"):
             build_folders(tmp_path / "mine", tmp_path / "out", name=name)
@@ -335,7 +335,7 @@ def test_naver_name_binds_architecture_and_licence(tiny: Path, tmp_path: Path) -
 def test_own_weights_do_not_take_naver_s_names(tmp_path: Path) -> None:
     model = timm.create_model("resnet50", num_classes=0).eval()
     images = torch.ones(1, 3, 64, 64)
-    folders.write(model, tmp_path / "own", images, model(images).detach())
+    timm_folder.write_timm_folder(model, tmp_path / "own", images, model(images).detach())
     edit_config(tmp_path / "own", lambda config: config["pretrained_cfg"].pop("license", None))
     with pytest.raises(ValueError, match=r"weights of NAVER's, which these are not"):
         build_folders(tmp_path / "own", tmp_path / "hub", name="trex_resnet50.in1k")

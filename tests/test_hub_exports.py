@@ -20,7 +20,7 @@ from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.hub_folder import FILES
 from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
-from trex_models import folders, naver
+from trex_models import naver, timm_folder
 from trex_models.train.build import build_method, export_method
 from trex_models.train.config import RECIPES, from_dict
 
@@ -174,7 +174,7 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
         **TINY,
     ).eval()
     images = torch.randn(2, 3, 32, 32)
-    folders.write(model, tmp_path / "many", images, model(images).detach())
+    timm_folder.write_timm_folder(model, tmp_path / "many", images, model(images).detach())
     card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
     assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
     assert "class 20" not in card
@@ -201,7 +201,7 @@ def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
     )
     model.eval()
     images = torch.randn(2, 3, 32, 32)
-    folders.write(model, tmp_path / "maps", images, model(images).detach())
+    timm_folder.write_timm_folder(model, tmp_path / "maps", images, model(images).detach())
     with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
         build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)

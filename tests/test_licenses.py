@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from convert import export_model
 from hub import build_folders
 from hub.hub_folder import inspect_folder
-from trex_models import folders, licenses, naver
+from trex_models import licenses, naver, timm_folder
 from trex_models.licenses import describe, license_of
 from trex_models.manifest import sha256
 from trex_models.train.__main__ import main
@@ -99,7 +99,7 @@ def test_one_rule_for_every_command(
     model: Any = timm.create_model("resnet50", num_classes=0, pretrained_cfg=cfg).eval()
     images = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
-        folders.write(model, folder, images, model(images))
+        timm_folder.write_timm_folder(model, folder, images, model(images))
     assert license_of(folder) == "mit"
 
     (tmp_path / "cache/naver").mkdir(parents=True)

@@ -13,15 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trex_models import checkpoints, naver, weights
-from trex_models.checkpoints import CheckpointError
+from trex_models import naver, weights
+from trex_models.checkpoints import CheckpointError, load_checkpoint, sort
 from trex_models.manifest import WeightsError, load_manifest, sha256
 
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
 _logger = logging.getLogger(__name__)
 
 
-def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> str:
+def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, form: str = "") -> str:
     """Return the license of weights, such as cc-by-nc-sa-4.0; empty if nothing states it.
 
     NAVER's files are recognized by name, by the layout of their training states, and by SHA-256
@@ -31,7 +31,8 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: The file, or a timm folder; None for weights in memory.
-        contents: What `checkpoints.load` returned for it, if it was read already.
+        contents: What `checkpoints.load_checkpoint` returned, if the file was read already.
+        form: The form of the contents, if they were sorted already.
 
     Raises:
         WeightsError: The manifest, or a record in the cache, is damaged.
@@ -40,10 +41,11 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
         path = path / "model.safetensors"
     if path is not None and path.name in naver.ALL_FILES:
         return naver.LICENSE
-    form = "model"
-    with suppress(CheckpointError):  # weights of another kind
-        contents = checkpoints.load(path) if contents is None and path is not None else contents
-        form = checkpoints.sort(contents or {}).form
+    if not form:
+        with suppress(CheckpointError):  # weights of another kind
+            if contents is None and path is not None:
+                contents = load_checkpoint(path)
+            form = sort(contents or {}).form
     if form == "official":
         return naver.LICENSE
     if contents is not None and form == "trainer":
@@ -92,11 +94,7 @@ def describe(path: Path, architecture: str) -> str:
 
 
 def resolve_license(chosen: str, inherited: str) -> str:
-    """Return the license of weights that were trained from other weights.
-
-    Args:
-        chosen: The owner's choice; empty for none.
-        inherited: License of the weights that the run started from; empty for none.
+    """Return the license of weights trained from others: the owner's choice, or the inherited one.
 
     Raises:
         ValueError: The owner chose another license than NAVER's for weights derived from NAVER's.

@@ -224,7 +224,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
     try:
-        state = checkpoints.load(path)
+        state = checkpoints.load_checkpoint(path)
     except DamagedError as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint: it is damaged") from error
     except CheckpointError as error:

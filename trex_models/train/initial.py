@@ -100,7 +100,7 @@ def _open(path: Path) -> _File:
             raise ValueError(f"init_from: {path} does not exist; name a checkpoint, or a run")
         path = path / "model.safetensors" if path.is_dir() else path
         try:
-            contents = dict(checkpoints.load(path))
+            contents = dict(checkpoints.load_checkpoint(path))
         except CheckpointError as error:
             raise ValueError(f"init_from: {error}") from error
     try:
@@ -108,7 +108,7 @@ def _open(path: Path) -> _File:
     except CheckpointError as error:
         raise ValueError(f"init_from: {path}: {error}") from error
     try:
-        license_of_weights = license_of(path, contents)
+        license_of_weights = license_of(path, contents, form)
     except WeightsError as error:
         raise ValueError(f"init_from: {error}") from error
     if form == "trainer":
