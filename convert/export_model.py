@@ -74,11 +74,6 @@ def export_model(
             them.
         half: For ONNX: weights and computation in float16.
         overwrite: Replace an earlier export.
-
-    Raises:
-        ValueError: The model is not available or cannot be exported, an option does not match it,
-            or the export does not reproduce the model. Nothing is written then.
-        OSError: The file cannot be written.
     """
     started = time.perf_counter()
     if to == "onnx":

@@ -80,11 +80,6 @@ def convert_official(
 
     Returns:
         The folders written.
-
-    Raises:
-        ValueError: The file cannot be converted, an option does not match it, or a converted
-            model does not reproduce the source. Nothing is written then.
-        OSError: The folders cannot be written; the message says which were.
     """
     started, memory_before = time.perf_counter(), _peak_memory()
     _check_paths(file, output)

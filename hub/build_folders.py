@@ -58,11 +58,6 @@ def build_folders(
 
     Returns:
         The Hub folders.
-
-    Raises:
-        ValueError: There is no model, one cannot be published, its license or owner is unknown,
-            or the results are of other weights.
-        OSError: A folder cannot be written.
     """
     sources = _timm_folders(converted)
     if name is not None and len(sources) > 1:

@@ -18,13 +18,7 @@ from tyro.conf import Positional
 from convert.official import convert_official
 from hub.imagenet import measure, table
 from trex_models import checkpoints, naver
-from trex_models.manifest import (
-    WeightsError,
-    load_manifest,
-    manifest_path,
-    save_manifest,
-    sha256,
-)
+from trex_models.manifest import WeightsError, load_manifest, manifest_path, save_manifest, sha256
 
 
 def import_naver(
@@ -48,10 +42,6 @@ def import_naver(
     Returns:
         Whether files that hold the same backbone agree, and all that was measured is within its
         tolerance of the authors' figures.
-
-    Raises:
-        ValueError: A name is none of NAVER's, or a file or an image is damaged.
-        WeightsError: A file is not available, or not the recorded one.
     """
     files, path = files or naver.ALL_FILES, manifest or manifest_path()
     for file in files:

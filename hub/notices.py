@@ -121,18 +121,18 @@ def naver_notice(name: str, changes: str) -> str:
 
 def owner_notice(name: str, owner: str, identifier: str) -> str:
     """Return the NOTICE file of a model that somebody trained with this package."""
-    paragraphs = [
+    derived = (
+        "This is also the license of NAVER Corporation's weights. If the training started from "
+        f"those (init_from in its config.json), these are derived from them ({ORIGIN}), changed by "
+        "that training."
+    )
+    return _paragraphs(
+        name,
         f"The weights in this repository are {owner}'s, trained with trex_models.",
         f"License: {find_license(identifier).name} (LICENSE).",
         f"trex_models implements t-ReX: {PAPER}. Its authors did not train these weights.",
-    ]
-    if identifier == naver.LICENSE:
-        paragraphs.append(
-            "This is also the license of NAVER Corporation's weights. If the training started "
-            f"from those (init_from in its config.json), these are derived from them ({ORIGIN}), "
-            "changed by that training."
-        )
-    return _paragraphs(name, *paragraphs)
+        *([derived] if identifier == naver.LICENSE else []),
+    )
 
 
 def _paragraphs(*paragraphs: str) -> str:

@@ -60,11 +60,6 @@ def publish(
         manifest: Manifest to record them in, created if it is missing; by default
             TREX_MODELS_MANIFEST or the package's own.
         dry_run: Print what would be done. Reads the Hub, sends it nothing.
-
-    Raises:
-        ValueError: A folder cannot be published. Nothing is sent then.
-        HubError: The Hub refuses or does not answer.
-        WeightsError: The manifest is damaged.
     """
     if not folders:
         raise ValueError("give one folder or more; make some: python -m hub build")

@@ -33,10 +33,6 @@ def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = N
 
     Returns:
         Whether all are as recorded.
-
-    Raises:
-        ValueError: The manifest does not list one.
-        WeightsError: The manifest is damaged.
     """
     api = HfApi()
     path = manifest or manifest_path()

@@ -125,7 +125,7 @@ def test_sampler_continues_at_any_step(start: int) -> None:
 
 
 def test_impossible_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 16 exceeds the data set's 15 images"):
+    with pytest.raises(ValueError, match="batch_size 16 exceeds the dataset's 15 images"):
         EpochSampler(15, 16, 1, 0)
     with pytest.raises(ValueError, match="does not divide among 3 processes"):
         EpochSampler(15, 4, 1, 0, 0, 3)

@@ -253,13 +253,9 @@ class _Attractor(NamedTuple):
 def _attractor(
     system: _System, num_points: int, map_tones: np.ndarray, rng: np.random.Generator
 ) -> _Attractor:
-    """Sample a system's attractor.
+    """Draw about ``num_points`` samples of a system's attractor.
 
-    Args:
-        system: The iterated function system.
-        num_points: About how many samples.
-        map_tones: (N,), the tone in [0, 1] towards which each map pulls its points.
-        rng: Source of randomness.
+    ``map_tones``, (N,) in [0, 1], are the tones towards which the maps pull their points.
     """
     linear, shift, probability = _affine(system)
     cumulative = probability.cumsum()

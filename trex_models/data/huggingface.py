@@ -247,13 +247,9 @@ def _choose(
 def _labels(
     where: str, column: Any, names: Sequence[str] | None, classes: Sequence[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return classes and labels, (N,) int64.
+    """Return the classes and the labels, (N,) int64, of a pyarrow.ChunkedArray.
 
-    Args:
-        where: Name of the column in messages.
-        column: Values, a pyarrow.ChunkedArray.
-        names: Names of class labels; None if the values themselves are names.
-        classes: Classes of the training set; the column's own by default.
+    ``names`` are those of class labels; None if the values themselves are names.
     """
     import pyarrow.compute as pc
 

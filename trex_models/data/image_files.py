@@ -72,10 +72,10 @@ class FileSource:
         """Return a hash of paths below the root, labels and classes."""
         return digest(b"\0".join(self.paths.tolist()), self.labels, *self.classes)
 
-    def files(self) -> list[bytes]:
-        """Return all paths, each with the root."""
+    def files(self, part: slice = slice(None)) -> list[bytes]:
+        """Return the paths of all images, or of a part, each with the root."""
         root = os.fsencode(self.root)
-        return [os.path.join(root, path) for path in self.paths.tolist()]  # noqa: PTH118 - bytes
+        return [os.path.join(root, path) for path in self.paths[part].tolist()]  # noqa: PTH118
 
     def stats(self, require: bool = True) -> np.ndarray:
         """Return size in bytes, time of change in seconds, device and inode, (N, 4) int64.
@@ -102,11 +102,10 @@ class FileSource:
 
     def fingerprint(self) -> np.ndarray:
         """Return size and modification time of every file, modulo a prime, (N, 2) uint16."""
-        root, found = os.fsencode(self.root), np.empty((len(self), 2), dtype=np.uint16)
+        found = np.empty((len(self), 2), dtype=np.uint16)
         for start in range(0, len(self), _BLOCK):
             block = slice(start, start + _BLOCK)
-            files = [os.path.join(root, path) for path in self.paths[block].tolist()]  # noqa: PTH118
-            found[block] = np.array(_stats(files), dtype=np.int64)[:, :2] % 65521
+            found[block] = np.array(_stats(self.files(block)), dtype=np.int64)[:, :2] % 65521
         return found
 
     def part(self, indices: np.ndarray) -> FileSource:
@@ -230,10 +229,9 @@ class CsvSource(FileSource):
 
 
 def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes]]:
-    """List a folder, without names that begin with a dot.
+    """Return a folder's device and inode, its folders and its other files, both sorted.
 
-    Returns:
-        Its device and inode, the names of its folders, and those of all else; both sorted.
+    Names that begin with a dot are left out.
 
     Raises:
         ValueError: It cannot be listed.
@@ -270,12 +268,7 @@ def walk(
     """Yield the paths below ``root`` of a folder's files at any depth, folders in sorted order.
 
     Names that begin with a dot are left out, and so are folders that were listed before, which
-    links can lead to.
-
-    Args:
-        root: The folder that the paths are relative to.
-        folder: The folder to walk, below ``root``; a class.
-        visited: Folders listed for earlier classes; this one's are added.
+    links can lead to; ``visited`` holds those of earlier classes.
 
     Raises:
         ValueError: A folder cannot be listed, or was listed for another class.
@@ -308,11 +301,9 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 
 def log_left_out(place: object, others: Iterable[bytes]) -> None:
-    """Log in one line how many files were left out, if any.
+    """Log in one line how many files were left out of a place, if any.
 
-    Args:
-        place: Name of the images.
-        others: Paths of the files; without a folder if they are next to class folders.
+    Paths without a folder are of files next to class folders.
     """
     kinds = Counter(map(_kind, others))
     if kinds:

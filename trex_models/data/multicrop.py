@@ -83,7 +83,7 @@ class CropSpec:
 
         Args:
             rng: Source of the draws.
-            image: (height, width, 3) uint8 RGB.
+            image: (H, W, 3) uint8 RGB.
             out: (N, S, S, 3) uint8, written in place.
             draws: (N, NUM_DRAWS) float64, contiguous, written in place, for ``parameters``.
         """
@@ -95,11 +95,7 @@ class CropSpec:
             cut(image, box, self.size, out[crop])
 
     def parameters(self, draws: NDArray[np.float64]) -> Tensor:
-        """Return the parameters of a batch's augmentation, (N * B, P) float32, crop-major.
-
-        Args:
-            draws: (B, N, NUM_DRAWS), of ``draw``.
-        """
+        """Return the parameters, (N * B, P) crop-major, of a batch's draws, (B, N, NUM_DRAWS)."""
         crop_major = draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS)
         parameters = np.empty((len(crop_major), NUM_PARAMETERS), np.float32)
         self.augmentation.fill(crop_major, parameters)
@@ -348,8 +344,8 @@ class MultiCrop:
         """Return an image's crops, (3, S, S) float32 each, normalized as ImageNet's are.
 
         Args:
-            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (height,
-                width, 3) uint8 RGB.
+            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (H, W, 3)
+                uint8 RGB.
 
         Raises:
             ValueError: An array is not of this shape and type, or the values of a PIL image have
@@ -388,8 +384,8 @@ def draw_boxes(
         ratio: Least and greatest width / height of a box; log-uniform between them.
 
     Returns:
-        Top, left, height and width of each box, (count, 4). If ten boxes in a row do not fit into
-        the image, the largest central box of an allowed ratio.
+        Top, left, height and width of each box, (count, 4); if ten boxes in a row do not fit into
+        the image, those of the largest central box.
     """
     draws = rng.random((4, count, _ATTEMPTS)).tolist()
     boxes = [
@@ -464,9 +460,6 @@ def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:
         height: Height of the result, pixels.
         width: Width of the result, pixels.
         mode: "bilinear" or "bicubic".
-
-    Returns:
-        (B, 3, height, width) uint8.
     """
     lost = images.shape[2] - height
     if lost > max(0, 2 * (images.shape[3] - width)):

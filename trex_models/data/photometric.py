@@ -75,8 +75,8 @@ class PhotometricAugmentation:
         flip: Probability of a left-right flip.
         jitter: Probability of color jitter.
         brightness: x of the factor's range [max(0, 1 - x), 1 + x].
-        contrast: likewise.
-        saturation: likewise.
+        contrast: x of the factor's range.
+        saturation: x of the factor's range.
         hue: x of the shift's range [-x, x], in turns.
         gray: Probability of grayscale.
         blur: Probability of Gaussian blur.
@@ -117,39 +117,19 @@ class PhotometricAugmentation:
             raise ValueError(f"threshold must lie in [0, 256], not {self.threshold}")
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Augment images, each in its own way.
-
-        Args:
-            images: (B, 3, H, W) uint8 on any device, in any memory format.
-            rng: source of the draws.
-
-        Returns:
-            (B, 3, H, W) uint8, channels last if `images` is.
-
-        Raises:
-            ValueError: The images are not of this shape and type.
-        """
+        """Augment each image in its own way, with draws from ``rng``; see ``apply``."""
         parameters = np.empty((len(images), NUM_PARAMETERS), np.float32)
         self.draw(rng, parameters)
         return apply(images, torch.from_numpy(parameters))
 
     def draw(self, rng: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """Fill rows of parameters.
-
-        The number of draws from `rng` does not depend on their outcome.
-
-        Args:
-            rng: source of the draws.
-            out: (N, NUM_PARAMETERS), written in place.
-        """
+        """Draw rows of parameters, (N, NUM_PARAMETERS), in place; NUM_DRAWS draws a row."""
         self.fill(rng.random((len(out), NUM_DRAWS)), out)
 
     def fill(self, u: NDArray[np.float64], out: NDArray[np.float32]) -> None:
-        """Fill rows of parameters from numbers that were drawn: of a whole batch at once.
+        """Compute rows of parameters, (N, NUM_PARAMETERS), in place.
 
-        Args:
-            u: (N, NUM_DRAWS), uniform in [0, 1).
-            out: (N, NUM_PARAMETERS), written in place.
+        ``u`` holds the draws of a whole batch, (N, NUM_DRAWS), uniform in [0, 1).
         """
         out[:, FLIP] = u[:, 0] < self.flip
         out[:, JITTER] = u[:, 1] < self.jitter
@@ -210,13 +190,7 @@ def normalize(
 ) -> Tensor:
     """Return (images / 255 - mean) / std as float32, in one multiply-add.
 
-    Args:
-        images: (B, 3, H, W), levels of any type.
-        mean: of each channel, for values in [0, 1].
-        std: likewise.
-
-    Returns:
-        (B, 3, H, W) float32, channels last if `images` is.
+    Images are levels of any type, (B, 3, H, W); the result is channels last if they are.
     """
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
     shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
@@ -276,13 +250,9 @@ def _jitter(levels: Tensor, parameters: Tensor, ends: list[int], compiled: bool)
     """Jitter the colors in place.
 
     Each image meets brightness, contrast and saturation in three rounds and hue at one of the four
-    places around them. The three are one operation, a blend with black, mean luma or luma.
-
-    Args:
-        levels: (3, J, H, W).
-        parameters: (J, NUM_PARAMETERS), sorted by the place of hue.
-        ends: where each place ends.
-        compiled: whether by torch.compile.
+    places around them. The three are one operation, a blend with black, mean luma or luma. Rows of
+    (3, J, H, W) levels and their parameters are sorted by the place of hue; ``ends`` are the ends
+    of the places.
     """
     order = parameters[:, ORDER]
     blends = order[order != _HUE].view(-1, 3).long()
@@ -314,13 +284,10 @@ def _kernel(function: Callable[..., None], compiled: bool) -> Callable[..., None
 
 
 def _blend(levels: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) -> None:
-    """Blend (3, n, H, W) levels in place with black, their mean luma or their luma.
+    """Blend (3, n, H, W) levels in place: with black, their mean luma or their luma.
 
-    Args:
-        levels: (3, n, H, W).
-        factor: of the levels; 1 changes nothing. (n, 1, 1), likewise:
-        contrast: 1 to blend with the mean luma.
-        saturation: 1 to blend with the luma.
+    All others are (n, 1, 1): factor 1 changes nothing; contrast 1 takes the mean luma, saturation 1
+    the luma.
     """
     luma = _luma(levels)
     base = torch.addcmul(_mean(luma) * contrast, luma, saturation)
