@@ -28,7 +28,7 @@ CHANGES = {
     "the tensors. Their values are NAVER's.",
     "cls": "Taken out of the full training state, converted to safetensors, with other names of "
     "the tensors. The classifier's weight is computed from the state's memory bank: the "
-    "L2-normalised sum of each class's embeddings. The other values are NAVER's.",
+    "L2-normalized sum of each class's embeddings. The other values are NAVER's.",
 }
 
 

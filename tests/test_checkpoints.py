@@ -107,7 +107,7 @@ def test_every_key_has_a_fate(full: Contents) -> None:
             key for key, fate in checkpoint.fates.items() if fate == "dropped: not weights"
         }
         made = {fate for fate in checkpoint.fates.values() if "." in fate}
-        assert made - {"prototypes: L2-normalised class sums"} <= checkpoint.state_dict().keys()
+        assert made - {"prototypes: L2-normalized class sums"} <= checkpoint.state_dict().keys()
         for key, tensor in checkpoint.state_dict().items():
             sources = [source for source, fate in checkpoint.fates.items() if fate == key]
             if key == "fc.weight" and "module.memory.ptr" in full["model"]:

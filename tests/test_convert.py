@@ -382,7 +382,7 @@ def test_summary_of_a_full_file(trex: Conversion) -> None:
         r"keys +687",
         r" +318  backbone",
         r" +22  projector",
-        r" +2  prototypes: L2-normalised class sums",
+        r" +2  prototypes: L2-normalized class sums",
         r" +340  dropped: momentum encoder",
         r" +\d\.\de-0\d  trex_resnet50_cls\.in1k_r2",
         rf"report +{re.escape(str(trex.out))}/trex_2_checkpoint_full\.report\.tsv",

@@ -263,7 +263,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
     for key in state:
         if not isinstance(key, str):
             raise CheckpointError(f"the key {key!r} is no name; save model.state_dict()")
-    names = {key: _unwrapped_name(key) for key in state}
+    names = {key: ".".join(s for s in key.split(".") if s not in WRAPPERS) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = next((row.form for row in rows.values() if row.form != "model"), "model")
 
@@ -332,11 +332,7 @@ def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None)
 
 
 def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
-    """Return the position where a memory bank is written next.
-
-    Raises:
-        CheckpointError: It is not an integer.
-    """
+    """Return the position where a memory bank is written next; CheckpointError if there is none."""
     pointer = parts["bank pointer"].get("", 0)
     if isinstance(pointer, Mapping) and pointer.keys() == {"pointer", "batches"}:
         pointer = pointer["pointer"] if type(pointer["batches"]) is int else None
@@ -364,7 +360,7 @@ _FORMS = {
 
 def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """Return the weights of a training state, and its other entries."""
-    container = _container(contents)
+    container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
     if container is not None:
         expected = CONTAINERS[container]
         unknown = [name for name in contents if name not in expected and name != container]
@@ -402,14 +398,6 @@ def _check_entries(contents: Mapping[str, Any], types: Mapping[str, tuple[type, 
             )
 
 
-def _container(contents: Mapping[str, Any]) -> str | None:
-    return next((name for name in CONTAINERS if isinstance(contents.get(name), Mapping)), None)
-
-
-def _unwrapped_name(key: str) -> str:
-    return ".".join(segment for segment in key.split(".") if segment not in WRAPPERS)
-
-
 def _row(name: str) -> Row:
     def matches(row: Row) -> bool:
         is_start = not row.prefix or row.prefix.endswith(".")
@@ -423,8 +411,8 @@ _FATES = {
     "bank pointer": "dropped: where the bank would go on",
     "bank ids": "dropped: which samples the bank holds, and since when",
     "bank ages": "dropped: which samples the bank holds, and since when",
-    "bank features": "prototypes: L2-normalised class sums",
-    "bank labels": "prototypes: L2-normalised class sums",
+    "bank features": "prototypes: L2-normalized class sums",
+    "bank labels": "prototypes: L2-normalized class sums",
     "class weights": "fc.weight",
     "class biases": "fc.bias",
 }
@@ -438,7 +426,7 @@ def _fate(part: str, name: str, encoder: str) -> str:
     return name if part.endswith("backbone") else f"proj.{name}"
 
 
-_TELL = (
+_REMEDY = (
     "give the number of classes that the model was trained on (--num-classes, or num_classes in "
     "pretrained_cfg_overlay)"
 )
@@ -453,14 +441,14 @@ def _prototypes(
     low, high = (int(label) for label in labels.aminmax())
     if high >= num_classes:
         raise CheckpointError(
-            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_TELL}"
+            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_REMEDY}"
         )
     counts = torch.bincount(labels, minlength=num_classes)
     absent = tuple((counts == 0).nonzero().flatten().tolist())
     if given_classes is None and len(absent) > num_classes / 2:
         raise CheckpointError(
             f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
-            f"{_TELL}"
+            f"{_REMEDY}"
         )
     if num_classes * features.shape[1] > 1 << 28:
         raise CheckpointError(f"{num_classes} classes are too many for {features.shape[1]} numbers")
@@ -536,11 +524,7 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
 
 
 def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Require finite values.
-
-    Raises:
-        CheckpointError: A tensor has others.
-    """
+    """Raise CheckpointError unless all values of all tensors are finite."""
     for part, state in parts.items():
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():

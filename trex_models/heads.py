@@ -63,7 +63,7 @@ def require_temperature(temperature: float) -> None:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return L2-normalised class means, the prototypes of t-ReX Eq. 2.
+    """Return L2-normalized class means, the prototypes of t-ReX Eq. 2.
 
     Args:
         features: Embeddings, (Q, D), not normalised.
