@@ -175,6 +175,10 @@ def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     }
 
 
+def _as_texts(facts: dict[str, Any]) -> dict[str, str]:
+    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
+
+
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
     """Return the arguments of torchvision.transforms' preset ImageClassification.
 
@@ -209,8 +213,7 @@ def _to_torchvision(name: str, model: Any, facts: dict[str, Any], path: Path) ->
     architecture = to_torchvision.architecture(name, model, facts["output"])
     classes = model.num_classes
     facts |= {"load": to_torchvision.usage(path, architecture, classes)}
-    header = {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
-    data = to_torchvision.serialize(model, path.suffix, header)
+    data = to_torchvision.serialize(model, path.suffix, _as_texts(facts))
     channels, height, width = _size(model)
     images = batches(channels, resolutions(height, width))
     return Exported(
@@ -247,8 +250,8 @@ def _to_onnx(
     if not with_preprocessing:
         kind = f"float32, {colors}, B x {channels} x H x W"
     facts |= {"images": f"{kind}{'' if with_preprocessing else ', normalized'}"}
-    header = {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
-    data = to_onnx.build_onnx(graph, facts["output"], size, any_size, header).SerializeToString()
+    proto = to_onnx.build_onnx(graph, facts["output"], size, any_size, _as_texts(facts))
+    data = proto.SerializeToString()
     sides = "any height and width" if any_size else f"{height} x {width} pixels"
     return Exported(
         data,

@@ -84,17 +84,14 @@ def takes_other_sizes(model: nn.Module, shape: Sequence[int]) -> bool:
 def build_onnx(
     graph: Graph, output: str, size: tuple[int, int, int], any_size: bool, facts: Mapping[str, str]
 ) -> Any:
-    """Return the onnx.ModelProto of a graph, for any batch size.
+    """Return the onnx.ModelProto of a graph in eval mode, for any batch size.
 
     Args:
-        graph: In eval mode.
+        graph: The graph.
         output: Name of the output.
         size: C, H and W of the model's own images.
         any_size: Leave height and width open.
         facts: The file's metadata.
-
-    Raises:
-        ValueError: The weights are too large for one file, or torch cannot export the model.
     """
     import onnx
 
@@ -137,16 +134,9 @@ def build_onnx(
 
 @torch.no_grad()
 def compare(data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]) -> list[Difference]:
-    """Compare onnxruntime, on the CPU, with the source in float64.
+    """Compare a file in onnxruntime, on the CPU, with the source in float64, on float32 images.
 
-    Args:
-        data: Bytes of the file.
-        graph: The exported graph, in its own type.
-        exact: The same in float64, with weights that were not rounded to float16.
-        batches: Images, (B, C, H, W) float32.
-
-    Raises:
-        ValueError: onnxruntime cannot run the file.
+    ``exact`` is the graph in float64, with weights that were not rounded to float16.
     """
     import onnxruntime
 

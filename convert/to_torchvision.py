@@ -41,11 +41,6 @@ TOLERANCE = 1e-9
 def architecture(name: str, model: nn.Module, output: str) -> str:
     """Return the name of torchvision's model with a model's keys and shapes.
 
-    Args:
-        name: Name of the model in messages.
-        model: Any model.
-        output: Its output: features, embeddings or logits.
-
     Raises:
         ValueError: There is none.
     """
@@ -101,13 +96,7 @@ def _pattern(key: str) -> str:
 
 
 def serialize(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
-    """Return a model's state dict as the bytes of a file.
-
-    Args:
-        model: The model, on the CPU.
-        suffix: One of ``SUFFIXES``.
-        facts: Metadata of a safetensors file; a .pth file holds only the tensors.
-    """
+    """Return a model's state dict as the bytes of a file; ``facts`` are a safetensors file's."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     stream = io.BytesIO()
     if suffix == ".safetensors":
@@ -124,15 +113,7 @@ def compare(
 ) -> list[Difference]:
     """Load a file's bytes into torchvision's model, strictly, and compare it with the source.
 
-    Args:
-        data: Bytes of the file.
-        suffix: Suffix of the file.
-        name: Name of torchvision's model.
-        model: The source, in eval mode.
-        batches: Images, (B, 3, H, W) float32.
-
-    Returns:
-        The differences in float64.
+    In float64; the source is in eval mode.
     """
     state = (
         safetensors.torch.load(data)

@@ -1,12 +1,6 @@
-"""The maintainers' tools for weights on the Hub, and for putting models of your own there.
+"""The maintainers' tools for weights on the Hub; build and publish are for your own models, too.
 
-    python -m hub import-naver --output DIR [--imagenet IMAGENET] [FILE ...]
-    python -m hub build DIR/converted --output HUB
-    python -m hub publish HUB/* [--dry-run]
-    python -m hub verify
-
-Models of your own: python -m hub build RUN/export/backbone --output HUB --name NAME --owner YOU
---license ID --namespace YOU prints how to publish them. A tool of the checkout: run it there.
+In this order: import-naver, build, publish, verify. Tools of the checkout: run them there.
 TREX_TRACEBACK=1 shows where an error comes from.
 """
 

@@ -44,7 +44,10 @@ def build_folders(
 ) -> list[Path]:
     """Build Hub folders from timm folders. All are checked before the first is written.
 
-    Example: python -m hub build DIR/converted --output HUB
+    Models of your own need --owner and a license; how to publish them is printed.
+
+    Example: python -m hub build RUN/export/backbone --output HUB --name NAME --owner YOU
+    --license mit --namespace YOU
 
     Args:
         converted: A timm folder, or a folder of them.
@@ -64,17 +67,16 @@ def build_folders(
         raise ValueError(
             f"{converted} holds {len(sources)} models, but --name names one; give the folder of one"
         )
-    models = [inspect_folder(source, name or source.resolve().name) for source in sources]
-    identifiers = [_license(model, owner, license) for model in models]
-    measured = [_measured(model, results) for model in models]
-    rendered = [
-        cards.render(model, identifier, owner, namespace, figures)
-        for model, identifier, figures in zip(models, identifiers, measured, strict=True)
-    ]
+    checked = []
+    for source in sources:
+        model = inspect_folder(source, name or source.resolve().name)
+        identifier = _license(model, owner, license)
+        card = cards.render(model, identifier, owner, namespace, _measured(model, results))
+        checked.append((model, identifier, card))
     with _explained(output):
         output.mkdir(parents=True, exist_ok=True)
     written = []
-    for model, identifier, card in zip(models, identifiers, rendered, strict=True):
+    for model, identifier, card in checked:
         folder = output / model.name
         with _explained(folder):
             _write(model, identifier, owner, card, folder)

@@ -31,7 +31,7 @@ def render(
         identifier: Identifier of its license.
         owner: Owner of the weights; None for NAVER's.
         namespace: Organization or user on the Hub.
-        measured: This model's results in imagenet.json; None where it was not measured.
+        measured: The model's results in imagenet.json, if it was measured.
     """
     architecture, _, tag = model.name.partition(".")
     backbone = f"{architecture.partition('_')[0]}_resnet50.{tag}"
@@ -79,15 +79,15 @@ def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Describe what timm's transform does to an image."""
     data = resolve_data_config(pretrained_cfg=dict(cfg))
     mean, std = tuple(data["mean"]), tuple(data["std"])
-    normalisation = f"mean {mean} and standard deviation {std}"
+    normalization = f"mean {mean} and standard deviation {std}"
     if (mean, std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        normalisation = "ImageNet's mean and standard deviation"
+        normalization = "ImageNet's mean and standard deviation"
     size = data["input_size"][-1]
     return {
         "size": size,
         "resized": math.floor(size / data["crop_pct"]),
         "interpolation": data["interpolation"],
-        "normalisation": normalisation,
+        "normalization": normalization,
     }
 
 

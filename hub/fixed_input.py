@@ -14,15 +14,10 @@ TOLERANCE = 1e-3
 
 
 def images(size: Sequence[int]) -> Tensor:
-    """Return the input, 2 sin((c + 1) (x + 2 y) / 17) in channel c, row y and column x.
+    """Return the input of a size (C, H, W), (1, C, H, W) float32.
 
-    A formula, so that it depends on no random generator, computed in float64.
-
-    Args:
-        size: (C, H, W).
-
-    Returns:
-        (1, C, H, W) float32.
+    2 sin((c + 1) (x + 2 y) / 17) in channel c, row y and column x: a formula, in float64, so that
+    it depends on no random generator.
     """
     channels, height, width = size
     c = torch.arange(channels, dtype=torch.float64).view(-1, 1, 1)

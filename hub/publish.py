@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
@@ -32,15 +31,6 @@ from trex_models.manifest import (
     sha256,
     without_credentials,
 )
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A repository on the Hub."""
-
-    revision: str | None
-    """The last commit; None if there is no repository."""
-    files: dict[str, RepoSibling]
 
 
 def publish(
@@ -125,14 +115,14 @@ def _who(api: HfApi) -> str:
 def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | None:
     """Make the repository hold the folder's files; return its commit, or None on a dry run."""
     with explained(repository):
-        remote = _read(repository, api)
-    if foreign := sorted(remote.files.keys() - {*FILES, ".gitattributes"}):
+        last, files = _read(repository, api)
+    if foreign := sorted(files.keys() - {*FILES, ".gitattributes"}):
         raise ValueError(
             f"{repository} has files on the Hub that do not belong there: {', '.join(foreign)}; "
             "delete them there, or choose another --namespace"
         )
-    changed = [file for file in FILES if not _same(model.folder / file, remote.files.get(file))]
-    state = "unchanged" if not changed else "new" if remote.revision is None else "changed"
+    changed = [file for file in FILES if not _same(model.folder / file, files.get(file))]
+    state = "unchanged" if not changed else "new" if last is None else "changed"
     print(f"{repository}: {state}")
     for file in FILES:
         path = model.folder / file
@@ -142,25 +132,26 @@ def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | N
     if dry_run:
         return None
     with explained(repository):
-        if remote.revision is None:
+        if last is None:
             api.create_repo(repository, exist_ok=True)
         elif not changed:
-            return remote.revision
+            return last
         commit = api.create_commit(
             repository,
             [CommitOperationAdd(file, str(model.folder / file)) for file in changed],
-            commit_message=f"{'Update' if remote.revision else 'Add'} {', '.join(changed)}",
-            parent_commit=remote.revision,
+            commit_message=f"{'Update' if last else 'Add'} {', '.join(changed)}",
+            parent_commit=last,
         )
     return commit.oid
 
 
-def _read(repository: str, api: HfApi) -> Remote:
+def _read(repository: str, api: HfApi) -> tuple[str | None, dict[str, RepoSibling]]:
+    """Return a repository's last commit and its files; None and none if there is no repository."""
     try:
         info = api.model_info(repository, files_metadata=True)
     except RepositoryNotFoundError:
-        return Remote(None, {})
-    return Remote(info.sha, {sibling.rfilename: sibling for sibling in info.siblings or []})
+        return None, {}
+    return info.sha, {sibling.rfilename: sibling for sibling in info.siblings or []}
 
 
 def _same(path: Path, remote: RepoSibling | None) -> bool:

@@ -317,8 +317,8 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     # The extent without the outermost points, which lie far out for some systems.
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
-    centre = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    x, y, tone = attractor.seen(zoom * view, centre - zoom * (low + high) / 2).spread()
+    center = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
+    x, y, tone = attractor.seen(zoom * view, center - zoom * (low + high) / 2).spread()
     width = fine + 2
     column = x.clip(0, width - 1).astype(np.int32)
     row = y.clip(0, width - 1).astype(np.int32)
