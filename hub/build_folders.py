@@ -46,8 +46,7 @@ def build_folders(
 
     Models of your own need --owner and a license; how to publish them is printed.
 
-    Example: python -m hub build RUN/export/backbone --output HUB --name NAME --owner YOU
-    --license mit --namespace YOU
+    Example: python -m hub build RUN/export/backbone --output HUB --owner YOU --license mit
 
     Args:
         converted: A timm folder, or a folder of them.
