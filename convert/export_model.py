@@ -218,7 +218,7 @@ def _to_torchvision(name: str, model: Any, facts: dict[str, Any], path: Path) ->
     images = batches(channels, resolutions(height, width))
     return Exported(
         data,
-        to_torchvision.compare(data, path.suffix, architecture, model, images),
+        to_torchvision.compare_torchvision(data, path.suffix, architecture, model, images),
         f"{facts['output']}, torchvision.models.{architecture}, "
         f"{f'fc of {classes} classes' if classes else 'fc = torch.nn.Identity()'}",
         json.dumps(facts, indent=2) + "\n",
@@ -255,7 +255,7 @@ def _to_onnx(
     sides = "any height and width" if any_size else f"{height} x {width} pixels"
     return Exported(
         data,
-        to_onnx.compare(
+        to_onnx.compare_onnx(
             data, graph, exact, batches(channels, sizes if any_size else [(height, width)] * 3)
         ),
         f"{facts['output']}, opset {to_onnx.OPSET}; images {kind}: any batch, {sides}",

@@ -147,7 +147,7 @@ def convert_official(
     return [output / name for name in models]
 
 
-def _holds(checkpoint: Checkpoint, rows: list[key_report.Row]) -> str:
+def _holds(checkpoint: Checkpoint, rows: list[key_report.KeyRow]) -> str:
     if not checkpoint.projector:
         return "a ResNet-50 backbone alone"
     sizes = checkpoint.head_args()

@@ -133,7 +133,9 @@ def build_onnx(
 
 
 @torch.no_grad()
-def compare(data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]) -> list[Difference]:
+def compare_onnx(
+    data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]
+) -> list[Difference]:
     """Compare a file in onnxruntime, on the CPU, with the source in float64, on float32 images.
 
     ``exact`` is the graph in float64, with weights that were not rounded to float16.

@@ -108,7 +108,7 @@ def serialize(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
 
 
 @torch.no_grad()
-def compare(
+def compare_torchvision(
     data: bytes, suffix: str, name: str, model: nn.Module, batches: Iterable[Tensor]
 ) -> list[Difference]:
     """Load a file's bytes into torchvision's model, strictly, and compare it with the source.

@@ -27,13 +27,13 @@ def images(size: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def outputs(model: Any) -> tuple[float, ...]:
+def fixed_outputs(model: Any) -> tuple[float, ...]:
     """Return the first outputs of a timm model in eval mode, to 6 significant digits."""
     values = model(images(model.pretrained_cfg["input_size"]))[0, :COUNT].tolist()
     return tuple(float(f"{value:.6g}") for value in values)
 
 
-def difference(found: Sequence[float], recorded: Sequence[float]) -> float:
+def relative_error(found: Sequence[float], recorded: Sequence[float]) -> float:
     """Return the largest difference, relative to the largest recorded value."""
     if len(found) != len(recorded):
         return float("inf")

@@ -67,7 +67,7 @@ def publish(
     for model in models:
         repository = f"{namespace}/{model.name}"
         digest = sha256(model.folder / "model.safetensors")
-        outputs = fixed_input.outputs(load_folder(model.folder))
+        outputs = fixed_input.fixed_outputs(load_folder(model.folder))
         revision = _upload(model, repository, api, dry_run)
         if revision is None:
             print(f"  would record it in {path}")

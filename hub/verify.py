@@ -94,8 +94,8 @@ def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Pat
 
 
 def _compare_outputs(model: Any, entry: Published, what: str) -> str:
-    found = fixed_input.outputs(model)
-    error = fixed_input.difference(found, entry.outputs)
+    found = fixed_input.fixed_outputs(model)
+    error = fixed_input.relative_error(found, entry.outputs)
     if error <= fixed_input.TOLERANCE:
         return ""
     return (

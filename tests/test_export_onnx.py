@@ -136,5 +136,5 @@ def test_a_wrong_graph_is_found(
     if mutate:  # the source: the graph is wrong by as much
         mutate(graph.model)
         mutate(exact.model)
-    found = to_onnx.compare(exported, graph, exact, batches(3, [(32, 32)] * 3))
+    found = to_onnx.compare_onnx(exported, graph, exact, batches(3, [(32, 32)] * 3))
     assert [difference.is_small for difference in found] == [mutate is None] * 3, found

@@ -556,7 +556,7 @@ def test_publish_records_what_a_user_then_fetches(
     assert entry.repository == "trex-models/small_trex"
     assert entry.revision == commit.sha
     assert entry.sha256 == sha256(built / "small_trex" / "model.safetensors")
-    assert tuple(entry.outputs) == fixed_input.outputs(load_folder(built / "small_trex"))
+    assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(built / "small_trex"))
     assert len(entry.outputs) == 8
     assert sorted(commit.files) == sorted([".gitattributes", *FILES])
     assert commit.files["model.safetensors"].sha256 == entry.sha256
@@ -922,7 +922,7 @@ def test_fixed_input_is_the_formula() -> None:
     for c, y, x in ((0, 0, 0), (2, 3, 4), (1, 0, 3)):
         expected = 2 * np.sin((c + 1) * (x + 2 * y) / 17)
         assert images[0, c, y, x].item() == pytest.approx(expected, abs=1e-7)
-    assert fixed_input.difference((1.0, -2.0), (1.0, -2.5)) == pytest.approx(0.2)
+    assert fixed_input.relative_error((1.0, -2.0), (1.0, -2.5)) == pytest.approx(0.2)
 
 
 # ImageNet
