@@ -2,7 +2,7 @@
 
     OMP_WAIT_POLICY=passive python -m benchmarks.augment [--device cuda] [--compile]
 
-`ratio` and what stands beside it: flip, jitter, grey, blur, solarisation and normalisation of the
+`ratio` and what stands beside it: flip, jitter, gray, blur, solarization and normalization of the
 crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
 drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
 
@@ -42,16 +42,16 @@ from benchmarks.reference_pipeline import (
     reference_tensor,
 )
 from trex_models.data import photometric as ph
-from trex_models.data.crops import Box, cut, draw_boxes
-from trex_models.data.photometric import PhotometricLaw, apply, normalize
+from trex_models.data.multicrop import Box, cut, draw_boxes
+from trex_models.data.photometric import PhotometricAugmentation, apply, normalize
 
 Photographs = Sequence[NDArray[np.uint8]]
 
-ALWAYS = PhotometricLaw(flip=1, jitter=1, grey=1, blur=1, solarize=1)
+ALWAYS = PhotometricAugmentation(flip=1, jitter=1, gray=1, blur=1, solarize=1)
 COLUMNS: dict[str, list[int]] = {
     "flip": [ph.FLIP],
     "jitter": [ph.JITTER, *range(ph.ORDER.start, ph.HUE + 1)],
-    "grey": [ph.GREY],
+    "gray": [ph.GRAY],
     "solarize": [ph.SOLARIZE, ph.THRESHOLD],
     "blur": [ph.SIGMA],
 }
@@ -86,7 +86,7 @@ LIMITS = {
     "crop": Difference(mean=0.05, bias=0.05, percent_beyond_4=0.1),
     "flip": Difference(mean=0.05, bias=0.05),
     "jitter": Difference(mean=0.05, bias=0.05),
-    "grey": Difference(mean=0.05, bias=0.05),
+    "gray": Difference(mean=0.05, bias=0.05),
     "solarize": Difference(mean=0.05, bias=0.05),
     "blur": Difference(mean=0.4, bias=0.2),
 }
@@ -109,7 +109,7 @@ class Comparison(NamedTuple):
     p: float
 
 
-def draw_rows(law: PhotometricLaw, count: int, seed: int = 0) -> Rows:
+def draw_rows(law: PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
     """Return parameters that our law draws, (count, NUM_PARAMETERS)."""
     rng = np.random.default_rng(seed)
     rows = np.full((count, ph.NUM_PARAMETERS), np.nan, dtype=np.float32)
@@ -242,7 +242,10 @@ def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict
         Images a second by variant, and ours and the compiled over the reference.
     """
     crops = [cut_crops(bundled(), s.size, s.count * batch, s.scale) for s in SPECS]
-    rows = [[draw_rows(s.law, s.count * batch, seed) for s in SPECS] for seed in range(_BATCHES)]
+    rows = [
+        [draw_rows(s.augmentation, s.count * batch, seed) for s in SPECS]
+        for seed in range(_BATCHES)
+    ]
     on_device = [part.to(device) for part in crops]
     images = [list(_pil(part)) for part in crops]
 
@@ -306,7 +309,7 @@ def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
             errors = {
                 "crop": crop_error(photographs, spec.size, count, spec.scale),
                 **{part: photometric_error(images, keep(always, part)) for part in COLUMNS},
-                "all but crop": photometric_error(images, draw_rows(spec.law, count)),
+                "all but crop": photometric_error(images, draw_rows(spec.augmentation, count)),
             }
             for operation, error in errors.items():
                 found, limit = summary(error), LIMITS.get(operation)
@@ -333,7 +336,7 @@ def draws(count: int) -> list[dict[str, Any]]:
                 for draw in (our_boxes, random_boxes)
             ]
             table += [(f"{kind}, of {width} x {height}", found) for found in compare_boxes(*boxes)]
-        rows = [draw(spec.law, count, seed) for draw in (draw_rows, random_rows)]
+        rows = [draw(spec.augmentation, count, seed) for draw in (draw_rows, random_rows)]
         table += [(kind, found) for found in compare_rows(*rows)]
     return [{"of": name, **found._asdict()} for name, found in table]
 

@@ -32,10 +32,9 @@ from torch.utils.data import DataLoader
 from benchmarks import measure, step
 from benchmarks.photographs import write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset
-from trex_models.data.folder import FolderSource
-from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.image_files import FolderSource
+from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
-from trex_models.data.transfer import to_device
 
 
 @dataclass

@@ -32,7 +32,7 @@ from benchmarks import measure
 from benchmarks.loader import one_thread
 from benchmarks.photographs import NUM_CLASSES, write_photographs
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop, CentreCropDataset
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.features import extract_features
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

@@ -30,10 +30,10 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from benchmarks import measure
+from trex_models.atomic import replacing, write_whole
 from trex_models.cli import run
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import Source
-from trex_models.files import replacing, write_whole
 from trex_models.transfer.scores import student_interval
 
 STARTS = {"pretrained": "t-ReX weights", "scratch": "from scratch"}

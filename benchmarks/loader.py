@@ -32,7 +32,7 @@ from torchvision.datasets.folder import pil_loader
 from benchmarks import measure
 from benchmarks.photographs import KINDS, NUM_CLASSES, write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
 

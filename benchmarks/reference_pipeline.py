@@ -22,8 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from trex_models.data import photometric as ph
-from trex_models.data.crops import Box
-from trex_models.data.multicrop import CropSpec
+from trex_models.data.multicrop import Box, CropSpec
 from trex_models.train.build import crop_specs
 from trex_models.train.config import CropsConfig
 
@@ -49,7 +48,7 @@ def reference_flip(image: Image.Image, row: Rows) -> Image.Image:
 
 
 def reference_jitter(image: Image.Image, row: Rows) -> Image.Image:
-    """Jitter the colours if the row says so, in the row's order."""
+    """Jitter the colors if the row says so, in the row's order."""
     if not row[ph.JITTER]:
         return image
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
@@ -59,9 +58,9 @@ def reference_jitter(image: Image.Image, row: Rows) -> Image.Image:
     return image
 
 
-def reference_grey(image: Image.Image, row: Rows) -> Image.Image:
-    """Remove the colours if the row says so."""
-    return TF.to_grayscale(image, num_output_channels=3) if row[ph.GREY] else image
+def reference_gray(image: Image.Image, row: Rows) -> Image.Image:
+    """Remove the colors if the row says so."""
+    return TF.to_grayscale(image, num_output_channels=3) if row[ph.GRAY] else image
 
 
 def reference_blur(image: Image.Image, row: Rows) -> Image.Image:
@@ -81,7 +80,7 @@ def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
     for step in (
         reference_flip,
         reference_jitter,
-        reference_grey,
+        reference_gray,
         reference_blur,
         reference_solarize,
     ):
@@ -90,7 +89,7 @@ def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
 
 
 def reference_tensor(image: Image.Image) -> Tensor:
-    """Return the normalised float32 tensor, (3, H, W)."""
+    """Return the normalized float32 tensor, (3, H, W)."""
     return TF.normalize(TF.to_tensor(image), ph.IMAGENET_MEAN, ph.IMAGENET_STD)
 
 
@@ -121,15 +120,15 @@ class RandomBlur:
 
 
 def random_pipeline(
-    size: int, scale: tuple[float, float], law: ph.PhotometricLaw
+    size: int, scale: tuple[float, float], law: ph.PhotometricAugmentation
 ) -> Callable[[Image.Image], Tensor]:
-    """Return crop, photometric augmentation and normalisation by torchvision, all drawn inside."""
+    """Return crop, photometric augmentation and normalization by torchvision, all drawn inside."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale, _RATIO, T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(law.flip),
             T.RandomApply([_jitter(law)], law.jitter),
-            T.RandomGrayscale(law.grey),
+            T.RandomGrayscale(law.gray),
             T.RandomApply([RandomBlur(law.sigma)], law.blur),
             T.RandomSolarize(law.threshold, law.solarize),
             T.ToTensor(),
@@ -145,7 +144,7 @@ class RandomCrops:
         self.pipelines = [
             pipeline
             for spec in specs
-            for pipeline in [random_pipeline(spec.size, spec.scale, spec.law)] * spec.count
+            for pipeline in [random_pipeline(spec.size, spec.scale, spec.augmentation)] * spec.count
         ]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
@@ -170,7 +169,7 @@ def random_boxes(
         )
 
 
-def random_rows(law: ph.PhotometricLaw, count: int, seed: int = 0) -> Rows:
+def random_rows(law: ph.PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
     """Return parameters that torchvision's transforms draw.
 
     Whether a transform acts is seen by what becomes of two pixels.
@@ -178,9 +177,9 @@ def random_rows(law: ph.PhotometricLaw, count: int, seed: int = 0) -> Rows:
     jitter, blur = _jitter(law), RandomBlur(law.sigma)
     probe = Image.new("RGB", (2, 1))
     probe.putdata([(255, 200, 150), (200, 255, 150)])
-    flip, grey, solarize = (
+    flip, gray, solarize = (
         T.RandomHorizontalFlip(law.flip),
-        T.RandomGrayscale(law.grey),
+        T.RandomGrayscale(law.gray),
         T.RandomSolarize(law.threshold, law.solarize),
     )
     jitters = T.RandomApply([lambda _: None], law.jitter)
@@ -195,12 +194,12 @@ def random_rows(law: ph.PhotometricLaw, count: int, seed: int = 0) -> Rows:
             )
             row[ph.ORDER] = order
             row[ph.FACTORS.start : ph.HUE + 1] = values
-            row[ph.GREY] = grey(probe) != probe
+            row[ph.GRAY] = gray(probe) != probe
             row[ph.SIGMA] = sigma(0)
             row[ph.SOLARIZE] = solarize(probe) != probe
             row[ph.THRESHOLD] = law.threshold
     return rows
 
 
-def _jitter(law: ph.PhotometricLaw) -> T.ColorJitter:
+def _jitter(law: ph.PhotometricAugmentation) -> T.ColorJitter:
     return T.ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)

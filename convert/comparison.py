@@ -1,4 +1,4 @@
-"""An export against its source: the same images through both, before anything is written.
+"""Compare an export with its source on the same images, before anything is written.
 
 Differences are relative to the largest value of the source's outputs.
 """
@@ -17,18 +17,17 @@ BATCH_SIZES = (1, 2, 5)
 
 
 class Difference(NamedTuple):
-    """How far an export is from its source, for one batch."""
+    """Difference between an export and its source, for one batch of images."""
 
     shape: tuple[int, ...]
-    """Of the batch."""
     absolute: float
     relative: float
     tolerance: float
-    """What the relative difference may be."""
+    """Largest relative difference allowed."""
 
     @property
     def is_small(self) -> bool:
-        """Whether it is within the tolerance; no number is not."""
+        """Whether it is within the tolerance; NaN is not."""
         return self.relative <= self.tolerance
 
     def __str__(self) -> str:
@@ -60,8 +59,8 @@ def resolutions(height: int, width: int) -> list[tuple[int, int]]:
 def batches(channels: int, resolutions: list[tuple[int, int]]) -> Iterator[Tensor]:
     """Yield batches of 1, 2 and 5 images, (B, C, H, W) float32, of about unit variance.
 
-    Noise alone would not do: behind a few convolutions it is the same everywhere. Every second
-    image has flat areas and edges.
+    Every second image has flat areas and edges: behind a few convolutions noise is the same
+    everywhere.
     """
     generator = torch.Generator().manual_seed(0)
     for size, (height, width) in zip(BATCH_SIZES, resolutions, strict=True):

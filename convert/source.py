@@ -1,4 +1,4 @@
-"""What an official file computes, from its own tensors by torchvision and plain formulas.
+"""Outputs of an official file, from its own tensors by torchvision and plain formulas.
 
 Converted models are compared with this, so it shares with them neither classes nor names.
 """
@@ -19,7 +19,7 @@ TEMPERATURE = 0.1
 
 
 class Outputs(NamedTuple):
-    """Outputs for B images; a backbone file has features alone."""
+    """Outputs for B images; a backbone file has features only."""
 
     features: Tensor
     """(B, 2048)."""
@@ -49,10 +49,10 @@ def outputs(
     """Compute the outputs in eval mode: the backbone in float32, what follows in float64.
 
     Args:
-        contents: Of the file, as torch loads it, and known to be whole.
+        contents: Contents of the file, as torch loads it, known to be complete.
         images: (B, 3, S, S), float32.
         momentum_encoder: Use the momentum encoder, not the online one.
-        num_classes: C of a memory bank.
+        num_classes: Number of classes of a memory bank, C.
     """
     tensors = {
         ".".join(part for part in key.split(".") if part not in WRAPPERS): value

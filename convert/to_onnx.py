@@ -1,4 +1,4 @@
-"""A timm model as an ONNX graph, by torch.export, and what onnxruntime makes of it.
+"""Export a timm model to an ONNX graph by torch.export, and compare it in onnxruntime.
 
 Shapes: B batch, C channels, H, W height and width in pixels.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from convert.comparison import Difference, difference
+from trex_models.cli import first_line
 
 SUFFIXES = (".onnx",)
 OPSET = 20
@@ -25,11 +26,7 @@ _LARGEST = 2**31 - 2**20  # protobuf's limit, and room for what is not weights
 
 
 def require_packages() -> None:
-    """Check that what writes and checks graphs is installed.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise ValueError unless the packages that write and run graphs are installed."""
     needed = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -39,24 +36,24 @@ def require_packages() -> None:
 
 
 class Graph(nn.Module):
-    """What is exported: float32 images in, or uint8 ones; float32 out.
+    """The exported graph: float32 or uint8 images in, float32 out.
 
     Args:
         model: Maps (B, C, H, W) to (B, F).
-        normalise: Mean and standard deviation of the channels, for values in [0, 1]: images are
-            then uint8, (B, H, W, C). None for normalised float32 images, (B, C, H, W).
+        normalize: Mean and standard deviation of the channels, for values in [0, 1]: images are
+            then uint8, (B, H, W, C). None for normalized float32 images, (B, C, H, W).
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, model: nn.Module, normalise: tuple[Sequence[float], Sequence[float]] | None
+        self, model: nn.Module, normalize: tuple[Sequence[float], Sequence[float]] | None
     ) -> None:
         super().__init__()
         self.model = model
-        self.takes_pixels = normalise is not None
-        for name, values in zip(("mean", "std"), normalise or ([0.0], [1.0]), strict=True):
+        self.takes_pixels = normalize is not None
+        for name, values in zip(("mean", "std"), normalize or ([0.0], [1.0]), strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,7 +64,7 @@ class Graph(nn.Module):
         output: Tensor = self.model(images.to(next(self.model.parameters()).dtype))
         return output.float() if output.dtype == torch.float16 else output
 
-    def prepared(self, images: Tensor) -> Tensor:
+    def test_input(self, images: Tensor) -> Tensor:
         """Return test images, (B, C, H, W) of about unit variance, as the graph takes them."""
         if not self.takes_pixels:
             return images
@@ -79,25 +76,22 @@ def takes_other_sizes(model: nn.Module, shape: Sequence[int]) -> bool:
     """Return whether a model takes images of another shape, (B, C, H, W), than its own."""
     try:
         model(torch.zeros(*shape))
-    except (AssertionError, RuntimeError):  # what timm's models and torch say then
+    except (AssertionError, RuntimeError):  # of timm's models and of torch
         return False
     return True
 
 
-def build(
+def build_onnx(
     graph: Graph, output: str, size: tuple[int, int, int], any_size: bool, facts: Mapping[str, str]
 ) -> Any:
-    """Return the onnx.ModelProto of a graph, for any batch size.
+    """Return the onnx.ModelProto of a graph in eval mode, for any batch size.
 
     Args:
-        graph: In eval mode.
+        graph: The graph.
         output: Name of the output.
         size: C, H and W of the model's own images.
-        any_size: Whether height and width are left open.
+        any_size: Leave height and width open.
         facts: The file's metadata.
-
-    Raises:
-        ValueError: The weights are too large for one file, or torch cannot export the model.
     """
     import onnx
 
@@ -109,7 +103,7 @@ def build(
             f"{'' if half else '; --half halves them'}"
         )
     channels, height, width = size
-    # Where sides are open the example has others than the model's own, and they differ.
+    # Open sides must not be specialized to the model's own, nor to be equal.
     scale = (2, 3) if any_size else (1, 1)
     images = torch.zeros(2, channels, scale[0] * height, scale[1] * width)
     names = {0: "batch"}
@@ -121,7 +115,7 @@ def build(
             warnings.simplefilter("ignore")  # of torch about its own code
             program = torch.onnx.export(
                 graph,
-                kwargs={"images": graph.prepared(images)},
+                kwargs={"images": graph.test_input(images)},
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=["images"],
@@ -130,7 +124,7 @@ def build(
                 verbose=False,
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise ValueError(f"torch cannot export this model ({_first_line(error)})") from error
+        raise ValueError(f"torch cannot export this model ({first_line(error)})") from error
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, dict(facts))
@@ -139,17 +133,12 @@ def build(
 
 
 @torch.no_grad()
-def compare(data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]) -> list[Difference]:
-    """Compare onnxruntime, on the CPU, with the source in float64.
+def compare_onnx(
+    data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]
+) -> list[Difference]:
+    """Compare a file in onnxruntime, on the CPU, with the source in float64, on float32 images.
 
-    Args:
-        data: Of the file.
-        graph: What was exported, in its own type.
-        exact: The same in float64, of weights that were not rounded to float16.
-        batches: Images, (B, C, H, W) float32.
-
-    Raises:
-        ValueError: onnxruntime cannot run the file.
+    ``exact`` is the graph in float64, with weights that were not rounded to float16.
     """
     import onnxruntime
 
@@ -157,16 +146,12 @@ def compare(data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]) 
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         for batch in batches:
-            images = graph.prepared(batch)
+            images = graph.test_input(batch)
             [values] = session.run(None, {"images": images.numpy()})
             expected = exact(images if graph.takes_pixels else images.double())
             own = difference(images, graph(images), expected, 0).relative
             tolerance = max(_LEAST_TOLERANCE, _ALLOWANCE * own)
             found.append(difference(images, torch.from_numpy(values), expected, tolerance))
     except Exception as error:  # onnxruntime's have no class in common
-        raise ValueError(f"onnxruntime cannot run the graph ({_first_line(error)})") from error
+        raise ValueError(f"onnxruntime cannot run the graph ({first_line(error)})") from error
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

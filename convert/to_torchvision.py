@@ -1,7 +1,7 @@
-"""A timm ResNet as a state dict of torchvision's class.
+"""Export a timm ResNet to a state dict of torchvision's class.
 
-timm's stock ResNets have torchvision's keys, and compute the same if stem, strides and pooling are
-the same; whether they are is seen from the outputs, in float64, where rounding hides nothing.
+timm's stock ResNets have torchvision's keys. Whether stem, strides and pooling are the same is
+compared by the outputs, in float64, where rounding hides nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torchvision
 from torch import Tensor, nn
 
 from convert.comparison import Difference, difference
-from trex_models.files import write_safetensors
+from trex_models.atomic import write_safetensors
 
 SUFFIXES = (".pth", ".safetensors")
-# By the blocks of each stage, which spares building most of them.
+# Number of blocks of each stage, which spares building most of them.
 ARCHITECTURES = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
@@ -41,11 +41,6 @@ TOLERANCE = 1e-9
 def architecture(name: str, model: nn.Module, output: str) -> str:
     """Return the name of torchvision's model with a model's keys and shapes.
 
-    Args:
-        name: What messages call the model.
-        model: Any model.
-        output: What it gives: features, embeddings or logits.
-
     Raises:
         ValueError: There is none.
     """
@@ -54,7 +49,7 @@ def architecture(name: str, model: nn.Module, output: str) -> str:
     ):
         raise ValueError(
             f"{name} ends in a {' and a '.join(_parts(model))}, for which torchvision's ResNet has "
-            "no place; export its backbone alone by --output features, or all of it by --to onnx"
+            "no place; export its backbone alone by --features backbone, or all of it by --to onnx"
         )
     wanted = _shapes(model)
     stages = (getattr(model, f"layer{stage}", ()) for stage in range(1, 5))
@@ -100,14 +95,8 @@ def _pattern(key: str) -> str:
     return re.sub(r"\d+\.\d+", "N", key, count=1) if key.startswith("layer") else key
 
 
-def serialise(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
-    """Return a model's state dict as the bytes of a file.
-
-    Args:
-        model: On the CPU.
-        suffix: One of ``SUFFIXES``.
-        facts: For the header of a safetensors file; a .pth file holds nothing but the tensors.
-    """
+def serialize(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
+    """Return a model's state dict as the bytes of a file; ``facts`` are a safetensors file's."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     stream = io.BytesIO()
     if suffix == ".safetensors":
@@ -119,20 +108,12 @@ def serialise(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
 
 
 @torch.no_grad()
-def compare(
+def compare_torchvision(
     data: bytes, suffix: str, name: str, model: nn.Module, batches: Iterable[Tensor]
 ) -> list[Difference]:
     """Load a file's bytes into torchvision's model, strictly, and compare it with the source.
 
-    Args:
-        data: Of the file.
-        suffix: Of the file.
-        name: Of torchvision's model.
-        model: The source, in eval mode.
-        batches: Images, (B, 3, H, W) float32.
-
-    Returns:
-        The differences in float64.
+    In float64; the source is in eval mode.
     """
     state = (
         safetensors.torch.load(data)

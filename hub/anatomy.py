@@ -1,4 +1,4 @@
-"""What a model consists of and what timm can do with it, by the network itself: for its card."""
+"""Examine a network for its card: its parts, and what timm can do with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hub.folder import Model, load
+from hub.hub_folder import Model, load_folder
+from trex_models.cli import first_line
 from trex_models.heads import CosineClassifier, Projector
 
 
@@ -20,16 +21,16 @@ class Anatomy:
     """A model's parts."""
 
     backbone: str
-    """timm's name of it."""
+    """Its name in timm."""
     is_resnet: bool
     num_features: int
     """Width of the backbone's pooled features."""
     embedding_dim: int
     """Width of the projector's embeddings; 0 without a projector."""
     classifier: str
-    """cosine, linear, or empty for none; "other" for two of them, or one with hidden layers."""
+    """cosine, linear, other (two of them, or hidden layers), or empty without a classifier."""
     temperature: float
-    """Of the cosine classifier."""
+    """Temperature of the cosine classifier."""
     has_pyramid: bool
     """Whether timm builds it with ``features_only=True``."""
 
@@ -41,21 +42,20 @@ def examine(model: Model) -> Anatomy:
     Raises:
         ValueError: It does not turn an image of its own input size into a vector.
     """
-    network = load(model.folder)
+    network = load_folder(model.folder)
     size = model.config["pretrained_cfg"]["input_size"]
     images = torch.zeros(1, *size)
     try:
         maps = network.forward_features(images)
         vector = network.forward_head(maps, pre_logits=True)
     except Exception as error:  # each model fails in its own way
-        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{model.folder}: it does not take images of its own input_size, {tuple(size)} "
-            f"({reason}); export it again"
+            f"({first_line(error)}); export it again"
         ) from error
     if not isinstance(vector, Tensor) or vector.ndim != 2:
         raise ValueError(
-            f"{model.folder}: its output is no vector; export it again, with a global_pool"
+            f"{model.folder}: its output is not a vector; export it again, with a global_pool"
         )
     has_projector = isinstance(getattr(network, "proj", None), Projector)
     width = vector.shape[1]
@@ -81,7 +81,7 @@ def _classifier(network: Any) -> str:
 
 
 def _has_pyramid(folder: Path, images: Tensor) -> bool:
-    """Try it: which architectures and depths can is written nowhere."""
+    """Try it: timm does not list which architectures and depths can."""
     try:
         pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
         pyramid.eval()(images)

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from hub import anatomy, figures, licenses
-from hub.folder import Model
+from hub import anatomy, figures, notices
+from hub.hub_folder import Model
 from trex_models import naver
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
@@ -28,10 +28,10 @@ def render(
 
     Args:
         model: The model.
-        identifier: Of its licence.
-        owner: Whose weights they are; None for NAVER's.
-        namespace: Organisation or user on the Hub.
-        measured: This model's results in imagenet.json; None where it was not measured.
+        identifier: Identifier of its license.
+        owner: Owner of the weights; None for NAVER's.
+        namespace: Organization or user on the Hub.
+        measured: The model's results in imagenet.json, if it was measured.
     """
     architecture, _, tag = model.name.partition(".")
     backbone = f"{architecture.partition('_')[0]}_resnet50.{tag}"
@@ -57,8 +57,8 @@ def render(
         classes=_classes(model),
         **_transform(model.config["pretrained_cfg"]),
         absent_classes=model.absent_classes,
-        licence=licenses.find(identifier),
-        under_naver_licence=identifier == naver.LICENSE,
+        terms=notices.find_license(identifier),
+        under_naver_license=identifier == naver.LICENSE,
         owner=owner,
         figures=figures.reported(model.name) if model.is_naver else None,
         ours=measured,
@@ -67,7 +67,7 @@ def render(
 
 
 def _classes(model: Model) -> list[str]:
-    """Return the names of the classes as code in Markdown; none where the model tells none."""
+    """Return the names of the classes as code in Markdown, if the model has them."""
     cfg = model.config["pretrained_cfg"]
     names = model.config.get("label_names") or cfg.get("label_names") or ()
     if not isinstance(names, list | tuple) or len(names) != model.config["num_classes"]:
@@ -76,18 +76,18 @@ def _classes(model: Model) -> list[str]:
 
 
 def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what timm's transform does to an image, in words and pixels."""
+    """Describe what timm's transform does to an image."""
     data = resolve_data_config(pretrained_cfg=dict(cfg))
     mean, std = tuple(data["mean"]), tuple(data["std"])
-    normalisation = f"mean {mean} and standard deviation {std}"
+    normalization = f"mean {mean} and standard deviation {std}"
     if (mean, std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        normalisation = "ImageNet's mean and standard deviation"
+        normalization = "ImageNet's mean and standard deviation"
     size = data["input_size"][-1]
     return {
         "size": size,
         "resized": math.floor(size / data["crop_pct"]),
         "interpolation": data["interpolation"],
-        "normalisation": normalisation,
+        "normalization": normalization,
     }
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
+from trex_models.cli import first_line
+
 LOG_IN = (
     "`hf auth login`, or set HF_TOKEN, with a token that may write "
     "(https://huggingface.co/settings/tokens)"
@@ -19,32 +21,26 @@ class HubError(RuntimeError):
 
 @contextmanager
 def explained(repository: str) -> Iterator[None]:
-    """Raise the client's errors as ``HubError``.
-
-    Args:
-        repository: What the requests are about.
-    """
+    """Raise the client's errors as ``HubError``, about a repository."""
     try:
         with _unwrapped():
             yield
     except HfHubHTTPError as error:
         raise HubError(f"{repository}: {_explain(error, repository)}") from error
     except HTTPError as error:
-        reason = str(error) or type(error).__name__
         raise HubError(
-            f"{repository}: the Hub cannot be reached ({reason}); check the network and "
+            f"{repository}: the Hub cannot be reached ({first_line(error)}); check the network and "
             "HF_ENDPOINT, then run the same command again"
         ) from error
     except OSError as error:
         if error.errno is not None:  # of the disk
             raise
-        reason = str(error).partition("\n")[0]
-        raise HubError(f"{repository}: {reason}; run the same command again") from error
+        raise HubError(f"{repository}: {first_line(error)}; run the same command again") from error
 
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Raise what went wrong with a large file's upload, which the client hides behind another."""
+    """Raise the cause of a failed upload of a large file, which the client hides in another."""
     try:
         yield
     except RuntimeError as error:
@@ -73,7 +69,6 @@ def _explain(error: HfHubHTTPError, repository: str) -> str:
         return f"{answer}: too many requests; wait some minutes, then run the same command again"
     if status >= 500:
         return (
-            f"{answer}: it has a fault of its own; run the same command again later, it goes on "
-            "where it was"
+            f"{answer}: it has a fault of its own; run the same command again later, it continues"
         )
     return f"{answer}: correct the request; TREX_TRACEBACK=1 shows where it was made"

@@ -1,4 +1,4 @@
-"""Outputs for one fixed input, by which a published model is recognised."""
+"""Outputs for one fixed input, which identify a published model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,14 @@ from torch import Tensor
 
 COUNT = 8
 TOLERANCE = 1e-3
-"""Of the largest recorded output. Other processors and thread counts round differently, by about
-1e-6 in these networks."""
+"""Relative to the largest output. Other processors and thread counts differ by about 1e-6."""
 
 
 def images(size: Sequence[int]) -> Tensor:
-    """Return the input, 2 sin((c + 1) (x + 2 y) / 17) in channel c, row y and column x.
+    """Return the input of a size (C, H, W), (1, C, H, W) float32.
 
-    A formula, so that it depends on no random generator, computed in float64.
-
-    Args:
-        size: (C, H, W).
-
-    Returns:
-        (1, C, H, W) float32.
+    2 sin((c + 1) (x + 2 y) / 17) in channel c, row y and column x: a formula, in float64, so that
+    it depends on no random generator.
     """
     channels, height, width = size
     c = torch.arange(channels, dtype=torch.float64).view(-1, 1, 1)
@@ -33,17 +27,13 @@ def images(size: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def outputs(model: Any) -> tuple[float, ...]:
-    """Return a timm model's first outputs for the input, to 6 significant digits.
-
-    Args:
-        model: In eval mode; its pretrained_cfg tells the input's size.
-    """
+def fixed_outputs(model: Any) -> tuple[float, ...]:
+    """Return the first outputs of a timm model in eval mode, to 6 significant digits."""
     values = model(images(model.pretrained_cfg["input_size"]))[0, :COUNT].tolist()
     return tuple(float(f"{value:.6g}") for value in values)
 
 
-def difference(found: Sequence[float], recorded: Sequence[float]) -> float:
+def relative_error(found: Sequence[float], recorded: Sequence[float]) -> float:
     """Return the largest difference, relative to the largest recorded value."""
     if len(found) != len(recorded):
         return float("inf")

@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hub.figures import reported
-from hub.folder import load
+from hub.hub_folder import load_folder
 from trex_models import naver
-from trex_models.data.folder import FolderSource
+from trex_models.atomic import write_whole
+from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import digest
 from trex_models.evaluation.features import image_batches
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.evaluation.splits import held_out
-from trex_models.files import write_whole
 from trex_models.manifest import sha256
 
 SETTINGS = tuple(
@@ -127,7 +127,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 def prototype_accuracy(folder: Path, source: FolderSource, protocol: Protocol) -> float:
     """Return the share of images that a classifier's own prototypes classify right."""
-    model = load(folder).to(protocol.device)
+    model = load_folder(folder).to(protocol.device)
     if model.num_classes != len(protocol.classes):
         raise ValueError(
             f"{folder} has {model.num_classes} classes, but the images have "
@@ -183,7 +183,7 @@ def linear_accuracy(
 
 def keep_features(folder: Path, source: FolderSource, path: Path, protocol: Protocol) -> None:
     """Write a backbone's L2-normalised features of all images, (N, F) float16, whole or not."""
-    model = load(folder).to(protocol.device)
+    model = load_folder(folder).to(protocol.device)
     beside = path.with_name(f".{path.name}.tmp")
     beside.unlink(missing_ok=True)  # it may be a link
     shape = (len(source), model.num_features)

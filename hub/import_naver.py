@@ -1,56 +1,54 @@
-"""NAVER's files, once and for all: fetched, recorded, checked, converted, and measured.
+"""Import NAVER's files: fetch, record, check and convert them, and measure the models.
 
 DIR/files/trex.pth ...          NAVER's files
 DIR/converted/NAME.TAG          timm folders, for `python -m hub build`
-DIR/imagenet.json               top-1 beside the authors' figures
+DIR/imagenet.json               top-1 next to the authors' figures
 
 NAVER publishes no hashes: the first maintainer's are recorded in the manifest, and another file is
-refused from then on. What is finished is not done again.
+refused from then on. Finished steps are not repeated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from convert.naver import convert
-from hub.imagenet import Protocol, measure, table
-from hub.publish import load_or_new
-from trex_models import checkpoints, manifest, naver
-from trex_models.manifest import WeightsError, sha256
+from tyro.conf import Positional
 
-FILES = tuple(dict.fromkeys(file for files in naver.FILES.values() for file in files))
+from convert.official import convert_official
+from hub.imagenet import measure, table
+from trex_models import checkpoints, naver
+from trex_models.manifest import WeightsError, load_manifest, manifest_path, save_manifest, sha256
 
 
 def import_naver(
-    output: Path,
-    files: Sequence[str] = FILES,
+    files: Positional[tuple[str, ...]] = (),
     *,
-    manifest_path: Path,
+    output: Path,
     imagenet: Path | None = None,
-    protocol: Protocol | None = None,
+    manifest: Path | None = None,
 ) -> bool:
-    """Fetch, record, check and convert files; measure the models where there are images.
+    """Fetch, record, check and convert NAVER's files; measure the models if there are images.
+
+    Example: python -m hub import-naver --output DIR --imagenet IMAGENET
 
     Args:
-        output: Where everything goes.
-        files: By NAVER's names.
-        manifest_path: The manifest to record them in; made if it is missing.
-        imagenet: ImageNet-1K's folder; None to measure nothing.
-        protocol: Of the measurement; None for ImageNet's.
+        files: Files by NAVER's names, such as trex.pth; all by default.
+        output: Folder for the files, the timm folders and the results.
+        imagenet: ImageNet-1K's folder, with val and train, to measure top-1.
+        manifest: Manifest to record the files in, created if it is missing; by default
+            TREX_MODELS_MANIFEST or the package's own.
 
     Returns:
-        Whether all is as it should be: files that hold the same backbone agree, and what was
-        measured is within its tolerance of the authors' figures.
-
-    Raises:
-        ValueError: A name is none of NAVER's, or a file or an image is not what it should be.
-        WeightsError: A file cannot be had, or is not the recorded one.
+        Whether files that hold the same backbone agree, and all that was measured is within its
+        tolerance of the authors' figures.
     """
+    files, path = files or naver.ALL_FILES, manifest or manifest_path()
     for file in files:
-        if file not in FILES:
-            raise ValueError(f"NAVER has no file {file!r}; choose from {', '.join(FILES)}")
+        if file not in naver.ALL_FILES:
+            raise ValueError(
+                f"NAVER has no file {file!r}; choose from {', '.join(naver.ALL_FILES)}"
+            )
     converted = output / "converted"
     if imagenet is not None and not (imagenet / "val").is_dir():
         raise ValueError(f"{imagenet} has no folder val; give ImageNet's, with val (and train)")
@@ -59,36 +57,36 @@ def import_naver(
     agree = True
     failures = []
     for file in files:
-        path = output / "files" / file
+        place = output / "files" / file
         try:
-            digest = _obtain(path, manifest_path)
+            digest = _obtain(place, path)
         except WeightsError as error:
-            failures.append(f"{error} (or place it at {path} by hand)")
+            failures.append(f"{error} (or place it at {place} by hand)")
             continue
         if _is_converted(file, digest, converted):
             print(f"{file}: converted already", flush=True)
         else:
-            agree &= _convert(path, converted)
+            agree &= _convert(place, converted)
     if failures:
         raise WeightsError(f"{len(failures)} of {len(files)} files: {'; '.join(failures)}")
     if imagenet is None:
         return agree
-    results = measure(converted, imagenet, output, protocol)
+    results = measure(converted, imagenet, output)
     print(f"\n{table(results)}")
     return agree and all(result["within_tolerance"] for result in results.values())
 
 
-def _obtain(path: Path, manifest_path: Path) -> str:
-    """Make a file be there, whole, checked and recorded; return its SHA-256."""
+def _obtain(path: Path, manifest: Path) -> str:
+    """Download a file unless it is there; check and record it; return its SHA-256."""
     if path.exists():
-        digest = _check(path, path.name, manifest_path)
+        digest = _check(path, path.name, manifest)
         print(f"{path.name}: here already, SHA-256 {digest}", flush=True)
         return digest
     part = path.with_name(f".{path.name}.part")
     try:
         print(f"{path.name}: downloading {naver.url(path.name)}", flush=True)
         naver.download(path.name, part)
-        digest = _check(part, path.name, manifest_path)
+        digest = _check(part, path.name, manifest)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -96,26 +94,26 @@ def _obtain(path: Path, manifest_path: Path) -> str:
     return digest
 
 
-def _check(path: Path, file: str, manifest_path: Path) -> str:
+def _check(path: Path, file: str, manifest: Path) -> str:
     """Require the recorded hash; without one, the right contents, and record it."""
-    recorded = load_or_new(manifest_path)
+    recorded = load_manifest(manifest, missing_ok=True)
     digest = sha256(path)
     known = recorded.naver.get(file)
     if known is None:
         naver.check_contents(checkpoints.read(path), file)
         entries = recorded.naver | {file: digest}
-        manifest.save(dataclasses.replace(recorded, naver=entries), manifest_path)
-        print(f"{file}: every key is as it should be; recorded in {manifest_path}", flush=True)
+        save_manifest(dataclasses.replace(recorded, naver=entries), manifest)
+        print(f"{file}: all keys are as expected; recorded in {manifest}", flush=True)
     elif digest != known:
         raise WeightsError(
-            f"refused: the SHA-256 of {path} is {digest}, not {known} of {manifest_path}; delete "
+            f"refused: the SHA-256 of {path} is {digest}, not {known} of {manifest}; delete "
             "the file and try again; if NAVER has really replaced it, remove that line"
         )
     return digest
 
 
 def _is_converted(file: str, digest: str, converted: Path) -> bool:
-    """Tell whether the report is of this file, and the folders are what it says was written."""
+    """Return whether the report is of this file, and the folders are those that it lists."""
     report = converted / f"{Path(file).stem}.report.tsv"
     if not report.exists():
         return False
@@ -130,10 +128,10 @@ def _is_converted(file: str, digest: str, converted: Path) -> bool:
 
 
 def _convert(path: Path, converted: Path) -> bool:
-    """Convert a file; return whether what an earlier one gave as the same models is the same."""
+    """Convert a file; return whether an earlier file gave the same models, if it gave any."""
     places = [converted / name / "model.safetensors" for name in _models(path.name)]
     before = {place: sha256(place) for place in places if place.exists()}
-    convert(path, converted)
+    convert_official(path, converted)
     different = [place.parent.name for place in before if sha256(place) != before[place]]
     for name in different:
         print(

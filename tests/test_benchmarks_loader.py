@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from benchmarks import augment, loader
 from benchmarks.photographs import KINDS, NUM_CLASSES, jpeg, write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_every_key_has_a_fate(full: Contents) -> None:
             key for key, fate in checkpoint.fates.items() if fate == "dropped: not weights"
         }
         made = {fate for fate in checkpoint.fates.values() if "." in fate}
-        assert made - {"prototypes: L2-normalised class sums"} <= checkpoint.state_dict().keys()
+        assert made - {"prototypes: L2-normalized class sums"} <= checkpoint.state_dict().keys()
         for key, tensor in checkpoint.state_dict().items():
             sources = [source for source, fate in checkpoint.fates.items() if fate == key]
             if key == "fc.weight" and "module.memory.ptr" in full["model"]:
@@ -238,7 +238,7 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
             "unexpected key 'module.extra' next to those of an",
         ),
         (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
-        (put("model.encoder.conv1.weight", torch.ones(1)), "stands in the file twice"),
+        (put("model.encoder.conv1.weight", torch.ones(1)), "is in the file twice"),
         (put(CONV, "text"), "is a str, not a tensor"),
         (
             put(CONV, torch.ones(64, 3, 3, 3)),
@@ -266,7 +266,7 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
         (fill("module.memory.labels", -1), "labels run from -1 to 999, outside"),
         (put("module.memory.labels", torch.zeros(1200).long()), "entries of 1 of 1000 classes"),
         (put("module.memory.labels", torch.zeros(7).long()), "do not match its features"),
-        (put("module.memory.features", torch.randn(1200, 9)), "do not fit embeddings of 256"),
+        (put("module.memory.features", torch.randn(1200, 9)), "do not match embeddings of 256"),
         (rename(CONV, "module.model.encodr.conv1.weight"), "unexpected key .*encodr"),
     ],
 )

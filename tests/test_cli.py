@@ -32,8 +32,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
-        (convert.main, "naver ~/absent ~/out"),
-        (convert.main, "export --to=onnx --out=~/absent/x.onnx resnet18 --file=~/absent"),
+        (convert.main, "naver ~/absent --output=~/out"),
+        (convert.main, "export --to=onnx --output=~/absent/x.onnx resnet18 --file=~/absent"),
         (demo.main, "--output=~/file"),
         (features.main, "~/absent --model=pixels --out=~/x.npy"),
         (features.main, "~ --model=pixels --out=~/file/x.npy"),

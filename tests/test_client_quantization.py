@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, QuantoConfig
 
 import trex_models  # noqa: F401  # registers the models
 from tests.clients import quick
-from trex_models import folders
+from trex_models import timm_folder
 
 pytestmark = pytest.mark.client
 
@@ -41,7 +41,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.fc.weight.copy_(embeddings - torch.outer(embeddings @ common, common))
     logits = model(IMAGES)
     assert logits.argmax(1).tolist() == list(range(CLASSES))
-    return folders.write(model, tmp_path_factory.mktemp("whole") / "whole", IMAGES, logits)
+    return timm_folder.write_timm_folder(
+        model, tmp_path_factory.mktemp("whole") / "whole", IMAGES, logits
+    )
 
 
 def with_quanto(model: nn.Module, _: Path) -> nn.Module:

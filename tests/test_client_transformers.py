@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from tests import official_files
-from trex_models import CosineClassifier, folders
+from trex_models import CosineClassifier, timm_folder
 from trex_models.data.fractals import FractalSource
 
 pytestmark = pytest.mark.client
@@ -61,7 +61,7 @@ def backbone(base: Path) -> Path:
     """The pretrained backbone as a folder for stock timm."""
     model: Any = timm.create_model("trex_resnet50", pretrained=True).eval()
     model.pretrained_cfg["architecture"] = "resnet50"
-    return folders.write(model, base / "backbone", IMAGES, model(IMAGES))
+    return timm_folder.write_timm_folder(model, base / "backbone", IMAGES, model(IMAGES))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def whole(base: Path) -> Path:
     model = timm.create_model(
         "trex_resnet", backbone="resnet18", proj_hidden_dim=64, proj_dim=32, num_classes=CLASSES
     ).eval()
-    return folders.write(model, base / "whole", IMAGES, model(IMAGES))
+    return timm_folder.write_timm_folder(model, base / "whole", IMAGES, model(IMAGES))
 
 
 def picture() -> Image.Image:

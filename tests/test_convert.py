@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from convert import naver, source
+from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
-from trex_models import checkpoints, folders
+from trex_models import checkpoints, timm_folder
 from trex_models.checkpoints import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -66,11 +66,11 @@ class Conversion:
         return {name: value for name, _, value in (f.partition("\t") for f in facts)}, list(rows)
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
+def run(path: Path, output: Path, *options: str) -> tuple[int, str, str]:
     """Return the exit status, and what was printed to each stream."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = main(["naver", *map(str, arguments)])
+        status = main(["naver", str(path), "--output", str(output), *options])
     return status, out.getvalue(), err.getvalue()
 
 
@@ -329,7 +329,7 @@ def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None
         "sha256": hashlib.sha256(data).hexdigest(),
         **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
     }
-    contents = checkpoints.load(conversion.path)
+    contents = checkpoints.load_checkpoint(conversion.path)
     held = dict(contents["model"]) if name in FULL else dict(contents)
     others = contents.keys() - {"model"} if name in FULL else set()
     assert len(rows) == len(held) + len(others)
@@ -382,7 +382,7 @@ def test_summary_of_a_full_file(trex: Conversion) -> None:
         r"keys +687",
         r" +318  backbone",
         r" +22  projector",
-        r" +2  prototypes: L2-normalised class sums",
+        r" +2  prototypes: L2-normalized class sums",
         r" +340  dropped: momentum encoder",
         r" +\d\.\de-0\d  trex_resnet50_cls\.in1k_r2",
         rf"report +{re.escape(str(trex.out))}/trex_2_checkpoint_full\.report\.tsv",
@@ -421,7 +421,7 @@ def test_wrong_models_are_not_written(
         assert found.class_weights is not None
         return dataclasses.replace(found, class_weights=found.class_weights.roll(1, 0))
 
-    monkeypatch.setattr(naver, "read", changed)
+    monkeypatch.setattr(official, "read", changed)
     status, _, err = run(narrow.path, scratch / "out", *narrow.options)
     wrong = {
         "backbone": ["trex_resnet50", "trex_resnet50_proj", "trex_resnet50_cls"],
@@ -450,7 +450,7 @@ def test_source_agrees_with_the_reference(name: str, conversion: Conversion) -> 
     options: Any = {"num_classes": 7 if name == "narrow" else 1000}
     average = "--momentum-encoder" in conversion.options
     expected = reference_resnet.outputs(conversion.contents, images, average, **options)
-    contents = checkpoints.load(conversion.path)
+    contents = checkpoints.load_checkpoint(conversion.path)
     found = source.outputs(contents, images, momentum_encoder=average, **options)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
@@ -495,7 +495,7 @@ def test_full_disk_midway_leaves_nothing(
 ) -> None:
     out = keep_out(scratch) if existing else scratch / "new" / "out"
     before = left(scratch)
-    write = folders.write
+    write = timm_folder.write_timm_folder
 
     def fail(model: Any, folder: Path, images: Tensor, expected: Tensor) -> Path:
         if "_cls" in folder.name:
@@ -503,16 +503,15 @@ def test_full_disk_midway_leaves_nothing(
             raise error
         return write(model, folder, images, expected)
 
-    monkeypatch.setattr(folders, "write", fail)
+    monkeypatch.setattr(timm_folder, "write_timm_folder", fail)
     status, _, err = run(narrow.path, out, *narrow.options)
     tag = "c7_l2_h64_d32"
     assert status == 2
     assert (
         f"error: {out}: No space left on device; written: nothing; not written: "
         f"trex_resnet50.{tag}, trex_resnet50_proj.{tag}, trex_resnet50_cls.{tag}, "
-        f"narrow.report.tsv; 28"
+        f"narrow.report.tsv; free some space or choose another --output\n"
     ) in err
-    assert re.search(r"; 28\d\.\d MB are needed there and \d+\.\d MB were free; make room or", err)
     assert left(scratch) == before
 
 
@@ -521,13 +520,11 @@ def test_too_little_room_is_seen_first(
 ) -> None:
     usage = shutil.disk_usage(scratch)._replace(free=200 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(folders, "write", None)
+    monkeypatch.setattr(timm_folder, "write_timm_folder", None)
     status, _, err = run(narrow.path, scratch / "out", *narrow.options)
     assert status == 2
-    assert err.startswith(
-        f"error: {scratch}/out: the disk has too little room; written: nothing; not written: trex"
-    )
-    assert re.search(r"28\d\.\d MB are needed there and 200\.0 MB were free; make room", err)
+    needed = r"28\d\.\d MB are needed; free some, or choose another --output"
+    assert re.fullmatch(rf"error: {scratch}/out has 200\.0 MB of free space, {needed}\n", err)
     assert not list(scratch.iterdir())
 
 
@@ -535,14 +532,14 @@ def test_message_tells_what_was_moved_before_an_error(
     narrow: Conversion, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = scratch / "out"
-    replaced = folders.replaced
+    replaced = timm_folder.replaced_folder
 
     def fail(folder: Path) -> Any:
         if folder.parent == out and "_proj" in folder.name:
             raise FULL_DISK
         return replaced(folder)
 
-    monkeypatch.setattr(folders, "replaced", fail)
+    monkeypatch.setattr(timm_folder, "replaced_folder", fail)
     status, _, err = run(narrow.path, out, *narrow.options)
     tag = "c7_l2_h64_d32"
     assert status == 2
@@ -704,7 +701,7 @@ BAD_FULL_FILES = {
     ),
     "bank of another width": (
         change(f"{BANK}features", lambda t: t[:, :16]),
-        r"class weights, \(7, 16\), do not fit embeddings of 32",
+        r"class weights, \(7, 16\), do not match embeddings of 32",
     ),
     "learned weights besides": (
         change("module.clf.fc.weight", lambda _: torch.ones(7, 32)),
@@ -794,12 +791,15 @@ def test_name_that_contradicts_the_contents(
         ("renamed", (*TREX, "--momentum-encoder"), "it holds no momentum encoder"),
         ("backbone", TREX, "--model trex_resnet50.in1k contradicts the file's name"),
         ("trexstar", TREX, "--model trex_resnet50.in1k is for backbone files.*leave it out"),
-        ("trexstar", ("--num-classes", "0"), "--num-classes 0 must be at least 1"),
         ("trexstar", ("--num-classes", "9"), "labels run from 0 to 999, outside 9 classes"),
         ("trexstar", ("--momentum-encoder", "--tag", "in1k_r2"), "would be in1k_r2_momentum; cho"),
         ("narrow", (), r"entries of 6 of 1000 classes only; give the number .*\(--num-classes, or"),
         ("narrow", ("--num-classes", "7", "--tag", "in1k"), "--tag in1k is for the published"),
-        ("learned", ("--num-classes", "9"), "--num-classes 9 does not fit its class weights, of 1"),
+        (
+            "learned",
+            ("--num-classes", "9"),
+            "--num-classes 9 does not match its class weights, of 1",
+        ),
         ("learned", ("--momentum-encoder",), "it holds no momentum encoder"),
     ],
 )
@@ -812,6 +812,11 @@ def test_options_that_do_not_fit(
 ) -> None:
     path = request.getfixturevalue(file).path
     assert re.search(message, refused(path, scratch / "out", *options))
+
+
+def test_number_of_classes_is_positive(backbone: Conversion, scratch: Path) -> None:
+    status, _, err = run(backbone.path, scratch / "out", "--num-classes", "0")
+    assert (status, err) == (2, "error: --num-classes must be at least 1, got 0\n")
 
 
 def test_tag_option(renamed: Conversion, scratch: Path) -> None:
@@ -828,7 +833,7 @@ def test_output_that_cannot_be(
     for out in (scratch / "file", scratch / "file" / "below"):
         status, _, err = run(backbone.path, out)
         assert status == 2
-        assert err == f"error: {scratch}/file is a file; choose another OUT_DIR\n"
+        assert err == f"error: {scratch}/file is a file; choose another --output\n"
     (scratch / "out").mkdir()
     (scratch / "out" / "trexstar_resnet50.in1k").touch()
     status, _, err = run(backbone.path, scratch / "out")
@@ -837,7 +842,7 @@ def test_output_that_cannot_be(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     status, _, err = run(backbone.path, scratch / "out" / "new")
     assert status == 2
-    assert err == f"error: {scratch}/out cannot be written by this user; choose another OUT_DIR\n"
+    assert err == f"error: {scratch}/out cannot be written by this user; choose another --output\n"
     assert left(scratch) == ["file", "out", "out/trexstar_resnet50.in1k"]
 
 
@@ -850,10 +855,10 @@ def test_traceback_on_demand(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_command_line(scratch: Path) -> None:
     for arguments, status in ((["--help"], 0), ([], 2)):
         with pytest.raises(SystemExit) as stop:
-            run(*arguments)
+            main(["naver", *arguments])
         assert stop.value.code == status
     done = subprocess.run(
-        [sys.executable, "-m", "convert", "naver", "none.pth", str(scratch)],
+        [sys.executable, "-m", "convert", "naver", "none.pth", "--output", str(scratch)],
         capture_output=True,
         text=True,
         check=False,
@@ -873,11 +878,12 @@ def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
     path = scratch / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""
-import convert.naver, pathlib, re
+import convert.official, pathlib, re
 def peak():  # ru_maxrss counts the parent's, too
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak()
-convert.naver.convert(pathlib.Path({str(path)!r}), pathlib.Path({str(scratch / "out")!r}))
+paths = {[str(path), str(scratch / "out")]!r}
+convert.official.convert_official(*map(pathlib.Path, paths))
 print((peak() - before) * 1024)
 """
     done = subprocess.run(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.test_folder import save_image
-from trex_models.data.csv_file import CsvSource
 from trex_models.data.decode import UnreadableImageError
+from trex_models.data.image_files import CsvSource
 
 
 def write(path: Path, text: str, encoding: str = "utf-8") -> Path:

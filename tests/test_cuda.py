@@ -14,9 +14,9 @@ import torch
 
 from tests.test_look import batch, make_bank
 from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from trex_models.data.loading import to_device
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource
-from trex_models.data.transfer import to_device
 from trex_models.distributed import Process
 from trex_models.method.objectives import LOOK
 from trex_models.method.optimizer import build_sgd

@@ -42,9 +42,9 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def over_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha[:, :, None] / 255
-    return colours * share + 255 * (1 - share)
+    return colors * share + 255 * (1 - share)
 
 
 def same(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 0) -> None:
@@ -77,9 +77,9 @@ def test_rgb(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
 def test_grey_and_one_bit(kind: str) -> None:
-    grey = picture(channels=1)
-    same(decode_image(encode(grey[:, :, 0], kind), "x.img"), grey.repeat(3, axis=2))
-    bits = np.where(grey > 127, 255, 0).astype(np.uint8)
+    gray = picture(channels=1)
+    same(decode_image(encode(gray[:, :, 0], kind), "x.img"), gray.repeat(3, axis=2))
+    bits = np.where(gray > 127, 255, 0).astype(np.uint8)
     image = Image.fromarray(bits[:, :, 0]).convert("1", dither=Image.Dither.NONE)
     same(decode_image(encode(image, kind), "x.img"), bits.repeat(3, axis=2))
 
@@ -115,30 +115,30 @@ def test_jpeg_of_rgb() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
 def test_palette(kind: str) -> None:
     indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colours = picture(1, 12)[0]
+    colors = picture(1, 12)[0]
     image = Image.fromarray(indices)
-    image.putpalette(colours.tobytes())
-    same(decode_image(encode(image, kind), "x.img"), colours[indices])
+    image.putpalette(colors.tobytes())
+    same(decode_image(encode(image, kind), "x.img"), colors[indices])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_palette_with_a_transparent_colour(kind: str) -> None:
+def test_palette_with_a_transparent_color(kind: str) -> None:
     indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colours = picture(1, 12)[0]
+    colors = picture(1, 12)[0]
     image = Image.fromarray(indices)
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     data = encode(image, kind, transparency=5)
-    same(decode_image(data, "x.img"), np.where(indices[:, :, None] == 5, 255, colours[indices]))
+    same(decode_image(data, "x.img"), np.where(indices[:, :, None] == 5, 255, colors[indices]))
 
 
-def test_palette_with_an_opacity_for_each_colour() -> None:
+def test_palette_with_an_opacity_for_each_color() -> None:
     indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colours = picture(1, 12)[0]
+    colors = picture(1, 12)[0]
     alpha = np.linspace(0, 255, 12).astype(np.uint8)
     image = Image.fromarray(indices)
-    image.putpalette(colours.tobytes())
+    image.putpalette(colors.tobytes())
     data = encode(image, "PNG", transparency=alpha.tobytes())
-    expected = over_white(colours[indices], alpha[indices])
+    expected = over_white(colors[indices], alpha[indices])
     same(decode_image(data, "x.img"), expected, tolerance=1)
 
 
@@ -160,29 +160,29 @@ def test_opaque_pixels_keep_their_values() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_grey_with_opacity_is_laid_over_white(kind: str) -> None:
-    grey, alpha = np.moveaxis(picture(channels=2), 2, 0)
-    image = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
-    expected = over_white(grey[:, :, None].repeat(3, axis=2), alpha)
+    gray, alpha = np.moveaxis(picture(channels=2), 2, 0)
+    image = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)])
+    expected = over_white(gray[:, :, None].repeat(3, axis=2), alpha)
     same(decode_image(encode(image, kind), "x.img"), expected, tolerance=1)
 
 
 def test_palette_with_a_band_of_opacity() -> None:
     indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colours = picture(1, 12)[0]
+    colors = picture(1, 12)[0]
     alpha = np.linspace(0, 255, 12).astype(np.uint8)[indices]
     # Of the formats that Pillow reads as PA it writes none: a TIFF by hand.
-    data = tiff(np.stack([indices, alpha], axis=2), 8, photometric=3, palette=colours)
+    data = tiff(np.stack([indices, alpha], axis=2), 8, photometric=3, palette=colors)
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode == "PA"
-    same(decode_image(data, "x.img"), over_white(colours[indices], alpha), tolerance=1)
+    same(decode_image(data, "x.img"), over_white(colors[indices], alpha), tolerance=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_png_with_one_transparent_colour(channels: int) -> None:
+def test_png_with_one_transparent_color(channels: int) -> None:
     pixels = picture(channels=channels)
     key = pixels[7, 9].copy()
-    colour = tuple(key.tolist()) if channels == 3 else int(key[0])
-    data = encode(pixels.squeeze(), "PNG", transparency=colour)
+    color = tuple(key.tolist()) if channels == 3 else int(key[0])
+    data = encode(pixels.squeeze(), "PNG", transparency=color)
     expected = np.where((pixels == key).all(axis=2, keepdims=True), 255, pixels)
     same(decode_image(data, "x.img"), np.broadcast_to(expected, (30, 40, 3)))
 

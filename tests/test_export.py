@@ -86,7 +86,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"model{suffix}"
-    status, printed, _ = run(stock, "--to", "torchvision", "--out", path)
+    status, printed, _ = run(stock, "--to", "torchvision", "--output", path)
     assert status == 0
     assert "torchvision.models.resnet18, fc of 7 classes" in printed
     assert "not for commercial use" in printed
@@ -124,7 +124,7 @@ def test_weights_in_a_file_have_their_own_license(tmp_path: Path) -> None:
 
 def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
-    arguments = (whole, "--to", "torchvision", "--out", path, "--output", "features")
+    arguments = (whole, "--to", "torchvision", "--output", path, "--features", "backbone")
     assert run(*arguments)[0] == 0
     model = torchvision.models.resnet18()
     model.fc = nn.Identity()
@@ -149,7 +149,7 @@ def test_what_torchvision_cannot_compute_is_refused(
 ) -> None:
     folder = write_model(tmp_path / "model", name, **kwargs)
     path = tmp_path / "out.pth"
-    status, _, error = run(folder, "--to", "torchvision", "--out", path)
+    status, _, error = run(folder, "--to", "torchvision", "--output", path)
     assert (status, error.count("\n")) == (2, 1)
     assert words in error
     assert "nothing was written" in error or "--to onnx" in error
@@ -159,10 +159,10 @@ def test_what_torchvision_cannot_compute_is_refused(
 def test_a_projector_and_a_cosine_classifier_are_not_dropped_unasked(
     whole: Path, tmp_path: Path
 ) -> None:
-    status, _, error = run(whole, "--to", "torchvision", "--out", tmp_path / "out.pth")
+    status, _, error = run(whole, "--to", "torchvision", "--output", tmp_path / "out.pth")
     assert status == 2
     assert "projector and a cosine classifier" in error
-    assert "--output features" in error
+    assert "--features backbone" in error
 
 
 def swap(model: Any) -> None:
@@ -178,17 +178,17 @@ def other_eps(model: Any) -> None:
 def test_a_wrong_copy_is_found_and_not_written(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[Any], None]
 ) -> None:
-    serialise = to_torchvision.serialise
+    serialize = to_torchvision.serialize
 
     def wrong(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
-        data = serialise(model, suffix, facts)
+        data = serialize(model, suffix, facts)
         mutate(model)  # the source: the copy is wrong by as much
         return data
 
-    monkeypatch.setattr(to_torchvision, "serialise", wrong)
+    monkeypatch.setattr(to_torchvision, "serialize", wrong)
     path = tmp_path / "out.pth"
     path.write_text("earlier")
-    status, _, error = run(stock, "--to", "torchvision", "--out", path, "--overwrite")
+    status, _, error = run(stock, "--to", "torchvision", "--output", path, "--overwrite")
     assert status == 2
     assert "does not reproduce" in error
     assert path.read_text() == "earlier"
@@ -198,26 +198,29 @@ def test_a_wrong_copy_is_found_and_not_written(
 def test_an_earlier_export_stays_unless_it_may_be_replaced(stock: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.pth"
     path.write_text("earlier")
-    assert "--overwrite" in run(stock, "--to", "torchvision", "--out", path)[2]
+    assert "--overwrite" in run(stock, "--to", "torchvision", "--output", path)[2]
     assert path.read_text() == "earlier"
-    assert run(stock, "--to", "torchvision", "--out", path, "--overwrite")[0] == 0
+    assert run(stock, "--to", "torchvision", "--output", path, "--overwrite")[0] == 0
     assert "conv1.weight" in torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("resnet18 --to onnx --out m.pth", "--to onnx writes .onnx files"),
-        ("resnet18 --to torchvision --out m.onnx", "writes .pth or .safetensors files"),
-        ("resnet18 --to torchvision --out m.pth --half", "--half is for --to onnx"),
-        ("resnet18 --to onnx --out folder.onnx", "is a folder"),
-        ("resnet18 --to onnx --out file.txt/m.onnx", "is a file"),
-        ("resnetty --to onnx --out m.onnx", "resnetty cannot be loaded"),
-        ("./nowhere --to onnx --out m.onnx", "no such folder"),
-        ("trex_resnet50 --file no.pth --to onnx --out m.onnx", "no such file"),
-        ("trex_resnet50 --file file.txt --to onnx --out m.onnx", "file.txt"),
-        ("STOCK --file file.txt --to onnx --out m.onnx", "goes with a model's name"),
-        ("STOCK --to onnx --out m.onnx --output embeddings", "has features and logits alone"),
+        ("resnet18 --to onnx --output m.pth", "give a file that ends in .onnx"),
+        (
+            "resnet18 --to torchvision --output m.onnx",
+            "give a file that ends in .pth or .safetensors",
+        ),
+        ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
+        ("resnet18 --to onnx --output folder.onnx", "it is a folder"),
+        ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),
+        ("resnetty --to onnx --output m.onnx", "resnetty cannot be loaded"),
+        ("./nowhere --to onnx --output m.onnx", "no such folder"),
+        ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no such file"),
+        ("trex_resnet50 --file file.txt --to onnx --output m.onnx", "file.txt"),
+        ("STOCK --file file.txt --to onnx --output m.onnx", "goes with a model's name"),
+        ("STOCK --to onnx --output m.onnx --features projector", "has backbone and logits only"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -239,7 +242,7 @@ def test_a_missing_package_is_said_before_the_model_is_read(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )
-    status, printed, error = run("resnet18", "--to", "onnx", "--out", tmp_path / "m.onnx")
+    status, printed, error = run("resnet18", "--to", "onnx", "--output", tmp_path / "m.onnx")
     assert (status, printed) == (2, "")
     assert "onnxscript" in error
     assert "pip install '.[export]'" in error

@@ -23,7 +23,7 @@ from trex_models import naver
 
 CHANNELS = (8, 16, 24, 32)
 HEAD = {"proj_hidden_dim": 32, "proj_dim": 16}
-NORMALISE = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+NORMALIZE = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def close(found: np.ndarray, expected: Tensor, tolerance: float = 1e-5) -> None:
 @torch.no_grad()
 def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "whole.onnx"
-    status, printed, error = run(whole, "--to", "onnx", "--out", path)
+    status, printed, error = run(whole, "--to", "onnx", "--output", path)
     assert (status, error) == (0, "")
     assert "any batch, any height and width" in printed
     graph = session(path)
@@ -65,15 +65,15 @@ def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path)
     assert [o.version for o in contents.opset_import if not o.domain] == [to_onnx.OPSET]
     assert facts["license"].startswith(naver.LICENSE)
     assert facts["output"] == "logits"
-    assert facts["images"] == "float32, RGB, B x 3 x H x W, normalised"
+    assert facts["images"] == "float32, RGB, B x 3 x H x W, normalized"
     assert json.loads(facts["preprocessing"])["crop_size"] == SIDE
 
 
 @torch.no_grad()
 def test_pixels_in_embeddings_out(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "pixels.onnx"
-    options = ("--output", "embeddings", "--with-preprocessing", "--half")
-    status, printed, _ = run(whole, "--to", "onnx", "--out", path, *options)
+    options = ("--features", "projector", "--with-preprocessing", "--half")
+    status, printed, _ = run(whole, "--to", "onnx", "--output", path, *options)
     assert status == 0
     assert "embeddings, opset" in printed
     model = source(whole, num_classes=0).double()
@@ -92,7 +92,7 @@ def test_a_transformer_keeps_its_size(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"img_size": SIDE, "embed_dim": 32, "depth": 1, "num_heads": 2}
     folder = write_model(tmp_path / "model", "vit_tiny_patch16_224", num_classes=0, **sizes)
     path = tmp_path / "vit.onnx"
-    status, printed, _ = run(folder, "--to", "onnx", "--out", path)
+    status, printed, _ = run(folder, "--to", "onnx", "--output", path)
     assert status == 0
     assert f"any batch, {SIDE} x {SIDE} pixels" in printed
     graph = session(path)
@@ -105,21 +105,21 @@ def test_a_transformer_keeps_its_size(tmp_path: Path) -> None:
 def backbone(whole: Path) -> to_onnx.Graph:
     model = source(whole, num_classes=0)
     model.proj = nn.Identity()
-    return to_onnx.Graph(model, NORMALISE).eval()
+    return to_onnx.Graph(model, NORMALIZE).eval()
 
 
 @torch.no_grad()
 def test_a_graph_normalizes_pixels_itself(whole: Path) -> None:
     graph = backbone(whole)
     pixels = torch.randint(0, 256, (2, SIDE, 48, 3), dtype=torch.uint8)
-    images = normalize(pixels.permute(0, 3, 1, 2) / 255, *map(list, NORMALISE))
+    images = normalize(pixels.permute(0, 3, 1, 2) / 255, *map(list, NORMALIZE))
     torch.testing.assert_close(graph(pixels), graph.model(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def exported(whole: Path) -> bytes:
     """The file of a backbone, for one size."""
-    data: bytes = to_onnx.build(
+    data: bytes = to_onnx.build_onnx(
         backbone(whole), "features", (3, 32, 32), False, {}
     ).SerializeToString()
     return data
@@ -144,5 +144,5 @@ def test_a_wrong_graph_is_found(
     if mutate:  # the source: the graph is wrong by as much
         mutate(graph.model)
         mutate(exact.model)
-    found = to_onnx.compare(exported, graph, exact, batches(3, [(32, 32)] * 3))
+    found = to_onnx.compare_onnx(exported, graph, exact, batches(3, [(32, 32)] * 3))
     assert [difference.is_small for difference in found] == [mutate is None] * 3, found

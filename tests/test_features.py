@@ -23,7 +23,7 @@ import trex_models.features
 from tests.test_folder import save_image
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.evaluation.features import extract_features
 from trex_models.features import extract as extract_module
 from trex_models.features import file as file_module
@@ -244,7 +244,7 @@ def test_another_array_in_place_of_the_features_is_told(
 
 KILLED = """
 import sys, time
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.features.__main__ import main
 from trex_models.transfer import cache
 from trex_models.transfer.encoders import weights_digest

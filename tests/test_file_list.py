@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from tests.test_folder import save_image
-from trex_models.data.csv_file import CsvSource
-from trex_models.data.file_list import FileSource
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import CsvSource, FileSource, FolderSource
 
 PATHS = ["b/\u732b.png", "a.png"]
 
@@ -111,7 +109,7 @@ def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:
 
 
 def test_labels_must_fit() -> None:
-    with pytest.raises(ValueError, match=r"one label a file: 2 files, labels \(1,\)"):
+    with pytest.raises(ValueError, match=r"one label an image: 2 images, labels \(1,\)"):
         FileSource("root", PATHS, [0], ["x"])
     with pytest.raises(ValueError, match=r"labels span \[0, 2\], outside the 2 classes"):
         FileSource("root", PATHS, [0, 2], ["x", "y"])

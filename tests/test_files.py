@@ -13,8 +13,8 @@ import timm
 import torch
 from safetensors import safe_open
 
-from trex_models import folders
-from trex_models.files import append, open_new, replacing, write_safetensors, write_whole
+from trex_models import timm_folder
+from trex_models.atomic import append, open_new, replacing, write_safetensors, write_whole
 
 
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -59,16 +59,16 @@ def test_remains_of_killed_processes_and_links(tmp_path: Path) -> None:
     for name in (".folder.x1.tmp", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()
-    with folders.replaced(tmp_path / "folder") as beside:
+    with timm_folder.replaced_folder(tmp_path / "folder") as beside:
         (beside / "new").touch()
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"file", "folder", "folder/new"}
 
 
 def test_two_writers_of_one_place_do_not_mix(tmp_path: Path) -> None:
-    with folders.replaced(tmp_path / "folder") as first:
+    with timm_folder.replaced_folder(tmp_path / "folder") as first:
         (first / "a").write_text("first")
-        with folders.replaced(tmp_path / "folder") as second:
+        with timm_folder.replaced_folder(tmp_path / "folder") as second:
             (second / "b").write_text("second")
         assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -116,7 +116,7 @@ def test_exported_folders_follow_the_umask(tmp_path: Path, mask: int) -> None:
     previous = os.umask(mask)
     try:
         for _ in range(2):  # the second one replaces the first
-            folders.write(model, tmp_path / "model", images, model(images))
+            timm_folder.write_timm_folder(model, tmp_path / "model", images, model(images))
     finally:
         os.umask(previous)
     modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}

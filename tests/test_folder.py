@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 
 
 def save_image(

@@ -80,8 +80,8 @@ def test_shifted_sources_are_disjoint() -> None:
 def test_classes_differ_in_shape_and_agree_within() -> None:
     # Without variation, what is left of a class in the edges is its shape.
     source = FractalSource(num_classes=10, images_per_class=30, size=32, variation=0)
-    grey = _stack(source).mean(3)
-    edges = np.abs(np.diff(grey, axis=1))[:, :, 1:] + np.abs(np.diff(grey, axis=2))[:, 1:]
+    gray = _stack(source).mean(3)
+    edges = np.abs(np.diff(gray, axis=1))[:, :, 1:] + np.abs(np.diff(gray, axis=2))[:, 1:]
     folded = edges + edges[:, :, ::-1]  # instances are mirrored at random
     features = folded.reshape(len(folded), -1)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
@@ -99,15 +99,15 @@ def test_variation_widens_a_class() -> None:
     assert spread(0) < spread(4)
 
 
-def test_colour_says_nothing_about_the_class() -> None:
+def test_color_says_nothing_about_the_class() -> None:
     source = FractalSource(num_classes=10, images_per_class=100, size=16)
     images = _stack(source) / 255
     train = np.arange(len(source)) % 100 < 60
-    colour = images.mean((1, 2))
+    color = images.mean((1, 2))
     # Chance is 0.1 and the standard error on 400 images 0.015.
-    assert _nearest_mean_accuracy(colour, source.labels, train) < 0.17
-    # The same check does see a class that has a colour.
-    tinted = colour + 0.3 * np.eye(3)[source.labels % 3]
+    assert _nearest_mean_accuracy(color, source.labels, train) < 0.17
+    # The same check does see a class that has a color.
+    tinted = color + 0.3 * np.eye(3)[source.labels % 3]
     assert _nearest_mean_accuracy(tinted, source.labels, train) > 0.2
 
 
@@ -187,7 +187,7 @@ def test_mirrored_images_are_those_that_say_so() -> None:
     assert np.corrcoef(apart.ravel(), -apart[:, ::-1].ravel())[0, 1] > 0.8
 
 
-def test_the_colour_is_that_of_the_shape() -> None:
+def test_the_color_is_that_of_the_shape() -> None:
     drawn = [draw_fractal(n % 5, n, 32) for n in range(150)]
     near = []
     for fractal in drawn:

@@ -17,16 +17,16 @@ import torch
 from huggingface_hub import ModelCard
 
 from hub.__main__ import main
-from hub.build import Owner, build
-from hub.folder import FILES
+from hub.build_folders import build_folders
+from hub.hub_folder import FILES
 from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
-from trex_models import folders, naver
+from trex_models import naver, timm_folder
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 from trex_models.train.export import export_method
 from trex_models.train.recipes import RECIPES
 
-OWNER = Owner("Ada", "cc-by-4.0")
+OWNER: dict[str, Any] = {"owner": "Ada", "license": "cc-by-4.0"}
 CLASSES = ["ant", "bee`s", "na\u00efve cat", "dog"]
 TREX_WORDS = ("memory bank", "ImageNet-1K", "t-ReX*", "ResNet-50", "NAVER Corporation", "1.17")
 RESNET = {"backbone": "resnet10t", "backbone_args": ("channels=(8,8,16,16)",)}
@@ -48,7 +48,7 @@ def export(folder: Path, objective: str, projector: str, **model: Any) -> Path:
 
 def own(source: Path, output: Path) -> tuple[Path, str]:
     """Build a model of Ada's; return its folder and its card, in one line."""
-    (folder,) = build(source, output, name="own", owner=OWNER, namespace="ada")
+    (folder,) = build_folders(source, output, name="own", **OWNER, namespace="ada")
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert not re.search(r"\{\{|\{%|(?<!\[)None\b(?! are)|Undefined| +$|\n\n\n", card, re.MULTILINE)
@@ -189,7 +189,7 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
         **TINY,
     ).eval()
     images = torch.randn(2, 3, 32, 32)
-    folders.write(model, tmp_path / "many", images, model(images).detach())
+    timm_folder.write_timm_folder(model, tmp_path / "many", images, model(images).detach())
     card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
     assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
     assert "class 20" not in card
@@ -203,7 +203,7 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
 def test_naver_s_licence_may_come_from_naver_s_weights(tmp_path: Path) -> None:
     """As of an export that started from them: no claim that they are none of NAVER's."""
     source = tiny_classifier(tmp_path / "own")
-    (folder,) = build(source, tmp_path / "hub", owner=Owner("Ada", naver.LICENSE))
+    (folder,) = build_folders(source, tmp_path / "hub", owner="Ada", license=naver.LICENSE)
     for file in ("README.md", "NOTICE"):
         text = " ".join((folder / file).read_text().split())
         assert "if the training started from those" in text.lower()
@@ -216,13 +216,13 @@ def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
     )
     model.eval()
     images = torch.randn(2, 3, 32, 32)
-    folders.write(model, tmp_path / "maps", images, model(images).detach())
-    with pytest.raises(ValueError, match=r"maps: its output is no vector; export it again, with"):
-        build(tmp_path / "maps", tmp_path / "hub", owner=OWNER)
+    timm_folder.write_timm_folder(model, tmp_path / "maps", images, model(images).detach())
+    with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
+        build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
     edit_config(exported / "cls", lambda c: c["pretrained_cfg"].update(input_size=[3, 50, 50]))
     with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
-        build(exported / "cls", tmp_path / "hub", owner=OWNER)
+        build_folders(exported / "cls", tmp_path / "hub", **OWNER)
     assert not (tmp_path / "hub").exists()
 
 
@@ -231,7 +231,7 @@ def test_run_is_answered_by_its_exports(tmp_path: Path) -> None:
     for part in ("backbone", "proj"):
         (tmp_path / "export" / part).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
-        build(tmp_path, tmp_path / "hub", owner=OWNER)
+        build_folders(tmp_path, tmp_path / "hub", **OWNER)
 
 
 def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from tests.test_folder import fail_to_list
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, MultiCropDataset
-from trex_models.data.photometric import LOCAL_LAW
+from trex_models.data.photometric import LOCAL_AUGMENTATION
 
 LABELS = [2, 0, 2, 1, 0, 2, 1]
 NAMES = ["cat", "dog", "ant", "unused"]
@@ -321,30 +321,30 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path: Path) -> None:
     fails(tmp_path / "absent", "does not exist; name")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")
-    fails(tmp_path / "bare", "is no data set: neither what save_to_disk writes nor")
-    fails(tmp_path / "bare" / "a.txt", "a.txt cannot be opened as a data set .*; write or fetch it")
+    fails(tmp_path / "bare", "is no dataset: neither a folder of save_to_disk nor")
+    fails(tmp_path / "bare" / "a.txt", "a.txt cannot be opened as a dataset .*; write or fetch it")
     (file,) = saved(tmp_path / "none", rows()).glob("*.arrow")
     schema = pyarrow.ipc.open_stream(file.read_bytes()).schema
     pyarrow.ipc.new_stream(file, schema).close()
     fails(tmp_path / "none", "has no rows; name another")
     rows().select([]).to_parquet(tmp_path / "none.parquet")
-    fails(tmp_path / "none.parquet", "none.parquet cannot be opened as a data set .*no data")
+    fails(tmp_path / "none.parquet", "none.parquet cannot be opened as a dataset .*no data")
     one = rows({"label": datasets.Value("int32")}, label=[5] * 7)
     fails(saved(tmp_path / "one", one), "'label': every label is '5', at least 2 classes")
 
     torn = saved(tmp_path / "torn", rows())
     (file,) = torn.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:1000])
-    fails(torn, "torn cannot be opened as a data set .*; write or fetch it again")
+    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
     file.unlink()
-    fails(torn, "torn cannot be opened as a data set .*; write or fetch it again")
+    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
     (torn / "state.json").write_text("{")
-    fails(torn, "torn cannot be opened as a data set .*; write or fetch it again")
+    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
 
     hub = on_hub(tmp_path / "hub")
     file = hub / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="hub cannot be opened as a data set .*; write or fetch"):
+    with pytest.raises(ValueError, match="hub cannot be opened as a dataset .*; write or fetch"):
         HuggingFaceSource(hub, "train")
 
 
@@ -412,7 +412,7 @@ def test_worker_processes(
     tmp_path: Path, make: Callable[[Path], Path], split: str, context: str
 ) -> None:
     source = HuggingFaceSource(make(tmp_path / "set"), split)
-    data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_LAW)], seed=0)
+    data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_AUGMENTATION)], seed=0)
     keys = [[(0, 0), (0, 1)], [(0, 5), (0, 3)]]
     expected = [data.__getitems__(batch) for batch in keys]
     loader: DataLoader[Any] = DataLoader(

@@ -11,10 +11,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from convert import export
-from hub import build
-from hub.folder import inspect
-from trex_models import folders, licenses, naver
+from convert import export_model
+from hub import build_folders
+from hub.hub_folder import inspect_folder
+from trex_models import licenses, naver, timm_folder
 from trex_models.licenses import describe, license_of
 from trex_models.manifest import sha256
 from trex_models.train.__main__ import main
@@ -99,7 +99,7 @@ def test_one_rule_for_every_command(
     model: Any = timm.create_model("resnet50", num_classes=0, pretrained_cfg=cfg).eval()
     images = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
-        folders.write(model, folder, images, model(images))
+        timm_folder.write_timm_folder(model, folder, images, model(images))
     assert license_of(folder) == "mit"
 
     (tmp_path / "cache/naver").mkdir(parents=True)
@@ -108,14 +108,14 @@ def test_one_rule_for_every_command(
     assert license_of(folder) == naver.LICENSE
     assert load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
     assert load("resnet50", file=weights_file).facts["license"] == naver.LICENSE
-    assert export._facts("resnet50", model, weights_file)["license"].startswith(naver.LICENSE)
-    assert export._facts(str(folder), model, None)["license"].startswith(naver.LICENSE)
+    assert export_model._facts("resnet50", model, weights_file)["license"].startswith(naver.LICENSE)
+    assert export_model._facts(str(folder), model, None)["license"].startswith(naver.LICENSE)
     licenses.notice.cache_clear()
     overlay = {"file": str(weights_file), "license": "mit"}
     timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)
     assert "not for commercial use" in caplog.text
     with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
-        build._license(inspect(folder, "mine"), build.Owner("me", "mit"))
+        build_folders._license(inspect_folder(folder, "mine"), "me", "mit")
     command = [
         "trex",
         "--data.source",

@@ -128,7 +128,7 @@ def test_sample_that_cannot_be_read(tmp_path: Path, workers: int) -> None:
 def test_defect_of_the_data_set_comes_out(tmp_path: Path, workers: int) -> None:
     told: list[str] = []
     dataset = Numbers(tmp_path, 31, "RuntimeError")
-    error = error_of(load_batches(dataset, BATCHES, workers, say=told.append))
+    error = error_of(load_batches(dataset, BATCHES, workers, log=told.append))
     assert error.startswith("RuntimeError: ")
     assert "defect at 31" in error
     assert dataset.happened() == 1
@@ -141,7 +141,7 @@ def test_dead_worker_is_replaced(tmp_path: Path, workers: int, attempt: int) -> 
     """Several times: tensors that it leaves in the queue fail to open in one way or another."""
     told: list[str] = []
     dataset = Numbers(tmp_path, BATCHES[attempt + 1][0], "SIGKILL")
-    assert keys_of(load_batches(dataset, BATCHES, workers, say=told.append)) == BATCHES
+    assert keys_of(load_batches(dataset, BATCHES, workers, log=told.append)) == BATCHES
     assert dataset.happened() == 1
     assert len(told) == 1
     assert "loading starts again" in told[0]
@@ -150,7 +150,7 @@ def test_dead_worker_is_replaced(tmp_path: Path, workers: int, attempt: int) -> 
 
 def test_deaths_at_different_batches_do_not_add_up(tmp_path: Path) -> None:
     told: list[str] = []
-    batches = load_batches(Numbers(tmp_path), BATCHES, 1, say=told.append)
+    batches = load_batches(Numbers(tmp_path), BATCHES, 1, log=told.append)
     seen = []
     for keys, maker in batches:
         seen.append(keys.tolist())
@@ -164,7 +164,7 @@ def test_deaths_at_different_batches_do_not_add_up(tmp_path: Path) -> None:
 def test_worker_that_always_dies_ends_the_loading(tmp_path: Path, workers: int) -> None:
     told: list[str] = []
     dataset = Numbers(tmp_path, 0, "SIGKILL", times=99)
-    message = error_of(load_batches(dataset, BATCHES, workers, say=told.append))
+    message = error_of(load_batches(dataset, BATCHES, workers, log=told.append))
     assert message.startswith("ValueError: ")
     assert "died 3 times" in message
     assert "lower --system.workers" in message
@@ -177,14 +177,14 @@ def test_worker_that_always_dies_ends_the_loading(tmp_path: Path, workers: int) 
 def test_workers_leave_signals_to_the_parent(tmp_path: Path, kind: str) -> None:
     told: list[str] = []
     dataset = Numbers(tmp_path, 31, kind)
-    assert keys_of(load_batches(dataset, BATCHES, 1, say=told.append)) == BATCHES
+    assert keys_of(load_batches(dataset, BATCHES, 1, log=told.append)) == BATCHES
     assert dataset.happened() == 1
     assert told == []
 
 
 def test_death_does_not_disturb_what_the_consumer_does(tmp_path: Path) -> None:
     told: list[str] = []
-    batches = load_batches(Numbers(tmp_path), BATCHES, 2, say=told.append)
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2, log=told.append)
     keys, maker = next(batches)
     seen = [keys.tolist()]
     kill(maker)  # would raise here or in the lines below if DataLoader's handler were there
@@ -270,7 +270,7 @@ def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
     told: list[str] = []
 
     def consume() -> None:
-        for _ in load_batches(Numbers(tmp_path), BATCHES, 1, say=told.append):
+        for _ in load_batches(Numbers(tmp_path), BATCHES, 1, log=told.append):
             raise RuntimeError("DataLoader worker is what this happens to say")
 
     with pytest.raises(RuntimeError, match="happens to say"):

@@ -11,24 +11,24 @@ import torch
 
 from tests.test_folder import save_image
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import (
     TREX_CROPS,
     Batch,
     CropSpec,
     EpochSampler,
+    MultiCrop,
     MultiCropDataset,
     augment,
 )
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
+from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, NUM_PARAMETERS
 from trex_models.data.sources import ArraySource
-from trex_models.data.transform import MultiCrop
 
 SPECS = [
-    CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
-    CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW),
+    CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
+    CropSpec(3, 16, (0.05, 0.25), LOCAL_AUGMENTATION),
 ]
 
 
@@ -44,8 +44,8 @@ def batch_of(keys: list[tuple[int, int]], seed: int = 0) -> Batch:
 
 def test_default_crops_are_those_of_the_paper() -> None:
     global_crops, local_crops = TREX_CROPS
-    assert global_crops == CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW)
-    assert local_crops == CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW)
+    assert global_crops == CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION)
+    assert local_crops == CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION)
     assert MultiCropDataset(FractalSource(3, 5, 32)).specs == list(TREX_CROPS)
     assert MultiCrop().specs == list(TREX_CROPS)
 
@@ -137,7 +137,7 @@ def test_sampler_continues_at_any_step(start: int) -> None:
 
 
 def test_impossible_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 16 exceeds the data set's 15 images"):
+    with pytest.raises(ValueError, match="batch_size 16 exceeds the dataset's 15 images"):
         EpochSampler(15, 16, 1, 0)
     with pytest.raises(ValueError, match="does not divide among 3 processes"):
         EpochSampler(15, 4, 1, 0, 0, 3)

@@ -24,11 +24,11 @@ ALLOWED: dict[str, set[str]] = {
     "licenses": {"checkpoints", "manifest", "naver", "weights"},
     "cli": set(),
     "precision": {"cli"},
-    "files": set(),
-    "folders": {"files"},
+    "atomic": set(),
+    "timm_folder": {"atomic"},
     "machine": set(),
-    "manifest": {"files"},
-    "naver": {"checkpoints", "files", "manifest"},
+    "manifest": {"atomic"},
+    "naver": {"checkpoints", "atomic", "manifest"},
     "weights": {"checkpoints", "manifest", "naver"},
     "trex": {"checkpoints", "licenses", "naver", "weights"},
     "data": set(),
@@ -48,19 +48,19 @@ ALLOWED: dict[str, set[str]] = {
     "train.look": {"train.bank", "train.objectives"},
     "train.health": {"train.bank", "train.objectives"},
     "train.initial": {"checkpoints", "licenses", "manifest", "train"},
-    "train.unreadable": {"files", "train.distributed"},
+    "train.unreadable": {"atomic", "train.distributed"},
     "train.summary": {"train.reporting"},
     "train.method": {"train.distributed", "train.momentum", "train.objectives"},
     "train.step": {"precision", "train.method", "train.recompute"},
-    "train.checkpointing": {"checkpoints", "files", "train.config"},
+    "train.checkpointing": {"checkpoints", "atomic", "train.config"},
     "train.preflight": {"data"},
-    "train.reporting": {"files", "train.distributed"},
+    "train.reporting": {"atomic", "train.distributed"},
     "train.signals": {"data", "train.distributed"},
     "train.validation": {
         *("data", "evaluation", "precision", "train.distributed", "train.method"),
     },
     "train.export": {
-        *("checkpoints", "folders", "train.checkpointing", "train.method", "train.objectives"),
+        *("checkpoints", "timm_folder", "train.checkpointing", "train.method", "train.objectives"),
     },
     "train.build": {"data", "machine", "train"},
     "train.run": {"data", "licenses", "naver", "precision", "train"},
@@ -71,10 +71,19 @@ ALLOWED: dict[str, set[str]] = {
     "train.__main__": {"cli", "train"},
     "demo": {"cli", "data", "evaluation", "train", "transfer"},
     "transfer": {
-        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "unpickling"),
+        *(
+            "cli",
+            "data",
+            "evaluation",
+            "atomic",
+            "timm_folder",
+            "licenses",
+            "machine",
+            "unpickling",
+        ),
     },
-    "features": {"cli", "data", "evaluation", "files", "machine", "transfer"},
-    "plot": {"cli", "files", "train.config"},
+    "features": {"cli", "data", "evaluation", "atomic", "machine", "transfer"},
+    "plot": {"cli", "atomic", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }
 
@@ -145,7 +154,7 @@ def test_importing_the_package_loads_nothing_that_timm_does_not() -> None:
         "print(*sorted(set(sys.modules) - known))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = "checkpoints files heads licenses manifest naver trex unpickling weights".split()
+    modules = "atomic checkpoints heads licenses manifest naver trex unpickling weights".split()
     assert out.stdout.split() == ["trex_models", *(f"trex_models.{name}" for name in modules)]
 
 

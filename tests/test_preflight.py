@@ -16,7 +16,7 @@ import torch
 
 from tests.test_folder import save_image
 from tests.test_train import run
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.train import build, checkpointing, checks
 from trex_models.train.config import from_dict

@@ -25,7 +25,13 @@ import trex_models.evaluation
 import trex_models.method
 from tests.documentation import ROOT, python_blocks
 from trex_models import Projector
-from trex_models.data import GLOBAL_LAW, LOCAL_LAW, CropSpec, FractalSource, MultiCrop
+from trex_models.data import (
+    GLOBAL_AUGMENTATION,
+    LOCAL_AUGMENTATION,
+    CropSpec,
+    FractalSource,
+    MultiCrop,
+)
 from trex_models.data.decode import decode_image
 from trex_models.evaluation import knn_accuracy, knn_votes
 from trex_models.method import (
@@ -42,9 +48,9 @@ from trex_models.method import (
 NAMES = {
     "trex_models": "CheckpointError CosineClassifier Projector TRexResNet WeightsError __version__",
     "trex_models.data": (
-        "GLOBAL_LAW LOCAL_LAW TREX_CROPS ArraySource Batch CentreCrop CropSpec CsvSource "
-        "EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop MultiCropDataset "
-        "PhotometricLaw Source UnreadableImageError augment load_batches"
+        "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CentreCrop CropSpec "
+        "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop "
+        "MultiCropDataset PhotometricAugmentation Source UnreadableImageError augment load_batches"
     ),
     "trex_models.evaluation": (
         "LogisticFit extract_features knn_accuracy knn_votes logistic nearest_neighbors "
@@ -68,7 +74,7 @@ SOURCES = {
     "LOOK": ("2110.06014", "reconstruction"),
     "MultiCrop": ("2206.15369", "2006.09882"),
     "MultiCropDataset": ("2206.15369", "2006.09882"),
-    "PhotometricLaw": ("2104.14294",),
+    "PhotometricAugmentation": ("2104.14294",),
     "build_sgd": ("2206.15369",),
     "learning_rates": ("2206.15369",),
     "knn_accuracy": ("1805.01978", "2104.14294"),
@@ -194,7 +200,10 @@ def test_the_loop_of_the_page_learns(
     ):
         assert loop.count(old) == 1, old
         loop = loop.replace(old, new)
-    small = [CropSpec(1, 32, (0.5, 1.0), GLOBAL_LAW), CropSpec(2, 16, (0.3, 0.6), LOCAL_LAW)]
+    small = [
+        CropSpec(1, 32, (0.5, 1.0), GLOBAL_AUGMENTATION),
+        CropSpec(2, 16, (0.3, 0.6), LOCAL_AUGMENTATION),
+    ]
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace: dict[str, Any] = {"SMALL": small}
@@ -209,7 +218,10 @@ def test_the_loop_of_the_page_learns(
     backbone.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True))
 
 
-SPECS = [CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW), CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW)]
+SPECS = [
+    CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
+    CropSpec(3, 16, (0.05, 0.25), LOCAL_AUGMENTATION),
+]
 
 
 def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> None:
@@ -239,7 +251,7 @@ def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> N
 
 def test_crops_of_the_transform_follow_torchs_generator_and_come_from_the_image() -> None:
     flat = np.full((50, 60, 3), (10, 200, 90), np.uint8)
-    law = trex_models.data.PhotometricLaw(flip=1, jitter=0, grey=0, blur=0, solarize=0)
+    law = trex_models.data.PhotometricAugmentation(flip=1, jitter=0, gray=0, blur=0, solarize=0)
     crops = MultiCrop([CropSpec(2, 8, (0.1, 1.0), law)])(flat)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (torch.tensor([10, 200, 90]) / 255 - mean) / std
@@ -351,7 +363,7 @@ def test_accuracy_of_neighbours_is_that_of_their_votes() -> None:
         (lambda: CosineSoftmax(4, 3, -1.0), "temperature must be above 0, got -1.0"),
         (lambda: LOOK(MemoryBank(8, 4, 3), temperature=0.0), "temperature must be above 0"),
         (lambda: LOOK(MemoryBank(8, 4, 3), neighbors=0), "neighbors must be at least 1, got 0"),
-        (lambda: CropSpec(0, 24, (0.1, 1.0), GLOBAL_LAW), "at least 1, got 0 and 24"),
+        (lambda: CropSpec(0, 24, (0.1, 1.0), GLOBAL_AUGMENTATION), "at least 1, got 0 and 24"),
         (lambda: MultiCrop(SPECS)(np.zeros((9, 9), np.uint8)), "image must be uint8"),
         (lambda: MultiCrop(SPECS)(Image.new("F", (9, 9))), "no defined range"),
         (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tests.test_train import assert_same_state
 from trex_models import distributed
 from trex_models.data.multicrop import CropSpec, MultiCropDataset, augment
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
+from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.distributed import Process
 from trex_models.method import LOOK, CosineSoftmax, MomentumEncoder, OnlineClassMeans
 from trex_models.train import checkpointing, loop
@@ -69,7 +69,10 @@ CONFIG = Config(
     system=SystemConfig(device="cpu", workers=0, log_every=3, save_minutes=1),
     seed=11,
 )
-SPECS = [CropSpec(2, 40, (0.3, 0.9), GLOBAL_LAW), CropSpec(3, 24, (0.07, 0.2), LOCAL_LAW)]
+SPECS = [
+    CropSpec(2, 40, (0.3, 0.9), GLOBAL_AUGMENTATION),
+    CropSpec(3, 24, (0.07, 0.2), LOCAL_AUGMENTATION),
+]
 # 27 images in batches of 6: 4 steps an epoch, 20 steps. The peak is 0.7 * 6 / 256.
 PEAK, WARMUP, TOTAL = 0.01640625, 8, 20
 RATES = [PEAK * step / (WARMUP - 1) for step in range(WARMUP)] + [

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.stats import t as student
 from timm.models import save_for_hf
 
-from trex_models.files import write_whole
+from trex_models.atomic import write_whole
 from trex_models.transfer import evaluate as evaluate_module
 from trex_models.transfer import protocol
 from trex_models.transfer import report as report_module

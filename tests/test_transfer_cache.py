@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import nn
 
 from trex_models.data.centre_crops import PROTOCOLS
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
 from trex_models.transfer import encoders

@@ -18,8 +18,8 @@ import torchvision
 
 from tests import replicas
 from tests.replicas import REPLICAS, Files, Parts, cog_lists, folders, touch, write
-from trex_models.data.file_list import FileSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 from trex_models.demo import tasks
 from trex_models.train.recipes import demo

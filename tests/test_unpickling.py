@@ -55,7 +55,7 @@ def test_the_allow_list_of_the_process_is_not_touched(
         names: Any = "new" if number % 2 else "old"
         official_files.write(contents, path, numpy_names=names, legacy=number > 1)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(checkpoints.load, paths * 2):
+        for found in pool.map(checkpoints.load_checkpoint, paths * 2):
             assert found["model"].keys() == contents["model"].keys()
             assert found["args"] is None
     assert torch.serialization.get_safe_globals() == own_globals
@@ -81,7 +81,7 @@ def test_programs_are_not_run(bench: Bench, name: str, tmp_path: Path) -> None:
 
 def named(path: Path) -> Any:
     """Read a file whose entries are of wrong types, with its name in the error of those."""
-    contents = checkpoints.load(path)
+    contents = checkpoints.load_checkpoint(path)
     try:
         checkpoints.sort(contents)
     except CheckpointError as error:
@@ -104,7 +104,7 @@ def test_records_of_other_lengths(bench: Bench, form: str, change: str, tmp_path
     (tmp_path / "bad.pth").write_bytes(fuzz_checkpoints.zipped(iter(items), kind))
     message = "compressed.*zip -0" if change == "deflated" else "damaged or cut short"
     with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoints.load(tmp_path / "bad.pth")
+        checkpoints.load_checkpoint(tmp_path / "bad.pth")
     assert isinstance(caught.value, DamagedError) is (change != "deflated")
 
 
@@ -113,26 +113,29 @@ def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> Non
     for bad in (data[:-4], data + b"more"):
         (tmp_path / "bad.pth").write_bytes(bad)
         with pytest.raises(DamagedError, match="damaged or cut short"):
-            checkpoints.load(tmp_path / "bad.pth")
+            checkpoints.load_checkpoint(tmp_path / "bad.pth")
     (tmp_path / "good.pth").write_bytes(data)
-    assert checkpoints.load(tmp_path / "good.pth").keys() == bench.contents["trainer"].keys()
+    assert (
+        checkpoints.load_checkpoint(tmp_path / "good.pth").keys()
+        == bench.contents["trainer"].keys()
+    )
 
 
 def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
     tensor = torch.zeros(2000, 500)
     torch.save({"a": tensor, "b": tensor}, tmp_path / "tied.pth")
-    found = checkpoints.load(tmp_path / "tied.pth")
+    found = checkpoints.load_checkpoint(tmp_path / "tied.pth")
     assert torch.equal(found["a"], tensor)
     torch.save({str(n): tensor.t() for n in range(20)}, tmp_path / "many.pth")
     with pytest.raises(CheckpointError, match="share memory and need more than the file holds"):
-        checkpoints.load(tmp_path / "many.pth")
+        checkpoints.load_checkpoint(tmp_path / "many.pth")
 
 
 def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
 
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="not a regular file"):
-        checkpoints.load(tmp_path / "pipe.pth")
+        checkpoints.load_checkpoint(tmp_path / "pipe.pth")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
     with (tmp_path / "list.pkl").open("rb") as file:
         assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
     torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
-    assert 140_000_000_000_000 in checkpoints.load(tmp_path / "x")["state"]
+    assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from tests.test_distributed import spawn
 from tests.test_folder import save_image
 from tests.test_method import TinyBackbone
 from tests.test_train import assert_same_state, last_state, logged, run
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.distributed import Process, process_group
 from trex_models.heads import Projector

@@ -88,7 +88,7 @@ def server(release: Path) -> Iterator[FileServer]:
 @pytest.fixture
 def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, with the loopback server in NAVER's place and an empty manifest."""
-    manifest.save(manifest.Manifest(), tmp_path / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(), tmp_path / "manifest.json")
     monkeypatch.setenv("TREX_MODELS_MANIFEST", str(tmp_path / "manifest.json"))
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "cache"))
@@ -263,7 +263,7 @@ def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Pa
     assert visible(cache) == ["trex.json"]
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
-    manifest.save(known, tmp_path / "manifest.json")
+    manifest.save_manifest(known, tmp_path / "manifest.json")
     with pytest.raises(WeightsError, match=rf"refused: .* but the manifest says {digest}"):
         weights.fetch("trex_resnet50.in1k")
     assert visible(cache) == []
@@ -274,7 +274,7 @@ def test_a_first_use_that_the_manifest_contradicts(
 ) -> None:
     weights.fetch("trex_resnet50.in1k")
     known = manifest.Manifest(naver={"trex.pth": sha256(server.files["trexstar.pth"])})
-    manifest.save(known, tmp_path / "manifest.json")
+    manifest.save_manifest(known, tmp_path / "manifest.json")
     with pytest.raises(WeightsError, match=r"refused: .* but the manifest says .*delete what was"):
         weights.fetch("trex_resnet50.in1k")
     shutil.rmtree(cache)
@@ -445,12 +445,12 @@ def test_unknown_name() -> None:
 def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     entry = manifest.Published("a/b", "0" * 40, "1" * 64, outputs=(1.5, -2.0))
     written = manifest.Manifest({"trex_resnet50.in1k": entry}, {"trex.pth": "2" * 64})
-    manifest.save(written, tmp_path / "manifest.json")
-    assert manifest.load(tmp_path / "manifest.json") == written
+    manifest.save_manifest(written, tmp_path / "manifest.json")
+    assert manifest.load_manifest(tmp_path / "manifest.json") == written
 
 
 def test_packaged_manifest() -> None:
-    packaged = manifest.load(manifest.PACKAGED)
+    packaged = manifest.load_manifest(manifest.PACKAGED)
     assert packaged.models.keys() <= naver.FILES.keys()
     assert packaged.naver.keys() <= {file for _, file in MODELS.values()}
 
@@ -668,7 +668,7 @@ def place(
         revision = hub.add(f"trex-models/{name}", files)
         hub.add(f"trex-models/{name}", {"later": b"commit"})
         published[name] = manifest.Published(f"trex-models/{name}", revision, sha256(path))
-    manifest.save(manifest.Manifest(published), tmp_path / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(published), tmp_path / "manifest.json")
     with serving(hub) as hub_server:
         yield Place(hub_server, server, tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "home", ignore_errors=True)
@@ -682,7 +682,7 @@ def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) ->
     said = place.finish(place.start(*BACKBONES), expected)
     assert said.count("not for commercial use") == 1
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
-    pinned = manifest.load(place.folder / "manifest.json").models.values()
+    pinned = manifest.load_manifest(place.folder / "manifest.json").models.values()
     assert revisions == {entry.revision for entry in pinned}
     assert place.server.log == []
     before = len(place.hub.log)
@@ -715,7 +715,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
     """Before what was made of NAVER's file, here another one."""
     name = "trex_resnet50.in1k"
     listed = (place.folder / "manifest.json").read_text()
-    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(), place.folder / "manifest.json")
     place.server.files["trex.pth"] = place.server.files["trexstar.pth"]
     other = {name: expected["trexstar_resnet50.in1k"]}
     place.create(other, name)
@@ -874,9 +874,9 @@ def test_connection_to_the_hub_breaks_and_is_resumed(
 def test_models_that_are_not_published_are_not_asked_for(
     place: Place, expected: dict[str, Tensor]
 ) -> None:
-    published = manifest.load(place.folder / "manifest.json").models
+    published = manifest.load_manifest(place.folder / "manifest.json").models
     del published["trex_resnet50.in1k"]
-    manifest.save(manifest.Manifest(published), place.folder / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(published), place.folder / "manifest.json")
     place.create(expected, "trex_resnet50.in1k")
     assert place.hub.log == []
     assert len(place.server.log) == 1
@@ -893,7 +893,7 @@ def test_offline_without_a_cache(place: Place, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_two_processes_at_once(place: Place, expected: dict[str, Tensor]) -> None:
-    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(), place.folder / "manifest.json")
     place.server.faults = [Fault("GET", delay=3)]
     processes = [place.start("trexstar_resnet50.in1k") for _ in range(2)]
     for process in processes:
@@ -903,7 +903,7 @@ def test_two_processes_at_once(place: Place, expected: dict[str, Tensor]) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> None:
-    manifest.save(manifest.Manifest(), place.folder / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(), place.folder / "manifest.json")
     place.server.faults = [Fault("GET", cut_after=50_000_000, times=1, headers={"X": "1"})]
     process = place.start("trex_resnet50.in1k")
     folder = place.home / "trex_models" / "naver"
@@ -933,7 +933,7 @@ def shared() -> Iterator[Path]:
 
 
 def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest.save(manifest.Manifest(), shared / "manifest.json")
+    manifest.save_manifest(manifest.Manifest(), shared / "manifest.json")
     home = shared / "home"
     variables = {
         "TREX_MODELS_MANIFEST": str(shared / "manifest.json"),

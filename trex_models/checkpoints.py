@@ -5,7 +5,7 @@ states (online encoder, momentum encoder, memory bank, optimizer, arguments), it
 without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
 Pickles run no code (``unpickling``). In a training state a key that the table below does not name
 is an error; in a model's file it is taken for the backbone's, and compared with it later. All
-commands read files by `load` and `sort`, so that the same contents are refused everywhere.
+commands read files by `load_checkpoint` and `sort`, so that all refuse the same contents.
 
 Shapes: C classes, D embedding, Q bank size.
 """
@@ -36,18 +36,18 @@ class CheckpointError(ValueError):
 
 
 class DamagedError(CheckpointError):
-    """A file is cut short, or its contents do not fit its checksums."""
+    """A file is cut short, or its contents do not match its checksums."""
 
 
 class Row(NamedTuple):
-    """What the keys under a prefix are; a prefix without a trailing dot is one key's full name."""
+    """Part that the keys under a prefix belong to; without a trailing dot, one key's full name."""
 
     form: str
     prefix: str
     part: str
 
 
-# The longest prefix that fits decides.
+# The longest prefix that matches decides.
 TABLE = (
     Row("official", "model.encoder.", "backbone"),
     Row("official", "model.head.layers.", "projector"),
@@ -74,7 +74,7 @@ TABLE = (
     Row("model", "", "backbone"),
 )
 
-# Where the weights stand in a training state, and its other entries, which are not weights.
+# Entry of the weights in a training state, and the other entries, which are not weights.
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
 CONTAINERS: dict[str, Collection[str]] = {
     "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
@@ -116,12 +116,12 @@ class Checkpoint:
     Attributes:
         form: "official" (full, with or without a bank), "trainer" or "model" (a backbone file or
             an exported model).
-        backbone: timm's names.
-        projector: Names of ``heads.Projector``; empty where the file has none.
+        backbone: State dict in timm's names.
+        projector: State dict of ``heads.Projector``; empty if the file has none.
         class_weights: Prototypes of the bank (Eq. 2) or learned weights (Eq. 1), (C, D).
-        class_biases: Of a linear classifier, (C,).
+        class_biases: Biases of a linear classifier, (C,).
         absent_classes: Classes without an entry in the bank; their prototypes are zero.
-        fates: What became of every key and entry of the file.
+        fates: Fate of every key and entry of the file.
     """
 
     form: str
@@ -134,7 +134,7 @@ class Checkpoint:
 
     @property
     def proj_layers(self) -> int:
-        """L, the projector's hidden layers; 0 without one, too."""
+        """Number of the projector's hidden layers, L; 0 without one, too."""
         return sum(key.endswith(".fc.weight") for key in self.projector)
 
     def head_args(self) -> dict[str, int]:
@@ -147,7 +147,7 @@ class Checkpoint:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the whole model's state dict, contiguous: backbone, ``proj.*``, ``fc.*``."""
+        """Return the complete model's state dict, contiguous: backbone, ``proj.*``, ``fc.*``."""
         state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
         if self.class_weights is not None:
             state["fc.weight"] = self.class_weights
@@ -163,24 +163,23 @@ def read(
     num_classes: int | None = None,
     backbone: str | None = "resnet50",
 ) -> Checkpoint:
-    """Read a checkpoint and check that it is whole.
+    """Read a checkpoint and check that it is complete.
 
     Args:
         path: A .pth, .pt or .safetensors file, or a timm folder with model.safetensors.
         momentum_encoder: Take the momentum encoder's weights, not the online encoder's.
-        num_classes: C of a bank, whose labels do not tell it: None for 1000 (ImageNet-1K) or
-            what a trainer's checkpoint says. 0 leaves the class weights out.
+        num_classes: Number of classes of a bank, C; by default 1000 (ImageNet-1K), or that of a
+            trainer's checkpoint. 0 leaves the class weights out.
         backbone: timm's name of the backbone that the file must hold; None for any.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe, or no t-ReX checkpoint; or its
-            backbone or projector lacks keys, has others, other shapes or types, or values that
-            are not finite.
+            backbone or projector has other keys, shapes or types, or values that are not finite.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
-    contents = load(path)
+    contents = load_checkpoint(path)
     try:
         checkpoint = split(contents, momentum_encoder=momentum_encoder, num_classes=num_classes)
         if backbone is not None:
@@ -200,12 +199,12 @@ def read(
 def split(
     contents: Mapping[str, Any], *, momentum_encoder: bool = False, num_classes: int | None = None
 ) -> Checkpoint:
-    """Split what a file holds into the parts of our models, by ``TABLE``.
+    """Split the contents of a file into the parts of our models, by ``TABLE``.
 
     Args:
         contents: A state dict, or a training state around one.
-        momentum_encoder: As ``read``.
-        num_classes: As ``read``.
+        momentum_encoder: As for ``read``.
+        num_classes: As for ``read``.
 
     Raises:
         CheckpointError: The contents are not those of a checkpoint (`sort`), a needed part is
@@ -220,11 +219,10 @@ def split(
     if form != "model" and not projector and _had_projector(contents, form):
         raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
     check_finite(parts)
-    _check_projector(projector)
+    width = _check_projector(projector)
     if num_classes is None and form == "trainer" and "classes" in contents:
         num_classes = len(contents["classes"])
-    class_weights = parts["class weights"].get("")
-    class_biases = parts["class biases"].get("")
+    class_weights, class_biases = (parts[f"class {name}"].get("") for name in ("weights", "biases"))
     absent: tuple[int, ...] = ()
     if num_classes == 0:
         class_weights = class_biases = None
@@ -235,27 +233,27 @@ def split(
                 "the file that training wrote"
             )
         class_weights, absent = _prototypes(parts, num_classes)
-    _check_classifier(class_weights, class_biases, projector)
+    _check_classifier(class_weights, class_biases, width)
     fates = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
     return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, fates)
 
 
 class Sorted(NamedTuple):
-    """What a file holds, by the parts of ``TABLE``."""
+    """Contents of a file by the parts of ``TABLE``.
+
+    Attributes:
+        form: official, trainer or model.
+        parts: Values of every part of the table, by name without the prefix.
+        places: Part and name there of every key and entry of the file.
+    """
 
     form: str
-    """official, trainer or model."""
     parts: dict[str, dict[str, Any]]
-    """Of every part of the table, its values by name, without the prefix."""
     places: dict[str, tuple[str, str]]
-    """Of every key and entry of the file, its part and its name there."""
 
 
 def sort(contents: Mapping[str, Any]) -> Sorted:
-    """Sort the weights of a file into the parts of ``TABLE``, and check their types.
-
-    Args:
-        contents: A state dict, or a training state around one.
+    """Sort a state dict, or a training state around one, by ``TABLE``, and check its types.
 
     Raises:
         CheckpointError: A key or entry is unknown, occurs twice, or has another type; or the parts
@@ -265,7 +263,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
     for key in state:
         if not isinstance(key, str):
             raise CheckpointError(f"the key {key!r} is no name; save model.state_dict()")
-    names = {key: _unwrapped_name(key) for key in state}
+    names = {key: ".".join(s for s in key.split(".") if s not in WRAPPERS) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = next((row.form for row in rows.values() if row.form != "model"), "model")
 
@@ -279,7 +277,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
                 "network's, load its own file"
             )
         if name in parts[row.part]:
-            raise CheckpointError(f"{names[key]!r} stands in the file twice, once as {key!r}")
+            raise CheckpointError(f"{names[key]!r} is in the file twice, once as {key!r}")
         parts[row.part][name] = state[key]
         places[key] = row.part, name
     for key, value in state.items():
@@ -294,15 +292,13 @@ def _check_type(key: str, part: str, value: Any) -> None:
     """Require a dense tensor of floats; of integers where a part or a buffer has those."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
-    integers = (torch.int64,)
+    allowed: tuple[torch.dtype, ...] = _FLOATS
     if key.endswith("num_batches_tracked") or part in _INTEGERS:
-        allowed: tuple[torch.dtype, ...] = integers
+        allowed = (torch.int64,)
     elif part.endswith("backbone") and not key.endswith(_FLOAT_NAMES):
-        allowed = (*_FLOATS, *integers, torch.bool)  # buffers, such as indices of positions
-    else:
-        allowed = _FLOATS
+        allowed = (*_FLOATS, torch.int64, torch.bool)  # buffers, such as indices of positions
     if value.dtype not in allowed or value.layout != torch.strided:
-        kind = "64-bit integers" if allowed is integers else "floating-point numbers"
+        kind = "floating-point numbers" if torch.float32 in allowed else "64-bit integers"
         raise CheckpointError(
             f"{key} is {value.dtype} {value.layout}; expected dense {kind}: if the model was "
             "quantized or pruned, save the original weights"
@@ -336,11 +332,7 @@ def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None)
 
 
 def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
-    """Return the position where a memory bank is written next.
-
-    Raises:
-        CheckpointError: It is not an integer.
-    """
+    """Return the position where a memory bank is written next; CheckpointError if there is none."""
     pointer = parts["bank pointer"].get("", 0)
     if isinstance(pointer, Mapping) and pointer.keys() == {"pointer", "batches"}:
         pointer = pointer["pointer"] if type(pointer["batches"]) is int else None
@@ -368,7 +360,7 @@ _FORMS = {
 
 def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     """Return the weights of a training state, and its other entries."""
-    container = _container(contents)
+    container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
     if container is not None:
         expected = CONTAINERS[container]
         unknown = [name for name in contents if name not in expected and name != container]
@@ -406,22 +398,12 @@ def _check_entries(contents: Mapping[str, Any], types: Mapping[str, tuple[type, 
             )
 
 
-def _container(contents: Mapping[str, Any]) -> str | None:
-    return next((name for name in CONTAINERS if isinstance(contents.get(name), Mapping)), None)
-
-
-def _unwrapped_name(key: str) -> str:
-    return ".".join(segment for segment in key.split(".") if segment not in WRAPPERS)
-
-
 def _row(name: str) -> Row:
-    fitting = [
-        row
-        for row in TABLE
-        if (name.startswith(row.prefix) if row.prefix.endswith(".") else name == row.prefix)
-        or not row.prefix
-    ]
-    return max(fitting, key=lambda row: len(row.prefix))
+    def matches(row: Row) -> bool:
+        is_start = not row.prefix or row.prefix.endswith(".")
+        return name.startswith(row.prefix) if is_start else name == row.prefix
+
+    return max(filter(matches, TABLE), key=lambda row: len(row.prefix))
 
 
 _FATES = {
@@ -429,8 +411,8 @@ _FATES = {
     "bank pointer": "dropped: where the bank would go on",
     "bank ids": "dropped: which samples the bank holds, and since when",
     "bank ages": "dropped: which samples the bank holds, and since when",
-    "bank features": "prototypes: L2-normalised class sums",
-    "bank labels": "prototypes: L2-normalised class sums",
+    "bank features": "prototypes: L2-normalized class sums",
+    "bank labels": "prototypes: L2-normalized class sums",
     "class weights": "fc.weight",
     "class biases": "fc.bias",
 }
@@ -444,29 +426,29 @@ def _fate(part: str, name: str, encoder: str) -> str:
     return name if part.endswith("backbone") else f"proj.{name}"
 
 
-_TELL = (
+_REMEDY = (
     "give the number of classes that the model was trained on (--num-classes, or num_classes in "
     "pretrained_cfg_overlay)"
 )
 
 
 def _prototypes(
-    parts: Mapping[str, Any], told_classes: int | None
+    parts: Mapping[str, Any], given_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the bank's L2-normalised class sums, (C, D), and the classes without an entry."""
+    """Return the bank's L2-normalized class sums, (C, D), and the classes without an entry."""
     features, labels = parts["bank features"][""], parts["bank labels"][""]
-    num_classes = 1000 if told_classes is None else told_classes
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
+    num_classes = 1000 if given_classes is None else given_classes
+    low, high = (int(label) for label in labels.aminmax())
+    if high >= num_classes:
         raise CheckpointError(
-            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_TELL}"
+            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_REMEDY}"
         )
     counts = torch.bincount(labels, minlength=num_classes)
     absent = tuple((counts == 0).nonzero().flatten().tolist())
-    if told_classes is None and len(absent) > num_classes / 2:
+    if given_classes is None and len(absent) > num_classes / 2:
         raise CheckpointError(
             f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
-            f"{_TELL}"
+            f"{_REMEDY}"
         )
     if num_classes * features.shape[1] > 1 << 28:
         raise CheckpointError(f"{num_classes} classes are too many for {features.shape[1]} numbers")
@@ -475,14 +457,10 @@ def _prototypes(
     return prototypes, absent
 
 
-def _bottleneck(projector: Mapping[str, Tensor]) -> int:
-    """Return the index of the last layer."""
-    return max(int(key.split(".")[0]) for key in projector)
-
-
-def _check_projector(projector: Mapping[str, Tensor]) -> None:
+def _check_projector(projector: Mapping[str, Tensor]) -> int:
+    """Require a complete projector; return its width, 0 without one."""
     if not projector:
-        return
+        return 0
     layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
     if len(layers) > 100:
         raise CheckpointError(f"its projector has {len(layers)} layers; it is another network's")
@@ -495,21 +473,18 @@ def _check_projector(projector: Mapping[str, Tensor]) -> None:
     with torch.device("meta"):
         expected = Projector(first.shape[1], len(layers) - 1, last.shape[1], last.shape[0])
     _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
+    return last.shape[0]
 
 
-def _check_classifier(
-    weights: Tensor | None, biases: Tensor | None, projector: Mapping[str, Tensor]
-) -> None:
+def _check_classifier(weights: Tensor | None, biases: Tensor | None, width: int) -> None:
     if weights is not None and (weights.ndim != 2 or not len(weights)):
         raise CheckpointError(f"its class weights are {tuple(weights.shape)}; expected (C, D)")
     if biases is not None and (weights is None or biases.shape != weights.shape[:1]):
         raise CheckpointError(f"its class biases, {tuple(biases.shape)}, do not match its weights")
-    if weights is not None and projector:
-        width = projector[f"{_bottleneck(projector)}.weight"].shape[0]
-        if weights.shape[1] != width:
-            raise CheckpointError(
-                f"its class weights, {tuple(weights.shape)}, do not fit embeddings of {width}"
-            )
+    if weights is not None and width not in (0, weights.shape[1]):
+        raise CheckpointError(
+            f"its class weights, {tuple(weights.shape)}, do not match embeddings of {width}"
+        )
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
@@ -525,8 +500,8 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
     """Describe the first difference between the tensors of two states; empty if there is none.
 
     Args:
-        state: What was found.
-        expected: What it must match in keys, in shapes, and in whether its values are floats.
+        state: The state found.
+        expected: The state to match in keys, shapes, and whether values are floats.
         exact: Require the same types, too.
     """
     missing = [key for key in expected if key not in state]
@@ -549,11 +524,7 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
 
 
 def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Require finite values.
-
-    Raises:
-        CheckpointError: A tensor has others.
-    """
+    """Raise CheckpointError unless all values of all tensors are finite."""
     for part, state in parts.items():
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -573,7 +544,7 @@ def _some(keys: list[str]) -> str:
     return f"{len(keys)} ({shown})" if keys else "0"
 
 
-def load(path: Path | str) -> Mapping[str, Any]:
+def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
     """Read a file's contents: a state dict or a training state, on the CPU.
 
     Tensors stay in the file until they are used, where its format allows that.

@@ -62,19 +62,19 @@ def require_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return L2-normalised class means, the prototypes of t-ReX Eq. 2.
+def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return L2-normalized class means, the prototypes of t-ReX Eq. 2.
 
     Args:
-        features: Embeddings, (Q, D), not normalised.
+        embeddings: (Q, D), not normalized.
         labels: (Q,).
         num_classes: C.
 
     Returns:
         (C, D); zero for a class without entries.
     """
-    sums = features.new_zeros(num_classes, features.shape[1])
-    sums.index_add_(0, labels, features)
+    sums = embeddings.new_zeros(num_classes, embeddings.shape[1])
+    sums.index_add_(0, labels, embeddings)
     return F.normalize(sums, dim=1)  # the sum and the mean share a direction
 
 
@@ -90,9 +90,9 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
 class Projector(nn.Sequential):
     """MLP head g that training throws away: t-ReX (arXiv 2206.15369) section 3.1.
 
-    L2-normalises its input, then applies ``hidden_layers`` times
+    L2-normalizes its input, then applies ``hidden_layers`` times
     [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck). Maps
-    features, (B, in_dim), to embeddings, (B, D), which are not normalised. In train mode
+    features, (B, in_dim), to embeddings, (B, D), which are not normalized. In train mode
     BatchNorm needs B of at least 2.
 
         projector = Projector(backbone.num_features)

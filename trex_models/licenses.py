@@ -13,16 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trex_models import checkpoints, manifest, naver, weights
-from trex_models.checkpoints import CheckpointError
-from trex_models.manifest import Manifest, WeightsError
+from trex_models import naver, weights
+from trex_models.checkpoints import CheckpointError, load_checkpoint, sort
+from trex_models.manifest import WeightsError, load_manifest, sha256
 
-_NAMES = {file for files in naver.FILES.values() for file in files}
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
 _logger = logging.getLogger(__name__)
 
 
-def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> str:
+def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, form: str = "") -> str:
     """Return the license of weights, such as cc-by-nc-sa-4.0; empty if nothing states it.
 
     NAVER's files are recognized by name, by the layout of their training states, and by SHA-256
@@ -32,37 +31,31 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None) -> 
 
     Args:
         path: The file, or a timm folder; None for weights in memory.
-        contents: What `checkpoints.load` returned for it, if it was read already.
+        contents: What `checkpoints.load_checkpoint` returned, if the file was read already.
+        form: The form of the contents, if they were sorted already.
 
     Raises:
         WeightsError: The manifest, or a record in the cache, is damaged.
     """
     if path is not None and path.is_dir():
         path = path / "model.safetensors"
-    if path is not None and path.name in _NAMES:
+    if path is not None and path.name in naver.ALL_FILES:
         return naver.LICENSE
-    form = "model"
-    with suppress(CheckpointError):  # weights of another kind
-        contents = checkpoints.load(path) if contents is None and path is not None else contents
-        form = checkpoints.sort(contents or {}).form
+    if not form:
+        with suppress(CheckpointError):  # weights of another kind
+            if contents is None and path is not None:
+                contents = load_checkpoint(path)
+            form = sort(contents or {}).form
     if form == "official":
         return naver.LICENSE
     if contents is not None and form == "trainer":
         return _chosen(contents.get("config", {}).get("license"), contents.get("inherited_license"))
     if path is None or not path.is_file():
         return ""
-    if manifest.sha256(path) in naver.known(weights.cache_folder(), _listed()):
+    published = load_manifest(missing_ok=True)  # a maintainer has none before the first model
+    if sha256(path) in naver.known_hashes(weights.cache_folder(), published):
         return naver.LICENSE
     return _stated(path)
-
-
-def _listed() -> Manifest:
-    try:
-        return manifest.load()
-    except WeightsError as error:
-        if isinstance(error.__cause__, FileNotFoundError):  # a maintainer's, before the first model
-            return Manifest()
-        raise
 
 
 def _stated(path: Path) -> str:
@@ -101,11 +94,7 @@ def describe(path: Path, architecture: str) -> str:
 
 
 def resolve_license(chosen: str, inherited: str) -> str:
-    """Return the license of weights that were trained from other weights.
-
-    Args:
-        chosen: The owner's choice; empty for none.
-        inherited: License of the weights that the run started from; empty for none.
+    """Return the license of weights trained from others: the owner's choice, or the inherited one.
 
     Raises:
         ValueError: The owner chose another license than NAVER's for weights derived from NAVER's.

@@ -1,6 +1,6 @@
-"""The manifest: which weights are published where, at which revision, with which SHA-256.
+"""Manifest of the published weights: repository, revision and SHA-256.
 
-manifest.json stands in the package; the maintainers' tools write it. The environment variable
+manifest.json is in the package; the maintainers' tools write it. The environment variable
 TREX_MODELS_MANIFEST names another one, for mirrors and tests.
 """
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trex_models.files import write_whole
+from trex_models.atomic import write_whole
 
 PACKAGED = Path(__file__).with_name("manifest.json")
 
 
 class WeightsError(RuntimeError):
-    """Weights cannot be had, or are not the ones they should be; the message says what to do."""
+    """Weights are not available, or not the expected ones; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Published:
     """A model's folder on the Hub."""
 
     repository: str
-    """Organisation and name."""
+    """Organization and name."""
     revision: str
     """The commit, 40 hexadecimal digits."""
     sha256: str
-    """Of model.safetensors."""
+    """SHA-256 of model.safetensors."""
     outputs: tuple[float, ...] = ()
     """First outputs for the fixed input of ``python -m hub verify``."""
 
@@ -60,16 +60,24 @@ class Manifest:
     """SHA-256 of NAVER's files, by name, as the first maintainer who fetched them found it."""
 
 
-def load(path: Path | None = None) -> Manifest:
+def manifest_path() -> Path:
+    """Return the path of the manifest: TREX_MODELS_MANIFEST, or the package's own."""
+    return Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED).expanduser()
+
+
+def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Manifest:
     """Read a manifest.
 
     Args:
-        path: The file; None for TREX_MODELS_MANIFEST, or the package's own.
+        path: The file; `manifest_path` by default.
+        missing_ok: Return an empty manifest if there is no file.
 
     Raises:
         WeightsError: It is missing or malformed.
     """
-    path = path or Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED).expanduser()
+    path = path or manifest_path()
+    if missing_ok and not path.exists():
+        return Manifest()
     try:
         contents: dict[str, Any] = json.loads(path.read_text())
         models = {name: Published(**entry) for name, entry in contents["models"].items()}
@@ -81,7 +89,7 @@ def load(path: Path | None = None) -> Manifest:
         ) from error
 
 
-def save(manifest: Manifest, path: Path) -> None:
+def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest."""
     write_whole(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
 

@@ -1,11 +1,11 @@
 """NAVER's own files of the weights: downloaded once, converted once, kept in a cache.
 
 CACHE/naver/trex.safetensors   the converted weights, complete with the head where there is one
-CACHE/naver/trex.json          where they came from, and the SHA-256 of both files
-CACHE/naver/trex.pth           optional: a file placed there by hand is taken, not downloaded
+CACHE/naver/trex.json          their origin, and the SHA-256 of both files
+CACHE/naver/trex.pth           optional: a file placed there by hand is used, not downloaded
 
-NAVER publishes no hashes: a file must hold exactly the keys, shapes and types that it should, with
-finite values, and its SHA-256 is recorded when it is first used. A later change is refused.
+NAVER publishes no hashes: a file must hold exactly the expected keys, shapes and types, with finite
+values, and its SHA-256 is recorded when it is first used. A later change is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
 from trex_models import checkpoints
-from trex_models.files import open_new, replacing, write_safetensors, write_whole
+from trex_models.atomic import open_new, replacing, write_safetensors, write_whole
 from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
 
 LICENSE = "cc-by-nc-sa-4.0"
@@ -52,6 +52,7 @@ FILES = {
     "trex_resnet50_cls.in1k_r2": ("trex_2_checkpoint_full.pth",),
     "trexstar_resnet50_cls.in1k_r2": ("trexstar_2_checkpoint_full.pth",),
 }
+ALL_FILES = tuple(dict.fromkeys(file for files in FILES.values() for file in files))
 
 _logger = logging.getLogger(__name__)
 
@@ -76,62 +77,40 @@ def _base() -> SplitResult:
 
 
 def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
-    """Return the converted weights of a model if the cache has them.
-
-    Args:
-        name: Model and tag.
-        cache: The cache's folder.
-        manifest: SHA-256 of files that are known.
+    """Return the converted weights of a model, ``name.tag``, if the cache has them.
 
     Raises:
-        WeightsError: They are not what was once written there.
+        WeightsError: They have changed since they were written.
     """
     for file in FILES[name]:
         weights, record = _places(file, cache)
         if weights.exists() and record.exists():
             _check_known(file, _recorded(record, "sha256"), manifest)
-            check_sha256(
-                weights,
-                _recorded(record, "converted_sha256"),
-                f"{record}; delete both, and they will be made again",
-            )
+            source = f"{record}; delete both, and they will be made again"
+            check_sha256(weights, _recorded(record, "converted_sha256"), source)
             return weights
     return None
 
 
-def known(cache: Path, manifest: Manifest) -> set[str]:
-    """Return the SHA-256 of NAVER's files and of what was made of them, as far as they are known.
-
-    Args:
-        cache: The cache's folder.
-        manifest: SHA-256 of files that are known.
+def known_hashes(cache: Path, manifest: Manifest) -> set[str]:
+    """Return the SHA-256 of NAVER's files and of their conversions that are known.
 
     Raises:
         WeightsError: A record in the cache is damaged.
     """
     records = sorted((cache / "naver").glob("*.json"))
-    fields = ("sha256", "converted_sha256")
-    first_used = {_recorded(record, name) for record in records for name in fields}
-    published = {entry.sha256 for entry in manifest.models.values()}
-    return first_used | published | set(manifest.naver.values())
+    first_used = {_recorded(r, name) for r in records for name in ("sha256", "converted_sha256")}
+    return first_used | {m.sha256 for m in manifest.models.values()} | {*manifest.naver.values()}
 
 
 def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
-    """Convert a file of NAVER's into the cache, placed by hand or downloaded.
+    """Convert a file of NAVER's, placed by hand or downloaded, into the cache; return the result.
 
-    Safe among processes: the first converts, the others wait and take what it made.
-
-    Args:
-        name: Model and tag.
-        cache: The cache's folder.
-        manifest: SHA-256 of files that are known.
-
-    Returns:
-        The converted weights.
+    Safe among processes: the first converts, the others wait and use the result.
 
     Raises:
         CheckpointError: The file is damaged, unsafe or another one.
-        WeightsError: It cannot be had, or its SHA-256 is not the recorded one.
+        WeightsError: It is not available, or its SHA-256 is not the recorded one.
     """
     folder = cache / "naver"
     placed = [file for file in FILES[name] if (folder / file).exists()]
@@ -145,9 +124,8 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
             for left in folder.glob(f".{Path(file).stem}.*"):  # of killed processes
                 if left.suffix in (".part", ".tmp"):
                     left.unlink()
-            made = cached(name, cache, manifest)
-            if made is not None:
-                return made
+            if found := cached(name, cache, manifest):
+                return found
             if placed:
                 return _convert(original, file, cache, manifest)
             part = folder / f".{file}.part"
@@ -172,8 +150,8 @@ def download(file: str, path: Path) -> None:
     """Download one of NAVER's files with progress; resume where a connection broke.
 
     Args:
-        file: NAVER's name.
-        path: Where to write; what is there is replaced, and a link not followed.
+        file: NAVER's name of it.
+        path: File to write; replaced if it exists, and a link is not followed.
 
     Raises:
         WeightsError: The file is not available, or larger than it can be.
@@ -296,13 +274,8 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_whole(record, json.dumps(facts, indent=2) + "\n")
-    _logger.warning(
-        "converted %s (SHA-256 %s, %s) to %s",
-        file,
-        digest,
-        "as the manifest says" if file in manifest.naver else "recorded at first use",
-        weights,
-    )
+    origin = "as the manifest says" if file in manifest.naver else "recorded at first use"
+    _logger.warning("converted %s (SHA-256 %s, %s) to %s", file, digest, origin, weights)
     return weights
 
 
@@ -316,11 +289,7 @@ def _check_known(file: str, digest: str, manifest: Manifest) -> None:
 
 
 def check_contents(checkpoint: checkpoints.Checkpoint, file: str) -> None:
-    """Require of one of NAVER's files what its name promises.
-
-    Raises:
-        CheckpointError: It is another one.
-    """
+    """Raise CheckpointError unless one of NAVER's files has the parts that its name promises."""
     wanted = None
     if "full" in file:
         wanted = 1 if file.startswith("trexstar") else 3

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from trex_models import cli
-from trex_models.files import replacing
+from trex_models.atomic import replacing
 from trex_models.train.config import flatten
 
 FORMATS = ("png", "svg", "pdf")

@@ -360,7 +360,7 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     """
     contents: Any = cfg.state_dict
     if contents is None:
-        contents = checkpoints.load(str(cfg.file))
+        contents = checkpoints.load_checkpoint(str(cfg.file))
     # Below 0 where timm's train.py is given a file: the head is to be new.
     told = overlay.get("num_classes") if cfg.num_classes > 0 else 0
     try:
@@ -369,7 +369,8 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
         raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
     if cfg.num_classes and checkpoint.class_weights is not None:
         overlay["num_classes"] = len(checkpoint.class_weights)
-    found = licenses.license_of(Path(cfg.file) if cfg.file else None, contents)
+    path = Path(cfg.file) if cfg.file else None
+    found = licenses.license_of(path, contents, checkpoint.form)
     if found == naver.LICENSE:
         licenses.notice()
         overlay["license"] = found

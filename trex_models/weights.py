@@ -1,12 +1,12 @@
-"""Where ``pretrained=True`` finds its file, by name.
+"""Find the file of ``pretrained=True``, by name.
 
 1. The cache: the Hub's own, or NAVER's file converted earlier.
 2. The Hub: models that the manifest lists, at its revision.
 3. NAVER's file: downloaded, converted, cached.
 
-Whatever the source, the file's SHA-256 is checked each time. Under HF_HUB_OFFLINE nothing is asked
-of the network: what is left is 1, and of 3 a file placed by hand.
-What timm is told explicitly (a file, a state dict, hf-hub:, local-dir:) does not come here.
+The file's SHA-256 is checked each time. Under HF_HUB_OFFLINE the network is not used: 1 remains,
+and of 3 a file placed by hand. Explicit sources (file, state_dict, hf-hub:, local-dir:) bypass
+this module.
 """
 
 from __future__ import annotations
@@ -28,25 +28,23 @@ from trex_models import manifest, naver
 from trex_models.checkpoints import CheckpointError
 from trex_models.manifest import Manifest, Published, WeightsError, without_credentials
 
+_FILE = "model.safetensors"
 _logger = logging.getLogger(__name__)
 
 
 def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
-    """Return a verified file of a model's weights, from wherever they can be had.
+    """Return a verified safetensors file of a model's weights, or of a model that contains it.
 
     Args:
         name: Model and tag, such as trex_resnet50.in1k.
-        cache_dir: The Hub's cache and ours; None for the default ones.
-
-    Returns:
-        A safetensors file, of the model or of one that contains it.
+        cache_dir: Folder of the Hub's cache and ours; None for the default ones.
 
     Raises:
-        WeightsError: They cannot be had, or are not the ones they should be.
+        WeightsError: They are not available, or not the expected ones.
     """
     if name not in naver.FILES:
         raise WeightsError(f"no weights are known for {name!r}, only for {', '.join(naver.FILES)}")
-    published = manifest.load()
+    published = manifest.load_manifest()
     entry = published.models.get(name)
     cache = cache_folder(cache_dir)
     try:
@@ -62,18 +60,18 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
-    """Return our cache's folder: TREX_MODELS_CACHE, or one beside the Hub's own cache."""
-    if cache_dir is not None:
-        return Path(cache_dir) / "trex_models"
-    told = os.environ.get("TREX_MODELS_CACHE")
-    return Path(told).expanduser() if told else Path(constants.HF_HOME) / "trex_models"
+    """Return our cache's folder: TREX_MODELS_CACHE, or one next to the Hub's own cache."""
+    chosen = os.environ.get("TREX_MODELS_CACHE")
+    if cache_dir is None and chosen:
+        return Path(chosen).expanduser()
+    return Path(cache_dir or constants.HF_HOME) / "trex_models"
 
 
 def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path | None:
     if entry is None:
         return None
     found = try_to_load_from_cache(
-        entry.repository, "model.safetensors", cache_dir=cache_dir, revision=entry.revision
+        entry.repository, _FILE, cache_dir=cache_dir, revision=entry.revision
     )
     return _verified(Path(found), entry) if isinstance(found, str) else None
 
@@ -88,19 +86,16 @@ def _verified(path: Path, entry: Published) -> Path:
 def _from_hub(name: str, entry: Published | None, cache_dir: Path | str | None) -> Path | None:
     if entry is None or constants.HF_HUB_OFFLINE:
         return None
-    file = "model.safetensors"
+    repository, revision = entry.repository, entry.revision
     try:
         # Asked once: hf_hub_download tries for 23 seconds, or minutes where nothing answers.
-        get_hf_file_metadata(hf_hub_url(entry.repository, file, revision=entry.revision))
-        found = hf_hub_download(
-            entry.repository, file, revision=entry.revision, cache_dir=cache_dir
-        )
+        get_hf_file_metadata(hf_hub_url(repository, _FILE, revision=revision))
+        found = hf_hub_download(repository, _FILE, revision=revision, cache_dir=cache_dir)
     except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
+        reason = without_credentials(str(error).partition("\n")[0])
         _logger.warning(
             "%s is not available from the Hub (%s: %s); trying NAVER's file",
-            name,
-            type(error).__name__,
-            without_credentials(str(error).partition("\n")[0]),
+            *(name, type(error).__name__, reason),
         )
         return None
     blob = Path(found).resolve()
@@ -127,6 +122,6 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
             f"  - place {naver.url(file)} at {cache / 'naver' / file}; it is converted once\n"
             f"  - copy {cache / 'naver'} here from a machine where this works\n"
             f"  - pretrained_cfg_overlay=dict(file={file!r}), with the path of your copy\n"
-            f"  - in a checkout: python -m convert naver {file} OUT, then "
+            f"  - in a checkout: python -m convert naver {file} --output OUT, then "
             f'create_model("local-dir:OUT/{name}", pretrained=True)'
         ) from error

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from trex_models.atomic import write_whole
 from trex_models.data.fractals import Fractal, draw_fractal
-from trex_models.files import write_whole
 
 Part = Iterator[tuple[str, np.ndarray]]
 """Names of classes and images."""

@@ -30,7 +30,7 @@ from benchmarks.study.claims import (
 )
 from benchmarks.study.images import TITLES
 from benchmarks.study.runs import TRAINING_TASK
-from trex_models.files import replacing
+from trex_models.atomic import replacing
 from trex_models.transfer.canvas import (
     GREY,
     PALETTE,

@@ -25,9 +25,9 @@ import torch
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
 from benchmarks.study.images import REAL_SETS, TITLES
-from trex_models.data.folder import FolderSource
+from trex_models.atomic import append, write_whole
+from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.features import extract_features
-from trex_models.files import append, write_whole
 
 TRAINING_TASK = "task"
 _SEEDS = 2  # of the evaluation's validation splits

@@ -1,30 +1,33 @@
-"""Images: sources, decoding, the crop law, photometric augmentation, loading.
+"""Images: sources, decoding, multi-crop, photometric augmentation, loading.
 
 The names below are stable; docs/library.md shows their use.
 """
 
 from trex_models.data.centre_crops import CentreCrop
-from trex_models.data.csv_file import CsvSource
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
+from trex_models.data.image_files import CsvSource, FolderSource
 from trex_models.data.loading import load_batches
 from trex_models.data.multicrop import (
     TREX_CROPS,
     Batch,
     CropSpec,
     EpochSampler,
+    MultiCrop,
     MultiCropDataset,
     augment,
 )
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, PhotometricLaw
+from trex_models.data.photometric import (
+    GLOBAL_AUGMENTATION,
+    LOCAL_AUGMENTATION,
+    PhotometricAugmentation,
+)
 from trex_models.data.sources import ArraySource, Source
-from trex_models.data.transform import MultiCrop
 
 __all__ = [
-    "GLOBAL_LAW",
-    "LOCAL_LAW",
+    "GLOBAL_AUGMENTATION",
+    "LOCAL_AUGMENTATION",
     "TREX_CROPS",
     "ArraySource",
     "Batch",
@@ -37,7 +40,7 @@ __all__ = [
     "HuggingFaceSource",
     "MultiCrop",
     "MultiCropDataset",
-    "PhotometricLaw",
+    "PhotometricAugmentation",
     "Source",
     "UnreadableImageError",
     "augment",

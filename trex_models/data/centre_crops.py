@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from trex_models.data import photometric
-from trex_models.data.crops import resize
 from trex_models.data.decode import UnreadableImageError
+from trex_models.data.multicrop import resize
 from trex_models.data.sources import Source
 
 _INTERPOLATIONS = ("bilinear", "bicubic")

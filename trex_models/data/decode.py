@@ -68,7 +68,7 @@ _TURNS = {  # by EXIF orientation; 1 is upright
 
 
 class UnreadableImageError(ValueError):
-    """An image is missing or torn, or its format or range of values is not known."""
+    """An image is missing or damaged, or its format or range of values is unknown."""
 
 
 def quoted(name: str) -> str:
@@ -79,12 +79,7 @@ def quoted(name: str) -> str:
 
 
 def unreadable(name: str, reason: object) -> UnreadableImageError:
-    """Return the error for an image, in one line.
-
-    Args:
-        name: What to call the image.
-        reason: What was raised, or a phrase.
-    """
+    """Return the error of an image, in one line, by what was raised or a phrase."""
     if isinstance(reason, UnidentifiedImageError):  # its text names a file object
         reason = "unknown format, or one that the installed Pillow cannot decode"
     elif isinstance(reason, OSError) and reason.strerror:  # its text repeats the path
@@ -104,7 +99,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """Decode an image file.
 
     Args:
-        path: A file in one of ``FORMATS``, whatever its ending.
+        path: File in one of ``FORMATS``, whatever its ending.
 
     Returns:
         (H, W, 3) uint8 RGB, as `decode_image` returns it.
@@ -138,12 +133,12 @@ def _open_nonblocking(path: str, flags: int) -> int:
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """Decode the content of an image file.
 
-    The pixels are converted as by ``rgb_pixels``. Of several frames the first one counts. Metadata
-    that cannot be read are ignored.
+    The pixels are converted as by ``rgb_pixels``. Only the first of several frames is decoded.
+    Metadata that cannot be read are ignored.
 
     Args:
         data: Content of a file in one of ``FORMATS``.
-        name: What to call the image in messages.
+        name: Name of the image in messages.
 
     Returns:
         (H, W, 3) uint8 RGB, writeable and contiguous.
@@ -156,9 +151,9 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
             # What is not quite in order, CMYK, or too large is left to Pillow.
             with suppress(ValueError, IndexError):
-                height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+                height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
                 limit = Image.MAX_IMAGE_PIXELS
-                if colours in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
+                if colors in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
                     return _upright(simplejpeg.decode_jpeg(data), _jpeg_orientation(data))
         return _with_pillow(rgb_pixels, data)
     except MemoryError:
@@ -233,10 +228,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError(f"values from {values.min()} to {values.max()} exceed 16 bits")
-        grey = (values >> 8).astype(np.uint8)
+        gray = (values >> 8).astype(np.uint8)
         if "transparency" in image.info:
-            grey[values == image.info["transparency"]] = 0xFF
-        return np.repeat(grey[:, :, None], 3, axis=2)
+            gray[values == image.info["transparency"]] = 0xFF
+        return np.repeat(gray[:, :, None], 3, axis=2)
     if image.has_transparency_data:
         above = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")

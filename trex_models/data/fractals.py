@@ -1,10 +1,10 @@
-"""Fractals as labelled images: a training task of any size that needs no files.
+"""Fractals as labeled images: a training task of any size that needs no files.
 
 A class is an iterated function system, an instance one rendering of it under perturbation. The
 idea is FractalDB's (Kataoka et al., "Pre-training without Natural Images", ACCV 2020). Sampling
 the maps by their singular values, so that every map contracts by a chosen amount, and giving each
-instance its own colours and background follow Anderson and Farrell ("Improving Fractal
-Pre-training", WACV 2022). Colouring along the orbit is that of fractal flames (Draves, 2003).
+instance its own colors and background follow Anderson and Farrell ("Improving Fractal
+Pre-training", WACV 2022). Coloring along the orbit is that of fractal flames (Draves, 2003).
 
 Shapes: N maps, W words (compositions of maps), P points, S image side in pixels.
 """
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trex_models.data.sources import digest
+from trex_models.data.sources import digest, require_positive
 
 _SYSTEM, _INSTANCE, _INDIVIDUAL = 0, 1, 2  # separate random streams
 _WORD_LENGTH = 5
@@ -41,11 +41,11 @@ class _System(NamedTuple):
 class FractalSource:
     """Fractal images by index, computed when read.
 
-    An image depends on seed, class number, image number, size and variation alone, so sources that
+    An image depends on seed, class number, image number, size and variation only: sources that
     differ in `first_class` hold disjoint classes, and sources that differ in `first_image` by
     `images_per_class` or more hold disjoint images of the same classes. The first
-    `images_per_class` indices are class 0, the next class 1, and so on. Colours and background
-    are drawn for each image and say nothing about its class.
+    `images_per_class` indices are class 0, the next class 1, and so on. Colors and background
+    are drawn for each image, independent of its class.
 
     Args:
         num_classes: Number of classes.
@@ -54,11 +54,11 @@ class FractalSource:
         seed: Seed of everything; non-negative.
         first_class: Number of the class with label 0.
         first_image: Number of each class's first image.
-        variation: How far the images of a class differ in shape and turn; 0 leaves their place,
-            scale, mirroring and colours to differ, and more than 1 is harder to learn.
+        variation: Difference in shape and turn between the images of a class; at 0 they differ in
+            place, scale, mirroring and colors only, above 1 they are harder to learn.
 
     Raises:
-        ValueError: If a count or the size is not positive, or another argument is negative.
+        ValueError: A count or the size is not positive, or another argument is negative.
     """
 
     def __init__(
@@ -71,10 +71,7 @@ class FractalSource:
         first_image: int = 0,
         variation: float = 1.0,
     ) -> None:
-        positive = {"num_classes": num_classes, "images_per_class": images_per_class, "size": size}
-        for argument, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, not {value}")
+        require_positive(num_classes=num_classes, images_per_class=images_per_class, size=size)
         natural = {"seed": seed, "first_class": first_class, "first_image": first_image}
         for argument, value in natural.items():
             if value < 0:
@@ -117,12 +114,12 @@ class FractalSource:
 
 
 class Fractal(NamedTuple):
-    """An image, and what was drawn for it that does not depend on its class."""
+    """An image, and its attributes that do not depend on its class."""
 
     image: np.ndarray
     """(S, S, 3) uint8 RGB."""
     turn: float
-    """How far the shape is turned, in radians, before it may be mirrored."""
+    """Rotation of the shape in radians, before mirroring."""
     mirrored: bool
     """Whether left and right are exchanged."""
     color: tuple[float, float, float]
@@ -142,14 +139,14 @@ def draw_fractal(
     """Draw one image of a class: what ``FractalSource`` reads, or one whose pose is given.
 
     Args:
-        class_number: Which class; non-negative.
-        image_number: Which image of the class, or of the individual; non-negative.
+        class_number: Number of the class; non-negative.
+        image_number: Number of the image in its class, or of the individual; non-negative.
         size: S.
         seed: Seed of everything.
-        variation: As of ``FractalSource``.
-        turn: Radians, in place of a turn that is drawn.
-        individual: One variant of the class's shape, drawn by ``variation``; its images differ in
-            shape from one another by a fifth of that. None: each image has a shape of its own.
+        variation: As for ``FractalSource``.
+        turn: Rotation in radians; drawn by default.
+        individual: Number of a variant of the class's shape, whose images differ in shape by a
+            fifth of ``variation``. By default each image has a shape of its own.
     """
     system = _system(seed, class_number)
     key: tuple[int, ...] = (_INSTANCE, seed, class_number, image_number)
@@ -166,7 +163,7 @@ def draw_fractal(
 
 @lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit what is filled
 def _system(seed: int, class_number: int) -> _System:
-    """Draw a class's system: the first of its random stream that is worth looking at."""
+    """Draw a class's system: the first of its random stream that is rich."""
     rng = np.random.default_rng((_SYSTEM, seed, class_number, 0))
     while True:
         system = _draw_system(rng)
@@ -256,13 +253,9 @@ class _Attractor(NamedTuple):
 def _attractor(
     system: _System, num_points: int, map_tones: np.ndarray, rng: np.random.Generator
 ) -> _Attractor:
-    """Sample a system's attractor.
+    """Draw about ``num_points`` samples of a system's attractor.
 
-    Args:
-        system: The iterated function system.
-        num_points: About how many samples.
-        map_tones: (N,), the tone in [0, 1] towards which each map pulls its points.
-        rng: Source of randomness.
+    ``map_tones``, (N,) in [0, 1], are the tones towards which the maps pull their points.
     """
     linear, shift, probability = _affine(system)
     cumulative = probability.cumsum()
@@ -293,7 +286,7 @@ def _attractor(
 
 
 def _is_rich(system: _System, rng: np.random.Generator) -> bool:
-    """Say whether a system draws a shape, and no dust, stick or full blob.
+    """Return whether a system draws a shape, and no dust, stick or full blob.
 
     It is bounded in any case: every map contracts, by its largest singular value.
     """
@@ -312,7 +305,7 @@ def _is_rich(system: _System, rng: np.random.Generator) -> bool:
 
 
 def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> Fractal:
-    """Draw a system, turned and perhaps mirrored, in random colours on a random background."""
+    """Draw a system, turned and perhaps mirrored, in random colors on a random background."""
     num_maps = len(system.theta)
     map_tones = rng.permutation(np.arange(num_maps) / (num_maps - 1))
     attractor = _attractor(system, max(4096, 8 * size**2), map_tones, rng)
@@ -324,8 +317,8 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     # The extent without the outermost points, which lie far out for some systems.
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
-    centre = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    x, y, tone = attractor.seen(zoom * view, centre - zoom * (low + high) / 2).spread()
+    center = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
+    x, y, tone = attractor.seen(zoom * view, center - zoom * (low + high) / 2).spread()
     width = fine + 2
     column = x.clip(0, width - 1).astype(np.int32)
     row = y.clip(0, width - 1).astype(np.int32)
@@ -359,7 +352,7 @@ def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
 
 
 def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a smooth run of 256 colours around a lightness, (256, 3) in [0, 1]."""
+    """Draw a smooth run of 256 colors around a lightness, (256, 3) in [0, 1]."""
     hue = rng.random() + rng.uniform(-0.35, 0.35) * np.linspace(-1, 1, 4)
     chroma = rng.uniform(0.05, 0.6)
     phase = 2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))

@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk: what `save_to_disk` wrote, or parquet files as on the Hub."""
+"""Hugging Face datasets on disk: folders of `save_to_disk`, or parquet files as on the Hub."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 
 from trex_models.data.decode import decode_image, read_image, unreadable
-from trex_models.data.file_list import walk
+from trex_models.data.image_files import walk
 from trex_models.data.sources import digest, sorted_classes
 
 _REMEDIES = {
     "image": "images must be an Image feature or bytes: convert a column of paths with "
-    "cast_column(NAME, datasets.Image()) and save the data set again",
+    "cast_column(NAME, datasets.Image()) and save the dataset again",
     "label": "labels must be class labels, integers, text or booleans: convert the column and save "
-    "the data set again",
+    "the dataset again",
 }
 _MISSING = (None, "", -1)  # -1 is what hidden labels of test splits are on the Hub
 
 
 class HuggingFaceSource:
-    """Images of a data set on disk, in random access; the network is never used.
+    """Images of a dataset on disk, in random access; the network is never used.
 
     A folder that `save_to_disk` wrote is mapped into memory as it is. Parquet (one file, or a
     folder of files named by split, such as data/train-00000-of-00002.parquet) is first copied, all
@@ -34,19 +34,19 @@ class HuggingFaceSource:
     ~/.cache/huggingface/datasets); the next time it is opened from there.
 
     Args:
-        path: The folder or the parquet file.
-        split: Its name; may be empty if there is only one.
-        image_column: The column of images: of images' bytes, or of both bytes and path; if empty,
-            the only such column.
-        label_column: The column of labels: class labels, integers, booleans or strings; if empty,
+        path: Folder or parquet file.
+        split: Name of the split; may be empty if there is only one.
+        image_column: Column of images: of images' bytes, or of both bytes and path; if empty, the
+            only such column.
+        label_column: Column of labels: class labels, integers, booleans or strings; if empty,
             "label" or the only one of class labels.
-        classes: Class names that the labels are looked up in (a training set's). If None, the data
-            set's own: all names of class labels, otherwise the distinct values, sorted.
+        classes: Class names of the training set; by default the dataset's own: all names of class
+            labels, otherwise the distinct values, sorted.
 
     Raises:
-        ValueError: `datasets` is not installed; the data set is missing, damaged or empty; the
-            split or a column is unknown or must be named; an image has no label or one of no known
-            class, or there are fewer than 2 classes.
+        ValueError: `datasets` is not installed; the dataset is missing, damaged or empty; the split
+            or a column is unknown or must be named; an image has no label or one of no known class,
+            or there are fewer than 2 classes.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class HuggingFaceSource:
             import datasets
         except ImportError as error:
             raise ValueError(
-                "Hugging Face data sets need a package; pip install trex-models[datasets]"
+                "Hugging Face datasets need a package; pip install trex-models[datasets]"
             ) from error
         self.path = Path(path)
         rows, split = _open(self.path, split)
         self._where = f"{self.path}[{split}]" if split else str(self.path)
         if not len(rows):
-            raise ValueError(f"{self._where} has no rows; name another split or data set")
+            raise ValueError(f"{self._where} has no rows; name another split or dataset")
         self._column = _choose(
             self._where,
             rows.features,
@@ -112,7 +112,7 @@ class HuggingFaceSource:
         raise unreadable(self._name(index, path), "the row holds neither bytes nor a path")
 
     def name(self, index: int) -> str:
-        """Return data set, row and, if there is one, the name of the file it was made of."""
+        """Return dataset, row and, if there is one, the name of the file it was made of."""
         return self._name(index, self._row(index)[1])
 
     def digest(self) -> str:
@@ -144,7 +144,7 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
     import datasets
 
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a data set's folder or parquet file")
+        raise ValueError(f"{path} does not exist; name a dataset's folder or parquet file")
     files = list(walk(path)) if path.is_dir() else []  # datasets leaves out what it cannot list
     where = str(path.resolve())  # a relative one could be taken for the name of a format
     open_saved = partial(datasets.load_from_disk, keep_in_memory=False)
@@ -173,13 +173,13 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
     except Exception as error:  # pyarrow, datasets and json have many kinds
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"{path} cannot be opened as a data set ({reason}); write or fetch it again, or name "
+            f"{path} cannot be opened as a dataset ({reason}); write or fetch it again, or name "
             "one of its parquet files"
         ) from error
     if not splits:
         raise ValueError(
-            f"{path} is no data set: neither what save_to_disk writes nor a folder of parquet "
-            "files; name another folder"
+            f"{path} is no dataset: neither a folder of save_to_disk nor one of parquet files; "
+            " name another folder"
         )
     if list(splits) == [""]:
         raise ValueError(f"{path} has no splits; leave out --data.split {split}")
@@ -247,13 +247,9 @@ def _choose(
 def _labels(
     where: str, column: Any, names: Sequence[str] | None, classes: Sequence[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return classes and labels, (N,) int64.
+    """Return the classes and the labels, (N,) int64, of a pyarrow.ChunkedArray.
 
-    Args:
-        where: What messages call the column.
-        column: Its values, a pyarrow.ChunkedArray.
-        names: Names of class labels; None if the values are themselves names.
-        classes: Those to look the names up in; the column's own if None.
+    ``names`` are those of class labels; None if the values themselves are names.
     """
     import pyarrow.compute as pc
 

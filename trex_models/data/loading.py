@@ -1,4 +1,4 @@
-"""Batches from worker processes, in order, whatever happens to the workers."""
+"""Batches from worker processes, in order, whatever happens to the workers, and onto the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import islice
 from multiprocessing import parent_process
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 _MOST_DEATHS = 3
@@ -28,7 +31,7 @@ class GaveUpError(Exception):
 
 
 class BatchDataset(Protocol):
-    """A data set that makes whole batches; a batch is a function of its keys."""
+    """A dataset that makes whole batches; a batch is a function of its keys."""
 
     def __getitems__(self, keys: Sequence[Any], /) -> Any:
         """Return the batch of some samples; ValueError names one that cannot be read."""
@@ -40,10 +43,10 @@ def load_batches(
     batches: Iterable[Sequence[Any]],
     workers: int = 0,
     pin_memory: bool = False,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
     asked_to_stop: Callable[[], object] = lambda: False,
 ) -> Iterator[Any]:
-    """Yield the data set's batches in order; each holds until the next one is asked for.
+    """Yield the dataset's batches in order; each holds until the next one is asked for.
 
     When a worker process dies (the system ends one when memory runs out), loading starts again
     from the batch that was awaited: a run of days should not end for it.
@@ -52,12 +55,12 @@ def load_batches(
         for batch in load_batches(MultiCropDataset(source), sampler, workers=8): ...
 
     Args:
-        dataset: What makes a batch of keys, such as ``MultiCropDataset``.
-        batches: The keys of every batch; the same ones each time that it is iterated.
-        workers: Worker processes; 0 loads in this process.
-        pin_memory: Whether to copy the batches to page-locked memory.
-        say: Receives a line when a worker dies, or when a batch takes longer than a minute.
-        asked_to_stop: Whether to give up on a batch that takes longer than ten seconds.
+        dataset: Maker of batches, such as ``MultiCropDataset``.
+        batches: Keys of every batch; the same ones each time that it is iterated.
+        workers: Number of worker processes; 0 loads in this process.
+        pin_memory: Copy the batches to page-locked memory.
+        log: Receives a line when a worker dies, or when a batch takes longer than a minute.
+        asked_to_stop: Returns whether to give up on a batch that takes longer than ten seconds.
 
     Raises:
         GaveUpError: A batch took too long.
@@ -74,7 +77,7 @@ def load_batches(
             pin_memory=pin_memory,
             worker_init_fn=_depend_on_parent,
         )
-        watch = _Watch(say, asked_to_stop)
+        watch = _Watch(log, asked_to_stop)
         try:
             for batch in watch.timed(_started(loader)):
                 if isinstance(batch, ValueError):
@@ -83,7 +86,7 @@ def load_batches(
                 done, deaths = done + 1, 0
         except (RuntimeError, OSError, EOFError) as error:
             # A death shows as "DataLoader worker exited", as a broken connection, or in the thread
-            # that pins. What the data set itself raised, torch marks.
+            # that pins. What the dataset itself raised, torch marks.
             if not workers or str(error).startswith("Caught "):
                 raise
             if watch.gave_up:
@@ -95,7 +98,7 @@ def load_batches(
                     f"loader workers died {deaths} times over one batch ({reason}); the machine "
                     "may be short of memory (see dmesg): lower --system.workers"
                 ) from error
-            say(f"a loader worker died ({reason}); loading starts again from the awaited batch")
+            log(f"a loader worker died ({reason}); loading starts again from the awaited batch")
         else:
             return
 
@@ -118,10 +121,10 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 class _Watch(threading.Thread):
     """Watches how long workers take, from a thread: to receive from a stopped one blocks."""
 
-    def __init__(self, say: Callable[[str], object], asked_to_stop: Callable[[], object]) -> None:
+    def __init__(self, log: Callable[[str], object], asked_to_stop: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.gave_up = False
-        self._say = say
+        self._log = log
         self._asked_to_stop = asked_to_stop
         self._since = math.inf
         self._ended = threading.Event()
@@ -157,7 +160,7 @@ class _Watch(threading.Thread):
             with suppress(AttributeError, KeyError):  # the batch came, or was the last one
                 if now - since > _LONG and since != reported:
                     reported = since
-                    self._say(
+                    self._log(
                         f"no batch for {now - since:.0f} s: waiting for loader worker "
                         f"{self._awaited()}, which is stopped or reads from storage that is slow "
                         "or does not answer"
@@ -226,3 +229,25 @@ class _Rest:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors to a device; on CUDA on a stream of its own, where they are page-locked.
+
+    Their copying overlaps with all that the current stream still has to do, and what is queued
+    there from now on waits for it. The CPU waits for nothing.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    current, copying = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(copying):
+        copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+    current.wait_stream(copying)
+    for tensor in copies:
+        tensor.record_stream(current)  # its memory is not to be reused before
+    return copies
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,37 +1,45 @@
 """Multi-crop batches: uint8 crops from workers, augmented in batch on the training device.
 
-Multi-crop is SwAV's (Caron et al. 2020), the augmentations are DINO's; t-ReX section 3.1.
-A sample's randomness is a function of (seed, epoch, index) alone, so that a run does not depend
-on the number of workers or processes, or on where it was interrupted.
+Multi-crop is SwAV's (Caron et al. 2020, arXiv 2006.09882), the augmentations are DINO's; t-ReX
+(arXiv 2206.15369), section 3.1. Boxes follow torchvision's RandomResizedCrop. Resizing is
+antialiased bicubic by torch's uint8 kernel, which reads the box as a view of the decoded image,
+channels last, without a copy. A sample's randomness is a function of (seed, epoch, index) only, so
+that a run does not depend on the number of workers or processes, or on where it was interrupted.
 
-Shapes: B batch, N crops of one resolution, S their side in pixels, P photometric parameters.
+Shapes: B batch, N crops of one resolution, S their side in pixels, P photometric parameters; H, W
+height and width of an image.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from trex_models.data import photometric
-from trex_models.data.crops import cut, draw_boxes
-from trex_models.data.decode import UnreadableImageError, or_skip
+from trex_models.data.decode import UnreadableImageError, or_skip, rgb_pixels
+from trex_models.data.loading import to_device
 from trex_models.data.photometric import (
-    GLOBAL_LAW,
-    LOCAL_LAW,
+    GLOBAL_AUGMENTATION,
+    LOCAL_AUGMENTATION,
     NUM_DRAWS,
     NUM_PARAMETERS,
-    PhotometricLaw,
+    PhotometricAugmentation,
 )
 from trex_models.data.sources import Source
-from trex_models.data.transfer import to_device
 
 Key = tuple[int, int]  # (epoch, index)
+Box = tuple[int, int, int, int]
+
+_ATTEMPTS = 10
 
 _SAMPLE, _ORDER, _SUBSTITUTE = 0, 1, 2  # separate random streams
 _MOST_SUBSTITUTES = 16
@@ -45,22 +53,24 @@ class CropSpec:
         count: N, crops per image.
         size: S, pixels.
         scale: Smallest and largest share of the image's area.
-        law: Their photometric augmentation.
+        augmentation: Their photometric augmentation.
 
     Raises:
-        ValueError: ``count`` or ``size`` is below 1.
+        ValueError: ``count`` or ``size`` is below 1, or ``scale`` no positive ascending range.
     """
 
     count: int
     size: int
     scale: tuple[float, float]
-    law: PhotometricLaw
+    augmentation: PhotometricAugmentation
 
     def __post_init__(self) -> None:
         if min(self.count, self.size) < 1:
             raise ValueError(
                 f"count and size of crops must be at least 1, got {self.count} and {self.size}"
             )
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"scale must be positive and ascending, got {self.scale}")
 
     def draw(
         self,
@@ -73,44 +83,42 @@ class CropSpec:
 
         Args:
             rng: Source of the draws.
-            image: (height, width, 3) uint8 RGB.
+            image: (H, W, 3) uint8 RGB.
             out: (N, S, S, 3) uint8, written in place.
             draws: (N, NUM_DRAWS) float64, contiguous, written in place, for ``parameters``.
         """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
         rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
         for crop, box in enumerate(boxes.tolist()):
             cut(image, box, self.size, out[crop])
 
     def parameters(self, draws: NDArray[np.float64]) -> Tensor:
-        """Return the parameters of a batch's augmentation, (N * B, P) float32, crop-major.
-
-        Args:
-            draws: (B, N, NUM_DRAWS), of ``draw``.
-        """
+        """Return the parameters, (N * B, P) crop-major, of a batch's draws, (B, N, NUM_DRAWS)."""
         crop_major = draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS)
         parameters = np.empty((len(crop_major), NUM_PARAMETERS), np.float32)
-        self.law.fill(crop_major, parameters)
+        self.augmentation.fill(crop_major, parameters)
         return torch.from_numpy(parameters)
 
 
 TREX_CROPS = (
-    CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW),
-    CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW),
+    CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION),
+    CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION),
 )
 """One global crop of 224 pixels and eight local ones of 96: those of t-ReX, section 3.1."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a worker makes; its crops hold until the next batch is asked for (`load_batches`).
+    """A batch of crops, valid until the next one is requested (`load_batches`).
 
     Args:
         crops: One tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
-        parameters: One tensor per resolution, (N * B, P), of the augmentation still to be done.
-        labels: (B,).
-        ids: Which samples of the source these are, (B,).
-        unreadable: What is wrong with the samples that others stand in for, by index.
+        parameters: One tensor per resolution, (N * B, P): the augmentation still to be done.
+        labels: Class labels, (B,).
+        ids: Indices of the samples in the source, (B,).
+        unreadable: Reasons why samples were replaced by others, by index.
     """
 
     crops: list[Tensor]
@@ -133,22 +141,21 @@ class MultiCropDataset(Dataset[Batch]):
     """Cuts crops from a source, a whole batch at a time.
 
     Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. The fast way:
-    workers hand over bytes, ``augment`` finishes them on the device of training. For a data set
-    of torchvision's kind there is ``MultiCrop``.
+    workers hand over bytes, ``augment`` finishes them on the device of training. For torchvision's
+    datasets there is ``MultiCrop``.
 
         dataset = MultiCropDataset(FolderSource("images"))
         for batch in load_batches(dataset, EpochSampler(len(dataset.source), 256, epochs=100)):
             crops = augment(batch, "cuda")
 
     Args:
-        source: Labelled images.
+        source: Labeled images.
         specs: The crops, globals first.
-        seed: Of all random draws.
-        substitute: Whether another sample, a function of (seed, epoch, index), takes the place of
-            one that cannot be read.
-        live_batches: How many batches of crops a loader worker keeps in memory: it writes each
-            over the one so many before. 0 for new memory each time, of which the system takes a
-            tenth of a worker's time to make it.
+        seed: Seed of all random draws.
+        substitute: Replace a sample that cannot be read by another one, a function of (seed,
+            epoch, index).
+        live_batches: Number of batches of crops that a loader worker keeps in memory and writes
+            over in turn. 0 for new memory each time, which costs a tenth of a worker's time.
     """
 
     def __init__(
@@ -230,16 +237,16 @@ class EpochSampler(Sampler[list[Key]]):
     processes there are. The last batch of an epoch is dropped if it is not full.
 
     Args:
-        num_samples: Images in the source.
-        batch_size: Images per step, all processes together.
-        epochs: Passes over the data.
-        seed: Of the permutations.
-        rank: Of this process.
+        num_samples: Number of images in the source.
+        batch_size: Number of images per step, all processes together.
+        epochs: Number of passes over the data.
+        seed: Seed of the permutations.
+        rank: Rank of this process.
         world_size: Number of processes.
         start_step: First step to yield.
 
     Raises:
-        ValueError: A batch is larger than the data set, or does not divide among the processes,
+        ValueError: A batch is larger than the dataset, or does not divide among the processes,
             or leaves one of them a single image.
     """
 
@@ -255,7 +262,7 @@ class EpochSampler(Sampler[list[Key]]):
     ) -> None:
         if batch_size > num_samples:
             raise ValueError(
-                f"optim.batch_size {batch_size} exceeds the data set's {num_samples} images; "
+                f"optim.batch_size {batch_size} exceeds the dataset's {num_samples} images; "
                 f"take at most {num_samples}"
             )
         if batch_size % world_size:
@@ -298,16 +305,163 @@ def augment(
     """Copy a batch's crops to a device and finish their augmentation there.
 
     Args:
-        batch: From a worker.
-        device: Of training.
-        compiled: As of ``photometric.apply``.
+        batch: Batch of a worker.
+        device: Device of training.
+        compiled: Fuse the jitter's arithmetic by torch.compile, as ``photometric.apply``.
 
     Returns:
         One float32 tensor per resolution, (N * B, 3, S, S), crop-major, in channels_last format,
-        normalised by ImageNet's mean and standard deviation.
+        normalized by ImageNet's mean and standard deviation.
     """
     device = torch.device(device)
     return [
         photometric.normalize(photometric.apply(crops.permute(0, 3, 1, 2), parameters, compiled))
         for crops, parameters in zip(to_device(batch.crops, device), batch.parameters, strict=True)
     ]
+
+
+class MultiCrop:
+    """Transform of one image to all its crops, augmented and normalized, for any DataLoader.
+
+    Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. DataLoader's
+    own collation makes of them one (B, 3, S, S) a crop, which is what ``TReX`` takes:
+
+        dataset = ImageFolder("images", transform=MultiCrop(), loader=read_image)
+        for crops, labels in DataLoader(dataset, batch_size=256, shuffle=True): ...
+
+    Draws follow torch's generator, which DataLoader seeds in each worker. The same distribution as
+    ``MultiCropDataset`` with ``augment``, but each worker augments its images one by one and hands
+    over four times the bytes.
+
+    Args:
+        specs: The crops, globals first.
+    """
+
+    def __init__(self, specs: Sequence[CropSpec] = TREX_CROPS) -> None:
+        self.specs = list(specs)
+
+    def __call__(self, image: Image.Image | np.ndarray) -> list[Tensor]:
+        """Return an image's crops, (3, S, S) float32 each, normalized as ImageNet's are.
+
+        Args:
+            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (H, W, 3)
+                uint8 RGB.
+
+        Raises:
+            ValueError: An array is not of this shape and type, or the values of a PIL image have
+                no defined range (floating point, 32 bits).
+        """
+        pixels = rgb_pixels(image) if isinstance(image, Image.Image) else image
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        crops: list[Tensor] = []
+        for spec in self.specs:
+            out = torch.empty(spec.count, spec.size, spec.size, 3, dtype=torch.uint8)
+            draws = np.empty((1, spec.count, photometric.NUM_DRAWS))
+            spec.draw(rng, pixels, out, draws[0])
+            images = photometric.apply(out.permute(0, 3, 1, 2), spec.parameters(draws))
+            crops += photometric.normalize(images)
+        return crops
+
+
+def draw_boxes(
+    rng: np.random.Generator,
+    count: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> NDArray[np.int64]:
+    """Draw boxes with the distribution of torchvision's `RandomResizedCrop.get_params`.
+
+    The number of draws from `rng` does not depend on their outcome.
+
+    Args:
+        rng: Source of the draws.
+        count: Number of boxes.
+        height: H.
+        width: W.
+        scale: Least and greatest share of the image's area.
+        ratio: Least and greatest width / height of a box; log-uniform between them.
+
+    Returns:
+        Top, left, height and width of each box, (count, 4); if ten boxes in a row do not fit into
+        the image, those of the largest central box.
+    """
+    draws = rng.random((4, count, _ATTEMPTS)).tolist()
+    boxes = [
+        _first_box(attempts, height, width, scale, ratio) for attempts in zip(*draws, strict=True)
+    ]
+    return np.array(boxes, np.int64).reshape(count, 4)
+
+
+def _first_box(
+    attempts: Sequence[Sequence[float]],
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """Return the first box that fits into the image, or else the largest central one.
+
+    Plain floats: arrays of so few numbers would take ten times as long. ``attempts`` are numbers in
+    [0, 1) for area, ratio, top and left, each for every attempt.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for size, shape, down, right in zip(*attempts, strict=True):
+        # By logarithms: sides are sqrt(area / aspect) and sqrt(area * aspect).
+        area = math.log(height * width * (scale[0] + (scale[1] - scale[0]) * size))
+        aspect = log_low + (log_high - log_low) * shape
+        box_height = round(math.exp((area - aspect) / 2))
+        box_width = round(math.exp((area + aspect) / 2))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(down * (height - box_height + 1))
+            return top, int(right * (width - box_width + 1)), box_height, box_width
+    return _largest_box(height, width, ratio)
+
+
+def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """Return the largest central box of an allowed ratio."""
+    box_height, box_width = height, width
+    if width / height < ratio[0]:
+        box_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        box_width = round(height * ratio[1])
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def cut(image: NDArray[np.uint8], box: Box, size: int, out: Tensor) -> None:
+    """Resize a box of an image into `out`, seeing no pixel outside of the box.
+
+    Args:
+        image: (H, W, 3) uint8. A writeable array is read in place; of any other the box is copied,
+            since torch accepts no read-only memory.
+        box: Top, left, height and width.
+        size: S.
+        out: (S, S, 3) uint8 on the CPU, contiguous: one row of a batch, written in place.
+    """
+    top, left, height, width = box
+    if not image.flags.writeable:
+        image, top, left = image[top : top + height, left : left + width].copy(), 0, 0
+    # The batch axis goes on before the box is cut: only strides that still read as channels last
+    # give the fast kernel and the matching output (half the time).
+    patch = torch.from_numpy(image)[None, top : top + height, left : left + width]
+    out[None].permute(0, 3, 1, 2).copy_(resize(patch.permute(0, 3, 1, 2), size, size, "bicubic"))
+
+
+def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """Resize uint8 images, antialiased.
+
+    Levels are rounded after each axis, so that their order shows (0.2 levels on average). Rows go
+    first where Pillow 13 takes them first, for speed: where the height loses more than twice as
+    many pixels as the width. (Earlier Pillows never did.)
+
+    Args:
+        images: (B, 3, H, W) uint8 on the CPU; fastest in channels_last format.
+        height: Height of the result, pixels.
+        width: Width of the result, pixels.
+        mode: "bilinear" or "bicubic".
+    """
+    lost = images.shape[2] - height
+    if lost > max(0, 2 * (images.shape[3] - width)):
+        images = F.interpolate(images, (height, images.shape[3]), mode=mode, antialias=True)
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)

@@ -1,10 +1,10 @@
-"""Flip, colour jitter, greyscale, Gaussian blur and solarisation of whole batches on any device.
+"""Flip, color jitter, grayscale, Gaussian blur and solarization of whole batches on any device.
 
-The pixels follow Pillow's integer laws, so that a model sees what the usual PIL pipeline shows it:
-every blend is floored, hue turns on an 8-bit HSV grid, luma is ITU-R 601-2 in 16-bit fixed point,
-and the blur is PIL.ImageFilter.GaussianBlur's three box passes (as one matrix product per axis; PIL
-rounds after each of its passes, hence single levels of difference). The laws of the draws are those
-of torchvision's ColorJitter and RandomApply.
+The pixels follow Pillow's integer arithmetic, so that a model sees what the usual PIL pipeline
+shows it: every blend is floored, hue turns on an 8-bit HSV grid, luma is ITU-R 601-2 in 16-bit
+fixed point, and the blur is PIL.ImageFilter.GaussianBlur's three box passes (as one matrix product
+per axis; PIL rounds after each of its passes, hence single levels of difference). The draws have
+the distributions of torchvision's ColorJitter and RandomApply.
 
 Randomness is drawn on the CPU, one row of parameters per image, beside the image's crop. `apply`
 derives from the rows, on the CPU too, which images each operation touches; the device is told but
@@ -13,12 +13,12 @@ in TF32: an image comes out the same on every device and in every batch.
 
 A row holds, by column:
     FLIP        1 to mirror left and right.
-    JITTER      1 to jitter the colours.
+    JITTER      1 to jitter the colors.
     ORDER       4 columns: the jitter's parts in the order of execution, 0 brightness, 1 contrast,
                 2 saturation, 3 hue.
     FACTORS     3 columns: brightness, contrast, saturation; 1 changes nothing.
     HUE         shift in turns, in [-0.5, 0.5].
-    GREY        1 to remove the colours.
+    GRAY        1 to remove the colors.
     SIGMA       of the blur, in pixels; 0 for none.
     SOLARIZE    1 to invert the levels from THRESHOLD on.
     THRESHOLD   in levels.
@@ -44,7 +44,7 @@ JITTER = 1
 ORDER = slice(2, 6)
 FACTORS = slice(6, 9)
 HUE = 9
-GREY = 10
+GRAY = 10
 SIGMA = 11
 SOLARIZE = 12
 THRESHOLD = 13
@@ -60,32 +60,32 @@ _CPU_CHUNK = 1 << 19  # levels at a time on a CPU: float32 planes that stay in i
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotometricLaw:
-    """Random flip, colour jitter, greyscale, blur and solarisation of one kind of crop.
+class PhotometricAugmentation:
+    """Random flip, color jitter, grayscale, blur and solarization of one kind of crop.
 
     The augmentations of DINO (Caron et al. 2021, arXiv 2104.14294) by default, which t-ReX takes
     over, as Pillow and torchvision compute them; but whole batches at once, on any device:
 
-        law = PhotometricLaw(blur=0.5, solarize=0.0)
-        images = law(images, np.random.default_rng(0))
+        augmentation = PhotometricAugmentation(blur=0.5, solarize=0.0)
+        images = augmentation(images, np.random.default_rng(0))
 
     ``draw`` and ``apply`` are its halves, for drawing beside the crops and computing elsewhere.
 
     Args:
         flip: Probability of a left-right flip.
-        jitter: Probability of colour jitter.
+        jitter: Probability of color jitter.
         brightness: x of the factor's range [max(0, 1 - x), 1 + x].
-        contrast: likewise.
-        saturation: likewise.
+        contrast: x of the factor's range.
+        saturation: x of the factor's range.
         hue: x of the shift's range [-x, x], in turns.
-        grey: Probability of greyscale.
+        gray: Probability of grayscale.
         blur: Probability of Gaussian blur.
         sigma: Range of the blur's standard deviation, in pixels.
-        solarize: Probability of solarisation.
-        threshold: Least level that solarisation inverts.
+        solarize: Probability of solarization.
+        threshold: Least level that solarization inverts.
 
     Raises:
-        ValueError: if a probability, strength or range is impossible.
+        ValueError: A probability, strength or range is impossible.
     """
 
     flip: float = 0.5
@@ -94,14 +94,14 @@ class PhotometricLaw:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
-    grey: float = 0.2
+    gray: float = 0.2
     blur: float
     sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float
     threshold: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "grey", "blur", "solarize"):
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability, not {value}")
@@ -117,39 +117,19 @@ class PhotometricLaw:
             raise ValueError(f"threshold must lie in [0, 256], not {self.threshold}")
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Augment images, each in its own way.
-
-        Args:
-            images: (B, 3, H, W) uint8 on any device, in any memory format.
-            rng: source of the draws.
-
-        Returns:
-            (B, 3, H, W) uint8, channels last if `images` is.
-
-        Raises:
-            ValueError: if `images` are not of this shape and type.
-        """
+        """Augment each image in its own way, with draws from ``rng``; see ``apply``."""
         parameters = np.empty((len(images), NUM_PARAMETERS), np.float32)
         self.draw(rng, parameters)
         return apply(images, torch.from_numpy(parameters))
 
     def draw(self, rng: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """Fill rows of parameters.
-
-        The number of draws from `rng` does not depend on their outcome.
-
-        Args:
-            rng: source of the draws.
-            out: (N, NUM_PARAMETERS), written in place.
-        """
+        """Draw rows of parameters, (N, NUM_PARAMETERS), in place; NUM_DRAWS draws a row."""
         self.fill(rng.random((len(out), NUM_DRAWS)), out)
 
     def fill(self, u: NDArray[np.float64], out: NDArray[np.float32]) -> None:
-        """Fill rows of parameters from numbers that were drawn: of a whole batch at once.
+        """Compute rows of parameters, (N, NUM_PARAMETERS), in place.
 
-        Args:
-            u: (N, NUM_DRAWS), uniform in [0, 1).
-            out: (N, NUM_PARAMETERS), written in place.
+        ``u`` holds the draws of a whole batch, (N, NUM_DRAWS), uniform in [0, 1).
         """
         out[:, FLIP] = u[:, 0] < self.flip
         out[:, JITTER] = u[:, 1] < self.jitter
@@ -158,44 +138,37 @@ class PhotometricLaw:
         low = np.maximum(0, 1 - strengths)
         out[:, FACTORS] = low + (1 + strengths - low) * u[:, 6:9]
         out[:, HUE] = self.hue * (2 * u[:, 9] - 1)
-        out[:, GREY] = u[:, 10] < self.grey
+        out[:, GRAY] = u[:, 10] < self.gray
         least, most = self.sigma
         out[:, SIGMA] = (least + (most - least) * u[:, 12]) * (u[:, 11] < self.blur)
         out[:, SOLARIZE] = u[:, 13] < self.solarize
         out[:, THRESHOLD] = self.threshold
 
 
-GLOBAL_LAW = PhotometricLaw(blur=0.2, solarize=0.2)
-LOCAL_LAW = PhotometricLaw(blur=0.5, solarize=0.0)
+GLOBAL_AUGMENTATION = PhotometricAugmentation(blur=0.2, solarize=0.2)
+LOCAL_AUGMENTATION = PhotometricAugmentation(blur=0.5, solarize=0.0)
 
 
 def apply(images: Tensor, parameters: Tensor, compiled: bool = False) -> Tensor:
-    """Augment each image by its row: flip, jitter, greyscale, blur, solarise, in this order.
+    """Augment each image by its row: flip, jitter, grayscale, blur, solarize, in this order.
 
     Args:
         images: (B, 3, H, W) uint8 on any device, in any memory format.
         parameters: (B, NUM_PARAMETERS) float32 on the CPU.
-        compiled: Whether to fuse the jitter's arithmetic by torch.compile: far less memory
-            traffic, after half a minute's start. The same pixels on a CPU; CUDA's compiler may
+        compiled: Fuse the jitter's arithmetic by torch.compile: far less memory traffic, after
+            half a minute's start. The same pixels on a CPU; CUDA's compiler may
             join a product and a sum, which can be a level off.
 
     Returns:
         (B, 3, H, W) uint8, channels last if `images` is.
 
     Raises:
-        ValueError: if the tensors are not of these shapes and types.
+        ValueError: The images are not of this shape and type.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(
             f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
         )
-    if parameters.shape != (len(images), NUM_PARAMETERS) or parameters.dtype != torch.float32:
-        raise ValueError(
-            f"parameters must be float32 {(len(images), NUM_PARAMETERS)},"
-            f" not {parameters.dtype} {tuple(parameters.shape)}"
-        )
-    if parameters.device.type != "cpu":
-        raise ValueError(f"parameters must be on the CPU, not on {parameters.device}")
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(
         images,
@@ -217,13 +190,7 @@ def normalize(
 ) -> Tensor:
     """Return (images / 255 - mean) / std as float32, in one multiply-add.
 
-    Args:
-        images: (B, 3, H, W), levels of any type.
-        mean: of each channel, for values in [0, 1].
-        std: likewise.
-
-    Returns:
-        (B, 3, H, W) float32, channels last if `images` is.
+    Images are levels of any type, (B, 3, H, W); the result is channels last if they are.
     """
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float64))
     shift = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
@@ -250,13 +217,13 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
     ends = places.bincount(minlength=5).cumsum(0).tolist()
     masks = (
         parameters[:, FLIP] > 0,
-        parameters[:, GREY] > 0,
+        parameters[:, GRAY] > 0,
         parameters[:, SIGMA] > 0,
         parameters[:, SOLARIZE] > 0,
     )
     chosen = [mask.nonzero()[:, 0] for mask in masks]
     indices = _send(torch.cat([forward, forward.argsort(), *chosen]), device)
-    forward, backward, flip, grey, blur, solar = indices.split(
+    forward, backward, flip, gray, blur, solar = indices.split(
         [len(images), len(images), *map(len, chosen)]
     )
 
@@ -266,9 +233,9 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
     levels = levels.float()
     if ends[3]:
         _jitter(levels[:, : ends[3]], parameters[: ends[3]], ends, compiled)
-    if len(grey):
-        luma = _luma(levels.index_select(1, grey))
-        levels.index_copy_(1, grey, luma.expand(3, -1, -1, -1))
+    if len(gray):
+        luma = _luma(levels.index_select(1, gray))
+        levels.index_copy_(1, gray, luma.expand(3, -1, -1, -1))
     if len(blur):
         blurred = _blur(levels.index_select(1, blur), parameters[masks[2], SIGMA])
         levels.index_copy_(1, blur, blurred)
@@ -280,16 +247,12 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
 
 
 def _jitter(levels: Tensor, parameters: Tensor, ends: list[int], compiled: bool) -> None:
-    """Jitter the colours in place.
+    """Jitter the colors in place.
 
     Each image meets brightness, contrast and saturation in three rounds and hue at one of the four
-    places around them. The three are one operation, a blend with black, mean luma or luma.
-
-    Args:
-        levels: (3, J, H, W).
-        parameters: (J, NUM_PARAMETERS), sorted by the place of hue.
-        ends: where each place ends.
-        compiled: whether by torch.compile.
+    places around them. The three are one operation, a blend with black, mean luma or luma. Rows of
+    (3, J, H, W) levels and their parameters are sorted by the place of hue; ``ends`` are the ends
+    of the places.
     """
     order = parameters[:, ORDER]
     blends = order[order != _HUE].view(-1, 3).long()
@@ -321,13 +284,10 @@ def _kernel(function: Callable[..., None], compiled: bool) -> Callable[..., None
 
 
 def _blend(levels: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) -> None:
-    """Blend (3, n, H, W) levels in place with black, their mean luma or their luma.
+    """Blend (3, n, H, W) levels in place: with black, their mean luma or their luma.
 
-    Args:
-        levels: (3, n, H, W).
-        factor: of the levels; 1 changes nothing. (n, 1, 1), likewise:
-        contrast: 1 to blend with the mean luma.
-        saturation: 1 to blend with the luma.
+    All others are (n, 1, 1): factor 1 changes nothing; contrast 1 takes the mean luma, saturation 1
+    the luma.
     """
     luma = _luma(levels)
     base = torch.addcmul(_mean(luma) * contrast, luma, saturation)

@@ -1,7 +1,7 @@
-"""Real images that installed packages ship: small transfer sets that need no download.
+"""Real images that installed packages ship: small transfer datasets that need no download.
 
 The digits are scikit-learn's copy of "Optical Recognition of Handwritten Digits" (Alpaydin and
-Kaynak, UCI, 1998). The photographs lie in the package folders of scikit-image and scikit-learn,
+Kaynak, UCI, 1998). The photographs are in the package folders of scikit-image and scikit-learn,
 whose READMEs name their authors and terms; nothing of them is redistributed here.
 """
 
@@ -14,34 +14,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trex_models.data.sources import ArraySource
+from trex_models.data.sources import ArraySource, require_positive
 
-# File, and the package and folder it ships in.
-_SKIMAGE, _SKLEARN = ("skimage", "data"), ("sklearn", "datasets/images")
-_PHOTOGRAPHS = {
-    "astronaut.png": _SKIMAGE,
-    "brick.png": _SKIMAGE,
-    "camera.png": _SKIMAGE,
-    "cell.png": _SKIMAGE,
-    "chelsea.png": _SKIMAGE,
-    "china.jpg": _SKLEARN,
-    "clock_motion.png": _SKIMAGE,
-    "coffee.png": _SKIMAGE,
-    "coins.png": _SKIMAGE,
-    "flower.jpg": _SKLEARN,
-    "grass.png": _SKIMAGE,
-    "gravel.png": _SKIMAGE,
-    "hubble_deep_field.jpg": _SKIMAGE,
-    "ihc.png": _SKIMAGE,
-    "moon.png": _SKIMAGE,
-    "motorcycle_left.png": _SKIMAGE,
-    "page.png": _SKIMAGE,
-    "retina.jpg": _SKIMAGE,
-    "rocket.jpg": _SKIMAGE,
-    "text.png": _SKIMAGE,
+# Photographs, and the package and folder that they ship in.
+_SHIPPED = {
+    ("skimage", "data"): (
+        "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png "
+        "coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png "
+        "page.png retina.jpg rocket.jpg text.png"
+    ),
+    ("sklearn", "datasets/images"): "china.jpg flower.jpg",
 }
+_PHOTOGRAPHS = dict(
+    sorted((file, place) for place, files in _SHIPPED.items() for file in files.split())
+)
 _TILES = 3  # along a photograph's shorter side
-_FLAT = 6.0  # grey levels of standard deviation below which a patch shows nothing
+_FLAT = 6.0  # gray levels of standard deviation below which a patch shows nothing
 
 
 def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
@@ -56,10 +44,10 @@ def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
         Training and test images; the split is always the same.
 
     Raises:
-        ImportError: If scikit-learn is not installed.
-        ValueError: If the size is not positive.
+        ImportError: scikit-learn is not installed.
+        ValueError: The size is not positive.
     """
-    _check_positive(size=size)
+    require_positive(size=size)
     bunch = _require("sklearn.datasets").load_digits()
     images = [_resized(image, size) for image in (bunch.images * (255 / 16)).astype(np.uint8)]
     labels = np.asarray(bunch.target)
@@ -72,11 +60,10 @@ def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
         train += members[:cut]
         test += members[cut:]
     names = [str(label) for label in range(10)]
-    train_set, test_set = (
-        ArraySource(np.stack([images[i] for i in part]), labels[part], names)
-        for part in (train, test)
+    return (
+        ArraySource(np.stack([images[i] for i in train]), labels[train], names),
+        ArraySource(np.stack([images[i] for i in test]), labels[test], names),
     )
-    return train_set, test_set
 
 
 def photographs(
@@ -86,11 +73,11 @@ def photographs(
     seed: int = 0,
     validation: bool = False,
 ) -> tuple[ArraySource, ArraySource]:
-    """Return patches of 20 photographs, labelled by the photograph.
+    """Return patches of 20 photographs, labeled by the photograph.
 
     Each photograph is cut into square tiles, a third of which are for test patches; a patch lies
     within one tile, so no pixel is in both sets. Patches differ in place, scale and mirroring.
-    They are grey and their brightness and contrast are drawn at random, so that neither tells
+    They are gray and their brightness and contrast are drawn at random, so that neither tells
     the class.
 
     Args:
@@ -98,18 +85,18 @@ def photographs(
         train_per_class: Number of training patches of each photograph.
         test_per_class: Number of test patches of each photograph.
         seed: Seed of the patches; the tiles' split is always the same.
-        validation: Divide the training tiles alone, half and half: the second set is then to
-            choose settings by, and shares no pixel with the test patches.
+        validation: Divide the training tiles only, half and half: the second set is then for
+            choosing settings, and shares no pixel with the test patches.
 
     Returns:
         Training and test patches.
 
     Raises:
-        ImportError: If scikit-learn or scikit-image is not installed.
-        FileNotFoundError: If the installed version does not ship one of the photographs.
-        ValueError: If the size or a number of patches is not positive.
+        ImportError: scikit-learn or scikit-image is not installed.
+        FileNotFoundError: The installed version does not ship one of the photographs.
+        ValueError: The size or a number of patches is not positive.
     """
-    _check_positive(size=size, train_per_class=train_per_class, test_per_class=test_per_class)
+    require_positive(size=size, train_per_class=train_per_class, test_per_class=test_per_class)
     names = [Path(file).stem for file in _PHOTOGRAPHS]
     counts = {"train": train_per_class, "test": test_per_class}
     patches: dict[str, list[np.ndarray]] = {"train": [], "test": []}
@@ -119,11 +106,11 @@ def photographs(
         for part, count in counts.items():
             rng = np.random.default_rng((seed, label, part == "test"))
             patches[part] += [_patch(photograph, tiles[part], size, rng) for _ in range(count)]
-    train_set, test_set = (
+    train, test = (
         ArraySource(np.stack(patches[part]), np.repeat(np.arange(len(names)), count), names)
         for part, count in counts.items()
     )
-    return train_set, test_set
+    return train, test
 
 
 def _require(module: str) -> Any:
@@ -136,14 +123,8 @@ def _require(module: str) -> Any:
         ) from error
 
 
-def _check_positive(**values: int) -> None:
-    for argument, value in values.items():
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
-
-
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:
-    """Return a shipped photograph in grey, (H, W) uint8."""
+    """Return a shipped photograph in gray, (H, W) uint8."""
     module = _require(package)
     path = Path(module.__file__).parent / folder / file
     if not path.is_file():
@@ -196,9 +177,9 @@ def _patch(
     return _resized(levels.clip(0, 255).astype(np.uint8), size)
 
 
-def _resized(grey: np.ndarray, size: int) -> np.ndarray:
-    """Interpolate a grey image to (S, S, 3) uint8."""
-    image = Image.fromarray(np.ascontiguousarray(grey)).resize(
+def _resized(gray: np.ndarray, size: int) -> np.ndarray:
+    """Interpolate a gray image to (S, S, 3) uint8."""
+    image = Image.fromarray(np.ascontiguousarray(gray)).resize(
         (size, size), Image.Resampling.BICUBIC
     )
     return np.repeat(np.asarray(image)[..., None], 3, axis=2)

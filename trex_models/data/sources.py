@@ -1,4 +1,4 @@
-"""Where labelled images come from: anything indexed that yields decoded pixels and labels."""
+"""Sources of labeled images: anything indexed that yields decoded pixels and labels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Labelled images by index, in random access."""
+    """Labeled images by index, in random access."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Class names; a name's position is its label."""
+        """Class names, by label."""
         ...
 
     @property
@@ -33,11 +33,11 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Return what an error message calls the sample: a path, or a phrase."""
+        """Return the sample's name in error messages: a path, or a phrase."""
         ...
 
     def digest(self) -> str:
-        """Return a hash of what each index stands for, for a run that goes on to compare."""
+        """Return a hash of the samples in their order, which a resumed run compares."""
         ...
 
 
@@ -50,7 +50,7 @@ class ArraySource:
         classes: Class names; a name's position is its label.
 
     Raises:
-        ValueError: If the lengths differ, a label has no class, or an image is not RGB bytes.
+        ValueError: The lengths differ, a label has no class, or an image is not RGB bytes.
     """
 
     def __init__(
@@ -60,17 +60,8 @@ class ArraySource:
         classes: Sequence[str],
     ) -> None:
         self.images = images
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = checked_labels(labels, len(images), len(classes))
         self.classes = classes
-        if self.labels.shape != (len(images),):
-            raise ValueError(
-                f"need one label an image: {len(images)} images, labels {self.labels.shape}"
-            )
-        if len(images) and not 0 <= self.labels.min() <= self.labels.max() < len(classes):
-            raise ValueError(
-                f"labels span [{self.labels.min()}, {self.labels.max()}], "
-                f"outside the {len(classes)} classes"
-            )
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(
@@ -92,6 +83,42 @@ class ArraySource:
     def digest(self) -> str:
         """Return a hash of pixels, labels and classes."""
         return digest(self.labels, *self.classes, *self.images)
+
+
+def checked_labels(
+    labels: Sequence[int] | np.ndarray, count: int, num_classes: int, where: str = ""
+) -> np.ndarray:
+    """Return labels as (N,) int64.
+
+    Args:
+        labels: N labels in [0, num_classes).
+        count: Number of images, N.
+        num_classes: Number of classes.
+        where: Start of error messages.
+
+    Raises:
+        ValueError: The numbers differ, or a label has no class.
+    """
+    checked = np.asarray(labels, dtype=np.int64)
+    if checked.shape != (count,):
+        raise ValueError(f"{where}need one label an image: {count} images, labels {checked.shape}")
+    if count and not 0 <= checked.min() <= checked.max() < num_classes:
+        raise ValueError(
+            f"{where}labels span [{checked.min()}, {checked.max()}], outside the {num_classes} "
+            "classes"
+        )
+    return checked
+
+
+def require_positive(**arguments: int) -> None:
+    """Check arguments by name.
+
+    Raises:
+        ValueError: One is below 1.
+    """
+    for argument, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, not {value}")
 
 
 def digest(*parts: np.ndarray | bytes | str) -> str:

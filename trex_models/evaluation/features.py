@@ -17,9 +17,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from trex_models.data.centre_crops import CentreCrop, CentreCropDataset
-from trex_models.data.loading import load_batches
+from trex_models.data.loading import load_batches, to_device
 from trex_models.data.sources import Source
-from trex_models.data.transfer import to_device
 
 Transform = CentreCrop | Callable[[Image.Image], Tensor]
 Skipped = Callable[[Mapping[int, str]], object]

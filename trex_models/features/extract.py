@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from trex_models.atomic import replacing, write_whole
 from trex_models.data.sources import digest
 from trex_models.evaluation.features import feature_batches
 from trex_models.features import file as features_file
 from trex_models.features.images import Images, shown
-from trex_models.files import replacing, write_whole
 from trex_models.transfer.cache import (
     DTYPES,
     GrowingFile,

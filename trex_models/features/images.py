@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trex_models.data.decode import IMAGE_ENDINGS, quoted
-from trex_models.data.file_list import (
+from trex_models.data.image_files import (
     FileSource,
     list_folder,
     log_left_out,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.evaluation.features import extract_features
 from trex_models.evaluation.neighbors import nearest_neighbors
 from trex_models.features import images, outputs

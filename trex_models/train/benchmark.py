@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from trex_models import distributed
 from trex_models.cli import progress_bar
-from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
-from trex_models.data.transfer import to_device
 from trex_models.machine import free_cores, processor
 from trex_models.train.build import build_sampler, local_processes
 from trex_models.train.config import Config

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from trex_models.data.csv_file import CsvSource
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
+from trex_models.data.image_files import CsvSource, FolderSource
 from trex_models.data.multicrop import CropSpec, EpochSampler
-from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
+from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
 from trex_models.distributed import Process
 from trex_models.heads import Projector
@@ -120,9 +119,13 @@ def build_neighbors(config: Config, source: Source) -> Neighbors | None:
 
 def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     """Return the crops of each resolution, globals first."""
-    specs = [CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_LAW)]
+    specs = [
+        CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_AUGMENTATION)
+    ]
     if crops.local_crops:
-        specs.append(CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_LAW))
+        specs.append(
+            CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_AUGMENTATION)
+        )
     return specs
 
 

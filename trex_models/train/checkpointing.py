@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from trex_models import checkpoints
+from trex_models.atomic import replacing, sync_folder, write_whole
 from trex_models.checkpoints import CheckpointError, DamagedError
-from trex_models.files import replacing, sync_folder, write_whole
 from trex_models.train.config import Config, config_diff, from_dict, to_json
 
 KEPT = 2
@@ -220,7 +220,7 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
     try:
-        state = checkpoints.load(path)
+        state = checkpoints.load_checkpoint(path)
     except DamagedError as error:
         raise DamagedError(f"{path} cannot be read as a checkpoint: it is damaged") from error
     except CheckpointError as error:

@@ -15,7 +15,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trex_models import checkpoints, folders
+from trex_models import checkpoints, timm_folder
 from trex_models.checkpoints import Checkpoint
 from trex_models.licenses import resolve_license
 from trex_models.method.backbone import full_args
@@ -104,14 +104,14 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
 
     model = timm.create_model(backbone, num_classes=0, pretrained_cfg=cfg, **backbone_args)
     model.load_state_dict(trained.backbone)
-    written = [folders.write(model, folder / "backbone", images, features)]
+    written = [timm_folder.write_timm_folder(model, folder / "backbone", images, features)]
     if has_classes:
         cfg |= {"num_classes": len(classes), "label_names": tuple(classes)}
     whole = _whole_model(method, trained, config, backbone_args, cfg)
     if whole is not None:
         output = method.objective.logits(embeddings) if has_classes else embeddings
         name = "cls" if has_classes else "proj"
-        written.append(folders.write(whole, folder / name, images, output))
+        written.append(timm_folder.write_timm_folder(whole, folder / name, images, output))
     return written
 
 

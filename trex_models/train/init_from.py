@@ -103,19 +103,17 @@ def _open(path: Path) -> _File:
             raise CheckpointError(f"{path} does not exist; name a checkpoint, or a run")
         else:
             path = path / "model.safetensors" if path.is_dir() else path
-            contents = dict(checkpoints.load(path))
-        license_of_weights = license_of(path, contents)
-    except (CheckpointError, WeightsError) as error:
+            contents = dict(checkpoints.load_checkpoint(path))
+    except CheckpointError as error:
         raise ValueError(f"init_from: {error}") from error
     try:
         form, parts, _ = checkpoints.sort(contents)
-    except CheckpointError as error:
+        stated = license_of(path, contents, form)
+    except (CheckpointError, WeightsError) as error:
         raise ValueError(f"init_from: {path}: {error}") from error
     if form == "trainer":
-        return _File(
-            path, parts, contents.get("classes"), contents.get("images"), license_of_weights
-        )
-    return _File(path, parts, _label_names(path), None, license_of_weights)
+        return _File(path, parts, contents.get("classes"), contents.get("images"), stated)
+    return _File(path, parts, _label_names(path), None, stated)
 
 
 def _label_names(path: Path) -> list[str] | None:

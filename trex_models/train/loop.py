@@ -6,9 +6,8 @@ from pathlib import Path
 from signal import Signals
 
 from trex_models import distributed
-from trex_models.data.loading import GaveUpError, load_batches
+from trex_models.data.loading import GaveUpError, load_batches, to_device
 from trex_models.data.multicrop import augment
-from trex_models.data.transfer import to_device
 from trex_models.train.config import Config
 from trex_models.train.export import export_checkpoint
 from trex_models.train.reporting import Reporter, class_directions, head_health, summarize

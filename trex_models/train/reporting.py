@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from trex_models.atomic import append, write_whole
 from trex_models.cli import progress_bar
 from trex_models.distributed import Process, gather
-from trex_models.files import append, write_whole
 from trex_models.method.bank import MemoryBank
 from trex_models.method.objectives import Objective
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trex_models.data.file_list import FileSource
+from trex_models.atomic import write_whole
+from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 from trex_models.distributed import gather_objects
-from trex_models.files import write_whole
 
 _SHOWN = 5  # at once; all are in the file
 

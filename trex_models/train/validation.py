@@ -16,9 +16,8 @@ from torch import Tensor
 
 from trex_models.data.centre_crops import PROTOCOLS, CentreCropDataset, CropBatch
 from trex_models.data.decode import UnreadableImageError, or_skip
-from trex_models.data.loading import load_batches
+from trex_models.data.loading import load_batches, to_device
 from trex_models.data.sources import Source
-from trex_models.data.transfer import to_device
 from trex_models.distributed import (
     Process,
     broadcast_buffers,

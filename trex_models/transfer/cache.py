@@ -29,10 +29,10 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from trex_models.data.file_list import FileSource
+from trex_models.atomic import open_new, sync_folder, write_whole
+from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import feature_batches
-from trex_models.files import open_new, sync_folder, write_whole
 from trex_models.transfer.encoders import PRECISIONS, Encoder
 
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}

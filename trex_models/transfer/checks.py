@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trex_models.data.file_list import FileSource
+from trex_models.data.image_files import FileSource
 from trex_models.transfer.readers import read_json
 from trex_models.unpickling import PlainUnpickler
 

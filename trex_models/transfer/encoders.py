@@ -25,7 +25,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from trex_models import folders, licenses
+from trex_models import licenses, timm_folder
 from trex_models.data.centre_crops import PROTOCOLS, CentreCrop
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.features import image_batches, preprocessing
@@ -134,7 +134,7 @@ def load(
         transform = replace(PROTOCOLS[prepare], size=size, mean=mean, std=std)
     architecture = cfg.get("architecture") or type(model).__name__
     stated = cfg.get("license") or "not stated"
-    own_weights = file or folders.find(name)
+    own_weights = file or timm_folder.find_timm_folder(name)
     facts = {
         "source": str(own_weights or name),
         "architecture": architecture,
@@ -228,7 +228,7 @@ def _bytes(tensor: Tensor) -> bytes:
 def _create(
     name: str, untrained: bool, seed: int, file: Path | None, classifier: bool, hint: str
 ) -> nn.Module:
-    folder = folders.find(name)
+    folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(
             f"--model {name}: there is no such folder with a config.json; name a timm folder, the "

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trex_models.atomic import write_whole
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.analyses import Analysis, analyse
-from trex_models.files import write_whole
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.data_sets import DataSet

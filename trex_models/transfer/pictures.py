@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from trex_models.files import replacing
+from trex_models.atomic import replacing
 from trex_models.transfer.canvas import (
     GREY,
     Label,

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from trex_models.data.file_list import FileSource
-from trex_models.data.folder import FolderSource
+from trex_models.data.image_files import FileSource, FolderSource
 from trex_models.evaluation.splits import hashed_order
 
 Parts = tuple[FileSource, FileSource]

@@ -1,10 +1,11 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Atomic writes: files are complete or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,12 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside ``path`` that takes its place if the block ends without an error.
+    """Open a file next to ``path`` that takes its place if the block ends without an error.
 
     The bytes are on the disk before it does, and the new name is before the context ends.
 
     Raises:
-        OSError: It cannot be written; what stood at ``path`` still stands there.
+        OSError: It cannot be written; what was at ``path`` is still there.
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -65,7 +66,7 @@ def safetensors_header(header: Mapping[str, object]) -> bytes:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there.
+    """Write a text file as a whole.
 
     Raises:
         OSError: As ``replacing``.
@@ -87,6 +88,30 @@ def append(path: Path, text: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise _named(error, path) from error
+
+
+def existing_folder(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def require_space(folder: Path, size: int, option: str) -> None:
+    """Check that a disk has room for ``size`` more bytes.
+
+    Args:
+        folder: Folder to write to; it need not exist yet.
+        size: Number of bytes.
+        option: Option that chooses the folder, for the message.
+
+    Raises:
+        ValueError: There is less room.
+    """
+    free = shutil.disk_usage(existing_folder(folder)).free
+    if free < size:
+        raise ValueError(
+            f"{folder} has {free / 1e6:.1f} MB of free space, {size / 1e6:.1f} MB are needed; free "
+            f"some, or choose another {option}"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from trex_models.files import safetensors_header
+from trex_models.atomic import safetensors_header
 
 try:
     import fcntl
@@ -24,12 +24,8 @@ except ImportError:  # Windows, where folders of killed processes are kept
     fcntl = None  # type: ignore[assignment]
 
 
-def find(name: str) -> Path | None:
-    """Return the timm folder that a name means: itself, or the backbone that a run exported.
-
-    Args:
-        name: A path, with ``local-dir:`` before it or without; anything else finds nothing.
-    """
+def find_timm_folder(name: str) -> Path | None:
+    """Return the timm folder of a path, ``local-dir:`` or not: itself, or a run's backbone."""
     path = Path(name.removeprefix("local-dir:")).expanduser()
     for folder in (path, path / "export" / "backbone"):
         if (folder / "config.json").is_file() and any(folder.glob("*model*")):
@@ -38,20 +34,20 @@ def find(name: str) -> Path | None:
 
 
 @torch.no_grad()
-def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
+def write_timm_folder(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
     """Save a model, reload the copy by ``timm.create_model("local-dir:...")``, and compare.
 
     Args:
-        model: Made by ``timm.create_model``.
-        folder: Where to write; an earlier folder is replaced in one move.
-        images: (B, 3, S, S).
-        expected: What the reloaded model must give for them.
+        model: Model of ``timm.create_model``.
+        folder: Folder to write; an earlier one is replaced in one move.
+        images: Images, (B, 3, S, S).
+        expected: Outputs that the reloaded model must give for them.
 
     Returns:
         ``folder``.
 
     Raises:
-        RuntimeError: The copy gives other outputs, by more than 1e-4 of the largest; nothing is
+        RuntimeError: The copy's outputs differ by more than 1e-4 of the largest; nothing is
             written then.
         OSError: The folder holds other files, or cannot be written.
     """
@@ -61,14 +57,14 @@ def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> P
             f"{folder} holds other files ({', '.join(sorted(others)[:3])}), which an export would "
             "replace; move them, or choose another folder"
         )
-    with replaced(folder) as beside:
+    with replaced_folder(folder) as beside:
         try:
             save_for_hf(model, str(beside), safe_serialization=True)
         except SafetensorError as problem:  # its own, also for the disk's
             raise OSError(f"{folder} cannot be written ({problem})") from problem
         config_path = beside / "config.json"
         config = json.loads(config_path.read_text())
-        # It stands at the top level too, and transformers refuses to be told twice.
+        # It is at the top level too, and transformers refuses to be told twice.
         config.get("model_args", {}).pop("num_classes", None)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
         _state_license(beside / "model.safetensors", config["pretrained_cfg"].get("license"))
@@ -80,7 +76,7 @@ def write(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> P
 
 
 def _state_license(weights: Path, license_: str | None) -> None:
-    """Write the license into the file's metadata, with which it may be passed on alone."""
+    """Write the license into the metadata of the file, which may be passed on alone."""
     metadata = {"format": "pt"} | ({"license": license_} if license_ else {})
     fresh = weights.with_name("licensed")
     with weights.open("rb") as old, fresh.open("wb") as new:  # without reading the tensors
@@ -91,8 +87,8 @@ def _state_license(weights: Path, license_: str | None) -> None:
 
 
 @contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """Give a fresh folder beside ``folder``, which takes its place unless an error is raised.
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Give a fresh folder next to ``folder``, which takes its place unless an error is raised.
 
     Raises:
         NotADirectoryError: ``folder`` is a file.

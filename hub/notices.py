@@ -1,4 +1,4 @@
-"""The licences of weights, and the files LICENSE and NOTICE of a Hub folder."""
+"""Licenses of weights, and the files LICENSE and NOTICE of a Hub folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPER = (
 
 
 class License(NamedTuple):
-    """A licence that weights can have."""
+    """A license of weights."""
 
     name: str
     spdx: str
@@ -24,9 +24,9 @@ class License(NamedTuple):
 
 
 _CC = "https://creativecommons.org"
-_ATTRIBUTION = "name the source, link to the licence and say what you changed"
+_ATTRIBUTION = "name the source, link to the license and say what you changed"
 
-# By the Hub's identifiers. A licence that is missing here is one row away.
+# By the Hub's identifiers. Another license is one more row.
 LICENSES = {
     "apache-2.0": License(
         "Apache License 2.0",
@@ -57,7 +57,7 @@ LICENSES = {
         "CC-BY-SA-4.0",
         f"{_CC}/licenses/by-sa/4.0/",
         f"Use, change and share them, commercially too: {_ATTRIBUTION}, and share what you "
-        "derive from them under the same licence.",
+        "derive from them under the same license.",
     ),
     "cc-by-nc-4.0": License(
         "Creative Commons Attribution-NonCommercial 4.0 International",
@@ -70,54 +70,49 @@ LICENSES = {
         "CC-BY-NC-SA-4.0",
         f"{_CC}/licenses/by-nc-sa/4.0/",
         f"Not for commercial use. Otherwise use, change and share them: {_ATTRIBUTION}, and "
-        "share what you derive from them, fine-tuned weights too, under the same licence.",
+        "share what you derive from them, fine-tuned weights too, under the same license.",
     ),
 }
 
 
-def find(identifier: str) -> License:
-    """Return a licence by the Hub's identifier.
+def find_license(identifier: str) -> License:
+    """Return a license by the Hub's identifier.
 
     Raises:
         ValueError: It is not in the table.
     """
     if identifier not in LICENSES:
         raise ValueError(
-            f"unknown licence {identifier!r}; choose one of {', '.join(LICENSES)}, or add it to "
-            "hub/licenses.py"
+            f"unknown license {identifier!r}; choose one of {', '.join(LICENSES)}, or add it to "
+            "hub/notices.py"
         )
     return LICENSES[identifier]
 
 
 def license_text(identifier: str) -> str:
-    """Return a LICENSE file that points to the licence."""
-    licence = find(identifier)
+    """Return a LICENSE file that points to the license."""
+    license_ = find_license(identifier)
     return (
-        f"Licence of the weights in this repository: {licence.name}\n"
-        f"SPDX-License-Identifier: {licence.spdx}\n"
-        f"Full text: {licence.url}\n\n"
-        f"{textwrap.fill(f'What it means, in short: {licence.meaning}', 80)}\n\n"
+        f"License of the weights in this repository: {license_.name}\n"
+        f"SPDX-License-Identifier: {license_.spdx}\n"
+        f"Full text: {license_.url}\n\n"
+        f"{textwrap.fill(f'What it means, in short: {license_.meaning}', 80)}\n\n"
         "NOTICE says whose weights they are. The full text alone is binding.\n"
     )
 
 
 def naver_notice(name: str, changes: str) -> str:
-    """Return the NOTICE file of one of NAVER's models.
-
-    Args:
-        name: Model and tag.
-        changes: What the conversion did to the weights.
-    """
+    """Return the NOTICE file of one of NAVER's models, by model and tag."""
     files = " or ".join(f"{naver.BASE_URL}/{file}" for file in naver.FILES[name])
     return _paragraphs(
         name,
         "The weights in this repository are NAVER Corporation's, trained and released by the "
         f"authors of t-ReX: {PAPER}",
         f"Source: {files} ({ORIGIN})",
-        f"Licence: {find(naver.LICENSE).name} (LICENSE). They must not be used commercially, and "
-        "what is derived from them must be shared under the same licence. (That is what the "
-        "release's own LICENSE says; its NOTICE says Attribution-NonCommercial. The stricter one "
-        "is stated here.)",
+        f"License: {find_license(naver.LICENSE).name} (LICENSE). They must not be used "
+        "commercially, and what is derived from them must be shared under the same license. (That "
+        "is what the release's own LICENSE says; its NOTICE says Attribution-NonCommercial. The "
+        "stricter one is stated here.)",
         f"Changes: {changes}",
         "They were converted, not trained, by the authors of trex_models, whom NAVER has not "
         "endorsed. They come without any warranty.",
@@ -126,18 +121,18 @@ def naver_notice(name: str, changes: str) -> str:
 
 def owner_notice(name: str, owner: str, identifier: str) -> str:
     """Return the NOTICE file of a model that somebody trained with this package."""
-    paragraphs = [
+    derived = (
+        "This is also the license of NAVER Corporation's weights. If the training started from "
+        f"those (init_from in its config.json), these are derived from them ({ORIGIN}), changed by "
+        "that training."
+    )
+    return _paragraphs(
+        name,
         f"The weights in this repository are {owner}'s, trained with trex_models.",
-        f"Licence: {find(identifier).name} (LICENSE).",
+        f"License: {find_license(identifier).name} (LICENSE).",
         f"trex_models implements t-ReX: {PAPER}. Its authors did not train these weights.",
-    ]
-    if identifier == naver.LICENSE:
-        paragraphs.append(
-            "This is also the licence of NAVER Corporation's weights. If the training started "
-            f"from those (init_from in its config.json), these are derived from them ({ORIGIN}), "
-            "changed by that training."
-        )
-    return _paragraphs(name, *paragraphs)
+        *([derived] if identifier == naver.LICENSE else []),
+    )
 
 
 def _paragraphs(*paragraphs: str) -> str:

@@ -1,4 +1,4 @@
-"""A model's folder, as it stands on the Hub: which files, and what they must hold."""
+"""A model's folder as it is on the Hub: its files, and the checks of their contents."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from timm.models import model_entrypoint
 
-from hub.licenses import ORIGIN
+from hub.notices import ORIGIN
 from trex_models import naver
+from trex_models.cli import first_line
 
 TIMM_FILES = ("config.json", "model.safetensors")
 FILES = (*TIMM_FILES, "README.md", "LICENSE", "NOTICE")
@@ -31,11 +32,11 @@ class Model:
     """A model in a folder."""
 
     name: str
-    """Of its repository: model and tag for NAVER's, such as trex_resnet50.in1k."""
+    """Name of its repository; for NAVER's, model and tag, such as trex_resnet50.in1k."""
     folder: Path
     config: dict[str, Any]
     part: str
-    """How far it goes: backbone, proj (embeddings) or cls (logits)."""
+    """Its last part: backbone, proj (embeddings) or cls (logits)."""
     is_stock: bool
     """Whether timm builds it without trex_models."""
     absent_classes: tuple[int, ...] = ()
@@ -48,25 +49,25 @@ class Model:
 
     @property
     def license(self) -> str | None:
-        """The licence that config.json states, by the Hub's identifier."""
+        """The license that config.json states, by the Hub's identifier."""
         return self.config["pretrained_cfg"].get("license")
 
 
-def load(folder: Path, pretrained: bool = True) -> Any:
+def load_folder(folder: Path, pretrained: bool = True) -> Any:
     """Return the model of a timm folder, in eval mode."""
     return timm.create_model(f"local-dir:{folder}", pretrained=pretrained).eval()
 
 
-def inspect(folder: Path, name: str) -> Model:
+def inspect_folder(folder: Path, name: str) -> Model:
     """Check a timm folder, or a Hub folder, and describe its model.
 
     Args:
-        folder: Holds config.json and model.safetensors, and nothing that a Hub folder has not.
-        name: Of the repository.
+        folder: Folder with config.json and model.safetensors, and no file that is not in FILES.
+        name: Name of the repository.
 
     Raises:
-        ValueError: A file is missing or does not belong there, config.json is not fit to be
-            published, or the weights are not finite or do not load in timm.
+        ValueError: A file is missing or does not belong there, config.json cannot be published,
+            or the weights are not finite or do not load in timm.
     """
     try:
         validate_repo_id(f"owner/{name}")
@@ -85,14 +86,14 @@ def inspect(folder: Path, name: str) -> Model:
     config = _read_config(folder / "config.json")
     absent = _check_weights(folder / "model.safetensors")
     try:
-        network = load(folder)
+        network = load_folder(folder)
     except Exception as error:  # timm, torch and safetensors raise many kinds
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{folder}: timm cannot load it ({reason}); convert or export it again"
+            f"{folder}: timm cannot load it ({first_line(error)}); convert or export it again"
         ) from error
     is_stock = model_entrypoint(config["architecture"]).__module__.startswith("timm.")
-    model = Model(name, folder, config, _part(network, is_stock), is_stock, absent)
+    part = "cls" if network.num_classes else "backbone" if is_stock else "proj"
+    model = Model(name, folder, config, part, is_stock, absent)
     _check_kind(model)
     return model
 
@@ -116,7 +117,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if "num_classes" in config.get("model_args", {}):
         raise ValueError(
             f"{path}: model_args has num_classes, which transformers refuses; remove it there, it "
-            "stands at the top"
+            "is at the top level"
         )
     return config
 
@@ -148,14 +149,8 @@ def _check_weights(path: Path) -> tuple[int, ...]:
     return absent
 
 
-def _part(network: Any, is_stock: bool) -> str:
-    if network.num_classes:
-        return "cls"
-    return "backbone" if is_stock else "proj"
-
-
 def _check_kind(model: Model) -> None:
-    """Require of NAVER's weights what their names say, and of others that they are not NAVER's."""
+    """Require that NAVER's weights match their names, and that others are not NAVER's."""
     architecture, classes = model.config["architecture"], model.config["num_classes"]
     path = model.folder / "config.json"
     if not model.is_naver:
@@ -177,7 +172,7 @@ def _check_kind(model: Model) -> None:
         )
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
-            f"{path}: the licence of NAVER's weights is {naver.LICENSE}, not {model.license!r}"
+            f"{path}: the license of NAVER's weights is {naver.LICENSE}, not {model.license!r}"
         )
     cfg = model.config["pretrained_cfg"]
     if (cfg.get("origin_url"), cfg.get("tag")) != (ORIGIN, tag):

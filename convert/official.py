@@ -1,12 +1,12 @@
-"""Convert an official file to timm folders, named as the Hub's repositories.
+"""Convert one of NAVER's files to timm folders, named as the Hub's repositories.
 
-OUT_DIR/trex_resnet50.in1k_r2         the backbone, for stock timm
-OUT_DIR/trex_resnet50_proj.in1k_r2    with the projector
-OUT_DIR/trex_resnet50_cls.in1k_r2     with projector and classifier
-OUT_DIR/FILE.report.tsv               what became of every key of the file
+OUTPUT/trex_resnet50.in1k_r2         the backbone, for stock timm
+OUTPUT/trex_resnet50_proj.in1k_r2    with the projector
+OUTPUT/trex_resnet50_cls.in1k_r2     with projector and classifier
+OUTPUT/FILE.report.tsv               what became of every key of the file
 
-A backbone file gives the first alone. All models are built and compared with the source before
-the first is written, and all are written before the first is moved into its place.
+A backbone file gives the first only. All models are built and compared with the source before
+the first is written, and all are written before the first is moved to its place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import dataclasses
 import os
 import re
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tyro.conf import Positional
 
-from convert import report, source
-from trex_models import folders, naver
-from trex_models.checkpoints import Checkpoint, CheckpointError, load, read
+from convert import key_report, source
+from trex_models import naver, timm_folder
+from trex_models.atomic import existing_folder, require_space
+from trex_models.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read
+from trex_models.cli import require_at_least
 from trex_models.manifest import sha256
 
 # Largest difference between the source's outputs and a converted model's, relative to the largest
@@ -42,115 +44,110 @@ DEPTHS = {"trex": 3, "trexstar": 1}
 WIDTHS = {"proj_hidden_dim": 2048, "proj_dim": 256}
 NUM_CLASSES = 1000
 
-KNOWN_FILES = sorted({file for files in naver.FILES.values() for file in files})
 PUBLISHED_TAGS = {name.partition(".")[2] for name in naver.FILES}
 # A backbone's own file is the first of its files.
 BACKBONE_FILES = {files[0]: name for name, files in naver.FILES.items() if "50." in name}
 
 
-class Model(NamedTuple):
-    """A converted model and what it must reproduce."""
+class Converted(NamedTuple):
+    """A converted model and the source's outputs, which it must reproduce."""
 
     module: nn.Module
     expected: Tensor
-    """The source's outputs."""
 
 
-def convert(
-    path: Path,
-    out_dir: Path,
+def convert_official(
+    file: Positional[Path],
+    output: Path,
     *,
     model: str | None = None,
     momentum_encoder: bool = False,
     num_classes: int | None = None,
     tag: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Convert a file; say what is being done, and at the end what was.
+    """Convert one of NAVER's files to timm folders, and report what became of each of its keys.
+
+    Example: python -m convert naver trex_2_checkpoint_full.pth --output converted
 
     Args:
-        path: A backbone file or a full training state.
-        out_dir: Where to write; earlier folders of the same names are replaced.
-        model: Backbone and tag, such as trex_resnet50.in1k, for a backbone file whose name is not
-            an official one.
-        momentum_encoder: Take the momentum encoder's weights.
-        num_classes: C of a bank of another data set than ImageNet-1K.
-        tag: Tag of the folders, instead of the one that follows from the file.
-        say: Takes lines of text.
+        file: File of a backbone or of a full training state (.pth).
+        output: Folder for the timm folders; earlier ones of the same names are replaced.
+        model: Name and tag of a backbone file that has none of NAVER's names, such as
+            trex_resnet50.in1k.
+        momentum_encoder: Convert the momentum encoder's weights, not the online encoder's.
+        num_classes: Number of classes of the memory bank; 1000 by default.
+        tag: Tag of the folders; by default the one that follows from the file.
 
     Returns:
         The folders written.
-
-    Raises:
-        ValueError: The file cannot be converted, an option does not fit it, or a converted model
-            does not reproduce the source. Nothing is written then.
-        OSError: The folders cannot be written; the message says what was.
     """
     started, memory_before = time.perf_counter(), _peak_memory()
-    _check_paths(path, out_dir)
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"{path}: --num-classes {num_classes} must be at least 1")
-    say(f"reading {path}")
-    checkpoint = read(path, momentum_encoder=momentum_encoder, num_classes=num_classes)
-    family, suggested_tag = _identify(path, checkpoint, model, momentum_encoder, num_classes)
-    tag = _checked_tag(path, tag, suggested_tag)
+    _check_paths(file, output)
+    if num_classes is not None:
+        require_at_least(1, num_classes=num_classes)
+    print(f"reading {file}", flush=True)
+    checkpoint = read(file, momentum_encoder=momentum_encoder, num_classes=num_classes)
+    family, suggested_tag = _identify(file, checkpoint, model, momentum_encoder, num_classes)
+    tag = _checked_tag(file, tag, suggested_tag)
 
-    say("computing the source's outputs and the checksums of its keys")
+    print("computing the source's outputs and the checksums of its keys", flush=True)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     # A mapping of its own: the pages that it touches leave the memory with it.
-    contents = load(path)
+    contents = load_checkpoint(file)
     classes = NUM_CLASSES if checkpoint.class_weights is None else len(checkpoint.class_weights)
     expected = source.outputs(
         contents, images, momentum_encoder=momentum_encoder, num_classes=classes
     )
-    rows = report.rows(contents, checkpoint.fates)
+    rows = key_report.rows(contents, checkpoint.fates)
     del contents
-    facts = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    facts = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
 
-    say("building the models and comparing them with the source")
+    print("building the models and comparing them with the source", flush=True)
     models = _build(checkpoint, expected, family, tag)
     errors = {name: _error(model, images) for name, model in models.items()}
-    _check_errors(path, errors)
+    _check_errors(file, errors)
 
-    report_name = f"{path.stem}.report.tsv"
+    report_name = f"{file.stem}.report.tsv"
     tensors = [t for model in models.values() for t in model.module.state_dict().values()]
-    needed = sum(tensor.nbytes for tensor in tensors) + 2**20  # and the small files
-    with _staged(out_dir, [*models, report_name], needed) as (stage, done):
+    require_space(output, sum(tensor.nbytes for tensor in tensors) + 2**20, "--output")
+    with _staged(output, [*models, report_name]) as (stage, done):
         for name, (module, wanted) in models.items():
-            say(f"writing {name}")
-            folders.write(module, stage / name, images, wanted)
+            print(f"writing {name}", flush=True)
+            timm_folder.write_timm_folder(module, stage / name, images, wanted)
         written = {name: sha256(stage / name / "model.safetensors") for name in models}
-        report.write(stage / report_name, facts | written, rows)
+        key_report.write_rows(stage / report_name, facts | written, rows)
         for name in models:
-            with folders.replaced(out_dir / name) as beside:
+            with timm_folder.replaced_folder(output / name) as beside:
                 (stage / name).replace(beside)
             done.append(name)
-        (stage / report_name).replace(out_dir / report_name)
+        (stage / report_name).replace(output / report_name)
 
-    absent = checkpoint.absent_classes
-    say("")
-    say("\n".join(f"{name:<10}{value}" for name, value in facts.items()))
-    say(f"holds     {_holds(checkpoint, rows)}")
+    print()
+    for key, value in facts.items():
+        print(f"{key:<10}{value}")
+    print(f"holds     {_holds(checkpoint, rows)}")
     if checkpoint.class_weights is not None:
-        say(f"absent    {len(absent)} classes{': ' if absent else ''}{_listed(absent)}")
-    say(f"keys      {len(rows)}")
-    for fate, count in report.counts(rows).items():
-        say(f"{count:>10}  {fate}")
-    say(f"checked   error relative to the largest value, at most {TOLERANCE:.0e}:")
+        absent = checkpoint.absent_classes
+        listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
+        print(f"absent    {len(absent)} classes{': ' if absent else ''}{listed}")
+    print(f"keys      {len(rows)}")
+    for fate, count in key_report.counts(rows).items():
+        print(f"{count:>10}  {fate}")
+    print(f"checked   error relative to the largest value, at most {TOLERANCE:.0e}:")
     for name, error in errors.items():
-        say(f"{error:>10.1e}  {name}")
-    say("written   model.safetensors and its SHA-256:")
-    for name in models:
-        weights = out_dir / name / "model.safetensors"
-        say(f"{_megabytes(weights.stat().st_size):>10}  {sha256(weights)}  {out_dir / name}")
-    say(f"report    {out_dir / report_name}")
-    say(f"time      {time.perf_counter() - started:.1f} s")
+        print(f"{error:>10.1e}  {name}")
+    print("written   model.safetensors and its SHA-256:")
+    for name, digest in written.items():
+        size = (output / name / "model.safetensors").stat().st_size
+        print(f"{_megabytes(size):>10}  {digest}  {output / name}")
+    print(f"report    {output / report_name}")
+    print(f"time      {time.perf_counter() - started:.1f} s")
     memory = _peak_memory()
-    say(f"memory    {_megabytes(memory)} at most, {_megabytes(memory_before)} before reading")
-    return [out_dir / name for name in models]
+    print(f"memory    {_megabytes(memory)} at most, {_megabytes(memory_before)} before reading")
+    return [output / name for name in models]
 
 
-def _holds(checkpoint: Checkpoint, rows: list[report.Row]) -> str:
+def _holds(checkpoint: Checkpoint, rows: list[key_report.KeyRow]) -> str:
     if not checkpoint.projector:
         return "a ResNet-50 backbone alone"
     sizes = checkpoint.head_args()
@@ -164,29 +161,20 @@ def _holds(checkpoint: Checkpoint, rows: list[report.Row]) -> str:
     )
 
 
-def _listed(classes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
-
-
-def _check_paths(path: Path, out_dir: Path) -> None:
-    """Refuse early what the end of the work would trip over.
-
-    Raises:
-        ValueError: There is no such file.
-        OSError: The output cannot be written there.
-    """
+def _check_paths(path: Path, output: Path) -> None:
+    """Refuse early what would fail at the end of the work."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the .pth file itself")
     if not path.exists():
         raise ValueError(
-            f"{path} does not exist; check the path, or download one of {', '.join(KNOWN_FILES)} "
-            f"from {naver.BASE_URL}"
+            f"{path} does not exist; check the path, or download one of "
+            f"{', '.join(naver.ALL_FILES)} from {naver.BASE_URL}"
         )
-    existing = _existing(out_dir)
+    existing = existing_folder(output)
     if not existing.is_dir():
-        raise OSError(f"{existing} is a file; choose another OUT_DIR")
+        raise OSError(f"{existing} is a file; choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{existing} cannot be written by this user; choose another OUT_DIR")
+        raise OSError(f"{existing} cannot be written by this user; choose another --output")
 
 
 def _identify(
@@ -199,10 +187,10 @@ def _identify(
     """Return the family, trex or trexstar, and the tag of a file's models.
 
     Raises:
-        ValueError: The file is another one than its name says, or no official one; or an option
-            is missing or does not fit.
+        ValueError: The file does not hold what its name says, or is not an official one; or an
+            option is missing or does not match it.
     """
-    if path.name in KNOWN_FILES:
+    if path.name in naver.ALL_FILES:
         naver.check_contents(checkpoint, path.name)
     if checkpoint.form == "trainer":
         raise CheckpointError(
@@ -212,8 +200,8 @@ def _identify(
     if checkpoint.form == "official":
         if model:
             raise ValueError(
-                f"{path}: --model {model} is for backbone files, and this is a full one, which "
-                "tells by its projector; leave it out"
+                f"{path}: --model {model} is for backbone files, and this is a full training "
+                "state, whose projector identifies it; leave it out"
             )
         return _identify_full(path, checkpoint, momentum_encoder, num_classes)
     if checkpoint.projector or checkpoint.class_weights is not None:
@@ -241,10 +229,10 @@ def _identify_full(
     classes = len(checkpoint.class_weights)
     if num_classes not in (None, classes):
         raise ValueError(
-            f"{path}: --num-classes {num_classes} does not fit its class weights, of {classes} "
+            f"{path}: --num-classes {num_classes} does not match its class weights, of {classes} "
             "classes; leave it out"
         )
-    # What sets it apart from the published models, so that it cannot pass for one of them.
+    # The tag names all differences from the published models, so that it cannot pass for one.
     sizes = checkpoint.head_args()
     marks = ["in1k_r2" if classes == NUM_CLASSES else f"c{classes}"]
     if sizes["proj_layers"] not in DEPTHS.values():
@@ -252,10 +240,7 @@ def _identify_full(
     for name, letter in (("proj_hidden_dim", "h"), ("proj_dim", "d")):
         if sizes[name] != WIDTHS[name]:
             marks.append(f"{letter}{sizes[name]}")
-    if learned:
-        marks.append("learned")
-    if momentum_encoder:
-        marks.append("momentum")
+    marks += ["learned"] * learned + ["momentum"] * momentum_encoder
     family = "trexstar" if sizes["proj_layers"] == DEPTHS["trexstar"] else "trex"
     return family, "_".join(marks)
 
@@ -264,8 +249,8 @@ def _identify_backbone(path: Path, model: str | None) -> tuple[str, str]:
     by_name = BACKBONE_FILES.get(path.name)
     if model is None and by_name is None:
         raise ValueError(
-            f"{path}: a backbone alone does not tell t-ReX from t-ReX*, and {path.name!r} is none "
-            f"of {', '.join(BACKBONE_FILES)}; say which it is by --model "
+            f"{path}: a backbone alone may be t-ReX's or t-ReX*'s, and {path.name!r} is none of "
+            f"{', '.join(BACKBONE_FILES)}; say which it is by --model "
             f"{' or --model '.join(BACKBONE_FILES.values())}"
         )
     if model and by_name and model != by_name:
@@ -299,7 +284,7 @@ def _checked_tag(path: Path, tag: str | None, suggested: str) -> str:
 
 def _build(
     checkpoint: Checkpoint, expected: source.Outputs, family: str, tag: str
-) -> dict[str, Model]:
+) -> dict[str, Converted]:
     """Make the models, by name and tag; they share their tensors with the checkpoint."""
     state = checkpoint.state_dict()
     backbone = f"{family}_resnet50"
@@ -316,7 +301,7 @@ def _build(
 
 def _model(
     architecture: str, like: str, tag: str, state: dict[str, Tensor], expected: Tensor, **args: Any
-) -> Model:
+) -> Converted:
     row = timm.get_pretrained_cfg(like)
     assert row is not None
     num_classes = expected.shape[1] if row.num_classes else 0
@@ -328,11 +313,11 @@ def _model(
             architecture, pretrained_cfg=cfg, num_classes=num_classes, **args
         ).eval()
     model.load_state_dict({key: state[key] for key in model.state_dict()}, assign=True)
-    return Model(model, expected)
+    return Converted(model, expected)
 
 
 @torch.no_grad()
-def _error(model: Model, images: Tensor) -> float:
+def _error(model: Converted, images: Tensor) -> float:
     difference = (model.module(images) - model.expected).abs().max()
     return float(difference / model.expected.abs().max())
 
@@ -349,44 +334,36 @@ def _check_errors(path: Path, errors: dict[str, float]) -> None:
 
 
 @contextmanager
-def _staged(out_dir: Path, names: list[str], needed: int) -> Iterator[tuple[Path, list[str]]]:
-    """Give a folder inside ``out_dir`` to write in, and a list for what is moved out of it.
+def _staged(output: Path, names: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Give a folder inside ``output`` to write to, and a list for what is moved out of it.
 
     Args:
-        out_dir: Made if it is missing.
+        output: Created if it is missing, and removed again if it stays empty.
         names: What is to be written: folders, then a file.
-        needed: Bytes.
 
     Raises:
         OSError: The disk is full or refuses; the message says what was written.
     """
-    missing = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    free = shutil.disk_usage(_existing(out_dir)).free
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     done: list[str] = []
     try:
-        if free < needed:
-            raise OSError("the disk has too little room")
         for name in names[:-1]:
-            if (out_dir / name).is_file():
+            if (output / name).is_file():
                 raise OSError(f"{name} there is a file")
-        out_dir.mkdir(parents=True, exist_ok=True)
-        with folders.temporary_folder(out_dir, names[-1]) as stage:
+        output.mkdir(parents=True, exist_ok=True)
+        with timm_folder.temporary_folder(output, names[-1]) as stage:
             yield stage, done
     except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
         raise OSError(
-            f"{out_dir}: {getattr(error, 'strerror', None) or error}; written: "
+            f"{output}: {getattr(error, 'strerror', None) or error}; written: "
             f"{', '.join(done) or 'nothing'}; not written: "
-            f"{', '.join(name for name in names if name not in done)}; {_megabytes(needed)} are "
-            f"needed there and {_megabytes(free)} were free; make room or choose another OUT_DIR"
+            f"{', '.join(name for name in names if name not in done)}; free some space or choose "
+            "another --output"
         ) from error
     finally:
         for folder in missing:
             with suppress(OSError):  # it is not empty: not missing any more
                 folder.rmdir()
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""What became of every key of a file, with checksums, as a tab-separated file."""
+"""Report of a conversion: the fate of every key, with checksums, as a tab-separated file."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from torch import Tensor
 from convert import source
 
 
-class Row(NamedTuple):
+class KeyRow(NamedTuple):
     """A key of the file and its fate, a line of the report."""
 
     key: str
     shape: str
     dtype: str
     sha256: str
-    """Of the tensor's bytes in row-major order, the first 16 hexadecimal digits."""
+    """First 16 hexadecimal digits, of the tensor's bytes in row-major order."""
     fate: str
-    """The key in the converted models, or what else happened."""
+    """The key in the converted models, or why there is none."""
 
 
-def rows(contents: Mapping[str, Any], fates: Mapping[str, str]) -> list[Row]:
+def rows(contents: Mapping[str, Any], fates: Mapping[str, str]) -> list[KeyRow]:
     """Describe every key of a file, in the file's order."""
     return [_row(key, value, fates[key]) for key, value in source.entries(contents)]
 
 
-def _row(key: str, value: Any, fate: str) -> Row:
+def _row(key: str, value: Any, fate: str) -> KeyRow:
     if not isinstance(value, Tensor):
-        return Row(key, "-", type(value).__name__, "-", fate)
+        return KeyRow(key, "-", type(value).__name__, "-", fate)
     data = value.contiguous().view(-1).view(torch.uint8).numpy().data  # numpy has no bfloat16
     shape = "x".join(map(str, value.shape)) or "scalar"
     dtype = str(value.dtype).removeprefix("torch.")
-    return Row(key, shape, dtype, hashlib.sha256(data).hexdigest()[:16], fate)
+    return KeyRow(key, shape, dtype, hashlib.sha256(data).hexdigest()[:16], fate)
 
 
-def counts(rows: Iterable[Row]) -> Counter[str]:
+def counts(rows: Iterable[KeyRow]) -> Counter[str]:
     """Count the keys by fate; those that are kept, by part of the model."""
     return Counter(_kind(row.fate) for row in rows)
 
@@ -53,7 +53,7 @@ def _kind(fate: str) -> str:
     return parts.get(fate.partition(".")[0], "backbone")
 
 
-def write(path: Path, facts: Mapping[str, object], rows: Iterable[Row]) -> None:
+def write_rows(path: Path, facts: Mapping[str, object], rows: Iterable[KeyRow]) -> None:
     """Write a report, headed by facts about the file."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, "excel-tab", lineterminator="\n")
