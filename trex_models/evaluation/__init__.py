@@ -5,8 +5,8 @@ The names below are stable; docs/library.md shows their use.
 
 from trex_models.evaluation import logistic
 from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.knn import knn_accuracy, knn_votes, nearest_neighbors
 from trex_models.evaluation.logistic import LogisticFit
-from trex_models.evaluation.neighbors import knn_accuracy, knn_votes, nearest_neighbors
 
 __all__ = [
     "LogisticFit",

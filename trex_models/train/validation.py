@@ -19,7 +19,7 @@ from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches
 from trex_models.data.sources import Source
 from trex_models.data.transfer import to_device
-from trex_models.evaluation.neighbors import hits, knn_votes
+from trex_models.evaluation.knn import knn_votes, topk_correct
 from trex_models.heads import widen
 from trex_models.precision import Precision
 from trex_models.train.distributed import (
@@ -154,7 +154,7 @@ class Validator:
         for features, labels in self._features(method, self._dataset, own, "validation"):
             with self._precision.autocast():
                 logits = method.objective.logits(method.encoder.projector(widen(features)))
-            found = hits(logits, labels, 5, no_vote=-torch.inf)
+            found = topk_correct(logits, labels, 5, missing_score=-torch.inf)
             counts[0] += found[:, 0].sum()
             counts[1] += found[:, -1].sum()
             counts[3] += len(labels)
@@ -201,7 +201,7 @@ class Validator:
         features, labels = (torch.cat(column) for column in zip(*queries, strict=True))
         num_classes = len(self._dataset.source.classes)
         votes = knn_votes(*references, features, num_classes, self._neighbors.k)
-        return hits(votes, labels, 1).sum()
+        return topk_correct(votes, labels, 1).sum()
 
     def _own(self, indices: _Indices) -> _Indices:
         """Return the indices of this process."""

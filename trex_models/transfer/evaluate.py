@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.analyses import Analysis, analyse
+from trex_models.evaluation.geometry import Geometry, analyze
 from trex_models.files import write_whole
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
@@ -88,7 +88,7 @@ def evaluate(
         OSError: A file cannot be written.
     """
     settings = {
-        "protocol": protocol.facts(range(plan.seeds)),
+        "protocol": protocol.describe(range(plan.seeds)),
         "cache_dtype": cache.dtype,
         "classifiers_device": plan.device,
         "training_task": plan.training_task,
@@ -133,7 +133,7 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
         **about,
         "features": identities,
         "dtype": cache.dtype,
-        "protocol": protocol.facts(range(plan.seeds)),
+        "protocol": protocol.describe(range(plan.seeds)),
         "device": plan.device,
         "versions": environment()["versions"],
     }
@@ -158,7 +158,7 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     return entry
 
 
-def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Analysis:
+def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Geometry:
     bar = tqdm(
         total=len(features),
         desc="analyses",
@@ -168,7 +168,7 @@ def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Analysis
         disable=None,  # where stderr is no terminal
     )
     with bar:
-        return analyse(features, labels, device=device, progress=bar.update)
+        return analyze(features, labels, device=device, progress=bar.update)
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:
