@@ -199,9 +199,7 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
         scores(broken, test_y, x, y)
     with pytest.raises(ValueError, match="no training image has label 4, .*1 such labels; 9 are"):
         scores(x[y != 4], y[y != 4], test_x, test_y)
-    with pytest.raises(
-        ValueError, match=r"test features .*shape \(N, 64\) .*got \(599, 9\)"
-    ):
+    with pytest.raises(ValueError, match=r"test features .*shape \(N, 64\) .*got \(599, 9\)"):
         scores(x, y, test_x[:, :9], test_y)
     with pytest.raises(ValueError, match=r"test features .*not empty, got \(0, 64\)"):
         scores(x, y, test_x[:0], test_y[:0])

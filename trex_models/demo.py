@@ -34,8 +34,8 @@ from trex_models.train.build import crop_specs, open_source
 from trex_models.train.config import Config, demo
 from trex_models.train.loop import train
 from trex_models.train.signals import Stopped
+from trex_models.transfer.datasets import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
-from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.protocol import knn_score, logistic_scores
 
 Accuracy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]

@@ -21,7 +21,7 @@ from trex_models.evaluation.geometry import Geometry, analyze
 from trex_models.files import write_whole
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
-from trex_models.transfer.data_sets import DataSet
+from trex_models.transfer.datasets import Dataset
 from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.report import environment, new_report, table, with_entry
 from trex_models.transfer.scores import accuracy, log_odds_facts
@@ -34,7 +34,7 @@ LARGE = 100_000
 class Task:
     """A data set that has been opened and checked."""
 
-    data_set: DataSet
+    data_set: Dataset
     train: Source
     test: Source
 

@@ -118,8 +118,8 @@ def logistic_scores(
     task = _Task(train, train_labels, test, test_labels, device)
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
     axes = logistic.principal_axes(x)
-    fits = (len(seeds) + 1) * len(Cs)
-    with progress_bar(fits, "logistic regression", "fit", miniters=0) as bar:
+    total = (len(seeds) + 1) * len(Cs)
+    with progress_bar(total, "logistic regression", "fit", miniters=0) as bar:
 
         def watch(C: float, iterations: int, *_: float) -> None:  # noqa: N803
             bar.set_postfix_str(f"C {C:.2g}, iteration {iterations}", refresh=False)
