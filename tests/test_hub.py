@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from convert.naver import convert
-from hub import cards, figures, fixed_input, imagenet, licenses
+from hub import cards, fixed_input, imagenet, licenses
 from hub import publish as publishing
 from hub.__main__ import main
 from hub.build import Owner, build
@@ -41,6 +41,7 @@ from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
 from trex_models import folders, manifest, naver
 from trex_models.evaluation.linear import Setting
 from trex_models.manifest import Manifest, WeightsError, sha256
+from trex_models.transfer.published import reported
 from trex_models.trex import default_cfgs
 
 pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
@@ -430,9 +431,9 @@ def test_card_of_naver_model(name: str) -> None:
     assert not re.search(r"\{\{|\{%|(?<!\[)None|Undefined| +$|\n\n\n", card, re.MULTILINE)
     assert card.isascii()
 
-    own = figures.reported(name)
+    own = reported(name)
     shown = re.findall(r"^\| (\d.*) % \| (.*) \|$", card, re.MULTILINE)
-    assert shown == [(f"{own.top1:.1f}", f"{own.log_odds:.4f}")]
+    assert shown == [(f"{100 * own.top1:.1f}", f"{own.mean_log_odds:.4f}")]
     assert "**authors' figures**" in text
     assert "**Measured here: nothing yet.**" in text
     assert f"**This is {'t-ReX*' if 'star' in name else 't-ReX'}.**" in text
@@ -472,11 +473,11 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
 
 
 def test_figures_are_those_of_the_specification() -> None:
-    assert figures.reported("trex_resnet50.in1k") == (78.0, 1.1704)
-    assert figures.reported("trexstar_resnet50.in1k") == (80.2, 0.8829)
+    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
+    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
     for part in ("", "_proj", "_cls"):
-        assert figures.reported(f"trex_resnet50{part}.in1k_r2") == (77.9, 1.1664)
-        assert figures.reported(f"trexstar_resnet50{part}.in1k_r2") == (80.2, 0.8800)
+        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
+        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
 
 
 def test_origin_is_that_of_the_zoo() -> None:

@@ -24,7 +24,7 @@ from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset
 from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.report import environment, new_report, table, with_entry
-from trex_models.transfer.scores import accuracy, log_odds_facts
+from trex_models.transfer.scores import accuracy, knn_scores
 
 LARGE = 100_000
 """Training images from which on a data set of the user's own gets the SGD layer."""
@@ -151,10 +151,10 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     if plan.analyses:
         try:
             found = _analysis(train, task.train.labels, plan.device)
-            entry["analyses"] = {"train": found.to_dict()}
+            entry["geometry"] = {"train": found.to_dict()}
         except ValueError as error:  # such as constant features
             print(f"      no analyses: {error}", flush=True)
-            entry["analyses"] = {"train": None, "reason": str(error)}
+            entry["geometry"] = {"train": None, "reason": str(error)}
     return entry
 
 
@@ -191,6 +191,6 @@ def _scores(task: Task, train: np.ndarray, test: np.ndarray, plan: Plan) -> dict
     return {
         **accuracy([choice.top1 for choice in choices], len(task.test)),
         "choices": [asdict(choice) for choice in choices],
-        "knn": {"top1": knn, **log_odds_facts(knn, len(task.test))},
+        "knn": knn_scores(knn, len(task.test)),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
     }
