@@ -22,7 +22,7 @@ from trex_models.data.file_list import FileSource
 from trex_models.data.sources import Source
 from trex_models.demo import tasks
 from trex_models.train.config import demo
-from trex_models.transfer import datasets
+from trex_models.transfer import readers
 from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, open_checked, select
 
 ON_DISK = sorted(REPLICAS)
@@ -30,7 +30,7 @@ ON_DISK = sorted(REPLICAS)
 
 @pytest.fixture(autouse=True)
 def _replicas_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "EUROSAT_TEST_PER_CLASS", 2)
+    monkeypatch.setattr(readers, "EUROSAT_TEST_PER_CLASS", 2)
     # torchvision looks at the MD5 of the published lists of Flowers-102.
     monkeypatch.setattr(
         torchvision.datasets.flowers102, "check_integrity", lambda path, _md5: Path(path).exists()

@@ -15,12 +15,10 @@ from torchvision import datasets as tv
 
 from trex_models.data import samples
 from trex_models.data.file_list import FileSource
-from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import Source
 from trex_models.transfer import readers
 
-EUROSAT_TEST_PER_CLASS = 810  # it comes undivided
 # The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, at this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
 TRAIN_PER_CLASS, TEST_PER_CLASS = 50, 25
@@ -56,12 +54,6 @@ class Dataset:
     """Classifier of the protocol; None: the number of training images decides."""
 
 
-def _eurosat(root: Path) -> tuple[Source, Source]:
-    """Return the images of EuroSAT, of which the same are held out everywhere, by a hash."""
-    images = FolderSource(root / "eurosat" / "2750")
-    return readers.divided(images, lambda _: EUROSAT_TEST_PER_CLASS)
-
-
 def fractals(first_class: int = 0) -> tuple[Source, Source]:
     """Return fractals; the demo trains on classes 0 to 39, and on none of the test images."""
     part = partial(
@@ -74,7 +66,7 @@ _KNOWN = [
     Dataset(
         "imagenet",
         "ImageNet-1K",
-        lambda root: readers.two_folders(root / "imagenet" / "train", root / "imagenet" / "val"),
+        readers.imagenet,
         Sizes(1000, 1281167, 50000),
         "class folders (n01440764, ...) imagenet/train/WNID and imagenet/val/WNID; the "
         "validation images come unsorted, torchvision.datasets.ImageNet(ROOT, 'val') sorts them",
@@ -84,9 +76,7 @@ _KNOWN = [
     Dataset(
         "aircraft",
         "Aircraft",
-        lambda root: readers.from_torchvision(
-            root, tv.FGVCAircraft, "fgvc-aircraft-2013b", ["trainval"]
-        ),
+        readers.from_torchvision(tv.FGVCAircraft, "fgvc-aircraft-2013b", "trainval"),
         Sizes(100, 6667, 3333),
         "fgvc-aircraft-2013b/data/images/*.jpg and the lists in fgvc-aircraft-2013b/data/",
         f"{_VGG}/fgvc-aircraft/ or torchvision.datasets.FGVCAircraft(ROOT, download=True)",
@@ -94,7 +84,7 @@ _KNOWN = [
     Dataset(
         "cars196",
         "Cars196",
-        lambda root: readers.from_torchvision(root, tv.StanfordCars, "stanford_cars", ["train"]),
+        readers.from_torchvision(tv.StanfordCars, "stanford_cars", "train"),
         Sizes(196, 8144, 8041),
         "stanford_cars/cars_train/*.jpg, stanford_cars/cars_test/*.jpg, "
         "stanford_cars/devkit/cars_meta.mat, stanford_cars/devkit/cars_train_annos.mat and "
@@ -104,9 +94,7 @@ _KNOWN = [
     Dataset(
         "dtd",
         "DTD",
-        lambda root: readers.from_torchvision(
-            root, tv.DTD, "dtd/dtd", ["train", "val"], partition=1
-        ),
+        readers.from_torchvision(tv.DTD, "dtd/dtd", "train", "val", partition=1),
         Sizes(47, 3760, 1880),
         "dtd/dtd/images/CLASS/*.jpg and dtd/dtd/labels/{train1,val1,test1}.txt",
         f"{_VGG}/dtd/ or torchvision.datasets.DTD(ROOT, download=True)",
@@ -114,7 +102,7 @@ _KNOWN = [
     Dataset(
         "eurosat",
         "EuroSAT",
-        _eurosat,
+        readers.eurosat,
         Sizes(10, 18900, 8100),
         "class folders eurosat/2750/CLASS of the RGB images",
         "https://github.com/phelber/EuroSAT or torchvision.datasets.EuroSAT(ROOT, download=True)",
@@ -122,7 +110,7 @@ _KNOWN = [
     Dataset(
         "flowers",
         "Flowers",
-        lambda root: readers.from_torchvision(root, tv.Flowers102, "flowers-102", ["train", "val"]),
+        readers.from_torchvision(tv.Flowers102, "flowers-102", "train", "val"),
         Sizes(102, 2040, 6149),
         "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat, as "
         "they were published",
@@ -139,7 +127,7 @@ _KNOWN = [
     Dataset(
         "food101",
         "Food101",
-        lambda root: readers.from_torchvision(root, tv.Food101, "food-101", ["train"]),
+        readers.from_torchvision(tv.Food101, "food-101", "train"),
         Sizes(101, 75750, 25250),
         "food-101/images/CLASS/*.jpg and food-101/meta/{train,test}.json",
         "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/ or "
@@ -276,20 +264,23 @@ def _check(train: Source, test: Source, sizes: Sizes) -> None:
             f"the training images have {len(classes)} classes and the test images "
             f"{len(test.classes)} (only one part has {', '.join(odd[:3])}); both need the same"
         )
-    found = Sizes(len(classes), len(train), len(test))
-    for what, expected, count in zip(
-        ("classes", "training images", "test images"), sizes, found, strict=True
-    ):
+    counts = zip(
+        ("classes", "training images", "test images"),
+        sizes,
+        (len(classes), len(train), len(test)),
+        strict=True,
+    )
+    for what, expected, count in counts:
         low, high = expected if isinstance(expected, tuple) else (expected, expected)
-        if low is not None and not low <= count <= high:
-            raise ValueError(
-                f"{count} {what} where {low if low == high else f'{low} to {high}'} are expected: "
-                + (
-                    "it is incomplete, or another version; unpack or copy all of it again"
-                    if count < low
-                    else "it is more than was published, or another version; remove what was added"
-                )
-            )
+        if low is None or high is None or low <= count <= high:
+            continue
+        span = f"{low}" if low == high else f"{low} to {high}"
+        found, remedy = "more than was published", "remove what was added"
+        if count < low:
+            found, remedy = "incomplete", "unpack or copy all of it again"
+        raise ValueError(
+            f"{count} {what} where {span} are expected: it is {found}, or another version; {remedy}"
+        )
     scarce = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) < 2)
     if len(scarce):
         raise ValueError(

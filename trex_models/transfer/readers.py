@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +22,52 @@ from trex_models.evaluation.splits import hashed_order
 from trex_models.unpickling import PlainUnpickler
 
 Parts = tuple[FileSource, FileSource]
+EUROSAT_TEST_PER_CLASS = 810  # it comes undivided
 NUM_LEVELS = 5
 _LIST_SUFFIXES = (".json", ".pkl", ".pickle")
 
 
 def from_torchvision(
-    root: Path, kind: Any, folder: str, train: Sequence[str], **options: Any
-) -> Parts:
-    """List the files of a torchvision dataset.
+    kind: Any, folder: str, *train: str, **options: Any
+) -> Callable[[Path], Parts]:
+    """Return the reader of a torchvision dataset.
 
     Args:
-        root: Data root.
         kind: Class of the dataset.
-        folder: Folder of the images below the root.
+        folder: Folder of the images below the data root.
         train: Splits to fit on.
         options: Further arguments of ``kind``.
     """
-    splits = [*train, "test"]
-    parts = [kind(root, split, loader=str, **options) for split in splits]  # yields paths
-    classes = parts[0].classes
-    if any(part.classes != classes for part in parts):  # each numbers the classes that it holds
-        raise ValueError(f"its splits {', '.join(splits)} list different classes")
 
-    def listed(*parts: Any) -> FileSource:
-        samples = [part[index] for part in parts for index in range(len(part))]
-        paths = [Path(path).relative_to(root / folder).as_posix() for path, _ in samples]
-        return FileSource(root / folder, paths, [int(label) for _, label in samples], classes)
+    def read(root: Path) -> Parts:
+        splits = *train, "test"
+        *fitted, tested = (kind(root, split, loader=str, **options) for split in splits)
+        classes = tested.classes
+        if any(part.classes != classes for part in fitted):  # each numbers the classes it holds
+            raise ValueError(f"its splits {', '.join(splits)} list different classes")
 
-    return listed(*parts[:-1]), listed(parts[-1])
+        def listed(parts: list[Any]) -> FileSource:
+            rows = [part[index] for part in parts for index in range(len(part))]
+            paths = [Path(path).relative_to(root / folder).as_posix() for path, _ in rows]
+            return FileSource(root / folder, paths, [int(label) for _, label in rows], classes)
+
+        return listed(fitted), listed([tested])
+
+    return read
 
 
-def two_folders(train: Path, test: Path) -> Parts:
-    """Return two folders of class folders."""
-    return FolderSource(train), FolderSource(test)
+def imagenet(root: Path) -> Parts:
+    """Read ImageNet-1K; the validation images are for the test."""
+    return FolderSource(root / "imagenet" / "train"), FolderSource(root / "imagenet" / "val")
+
+
+def eurosat(root: Path) -> Parts:
+    """Read EuroSAT, of which the same images are held out everywhere, by a hash."""
+    return _divided(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
 
 
 def class_folders(path: Path) -> Parts:
-    """Return any class folders, divided by their owner or by a hash.
+    """Read any class folders, divided by their owner or by a hash.
 
     Args:
         path: Folder that holds ``train/``, ``val/`` and ``test/`` of class folders, the first two
@@ -78,22 +87,17 @@ def class_folders(path: Path) -> Parts:
         labels = np.concatenate([train.labels, val.labels])
         return FileSource(path, files, labels, train.classes), test
     if len(found) == 2 and found[0] == "train":
-        return two_folders(path / "train", path / found[1])
+        return FolderSource(path / "train"), FolderSource(path / found[1])
     if found == ["train"]:
         raise ValueError(
             f"{path} holds train/ and neither test/ nor val/: rename the folder to test on, or "
             "train/ if it is a class"
         )
-    return divided(FolderSource(path), lambda count: max(1, round(count / 5)))
+    return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
 
 
-def divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
-    """Hold out images of each class, by the hash of their paths below the source's root.
-
-    Args:
-        source: All images.
-        test_images: Maps the size of a class to the number of its test images.
-    """
+def _divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
+    """Hold out ``test_images(count)`` of a class's images, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
@@ -103,7 +107,7 @@ def divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
 
 
 def pets(root: Path) -> Parts:
-    """Oxford-IIIT Pets by breed."""
+    """Read Oxford-IIIT Pets by breed."""
     folder = root / "oxford-iiit-pet"
     train, test = (
         [line.split() for line in _lines(folder / "annotations" / f"{part}.txt")]
@@ -121,7 +125,7 @@ def pets(root: Path) -> Parts:
 
 
 def sun397(root: Path) -> Parts:
-    """SUN397, partition 1; its lists lie in SUN397/ or next to it."""
+    """Read SUN397, partition 1; its lists lie in SUN397/ or next to it."""
     folder = root / "SUN397"
 
     def names(file: str) -> list[str]:
@@ -142,7 +146,7 @@ def sun397(root: Path) -> Parts:
 
 
 def inaturalist(root: Path, year: int) -> Parts:
-    """Species of a competition; the validation images are for the test."""
+    """Read the species of an iNaturalist competition; the validation images are for the test."""
     folder, images = root / f"inat{year}", f"train_val{year}"
 
     def listed(name: str) -> FileSource:
@@ -164,7 +168,7 @@ def inaturalist(root: Path, year: int) -> Parts:
 
 
 def cog(root: Path, level: int) -> Parts:
-    """A level of ImageNet-CoG: concepts of ImageNet-21K, ever farther from ImageNet-1K's.
+    """Read a level of ImageNet-CoG: concepts of ImageNet-21K, ever farther from ImageNet-1K's.
 
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. Two
     lists, as JSON or as pickles, name the concepts (WordNet ids) of the levels and the images of
@@ -225,9 +229,8 @@ def _content(path: Path) -> Any:
 def _concepts(content: Any, path: Path) -> list[list[str]]:
     """Return the concepts of each level, sorted, from any of the known layouts."""
     levels: dict[int, set[str]] = {}
-    for key, value in (
-        content if isinstance(content, Mapping) else dict(enumerate(content))
-    ).items():
+    rows = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in rows:
         if isinstance(value, str | bytes | int):  # concept -> level
             levels.setdefault(_number(value, path), set()).add(_text(key))
         else:  # level -> concepts
