@@ -288,9 +288,9 @@ NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
         ({"features": X * 1e18}, "features reach .*e.18, too much for torch.float32: scale"),
         ({"labels": Y[:-1]}, r"labels of the features must be 90 integers, .* of shape \(89,\)"),
         ({"labels": Y.float()}, "must be 90 integers, .* got torch.float32"),
-        ({"labels": Y - 1}, "labels must be 0 or above, got -1"),
-        ({"labels": Y * 0}, "two classes at least"),
-        ({"labels": Y * 2}, r"no sample is of class 1 \(2 of the 5 .*torch.unique"),
+        ({"labels": Y - 1}, "labels must be 0 to K - 1 .*got 3 different labels from -1 to 1"),
+        ({"labels": Y * 0}, "at least two classes.* got 1 different labels from 0 to 0"),
+        ({"labels": Y * 2}, "each must occur, got 3 different labels from 0 to 4.*torch.unique"),
         ({"start": fit(X[:, :5], Y, 1.0)}, r"start must be of 3 classes and 7 .* \(3, 5\)"),
     ],
 )

@@ -442,19 +442,14 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _class_counts(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Check samples; return the number of each class's, (K,)."""
+    """Check the samples; return the number of samples of each class, (K,)."""
     require_samples(features, labels)
-    labels = labels.to(torch.int64)
-    if labels.min() < 0:
-        raise ValueError(f"labels must be 0 or above, got {int(labels.min())}")
-    counts = labels.bincount()
-    if len(counts) < 2:
-        raise ValueError("labels must be of two classes at least, got 0 alone")
-    absent = (counts == 0).nonzero().flatten().tolist()
-    if absent:
+    classes, counts = labels.to(torch.int64).unique(return_counts=True)
+    low, high = int(classes[0]), int(classes[-1])
+    if low != 0 or not 1 <= high == len(classes) - 1:
         raise ValueError(
-            f"no sample is of class {absent[0]} ({len(absent)} of the {len(counts)} classes up to "
-            "the largest label are absent): number the classes that are there by "
+            "labels must be 0 to K - 1 of at least two classes, and each must occur, got "
+            f"{len(classes)} different labels from {low} to {high}: number the classes by "
             "torch.unique(labels, return_inverse=True)"
         )
     require_finite("features", features, chunk)

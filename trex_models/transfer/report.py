@@ -141,10 +141,10 @@ def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
         lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
         return "\n".join([*lines, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)
     lines = [
         "  ".join(
-            [row[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
         )
         for row in rows
     ]
