@@ -1,4 +1,4 @@
-"""What features are worth: extraction, and classifiers on frozen features.
+"""Extraction of features, and classifiers on frozen features.
 
 The names below are stable; docs/library.md shows their use.
 """

@@ -1,8 +1,8 @@
-"""A linear layer by SGD on frozen features, with a whole grid of settings trained at once.
+"""A linear layer by SGD on frozen features, with a grid of settings trained at once.
 
 Features are L2-normalized. Cross-entropy, momentum, one learning rate an epoch:
 lr / 2 (1 + cos(pi e / E)) in epoch e of E, so that epoch 0 alone has the full rate. Each layer is
-what torch.optim.SGD would make of its setting alone. The settings share batches and their order;
+the one that torch.optim.SGD would train. The settings share batches and their order;
 so a step is two products of the batch, (B, F), with all weights as one matrix, (G C, F), and the
 features are read once for all settings that fit in memory together.
 
@@ -38,12 +38,12 @@ class Samples(NamedTuple):
     """Labeled features, or some rows of them."""
 
     features: Tensor
-    """(N, F), of any floating type and on any device: a file mapped into memory is never whole
-    in memory, and on the layers' device no batch has to travel."""
+    """(N, F), of any floating type and on any device: a memory-mapped file is read in batches, and
+    on the layers' device no batch has to travel."""
     labels: Tensor
     """(N,) int64, in [0, C)."""
     rows: Tensor
-    """Which samples, (<= N,) indices on the CPU."""
+    """Indices of the samples, (<= N,), on the CPU."""
 
     def batches(
         self, order: Tensor, size: int, device: torch.device

@@ -147,7 +147,7 @@ def fit_path(
         start: Fit to begin at; by default zero weights, with the classes' shares as probabilities.
         tolerance: Allowed excess of the objective, relative.
         max_iterations: Limit for each C, of two products with the features each.
-        chunk: Number of samples at a time where no whole matrix is needed.
+        chunk: Number of samples at a time where no complete matrix is needed.
         axes: ``principal_axes`` of a set that these samples are from, (F, R): to find them only
             once where several of its parts are fitted to.
         progress: Called once an iteration.

@@ -54,12 +54,19 @@ class Dataset:
     """Classifier of the protocol; None: the number of training images decides."""
 
 
-def fractals(first_class: int = 0) -> tuple[Source, Source]:
-    """Return fractals; the demo trains on classes 0 to 39, and on none of the test images."""
+def _fractals(first_class: int = 0) -> tuple[Source, Source]:
+    """Return fractals of 40 classes; the demo trains on classes 0 to 39, not on the test images."""
     part = partial(
         FractalSource, NUM_CLASSES, size=SIZE, first_class=first_class, variation=VARIATION
     )
     return part(TRAIN_PER_CLASS), part(TEST_PER_CLASS, first_image=IMAGES_PER_CLASS)
+
+
+def _offline(
+    name: str, title: str, opened: Callable[[], tuple[Source, Source]], sizes: Sizes
+) -> Dataset:
+    home = "pip install trex-models[transfer]"
+    return Dataset(name, title, lambda _root: opened(), sizes, "nothing", home)
 
 
 _KNOWN = [
@@ -171,24 +178,11 @@ _KNOWN = [
             (2019, Sizes(1010, 265213, 3030)),
         )
     ),
-    *(
-        Dataset(name, title, opened, sizes, "nothing", "pip install trex-models[transfer]")
-        for name, title, opened, sizes in (
-            ("fractals", "Fractals", lambda _: fractals(), Sizes(40, 2000, 1000)),
-            (
-                "fractals-unseen",
-                "Unseen fractals",
-                lambda _: fractals(first_class=NUM_CLASSES),
-                Sizes(40, 2000, 1000),
-            ),
-            ("digits", "Digits", lambda _: samples.digits(SIZE), Sizes(10, 1198, 599)),
-            (
-                "photographs",
-                "Photographs",
-                lambda _: samples.photographs(SIZE),
-                Sizes(20, 1200, 600),
-            ),
-        )
+    _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
+    _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
+    _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
+    _offline(
+        "photographs", "Photographs", partial(samples.photographs, SIZE), Sizes(20, 1200, 600)
     ),
 ]
 

@@ -135,7 +135,7 @@ def logistic_scores(
             curves.append([_top1(tried.logits(x[mask]), y[mask]) for tried in fits])
             del fits
         best = [int(np.argmax(curve)) for curve in curves]
-        # A path too, since large C converge from a neighbour far sooner than from nothing.
+        # A path too, since large C converge far sooner from a similar C than from zero weights.
         finals = path(torch.ones_like(y, dtype=torch.bool), max(best) + 1)
         bar.update(len(Cs) - len(finals))
     grid = [{"C": C} for C in Cs]

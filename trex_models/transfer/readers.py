@@ -182,8 +182,9 @@ def cog(root: Path, level: int) -> Parts:
         ValueError: A list is missing, has an unknown layout, or is a pickle of anything but
             containers, strings and numbers.
     """
-    levels_file, splits_file = (_list_file(root / "cog", stem) for stem in ("levels", "splits"))
-    levels, splits = _content(levels_file), _content(splits_file)
+    (levels_file, levels), (splits_file, splits) = (
+        _listing(root / "cog", stem) for stem in ("levels", "splits")
+    )
     try:
         concepts = _concepts(levels, levels_file)[level - 1]
         images = [_images(splits, concept, splits_file) for concept in concepts]
@@ -204,22 +205,20 @@ def cog(root: Path, level: int) -> Parts:
     return train, test
 
 
-def _list_file(folder: Path, stem: str) -> Path:
+def _listing(folder: Path, stem: str) -> tuple[Path, Any]:
+    """Return a list's file and its content."""
     found = [path for suffix in _LIST_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
     if len(found) != 1:
         raise ValueError(
             f"{folder} holds {len(found) or 'no'} files {stem}.* ({', '.join(_LIST_SUFFIXES)}), "
             "one is needed"
         )
-    return found[0]
-
-
-def _content(path: Path) -> Any:
+    (path,) = found
     if path.suffix == ".json":
-        return _read_json(path)
+        return path, _read_json(path)
     with path.open("rb") as file:
         try:
-            return PlainUnpickler(file).load()
+            return path, PlainUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises anything
             raise ValueError(
                 f"{path} cannot be read as lists of names ({error}); write it as JSON"
