@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import measure
-from trex_models.evaluation.neighbors import knn_votes
+from trex_models.evaluation.knn import knn_votes
 
 NUM_CLASSES = 1000
 

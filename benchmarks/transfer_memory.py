@@ -39,8 +39,8 @@ from benchmarks import measure
 from trex_models.data.centre_crops import CentreCrop
 from trex_models.data.sources import digest
 from trex_models.evaluation import linear
-from trex_models.evaluation.analyses import analyse
-from trex_models.evaluation.neighbors import require_finite
+from trex_models.evaluation.geometry import analyze
+from trex_models.evaluation.inputs import require_finite
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import DTYPES, FeatureCache
@@ -183,7 +183,7 @@ def train(setup: Setup) -> dict[str, Any]:
 
 def look(setup: Setup) -> dict[str, Any]:
     """Analyse the features of all images."""
-    found = analyse(*setup.samples("train"), chunk=_ANALYSED_CHUNK)
+    found = analyze(*setup.samples("train"), chunk=_ANALYSED_CHUNK)
     return {"coding_length": found.coding_length, "effective_rank": found.effective_rank}
 
 

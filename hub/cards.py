@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from hub import anatomy, figures, notices
+from hub import anatomy, notices
 from hub.hub_folder import Model
 from trex_models import naver
+from trex_models.transfer.published import reported
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
 
@@ -60,7 +61,7 @@ def render(
         terms=notices.find_license(identifier),
         under_naver_license=identifier == naver.LICENSE,
         owner=owner,
-        figures=figures.reported(model.name) if model.is_naver else None,
+        figures=reported(model.name) if model.is_naver else None,
         ours=measured,
     )
     return f"{card}\n"

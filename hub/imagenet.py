@@ -25,7 +25,6 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor
 from tqdm import tqdm
 
-from hub.figures import reported
 from hub.hub_folder import load_folder
 from trex_models import naver
 from trex_models.atomic import write_whole
@@ -35,6 +34,7 @@ from trex_models.evaluation.features import image_batches
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.evaluation.splits import held_out
 from trex_models.manifest import sha256
+from trex_models.transfer.published import reported
 
 SETTINGS = tuple(
     Setting(rate, decay)
@@ -248,7 +248,7 @@ def _outputs(model: Any, source: FolderSource, protocol: Protocol) -> Iterator[t
 
 
 def _compared(name: str, kind: str, top1: float) -> dict[str, Any]:
-    figure, tolerance = reported(name).top1, TOLERANCES[kind]
+    figure, tolerance = 100 * reported(name).top1, TOLERANCES[kind]
     return {
         "reported_top1": figure,
         "reported_protocol": LINEAR,

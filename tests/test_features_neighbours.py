@@ -19,7 +19,7 @@ from torch import Tensor
 import trex_models.features
 from tests.test_features import run, save_model
 from tests.test_folder import save_image
-from trex_models.evaluation.neighbors import nearest_neighbors
+from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import neighbours, picture
 from trex_models.features.__main__ import main
 from trex_models.features.file import Features

@@ -26,7 +26,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from convert.official import convert_official
-from hub import cards, figures, fixed_input, imagenet, notices
+from hub import cards, fixed_input, imagenet, notices
 from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.errors import HubError
@@ -41,6 +41,7 @@ from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
 from trex_models import naver, timm_folder
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
+from trex_models.transfer.published import reported
 from trex_models.trex import default_cfgs
 
 pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
@@ -434,9 +435,9 @@ def test_card_of_naver_model(name: str) -> None:
     assert not re.search(r"\{\{|\{%|(?<!\[)None|Undefined| +$|\n\n\n", card, re.MULTILINE)
     assert card.isascii()
 
-    own = figures.reported(name)
+    own = reported(name)
     shown = re.findall(r"^\| (\d.*) % \| (.*) \|$", card, re.MULTILINE)
-    assert shown == [(f"{own.top1:.1f}", f"{own.log_odds:.4f}")]
+    assert shown == [(f"{100 * own.top1:.1f}", f"{own.mean_log_odds:.4f}")]
     assert "**authors' figures**" in text
     assert "**Measured here: nothing yet.**" in text
     assert f"**This is {'t-ReX*' if 'star' in name else 't-ReX'}.**" in text
@@ -476,11 +477,11 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
 
 
 def test_figures_are_those_of_the_specification() -> None:
-    assert figures.reported("trex_resnet50.in1k") == (78.0, 1.1704)
-    assert figures.reported("trexstar_resnet50.in1k") == (80.2, 0.8829)
+    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
+    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
     for part in ("", "_proj", "_cls"):
-        assert figures.reported(f"trex_resnet50{part}.in1k_r2") == (77.9, 1.1664)
-        assert figures.reported(f"trexstar_resnet50{part}.in1k_r2") == (80.2, 0.8800)
+        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
+        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
 
 
 def test_origin_is_that_of_the_zoo() -> None:

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checkpoints", "manifest", "naver"},
     "trex": {"checkpoints", "licenses", "naver", "weights"},
     "data": set(),
-    "evaluation": {"data", "precision"},
+    "evaluation": {"cli", "data", "precision"},
     "train": {  # its __init__ alone, which names the public parts
         *("train.backbone", "train.bank", "train.look", "train.method", "train.momentum"),
         *("train.objectives", "train.optimizer"),

@@ -368,7 +368,7 @@ def test_accuracy_of_neighbours_is_that_of_their_votes() -> None:
         (lambda: MultiCrop(SPECS)(Image.new("F", (9, 9))), "no defined range"),
         (
             lambda: knn_accuracy(np.eye(2), np.arange(2), np.eye(2), np.arange(3)),
-            "query_labels must be 2",
+            "labels of the queries must be 2",
         ),
     ],
 )

@@ -89,36 +89,36 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert command[-2:] == ["--label", "Small"]
     assert report["cache_dtype"] == "float32"
     assert report["classifiers_device"] == "cpu"
-    entry = report["data_sets"]["hard"]
+    entry = report["datasets"]["hard"]
     assert (entry["classifier"], entry["num_classes"]) == ("logistic", 3)
     assert (entry["train"]["images"], entry["test"]["images"]) == (45, 36)
     assert entry["train"]["sha256"] != entry["test"]["sha256"]
     assert [choice["seed"] for choice in entry["choices"]] == [0, 1]
-    assert entry["analyses"]["train"]["num_images"] == 45
+    assert entry["geometry"]["train"]["num_images"] == 45
 
 
 def test_scores_are_those_of_the_data(report: dict[str, Any]) -> None:
-    easy, hard = (report["data_sets"][name]["top1"] for name in ("easy", "hard"))
+    easy, hard = (report["datasets"][name]["top1"] for name in ("easy", "hard"))
     assert easy["mean"] == 1.0
     assert easy["clipped"]
     assert 0.4 < hard["mean"] < 0.95
     assert hard["test_interval"][0] < hard["mean"] < hard["test_interval"][1]
     assert hard["mean"] == np.mean(hard["seeds"])
-    choices = report["data_sets"]["hard"]["choices"]
+    choices = report["datasets"]["hard"]["choices"]
     assert [choice["top1"] for choice in choices] == hard["seeds"]
 
 
 def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
     by_seed = []
     for seed in range(2):
-        easy, hard = (report["data_sets"][name]["top1"]["seeds"][seed] for name in ("easy", "hard"))
+        easy, hard = (report["datasets"][name]["top1"]["seeds"][seed] for name in ("easy", "hard"))
         assert easy == 1.0
         odds = math.log(35.5 / 0.5), math.log(hard / (1 - hard))
         by_seed.append(sum(odds) / 2)
     transfer = report["transfer"]
-    assert transfer["data_sets"] == ["easy", "hard"]
+    assert transfer["datasets"] == ["easy", "hard"]
     assert transfer["mean_log_odds"] == pytest.approx(np.mean(by_seed))
-    by_neighbors = [entry["knn"]["log_odds"] for entry in report["data_sets"].values()]
+    by_neighbors = [entry["knn"]["log_odds"] for entry in report["datasets"].values()]
     assert transfer["knn_mean_log_odds"] == pytest.approx(np.mean(by_neighbors))
     assert by_neighbors[0] == pytest.approx(math.log(35.5 / 0.5))
     half = student.ppf(0.975, 1) * np.std(by_seed, ddof=1) / math.sqrt(2)
@@ -128,8 +128,8 @@ def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
 def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:
     text = (place / "out" / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["data set", "easy", "hard", "mean log-odds of 2 sets"]
-    hard = report["data_sets"]["hard"]
+    assert [row[0] for row in rows] == ["dataset", "easy", "hard", "mean log-odds of 2 sets"]
+    hard = report["datasets"]["hard"]
     mean, *ends = (100 * value for value in (hard["top1"]["mean"], *hard["top1"]["test_interval"]))
     assert rows[2][2] == f"{mean:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
     assert rows[3][-1].startswith(f"{report['transfer']['mean_log_odds']:.3f} (")
@@ -176,7 +176,7 @@ def test_a_run_that_was_cut_leaves_a_report_that_says_so(
     out = tmp_path / "report.json"
     assert run(place, out) == 130
     assert not read_report(out)["complete"]
-    assert list(read_report(out)["data_sets"]) == ["easy"]
+    assert list(read_report(out)["datasets"]) == ["easy"]
     assert "INCOMPLETE" in out.with_suffix(".md").read_text()
     assert run(place, out) == 0
     assert read_report(out)["complete"]
@@ -186,9 +186,9 @@ def test_a_run_that_was_cut_leaves_a_report_that_says_so(
 def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_path: Path) -> None:
     assert run(place, tmp_path / "report.json", "--label", "Small") == 0
     again = read_report(tmp_path / "report.json")
-    for name, entry in again["data_sets"].items():
+    for name, entry in again["datasets"].items():
         for key in ("top1", "choices", "knn", "train", "test"):
-            assert entry[key] == report["data_sets"][name][key]
+            assert entry[key] == report["datasets"][name][key]
 
 
 def test_scores_that_cannot_be_kept_are_reported_all_the_same(
@@ -222,8 +222,8 @@ def test_features_without_a_direction_cost_the_analyses_alone(
     given = ["--model", "pixels", "--data-sets", sets, "--out", str(out), "--analyses"]
     assert main([*given, "--seeds", "1", "--workers", "0"]) == 0
     assert "no analyses: " in capsys.readouterr().out
-    entry = read_report(out)["data_sets"]["black"]
-    assert entry["analyses"]["train"] is None
+    entry = read_report(out)["datasets"]["black"]
+    assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
     assert "over 1 seed (" in out.with_suffix(".md").read_text()
     assert main(["plot", str(out), "--kind", "analyses", "--out", str(tmp_path / "a.png")]) == 2
@@ -242,7 +242,7 @@ def test_what_does_not_compare_is_refused_or_said(
     capsys.readouterr()
     assert main(["table", one, two, "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert "not over the same data sets: they do not compare" in text
+    assert "not over the same datasets: they do not compare" in text
     assert "a \\| b: top-1" in text
     for command in (["table"], ["plot", "--kind", "bars", "--out", str(tmp_path / "x.png")]):
         assert main([*command, one, other]) == 2
@@ -267,8 +267,8 @@ def test_cuda_scores_are_those_of_the_cpu(
     assert run(place, out, "--device", "cuda", "--precision", precision, "--analyses") == 0
     found = read_report(out)
     assert found["classifiers_device"] == "cuda"
-    for name, entry in found["data_sets"].items():
-        expected = report["data_sets"][name]
+    for name, entry in found["datasets"].items():
+        expected = report["datasets"][name]
         images = (1 if precision == "fp32" else 3) / expected["test"]["images"]
         assert entry["top1"]["mean"] == pytest.approx(expected["top1"]["mean"], abs=images)
         assert entry["knn"]["top1"] == pytest.approx(expected["knn"]["top1"], abs=images)
@@ -279,7 +279,7 @@ def test_the_training_task_does_not_count_as_transfer(place: Path, tmp_path: Pat
     assert run(place, out, "--training-task", "easy") == 0
     found = read_report(out)
     assert found["training_task"] == "easy"
-    assert found["transfer"]["data_sets"] == ["hard"]
+    assert found["transfer"]["datasets"] == ["hard"]
     assert "easy (training task)" in out.with_suffix(".md").read_text()
 
 
@@ -301,9 +301,9 @@ def test_models_share_a_table_and_a_picture(
     text = capsys.readouterr().out
     assert "Small: top-1, %" in text
     assert "pixels: top-1, %" in text
-    assert f"{report['data_sets']['hard']['log_odds']:.3f}" in text
+    assert f"{report['datasets']['hard']['log_odds']:.3f}" in text
     assert main(["table", one, other, "--markdown"]) == 0
-    assert capsys.readouterr().out.startswith("| data set | test images | Small: top-1, % |")
+    assert capsys.readouterr().out.startswith("| dataset | test images | Small: top-1, % |")
     for kind in ("bars", "analyses"):
         picture = tmp_path / f"{kind}.png"
         assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
@@ -389,14 +389,16 @@ def test_an_unreadable_image_is_named(
     assert str(torn) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99, "data_sets": {}}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1, "data_sets": {}}'])
 def test_what_is_no_report_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
     assert main(["table", str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert str(path) in err
+    assert ("a report of format 1, this version reads 2; evaluate" in err) == ("format" in text)
     assert main(["table", str(tmp_path / "none.json")]) == 2
 
 

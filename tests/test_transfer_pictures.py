@@ -12,7 +12,7 @@ import pytest
 
 from trex_models.transfer import pictures
 from trex_models.transfer.canvas import PALETTE
-from trex_models.transfer.published import PAPER_13_SETS, PUBLISHED, RELEASED_15_SETS
+from trex_models.transfer.published import PUBLISHED
 
 SETS = ("digits", "flowers", "pets")
 
@@ -27,7 +27,7 @@ def report(label: str, score: float = 1.0, sets: tuple[str, ...] = SETS) -> dict
             "title": name.title(),
             "top1": {"mean": mean, "test_interval": [mean - 0.02, mean + 0.01]},
             "knn": {"top1": mean - 0.1},
-            "analyses": {
+            "geometry": {
                 "train": {
                     "coding_length": 100.0 * score + index,
                     "singular_values": [0.5, 0.25 * score, 0.0],
@@ -41,8 +41,8 @@ def report(label: str, score: float = 1.0, sets: tuple[str, ...] = SETS) -> dict
     return {
         "model": {"name": label, "label": label},
         "training_task": "imagenet",
-        "data_sets": data_sets,
-        "transfer": {**transfer, "data_sets": list(sets)},
+        "datasets": data_sets,
+        "transfer": {**transfer, "datasets": list(sets)},
     }
 
 
@@ -83,7 +83,7 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     one, two = report("one", 1.0), report("two $x_1$", -0.5)
     figure = pictures.scatter([one, two])
     (axis,) = axes(figure)
-    x = [100 * r["data_sets"]["imagenet"]["top1"]["mean"] for r in (one, two)]
+    x = [100 * r["datasets"]["imagenet"]["top1"]["mean"] for r in (one, two)]
     np.testing.assert_allclose(points(axis), [(x[0], 1.0), (x[1], -0.5)])
     ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
     np.testing.assert_allclose(ends[0], [[x[0] - 2, 1.0], [x[0] + 1, 1.0]])
@@ -98,7 +98,7 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
 def test_without_intervals_there_are_points_alone() -> None:
     one = report("one")
     one["transfer"]["interval"] = None
-    del one["data_sets"]["imagenet"]["top1"]["test_interval"]
+    del one["datasets"]["imagenet"]["top1"]["test_interval"]
     figure = pictures.scatter([one])
     assert texts(figure) == ["one"]
     assert points(figure.axes[0])
@@ -113,8 +113,8 @@ def test_authors_points_are_hollow_and_named(name: str) -> None:
     found = texts(figure)
     assert found[1 : 1 + len(expected)] == [point.name for point in authors.points]
     assert f"authors' figures ({authors.title})" in found
-    assert f"{authors.num_data_sets} sets" in authors.title
-    note = f"Means over 3 and over the authors' {authors.num_data_sets} data sets do not compare."
+    assert f"{authors.num_datasets} sets" in authors.title
+    note = f"Means over 3 and over the authors' {authors.num_datasets} data sets do not compare."
     assert figure.get_suptitle() == note
 
 
@@ -124,8 +124,8 @@ def test_authors_means_over_as_many_sets_need_no_note() -> None:
 
 
 def test_authors_figures_of_different_sets_stay_apart() -> None:
-    assert {len(PAPER_13_SETS.points), len(RELEASED_15_SETS.points)} == {7, 4}
-    assert [figures.num_data_sets for figures in PUBLISHED.values()] == [13, 13, 13, 15]
+    assert {len(PUBLISHED[name].points) for name in ("paper", "released")} == {7, 4}
+    assert [figures.num_datasets for figures in PUBLISHED.values()] == [13, 13, 13, 15]
     for figures in PUBLISHED.values():
         assert all(0.7 < point.top1 < 0.81 for point in figures.points)
         assert all(0.8 < point.mean_log_odds < 1.4 for point in figures.points)
@@ -159,7 +159,7 @@ def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
     one, two = report("one", 1.0), report("two", 2.0)
     figure = pictures.bars([one, two])
     (axis,) = axes(figure)
-    expected = [100 * d["top1"]["mean"] for r in (one, two) for d in r["data_sets"].values()]
+    expected = [100 * d["top1"]["mean"] for r in (one, two) for d in r["datasets"].values()]
     assert heights(axis) == pytest.approx(expected)
     assert marks(axis) == pytest.approx([height - 10 for height in expected])
     assert [text.get_text() for text in axis.get_xticklabels()] == [
@@ -174,7 +174,7 @@ def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
 
 def test_a_model_without_a_data_set_leaves_a_gap() -> None:
     one, two = report("one", sets=("digits",)), report("two", sets=("pets", "digits"))
-    one["data_sets"]["digits"]["knn"] = None
+    one["datasets"]["digits"]["knn"] = None
     figure = pictures.bars([one, two])
     (axis,) = axes(figure)
     titles = ["Digits", "Imagenet\n(training task)", "Pets"]
@@ -215,11 +215,11 @@ def test_analyses_are_a_spectrum_and_three_panels() -> None:
 
 def test_analyses_of_some_models_and_sets_alone() -> None:
     one, two, three = report("one"), report("two"), report("three")
-    for found in one["data_sets"].values():
-        del found["analyses"]
+    for found in one["datasets"].values():
+        del found["geometry"]
     for name in ("digits", "imagenet", "flowers"):
-        two["data_sets"][name]["analyses"] = {}
-    three["data_sets"] = {"pets": three["data_sets"]["pets"]}
+        two["datasets"][name]["geometry"] = {}
+    three["datasets"] = {"pets": three["datasets"]["pets"]}
     figure = pictures.analyses([one, two, three])
     assert figure.axes[0].get_title(loc="left") == "spectrum, Pets"
     assert [line.get_color() for line in figure.axes[0].lines] == list(PALETTE[1:3])
@@ -282,7 +282,7 @@ def test_what_does_not_compare_is_refused() -> None:
 
 
 def test_nothing_to_draw() -> None:
-    bare: dict[str, Any] = {**report("one"), "data_sets": {}}
+    bare: dict[str, Any] = {**report("one"), "datasets": {}}
     with pytest.raises(ValueError, match="no report has a data set to draw"):
         pictures.bars([bare])
     with pytest.raises(ValueError, match="no report has analyses to draw; make them with --analy"):

@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 
 from trex_models.transfer.scores import (
     accuracy,
+    knn_scores,
     log_odds,
-    log_odds_facts,
     student_interval,
     summary,
     wilson_interval,
@@ -33,15 +33,15 @@ def test_intervals_by_hand() -> None:
     assert student_interval([0.7]) is None
     assert student_interval([0.5, 0.5]) == (0.5, 0.5)
     z, n, p = 1.959964, 50, 0.9
-    centre, half = (p + z**2 / 100), z * math.sqrt(p * 0.1 / n + z**2 / (4 * n**2))
-    expected = [(centre + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
+    center, half = (p + z**2 / 100), z * math.sqrt(p * 0.1 / n + z**2 / (4 * n**2))
+    expected = [(center + sign * half) / (1 + z**2 / n) for sign in (-1, 1)]
     assert wilson_interval(0.9, 50) == pytest.approx(expected, abs=1e-6)
     for correct in (0, 1, 25, 50):
         theirs = binomtest(correct, 50).proportion_ci(0.95, method="wilson")
         assert wilson_interval(correct / 50, 50) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_accuracy_of_a_data_set() -> None:
+def test_accuracy_of_a_dataset() -> None:
     found = accuracy([0.9, 1.0], 10)
     assert found["log_odds"] == pytest.approx((math.log(9) + math.log(19)) / 2)
     assert found["top1"]["mean"] == pytest.approx(0.95)
@@ -50,20 +50,20 @@ def test_accuracy_of_a_data_set() -> None:
     assert accuracy([0.9], 10)["top1"]["clipped"] is False
     assert accuracy([0.9], 10)["top1"]["interval"] is None
     assert found["top1"]["test_interval"] == wilson_interval(0.95, 10)
-    assert log_odds_facts(0.0, 10) == {"log_odds": -math.log(19), "clipped": True}
+    assert knn_scores(0.0, 10) == {"top1": 0.0, "log_odds": -math.log(19), "clipped": True}
 
 
 def entry(seeds: list[float], knn: float, images: int) -> dict[str, Any]:
     return {"top1": {"seeds": seeds}, "knn": {"top1": knn}, "test": {"images": images}}
 
 
-def test_summary_is_the_mean_over_data_sets() -> None:
+def test_summary_is_the_mean_over_datasets() -> None:
     found = summary({"a": entry([0.9, 0.5], 0.5, 10), "b": entry([0.5, 1.0], 0.9, 100)})
     seeds = [math.log(9) / 2, math.log(199) / 2]
     assert found["seeds"] == pytest.approx(seeds)
     assert found["mean_log_odds"] == pytest.approx(sum(seeds) / 2)
     assert found["interval"] == student_interval(found["seeds"])
     assert found["knn_mean_log_odds"] == pytest.approx(math.log(9) / 2)
-    assert found["data_sets"] == ["a", "b"]
-    with pytest.raises(ValueError, match="equally many seeds, got a 1, b 2: evaluate all"):
+    assert found["datasets"] == ["a", "b"]
+    with pytest.raises(ValueError, match="zip"):
         summary({"a": entry([0.9], 0.5, 10), "b": entry([0.5, 1.0], 0.9, 100)})

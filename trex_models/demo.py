@@ -35,8 +35,8 @@ from trex_models.train.config import Config
 from trex_models.train.loop import train
 from trex_models.train.recipes import demo
 from trex_models.train.signals import StoppedBySignal
+from trex_models.transfer.datasets import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
-from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.protocol import knn_score, logistic_scores
 
 Accuracy = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]

@@ -165,7 +165,7 @@ class Run:
         except DivergedError:
             return 0.0
         self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
-        return float(json.loads(out.read_text())["data_sets"]["held-out"]["top1"]["mean"])
+        return float(json.loads(out.read_text())["datasets"]["held-out"]["top1"]["mean"])
 
     def is_done(self, result: Path) -> bool:
         """Return whether there is a result of this run.
@@ -199,9 +199,9 @@ class Run:
             "seed": self.seed,
             "settings": self.conditions(),
             "commands": {"train": shlex.join(self.training()), "transfer": shlex.join(evaluation)},
-            "task_top1": report["data_sets"][TRAINING_TASK]["top1"]["mean"],
+            "task_top1": report["datasets"][TRAINING_TASK]["top1"]["mean"],
             "transfer_log_odds": report["transfer"]["mean_log_odds"],
-            "data_sets": {name: _entry(entry) for name, entry in report["data_sets"].items()},
+            "data_sets": {name: _entry(entry) for name, entry in report["datasets"].items()},
             "head": self._head(),
             "curves": {
                 key: [line[key] for line in metrics] for key in _CURVES if key in metrics[0]
@@ -361,7 +361,7 @@ _ANALYSES = (
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a result keeps of a data set's entry in a report."""
-    analyses = entry["analyses"]["train"]
+    analyses = entry["geometry"]["train"]
     return {
         "top1": entry["top1"]["mean"],
         "log_odds": entry["log_odds"],

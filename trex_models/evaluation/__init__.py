@@ -1,12 +1,12 @@
-"""What features are worth: extraction, and classifiers on frozen features.
+"""Extraction of features, and classifiers on frozen features.
 
 The names below are stable; docs/library.md shows their use.
 """
 
 from trex_models.evaluation import logistic
 from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.knn import knn_accuracy, knn_votes, nearest_neighbors
 from trex_models.evaluation.logistic import LogisticFit
-from trex_models.evaluation.neighbors import knn_accuracy, knn_votes, nearest_neighbors
 
 __all__ = [
     "LogisticFit",

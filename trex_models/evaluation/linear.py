@@ -1,8 +1,8 @@
-"""A linear layer by SGD on frozen features, with a whole grid of settings trained at once.
+"""A linear layer by SGD on frozen features, with a grid of settings trained at once.
 
-Features are L2-normalised. Cross-entropy, momentum, one learning rate an epoch:
+Features are L2-normalized. Cross-entropy, momentum, one learning rate an epoch:
 lr / 2 (1 + cos(pi e / E)) in epoch e of E, so that epoch 0 alone has the full rate. Each layer is
-what torch.optim.SGD would make of its setting alone. The settings share batches and their order;
+the one that torch.optim.SGD would train. The settings share batches and their order;
 so a step is two products of the batch, (B, F), with all weights as one matrix, (G C, F), and the
 features are read once for all settings that fit in memory together.
 
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trex_models.cli import progress_bar
 from trex_models.precision import full_float32
 
 MOMENTUM = 0.9
@@ -27,34 +28,27 @@ BATCH = 1024
 
 
 class Setting(NamedTuple):
-    """What is searched for."""
+    """Hyperparameters that are searched for; the learning rate is that of the first epoch."""
 
     learning_rate: float
-    """Of the first epoch."""
     weight_decay: float
 
 
 class Samples(NamedTuple):
-    """Labelled features, or some rows of them."""
+    """Labeled features, or some rows of them."""
 
     features: Tensor
-    """(N, F), of any floating type and on any device: a file mapped into memory is never whole
-    in memory, and on the layers' device no batch has to travel."""
+    """(N, F), of any floating type and on any device: a memory-mapped file is read in batches, and
+    on the layers' device no batch has to travel."""
     labels: Tensor
     """(N,) int64, in [0, C)."""
     rows: Tensor
-    """Which samples, (<= N,) indices on the CPU."""
+    """Indices of the samples, (<= N,), on the CPU."""
 
     def batches(
         self, order: Tensor, size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised features, (<= size, F) float32, and labels; zeros stay zeros.
-
-        Args:
-            order: Indices into ``rows``.
-            size: Samples at a time; the last batch may be smaller.
-            device: Where they are to be.
-        """
+        """Yield normalized features, (<= size, F) float32, and labels, in an order of ``rows``."""
         for batch in self.rows[order].split(size):
             features = self.features[batch.to(self.features.device)].to(device)
             labels = self.labels[batch.to(self.labels.device)].to(device)
@@ -62,12 +56,10 @@ class Samples(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """A linear layer of each setting."""
+    """A linear layer of each setting: weights, (G, C, F), and biases, (G, C)."""
 
     weight: Tensor
-    """(G, C, F)."""
     bias: Tensor
-    """(G, C)."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Map (B, F) to (B, G, C)."""
@@ -93,13 +85,13 @@ def fit(
     with weights that are not finite; the others are what they would be without it.
 
     Args:
-        samples: To train on.
-        settings: G of them.
+        samples: Training samples.
+        settings: Settings, G of them.
         num_classes: C.
-        device: Where the layers are.
+        device: Device of the layers.
         epochs: Passes over the samples.
-        batch_size: Samples of a step; the last of an epoch may be smaller.
-        seed: Of the order.
+        batch_size: Samples of a step; the last batch of an epoch may be smaller.
+        seed: Seed of the order.
         progress: Called after each step with its number of samples.
     """
     layers = Layers(
@@ -162,35 +154,15 @@ def fitted_accuracies(
 ) -> list[float]:
     """Return each setting's accuracy, from layers trained in groups that fit in memory.
 
-    Up to rounding the groups change nothing. Beside the arguments and ``memory``, it takes a few
-    batches of features.
-
-    Args:
-        train: To train on.
-        test: To score on; may share its features with ``train``.
-        settings: G of them.
-        num_classes: C.
-        device: Where the layers are.
-        epochs: Passes over the training samples.
-        batch_size: Samples of a step.
-        seed: Of the order.
-        memory: Bytes, as of ``settings_at_once``.
-        title: Of the progress bar.
+    Up to rounding the groups change nothing. Arguments are those of ``fit`` and
+    ``settings_at_once``; ``test`` may share its features with ``train``, and ``title`` is that of
+    the progress bar. In addition to ``memory``, this takes a few batches of features.
     """
-    from tqdm import tqdm
-
     width = train.features.shape[1]
     at_once = settings_at_once(num_classes, width, batch_size, device, memory)
     groups = [settings[start : start + at_once] for start in range(0, len(settings), at_once)]
     found = []
-    with tqdm(
-        total=len(groups) * epochs * len(train.rows),
-        desc=title,
-        unit=" samples",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=None,  # where stderr is no terminal
-    ) as bar:
+    with progress_bar(len(groups) * epochs * len(train.rows), title, " samples") as bar:
         for group in groups:
             layers = fit(
                 train,
@@ -208,20 +180,11 @@ def fitted_accuracies(
 
 
 def settings_at_once(
-    num_classes: int,
-    width: int,
-    batch_size: int,
-    device: torch.device,
-    memory: int | None = None,
+    num_classes: int, width: int, batch_size: int, device: torch.device, memory: int | None = None
 ) -> int:
     """Return for how many settings weights, velocities and logits fit in memory, at least one.
 
-    Args:
-        num_classes: C.
-        width: F.
-        batch_size: B.
-        device: Where the layers are.
-        memory: Bytes; None for 2 GB, and on CUDA for a quarter of what is free.
+    Memory is in bytes; None stands for 2 GB, and on CUDA for a quarter of the free memory.
     """
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 * 10**9

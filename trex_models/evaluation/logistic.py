@@ -4,13 +4,13 @@ The objective is scikit-learn's for three classes and more, of weights W and int
 
     C sum_i (logsumexp_k l_ik - l_i,y(i)) + ||W||^2 / 2,  l_ik = w_k . x_i + b_k
 
-Minimised by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with a
+Minimized by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with a
 search for the strong Wolfe conditions (section 3.5), arranged so that an iteration is two
 products of the size of the features whatever the search tries: logits are linear in the step, so
 one product gives the logits along the whole line, and one the gradient where the search ends.
 (torch.optim.LBFGS pays two for every trial.)
 
-Centring the features is made up for by the intercepts, and turning them into their principal
+Centering the features is made up for by the intercepts, and turning them into their principal
 axes leaves ||W|| as it is: neither changes the objective. On those axes the curvature is about
 
     C h_k lambda_j + 1,  h_k = mean_i p_ik (1 - p_ik)
@@ -36,7 +36,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trex_models.evaluation.neighbors import require_finite
+from trex_models.evaluation.inputs import require_finite, require_samples
 from trex_models.precision import full_float32
 
 _HISTORY = 10
@@ -51,16 +51,17 @@ _Pair = tuple[Tensor, Tensor, Tensor]  # step, change of the gradient, their pro
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A linear classifier that ``fit`` or ``fit_path`` found, and how the fit ended.
+    """A linear classifier, the result of ``fit`` or ``fit_path``, and how the fit ended.
 
     Args:
         C: Weight of the sum of the losses.
-        weight: (K, F).
-        intercept: (K,), of mean zero as scikit-learn's.
-        objective: Of these weights on the features as they were given.
+        weight: Weights, (K, F).
+        intercept: Intercepts, (K,), of mean zero as scikit-learn's.
+        objective: Objective of these weights on the features as they were given.
         gradient_norm: Euclidean norm of the objective's gradient by weights and intercepts, of
-            centred features.
-        iterations: Of two products with the features each; the first after another C, of one.
+            centered features.
+        iterations: Iterations, of two products with the features each; the first after another C
+            needs one.
         converged: Whether the excess over the least objective is within the tolerance.
     """
 
@@ -94,32 +95,27 @@ def fit(
         classifier = logistic.fit(features, labels, C=1.0)
         answers = classifier.logits(queries).argmax(1)
 
-    Args:
-        features: (N, F), of any floating type.
-        labels: (N,), integers of which each in [0, K) occurs.
-        C: Weight of the sum of the losses, against the penalty ||W||^2 / 2.
-        start: Where to begin; without it at zero weights, with the classes' shares as
-            probabilities.
-        tolerance: Allowed excess of the objective, relative.
-        max_iterations: Of two products each.
-        chunk: Samples at a time.
-        axes: Those of a set that these samples are from.
-        progress: Called once an iteration.
-
-    Returns:
-        The classifier; its ``converged`` tells whether the tolerance was reached.
-
-    Raises:
-        ValueError: As of ``fit_path``, or ``start`` is of other shapes.
+    Arguments, result and errors are those of ``fit_path`` with a single value of C.
     """
-    settings = (tolerance, max_iterations, chunk, axes, progress)
-    return _fit_path(features, labels, [C], start, *settings)[0]
+    return fit_path(
+        features,
+        labels,
+        [C],
+        start,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        chunk=chunk,
+        axes=axes,
+        progress=progress,
+    )[0]
 
 
+@torch.no_grad()
 def fit_path(
     features: Tensor,
     labels: Tensor,
     Cs: Sequence[float],  # noqa: N803 - several C
+    start: LogisticFit | None = None,
     *,
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
@@ -132,49 +128,61 @@ def fit_path(
         fits = logistic.fit_path(features, labels, [0.01, 0.1, 1.0, 10.0])
 
     Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
-    where the features are. Sums of losses are in float64. Beside the features it holds
+    where the features are. Sums of losses are in float64. In addition to the features it holds
     N (R + 5 K) numbers, 40 times K R, and some matrices of R x F while the principal axes are
     found (R^3 operations). The same call on the same machine gives the same result.
 
     The excess over the least objective is at most half the squared norm of the gradient by W,
     since the penalty alone has curvature 1; a fit ends where this is within ``tolerance`` of the
     objective. With C of 1000 and more on separable classes float32 or ``max_iterations`` may end
-    it before, which ``converged`` tells.
+    it before; its ``converged`` is then False.
 
-    With K = 2 scikit-learn penalises one vector, the difference of the two classes' weights: its
+    With K = 2 scikit-learn penalizes one vector, the difference of the two classes' weights: its
     classifier of 2 C is this one of C.
 
     Args:
-        features: (N, F), of any floating type; half precision is widened block by block.
-        labels: (N,), integers of which each in [0, K) occurs.
-        Cs: Weights of the sum of the losses, ascending.
+        features: Features, (N, F); what is not floating point, or half precision, is widened.
+        labels: Labels, (N,), integers; each of [0, K) must occur.
+        Cs: Weights of the sum of the losses against the penalty ||W||^2 / 2, ascending.
+        start: Fit to begin at; by default zero weights, with the classes' shares as probabilities.
         tolerance: Allowed excess of the objective, relative.
-        max_iterations: For each C, of two products with the features each.
-        chunk: Samples at a time where no whole matrix is needed.
-        axes: ``principal_axes`` of a set that these samples are from, (F, R): where several of its
-            parts are fitted to, they need to be found only once.
+        max_iterations: Limit for each C, of two products with the features each.
+        chunk: Number of samples at a time where no complete matrix is needed.
+        axes: ``principal_axes`` of a set that these samples are from, (F, R): to find them only
+            once where several of its parts are fitted to.
         progress: Called once an iteration.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a class is absent or the only
-            one, or a number is out of range.
+            one, or the values of C are out of range or order.
     """
-    return _fit_path(features, labels, Cs, None, tolerance, max_iterations, chunk, axes, progress)
+    for C in Cs:  # noqa: N806
+        if not 0 < C < torch.inf:
+            raise ValueError(f"C must be above 0 and finite, got {C}")
+    for lower, upper in pairwise(Cs):
+        if upper < lower:
+            raise ValueError(
+                "values of C must ascend, as each fit starts from the last one's: sort them, "
+                f"got {upper} after {lower}"
+            )
+    counts = _class_counts(features, labels, chunk)
+    labels = labels.to(features.device, torch.int64)
+    with full_float32(features.device):
+        problem = _Problem(features, labels, len(counts), chunk, axes)
+        problem.start(start, counts)
+        return [problem.minimize(C, tolerance, max_iterations, progress) for C in Cs]
 
 
 @torch.no_grad()
 def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
-    """Return what ``fit`` and ``fit_path`` take as ``axes`` for these samples or parts of them.
+    """Return the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
 
     Args:
-        features: (N, F), of any floating type.
-        chunk: Samples at a time.
+        features: Features, (N, F), which must be finite.
+        chunk: Number of samples at a time.
 
     Returns:
-        Orthonormal axes that span the centred features, (F, R), R = min(N, F).
-
-    Raises:
-        ValueError: A feature is not finite.
+        Orthonormal axes that span the centered features, (F, R), R = min(N, F).
     """
     require_finite("features", features, chunk)
     with full_float32(features.device):
@@ -189,47 +197,12 @@ def objective(
     C: float,  # noqa: N803
     chunk: int = 16384,
 ) -> float:
-    """Return what is minimised, for any weights; on their device, in their type.
-
-    Args:
-        features: (N, F).
-        labels: (N,), in [0, K).
-        weight: (K, F).
-        intercept: (K,).
-        C: Weight of the sum of the losses.
-        chunk: Samples at a time.
-    """
+    """Return the objective of any weights, (K, F), and intercepts, (K,); on their device."""
     total = 0.5 * weight.double().square().sum()
     for x, y in zip(features.split(chunk), labels.long().split(chunk), strict=True):
         logits = torch.addmm(intercept, x.to(weight), weight.T)
         total += C * _losses(logits, y.to(weight.device)[:, None])[0].sum(dtype=torch.float64)
     return total.item()
-
-
-@torch.no_grad()
-def _fit_path(
-    features: Tensor,
-    labels: Tensor,
-    strengths: Sequence[float],
-    start: LogisticFit | None,
-    tolerance: float,
-    max_iterations: int,
-    chunk: int,
-    axes: Tensor | None,
-    progress: Progress | None,
-) -> list[LogisticFit]:
-    _require_numbers(strengths, tolerance, max_iterations, chunk)
-    counts = _require_samples(features, labels, chunk)
-    labels = labels.to(features.device, torch.int64)
-    if axes is not None and axes.shape[:1] != features.shape[1:]:
-        raise ValueError(
-            f"axes must be of {features.shape[1]} features as the samples are, got shape "
-            f"{tuple(axes.shape)}"
-        )
-    with full_float32(features.device):
-        problem = _Problem(features, labels, len(counts), chunk, axes)
-        problem.start(start, counts)
-        return [problem.minimize(C, tolerance, max_iterations, progress) for C in strengths]
 
 
 class _Problem:
@@ -357,13 +330,13 @@ class _Problem:
         Moves the logits, and leaves the loss and the residual of where it ends.
 
         Args:
-            direction: Of the parameters, (K, R + 1).
-            change: Of the logits, (N, K).
-            gradient: At the parameters, (K, R + 1).
+            direction: Direction of the parameters, (K, R + 1).
+            change: Change of the logits along it, (N, K).
+            gradient: Gradient at the parameters, (K, R + 1).
             strength: C.
 
         Returns:
-            The step's length; 0 where none is found or the direction does not descend.
+            Length of the step; 0 if none is found or the direction does not descend.
         """
         linear = _dot(self.penalty * self.parameters, direction)
         square = _dot(self.penalty * direction, direction)
@@ -408,14 +381,10 @@ class _Problem:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cross-entropies, (N, 1), and their gradient by the logits, (N, K).
+    """Return cross-entropies, (N, 1), and their gradient by the logits, (N, K); labels are (N, 1).
 
     By the other classes' logits less the label's own: both keep their relative precision when
     they are far below that of 1, as they are for separable classes and large C.
-
-    Args:
-        logits: (N, K).
-        labels: (N, 1).
     """
     margins = logits - logits.gather(1, labels)
     margins.scatter_(1, labels, -torch.inf)
@@ -432,10 +401,7 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _descent(gradient: Tensor, history: Sequence[_Pair], curvature: Tensor) -> Tensor:
     """Return minus the inverse Hessian times the gradient: the two-loop recursion.
 
-    Args:
-        gradient: (K, R + 1).
-        history: Steps, changes of the gradient and their products, the latest last.
-        curvature: Diagonal Hessian to begin with, (K, R + 1).
+    It begins with a diagonal Hessian, ``curvature``; the latest pair is the last one.
     """
     direction = -gradient.flatten()
     scales = []
@@ -463,10 +429,10 @@ def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> Tensor:
     span = torch.linalg.qr((features - mean).T).Q if narrow else None
     gram: Tensor = mean.new_zeros(())
     for block in features.split(chunk):
-        centred = block - mean
+        centered = block - mean
         if span is not None:
-            centred = centred @ span
-        gram = gram + centred.T @ centred
+            centered = centered @ span
+        gram = gram + centered.T @ centered
     axes = torch.linalg.eigh(gram).eigenvectors
     return axes if span is None else span @ axes
 
@@ -475,49 +441,15 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return (a * b).sum(1).sum(dtype=torch.float64).item()
 
 
-def _require_numbers(
-    strengths: Sequence[float], tolerance: float, max_iterations: int, chunk: int
-) -> None:
-    for strength in strengths:
-        if not 0 < strength < torch.inf:
-            raise ValueError(f"C must be above 0 and finite, got {strength}")
-    for lower, upper in pairwise(strengths):
-        if upper < lower:
-            raise ValueError(
-                f"values of C must ascend, as each fit starts from the last one's: sort them, "
-                f"got {upper} after {lower}"
-            )
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    if min(max_iterations, chunk) < 1:
+def _class_counts(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Check the samples; return the number of samples of each class, (K,)."""
+    require_samples(features, labels)
+    classes, counts = labels.to(torch.int64).unique(return_counts=True)
+    low, high = int(classes[0]), int(classes[-1])
+    if low != 0 or not 1 <= high == len(classes) - 1:
         raise ValueError(
-            f"max_iterations and chunk must be at least 1, got {max_iterations} and {chunk}"
-        )
-
-
-def _require_samples(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Return how many samples each class has, (K,)."""
-    if features.ndim != 2 or not features.numel() or not features.is_floating_point():
-        raise ValueError(
-            "features must be floating point of shape (N, F) and not empty, "
-            f"got {features.dtype} of shape {tuple(features.shape)}"
-        )
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be {len(features)} integers, one for each row of the features, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    labels = labels.to(torch.int64)
-    if labels.min() < 0:
-        raise ValueError(f"labels must be 0 or above, got {int(labels.min())}")
-    counts = labels.bincount()
-    if len(counts) < 2:
-        raise ValueError("labels must be of two classes at least, got 0 alone")
-    absent = (counts == 0).nonzero().flatten().tolist()
-    if absent:
-        raise ValueError(
-            f"no sample is of class {absent[0]} ({len(absent)} of the {len(counts)} classes up to "
-            "the largest label are absent): number the classes that are there by "
+            "labels must be 0 to K - 1 of at least two classes, and each must occur, got "
+            f"{len(classes)} different labels from {low} to {high}: number the classes by "
             "torch.unique(labels, return_inverse=True)"
         )
     require_finite("features", features, chunk)

@@ -1,4 +1,4 @@
-"""Random orders and splits that the samples' names decide, and no generator's state.
+"""Random orders and splits that depend on the samples' names, not on a generator's state.
 
 A SHA-256 is the same on every platform and in every version of numpy, and a sample's does not
 depend on the others: one tiny class, or one image more, changes nothing for the other classes.
@@ -18,8 +18,8 @@ def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.nda
     """Return a random order of the keys: by the SHA-256 of ``seed/key``, some 1 us a key.
 
     Args:
-        keys: N of them; equal ones keep their order.
-        seed: Another gives another order.
+        keys: Names of the samples; equal ones keep their order.
+        seed: Seed of the order.
 
     Returns:
         Indices into the keys, (N,) int64.
@@ -36,13 +36,13 @@ def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.nda
 def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarray:
     """Return which samples are held out for choosing a setting.
 
-    Of each class its own share, rounded, at least one sample and not all. Which ones, depends on
-    the class's label and its number of samples alone.
+    A share of each class, rounded, at least one sample and not all. Which ones depends only on
+    the class's label and its number of samples.
 
     Args:
-        labels: (N,) integers.
-        share: Of each class.
-        seed: Another gives another choice.
+        labels: Labels, (N,) integers.
+        share: Share of each class.
+        seed: Seed of the choice.
 
     Returns:
         (N,) bool.

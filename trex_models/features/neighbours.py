@@ -15,7 +15,7 @@ import torch
 
 from trex_models.data.image_files import FileSource
 from trex_models.evaluation.features import extract_features
-from trex_models.evaluation.neighbors import nearest_neighbors
+from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import images, outputs
 from trex_models.features.file import Features
 from trex_models.transfer.cache import as_text

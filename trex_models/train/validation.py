@@ -25,7 +25,7 @@ from trex_models.distributed import (
     gather_rows,
     raise_on_all_ranks,
 )
-from trex_models.evaluation.neighbors import hits, knn_votes
+from trex_models.evaluation.knn import knn_votes, topk_correct
 from trex_models.heads import widen
 from trex_models.method.model import TReX
 from trex_models.precision import Precision
@@ -152,7 +152,7 @@ class Validator:
         for features, labels in self._features(method, self._dataset, own, "validation"):
             with self._precision.autocast():
                 logits = method.objective.logits(method.encoder.projector(widen(features)))
-            found = hits(logits, labels, 5, no_vote=-torch.inf)
+            found = topk_correct(logits, labels, 5, missing_score=-torch.inf)
             counts[0] += found[:, 0].sum()
             counts[1] += found[:, -1].sum()
             counts[3] += len(labels)
@@ -199,7 +199,7 @@ class Validator:
         features, labels = (torch.cat(column) for column in zip(*queries, strict=True))
         num_classes = len(self._dataset.source.classes)
         votes = knn_votes(*references, features, num_classes, self._neighbors.k)
-        return hits(votes, labels, 1).sum()
+        return topk_correct(votes, labels, 1).sum()
 
     def _own(self, indices: _Indices) -> _Indices:
         """Return the indices of this process."""

@@ -43,7 +43,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     options = _evaluation_parser().parse_args(arguments)
     require_writable(options.out, ".json")
     from trex_models.transfer.cache import FeatureCache
-    from trex_models.transfer.data_sets import open_checked, select
+    from trex_models.transfer.datasets import open_checked, select
     from trex_models.transfer.encoders import calibrated, load
     from trex_models.transfer.evaluate import Plan, Task, evaluate
     from trex_models.transfer.report import table
@@ -148,9 +148,9 @@ def _plot(arguments: Sequence[str]) -> None:
 
 def _list(arguments: Sequence[str]) -> None:
     argparse.ArgumentParser(prog="python -m trex_models.transfer list").parse_args(arguments)
-    from trex_models.transfer.data_sets import DATA_SETS, GROUPS
+    from trex_models.transfer.datasets import DATASETS, GROUPS
 
-    for data_set in DATA_SETS.values():
+    for data_set in DATASETS.values():
         print(f"{data_set.name:<18}{data_set.title}; {data_set.layout}")
     print()
     for group, names in GROUPS.items():

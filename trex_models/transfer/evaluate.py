@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from trex_models.atomic import write_whole
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.analyses import Analysis, analyse
+from trex_models.evaluation.geometry import Geometry, analyze
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
-from trex_models.transfer.data_sets import DataSet
+from trex_models.transfer.datasets import Dataset
 from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.report import environment, new_report, table, with_entry
-from trex_models.transfer.scores import accuracy, log_odds_facts
+from trex_models.transfer.scores import accuracy, knn_scores
 
 LARGE = 100_000
 """Training images from which on a data set of the user's own gets the SGD layer."""
@@ -34,7 +34,7 @@ LARGE = 100_000
 class Task:
     """A data set that has been opened and checked."""
 
-    data_set: DataSet
+    data_set: Dataset
     train: Source
     test: Source
 
@@ -88,7 +88,7 @@ def evaluate(
         OSError: A file cannot be written.
     """
     settings = {
-        "protocol": protocol.facts(range(plan.seeds)),
+        "protocol": protocol.describe(range(plan.seeds)),
         "cache_dtype": cache.dtype,
         "classifiers_device": plan.device,
         "training_task": plan.training_task,
@@ -133,7 +133,7 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
         **about,
         "features": identities,
         "dtype": cache.dtype,
-        "protocol": protocol.facts(range(plan.seeds)),
+        "protocol": protocol.describe(range(plan.seeds)),
         "device": plan.device,
         "versions": environment()["versions"],
     }
@@ -151,14 +151,14 @@ def score(encoder: Encoder, task: Task, cache: FeatureCache, plan: Plan) -> dict
     if plan.analyses:
         try:
             found = _analysis(train, task.train.labels, plan.device)
-            entry["analyses"] = {"train": found.to_dict()}
+            entry["geometry"] = {"train": found.to_dict()}
         except ValueError as error:  # such as constant features
             print(f"      no analyses: {error}", flush=True)
-            entry["analyses"] = {"train": None, "reason": str(error)}
+            entry["geometry"] = {"train": None, "reason": str(error)}
     return entry
 
 
-def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Analysis:
+def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Geometry:
     bar = tqdm(
         total=len(features),
         desc="analyses",
@@ -168,7 +168,7 @@ def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Analysis
         disable=None,  # where stderr is no terminal
     )
     with bar:
-        return analyse(features, labels, device=device, progress=bar.update)
+        return analyze(features, labels, device=device, progress=bar.update)
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:
@@ -191,6 +191,6 @@ def _scores(task: Task, train: np.ndarray, test: np.ndarray, plan: Plan) -> dict
     return {
         **accuracy([choice.top1 for choice in choices], len(task.test)),
         "choices": [asdict(choice) for choice in choices],
-        "knn": {"top1": knn, **log_odds_facts(knn, len(task.test))},
+        "knn": knn_scores(knn, len(task.test)),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
     }

@@ -111,7 +111,7 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Figure:
 
 
 def _scores(report: Report) -> Scores | None:
-    task = report["data_sets"].get(report["training_task"])
+    task = report["datasets"].get(report["training_task"])
     transfer = report["transfer"]
     if not task or not transfer:
         return None
@@ -135,15 +135,15 @@ def _common(reports: Sequence[Report]) -> tuple[str, list[str]]:
                 f"{_label(first)} was trained on {first['training_task']}, {_label(other)} on "
                 f"{other['training_task']}: draw models of one training task"
             )
-        mine, theirs = (set(report["transfer"]["data_sets"]) for report in (first, other))
+        mine, theirs = (set(report["transfer"]["datasets"]) for report in (first, other))
         if mine != theirs:
             raise ValueError(
                 f"mean scores over other data sets do not compare, but {_label(first)} and "
                 f"{_label(other)} differ in {', '.join(sorted(mine ^ theirs))}: evaluate all "
                 "models on the same ones"
             )
-    task = first["data_sets"][first["training_task"]]
-    return task["title"], first["transfer"]["data_sets"]
+    task = first["datasets"][first["training_task"]]
+    return task["title"], first["transfer"]["datasets"]
 
 
 def _notes(
@@ -156,9 +156,9 @@ def _notes(
     notes = []
     if absent:
         notes.append(shortened(f"Without one of the scores: {', '.join(absent)}", 110))
-    if authors is not None and authors.num_data_sets != data_sets:
+    if authors is not None and authors.num_datasets != data_sets:
         notes.append(
-            f"Means over {data_sets} and over the authors' {authors.num_data_sets} data sets do "
+            f"Means over {data_sets} and over the authors' {authors.num_datasets} data sets do "
             "not compare."
         )
     return notes
@@ -177,7 +177,7 @@ def bars(reports: Sequence[Report]) -> Figure:
     titles = {
         name: found["title"] + "\n(training task)" * (name in tasks)
         for report in reports
-        for name, found in report["data_sets"].items()
+        for name, found in report["datasets"].items()
     }
     names = list(titles)
     if not names:
@@ -189,7 +189,7 @@ def bars(reports: Sequence[Report]) -> Figure:
         marked = False
         for row, part in enumerate(parts):
             axis = figure.add_subplot(len(parts), 1, row + 1)
-            found = [[report["data_sets"].get(name, {}) for name in part] for report in reports]
+            found = [[report["datasets"].get(name, {}) for name in part] for report in reports]
             accuracy = _table([[x.get("top1") for x in row] for row in found], "mean")
             knn = _table([[x.get("knn") for x in row] for row in found], "top1")
             marked |= bool(np.isfinite(knn).any())
@@ -212,7 +212,7 @@ def analyses(reports: Sequence[Report], data_set: str | None = None) -> Figure:
         ValueError: No report has analyses, or none has them of ``data_set``, or matplotlib is
             missing.
     """
-    titles = {n: d["title"] for report in reports for n, d in report["data_sets"].items()}
+    titles = {n: d["title"] for report in reports for n, d in report["datasets"].items()}
     names = [name for name in titles if any(_found(report, name) for report in reports)]
     if not names:
         raise ValueError("no report has analyses to draw; make them with --analyses")
@@ -247,7 +247,7 @@ def analyses(reports: Sequence[Report], data_set: str | None = None) -> Figure:
 
 def _found(report: Report, name: str) -> dict[str, Any] | None:
     """Return the analysis of a data set's training features, if there is one."""
-    return ((report["data_sets"].get(name) or {}).get("analyses") or {}).get("train")
+    return ((report["datasets"].get(name) or {}).get("geometry") or {}).get("train")
 
 
 def _spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:

@@ -1,16 +1,16 @@
 """The paper's transfer protocol, from frozen features to scores.
 
-t-ReX (arXiv 2206.15369), section 4.1 and its appendix: on each data set a linear classifier is
-chosen on a fifth of the training images and fitted again to all of them. For small sets it is
-logistic regression, for large ones a linear layer by SGD. The score of a model is the mean over
-data sets of the log-odds ln(p / (1 - p)) of its top-1 accuracy p. Beside it here, k-NN.
+t-ReX (arXiv 2206.15369), section 4.1 and its appendix: on each dataset the hyperparameters of a
+linear classifier are chosen on a fifth of the training images, and it is fitted again to all of
+them. Small datasets get logistic regression, large ones a linear layer by SGD. The score of a
+model is the mean over datasets of the log-odds ln(p / (1 - p)) of its top-1 accuracy p. In
+addition to the paper, k-NN.
 
 Shapes: N training samples, M test samples, F features, C classes.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trex_models.evaluation import linear, logistic, neighbors
+from trex_models.cli import progress_bar
+from trex_models.evaluation import linear, logistic
+from trex_models.evaluation.inputs import as_tensor, require_finite, require_samples
+from trex_models.evaluation.knn import knn_accuracy
 from trex_models.evaluation.linear import Samples, Setting
 from trex_models.evaluation.logistic import LogisticFit
 from trex_models.evaluation.splits import held_out
@@ -44,7 +47,7 @@ PROTOCOL: dict[str, Any] = {
     },
     "sgd": {
         "classifier": "a linear layer by SGD, cosine learning rate",
-        "features": "L2-normalised",
+        "features": "L2-normalized",
         "momentum": linear.MOMENTUM,
         "epochs": linear.EPOCHS,
         "batch_size": linear.BATCH,
@@ -52,35 +55,37 @@ PROTOCOL: dict[str, Any] = {
         "weight_decay": sorted({setting.weight_decay for setting in SGD_GRID}),
     },
     "knn": {
-        "classifier": "k nearest neighbours by cosine similarity s, voting with exp(s / T)",
+        "classifier": "k nearest neighbors by cosine similarity s, voting with exp(s / T)",
         "k": K,
         "temperature": TEMPERATURE,
     },
-    "score": "mean over data sets of ln(p / (1 - p)), p the top-1 accuracy on the test images",
+    "score": "mean over datasets of ln(p / (1 - p)), p the top-1 accuracy on the test images",
 }
-"""What a report says of it."""
-
-_VOTES = 1 << 26  # held at once, 256 MB of them
+"""Description in reports."""
+_REMEDY = (
+    ": if they are cached in a file, delete it and extract them again; if they are the same again, "
+    "look at the image and the model's weights"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What one seed chose and scored."""
+    """Hyperparameters chosen with one seed, and their score."""
 
     seed: int
-    """Of the validation split and, by SGD, of the batches' order."""
+    """Seed of the validation split and, by SGD, of the batches' order."""
     settings: dict[str, float]
     """The best on the validation samples."""
     validation_top1: float
-    """Of these settings."""
+    """Top-1 of these settings on the validation samples."""
     top1: float
-    """On the test samples, fitted to all training samples."""
+    """Top-1 on the test samples, fitted to all training samples."""
     curve: list[float]
     """Validation top-1 of the whole grid, in its order."""
     at_end: list[str]
-    """Settings whose best value is the grid's least or largest: one beyond might do better."""
+    """Settings whose best value is at an end of the grid: one beyond might be better."""
     converged: bool
-    """Whether the last fit reached its tolerance; SGD has none and always ends so."""
+    """Whether the last fit reached its tolerance; always true of SGD, which has none."""
 
 
 def logistic_scores(
@@ -92,37 +97,29 @@ def logistic_scores(
     Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
     device: torch.device | str = "cpu",
 ) -> list[Choice]:
-    """Choose C, fit and score a logistic regression, once a seed.
+    """Choose C, fit and score a logistic regression, once for each seed.
 
-    Of several C that are equally good the smallest is chosen. It is for sets that fit in the
+    Of several C that are equally good the smallest is chosen. The features must fit in the
     device's memory: see ``trex_models.evaluation.logistic.fit_path``.
 
     Args:
-        train: Features to train on, (N, F) float32 or float16, read-only or mapped as may be.
-        train_labels: (N,) integers.
+        train: Training features, (N, F) float32 or float16; may be read-only or memory-mapped.
+        train_labels: Labels, (N,) integers.
         test: Features to score on, (M, F).
-        test_labels: (M,) integers.
-        seeds: Of the validation splits.
+        test_labels: Labels, (M,) integers.
+        seeds: Seeds of the validation splits.
         Cs: Values to choose from, ascending.
-        device: What computes.
+        device: Device that computes.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a test label has no training
             sample, a class has one training sample, or C is out of range or order.
     """
-    from tqdm import tqdm
-
-    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    task = _Task(train, train_labels, test, test_labels, device)
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
     axes = logistic.principal_axes(x)
-    with tqdm(
-        total=(len(seeds) + 1) * len(Cs),
-        desc="logistic regression",
-        unit="fit",
-        miniters=0,
-        dynamic_ncols=True,
-        disable=None,  # where stderr is no terminal
-    ) as bar:
+    total = (len(seeds) + 1) * len(Cs)
+    with progress_bar(total, "logistic regression", "fit", miniters=0) as bar:
 
         def watch(C: float, iterations: int, *_: float) -> None:  # noqa: N803
             bar.set_postfix_str(f"C {C:.2g}, iteration {iterations}", refresh=False)
@@ -138,7 +135,7 @@ def logistic_scores(
             curves.append([_top1(tried.logits(x[mask]), y[mask]) for tried in fits])
             del fits
         best = [int(np.argmax(curve)) for curve in curves]
-        # A path too, since large C converge from a neighbour far sooner than from nothing.
+        # A path too, since large C converge far sooner from a similar C than from zero weights.
         finals = path(torch.ones_like(y, dtype=torch.bool), max(best) + 1)
         bar.update(len(Cs) - len(finals))
     grid = [{"C": C} for C in Cs]
@@ -166,26 +163,13 @@ def sgd_scores(
     epochs: int = linear.EPOCHS,
     batch_size: int = linear.BATCH,
 ) -> list[Choice]:
-    """Choose learning rate and weight decay, train and score a linear layer, once a seed.
-
-    Arguments and errors as of ``logistic_scores``.
+    """Choose learning rate and weight decay, train and score a linear layer, once for each seed.
 
     Of several settings that are equally good the first is chosen. Memory is bounded by that of
-    the layers: features stay in their file, or move to a CUDA device where half of its free
-    memory holds them.
-
-    Args:
-        train: (N, F).
-        train_labels: (N,).
-        test: (M, F).
-        test_labels: (M,).
-        seeds: Of the validation splits and the batches' order.
-        settings: To choose from.
-        device: What computes.
-        epochs: Passes over the training samples.
-        batch_size: Samples of a step.
+    the layers: features stay in their file, or move to a CUDA device if half of its free memory
+    holds them. Other arguments and errors are those of ``logistic_scores``.
     """
-    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    task = _Task(train, train_labels, test, test_labels, device)
     everything, tests = (
         Samples(task.placed(features), labels.to(task.device), torch.arange(len(labels)))
         for features, labels in ((task.train, task.labels), (task.test, task.test_labels))
@@ -220,47 +204,22 @@ def knn_score(
     temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Return the top-1 of the weighted vote of the k nearest training samples.
+    """Return the top-1 accuracy of the k-NN classifier.
 
-    Arguments and errors as of ``logistic_scores``. Memory is that of
-    ``trex_models.evaluation.neighbors.nearest_neighbors``, and 256 MB of votes.
-
-    Args:
-        train: (N, F), of the voters.
-        train_labels: (N,).
-        test: (M, F).
-        test_labels: (M,).
-        k: Neighbours.
-        temperature: T.
-        device: What computes; the CPU where the training features take more than half of a CUDA
-            device's free memory.
+    Memory is that of ``trex_models.evaluation.knn_accuracy``. It computes on the CPU if the
+    training features take more than half of a CUDA device's free memory. Other arguments and
+    errors are those of ``logistic_scores``.
     """
-    from tqdm import tqdm
-
-    task = _Task(train, train_labels, test, test_labels, torch.device(device))
+    task = _Task(train, train_labels, test, test_labels, device)
     references = task.placed(task.train)
-    with tqdm(
-        total=len(train) * len(test),
-        desc="k-NN",
-        unit=" pairs",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=None,  # where stderr is no terminal
-    ) as bar:
-        found = neighbors.nearest_neighbors(references, task.test, k, progress=bar.update)
-    similarities, indices = found
-    voters = task.labels.to(indices.device)[indices]
-    size = max(1, _VOTES // task.num_classes)
-    blocks = (t.split(size) for t in (similarities, voters, task.test_labels.to(indices.device)))
-    correct = 0
-    for cosines, classes, labels in zip(*blocks, strict=True):
-        votes = neighbors.class_votes(cosines, classes, task.num_classes, temperature)
-        correct += int(neighbors.hits(votes, labels, 1).sum())
-    return correct / len(test)
+    with progress_bar(len(train) * len(test), "k-NN", " pairs") as bar:
+        return knn_accuracy(
+            references, task.labels, task.test, task.test_labels, k, temperature, bar.update
+        )
 
 
-def facts(seeds: Sequence[int]) -> dict[str, Any]:
-    """Return what a report says of the protocol."""
+def describe(seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the protocol for a report."""
     return {**PROTOCOL, "seeds": list(seeds)}
 
 
@@ -273,15 +232,13 @@ class _Task:
         train_labels: np.ndarray,
         test: np.ndarray,
         test_labels: np.ndarray,
-        device: torch.device,
+        device: torch.device | str,
     ) -> None:
-        _require_features("training", train, train_labels)
-        _require_features("test", test, test_labels)
-        if train.shape[1] != test.shape[1]:
-            raise ValueError(
-                f"training features have {train.shape[1]} numbers an image and test features "
-                f"{test.shape[1]}: extract both with the same model"
-            )
+        require_samples(train, train_labels, "training features")
+        require_samples(test, test_labels, "test features", train.shape[1])
+        self.train, self.test = as_tensor(train), as_tensor(test)
+        for part, features in (("training", self.train), ("test", self.test)):
+            require_finite(f"{part} features", features, remedy=_REMEDY)
         classes, labels = np.unique(train_labels, return_inverse=True)
         absent = np.setdiff1d(test_labels, classes)
         if len(absent):
@@ -289,39 +246,16 @@ class _Task:
                 f"no training image has label {absent[0]}, but test images have ({len(absent)} "
                 f"such labels; {len(classes)} are trained): give both sets the same classes"
             )
-        self.device, self.num_classes = device, len(classes)
-        self.train, self.test = _tensor(train), _tensor(test)
+        self.device, self.num_classes = torch.device(device), len(classes)
         self.labels = torch.from_numpy(labels)
         self.test_labels = torch.from_numpy(np.searchsorted(classes, test_labels))
 
     def placed(self, features: Tensor) -> Tensor:
-        """Move features to a CUDA device where they leave half of its free memory."""
+        """Move features to a CUDA device if half of its free memory holds them."""
         if self.device.type != "cuda":
             return features
         fits = features.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
         return features.to(self.device) if fits else features
-
-
-def _require_features(name: str, features: np.ndarray, labels: np.ndarray) -> None:
-    if features.ndim != 2 or not features.size or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"{name} features and labels must be of shapes (N, F) and (N,) and not empty, got "
-            f"{features.shape} and {labels.shape}"
-        )
-    try:
-        neighbors.require_finite(f"{name} features", _tensor(features), 4096)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}: if they were kept in a file, delete it and extract them again; if they are "
-            "so again, look at the image and the model's weights"
-        ) from None
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """Wrap an array without a copy; nothing here writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def _choice(

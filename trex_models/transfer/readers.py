@@ -1,142 +1,77 @@
-"""The transfer data sets as they lie on a disk, one reader each: lists of files, no pixels.
+"""Readers of datasets as they lie on a disk: lists of files, no pixels.
 
-Each returns the images to fit on (training and validation) and those to test on. Folders are named
-as torchvision's data sets name them. A damaged data set raises anything; `data_sets.open_checked`
-says what was expected.
+Each returns the images to fit on (training and validation) and those to test on. Folders have the
+names that torchvision gives them. A damaged dataset may raise any error; `datasets.open_checked`
+adds what was expected.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision import datasets
 
 from trex_models.data.image_files import FileSource, FolderSource
 from trex_models.evaluation.splits import hashed_order
+from trex_models.unpickling import PlainUnpickler
 
 Parts = tuple[FileSource, FileSource]
-EUROSAT_TEST_PER_CLASS = 810
+EUROSAT_TEST_PER_CLASS = 810  # it comes undivided
+NUM_LEVELS = 5
+_LIST_SUFFIXES = (".json", ".pkl", ".pickle")
+
+
+def from_torchvision(
+    kind: Any, folder: str, *train: str, **options: Any
+) -> Callable[[Path], Parts]:
+    """Return the reader of a torchvision dataset.
+
+    Args:
+        kind: Class of the dataset.
+        folder: Folder of the images below the data root.
+        train: Splits to fit on.
+        options: Further arguments of ``kind``.
+    """
+
+    def read(root: Path) -> Parts:
+        splits = *train, "test"
+        *fitted, tested = (kind(root, split, loader=str, **options) for split in splits)
+        classes = tested.classes
+        if any(part.classes != classes for part in fitted):  # each numbers the classes it holds
+            raise ValueError(f"its splits {', '.join(splits)} list different classes")
+
+        def listed(parts: list[Any]) -> FileSource:
+            rows = [part[index] for part in parts for index in range(len(part))]
+            paths = [Path(path).relative_to(root / folder).as_posix() for path, _ in rows]
+            return FileSource(root / folder, paths, [int(label) for _, label in rows], classes)
+
+        return listed(fitted), listed([tested])
+
+    return read
 
 
 def imagenet(root: Path) -> Parts:
-    """ImageNet-1K (ILSVRC 2012): class folders; the validation images are for the test."""
-    return _two_folders(root / "imagenet" / "train", root / "imagenet" / "val")
-
-
-def aircraft(root: Path) -> Parts:
-    """FGVC-Aircraft by variant."""
-    train, test = (datasets.FGVCAircraft(root, split, loader=str) for split in ("trainval", "test"))
-    folder = root / "fgvc-aircraft-2013b"
-    return _listed(folder, [train], train.classes), _listed(folder, [test], train.classes)
-
-
-def cars196(root: Path) -> Parts:
-    """Stanford Cars."""
-    train, test = (datasets.StanfordCars(root, split, loader=str) for split in ("train", "test"))
-    folder = root / "stanford_cars"
-    return _listed(folder, [train], train.classes), _listed(folder, [test], train.classes)
-
-
-def dtd(root: Path) -> Parts:
-    """Describable Textures, partition 1; training and validation images together."""
-    train, val, test = (
-        datasets.DTD(root, split, partition=1, loader=str) for split in ("train", "val", "test")
-    )
-    for part in (val, test):  # each part numbers the classes that it holds
-        if part.classes != train.classes:
-            raise ValueError("its train1.txt, val1.txt and test1.txt list different classes")
-    folder = root / "dtd" / "dtd"
-    return _listed(folder, [train, val], train.classes), _listed(folder, [test], train.classes)
+    """Read ImageNet-1K; the validation images are for the test."""
+    return FolderSource(root / "imagenet" / "train"), FolderSource(root / "imagenet" / "val")
 
 
 def eurosat(root: Path) -> Parts:
-    """EuroSAT, RGB; it comes undivided, so 810 images of each class are held out by a hash."""
+    """Read EuroSAT, of which the same images are held out everywhere, by a hash."""
     return _divided(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
 
 
-def flowers(root: Path) -> Parts:
-    """Oxford Flowers-102; training and validation images together."""
-    train, val, test = (
-        datasets.Flowers102(root, split, loader=str) for split in ("train", "val", "test")
-    )
-    folder, classes = root / "flowers-102", datasets.Flowers102.classes
-    return _listed(folder, [train, val], classes), _listed(folder, [test], classes)
-
-
-def pets(root: Path) -> Parts:
-    """Oxford-IIIT Pets by breed."""
-    folder = root / "oxford-iiit-pet"
-    train, test = (
-        [line.split() for line in _lines(folder / "annotations" / f"{part}.txt")]
-        for part in ("trainval", "test")
-    )
-    # A line is an image, its breed from 1, cat or dog, and the breed among cats or dogs.
-    names = {int(breed): image.rsplit("_", 1)[0] for image, breed, *_ in train}
-    classes = [names[breed] for breed in range(1, len(names) + 1)]
-    train_set, test_set = (
-        FileSource(
-            folder,
-            [f"images/{image}.jpg" for image, *_ in rows],
-            [int(breed) - 1 for _, breed, *_ in rows],
-            classes,
-        )
-        for rows in (train, test)
-    )
-    return train_set, test_set
-
-
-def food101(root: Path) -> Parts:
-    """Food-101."""
-    train, test = (datasets.Food101(root, split, loader=str) for split in ("train", "test"))
-    if test.classes != train.classes:  # each part numbers the classes that it holds
-        raise ValueError("its train.json and test.json list different classes")
-    folder = root / "food-101"
-    return _listed(folder, [train], train.classes), _listed(folder, [test], train.classes)
-
-
-def sun397(root: Path) -> Parts:
-    """SUN397, partition 1; its lists lie in SUN397/ or beside it."""
-    folder = root / "SUN397"
-
-    def names(file: str) -> list[str]:
-        places = [
-            place / file for place in (folder, folder / "Partitions", root, root / "Partitions")
-        ]
-        found = [path for path in places if path.is_file()]
-        if not found:
-            raise ValueError(f"{places[0]} is missing; unpack Partitions.zip there")
-        return [line.lstrip("/") for line in _lines(found[0])]
-
-    classes = names("ClassName.txt")
-    label_of = {name: label for label, name in enumerate(classes)}
-    train_set, test_set = (
-        FileSource(folder, paths, [label_of[path.rsplit("/", 1)[0]] for path in paths], classes)
-        for paths in (names("Training_01.txt"), names("Testing_01.txt"))
-    )
-    return train_set, test_set
-
-
-def inat2018(root: Path) -> Parts:
-    """Species of iNaturalist 2018; the validation images are for the test."""
-    return _inaturalist(root / "inat2018", "2018")
-
-
-def inat2019(root: Path) -> Parts:
-    """Species of iNaturalist 2019; the validation images are for the test."""
-    return _inaturalist(root / "inat2019", "2019")
-
-
 def class_folders(path: Path) -> Parts:
-    """Return any class folders, divided by their owner or by a hash.
+    """Read any class folders, divided by their owner or by a hash.
 
     Args:
-        path: Holds ``train/``, ``val/`` and ``test/`` of class folders, the first two of which are
-            fitted on; or ``train/`` and one of the others, which is tested on; or else class
-            folders alone, of each of which a fifth is held out to test on.
+        path: Folder that holds ``train/``, ``val/`` and ``test/`` of class folders, the first two
+            of which are fitted on; or ``train/`` and one of the others, which is tested on; or
+            only class folders, of each of which a fifth is held out to test on.
 
     Raises:
         ValueError: It holds something else.
@@ -146,15 +81,12 @@ def class_folders(path: Path) -> Parts:
         train, val, test = (FolderSource(path / name) for name in found)
         if train.classes != val.classes:
             raise ValueError(f"{path}/train and {path}/val hold different class folders")
-        files = [
-            f"{name}/".encode() + file
-            for name, part in (("train", train), ("val", val))
-            for file in part.paths.tolist()
-        ]
+        files = [b"train/" + file for file in train.paths.tolist()]
+        files += [b"val/" + file for file in val.paths.tolist()]
         labels = np.concatenate([train.labels, val.labels])
         return FileSource(path, files, labels, train.classes), test
     if len(found) == 2 and found[0] == "train":
-        return _two_folders(path / "train", path / found[1])
+        return FolderSource(path / "train"), FolderSource(path / found[1])
     if found == ["train"]:
         raise ValueError(
             f"{path} holds train/ and neither test/ nor val/: rename the folder to test on, or "
@@ -163,29 +95,8 @@ def class_folders(path: Path) -> Parts:
     return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
 
 
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
-
-
-def _two_folders(train: Path, test: Path) -> Parts:
-    return FolderSource(train), FolderSource(test)
-
-
 def _divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
-    """Hold out images of each class, by the hash of their paths below the source's root.
-
-    Args:
-        source: All images.
-        test_images: How many to hold out of a class of so many.
-    """
+    """Hold out ``test_images(count)`` of a class's images, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
@@ -194,34 +105,174 @@ def _divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
     return source.part(np.flatnonzero(~mask)), source.part(np.flatnonzero(mask))
 
 
-def _listed(folder: Path, parts: Iterable[Any], classes: Sequence[str]) -> FileSource:
-    """List the files of torchvision data sets whose loader is ``str``: they yield paths."""
-    samples = [part[index] for part in parts for index in range(len(part))]
-    paths = [Path(path).relative_to(folder).as_posix() for path, _ in samples]
-    return FileSource(folder, paths, [int(label) for _, label in samples], classes)
+def pets(root: Path) -> Parts:
+    """Read Oxford-IIIT Pets by breed."""
+    folder = root / "oxford-iiit-pet"
+    train, test = (
+        [line.split() for line in _lines(folder / "annotations" / f"{part}.txt")]
+        for part in ("trainval", "test")
+    )
+    # A line is an image, its breed from 1, cat or dog, and the breed among cats or dogs.
+    names = {int(breed): image.rsplit("_", 1)[0] for image, breed, *_ in train}
+    classes = [names[breed] for breed in range(1, len(names) + 1)]
+
+    def listed(rows: list[list[str]]) -> FileSource:
+        paths = [f"images/{image}.jpg" for image, *_ in rows]
+        return FileSource(folder, paths, [int(breed) - 1 for _, breed, *_ in rows], classes)
+
+    return listed(train), listed(test)
 
 
-def _inaturalist(folder: Path, year: str) -> Parts:
-    """Read the JSON files of a competition; torchvision renames the folder of images to YEAR."""
-    images = f"train_val{year}"
+def sun397(root: Path) -> Parts:
+    """Read SUN397, partition 1; its lists lie in SUN397/ or next to it."""
+    folder = root / "SUN397"
 
-    def part(name: str) -> FileSource:
-        path = folder / f"{name}{year}.json"
-        content = read_json(path)
+    def names(file: str) -> list[str]:
+        places = [at / part / file for at in (folder, root) for part in (".", "Partitions")]
+        found = [path for path in places if path.is_file()]
+        if not found:
+            raise ValueError(f"{places[0]} is missing; unpack Partitions.zip there")
+        return [line.lstrip("/") for line in _lines(found[0])]
+
+    classes = names("ClassName.txt")
+    label_of = {name: label for label, name in enumerate(classes)}
+
+    def listed(paths: list[str]) -> FileSource:
+        labels = [label_of[path.rsplit("/", 1)[0]] for path in paths]
+        return FileSource(folder, paths, labels, classes)
+
+    return listed(names("Training_01.txt")), listed(names("Testing_01.txt"))
+
+
+def inaturalist(root: Path, year: int) -> Parts:
+    """Read the species of an iNaturalist competition; the validation images are for the test."""
+    folder, images = root / f"inat{year}", f"train_val{year}"
+
+    def listed(name: str) -> FileSource:
+        content = _read_json(folder / f"{name}{year}.json")
         categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
         rows = content["annotations"]
         files = [file_of[row["image_id"]].removeprefix(f"{images}/") for row in rows]
-        renamed = files and (folder / year / files[0]).exists()
+        renamed = files and (folder / str(year) / files[0]).exists()  # by torchvision
         return FileSource(
-            folder / (year if renamed else images),
+            folder / (str(year) if renamed else images),
             files,
             [label_of[row["category_id"]] for row in rows],
             [str(category["name"]) for category in categories],
         )
 
-    return part("train"), part("val")
+    return listed("train"), listed("val")
+
+
+def cog(root: Path, level: int) -> Parts:
+    """Read a level of ImageNet-CoG: concepts of ImageNet-21K, ever farther from ImageNet-1K's.
+
+    Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. Two
+    lists, as JSON or as pickles, name the concepts (WordNet ids) of the levels and the images of
+    each concept.
+
+    Args:
+        root: Folder of ``imagenet21k/<wnid>/<file>``, ``cog/levels.*`` and ``cog/splits.*``.
+        level: 1 to 5.
+
+    Raises:
+        ValueError: A list is missing, has an unknown layout, or is a pickle of anything but
+            containers, strings and numbers.
+    """
+    (levels_file, levels), (splits_file, splits) = (
+        _listing(root / "cog", stem) for stem in ("levels", "splits")
+    )
+    try:
+        concepts = _concepts(levels, levels_file)[level - 1]
+        images = [_images(splits, concept, splits_file) for concept in concepts]
+        train, test = (
+            FileSource(
+                root / "imagenet21k",
+                [path for pair in images for path in pair[part]],
+                [label for label, pair in enumerate(images) for _ in pair[part]],
+                concepts,
+            )
+            for part in (0, 1)
+        )
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{levels_file} or {splits_file} has an unknown layout ({error}); "
+            "docs/transfer_data.md shows those that are read"
+        ) from error
+    return train, test
+
+
+def _listing(folder: Path, stem: str) -> tuple[Path, Any]:
+    """Return a list's file and its content."""
+    found = [path for suffix in _LIST_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder} holds {len(found) or 'no'} files {stem}.* ({', '.join(_LIST_SUFFIXES)}), "
+            "one is needed"
+        )
+    (path,) = found
+    if path.suffix == ".json":
+        return path, _read_json(path)
+    with path.open("rb") as file:
+        try:
+            return path, PlainUnpickler(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise ValueError(
+                f"{path} cannot be read as lists of names ({error}); write it as JSON"
+            ) from error
+
+
+def _concepts(content: Any, path: Path) -> list[list[str]]:
+    """Return the concepts of each level, sorted, from any of the known layouts."""
+    levels: dict[int, set[str]] = {}
+    rows = content.items() if isinstance(content, Mapping) else enumerate(content)
+    for key, value in rows:
+        if isinstance(value, str | bytes | int):  # concept -> level
+            levels.setdefault(_number(value, path), set()).add(_text(key))
+        else:  # level -> concepts
+            levels[_number(key, path)] = set(map(_text, value))
+    if len(levels) != NUM_LEVELS:
+        raise ValueError(f"{path} has {len(levels)} levels, not {NUM_LEVELS}: a list of 5 lists")
+    return [sorted(levels[number]) for number in sorted(levels)]
+
+
+def _images(content: Any, concept: str, path: Path) -> list[list[str]]:
+    """Return a concept's training and test images, from any of the known layouts."""
+    try:
+        by_part = "train" in content  # part -> concept -> images; else the concept comes first
+        parts = content if by_part else content[concept]
+        if isinstance(parts, Mapping):
+            parts = parts["train"], parts["test" if "test" in parts else "val"]
+        train, test = (part[concept] for part in parts) if by_part else parts
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} has no lists train and test of the concept {concept}") from error
+    return [
+        [name if "/" in name else f"{concept}/{name}" for name in map(_text, names)]
+        for names in (train, test)
+    ]
+
+
+def _number(level: object, path: Path) -> int:
+    """Return the number of a level called 3, "3", "L3" or "level3"."""
+    digits = re.findall(r"\d+", _text(level))
+    if len(digits) != 1:
+        raise ValueError(f"{path}: {level!r} names no level; call them 1 to {NUM_LEVELS}")
+    return int(digits[0])
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | bytes | int):
+        raise ValueError(f"expected a name or a number in the lists of CoG, got {type(value)}")
+    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The report of an encoder: a JSON document, and the tables that people read.
+"""The report of a model: a JSON document, and the tables that people read.
 
 Accuracies are shares in [0, 1]; tables show percent.
 """
@@ -21,19 +21,19 @@ from trex_models.machine import free_cores, processor
 from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.scores import summary
 
-FORMAT = 1
+FORMAT = 2
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scipy")
-_WIDTH = 40  # of a model's name in a table
+_LABEL_WIDTH = 40  # characters of a model's name in a table
 
 
 def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
-    """Return a report without data sets.
+    """Return a report without datasets.
 
     Args:
-        encoder: What is evaluated.
-        settings: How: the ``protocol``; the ``training_task``, which does not count as transfer;
-            and others.
-        label: What tables and pictures call the model; its name by default.
+        encoder: Model to evaluate.
+        settings: Further entries: the ``protocol``; the ``training_task``, which does not count as
+            transfer; and others.
+        label: Name of the model in tables and pictures; by default its name.
     """
     return {
         "format": FORMAT,
@@ -43,7 +43,7 @@ def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -
         "transform": asdict(encoder.transform),
         "precision": encoder.precision,
         **settings,
-        "data_sets": {},
+        "datasets": {},
         "transfer": None,
         **environment(),
     }
@@ -52,13 +52,13 @@ def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -
 def with_entry(
     report: Mapping[str, Any], name: str, entry: Mapping[str, Any], complete: bool
 ) -> dict[str, Any]:
-    """Return a report with one data set more, and with the mean scores of those that it has."""
-    data_sets = {**report["data_sets"], name: dict(entry)}
-    transfer = {key: value for key, value in data_sets.items() if key != report["training_task"]}
+    """Return a report with one more dataset, and with the mean scores of all its datasets."""
+    datasets = {**report["datasets"], name: dict(entry)}
+    transfer = {key: value for key, value in datasets.items() if key != report["training_task"]}
     return {
         **report,
         "complete": complete,
-        "data_sets": data_sets,
+        "datasets": datasets,
         "transfer": summary(transfer) if transfer else None,
     }
 
@@ -89,29 +89,32 @@ def read_report(path: Path) -> dict[str, Any]:
         ValueError: The file is missing or no report.
     """
     try:
-        report = json.loads(path.read_text())
-        known = report["format"] == FORMAT and isinstance(report["data_sets"], dict)
+        report = dict(json.loads(path.read_text()))
+        known = report["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON of one"
+        reason = error.strerror if isinstance(error, OSError) else "not the JSON of one"
         raise ValueError(
-            f"{path} cannot be read as a report ({reason}); give what "
-            "python -m trex_models.transfer --out wrote"
+            f"{path} cannot be read as a report ({reason}); give a report that "
+            "python -m trex_models.transfer wrote"
         ) from error
-    if not known:
-        raise ValueError(f"{path} is a report of another format; evaluate the model again")
+    if known != FORMAT:
+        raise ValueError(
+            f"{path} is a report of format {known}, this version reads {FORMAT}; evaluate the "
+            "model again"
+        )
     return report
 
 
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Check that data sets of one name have the same images.
+    """Check that datasets of one name have the same images.
 
     Raises:
-        ValueError: They differ; the message names the data set.
+        ValueError: They differ; the message names the dataset.
     """
     first: dict[str, tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
-        for name, entry in report["data_sets"].items():
+        for name, entry in report["datasets"].items():
             images = [entry[part]["sha256"] for part in ("train", "test")]
             other, known = first.setdefault(name, (label, images))
             if images != known:
@@ -122,27 +125,26 @@ def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of one model or several, a line a data set.
+    """Return the scores of one model or several, a line for each dataset.
 
     Args:
-        reports: One a model.
-        markdown: Whether as a Markdown table with notes, or as columns of text.
+        reports: A report of each model.
+        markdown: Return a Markdown table in place of columns of text.
 
     Raises:
         ValueError: Reports have different images under one name.
     """
     require_same_images(reports)
-    rows = _rows(reports)
-    notes = _notes(reports)
+    rows, notes = _rows(reports), _notes(reports)
     if markdown:
         lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
         lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
         return "\n".join([*lines, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" + ">" * (len(widths) - 1)
     lines = [
         "  ".join(
-            [row[0].ljust(widths[0])]
-            + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
         )
         for row in rows
     ]
@@ -156,16 +158,16 @@ def _escaped(text: str) -> str:
 
 
 def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells: a head, a row a data set, and the mean scores."""
+    """Return the cells: a head, a row for each dataset, and the mean scores."""
     several = len(reports) > 1
-    head = ["data set", "test images"]
+    head = ["dataset", "test images"]
     for report in reports:
-        name = f"{report['model']['label'][:_WIDTH]}: " if several else ""
+        name = f"{report['model']['label'][:_LABEL_WIDTH]}: " if several else ""
         head += [f"{name}top-1, %", "k-NN, %", "log-odds"]
-    names = list(dict.fromkeys(name for report in reports for name in report["data_sets"]))
+    names = list(dict.fromkeys(name for report in reports for name in report["datasets"]))
     rows = [head]
     for name in names:
-        entries = [report["data_sets"].get(name) for report in reports]
+        entries = [report["datasets"].get(name) for report in reports]
         known = next(entry for entry in entries if entry)
         training = all(report["training_task"] == name for report in reports)
         title = known["title"] + (" (training task)" if training else "")
@@ -173,7 +175,7 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for entry in entries:
             row += _cells(entry) if entry else ["-"] * 3
         rows.append(row)
-    counts = {len(report["transfer"]["data_sets"]) for report in reports if report["transfer"]}
+    counts = {len(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     count = str(*counts) if len(counts) == 1 else "transfer"
     last = [f"mean log-odds of {count} set{'s' * (count != '1')}", ""]
     for report in reports:
@@ -220,10 +222,10 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         "interval of a test set of this size); mean log-odds: 95 % interval over the seeds.",
         reports[0]["protocol"]["note"],
     ]
-    means = {frozenset(report["transfer"]["data_sets"]) for report in reports if report["transfer"]}
+    means = {frozenset(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     if len(means) > 1:
-        notes.append("The mean log-odds are not over the same data sets: they do not compare.")
-    entries = [entry for report in reports for entry in report["data_sets"].values()]
+        notes.append("The mean log-odds are not over the same datasets: they do not compare.")
+    entries = [entry for report in reports for entry in report["datasets"].values()]
     ends = [e["title"] for e in entries if any("C" in c["at_end"] for c in e["choices"])]
     if ends:
         notes.append(f"C was best at an end of its range on {', '.join(dict.fromkeys(ends))}.")
@@ -233,5 +235,5 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(entry[score]["clipped"] for entry in entries for score in ("top1", "knn")):
         notes.append("An accuracy of 0 or 1 has no log-odds; it counts as half a test image off.")
     if not all(report["complete"] for report in reports):
-        notes.append("INCOMPLETE: the run has not finished; the same command goes on with it.")
+        notes.append("INCOMPLETE: the run has not finished; the same command continues it.")
     return notes

@@ -1,4 +1,4 @@
-"""The transfer data sets, on small replicas of their layouts."""
+"""The transfer datasets, on small replicas of their layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trex_models.data.sources import Source
 from trex_models.demo import tasks
 from trex_models.train.recipes import demo
 from trex_models.transfer import readers
-from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
+from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, open_checked, select
 from trex_models.transfer.evaluate import Task
 
 ON_DISK = sorted(REPLICAS)
@@ -39,15 +39,10 @@ def _replicas_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def small(name: str, parts: Parts) -> DataSet:
-    """Return a data set that promises the replica's sizes."""
+def small(name: str, parts: Parts) -> Dataset:
+    """Return a dataset that promises the replica's sizes."""
     train, test = parts
-    return replace(
-        DATA_SETS[name],
-        num_classes=len(set(train.values())),
-        num_train=len(train),
-        num_test=len(test),
-    )
+    return replace(DATASETS[name], sizes=Sizes(len(set(train.values())), len(train), len(test)))
 
 
 def files(source: Source, root: Path) -> Files:
@@ -60,14 +55,14 @@ def files(source: Source, root: Path) -> Files:
     }
 
 
-def own(path: Path) -> DataSet:
-    (data_set,) = select(f"mine={path}")
-    return data_set
+def own(path: Path) -> Dataset:
+    (dataset,) = select(f"mine={path}")
+    return dataset
 
 
-def refused(data_set: DataSet, root: Path) -> str:
-    with pytest.raises(ValueError, match=f"^{data_set.name}: .*; needed") as caught:
-        open_checked(data_set, root)
+def refused(dataset: Dataset, root: Path) -> str:
+    with pytest.raises(ValueError, match=f"^{dataset.name}: .*; needed") as caught:
+        open_checked(dataset, root)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -93,11 +88,11 @@ def test_digests_are_those_of_the_content_and_not_of_the_place(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_a_missing_data_set_is_told_with_its_layout_and_home(tmp_path: Path, name: str) -> None:
-    message = refused(DATA_SETS[name], tmp_path)
+def test_a_missing_dataset_is_told_with_its_layout_and_home(tmp_path: Path, name: str) -> None:
+    message = refused(DATASETS[name], tmp_path)
     assert message.startswith(f"{name}: ")
-    assert f"needed below {tmp_path}: {DATA_SETS[name].layout}; from " in message
-    assert message.endswith(DATA_SETS[name].home)
+    assert f"needed below {tmp_path}: {DATASETS[name].layout}; from " in message
+    assert message.endswith(DATASETS[name].home)
     assert "You can use" not in message
 
 
@@ -106,14 +101,15 @@ def test_a_wrong_size_is_told(tmp_path: Path, name: str) -> None:
     expected = REPLICAS[name](tmp_path)
     right = small(name, expected)
     count = len(expected[0])
-    for wrong, what in (
-        (replace(right, num_train=count + 1), rf"{count} training images where {count + 1} are"),
-        (replace(right, num_train=(1, count - 1)), rf"where 1 to {count - 1} are expected: .*more"),
-        (replace(right, num_test=len(expected[1]) - 1), "test images where .*remove what was"),
-        (replace(right, num_classes=1234), "classes where 1234 are expected: it is incomplete"),
+    for change, what in (
+        ({"train": count + 1}, rf"{count} training images where {count + 1} are"),
+        ({"train": (1, count - 1)}, rf"where 1 to {count - 1} are expected: .*more"),
+        ({"test": len(expected[1]) - 1}, "test images where .*remove what was"),
+        ({"classes": 1234}, "classes where 1234 are expected: it is incomplete"),
     ):
+        wrong = replace(right, sizes=right.sizes._replace(**change))
         assert re.search(what, refused(wrong, tmp_path))
-    assert DATA_SETS[name].layout in refused(wrong, tmp_path)
+    assert DATASETS[name].layout in refused(wrong, tmp_path)
 
 
 @pytest.mark.parametrize("name", ON_DISK)
@@ -129,21 +125,21 @@ def test_groups() -> None:
     assert len(GROUPS["transfer"]) == 15
     assert GROUPS["paper"] == ("imagenet", *GROUPS["transfer"])
     assert set(GROUPS["paper"]) == set(REPLICAS)
-    assert {*GROUPS["paper"], *GROUPS["offline"]} == set(DATA_SETS)
+    assert {*GROUPS["paper"], *GROUPS["offline"]} == set(DATASETS)
     assert set(GROUPS["small"]) < set(GROUPS["transfer"])
     for name in GROUPS["paper"]:
         fits = "logistic" if name in GROUPS["small"] else "sgd"
-        assert DATA_SETS[name].classifier == fits
-    for name, data_set in DATA_SETS.items():
-        assert data_set.name == name
+        assert DATASETS[name].classifier == fits
+    for name, dataset in DATASETS.items():
+        assert dataset.name == name
 
 
 def test_published_numbers_add_up() -> None:
     def total(name: str) -> int:
-        data_set = DATA_SETS[name]
-        assert isinstance(data_set.num_train, int)
-        assert data_set.num_test is not None
-        return data_set.num_train + data_set.num_test
+        sizes = DATASETS[name].sizes
+        assert isinstance(sizes.train, int)
+        assert sizes.test is not None
+        return sizes.train + sizes.test
 
     assert total("aircraft") == 100 * 100
     assert total("cars196") == 16185
@@ -163,7 +159,7 @@ def test_published_numbers_add_up() -> None:
 def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
     chosen = select(f"pets, small,mine={tmp_path},pets,mine={tmp_path},")
     others = [name for name in GROUPS["small"] if name != "pets"]
-    assert [data_set.name for data_set in chosen] == ["pets", *others, "mine"]
+    assert [dataset.name for dataset in chosen] == ["pets", *others, "mine"]
     assert chosen[-1].classifier is None
     (own, digits) = select(r"mine=/data/a\,b,digits")
     assert (own.layout.split()[2], digits.name) == ("/data/a,b/train/CLASS", "digits")
@@ -174,19 +170,19 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
     [
         (
             "pets,aircaft",
-            r"no data set is called 'aircaft' \(do you mean aircraft\?\); there are im",
+            r"no dataset is called 'aircaft' \(do you mean aircraft\?\); there are im",
         ),
         (
             "xyz",
             r"'xyz'; there are imagenet, .*groups paper, transfer, small, offline, and NAME=PA",
         ),
         ("mine=/a,mine=/b", "mine is /a and /b; give one"),
-        ("pets=/a", "pets=/a: 'pets' is taken or no name"),
+        ("pets=/a", "pets=/a: 'pets' is taken or not allowed"),
         ("small=/a", "'small' is taken"),
-        ("a/b=/a", "'a/b' is taken or no name; choose one of letters"),
-        ("=/a", "'' is taken or no name"),
+        ("a/b=/a", "'a/b' is taken or not allowed; choose one of letters"),
+        ("=/a", "'' is taken or not allowed"),
         ("mine=", "mine= lacks the path"),
-        (" , ", "no data set is named; there are"),
+        (" , ", "no dataset is named; there are"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said(text: str, message: str) -> None:
@@ -201,7 +197,7 @@ def test_eurosats_division_of_a_class_does_not_depend_on_the_others(tmp_path: Pa
     _, expected = replicas.eurosat(tmp_path)
     touch(tmp_path, [f"eurosat/2750/Lake/Lake_{i}.jpg" for i in range(4)])
     touch(tmp_path, [f"eurosat/2750/Alp/Alp_{i}.jpg" for i in range(7)])
-    _, test = DATA_SETS["eurosat"].open(tmp_path)
+    _, test = DATASETS["eurosat"].open(tmp_path)
     found = files(test, tmp_path)
     assert expected.items() <= found.items()
     assert len(found) == 8
@@ -254,11 +250,11 @@ def test_undivided_folders_are_divided_the_same_wherever_they_are(tmp_path: Path
 def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
     message = refused(own(tmp_path / "absent"), tmp_path)
     assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
-    assert message.endswith(f"or {tmp_path}/absent/CLASS alone")
+    assert message.endswith(f"or only {tmp_path}/absent/CLASS")
     folders(tmp_path, "train", 2)
     assert "neither test/ nor val/: rename the folder" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "test", 2, ["ant", "bee", "dog"])
-    assert "(one part alone has cow, dog)" in refused(own(tmp_path), tmp_path)
+    assert "(only one part has cow, dog)" in refused(own(tmp_path), tmp_path)
 
 
 def test_a_class_that_cannot_be_divided_is_told(tmp_path: Path) -> None:
@@ -318,7 +314,7 @@ def test_lists_of_sun397_may_lie_beside_it(tmp_path: Path, place: str) -> None:
     train, test = open_checked(small("sun397", expected), tmp_path)
     assert (files(train, tmp_path), files(test, tmp_path)) == expected
     (tmp_path / place / "Testing_01.txt").unlink()
-    assert "Testing_01.txt is missing" in refused(DATA_SETS["sun397"], tmp_path)
+    assert "Testing_01.txt is missing" in refused(DATASETS["sun397"], tmp_path)
 
 
 def test_torchvisions_name_of_inaturalists_folder(tmp_path: Path) -> None:
@@ -364,7 +360,7 @@ def test_damaged_lists_are_told(
     (tmp_path / path).write_text(text)
     told = refused(small(name, expected), tmp_path)
     assert re.search(message, told)
-    assert DATA_SETS[name].layout in told
+    assert DATASETS[name].layout in told
 
 
 # The lists of CoG.
@@ -486,7 +482,7 @@ def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:
 
 def test_offline_sets_are_the_demos() -> None:
     chosen = select("offline")
-    opened = [open_checked(data_set, Path("/absent")) for data_set in chosen]
+    opened = [open_checked(dataset, Path("/absent")) for dataset in chosen]
     expected = tasks(demo())
     assert len(opened) == len(expected) == 4
     for (train, test), task in zip(opened, expected, strict=True):
@@ -495,5 +491,5 @@ def test_offline_sets_are_the_demos() -> None:
 
 def test_an_offline_set_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    message = refused(DATA_SETS["digits"], Path("/absent"))
+    message = refused(DATASETS["digits"], Path("/absent"))
     assert "needs scikit-learn: pip install trex-models[transfer]" in message

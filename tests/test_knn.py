@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trex_models.evaluation.neighbors import hits, knn_votes, nearest_neighbors
+from trex_models.evaluation.knn import knn_votes, nearest_neighbors, topk_correct
 
 
 def sample(
@@ -63,7 +63,7 @@ def test_digits_as_scikit_learn_classifies_them(k: int) -> None:
     votes = knn_votes(x[train], y[train], x[test], 10, k, chunk=500)
     shares = votes / votes.sum(1, keepdim=True)
     torch.testing.assert_close(shares.double(), expected, rtol=1e-3, atol=1e-5)
-    top1, top5 = hits(votes, y[test])[:, [0, -1]].float().mean(0).tolist()
+    top1, top5 = topk_correct(votes, y[test])[:, [0, -1]].float().mean(0).tolist()
     assert top1 == pytest.approx(reference.score(pixels[test], digits[test]), abs=1e-6)
     assert 0.9 < top1 < top5 <= 1
 
@@ -124,11 +124,11 @@ def test_zeros_have_no_direction() -> None:
     votes = knn_votes(features, labels, queries, 3, temperature=1.0)
     torch.testing.assert_close(votes[0], torch.tensor([-1.0, 0.0, -2.0]).exp())
     assert votes[1].tolist() == [0, 0, 0]
-    assert not hits(votes, torch.tensor([1, 0]))[1].any()
+    assert not topk_correct(votes, torch.tensor([1, 0]))[1].any()
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.01, 100.0])
-def test_extreme_temperatures_keep_every_neighbour_a_voter(temperature: float) -> None:
+def test_extreme_temperatures_keep_every_neighbor_a_voter(temperature: float) -> None:
     features, labels, queries = sample()
     votes = knn_votes(features, labels, queries, 7, 20, temperature)
     _, indices = nearest_neighbors(features, queries, 20)
@@ -139,12 +139,12 @@ def test_extreme_temperatures_keep_every_neighbour_a_voter(temperature: float) -
         assert torch.equal(votes.argmax(1), labels[nearest[:, 0]])
 
 
-def test_a_class_without_a_vote_is_never_a_hit() -> None:
+def test_a_class_without_a_vote_is_never_correct() -> None:
     votes = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]]).expand(6, 6)
-    found = hits(votes, torch.arange(6))
+    found = topk_correct(votes, torch.arange(6))
     assert found[:, 0].tolist() == [False, True, False, False, False, False]
     assert found[:, -1].tolist() == [False, True, False, True, False, False]
-    assert hits(votes[:, :2], torch.zeros(6, dtype=torch.int64)).shape == (6, 2)
+    assert topk_correct(votes[:, :2], torch.zeros(6, dtype=torch.int64)).shape == (6, 2)
 
 
 class Memory(TorchDispatchMode):
@@ -187,10 +187,13 @@ def test_memory_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": torch.ones(3)}, r"shapes \(N, F\) and \(M, F\), got \(3,\) and \(61, 12\)"),
-        ({"queries": torch.ones(2, 11)}, r"got \(203, 12\) and \(2, 11\)"),
-        ({"features": torch.ones(0, 12)}, r"must not be empty, got \(0, 12\)"),
-        ({"queries": torch.ones(0, 12)}, r"must not be empty.* and \(0, 12\)"),
+        (
+            {"features": torch.ones(3)},
+            r"features must be of shape \(N, F\) and not empty, got \(3,\)",
+        ),
+        ({"queries": torch.ones(2, 11)}, r"queries must be of shape \(N, 12\) .*, got \(2, 11\)"),
+        ({"features": torch.ones(0, 12)}, r"features .*not empty, got \(0, 12\)"),
+        ({"queries": torch.ones(0, 12)}, r"queries .*not empty, got \(0, 12\)"),
         ({"queries": torch.full((9, 12), torch.nan)}, "queries must be finite, but row 0"),
         ({"labels": torch.zeros(9, dtype=torch.int64)}, r"203 integers.*got torch.int64.*\(9,\)"),
         ({"labels": torch.zeros(203)}, "203 integers.*got torch.float32"),

@@ -1,11 +1,11 @@
-"""Weighted k-nearest-neighbour classification by cosine similarity, in bounded memory.
+"""Weighted k-nearest-neighbor classification by cosine similarity, in bounded memory.
 
 Wu et al. 2018 (arXiv 1805.01978), section 3.4, as DINO (arXiv 2104.14294) uses it: among the k
 reference features nearest to a query, the i-th, of similarity s_i, votes for its class with
 exp(s_i / T). Here all votes of a query are divided by the first one's, exp(s_1 / T), which
 changes no ranking and keeps a small T from overflowing.
 
-Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbours.
+Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trex_models.evaluation.inputs import as_tensor, require_finite, require_samples
 from trex_models.precision import full_float32
+
+Progress = Callable[[int], object]
+
+_VOTES = 1 << 26  # in memory at a time: 256 MB
 
 
 def knn_accuracy(
@@ -27,6 +32,7 @@ def knn_accuracy(
     query_labels: Tensor | np.ndarray,
     k: int = 20,
     temperature: float = 0.07,
+    progress: Progress | None = None,
 ) -> float:
     """Return the top-1 accuracy of the weighted k-NN classifier by cosine similarity.
 
@@ -34,36 +40,34 @@ def knn_accuracy(
 
         knn_accuracy(train_features, train_labels, test_features, test_labels)
 
+    Memory is that of ``nearest_neighbors``, 8 M K bytes, and 256 MB of votes.
+
     Args:
-        features: Of the references, (N, F).
-        labels: Of the references, (N,), integers from 0 on.
-        queries: (M, F).
-        query_labels: (M,), integers; one that no reference has is never right.
-        k: Neighbours; all references where there are fewer.
+        features: Features of the references, (N, F).
+        labels: Labels of the references, (N,), integers from 0.
+        queries: Features of the queries, (M, F).
+        query_labels: Labels of the queries, (M,). A label that no reference has is never right.
+        k: Number of neighbors; all references if there are fewer.
         temperature: T.
+        progress: As in ``nearest_neighbors``.
 
     Returns:
-        The share of the queries that are right, from 0 to 1.
+        Share of queries that are classified correctly, from 0 to 1.
 
     Raises:
         ValueError: As ``knn_votes``, or there is not one label for each query.
     """
-    references, answers = torch.as_tensor(labels), torch.as_tensor(query_labels)
-    if answers.shape != (len(queries),):
-        raise ValueError(
-            f"query_labels must be {len(queries)}, one for each query, "
-            f"got shape {tuple(answers.shape)}"
-        )
-    num_classes = int(references.max()) + 1 if len(references) else 0
-    votes = knn_votes(
-        torch.as_tensor(features),
-        references,
-        torch.as_tensor(queries),
-        num_classes,
-        k,
-        temperature,
-    )
-    return int(hits(votes, answers, 1).sum()) / len(answers)
+    references, queries, answers = as_tensor(features), as_tensor(queries), as_tensor(query_labels)
+    require_samples(queries, answers, "queries")
+    labels = as_tensor(labels)
+    num_classes = int(labels.max()) + 1 if labels.numel() else 0
+    similarities, voters = _voters(references, labels, queries, num_classes, k, progress=progress)
+    size, correct = max(1, _VOTES // num_classes), 0
+    blocks = (part.split(size) for part in (similarities, voters, answers.to(voters.device)))
+    for cosines, classes, expected in zip(*blocks, strict=True):
+        votes = vote(cosines, classes, num_classes, temperature)
+        correct += int(topk_correct(votes, expected, 1).sum())
+    return correct / len(answers)
 
 
 def knn_votes(
@@ -75,52 +79,62 @@ def knn_votes(
     temperature: float = 0.07,
     chunk: int = 4096,
 ) -> Tensor:
-    """Return what the neighbours of each query vote for each class.
+    """Return the votes of each query's neighbors for each class.
 
     Wu et al. 2018 (arXiv 1805.01978), section 3.4; their argmax is the classifier's answer.
 
         answers = knn_votes(train_features, train_labels, test_features, num_classes=10).argmax(1)
 
     Args:
-        features: Of the references, (N, F).
-        labels: Of the references, (N,), integers in [0, C).
-        queries: (M, F).
+        features: Features of the references, (N, F).
+        labels: Labels of the references, (N,), integers in [0, C).
+        queries: Features of the queries, (M, F).
         num_classes: C.
-        k: Neighbours; all references where there are fewer.
+        k: Number of neighbors; all references if there are fewer.
         temperature: T.
         chunk: As in ``nearest_neighbors``.
 
     Returns:
         (M, C) float32 on the device of ``features``; 1 for a query's nearest reference, less for
-        the others, 0 for classes without a neighbour and everywhere for a query of zeros. Beside
-        the 4 M C bytes of the result, and what ``nearest_neighbors`` takes, 16 M K bytes.
+        the others, 0 for classes without a neighbor and everywhere for a query of zeros. In
+        addition to its 4 M C bytes, and the memory of ``nearest_neighbors``, this needs 16 M K
+        bytes.
 
     Raises:
         ValueError: Shapes do not match, a set is empty, a feature is not finite, or a number is
             out of range.
     """
-    _require_shapes(features, queries)
-    if labels.shape != features.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be {len(features)} integers, one for each reference, "
-            f"got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
+    similarities, voters = _voters(features, labels, queries, num_classes, k, chunk)
+    return vote(similarities, voters, num_classes, temperature)
+
+
+def _voters(
+    features: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    num_classes: int,
+    k: int,
+    chunk: int = 4096,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return similarities and labels of each query's neighbors, (M, K) each."""
+    require_samples(features, labels)
     labels = labels.to(features.device, torch.int64)
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
         raise ValueError(f"labels must lie in [0, {num_classes}), got {low} to {high}")
-    similarities, indices = nearest_neighbors(features, queries, k, chunk)
-    return class_votes(similarities, labels[indices], num_classes, temperature)
+    similarities, indices = nearest_neighbors(features, queries, k, chunk, progress)
+    return similarities, labels[indices]
 
 
-def class_votes(
+def vote(
     similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.07
 ) -> Tensor:
-    """Return the votes of neighbours that are already known, to try several k or T.
+    """Return the votes of neighbors that are already known, to try several k or T.
 
     Args:
-        similarities: Of each query's neighbours, (M, K), the nearest first.
-        neighbor_labels: (M, K), in [0, C).
+        similarities: Similarities of each query's neighbors, (M, K), the nearest first.
+        neighbor_labels: Labels of these neighbors, (M, K), in [0, C).
         num_classes: C.
         temperature: T.
 
@@ -128,7 +142,7 @@ def class_votes(
         (M, C), as ``knn_votes``.
 
     Raises:
-        ValueError: The temperature is not above 0.
+        ValueError: The temperature is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -136,10 +150,29 @@ def class_votes(
     # However small, it is a vote; NaN marks a query that has no direction.
     weights = weights.clamp_min(torch.finfo(weights.dtype).tiny).nan_to_num(0.0)
     votes = weights.new_zeros(len(weights), num_classes)
-    # One neighbour of each query at a time: no two additions meet, so their order is fixed.
+    # One neighbor of each query at a time: no two additions meet, so their order is fixed.
     for weight, label in zip(weights.split(1, 1), neighbor_labels.split(1, 1), strict=True):
         votes.scatter_(1, label, votes.gather(1, label) + weight)
     return votes
+
+
+def topk_correct(
+    scores: Tensor, labels: Tensor, count: int = 5, missing_score: float = 0.0
+) -> Tensor:
+    """Return whether each label is among the n classes of highest score, for n = 1 to ``count``.
+
+    Args:
+        scores: Votes or logits, (M, C), none below ``missing_score``.
+        labels: Labels, (M,).
+        count: Largest n; C if it is larger.
+        missing_score: Score of a class without votes, which is never correct.
+
+    Returns:
+        (M, count) bool: top-1 in the first column, top-5 in the last of five.
+    """
+    ranked = scores.topk(min(count, scores.shape[1]))
+    found = ranked.indices == labels.to(scores.device)[:, None]
+    return (found & (ranked.values > missing_score)).cumsum(1) > 0
 
 
 def nearest_neighbors(
@@ -147,7 +180,7 @@ def nearest_neighbors(
     queries: Tensor,
     k: int = 20,
     chunk: int = 4096,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the k references nearest to each query by cosine similarity.
 
@@ -159,17 +192,17 @@ def nearest_neighbors(
 
         4 q r + 20 F max(q, r) + 60 q K + 12 M K bytes
 
-    beside the arguments, and on CUDA topk's own work space, some 12 q r bytes at most. Of several
-    references that are equally near at the k-th place it is not defined which one counts; the
-    same call gives the same answer.
+    in addition to the arguments, and on CUDA topk's own work space, some 12 q r bytes at most. Of
+    several references that are equally near at the k-th place it is not defined which one counts;
+    the same call gives the same answer.
 
     Args:
-        features: Of the references, (N, F); half precision is widened block by block.
-        queries: (M, F); moved to the device of ``features`` block by block.
-        k: Neighbours; all references where there are fewer.
-        chunk: Queries, and references, in a block.
-        progress: Called after each block of queries and references with the product of their
-            numbers; N M in all.
+        features: Features of the references, (N, F); half precision is widened block by block.
+        queries: Features of the queries, (M, F); moved to the device of ``features`` in blocks.
+        k: Number of neighbors; all references if there are fewer.
+        chunk: Number of queries, and of references, in a block.
+        progress: Called after each block with the product of its queries and references; the
+            total is N M.
 
     Returns:
         Similarities, (M, K) float32, descending, and indices of the references, (M, K). A
@@ -180,7 +213,8 @@ def nearest_neighbors(
         ValueError: Shapes do not match, a set is empty, a feature is not finite, or k or chunk is
             below 1.
     """
-    _require_shapes(features, queries)
+    require_samples(features)
+    require_samples(queries, name="queries", width=features.shape[1])
     if min(k, chunk) < 1:
         raise ValueError(f"k and chunk must be at least 1, got {k} and {chunk}")
     device, k = features.device, min(k, len(features))
@@ -199,11 +233,7 @@ def nearest_neighbors(
 
 
 def _nearest(
-    queries: Tensor,
-    features: Tensor,
-    k: int,
-    chunk: int,
-    progress: Callable[[int], object] | None,
+    queries: Tensor, features: Tensor, k: int, chunk: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest cosines of unit queries, with the references', by a running top-k."""
     best = queries.new_empty(len(queries), 0)
@@ -220,53 +250,8 @@ def _nearest(
     return best, where
 
 
-def hits(votes: Tensor, labels: Tensor, count: int = 5, no_vote: float = 0.0) -> Tensor:
-    """Return whether each label is among the first n classes, for n = 1 to ``count``.
-
-    A class without a vote is never a hit.
-
-    Args:
-        votes: (M, C), none below ``no_vote``; logits are as good.
-        labels: (M,), in [0, C).
-        count: The largest n; C where it is above that.
-        no_vote: What stands for a class without a vote.
-
-    Returns:
-        (M, count) bool: top-1 in the first column, top-5 in the last one of five.
-    """
-    ranked = votes.topk(min(count, votes.shape[1]))
-    found = (ranked.indices == labels.to(votes.device)[:, None]) & (ranked.values > no_vote)
-    return found.cumsum(1) > 0
-
-
 def _directions(features: Tensor) -> Tensor:
     """Return float32 unit vectors; zeros stay zeros, and no square over- or underflows."""
     features = features.float()
     largest = features.abs().amax(1, keepdim=True)
     return F.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
-
-
-def _require_shapes(features: Tensor, queries: Tensor) -> None:
-    if features.ndim != 2 or queries.ndim != 2 or features.shape[1] != queries.shape[1]:
-        raise ValueError(
-            "features and queries must be of shapes (N, F) and (M, F), "
-            f"got {tuple(features.shape)} and {tuple(queries.shape)}"
-        )
-    if not features.numel() or not queries.numel():
-        raise ValueError(
-            "features and queries must not be empty, "
-            f"got {tuple(features.shape)} and {tuple(queries.shape)}"
-        )
-
-
-def require_finite(name: str, features: Tensor, chunk: int) -> None:
-    """Check rows, (N, F), some at a time.
-
-    Raises:
-        ValueError: One is not finite; the message has its index.
-    """
-    for start in range(0, len(features), chunk):
-        finite = features[start : start + chunk].isfinite().all(1)
-        if not finite.all():
-            row = start + int((~finite).nonzero()[0])
-            raise ValueError(f"{name} must be finite, but row {row} has a NaN or an infinity")

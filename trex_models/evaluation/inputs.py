@@ -1,0 +1,61 @@
+"""Checks of samples that a caller gives: features, (N, F), and one label each, (N,)."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_tensor(array: Tensor | np.ndarray) -> Tensor:
+    """Wrap an array, which may be read-only or memory-mapped, without a copy."""
+    with warnings.catch_warnings():  # nothing in this package writes to it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(array)
+
+
+def require_samples(
+    features: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | None = None,
+    name: str = "features",
+    width: int | None = None,
+) -> None:
+    """Check shapes, and that labels given as a tensor are integers.
+
+    Args:
+        features: Features, (N, F).
+        labels: Labels, (N,); None if there are none.
+        name: Name of the features in messages.
+        width: F; None for any.
+
+    Raises:
+        ValueError: They are of other shapes, or empty, or the labels are floating point.
+    """
+    shape = tuple(features.shape)
+    if len(shape) != 2 or 0 in shape or width not in (None, shape[1]):
+        raise ValueError(f"{name} must be of shape (N, {width or 'F'}) and not empty, got {shape}")
+    if labels is None:
+        return
+    fractions = isinstance(labels, Tensor) and labels.is_floating_point()
+    if tuple(labels.shape) != shape[:1] or fractions:
+        raise ValueError(
+            f"labels of the {name} must be {shape[0]} integers, one for each row, "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+
+
+def require_finite(name: str, features: Tensor, chunk: int = 4096, remedy: str = "") -> None:
+    """Check rows, (N, F), ``chunk`` at a time.
+
+    Raises:
+        ValueError: A value is not finite; the message has the row's index, and ends in ``remedy``.
+    """
+    for start in range(0, len(features), chunk):
+        finite = features[start : start + chunk].isfinite().all(1)
+        if not finite.all():
+            row = start + int((~finite).nonzero()[0])
+            raise ValueError(
+                f"{name} must be finite, but row {row} has a NaN or an infinity{remedy}"
+            )
