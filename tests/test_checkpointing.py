@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.checkpoints import DamagedError
 from trex_models.train import checkpointing, loop, saved
 from trex_models.train.__main__ import main
@@ -315,7 +315,7 @@ def test_drop_path_continues_exactly(tmp_path: Path) -> None:
 def test_moved_images_are_the_same_and_renamed_ones_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.test_folder import save_image
+    from tests.images import save_image
 
     for label in "ab":
         for index in range(8):

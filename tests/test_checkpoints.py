@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import trex_models
 from tests import official_files
+from tests.models import tiny_method
 from tests.reference_resnet import outputs, pictures
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, read, split
-from trex_models.train.bank import MemoryBank
-from trex_models.train.method import Encoder, TReX
-from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
 
 Contents = dict[str, Any]
 SMALL: Contents = {"bank_size": 1200, "optimizer": False}
@@ -153,15 +150,6 @@ def test_wrappers_inside_names(star: Contents) -> None:
 
 
 STEM = "encoder.backbone.conv1.0.weight"
-
-
-def tiny_method(bank: bool) -> TReX:
-    torch.manual_seed(0)
-    network = timm.create_model("resnet10t", num_classes=0)
-    encoder = Encoder(network, trex_models.Projector(512, 2, 32, 16))
-    if bank:
-        return TReX(encoder, OnlineClassMeans(MemoryBank(64, 16, 5), 0.1))
-    return TReX(encoder, CosineSoftmax(16, 5, 0.1))
 
 
 @pytest.mark.parametrize("bank", [True, False])

@@ -28,7 +28,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from tests import official_files
-from tests.clients import NUM_CLASSES, SMALL, quick
+from tests.models import NUM_CLASSES, SMALL, quick
 
 pytestmark = pytest.mark.client
 

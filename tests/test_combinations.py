@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from tests.test_train import TINY, load
+from tests.models import load
+from tests.runs import TINY
 from trex_models.train import build
 from trex_models.train.__main__ import parse
 from trex_models.train.config import Config

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,9 +13,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from convert import naver, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
+from tests.processes import captured
 from trex_models import checkpoints, folders
 from trex_models.checkpoints import Checkpoint
 
@@ -66,12 +66,7 @@ class Conversion:
         return {name: value for name, _, value in (f.partition("\t") for f in facts)}, list(rows)
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    """Return the exit status, and what was printed to each stream."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main(["naver", *map(str, arguments)])
-    return status, out.getvalue(), err.getvalue()
+run = partial(captured, main, "naver")
 
 
 @pytest.fixture(scope="module")

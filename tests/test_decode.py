@@ -18,28 +18,12 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from tests.images import encode, picture
 from trex_models.data import decode
 from trex_models.data.decode import FORMATS, UnreadableImageError, decode_image, read_image
 
 JPEG_OPTIONS: dict[str, Any] = {"quality": 100, "subsampling": 0}  # within 4 of the original
 UNREADABLE = r"^x\.img cannot be read as an image \(.+\); fix or replace it$"
-
-
-def picture(height: int = 30, width: int = 40, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth random pixels, (H, W, channels) uint8."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
-    planes = [
-        Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
-        for c in range(channels)
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
-
-
-def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def over_white(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:

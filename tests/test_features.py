@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import trex_models.features
-from tests.test_folder import save_image
+from tests.images import save_image
+from tests.models import CHANNELS, Args, save_model
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.file_list import FileSource
@@ -30,35 +31,19 @@ from trex_models.features import file as file_module
 from trex_models.features.__main__ import main
 from trex_models.transfer.encoders import weights_digest
 
-SMALL: dict[str, Any] = {"channels": (8, 16, 24, 32)}
-
-
-def save_model(folder: Path, name: str, seed: int = 0, **args: Any) -> None:
-    torch.manual_seed(seed)
-    model = timm.create_model(name, **SMALL, **args)
-    cfg = {**vars(model)["pretrained_cfg"], "input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
-    config = {"pretrained_cfg": cfg, "num_classes": args["num_classes"]}
-    save_for_hf(
-        model,
-        str(folder),
-        model_config=config,
-        model_args={**SMALL, **args},
-        safe_serialization=True,
-    )
-    path = folder / "config.json"
-    described = json.loads(path.read_text())
-    described["model_args"].pop("num_classes")
-    path.write_text(json.dumps(described))
+CFG: Args = {"input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, another one, and a whole model with projector and classifier."""
     root = tmp_path_factory.mktemp("models")
-    save_model(root / "backbone", "resnet10t", num_classes=0)
     head = {"proj_layers": 1, "proj_hidden_dim": 16, "proj_dim": 12}
-    save_model(root / "whole", "trex_resnet", backbone="resnet10t", num_classes=5, **head)
-    save_model(root / "other", "resnet10t", seed=1, num_classes=0)
+    backbone: Args = {"name": "resnet10t", "num_classes": 0}
+    whole: Args = {"name": "trex_resnet", "backbone": "resnet10t", "num_classes": 5, **head}
+    for folder, model in {"backbone": backbone, "whole": whole}.items():
+        save_model(root / folder, cfg=CFG, channels=CHANNELS, **model)
+    save_model(root / "other", cfg=CFG, seed=1, channels=CHANNELS, **backbone)
     return root
 
 

@@ -22,7 +22,6 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
-from torch import nn
 
 from convert.naver import convert
 from hub import cards, figures, fixed_input, imagenet, licenses
@@ -35,9 +34,11 @@ from hub.import_naver import import_naver
 from hub.publish import publish
 from hub.verify import verify
 from tests import official_files
+from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
-from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
+from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
+from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
 from trex_models import folders, manifest, naver
 from trex_models.evaluation.linear import Setting
 from trex_models.manifest import Manifest, WeightsError, sha256
@@ -47,48 +48,6 @@ pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
 
 ROOT = Path(__file__).parents[1]
 OWNER = Owner("Ada", "cc-by-4.0")
-CFG = {
-    "num_classes": 0,
-    "input_size": (3, 32, 32),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "first_conv": "conv1.0",
-    "classifier": "fc",
-}
-TINY: dict[str, Any] = {"channels": (4, 8, 16, 32)}
-COLOURS = {"ant": (220, 30, 30), "bee": (30, 200, 30), "cat": (40, 40, 220), "dog": (230, 230, 40)}
-
-
-def tiny_folder(path: Path, seed: int = 0) -> Path:
-    """A trainer's backbone export in small."""
-    torch.manual_seed(seed)
-    model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg=CFG, **TINY).eval()
-    images = torch.randn(2, 3, 32, 32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return folders.write(model, path, images, model(images).detach())
-
-
-def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
-    """A trainer's export of a whole model in small, with ``weight`` as its class weights."""
-    torch.manual_seed(1)
-    model: Any = timm.create_model(
-        "trex_resnet",
-        backbone="resnet10t",
-        pretrained_cfg=CFG | {"num_classes": 4, "label_names": tuple(COLOURS)},
-        num_classes=4,
-        proj_layers=1,
-        proj_hidden_dim=32,
-        proj_dim=16,
-        **TINY,
-    )
-    if weight is not None:
-        model.fc.weight = nn.Parameter(weight)
-    images = torch.randn(2, 3, 32, 32)
-    model.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return folders.write(model, path, images, model(images).detach())
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +107,6 @@ def nowhere(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def hub() -> Hub:
-    return Hub()
-
-
-@pytest.fixture
-def server(hub: Hub) -> Iterator[HubServer]:
-    with serving(hub) as server:
-        yield server
-
-
-@pytest.fixture
 def api(server: HubServer) -> HfApi:
     return HfApi(endpoint=server.url, token="hf_write")
 
@@ -173,12 +121,6 @@ def push(api: HfApi, tmp_path: Path) -> Callable[..., Manifest]:
         return publishing.load_or_new(path)
 
     return run
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def sent(server: HubServer) -> list[str]:
@@ -398,10 +340,6 @@ def naver_model(name: str) -> Model:
         "pretrained_cfg": cfg,
     }
     return Model(name, Path("unused"), config, part, part == "backbone")
-
-
-def python_blocks(card: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", naver.FILES)

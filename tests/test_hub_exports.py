@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 from hub.__main__ import main
 from hub.build import Owner, build
 from hub.folder import FILES
-from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
+from tests.documentation import python_blocks
+from tests.models import CFG, TINY, edit_config, tiny_classifier
 from trex_models import folders, naver
 from trex_models.train.build import build_method, export_method
 from trex_models.train.config import RECIPES, from_dict

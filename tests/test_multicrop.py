@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_folder import save_image
+from tests.images import save_image
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -121,6 +122,11 @@ def test_rules_of_imports_can_fail(tmp_path: Path) -> None:
     assert imported_modules(path) == {"train.loop.train"}
     allowed = allowed_for("train.bank")
     assert not any(name.startswith(a) for name in imported_modules(path) for a in allowed)
+
+
+def test_tests_share_helpers_and_not_other_tests() -> None:
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        assert not re.search(r"^\s*(from|import) tests[. ].*\btest_", path.read_text(), re.M), path
 
 
 def test_importing_the_package_loads_no_extras() -> None:

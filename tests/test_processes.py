@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_folder import save_image
-from tests.test_train import TINY
+from tests.images import save_classes
+from tests.runs import TINY
 from trex_models.data.multicrop import EpochSampler
 
 FOLDER = ["--data.source", "folder", "--data.path"]
@@ -50,10 +50,7 @@ def run_two(first: list[str], second: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for label in "ab":
-        for index in range(40):
-            save_image(tmp_path / "images" / label / f"{index:02}.jpg", seed=index)
-    return tmp_path / "images"
+    return save_classes(tmp_path / "images", 40)
 
 
 @pytest.mark.slow

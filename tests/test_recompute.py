@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.heads import Projector
 from trex_models.train import build, checkpointing
 from trex_models.train.__main__ import parse

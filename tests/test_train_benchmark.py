@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_folder import save_image
-from tests.test_train import TINY, run
+from tests.images import save_classes
+from tests.runs import TINY, run
 from trex_models.data.multicrop import CropSpec
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW
 from trex_models.train import benchmark as module
@@ -51,10 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for label in "ab":
-        for index in range(8):
-            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
-    return tmp_path / "images"
+    return save_classes(tmp_path / "images", 8)
 
 
 def measure(*overrides: str) -> int:
@@ -130,7 +127,7 @@ def test_runs_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_output_is_not_written_with_images_that_are_skipped(images: Path, tmp_path: Path) -> None:
-    (images / "a" / "3.jpg").write_bytes(b"torn")
+    (images / "a" / "03.jpg").write_bytes(b"torn")
     source = ["--data.source", "folder", "--data.path", str(images), "--objective.bank-size", "16"]
     assert measure("--output", str(tmp_path / "run"), *source, "--data.unreadable", "skip") == 0
     assert not (tmp_path / "run").exists()
@@ -157,10 +154,10 @@ def test_errors_are_one_line(
 
 
 def test_unreadable_image_is_one_line(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (images / "a" / "3.jpg").write_bytes(b"torn")
+    (images / "a" / "03.jpg").write_bytes(b"torn")
     assert measure("--data.source", "folder", "--data.path", str(images)) == 2
     err = capsys.readouterr().err
-    assert "3.jpg cannot be read as an image" in err
+    assert "03.jpg cannot be read as an image" in err
 
 
 def test_unknown_field(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from tests.test_distributed import spawn
-from tests.test_folder import save_image
-from tests.test_method import TinyBackbone
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.images import save_image
+from tests.models import TinyBackbone
+from tests.processes import spawn
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import ArraySource, Source

@@ -33,8 +33,8 @@ from tests import official_files
 from tests.file_server import FileServer
 from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer, environment, serving
+from tests.models import tiny_method
 from tests.reference_resnet import outputs, pictures
-from tests.test_checkpoints import tiny_method
 from trex_models import (
     CheckpointError,
     WeightsError,
