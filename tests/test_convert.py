@@ -30,7 +30,7 @@ from torch import Tensor
 from convert import naver, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
-from tests.processes import captured
+from tests.processes import Forked, captured
 from trex_models import checkpoints, folders
 from trex_models.checkpoints import Checkpoint
 
@@ -847,16 +847,10 @@ def test_command_line(scratch: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             run(*arguments)
         assert stop.value.code == status
-    done = subprocess.run(
-        [sys.executable, "-m", "convert", "naver", "none.pth", str(scratch)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: none.pth does not exist")
-    assert done.stdout == ""
+    done = Forked("-m", "convert", "naver", "none.pth", str(scratch), cwd=ROOT)
+    assert done.end() == 2
+    assert done.err.startswith("error: none.pth does not exist")
+    assert done.out == ""
 
 
 # Size

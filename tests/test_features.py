@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from timm.models import save_for_hf
 import trex_models.features
 from tests.images import save_image
 from tests.models import CHANNELS, Args, save_model
+from tests.processes import Forked, kill_when_ready
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.file_list import FileSource
@@ -222,12 +221,7 @@ def test_a_killed_command_goes_on(
     (place / "images" / "a" / "0.png").write_bytes(b"torn")
     given = ["images", "--out", "f.npy", "--unreadable", "skip"]
     fixed = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "2"]
-    command = [sys.executable, "-c", KILLED, *given, *fixed]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while process.stdout.readline() not in ("ready\n", ""):
-            pass
-        process.send_signal(signal.SIGKILL)
+    kill_when_ready(Forked("-c", KILLED, *given, *fixed))
     assert not Path("f.npy").exists()
     assert run(models, *given) == 0
     assert "going on from image 6 of 11" in capsys.readouterr().out

@@ -4,48 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.images import save_classes
+from tests.processes import Forked, environments
 from tests.runs import TINY
 from trex_models.data.multicrop import EpochSampler
 
 FOLDER = ["--data.source", "folder", "--data.path"]
 
 
-def start(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "trex_models.train", "smoke", *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def run_two(first: list[str], second: list[str]) -> list[tuple[int, str]]:
     """Return status and standard error of both processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [start(rank, port, *arguments) for rank, arguments in enumerate([first, second])]
-    ends = []
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        ends.append((process.returncode, errors))
-    return ends
+    processes = [
+        Forked("-m", "trex_models.train", "smoke", *arguments, environment=os.environ | variables)
+        for arguments, variables in zip((first, second), environments(2), strict=True)
+    ]
+    return [(process.end(), process.err) for process in processes]
 
 
 @pytest.fixture
