@@ -856,7 +856,7 @@ def test_command_line(scratch: Path) -> None:
 # Size
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
     """Above what the imports take: the pages of the file, which are all checked, and one copy."""
     path = scratch / "trex_2_checkpoint_full.pth"

@@ -33,7 +33,6 @@ from hub.folder import FILES, Model, inspect, load
 from hub.import_naver import import_naver
 from hub.publish import publish
 from hub.verify import verify
-from tests import official_files
 from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
@@ -67,26 +66,10 @@ def built(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Some of NAVER's files; the two of trexstar_2 hold the same backbone."""
-    folder = tmp_path_factory.mktemp("release")
-    full = official_files.full_checkpoint(1, bank_size=1024, absent=(7,), optimizer=False)
-    contents = {
-        "trex.pth": official_files.backbone_checkpoint(),
-        "trexstar_2.pth": official_files.backbone_of(full),
-        "trexstar_2_checkpoint_full.pth": full,
-    }
-    for name, content in contents.items():
-        official_files.write(content, folder / name)
-    yield {name: folder / name for name in contents}
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def official(release: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Timm folders of the three models of a full file."""
     folder = tmp_path_factory.mktemp("official")
-    convert(release["trexstar_2_checkpoint_full.pth"], folder, say=lambda _: None)
+    convert(release / "trexstar_2_checkpoint_full.pth", folder, say=lambda _: None)
     yield folder
     shutil.rmtree(folder)
 
@@ -441,7 +424,7 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_from_publication_to_the_examples_in_the_cards(
     official: Path,
     built: Path,
@@ -992,9 +975,10 @@ def test_unreadable_image_is_one_line(
 
 
 @pytest.fixture
-def files(release: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server in NAVER's place."""
-    with FileServer(release) as server:
+def files(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server in NAVER's place, with some of the files; two hold the same backbone."""
+    names = "trex.pth", "trexstar_2.pth", "trexstar_2_checkpoint_full.pth"
+    with FileServer({name: release / name for name in names}) as server:
         monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
         yield server
 
@@ -1002,16 +986,16 @@ def files(release: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.slow
 def test_import_fetches_converts_and_measures_once(
     files: FileServer,
-    release: dict[str, Path],
+    release: Path,
     replica: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, path = tmp_path / "out", tmp_path / "manifest.json"
     converted = out / "converted"
-    assert import_naver(out, list(release), manifest_path=path)
-    assert manifest.load(path).naver == {name: sha256(file) for name, file in release.items()}
-    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(release)
+    assert import_naver(out, list(files.files), manifest_path=path)
+    assert manifest.load(path).naver == {name: sha256(release / name) for name in files.files}
+    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(files.files)
     stars = [f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")]
     assert sorted(p.name for p in converted.iterdir() if p.is_dir()) == sorted(
         ["trex_resnet50.in1k", *stars]
@@ -1019,9 +1003,9 @@ def test_import_fetches_converts_and_measures_once(
 
     files.log.clear()
     before = {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
-    assert import_naver(out, list(release), manifest_path=path)
+    assert import_naver(out, list(files.files), manifest_path=path)
     printed = capsys.readouterr().out
-    for name in release:
+    for name in files.files:
         assert f"{name}: here already" in printed
         assert f"{name}: converted already" in printed
     assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
@@ -1041,13 +1025,11 @@ def test_import_fetches_converts_and_measures_once(
     assert files.log == []
 
 
-def test_import_refuses_a_changed_file(
-    files: FileServer, release: dict[str, Path], tmp_path: Path
-) -> None:
+def test_import_refuses_a_changed_file(files: FileServer, release: Path, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, tmp_path / "out", ["trex.pth"], manifest_path=path)
     manifest.save(Manifest(naver={"trex.pth": "0" * 64}), path)
-    digest = sha256(release["trex.pth"])
+    digest = sha256(release / "trex.pth")
     with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
         fetch()
     assert "\n" not in str(e.value)
@@ -1055,7 +1037,7 @@ def test_import_refuses_a_changed_file(
     assert manifest.load(path).naver == {"trex.pth": "0" * 64}
 
     path.unlink()
-    shutil.copy(release["trex.pth"], tmp_path / "out" / "files")
+    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
     files.log.clear()
     assert fetch()  # placed by hand
     assert files.log == []

@@ -144,7 +144,7 @@ def test_exports_of_other_architectures(
     assert all(f" {name}\n" in printed for name in CLASSES) is (part == "cls")
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
     folder, card = own(exported / "cls", tmp_path / "hub")

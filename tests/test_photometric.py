@@ -159,7 +159,7 @@ def test_memory_formats() -> None:
         assert torch.equal(other, result)
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_arithmetic_gives_the_same_pixels() -> None:
     for count, seed in ((30, 0), (11, 1), (1, 2), (2, 3)):

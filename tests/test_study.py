@@ -418,7 +418,7 @@ def test_the_page_shows_the_recorded_results(
         assert line in page, line
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_a_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,7 @@ def test_export_of_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
         # reads memory that nobody wrote, on CPUs with AVX512-BF16.
         ["--precision", "bf16", "--crops.global-size", "48", "--crops.local-size", "32"],
         ["--system.no-channels-last"],
-        ["--system.compile"],
+        pytest.param(["--system.compile"], marks=pytest.mark.client),
     ],
     ids=["cosine", "no hidden layer", "equal sizes", "bf16", "nchw", "compile"],
 )
@@ -350,6 +350,7 @@ def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not checkpointing.files(tmp_path / "run")
 
 
+@pytest.mark.client
 def test_help_without_docstrings() -> None:
     command = [sys.executable, "-OO", "-m", "trex_models.train", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

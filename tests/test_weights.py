@@ -61,14 +61,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("release")
-    official_files.write_release(folder, small=True)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
 def expected(release: Path) -> dict[str, Tensor]:
     """Outputs of every model for IMAGES, (2, ...) float64, by the independent reference."""
     loaded = {
