@@ -21,11 +21,7 @@ from trex_models.train.objectives import CosineSoftmax, OnlineClassMeans
 Args = dict[str, Any]
 CHANNELS = (8, 16, 24, 32)
 NUM_CLASSES = 3
-SMALL: Args = {
-    "backbone": "resnet10t",
-    "channels": CHANNELS,
-    "proj_hidden_dim": 32,
-}
+SMALL: Args = {"backbone": "resnet10t", "channels": CHANNELS, "proj_hidden_dim": 32}
 CFG = {
     "num_classes": 0,
     "input_size": (3, 32, 32),

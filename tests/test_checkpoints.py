@@ -221,10 +221,7 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
         (drop("memory.features"), "bank has no features"),
         (put("module.clf.fc.weight", torch.ones(1000, 256)), "both a memory bank and learned cl"),
         (put(3, torch.ones(1)), "the key 3 is no name"),
-        (
-            put("module.extra", torch.ones(1)),
-            "unexpected key 'module.extra' next to those of an",
-        ),
+        (put("module.extra", torch.ones(1)), "unexpected key 'module.extra' next to those of an"),
         (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
         (put("model.encoder.conv1.weight", torch.ones(1)), "stands in the file twice"),
         (put(CONV, "text"), "is a str, not a tensor"),

@@ -180,8 +180,7 @@ def test_what_the_script_does_learns_resumes_and_validates(images: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [("trex_resnet50", "backbone.pth"), ("trex_resnet50_proj", "full.pth")],
+    ("name", "file"), [("trex_resnet50", "backbone.pth"), ("trex_resnet50_proj", "full.pth")]
 )
 def test_pretrained_path_takes_official_files(name: str, file: str, tmp_path: Path) -> None:
     contents: Any = (

@@ -177,10 +177,7 @@ FULL = {
     "learned": ("trex_resnet50", "in1k_r2_learned"),
     "narrow": ("trex_resnet50", "c7_l2_h64_d32"),
 }
-BACKBONES = {
-    "backbone": ("trexstar_resnet50", "in1k"),
-    "renamed": ("trex_resnet50", "in1k_r2"),
-}
+BACKBONES = {"backbone": ("trexstar_resnet50", "in1k"), "renamed": ("trex_resnet50", "in1k_r2")}
 
 
 def files(*names: str) -> pytest.MarkDecorator:
@@ -478,8 +475,7 @@ def left(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "existing"),
-    [(FULL_DISK, True), (SafetensorError("No space left on device"), False)],
+    ("error", "existing"), [(FULL_DISK, True), (SafetensorError("No space left on device"), False)]
 )
 def test_full_disk_midway_leaves_nothing(
     error: Exception,
@@ -799,11 +795,7 @@ def test_name_that_contradicts_the_contents(
     ],
 )
 def test_options_that_do_not_fit(
-    file: str,
-    options: tuple[str, ...],
-    message: str,
-    scratch: Path,
-    request: pytest.FixtureRequest,
+    file: str, options: tuple[str, ...], message: str, scratch: Path, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(file).path
     assert re.search(message, refused(path, scratch / "out", *options))

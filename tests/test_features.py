@@ -369,10 +369,7 @@ def test_outputs_of_a_whole_model(
     ],
 )
 def test_what_cannot_be_done_is_told_in_a_line(
-    models: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    models: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = [] if "--out" in arguments else ["--out", "f.npy"]
     assert run(models, "images", *arguments, *out) == 2

@@ -797,11 +797,7 @@ def test_verify(
 
 
 def test_verify_compares_keys_and_shapes(
-    built: Path,
-    hub: Hub,
-    push: Callable[..., Manifest],
-    check: Callable[..., str],
-    tmp_path: Path,
+    built: Path, hub: Hub, push: Callable[..., Manifest], check: Callable[..., str], tmp_path: Path
 ) -> None:
     path, name = tmp_path / "manifest.json", "trex-models/small_trex"
     push(built / "small_trex")

@@ -123,11 +123,7 @@ def test_every_export_of_a_resnet(
     ("model", "part", "width"), [(VIT, "backbone", 192), (VIT, "cls", 192), (WIDER, "cls", 1024)]
 )
 def test_exports_of_other_architectures(
-    model: dict[str, Any],
-    part: str,
-    width: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model: dict[str, Any], part: str, width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exported = export(tmp_path / "export", "softmax", "none", **model)
     folder, card = own(exported / part, tmp_path / "hub")

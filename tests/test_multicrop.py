@@ -13,19 +13,10 @@ from tests.images import save_image
 from trex_models.data.folder import FolderSource
 from trex_models.data.fractals import FractalSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
-from trex_models.data.multicrop import (
-    Batch,
-    CropSpec,
-    EpochSampler,
-    MultiCropDataset,
-    augment,
-)
+from trex_models.data.multicrop import Batch, CropSpec, EpochSampler, MultiCropDataset, augment
 from trex_models.data.photometric import GLOBAL_LAW, LOCAL_LAW, NUM_PARAMETERS
 
-SPECS = [
-    CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW),
-    CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW),
-]
+SPECS = [CropSpec(2, 24, (0.25, 1.0), GLOBAL_LAW), CropSpec(3, 16, (0.05, 0.25), LOCAL_LAW)]
 
 
 def dataset(seed: int = 0) -> MultiCropDataset:

@@ -57,10 +57,10 @@ ALLOWED: dict[str, set[str]] = {
     "train.reporting": {"files", "train.distributed"},
     "train.signals": {"data", "train.distributed"},
     "train.validation": {
-        *("data", "evaluation", "train.distributed", "train.method", "train.step"),
+        *("data", "evaluation", "train.distributed", "train.method", "train.step")
     },
     "train.export": {
-        *("checkpoints", "folders", "train.checkpointing", "train.method", "train.objectives"),
+        *("checkpoints", "folders", "train.checkpointing", "train.method", "train.objectives")
     },
     "train.build": {"data", "machine", "train"},
     "train.run": {"data", "licenses", "naver", "train"},
@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.__main__": {"cli", "train"},
     "demo": {"cli", "data", "evaluation", "train", "transfer"},
     "transfer": {
-        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "unpickling"),
+        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "unpickling")
     },
     "features": {"cli", "data", "evaluation", "files", "machine", "transfer"},
     "plot": {"cli", "files", "train.config"},

@@ -45,13 +45,7 @@ def augment(images: Tensor, rows: Rows) -> Tensor:
 @pytest.mark.parametrize(("size", "count"), [(224, 16), (96, 24), (31, 40), (16, 40)])
 @pytest.mark.parametrize(
     ("operation", "mean", "most"),
-    [
-        ("flip", 0, 0),
-        ("jitter", 0.03, 16),
-        ("grey", 0, 0),
-        ("blur", 0.4, 4),
-        ("solarize", 0, 0),
-    ],
+    [("flip", 0, 0), ("jitter", 0.03, 16), ("grey", 0, 0), ("blur", 0.4, 4), ("solarize", 0, 0)],
 )
 def test_operations_match_pil(
     size: int, count: int, operation: str, mean: float, most: int

@@ -256,10 +256,7 @@ def test_slow_loader_wants_workers() -> None:
     [
         ({"simplejpeg": False}, "pip install simplejpeg"),
         ({"side": 1500}, "smaller files: the images' shorter side is 1500 pixels (median), these"),
-        (
-            {"blocked": 0.6},
-            "faster storage, such as a local disk: the workers wait, most",
-        ),
+        ({"blocked": 0.6}, "faster storage, such as a local disk: the workers wait, most"),
         ({"queued": 0.5}, "cores for this alone: the workers wait for one 50% of the time"),
     ],
 )
@@ -336,10 +333,7 @@ def test_no_workers() -> None:
 
 
 def test_side_that_crops_need() -> None:
-    specs = [
-        CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW),
-        CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW),
-    ]
+    specs = [CropSpec(1, 224, (0.25, 1.0), GLOBAL_LAW), CropSpec(8, 96, (0.05, 0.25), LOCAL_LAW)]
     assert module._needed_side(specs) == 448
     assert module._needed_side([replace(specs[0], size=112), specs[1]]) == pytest.approx(
         429.3, 1e-3

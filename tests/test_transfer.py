@@ -179,10 +179,7 @@ def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_pa
 
 
 def test_scores_that_cannot_be_kept_are_reported_all_the_same(
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(path: Path, text: str) -> None:
         if "-scores-" in path.name:

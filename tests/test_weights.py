@@ -35,14 +35,7 @@ from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer, environment, serving
 from tests.models import tiny_method
 from tests.reference_resnet import outputs, pictures
-from trex_models import (
-    CheckpointError,
-    WeightsError,
-    licenses,
-    manifest,
-    naver,
-    weights,
-)
+from trex_models import CheckpointError, WeightsError, licenses, manifest, naver, weights
 
 ROOT = Path(__file__).parents[1]
 # The tensor of the reference's outputs that a model gives, and the file that has its weights.
@@ -483,10 +476,7 @@ def test_explicit_files(
     assert server.log == []
     overlay = {"url": f"{server.url}trexstar.pth"}
     at_url = timm.create_model(
-        "trex_resnet50",
-        pretrained=True,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=tmp_path / "url",
+        "trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "url"
     )
     assert_outputs(at_url, expected["trexstar_resnet50.in1k"])
     assert not cache.exists()
@@ -647,10 +637,7 @@ def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def place(
-    server: FileServer,
-    converted: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    server: FileServer, converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     hub = Hub()
     published = {}
