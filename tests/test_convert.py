@@ -33,6 +33,7 @@ from tests import official_files, reference_resnet
 from tests.processes import Forked, captured
 from trex_models import checkpoints, folders
 from trex_models.checkpoints import Checkpoint
+from trex_models.manifest import sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -299,10 +300,7 @@ def test_conversion_is_deterministic(conversion: Conversion, scratch: Path) -> N
 
     def digests(folder: Path) -> dict[Path, str]:
         files = (path for path in folder.rglob("*") if path.is_file())
-        return {
-            path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        }
+        return {path.relative_to(folder): sha256(path) for path in files}
 
     assert digests(scratch / "again") == digests(conversion.out)
 
@@ -319,7 +317,7 @@ def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None
         "file": conversion.path.name,
         "bytes": str(len(data)),
         "sha256": hashlib.sha256(data).hexdigest(),
-        **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
+        **{model: sha256(file) for model, file in files.items()},
     }
     contents = checkpoints.load(conversion.path)
     held = dict(contents["model"]) if name in FULL else dict(contents)
@@ -383,7 +381,7 @@ def test_summary_of_a_full_file(trex: Conversion) -> None:
     ):
         assert re.search(f"^{line}$", trex.printed, re.MULTILINE), line
     for folder in trex.models():
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        digest = sha256(folder / "model.safetensors")
         assert f"{size(folder) / 1e6:.1f} MB  {digest}  {folder}\n" in trex.printed
 
 
