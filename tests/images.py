@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,11 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def save_classes(root: Path, count: int) -> Path:
-    """Save class folders a and b of so many pictures each, the same in both; return ``root``."""
-    for label in "ab":
+def save_classes(
+    root: Path, count: int, classes: Iterable[str] = "ab", name: str = "{}.jpg"
+) -> Path:
+    """Save class folders of so many pictures each, the same in each class; return ``root``."""
+    for label in classes:
         for index in range(count):
-            save_image(root / label / f"{index:02}.jpg", seed=index)
+            save_image(root / label / name.format(index), seed=index)
     return root

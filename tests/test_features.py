@@ -28,6 +28,7 @@ from trex_models.evaluation.features import extract_features
 from trex_models.features import extract as extract_module
 from trex_models.features import file as file_module
 from trex_models.features.__main__ import main
+from trex_models.features.file import Features
 from trex_models.transfer.encoders import weights_digest
 
 CFG: Args = {"input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
@@ -59,11 +60,13 @@ def run(models: Path, *arguments: str, model: str = "backbone") -> int:
     return main([*arguments, *fixed])
 
 
-def expected(place: Path, models: Path, names: list[str]) -> np.ndarray:
+def assert_right(found: Features, place: Path, models: Path) -> None:
+    """Compare with the features of the same images, extracted in one go."""
     model = timm.create_model(f"local-dir:{models / 'backbone'}", pretrained=True)
     crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
-    source = FileSource(place / "images", names, [0] * len(names), ["x"])
-    return extract_features(model.to(memory_format=torch.channels_last), source, crop)
+    source = FileSource(place / "images", found.names, [0] * len(found.names), ["x"])
+    expected = extract_features(model.to(memory_format=torch.channels_last), source, crop)
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -92,9 +95,7 @@ def test_a_file_holds_features_names_and_what_made_them(
     assert found.names == sorted(found.names)
     assert found.names[:2] == ["a/0.png", "a/10.png"]
     assert isinstance(found.features, np.memmap)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     about = found.metadata
     assert len(about["weights_sha256"]) == 64
     assert (about["architecture"], about["output"]) == ("resnet10t", "backbone")
@@ -198,6 +199,7 @@ KILLED = """
 import sys, time
 from trex_models.data.file_list import FileSource
 from trex_models.features.__main__ import main
+from trex_models.features.file import Features
 from trex_models.transfer import cache
 from trex_models.transfer.encoders import weights_digest
 
@@ -229,9 +231,7 @@ def test_a_killed_command_goes_on(
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 10
     assert "a/0.png" not in found.names
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     assert found.metadata["skipped"] == "1"
 
 
@@ -246,14 +246,10 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(FileSource, "read", cut)
 
 
-@pytest.mark.parametrize("out", ["f.npy"])
 def test_what_another_command_left_is_begun_anew(
-    place: Path,
-    models: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    out: str,
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = "f.npy"
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
         assert run(models, "images", "--out", out, model="other") == 130
@@ -261,9 +257,7 @@ def test_what_another_command_left_is_begun_anew(
     assert run(models, "images", "--out", out) == 0
     assert "going on" not in capsys.readouterr().out
     found = trex_models.features.load(out)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
 
 
 def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
@@ -284,9 +278,7 @@ def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
     assert run(models, "images", "--out", "f.npy") == 0
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 11
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
 
 
 @pytest.mark.parametrize("out", ["f.npy", "f.safetensors"])
@@ -310,9 +302,7 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     found = trex_models.features.load(out)
     assert len(found.names) == len(found.features) == 9
     assert not {"a/2.png", "b/9.png"} & set(found.names)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     if out.endswith(".safetensors"):
         with safe_open(out, "np") as file:
             assert file.get_tensor("features").shape == (9, 32)

@@ -28,7 +28,7 @@ def run_two(first: list[str], second: list[str]) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return save_classes(tmp_path / "images", 40)
+    return save_classes(tmp_path / "images", 40, name="{:02}.jpg")
 
 
 @pytest.mark.slow

@@ -234,9 +234,9 @@ def test_folder_of_images_trains(
 def test_unreadable_image_ends_the_run(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (images / "a" / "03.jpg").write_bytes(b"torn")
+    (images / "a" / "3.jpg").write_bytes(b"torn")
     assert run(tmp_path / "run", "--data.source", "folder", "--data.path", str(images)) == 2
-    assert "03.jpg cannot be read as an image" in capsys.readouterr().err
+    assert "3.jpg cannot be read as an image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_runs_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_output_is_not_written_with_images_that_are_skipped(images: Path, tmp_path: Path) -> None:
-    (images / "a" / "03.jpg").write_bytes(b"torn")
+    (images / "a" / "3.jpg").write_bytes(b"torn")
     source = ["--data.source", "folder", "--data.path", str(images), "--objective.bank-size", "16"]
     assert measure("--output", str(tmp_path / "run"), *source, "--data.unreadable", "skip") == 0
     assert not (tmp_path / "run").exists()
@@ -153,10 +153,10 @@ def test_errors_are_one_line(
 
 
 def test_unreadable_image_is_one_line(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (images / "a" / "03.jpg").write_bytes(b"torn")
+    (images / "a" / "3.jpg").write_bytes(b"torn")
     assert measure("--data.source", "folder", "--data.path", str(images)) == 2
     err = capsys.readouterr().err
-    assert "03.jpg cannot be read as an image" in err
+    assert "3.jpg cannot be read as an image" in err
 
 
 def test_unknown_field(capsys: pytest.CaptureFixture[str]) -> None:
