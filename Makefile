@@ -17,6 +17,7 @@ test: lint
 	$(PY) -m pytest -n 2 --dist worksteal -m "not client"
 
 # Other people's code with ours: timm's own tests, each client, every block of the documentation.
+# And long proofs that seldom notice a fault alone.
 clients: export OMP_NUM_THREADS = 1
 clients: $(READY)
 	$(PY) -m pytest -n 2 --dist worksteal -m client

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests import official_files
 from trex_models.data import samples
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +151,7 @@ def _check_reason(reason: str, block: Block) -> None:
         raise ValueError(f"line {block.line}: {reason} does not have {missing[0]!r}")
 
 
-def furnish(folder: Path) -> dict[str, str]:
+def furnish(folder: Path, release: Path) -> dict[str, str]:
     """Make what the pages take for given: images, official weights; return the variables to set.
 
     ``images/`` holds 4 classes of 8 photographs, ``image.jpg`` is one. The weights are random, in
@@ -167,10 +166,8 @@ def furnish(folder: Path) -> dict[str, str]:
     shutil.copy(path, folder / "image.jpg")
     placed = folder / "home" / "trex_models" / "naver"
     placed.mkdir(parents=True)
-    for seed, name in enumerate(("trex.pth", "trexstar.pth")):
-        official_files.write(official_files.backbone_checkpoint(seed), placed / name)
-    full = official_files.full_checkpoint(3, seed=2, bank_size=1024, optimizer=False)
-    official_files.write(full, placed / "trex_2_checkpoint_full.pth")
+    for name in ("trex.pth", "trexstar.pth", "trex_2_checkpoint_full.pth"):
+        shutil.copy(release / name, placed)
     (folder / "trex_2_checkpoint_full.pth").symlink_to(placed / "trex_2_checkpoint_full.pth")
     programs = folder / "programs"
     programs.mkdir()

@@ -30,20 +30,20 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context, get_start_method, set_start_method
+from multiprocessing import get_start_method, set_start_method
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.processes import environments, forkserver, output_to
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
 from trex_models.train.reporting import TIMINGS
@@ -60,10 +60,6 @@ _POLL = 0.0005
 _PEER_FAILED = r"error: .*another process failed.*\n"
 # Before it torch logs its own stack.
 _NOT_MET = r"(?m)^error: .*this process cannot meet the others.*\n\Z"
-
-_context = get_context("forkserver")
-# Nothing of this computes, so that there is no thread when a run is forked.
-_context.set_forkserver_preload(["trex_models.train.loop", "tyro", "torch._dynamo"])
 
 
 @dataclass(frozen=True)
@@ -120,16 +116,11 @@ class Life:
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         (folder / "tmp").mkdir()
         self.processes: list[ForkServerProcess] = []
-        port, world = _free_port(), setting.processes
-        for rank in range(world):
-            environment: dict[str, str] = {}
-            if world > 1:
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        world = setting.processes
+        for rank, environment in enumerate(environments(world) if world > 1 else [{}]):
             for name in ("out", "err"):
                 (folder / f"{rank}.{name}").write_text("")
-            process = _context.Process(
+            process = forkserver.Process(
                 target=_live,
                 args=(folder, rank, setting.command, environment, get_start_method(), mounts),
             )
@@ -227,8 +218,7 @@ def _live(
     os.chdir(folder)
     os.environ.update(environment)
     tempfile.tempdir = str(Path(folder, "tmp"))
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_APPEND), number)
+    output_to(Path(f"{rank}.out"), Path(f"{rank}.err"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.register(signal.SIGUSR2)
@@ -246,12 +236,6 @@ def _enter_namespaces(pid: int) -> None:
         with path.open() as namespace:
             if library.setns(namespace.fileno(), 0):
                 raise OSError(ctypes.get_errno(), f"cannot enter {path}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def names_of_checkpoints(run: Path) -> frozenset[str]:
@@ -344,7 +328,7 @@ class Pace:
 
 def undisturbed(setting: Setting, folder: Path) -> Pace:
     """Train without a fault in ``folder``/run; return how long its parts take."""
-    idle = _context.Process(target=time.sleep, args=(0,))
+    idle = forkserver.Process(target=time.sleep, args=(0,))
     idle.start()  # starts the server
     idle.join()
     began, life = time.monotonic(), Life(setting, folder)

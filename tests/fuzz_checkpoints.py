@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import trex_models  # noqa: F401  # registers the models
-from tests.test_initial import official_form
+from tests.official_files import official_form
 from trex_models import checkpoints, licenses
 from trex_models.distributed import Process
 from trex_models.train import checkpointing, export, init_from, setup

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
 import sys
 import tempfile
 import zlib
@@ -24,9 +23,9 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from tests.processes import free_port, start_processes
 from trex_models.distributed import Process, data_parallel
 from trex_models.heads import Projector
 from trex_models.method.bank import MemoryBank
@@ -205,12 +204,10 @@ def running_mean_sum(module: nn.Module) -> float:
 
 def replay_ranks(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Replay a case on that many gloo processes; return what rank 0 saw."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rank0.json"
-        mp.spawn(_replay_rank, (case, world_size, address, out), nprocs=world_size)
+        start_processes(_replay_rank, (case, world_size, address, out), world_size)
         seen: dict[str, Any] = json.loads(out.read_text())
     return seen
 

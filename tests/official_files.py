@@ -34,6 +34,15 @@ _EPOCH_STEPS = 5004
 _EPOCHS = 100
 _SMALL_BANK = 1024
 
+_OFFICIAL_NAMES = {
+    "encoder.backbone.": "module.model.encoder.",
+    "encoder.projector.": "module.model.head.layers.",
+    "momentum_encoder.encoder.backbone.": "module.model_ema.encoder.",
+    "momentum_encoder.encoder.projector.": "module.model_ema.head.layers.",
+    "objective.bank.": "module.memory.",
+    "objective.classifier.": "module.clf.fc.",
+}
+
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -122,6 +131,19 @@ def backbone_of(full: dict[str, Any]) -> OrderedDict[str, Tensor]:
         for name, tensor in full["model"].items()
         if name.startswith(BACKBONE)
     )
+
+
+def official_form(method: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's weights as a full file of the official release."""
+    weights: dict[str, Any] = {}
+    for key, value in method.items():
+        (prefix,) = [prefix for prefix in _OFFICIAL_NAMES if key.startswith(prefix)]
+        name = key.removeprefix(prefix)
+        if name == "_extra_state":
+            weights["module.memory.ptr"] = torch.tensor([value["pointer"]])
+        elif name not in ("ids", "written"):
+            weights[_OFFICIAL_NAMES[prefix] + name] = value
+    return {"model": weights, "epoch": 100, "optimizer": {}, "fp16_scaler": {}}
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -254,9 +276,12 @@ def write_release(folder: Path, small: bool = False) -> None:
     """Write the six files of the release into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     bank_size = _SMALL_BANK if small else 8192
-    for seed, (name, depth) in enumerate((("trex", 3), ("trexstar", 1))):
+    releases = ("trex", 3, ()), ("trexstar", 1, (7,) if small else ())  # a short bank may lack one
+    for seed, (name, depth, absent) in enumerate(releases):
         write(backbone_checkpoint(seed), folder / f"{name}.pth")
-        full = full_checkpoint(depth, seed=seed + 2, bank_size=bank_size, optimizer=not small)
+        full = full_checkpoint(
+            depth, seed=seed + 2, bank_size=bank_size, absent=absent, optimizer=not small
+        )
         write(full, folder / f"{name}_2_checkpoint_full.pth")
         write(backbone_of(full), folder / f"{name}_2.pth")
 

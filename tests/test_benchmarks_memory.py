@@ -27,12 +27,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_accounting_is_what_a_real_step_allocates(table: dict[str, Any]) -> None:
     assert table["check"]["ratio"] == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_rows_add_up(table: dict[str, Any]) -> None:
     for row in table["rows"]:
         assert row["parameters"] == row["gradients"] == row["optimizer"]
@@ -41,7 +41,7 @@ def test_rows_add_up(table: dict[str, Any]) -> None:
         assert row["inputs"] == row["batch"] * 4 * 3 * (64**2 + row["local_crops"] * 32**2)
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_each_option_saves(table: dict[str, Any]) -> None:
     fp32, bf16, recomputed = (
         next(r["activations"] for r in table["rows"] if r["options"] == name and r["batch"] == 16)
@@ -99,7 +99,7 @@ def test_sample_sees_a_process_and_its_child() -> None:
         growth.sample(process.pid)
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_growth_watches_a_real_run(tmp_path: Path) -> None:
     out = tmp_path / "growth.json"

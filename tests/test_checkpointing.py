@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.images import save_classes, save_image
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.checkpoints import DamagedError
 from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
@@ -315,11 +316,7 @@ def test_drop_path_continues_exactly(tmp_path: Path) -> None:
 def test_moved_images_are_the_same_and_renamed_ones_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.test_folder import save_image
-
-    for label in "ab":
-        for index in range(8):
-            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
+    save_classes(tmp_path / "images", 8)
     folder = ["--system.save-steps", "2", "--objective.bank-size", "16"]
     folder += ["--data.source", "folder", "--data.path"]
     assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0

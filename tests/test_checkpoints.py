@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import trex_models
 from tests import official_files
+from tests.models import tiny_method
 from tests.reference_resnet import outputs, pictures
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, read, split
-from trex_models.method.bank import MemoryBank
-from trex_models.method.model import Encoder, TReX
-from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
 
 Contents = dict[str, Any]
 SMALL: Contents = {"bank_size": 1200, "optimizer": False}
@@ -155,15 +152,6 @@ def test_wrappers_inside_names(star: Contents) -> None:
 STEM = "encoder.backbone.conv1.0.weight"
 
 
-def tiny_method(bank: bool) -> TReX:
-    torch.manual_seed(0)
-    network = timm.create_model("resnet10t", num_classes=0)
-    encoder = Encoder(network, trex_models.Projector(512, 2, 32, 16))
-    if bank:
-        return TReX(encoder, OnlineClassMeans(MemoryBank(64, 16, 5), 0.1))
-    return TReX(encoder, CosineSoftmax(16, 5, 0.1))
-
-
 @pytest.mark.parametrize("bank", [True, False])
 def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
     method = tiny_method(bank).eval()
@@ -233,10 +221,7 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
         (drop("memory.features"), "bank has no features"),
         (put("module.clf.fc.weight", torch.ones(1000, 256)), "both a memory bank and learned cl"),
         (put(3, torch.ones(1)), "the key 3 is no name"),
-        (
-            put("module.extra", torch.ones(1)),
-            "unexpected key 'module.extra' next to those of an",
-        ),
+        (put("module.extra", torch.ones(1)), "unexpected key 'module.extra' next to those of an"),
         (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
         (put("model.encoder.conv1.weight", torch.ones(1)), "is in the file twice"),
         (put(CONV, "text"), "is a str, not a tensor"),

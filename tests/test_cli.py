@@ -14,7 +14,7 @@ import hub.__main__ as hub
 import trex_models.features.__main__ as features
 import trex_models.train.__main__ as train
 import trex_models.transfer.__main__ as transfer
-from tests.test_train import TINY
+from tests.runs import TINY
 from trex_models import cli, demo, plot
 from trex_models.train.checkpointing import lock_run_dir
 from trex_models.train.recipes import smoke

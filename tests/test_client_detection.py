@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,9 +17,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import trex_models  # noqa: F401  # registers the models
-from tests import official_files
 
-pytestmark = pytest.mark.client
+pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
 NAMES = [
     f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
@@ -35,18 +32,6 @@ FEW_BOXES = {
     "rpn_post_nms_top_n_test": 16,
     "box_batch_size_per_image": 8,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache with the backbone's file."""
-    cache = tmp_path_factory.mktemp("cache")
-    (cache / "naver").mkdir()
-    official_files.write(official_files.backbone_checkpoint(), cache / "naver" / "trex.pth")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREX_MODELS_CACHE", str(cache))
-        yield cache
-    shutil.rmtree(cache)
 
 
 def body() -> Any:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.clients import NUM_CLASSES, small_model
+from tests.models import NUM_CLASSES, small_model
 
 pytestmark = pytest.mark.client
 

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.clients import NUM_CLASSES, small_model
+from tests.models import NUM_CLASSES, small_model
 
 pytestmark = [
     pytest.mark.client,

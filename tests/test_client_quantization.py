@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, QuantoConfig
 
 import trex_models  # noqa: F401  # registers the models
-from tests.clients import quick
+from tests.models import quick
 from trex_models import timm_folder
 
 pytestmark = pytest.mark.client

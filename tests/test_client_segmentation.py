@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from segmentation_models_pytorch.encoders import get_preprocessing_params
 from torch import Tensor, nn
 
 import trex_models
-from tests import official_files
 
-pytestmark = pytest.mark.client
+pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
 NAMES = [
     f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
@@ -29,20 +27,6 @@ DECODERS: dict[str, Callable[..., nn.Module]] = {
         *args, encoder_output_stride=8, **kwargs
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache with the files of two backbones."""
-    cache = tmp_path_factory.mktemp("cache")
-    (cache / "naver").mkdir()
-    for seed, name in enumerate(("trex.pth", "trex_2.pth")):
-        official_files.write(official_files.backbone_checkpoint(seed), cache / "naver" / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREX_MODELS_CACHE", str(cache))
-        patch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9/")  # nothing answers there
-        yield cache
-    shutil.rmtree(cache)
 
 
 def discs() -> tuple[Tensor, Tensor]:
@@ -64,10 +48,10 @@ def test_every_model_is_an_encoder(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["trex_resnet50", "trex_resnet50.in1k_r2"])
-def test_the_encoder_has_the_weights_of_its_tag(name: str) -> None:
+def test_the_encoder_has_the_weights_of_its_tag(name: str, release: Path) -> None:
     model = smp.Unet(f"tu-{name}", encoder_weights=True, decoder_channels=(8, 8, 8, 8, 8))
-    seed = int(name.endswith("r2"))
-    found, wanted = model.encoder.model.state_dict(), official_files.backbone_checkpoint(seed)
+    file = "trex_2.pth" if name.endswith("r2") else "trex.pth"
+    found, wanted = model.encoder.model.state_dict(), torch.load(release / file)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 

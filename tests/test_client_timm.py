@@ -28,7 +28,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from tests import official_files
-from tests.clients import NUM_CLASSES, SMALL, quick
+from tests.models import NUM_CLASSES, SMALL, quick
 
 pytestmark = pytest.mark.client
 
@@ -180,8 +180,7 @@ def test_what_the_script_does_learns_resumes_and_validates(images: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "file"),
-    [("trex_resnet50", "backbone.pth"), ("trex_resnet50_proj", "full.pth")],
+    ("name", "file"), [("trex_resnet50", "backbone.pth"), ("trex_resnet50_proj", "full.pth")]
 )
 def test_pretrained_path_takes_official_files(name: str, file: str, tmp_path: Path) -> None:
     contents: Any = (

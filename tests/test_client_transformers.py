@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,10 @@ from transformers import (
     pipeline,
 )
 
-from tests import official_files
 from trex_models import CosineClassifier, timm_folder
 from trex_models.data.fractals import FractalSource
 
-pytestmark = pytest.mark.client
+pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
 FAMILIES = ("trex", "trexstar")
 NAMES = [f"{family}_resnet50{part}" for family in FAMILIES for part in ("", "_proj", "_cls")]
@@ -40,38 +37,23 @@ CLASSES = 4
 FRACTALS = FractalSource(CLASSES, images_per_class=2, size=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a cache that has the backbone's file; the Hub is not to be asked."""
-    base = tmp_path_factory.mktemp("transformers")
-    (base / "cache" / "naver").mkdir(parents=True)
-    official_files.write(
-        official_files.backbone_checkpoint(), base / "cache" / "naver" / "trex.pth"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TREX_MODELS_CACHE", str(base / "cache"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        yield base
-    shutil.rmtree(base)
-
-
 @pytest.fixture(scope="module")
 @torch.no_grad()
-def backbone(base: Path) -> Path:
+def backbone(naver_cache: Path) -> Path:
     """The pretrained backbone as a folder for stock timm."""
     model: Any = timm.create_model("trex_resnet50", pretrained=True).eval()
     model.pretrained_cfg["architecture"] = "resnet50"
-    return timm_folder.write_timm_folder(model, base / "backbone", IMAGES, model(IMAGES))
+    return timm_folder.write_timm_folder(model, naver_cache / "backbone", IMAGES, model(IMAGES))
 
 
 @pytest.fixture(scope="module")
 @torch.no_grad()
-def whole(base: Path) -> Path:
+def whole(naver_cache: Path) -> Path:
     """A small whole model as a folder, with sizes that are not the defaults."""
     model = timm.create_model(
         "trex_resnet", backbone="resnet18", proj_hidden_dim=64, proj_dim=32, num_classes=CLASSES
     ).eval()
-    return timm_folder.write_timm_folder(model, base / "whole", IMAGES, model(IMAGES))
+    return timm_folder.write_timm_folder(model, naver_cache / "whole", IMAGES, model(IMAGES))
 
 
 def picture() -> Image.Image:

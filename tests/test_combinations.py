@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from tests.test_train import TINY, load
+from tests.models import load
+from tests.runs import TINY
 from trex_models.method.model import TReX
 from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -14,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -31,8 +29,10 @@ from torch import Tensor
 from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
+from tests.processes import Forked, captured
 from trex_models import checkpoints, timm_folder
 from trex_models.checkpoints import Checkpoint
+from trex_models.manifest import sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,10 +68,7 @@ class Conversion:
 
 def run(path: Path, output: Path, *options: str) -> tuple[int, str, str]:
     """Return the exit status, and what was printed to each stream."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main(["naver", str(path), "--output", str(output), *options])
-    return status, out.getvalue(), err.getvalue()
+    return captured(main, "naver", path, "--output", output, *options)
 
 
 @pytest.fixture(scope="module")
@@ -182,10 +179,7 @@ FULL = {
     "learned": ("trex_resnet50", "in1k_r2_learned"),
     "narrow": ("trex_resnet50", "c7_l2_h64_d32"),
 }
-BACKBONES = {
-    "backbone": ("trexstar_resnet50", "in1k"),
-    "renamed": ("trex_resnet50", "in1k_r2"),
-}
+BACKBONES = {"backbone": ("trexstar_resnet50", "in1k"), "renamed": ("trex_resnet50", "in1k_r2")}
 
 
 def files(*names: str) -> pytest.MarkDecorator:
@@ -307,10 +301,7 @@ def test_conversion_is_deterministic(conversion: Conversion, scratch: Path) -> N
 
     def digests(folder: Path) -> dict[Path, str]:
         files = (path for path in folder.rglob("*") if path.is_file())
-        return {
-            path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        }
+        return {path.relative_to(folder): sha256(path) for path in files}
 
     assert digests(scratch / "again") == digests(conversion.out)
 
@@ -327,7 +318,7 @@ def test_report_covers_every_key_once(name: str, conversion: Conversion) -> None
         "file": conversion.path.name,
         "bytes": str(len(data)),
         "sha256": hashlib.sha256(data).hexdigest(),
-        **{model: hashlib.sha256(file.read_bytes()).hexdigest() for model, file in files.items()},
+        **{model: sha256(file) for model, file in files.items()},
     }
     contents = checkpoints.load_checkpoint(conversion.path)
     held = dict(contents["model"]) if name in FULL else dict(contents)
@@ -391,7 +382,7 @@ def test_summary_of_a_full_file(trex: Conversion) -> None:
     ):
         assert re.search(f"^{line}$", trex.printed, re.MULTILINE), line
     for folder in trex.models():
-        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        digest = sha256(folder / "model.safetensors")
         assert f"{size(folder) / 1e6:.1f} MB  {digest}  {folder}\n" in trex.printed
 
 
@@ -483,8 +474,7 @@ def left(out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "existing"),
-    [(FULL_DISK, True), (SafetensorError("No space left on device"), False)],
+    ("error", "existing"), [(FULL_DISK, True), (SafetensorError("No space left on device"), False)]
 )
 def test_full_disk_midway_leaves_nothing(
     error: Exception,
@@ -804,11 +794,7 @@ def test_name_that_contradicts_the_contents(
     ],
 )
 def test_options_that_do_not_fit(
-    file: str,
-    options: tuple[str, ...],
-    message: str,
-    scratch: Path,
-    request: pytest.FixtureRequest,
+    file: str, options: tuple[str, ...], message: str, scratch: Path, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(file).path
     assert re.search(message, refused(path, scratch / "out", *options))
@@ -857,22 +843,16 @@ def test_command_line(scratch: Path) -> None:
         with pytest.raises(SystemExit) as stop:
             main(["naver", *arguments])
         assert stop.value.code == status
-    done = subprocess.run(
-        [sys.executable, "-m", "convert", "naver", "none.pth", "--output", str(scratch)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: none.pth does not exist")
-    assert done.stdout == ""
+    done = Forked("-m", "convert", "naver", "none.pth", "--output", str(scratch), cwd=ROOT)
+    assert done.end() == 2
+    assert done.err.startswith("error: none.pth does not exist")
+    assert done.out == ""
 
 
 # Size
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_memory_of_a_file_of_full_size(scratch: Path) -> None:
     """Above what the imports take: the pages of the file, which are all checked, and one copy."""
     path = scratch / "trex_2_checkpoint_full.pth"

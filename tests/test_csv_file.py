@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.test_folder import save_image
+from tests.images import save_image
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import CsvSource
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_look import batch, make_bank
-from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from tests.models import batch, make_bank
+from tests.runs import TINY, assert_same_state, last_state, logged, run
 from trex_models.data.loading import to_device
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
-from tests.test_folder import save_image
-from tests.test_train import assert_same_state, last_state, run
+from tests.images import save_image
+from tests.runs import assert_same_state, last_state, run
 
 CLASSES = ["ant", "bee", "cat"]
 

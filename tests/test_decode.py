@@ -18,28 +18,12 @@ import pytest
 import simplejpeg
 from PIL import Image
 
+from tests.images import encode, picture
 from trex_models.data import decode
 from trex_models.data.decode import FORMATS, UnreadableImageError, decode_image, read_image
 
 JPEG_OPTIONS: dict[str, Any] = {"quality": 100, "subsampling": 0}  # within 4 of the original
 UNREADABLE = r"^x\.img cannot be read as an image \(.+\); fix or replace it$"
-
-
-def picture(height: int = 30, width: int = 40, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Smooth random pixels, (H, W, channels) uint8."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
-    planes = [
-        Image.fromarray(noise[:, :, c]).resize((width, height), Image.Resampling.BICUBIC)
-        for c in range(channels)
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=2)
-
-
-def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def over_white(colors: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -112,33 +96,37 @@ def test_jpeg_of_rgb() -> None:
     same(decode_image(data, "x.img"), picture(), tolerance=4)
 
 
+INDICES = np.arange(12, dtype=np.uint8).reshape(3, 4)
+PALETTE = picture(1, 12)[0]
+
+
+def oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def paletted() -> Image.Image:
+    image = Image.fromarray(INDICES)
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
 def test_palette(kind: str) -> None:
-    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colors = picture(1, 12)[0]
-    image = Image.fromarray(indices)
-    image.putpalette(colors.tobytes())
-    same(decode_image(encode(image, kind), "x.img"), colors[indices])
+    same(decode_image(encode(paletted(), kind), "x.img"), PALETTE[INDICES])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
 def test_palette_with_a_transparent_color(kind: str) -> None:
-    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colors = picture(1, 12)[0]
-    image = Image.fromarray(indices)
-    image.putpalette(colors.tobytes())
-    data = encode(image, kind, transparency=5)
-    same(decode_image(data, "x.img"), np.where(indices[:, :, None] == 5, 255, colors[indices]))
+    data = encode(paletted(), kind, transparency=5)
+    same(decode_image(data, "x.img"), np.where(INDICES[:, :, None] == 5, 255, PALETTE[INDICES]))
 
 
 def test_palette_with_an_opacity_for_each_color() -> None:
-    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colors = picture(1, 12)[0]
     alpha = np.linspace(0, 255, 12).astype(np.uint8)
-    image = Image.fromarray(indices)
-    image.putpalette(colors.tobytes())
-    data = encode(image, "PNG", transparency=alpha.tobytes())
-    expected = over_white(colors[indices], alpha[indices])
+    data = encode(paletted(), "PNG", transparency=alpha.tobytes())
+    expected = over_white(PALETTE[INDICES], alpha[INDICES])
     same(decode_image(data, "x.img"), expected, tolerance=1)
 
 
@@ -167,14 +155,12 @@ def test_grey_with_opacity_is_laid_over_white(kind: str) -> None:
 
 
 def test_palette_with_a_band_of_opacity() -> None:
-    indices = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    colors = picture(1, 12)[0]
-    alpha = np.linspace(0, 255, 12).astype(np.uint8)[indices]
+    alpha = np.linspace(0, 255, 12).astype(np.uint8)[INDICES]
     # Of the formats that Pillow reads as PA it writes none: a TIFF by hand.
-    data = tiff(np.stack([indices, alpha], axis=2), 8, photometric=3, palette=colors)
+    data = tiff(np.stack([INDICES, alpha], axis=2), 8, photometric=3, palette=PALETTE)
     with Image.open(io.BytesIO(data)) as image:
         assert image.mode == "PA"
-    same(decode_image(data, "x.img"), over_white(colors[indices], alpha), tolerance=1)
+    same(decode_image(data, "x.img"), over_white(PALETTE[INDICES], alpha), tolerance=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -302,8 +288,7 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_orientation(orientation: int, kind: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif = oriented(orientation)
     stored = np.ascontiguousarray(TURNED[orientation](picture()))
     options: dict[str, Any] = {
         "JPEG": {**JPEG_OPTIONS, "exif": exif},
@@ -332,8 +317,7 @@ def test_a_broken_exif_block_leaves_the_image_readable(block: bytes) -> None:
 
 @pytest.mark.usefixtures("_each_decoder")
 def test_orientation_behind_other_blocks() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
+    exif = oriented(6)
     stored = np.ascontiguousarray(TURNED[6](picture()))
     data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif, comment=b"\xff\xe1")
     start = data.index(b"\xff\xe1")
@@ -493,8 +477,7 @@ BOMB = zlib.compress(bytes(3_000_000))
     ],
 )
 def test_metadata_of_a_png_do_not_cost_the_image(chunk: bytes) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3
+    exif = oriented(3)
     pixels = picture(channels=1)[:, :, 0]
     expected = np.where(pixels == pixels[7, 9], 255, pixels)[::-1, ::-1]
     png = encode(pixels, "PNG", exif=exif, transparency=int(pixels[7, 9]))
@@ -504,8 +487,7 @@ def test_metadata_of_a_png_do_not_cost_the_image(chunk: bytes) -> None:
 
 
 def test_exif_of_a_png_with_a_wrong_crc_is_ignored() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3
+    exif = oriented(3)
     png = encode(picture(), "PNG")
     data = png[:33] + png_chunk(b"eXIf", exif.tobytes()[6:], damage=1) + png[33:]
     same(decode_image(data, "x.img"), picture())
@@ -523,8 +505,7 @@ def test_damaged_parts_that_pixels_depend_on_are_refused(kind: bytes) -> None:
 @pytest.mark.usefixtures("_each_decoder")
 @pytest.mark.parametrize("block", [b"\xe0JFIF\0\0", b"\xe2ICC_PROFILE\0\1"])
 def test_metadata_of_a_jpeg_do_not_cost_the_image(block: bytes) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 3
+    exif = oriented(3)
     stored = np.ascontiguousarray(picture()[::-1, ::-1])
     data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif)
     content = block[1:]

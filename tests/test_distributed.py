@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from tests.processes import results, spawn
 from trex_models import distributed
 from trex_models.distributed import (
     Process,
@@ -28,31 +27,6 @@ from trex_models.precision import choose_device
 from trex_models.train.reporting import Meter
 
 Work = Callable[[Path], Any]
-
-
-def spawn(work: Work, world_size: int, folder: Path) -> list[Any]:
-    """Call a function in that many processes, set up as by torchrun; return what each returned."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_member, (work, world_size, port, folder), nprocs=world_size)
-    return [pickle.loads(file.read_bytes()) for file in _results(folder, world_size)]
-
-
-def _results(folder: Path, world_size: int) -> list[Path]:
-    return [folder / f"{rank}.pickle" for rank in range(world_size)]
-
-
-def _member(rank: int, work: Work, world_size: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    returned = work(folder)
-    _results(folder, world_size)[rank].write_bytes(pickle.dumps(returned))
 
 
 def message_of(function: Callable[[], object]) -> str:
@@ -78,8 +52,7 @@ def group_of_checks(folder: Path) -> dict[str, Any]:
         with process_group("cpu") as process:
             seen.update(exchanges(process, folder))
             if process.rank == process.world_size - 1:
-                results = _results(folder, process.world_size)
-                results[process.rank].write_bytes(pickle.dumps(seen))
+                results(folder, process.world_size)[process.rank].write_bytes(pickle.dumps(seen))
                 os._exit(0)
             while True:
                 distributed.gather(torch.zeros(1))

@@ -15,9 +15,11 @@ LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 
 
 @pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
+def furnished(
+    release: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, str]]]:
     folder = tmp_path_factory.mktemp("furnished")
-    yield folder, furnish(folder)
+    yield folder, furnish(folder, release)
     shutil.rmtree(folder)
 
 

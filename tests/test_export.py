@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
@@ -26,40 +24,11 @@ from torchvision.transforms._presets import ImageClassification
 from convert import to_torchvision
 from convert.__main__ import main
 from convert.comparison import batches, difference, resolutions
+from tests.models import SIDE, load, write_model
+from tests.processes import captured
 from trex_models import naver
 
-SIDE = 64
-
-
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    """Return the exit status, and what was printed to each stream."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = main(["export", *map(str, arguments)])
-    return status, out.getvalue(), err.getvalue()
-
-
-def write_model(folder: Path, name: str, license: str = "mit", **kwargs: Any) -> Path:  # noqa: A002
-    """Write a model as a timm folder; every one of its tensors counts in its outputs."""
-    torch.manual_seed(0)
-    args: dict[str, Any] = {"zero_init_last": False} if "resnet" in name else {}
-    model = timm.create_model(name, **args, **kwargs)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            for tensor in (module.running_mean, module.weight, module.bias):
-                assert tensor is not None
-                tensor.data.add_(torch.randn_like(tensor) / 10)
-            assert module.running_var is not None
-            module.running_var.uniform_(0.5, 1.5)
-    cfg = {"input_size": (3, SIDE, SIDE), "crop_pct": 0.93, "license": license}
-    config = {"pretrained_cfg": {**vars(model)["pretrained_cfg"], **cfg}}
-    kwargs.pop("num_classes", None)
-    save_for_hf(model, str(folder), model_config=config, model_args=kwargs, safe_serialization=True)
-    return folder
-
-
-def source(folder: Path, **kwargs: Any) -> Any:
-    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+run = partial(captured, main, "export")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +66,7 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     namespace["safetensors"] = __import__("safetensors.torch")
     exec(facts["load"].replace(path.name, str(path)), namespace)
     images = torch.randn(2, 3, 96, SIDE)
-    assert torch.equal(outputs(namespace["model"], images), outputs(source(stock), images))
+    assert torch.equal(outputs(namespace["model"], images), outputs(load(stock), images))
     assert facts["license"].startswith(naver.LICENSE)
     if suffix == ".safetensors":
         data = path.read_bytes()
@@ -109,7 +78,7 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     values["interpolation"] = InterpolationMode(values["interpolation"])
     pixels = np.random.default_rng(0).integers(0, 256, (100, 140, 3), np.uint8)
     image = Image.fromarray(pixels)
-    expected = create_transform(**resolve_model_data_config(source(stock)))(image)
+    expected = create_transform(**resolve_model_data_config(load(stock)))(image)
     torch.testing.assert_close(ImageClassification(**values)(image), expected)
 
 
@@ -131,7 +100,7 @@ def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) 
     model.load_state_dict(load_file(path))
     images = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
-        expected = source(whole).double().forward_features(images.double()).mean((2, 3))
+        expected = load(whole).double().forward_features(images.double()).mean((2, 3))
     assert torch.equal(outputs(model, images), expected)
 
 

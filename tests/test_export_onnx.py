@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
 from convert import to_onnx
+from convert.__main__ import main
 from convert.comparison import batches
-from tests.test_export import SIDE, run, source, write_model
+from tests.models import SIDE, load, write_model
+from tests.processes import captured
 from trex_models import naver
 
 CHANNELS = (8, 16, 24, 32)
 HEAD = {"proj_hidden_dim": 32, "proj_dim": 16}
+run = partial(captured, main, "export")
 NORMALIZE = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
@@ -54,7 +58,7 @@ def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path)
     assert [value.name for value in graph.get_inputs()] == ["images"]
     assert graph.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     assert [value.name for value in graph.get_outputs()] == ["logits"]
-    model = source(whole).double()
+    model = load(whole).double()
     for shape in ((3, 3, 80, 57), (1, 3, SIDE, SIDE), (4, 3, 33, 100)):
         images = torch.randn(shape)
         close(graph.run(None, {"images": images.numpy()})[0], model(images.double()))
@@ -76,7 +80,7 @@ def test_pixels_in_embeddings_out(whole: Path, tmp_path: Path) -> None:
     status, printed, _ = run(whole, "--to", "onnx", "--output", path, *options)
     assert status == 0
     assert "embeddings, opset" in printed
-    model = source(whole, num_classes=0).double()
+    model = load(whole, num_classes=0).double()
     config = resolve_model_data_config(model)
     pixels = torch.randint(0, 256, (3, 80, 57, 3), dtype=torch.uint8)
     images = normalize(pixels.permute(0, 3, 1, 2).double() / 255, config["mean"], config["std"])
@@ -98,12 +102,12 @@ def test_a_transformer_keeps_its_size(tmp_path: Path) -> None:
     graph = session(path)
     assert graph.get_inputs()[0].shape == ["batch", 3, SIDE, SIDE]
     images = torch.randn(3, 3, SIDE, SIDE)
-    expected = source(folder).double()(images.double())
+    expected = load(folder).double()(images.double())
     close(graph.run(None, {"images": images.numpy()})[0], expected)
 
 
 def backbone(whole: Path) -> to_onnx.Graph:
-    model = source(whole, num_classes=0)
+    model = load(whole, num_classes=0)
     model.proj = nn.Identity()
     return to_onnx.Graph(model, NORMALIZE).eval()
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import trex_models.features
-from tests.test_folder import save_image
+from tests.images import save_image
+from tests.models import CHANNELS, Args, save_model
+from tests.processes import Forked, kill_when_ready
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
@@ -28,37 +28,22 @@ from trex_models.evaluation.features import extract_features
 from trex_models.features import extract as extract_module
 from trex_models.features import file as file_module
 from trex_models.features.__main__ import main
+from trex_models.features.file import Features
 from trex_models.transfer.encoders import weights_digest
 
-SMALL: dict[str, Any] = {"channels": (8, 16, 24, 32)}
-
-
-def save_model(folder: Path, name: str, seed: int = 0, **args: Any) -> None:
-    torch.manual_seed(seed)
-    model = timm.create_model(name, **SMALL, **args)
-    cfg = {**vars(model)["pretrained_cfg"], "input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
-    config = {"pretrained_cfg": cfg, "num_classes": args["num_classes"]}
-    save_for_hf(
-        model,
-        str(folder),
-        model_config=config,
-        model_args={**SMALL, **args},
-        safe_serialization=True,
-    )
-    path = folder / "config.json"
-    described = json.loads(path.read_text())
-    described["model_args"].pop("num_classes")
-    path.write_text(json.dumps(described))
+CFG: Args = {"input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, another one, and a whole model with projector and classifier."""
     root = tmp_path_factory.mktemp("models")
-    save_model(root / "backbone", "resnet10t", num_classes=0)
     head = {"proj_layers": 1, "proj_hidden_dim": 16, "proj_dim": 12}
-    save_model(root / "whole", "trex_resnet", backbone="resnet10t", num_classes=5, **head)
-    save_model(root / "other", "resnet10t", seed=1, num_classes=0)
+    backbone: Args = {"name": "resnet10t", "num_classes": 0}
+    whole: Args = {"name": "trex_resnet", "backbone": "resnet10t", "num_classes": 5, **head}
+    for folder, model in {"backbone": backbone, "whole": whole}.items():
+        save_model(root / folder, cfg=CFG, channels=CHANNELS, **model)
+    save_model(root / "other", cfg=CFG, seed=1, channels=CHANNELS, **backbone)
     return root
 
 
@@ -75,11 +60,13 @@ def run(models: Path, *arguments: str, model: str = "backbone") -> int:
     return main([*arguments, *fixed])
 
 
-def expected(place: Path, models: Path, names: list[str]) -> np.ndarray:
+def assert_right(found: Features, place: Path, models: Path) -> None:
+    """Compare with the features of the same images, extracted in one go."""
     model = timm.create_model(f"local-dir:{models / 'backbone'}", pretrained=True)
     crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
-    source = FileSource(place / "images", names, [0] * len(names), ["x"])
-    return extract_features(model.to(memory_format=torch.channels_last), source, crop)
+    source = FileSource(place / "images", found.names, [0] * len(found.names), ["x"])
+    expected = extract_features(model.to(memory_format=torch.channels_last), source, crop)
+    np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
@@ -108,9 +95,7 @@ def test_a_file_holds_features_names_and_what_made_them(
     assert found.names == sorted(found.names)
     assert found.names[:2] == ["a/0.png", "a/10.png"]
     assert isinstance(found.features, np.memmap)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     about = found.metadata
     assert len(about["weights_sha256"]) == 64
     assert (about["architecture"], about["output"]) == ("resnet10t", "backbone")
@@ -246,6 +231,7 @@ KILLED = """
 import sys, time
 from trex_models.data.image_files import FileSource
 from trex_models.features.__main__ import main
+from trex_models.features.file import Features
 from trex_models.transfer import cache
 from trex_models.transfer.encoders import weights_digest
 
@@ -269,12 +255,7 @@ def test_a_killed_command_goes_on(
     (place / "images" / "a" / "0.png").write_bytes(b"torn")
     given = ["images", "--out", "f.npy", "--unreadable", "skip"]
     fixed = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "2"]
-    command = [sys.executable, "-c", KILLED, *given, *fixed]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        while process.stdout.readline() not in ("ready\n", ""):
-            pass
-        process.send_signal(signal.SIGKILL)
+    kill_when_ready(Forked("-c", KILLED, *given, *fixed))
     assert not Path("f.npy").exists()
     assert run(models, *given) == 0
     assert "going on from image 6 of 11" in capsys.readouterr().out
@@ -282,9 +263,7 @@ def test_a_killed_command_goes_on(
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 10
     assert "a/0.png" not in found.names
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     assert found.metadata["skipped"] == "1"
 
 
@@ -299,14 +278,10 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(FileSource, "read", cut)
 
 
-@pytest.mark.parametrize("out", ["f.npy"])
 def test_what_another_command_left_is_begun_anew(
-    place: Path,
-    models: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    out: str,
+    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = "f.npy"
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
         assert run(models, "images", "--out", out, model="other") == 130
@@ -314,9 +289,7 @@ def test_what_another_command_left_is_begun_anew(
     assert run(models, "images", "--out", out) == 0
     assert "going on" not in capsys.readouterr().out
     found = trex_models.features.load(out)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
 
 
 def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
@@ -337,9 +310,7 @@ def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
     assert run(models, "images", "--out", "f.npy") == 0
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 11
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
 
 
 @pytest.mark.parametrize("out", ["f.npy", "f.safetensors"])
@@ -363,9 +334,7 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     found = trex_models.features.load(out)
     assert len(found.names) == len(found.features) == 9
     assert not {"a/2.png", "b/9.png"} & set(found.names)
-    np.testing.assert_allclose(
-        found.features, expected(place, models, found.names), rtol=1e-4, atol=1e-5
-    )
+    assert_right(found, place, models)
     if out.endswith(".safetensors"):
         with safe_open(out, "np") as file:
             assert file.get_tensor("features").shape == (9, 32)
@@ -422,10 +391,7 @@ def test_outputs_of_a_whole_model(
     ],
 )
 def test_what_cannot_be_done_is_told_in_a_line(
-    models: Path,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+    models: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = [] if "--out" in arguments else ["--out", "f.npy"]
     assert run(models, "images", *arguments, *out) == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_folder import fail_to_list, save_image
+from tests.images import fail_to_list, save_image
 from trex_models.features.images import find
 
 FILES = ["b/2.png", "b/1.jpg", "a/deep/3.PNG", "a/.hidden.png", "top.jpeg"]

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import trex_models.features
-from tests.test_features import run, save_model
-from tests.test_folder import save_image
+from tests.images import save_image
+from tests.models import CHANNELS, save_model
 from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import neighbours, picture
 from trex_models.features.__main__ import main
@@ -31,7 +31,8 @@ from trex_models.transfer import pictures
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("backbone", "other")):
-        save_model(root / name, "resnet10t", seed, num_classes=0)
+        cfg = {"input_size": [3, 64, 64]}
+        save_model(root / name, "resnet10t", cfg, seed, num_classes=0, channels=CHANNELS)
     return root
 
 
@@ -41,7 +42,8 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for number in range(11):
         save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
     monkeypatch.chdir(tmp_path)
-    assert run(models, "images", "--out", "f.npy") == 0
+    model = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "4"]
+    assert main(["images", "--out", "f.npy", *model]) == 0
     return tmp_path
 
 
@@ -79,7 +81,7 @@ def test_another_image_is_prepared_and_computed_as_those_of_the_file(models: Pat
     shutil.copy("images/b/5.png", "new.png")
     for option in ("--precision bf16", "--preprocessing validation"):
         given = ["--out", "other.npy", "--overwrite", *option.split()]
-        assert run(models, "images", *given) == 0
+        assert main(["images", "--model", str(models / "backbone"), *given]) == 0
         [answer] = find(trex_models.features.load("other.npy"), ["new.png"], 1)
         assert answer.similarities[0] == pytest.approx(1, abs=1e-6)
 

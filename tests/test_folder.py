@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.images import fail_to_list, save_image
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FolderSource
-
-
-def save_image(
-    path: Path, seed: int = 0, size: tuple[int, int] = (40, 30), **options: object
-) -> np.ndarray:
-    """Save a smooth random picture; return its pixels before compression."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-    image.save(path, **options)  # type: ignore[arg-type]
-    return np.asarray(image)
-
-
-def fail_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let a folder fail as on a broken disk; permissions do not bind root."""
-    scandir = os.scandir
-
-    def failing(path: bytes) -> object:
-        if Path(os.fsdecode(path)).absolute() == folder:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", failing)
 
 
 def test_sorted_classes_and_files_at_any_depth(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 import hashlib
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.processes import Forked
 from trex_models.data.fractals import FractalSource, draw_fractal
 
 
@@ -48,10 +47,9 @@ def test_the_same_bytes_in_any_order_and_process() -> None:
         "images = [source.read(index).tobytes() for index in (5, 4, 3, 2, 1, 0)]\n"
         "print(hashlib.sha256(b''.join(images[::-1])).hexdigest())"
     )
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    assert elsewhere.stdout.strip() == hashlib.sha256(forwards.tobytes()).hexdigest()
+    elsewhere = Forked("-c", script)
+    assert elsewhere.end() == 0, elsewhere.err
+    assert elsewhere.out.strip() == hashlib.sha256(forwards.tobytes()).hexdigest()
 
 
 def test_shifts_name_the_same_classes_and_images() -> None:

@@ -79,7 +79,7 @@ def test_file_in_another_format_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.parametrize(("arch", "epochs"), [("resnet50", 2), ("resnext50_32x4d", 1)])
 def test_steps_of_a_deep_network(arch: str, epochs: int) -> None:
     """Against plain formulas.
@@ -100,7 +100,7 @@ def test_unreadable_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "absent.json" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.parametrize(
     "arch",
     [

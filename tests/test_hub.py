@@ -23,7 +23,6 @@ from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
-from torch import nn
 
 from convert.official import convert_official
 from hub import cards, fixed_input, imagenet, notices
@@ -34,10 +33,11 @@ from hub.hub_folder import FILES, Model, inspect_folder, load_folder
 from hub.import_naver import import_naver
 from hub.publish import publish
 from hub.verify import verify
-from tests import official_files
+from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
-from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
+from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
+from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
 from trex_models import naver, timm_folder
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
@@ -48,48 +48,6 @@ pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
 
 ROOT = Path(__file__).parents[1]
 OWNER: dict[str, Any] = {"owner": "Ada", "license": "cc-by-4.0"}
-CFG = {
-    "num_classes": 0,
-    "input_size": (3, 32, 32),
-    "crop_pct": 1.0,
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "first_conv": "conv1.0",
-    "classifier": "fc",
-}
-TINY: dict[str, Any] = {"channels": (4, 8, 16, 32)}
-COLOURS = {"ant": (220, 30, 30), "bee": (30, 200, 30), "cat": (40, 40, 220), "dog": (230, 230, 40)}
-
-
-def tiny_folder(path: Path, seed: int = 0) -> Path:
-    """A trainer's backbone export in small."""
-    torch.manual_seed(seed)
-    model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg=CFG, **TINY).eval()
-    images = torch.randn(2, 3, 32, 32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
-
-
-def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
-    """A trainer's export of a whole model in small, with ``weight`` as its class weights."""
-    torch.manual_seed(1)
-    model: Any = timm.create_model(
-        "trex_resnet",
-        backbone="resnet10t",
-        pretrained_cfg=CFG | {"num_classes": 4, "label_names": tuple(COLOURS)},
-        num_classes=4,
-        proj_layers=1,
-        proj_hidden_dim=32,
-        proj_dim=16,
-        **TINY,
-    )
-    if weight is not None:
-        model.fc.weight = nn.Parameter(weight)
-    images = torch.randn(2, 3, 32, 32)
-    model.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
 
 
 @pytest.fixture(scope="module")
@@ -109,26 +67,10 @@ def built(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Some of NAVER's files; the two of trexstar_2 hold the same backbone."""
-    folder = tmp_path_factory.mktemp("release")
-    full = official_files.full_checkpoint(1, bank_size=1024, absent=(7,), optimizer=False)
-    contents = {
-        "trex.pth": official_files.backbone_checkpoint(),
-        "trexstar_2.pth": official_files.backbone_of(full),
-        "trexstar_2_checkpoint_full.pth": full,
-    }
-    for name, content in contents.items():
-        official_files.write(content, folder / name)
-    yield {name: folder / name for name in contents}
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def official(release: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Timm folders of the three models of a full file."""
     folder = tmp_path_factory.mktemp("official")
-    convert_official(release["trexstar_2_checkpoint_full.pth"], folder)
+    convert_official(release / "trexstar_2_checkpoint_full.pth", folder)
     yield folder
     shutil.rmtree(folder)
 
@@ -146,17 +88,6 @@ def nowhere(tmp_path: Path) -> dict[str, str]:
         "TREX_MODELS_NAVER_URL": "http://127.0.0.1:9/",
         "TREX_MODELS_CACHE": str(tmp_path / "cache"),
     }
-
-
-@pytest.fixture
-def hub() -> Hub:
-    return Hub()
-
-
-@pytest.fixture
-def server(hub: Hub) -> Iterator[HubServer]:
-    with serving(hub) as server:
-        yield server
 
 
 @pytest.fixture
@@ -179,12 +110,6 @@ def push(api: HfApi, tmp_path: Path) -> Callable[..., Manifest]:
         return load_manifest(tmp_path / "manifest.json", missing_ok=True)
 
     return run
-
-
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def sent(server: HubServer) -> list[str]:
@@ -405,10 +330,6 @@ def naver_model(name: str) -> Model:
     return Model(name, Path("unused"), config, part, part == "backbone")
 
 
-def python_blocks(card: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)
-
-
 @pytest.mark.parametrize("name", naver.FILES)
 def test_card_of_naver_model(name: str) -> None:
     card = cards.render(naver_model(name), naver.LICENSE, None, "trex-models")
@@ -508,7 +429,7 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_from_publication_to_the_examples_in_the_cards(
     official: Path,
     built: Path,
@@ -913,11 +834,7 @@ def test_verify_loads_models_of_the_zoo_by_name(
 
 
 def test_verify_compares_keys_and_shapes(
-    built: Path,
-    hub: Hub,
-    push: Callable[..., Manifest],
-    check: Callable[..., str],
-    tmp_path: Path,
+    built: Path, hub: Hub, push: Callable[..., Manifest], check: Callable[..., str], tmp_path: Path
 ) -> None:
     path, name = tmp_path / "manifest.json", "trex-models/small_trex"
     push(built / "small_trex")
@@ -1128,9 +1045,10 @@ def test_unreadable_image_is_one_line(
 
 
 @pytest.fixture
-def files(release: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server in NAVER's place."""
-    with FileServer(release) as server:
+def files(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server in NAVER's place, with some of the files; two hold the same backbone."""
+    names = "trex.pth", "trexstar_2.pth", "trexstar_2_checkpoint_full.pth"
+    with FileServer({name: release / name for name in names}) as server:
         monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
         yield server
 
@@ -1138,7 +1056,7 @@ def files(release: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.slow
 def test_import_fetches_converts_and_measures_once(
     files: FileServer,
-    release: dict[str, Path],
+    release: Path,
     replica: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -1146,9 +1064,9 @@ def test_import_fetches_converts_and_measures_once(
 ) -> None:
     out, path = tmp_path / "out", tmp_path / "manifest.json"
     converted = out / "converted"
-    assert import_naver(tuple(release), output=out, manifest=path)
-    assert load_manifest(path).naver == {name: sha256(file) for name, file in release.items()}
-    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(release)
+    assert import_naver(tuple(files.files), output=out, manifest=path)
+    assert load_manifest(path).naver == {name: sha256(release / name) for name in files.files}
+    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(files.files)
     stars = [f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")]
     assert sorted(p.name for p in converted.iterdir() if p.is_dir()) == sorted(
         ["trex_resnet50.in1k", *stars]
@@ -1156,9 +1074,9 @@ def test_import_fetches_converts_and_measures_once(
 
     files.log.clear()
     before = {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
-    assert import_naver(tuple(release), output=out, manifest=path)
+    assert import_naver(tuple(files.files), output=out, manifest=path)
     printed = capsys.readouterr().out
-    for name in release:
+    for name in files.files:
         assert f"{name}: here already" in printed
         assert f"{name}: converted already" in printed
     assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
@@ -1179,13 +1097,11 @@ def test_import_fetches_converts_and_measures_once(
     assert files.log == []
 
 
-def test_import_refuses_a_changed_file(
-    files: FileServer, release: dict[str, Path], tmp_path: Path
-) -> None:
+def test_import_refuses_a_changed_file(files: FileServer, release: Path, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
     save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
-    digest = sha256(release["trex.pth"])
+    digest = sha256(release / "trex.pth")
     with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
         fetch()
     assert "\n" not in str(e.value)
@@ -1193,7 +1109,7 @@ def test_import_refuses_a_changed_file(
     assert load_manifest(path).naver == {"trex.pth": "0" * 64}
 
     path.unlink()
-    shutil.copy(release["trex.pth"], tmp_path / "out" / "files")
+    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
     files.log.clear()
     assert fetch()  # placed by hand
     assert files.log == []

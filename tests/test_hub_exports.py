@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.hub_folder import FILES
-from tests.test_hub import CFG, TINY, edit_config, python_blocks, tiny_classifier
+from tests.documentation import python_blocks
+from tests.models import CFG, TINY, edit_config, tiny_classifier
 from trex_models import naver, timm_folder
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
@@ -137,11 +138,7 @@ def test_exports_of_the_papers_models_have_their_names(
     ("model", "part", "width"), [(VIT, "backbone", 192), (VIT, "cls", 192), (WIDER, "cls", 1024)]
 )
 def test_exports_of_other_architectures(
-    model: dict[str, Any],
-    part: str,
-    width: int,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model: dict[str, Any], part: str, width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exported = export(tmp_path / "export", "softmax", "none", **model)
     folder, card = own(exported / part, tmp_path / "hub")
@@ -158,7 +155,7 @@ def test_exports_of_other_architectures(
     assert all(f" {name}\n" in printed for name in CLASSES) is (part == "cls")
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
     folder, card = own(exported / "cls", tmp_path / "hub")

@@ -18,8 +18,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tests.test_decode import encode, picture
-from tests.test_folder import fail_to_list
+from tests.images import encode, fail_to_list, picture
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.multicrop import CropSpec, MultiCropDataset

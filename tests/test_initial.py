@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import trex_models  # noqa: F401  # registers the models
-from tests.test_train import TINY, assert_same_state, last_state, logged, run
+from tests.official_files import official_form
+from tests.runs import TINY, assert_same_state, last_state, logged, run
 from trex_models import naver
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.distributed import Process
@@ -22,28 +23,6 @@ from trex_models.train import build, checkpointing, init_from
 from trex_models.train.__main__ import main, parse
 from trex_models.train.config import from_dict
 from trex_models.train.export import export_method
-
-OFFICIAL = {
-    "encoder.backbone.": "module.model.encoder.",
-    "encoder.projector.": "module.model.head.layers.",
-    "momentum_encoder.encoder.backbone.": "module.model_ema.encoder.",
-    "momentum_encoder.encoder.projector.": "module.model_ema.head.layers.",
-    "objective.bank.": "module.memory.",
-    "objective.classifier.": "module.clf.fc.",
-}
-
-
-def official_form(method: dict[str, Any]) -> dict[str, Any]:
-    """A trainer's weights as a full file of the official release."""
-    weights: dict[str, Any] = {}
-    for key, value in method.items():
-        (prefix,) = [prefix for prefix in OFFICIAL if key.startswith(prefix)]
-        name = key.removeprefix(prefix)
-        if name == "_extra_state":
-            weights["module.memory.ptr"] = torch.tensor([value["pointer"]])
-        elif name not in ("ids", "written"):
-            weights[OFFICIAL[prefix] + name] = value
-    return {"model": weights, "epoch": 100, "optimizer": {}, "fp16_scaler": {}}
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.models import C, D, batch, make_bank
 from trex_models.method.bank import MemoryBank
 from trex_models.method.objectives import LOOK
 
-TAU, D, C = 0.1, 6, 5
-
-
-def make_bank(size: int = 40, seed: int = 0) -> MemoryBank:
-    torch.manual_seed(seed)
-    bank = MemoryBank(size, D, C, torch.float64)
-    bank.ids.copy_(torch.randint(0, 12, (size,)))  # several entries of a sample
-    return bank
-
-
-def batch(images: int = 4, crops: int = 3, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(seed)
-    z = torch.randn(images * crops, D, dtype=torch.float64, requires_grad=True)
-    return z, torch.randint(C, (images,)), torch.arange(images)
+TAU = 0.1
 
 
 def loss_by_hand(bank: MemoryBank, z: Tensor, label: int, sample: int, k: int) -> Tensor:

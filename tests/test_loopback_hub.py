@@ -8,7 +8,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,12 +33,6 @@ def hub() -> Hub:
     hub = Hub()
     hub.add(REPO, {"model.safetensors": WEIGHTS, "config.json": b"{}", "README.md": README})
     return hub
-
-
-@pytest.fixture
-def server(hub: Hub) -> Iterator[HubServer]:
-    with serving(hub) as server:
-        yield server
 
 
 def download(

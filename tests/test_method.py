@@ -11,8 +11,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from tests.models import TinyBackbone
 from trex_models import distributed
 from trex_models.heads import Projector
 from trex_models.method.bank import MemoryBank
@@ -22,22 +23,6 @@ from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
 from trex_models.method.optimizer import build_sgd, learning_rates, match_memory_format
 from trex_models.precision import Precision
 from trex_models.train.step import training_step
-
-
-class TinyBackbone(nn.Module):
-    """A convolution with BatchNorm, pooled; counts its calls."""
-
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.bn = nn.BatchNorm2d(6)
-        self.shapes: list[tuple[int, ...]] = []
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.shapes.append(tuple(images.shape))
-        return self.bn(self.conv(images)).relu().mean((2, 3))
 
 
 def tiny_method(bank_size: int = 8) -> TReX:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_folder import save_image
+from tests.images import save_image
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FolderSource

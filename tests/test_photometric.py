@@ -51,13 +51,7 @@ def augment(images: Tensor, rows: Rows) -> Tensor:
 @pytest.mark.parametrize(("size", "count"), [(224, 16), (96, 24), (31, 40), (16, 40)])
 @pytest.mark.parametrize(
     ("operation", "mean", "most"),
-    [
-        ("flip", 0, 0),
-        ("jitter", 0.03, 16),
-        ("gray", 0, 0),
-        ("blur", 0.4, 4),
-        ("solarize", 0, 0),
-    ],
+    [("flip", 0, 0), ("jitter", 0.03, 16), ("gray", 0, 0), ("blur", 0.4, 4), ("solarize", 0, 0)],
 )
 def test_operations_match_pil(
     size: int, count: int, operation: str, mean: float, most: int
@@ -165,7 +159,7 @@ def test_memory_formats() -> None:
         assert torch.equal(other, result)
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_arithmetic_gives_the_same_pixels() -> None:
     for count, seed in ((30, 0), (11, 1), (1, 2), (2, 3)):

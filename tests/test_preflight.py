@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_folder import save_image
-from tests.test_train import run
+from tests.images import save_image
+from tests.runs import run
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.train import build, checkpointing, checks

@@ -4,56 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.test_folder import save_image
-from tests.test_train import TINY
+from tests.images import save_classes
+from tests.processes import Forked, environments
+from tests.runs import TINY
 from trex_models.data.multicrop import EpochSampler
 
 FOLDER = ["--data.source", "folder", "--data.path"]
 
 
-def start(rank: int, port: int, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "trex_models.train", "smoke", *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def run_two(first: list[str], second: list[str]) -> list[tuple[int, str]]:
     """Return status and standard error of both processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [start(rank, port, *arguments) for rank, arguments in enumerate([first, second])]
-    ends = []
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        ends.append((process.returncode, errors))
-    return ends
+    processes = [
+        Forked("-m", "trex_models.train", "smoke", *arguments, environment=os.environ | variables)
+        for arguments, variables in zip((first, second), environments(2), strict=True)
+    ]
+    return [(process.end(), process.err) for process in processes]
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for label in "ab":
-        for index in range(40):
-            save_image(tmp_path / "images" / label / f"{index:02}.jpg", seed=index)
-    return tmp_path / "images"
+    return save_classes(tmp_path / "images", 40, name="{:02}.jpg")
 
 
 @pytest.mark.slow

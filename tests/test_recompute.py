@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.processes import free_port, start_processes
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.distributed import Process, data_parallel
 from trex_models.heads import Projector
 from trex_models.method.backbone import preserve_running_stats, recompute_activations
@@ -151,10 +150,8 @@ def test_momentum_encoder_keeps_nothing_anyway() -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_without(tmp_path: Path) -> None:
     for recomputes in (False, True):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        mp.spawn(train_rank, (recomputes, address, tmp_path), nprocs=2)
+        address = f"tcp://127.0.0.1:{free_port()}"
+        start_processes(train_rank, (recomputes, address, tmp_path), 2)
     for rank in range(2):
         without, with_it = (
             torch.load(tmp_path / f"{recomputes}_{rank}.pt") for recomputes in (False, True)

@@ -1,5 +1,4 @@
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.processes import Forked
 from trex_models.data import samples
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import ArraySource, Source
@@ -74,12 +74,11 @@ class TestPhotographs:
             "parts = [*photographs(24, 2, 1, seed=3), *digits()]\n"
             "print(hashlib.sha256(b''.join(p.images.tobytes() for p in parts)).hexdigest())"
         )
-        elsewhere = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        )
+        elsewhere = Forked("-c", script)
+        assert elsewhere.end() == 0, elsewhere.err
         parts = [*photographs(24, 2, 1, seed=3), *digits()]
         here = b"".join(np.asarray(part.images).tobytes() for part in parts)
-        assert elsewhere.stdout.strip() == hashlib.sha256(here).hexdigest()
+        assert elsewhere.out.strip() == hashlib.sha256(here).hexdigest()
 
     @pytest.mark.parametrize(("height", "width"), [(172, 448), (512, 512), (660, 550)])
     def test_tiles_do_not_overlap(self, height: int, width: int) -> None:

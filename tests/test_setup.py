@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.test_train import assert_same_state
+from tests.runs import assert_same_state
 from trex_models import distributed
 from trex_models.data.multicrop import CropSpec, MultiCropDataset, augment
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION

@@ -10,7 +10,7 @@ import pytest
 from tests.several_hosts import train_on_two_hosts, two_hosts
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_two_hosts_give_the_result_of_one(tmp_path: Path) -> None:
     if shutil.which("ip") is None:
         pytest.skip("iproute2 is missing")

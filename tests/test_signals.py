@@ -9,19 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.processes import Clock
 from trex_models.data.loading import GaveUpError
 from trex_models.train import signals
 from trex_models.train.signals import STOP_SIGNALS, Alarm, StoppedBySignal, StopSignals
-
-
-class Clock:
-    """A time that tests set."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_train import TINY, last_state, logged
+from tests.runs import TINY, last_state, logged
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 

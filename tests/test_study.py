@@ -27,11 +27,7 @@ from trex_models.train.__main__ import parse
 
 @pytest.mark.parametrize(
     ("best", "tried"),
-    [
-        (0.8, [0.4, 0.8, 1.6]),
-        (3.2, [0.8, 1.6, 3.2, 6.4]),
-        (0.2, [0.1, 0.2, 0.4, 0.8, 1.6]),
-    ],
+    [(0.8, [0.4, 0.8, 1.6]), (3.2, [0.8, 1.6, 3.2, 6.4]), (0.2, [0.1, 0.2, 0.4, 0.8, 1.6])],
 )
 def test_climb_ends_with_a_worse_rate_on_either_side(best: float, tried: list[float]) -> None:
     found = study.climb(lambda rate: -abs(np.log(rate / best)), 0.8)
@@ -418,7 +414,7 @@ def test_the_page_shows_the_recorded_results(
         assert line in page, line
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_a_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,51 +16,13 @@ import timm
 import torch
 
 import trex_models  # noqa: F401  # registers the models
-from tests.test_folder import save_image
+from tests.images import save_classes, save_image
+from tests.models import load
+from tests.runs import TINY, assert_same_state, last_state, logged, run
 from trex_models.train import build, checkpointing, loop
 from trex_models.train.__main__ import main
 from trex_models.train.config import from_dict
-from trex_models.train.reporting import TIMINGS
 from trex_models.train.step import training_step
-
-# A run of two epochs of four steps, seconds long.
-TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
-    --optim.epochs 2 --optim.batch-size 8 --objective.bank-size 32 --system.workers 0
-    --crops.local-crops 2 --model.hidden-dim 16 --model.embedding-dim 8
-    --model.backbone-args channels=(8,8,16,16)
-    --system.log-every 2 --system.save-steps 4""".split()
-
-
-def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
-    return main([recipe, "--output", str(output), *TINY, *overrides])
-
-
-def load(folder: Path | str) -> Any:
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def last_state(folder: Path) -> dict[str, Any]:
-    return checkpointing.load(checkpointing.files(folder)[-1])
-
-
-def assert_same_state(a: Any, b: Any, where: str = "state") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{index}]")
-    else:
-        assert a == b, where
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +158,7 @@ def test_export_of_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
         # reads memory that nobody wrote, on CPUs with AVX512-BF16.
         ["--precision", "bf16", "--crops.global-size", "48", "--crops.local-size", "32"],
         ["--system.no-channels-last"],
-        ["--system.compile"],
+        pytest.param(["--system.compile"], marks=pytest.mark.client),
     ],
     ids=["cosine", "no hidden layer", "equal sizes", "bf16", "nchw", "compile"],
 )
@@ -255,10 +217,7 @@ def test_two_processes_see_the_batches_of_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for label in "ab":
-        for index in range(8):
-            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
-    return tmp_path / "images"
+    return save_classes(tmp_path / "images", 8)
 
 
 def test_folder_of_images_trains(
@@ -391,6 +350,7 @@ def test_diverging_loss_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not checkpointing.files(tmp_path / "run")
 
 
+@pytest.mark.client
 def test_help_without_docstrings() -> None:
     command = [sys.executable, "-OO", "-m", "trex_models.train", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

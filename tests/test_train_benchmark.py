@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_folder import save_image
-from tests.test_train import TINY, run
+from tests.images import save_classes
+from tests.processes import Forked, environments
+from tests.runs import TINY, run
 from trex_models.train import benchmark as module
 from trex_models.train.__main__ import main, parse
 from trex_models.train.config import Config
@@ -30,10 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for label in "ab":
-        for index in range(8):
-            save_image(tmp_path / "images" / label / f"{index}.jpg", seed=index)
-    return tmp_path / "images"
+    return save_classes(tmp_path / "images", 8)
 
 
 def measure(*overrides: str) -> int:
@@ -191,21 +187,18 @@ def test_on_cuda(capsys: pytest.CaptureFixture[str], workers: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes() -> None:
     code = (
         "import sys; from trex_models.train import benchmark; benchmark.SECONDS = 0.1; "
         "from trex_models.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    (tmp_path / "short.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(tmp_path / "short.py"), "smoke", *TINY, "--benchmark"]
-    command += ["--system.workers", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert "1 worker for each of 2 processes" in done.stdout
-    assert done.stdout.count("The whole run takes") == 1
+    command = ["-c", code, "smoke", *TINY, "--benchmark", "--system.workers", "1"]
+    processes = [
+        Forked(*command, environment=os.environ | variables) for variables in environments(2)
+    ]
+    assert [process.end() for process in processes] == [0, 0]
+    assert "1 worker for each of 2 processes" in processes[0].out
+    assert "".join(process.out for process in processes).count("The whole run takes") == 1
 
 
 @pytest.mark.parametrize(

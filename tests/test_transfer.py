@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from scipy.stats import t as student
-from timm.models import save_for_hf
 
+from tests.models import CHANNELS, save_model
 from trex_models.atomic import write_whole
 from trex_models.transfer import evaluate as evaluate_module
 from trex_models.transfer import protocol
@@ -48,16 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (name, noise) in enumerate({"easy": 0.0, "hard": 40.0}.items()):
         write_images(root / name / "train", 15, 2 * number, noise)
         write_images(root / name / "test", 12, 2 * number + 1, noise)
-    torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 24, 32))
-    cfg = {**vars(model)["pretrained_cfg"], "input_size": [3, 32, 32], "license": "apache-2.0"}
-    save_for_hf(
-        model,
-        str(root / "model"),
-        model_config={"pretrained_cfg": cfg},
-        model_args={"channels": [8, 16, 24, 32]},
-        safe_serialization=True,
-    )
+    cfg = {"input_size": [3, 32, 32], "license": "apache-2.0"}
+    save_model(root / "model", "resnet10t", cfg, num_classes=0, channels=CHANNELS)
     return root
 
 
@@ -192,10 +183,7 @@ def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_pa
 
 
 def test_scores_that_cannot_be_kept_are_reported_all_the_same(
-    place: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(path: Path, text: str) -> None:
         if "-scores-" in path.name:

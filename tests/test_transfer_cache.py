@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+from tests.processes import Forked, kill_when_ready
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
@@ -158,11 +156,7 @@ kept.features(load("test_resnet", untrained=True), source, "set-train")
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_killed_extraction_goes_on_from_its_last_mark(cache: FeatureCache) -> None:
-    command = [sys.executable, "-c", KILLED, str(cache.root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGKILL)
+    kill_when_ready(Forked("-c", KILLED, str(cache.root)))
     model, source = encoder(), cut_source()
     source.whole = True
     features = cache.features(model, source, "set-train")

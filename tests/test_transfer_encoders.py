@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import nn
 
+from tests.models import CHANNELS, save_model
 from trex_models.data.centre_crops import PROTOCOLS
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.features import extract_features
@@ -23,23 +23,16 @@ from trex_models.transfer.encoders import calibrated, load, weights_digest
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as a timm folder, with a classifier and a normalisation of its own."""
-    torch.manual_seed(3)
-    model = timm.create_model("resnet10t", num_classes=5, channels=(8, 16, 24, 32))
-    path = tmp_path_factory.mktemp("models") / "small"
-    config = {
-        "pretrained_cfg": {
-            **vars(model)["pretrained_cfg"],
-            "input_size": [3, 48, 48],
-            "mean": [0.1, 0.2, 0.3],
-            "std": [0.4, 0.5, 0.6],
-            "crop_pct": 0.9,
-            "interpolation": "bilinear",
-            "license": "apache-2.0",
-        }
+    cfg = {
+        "input_size": [3, 48, 48],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "license": "apache-2.0",
     }
-    args = {"channels": [8, 16, 24, 32]}
-    save_for_hf(model, str(path), model_config=config, model_args=args, safe_serialization=True)
-    return path
+    path = tmp_path_factory.mktemp("models") / "small"
+    return save_model(path, "resnet10t", cfg, seed=3, num_classes=5, channels=CHANNELS)
 
 
 def test_a_folder_is_loaded_without_its_classifier_and_normalised_its_own_way(folder: Path) -> None:

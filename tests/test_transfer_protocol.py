@@ -259,7 +259,7 @@ print(between - before, peak[0] - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.client
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
     """50,000 features of 2048 numbers: 205 MB as they are, 410 MB widened."""

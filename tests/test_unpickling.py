@@ -207,7 +207,7 @@ def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
     assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_many_damaged_and_hostile_files() -> None:
     """The larger runs are by hand: python -m tests.fuzz_checkpoints."""
     command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_folder import save_image
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.images import save_image
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.train import checkpointing
 from trex_models.train.unreadable import UnreadableImages
 

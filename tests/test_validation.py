@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from tests.test_distributed import spawn
-from tests.test_folder import save_image
-from tests.test_method import TinyBackbone
-from tests.test_train import assert_same_state, last_state, logged, run
+from tests.images import save_classes
+from tests.models import TinyBackbone
+from tests.processes import spawn
+from tests.runs import assert_same_state, last_state, logged, run
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource, Source
@@ -261,16 +260,9 @@ def names_of_buffers(encoder: nn.Module) -> set[str]:
     return {f"encoder.{name}" for name, _ in encoder.named_buffers()}
 
 
-def save_classes(folder: Path, names: Iterable[str], images: int = 4) -> Path:
-    for name in names:
-        for index in range(images):
-            save_image(folder / name / f"{index}.png", seed=index)
-    return folder
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_image_that_cannot_be_read_is_named(tmp_path: Path, workers: int) -> None:
-    source = FolderSource(save_classes(tmp_path, "abc"))
+    source = FolderSource(save_classes(tmp_path, 4, "abc", "{}.png"))
     method = make_method(source)
     (tmp_path / "b" / "2.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"^\S*b/2\.png cannot be read as an image.*$") as caught:
@@ -333,8 +325,8 @@ def test_generated_images_are_held_out() -> None:
 def test_unknown_classes_are_refused(
     names: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
-    save_classes(held_out, names)
+    train, held_out = save_classes(tmp_path / "train", 8), tmp_path / "held_out"
+    save_classes(held_out, 4, names)
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 2
     err = capsys.readouterr().err
@@ -348,7 +340,7 @@ def test_validation_images_of_some_classes(
     kind: Literal["folder", "csv", "huggingface"], tmp_path: Path
 ) -> None:
     for part, names in (("train", "abc"), ("held_out", "b")):
-        save_classes(tmp_path / part, names, 4)
+        save_classes(tmp_path / part, 4, names)
         paths = sorted(tmp_path.glob(f"{part}/*/*"))
         rows = [f"{path},{path.parent.name}" for path in paths]
         (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *rows]))
@@ -367,8 +359,8 @@ def test_validation_images_of_some_classes(
 
 
 def test_folder_of_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train, held_out = save_classes(tmp_path / "train", "ab", 8), tmp_path / "held_out"
-    save_classes(held_out, "b", 3)
+    train, held_out = save_classes(tmp_path / "train", 8), tmp_path / "held_out"
+    save_classes(held_out, 3, "b")
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     assert run(tmp_path / "run", *folders, "--validation.path", str(held_out)) == 0
     assert "validation: 3 images of 1 of the 2 classes\n" in capsys.readouterr().out

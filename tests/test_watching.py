@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_signals import Clock
-from tests.test_train import logged, run
+from tests.processes import Clock
+from tests.runs import logged, run
 from trex_models.distributed import Process
 from trex_models.train import reporting
 from trex_models.train.reporting import Reporter, summarize

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,16 +34,10 @@ from tests import official_files
 from tests.file_server import FileServer
 from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer, environment, serving
+from tests.models import tiny_method
+from tests.processes import Forked
 from tests.reference_resnet import outputs, pictures
-from tests.test_checkpoints import tiny_method
-from trex_models import (
-    CheckpointError,
-    WeightsError,
-    licenses,
-    manifest,
-    naver,
-    weights,
-)
+from trex_models import CheckpointError, WeightsError, licenses, manifest, naver, weights
 
 ROOT = Path(__file__).parents[1]
 # The tensor of the reference's outputs that a model gives, and the file that has its weights.
@@ -58,14 +53,6 @@ MODELS = {
 }
 IMAGES = pictures(2, 64)
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("release")
-    official_files.write_release(folder, small=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -458,25 +445,28 @@ def test_packaged_manifest() -> None:
 # What timm is told explicitly
 
 
+def from_file(name: str, file: Path, **kwargs: Any) -> Any:
+    overlay = {"file": str(file)}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+
+
 def test_explicit_files(
     cache: Path, server: FileServer, release: Path, expected: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    def load(name: str, file: str, **kwargs: Any) -> Any:
-        overlay = {"file": str(release / file)}
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-
-    full = "trexstar_2_checkpoint_full.pth"
+    full = release / "trexstar_2_checkpoint_full.pth"
     for part in ("_cls", "_proj", ""):
         name = f"trexstar_resnet50{part}"
-        assert_outputs(load(name, full), expected[f"{name}.in1k_r2"])
-    assert load("trexstar_resnet50_cls", full, num_classes=3).fc.weight.shape == (3, 256)
-    assert_outputs(load("trex_resnet50", "trexstar.pth"), expected["trexstar_resnet50.in1k"])
+        assert_outputs(from_file(name, full), expected[f"{name}.in1k_r2"])
+    assert from_file("trexstar_resnet50_cls", full, num_classes=3).fc.weight.shape == (3, 256)
+    assert_outputs(
+        from_file("trex_resnet50", release / "trexstar.pth"), expected["trexstar_resnet50.in1k"]
+    )
     with pytest.raises(RuntimeError, match="do not match trex_resnet50_proj: .*missing"):
-        load("trex_resnet50_proj", "trex.pth")
+        from_file("trex_resnet50_proj", release / "trex.pth")
     with pytest.raises(RuntimeError, match="do not match trex_resnet50_cls: .*missing"):
-        load("trex_resnet50_cls", full)
+        from_file("trex_resnet50_cls", full)
     with pytest.raises(CheckpointError, match=r"none\.pth: it cannot be read"):
-        load("trex_resnet50", "none.pth")
+        from_file("trex_resnet50", release / "none.pth")
     state = torch.load(release / "trex.pth", weights_only=True)
     for wrapped in (state, {f"module.{key}": value for key, value in state.items()}):
         given: Any = timm.create_model(
@@ -491,10 +481,7 @@ def test_explicit_files(
     assert server.log == []
     overlay = {"url": f"{server.url}trexstar.pth"}
     at_url = timm.create_model(
-        "trex_resnet50",
-        pretrained=True,
-        pretrained_cfg_overlay=overlay,
-        cache_dir=tmp_path / "url",
+        "trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "url"
     )
     assert_outputs(at_url, expected["trexstar_resnet50.in1k"])
     assert not cache.exists()
@@ -509,9 +496,8 @@ def test_explicit_file_with_bad_values(key: str, tmp_path: Path) -> None:
         (state[key].long(), f"{key} is .*torch.int64.*expected"),
     ]:
         torch.save({**state, key: tensor}, tmp_path / "bad.pth")
-        overlay = {"file": str(tmp_path / "bad.pth")}
         with pytest.raises((CheckpointError, RuntimeError), match=message):
-            timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)
+            from_file("trex_resnet50", tmp_path / "bad.pth")
 
 
 def test_file_of_timm_s_trainer(release: Path, tmp_path: Path) -> None:
@@ -521,10 +507,7 @@ def test_file_of_timm_s_trainer(release: Path, tmp_path: Path) -> None:
     checkpoint |= {"state_dict": state, "metric": 0.5}
     for extra, weight in ({}, state), ({"state_dict_ema": average}, average):
         torch.save(checkpoint | extra, tmp_path / "last.pth.tar")
-        overlay = {"file": str(tmp_path / "last.pth.tar")}
-        model: Any = timm.create_model(
-            "trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay
-        )
+        model = from_file("trex_resnet50", tmp_path / "last.pth.tar")
         assert torch.equal(model.conv1.weight, weight["conv1.weight"])
 
 
@@ -541,15 +524,10 @@ def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
         "proj_dim": 16,
     }
 
-    def load(**kwargs: Any) -> Any:
-        overlay = {"file": str(tmp_path / "step_3.pt")}
-        return timm.create_model(
-            "trex_resnet", pretrained=True, pretrained_cfg_overlay=overlay, **args, **kwargs
-        ).eval()
-
+    load = partial(from_file, "trex_resnet", tmp_path / "step_3.pt", **args)
     with torch.no_grad():
         logits = method.objective.logits(method.encoder([IMAGES]))
-        for model in (load(), load(num_classes=5)):
+        for model in (load().eval(), load(num_classes=5).eval()):
             assert torch.allclose(model(IMAGES), logits, atol=1e-5)
             assert model.pretrained_cfg["license"] == "mit"
             assert "origin_url" not in model.pretrained_cfg
@@ -611,26 +589,34 @@ class Place:
             timm.create_model(name, pretrained=True)
         return str(caught.value)
 
-    def start(self, *names: str, **variables: str) -> subprocess.Popen[str]:
-        """Create models in a process of their own, as users do."""
-        out = Path(tempfile.mkdtemp(dir=self.folder, prefix="out"))
-        return subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(out), *names],
+    def fork(self, code: str, *arguments: str) -> Forked:
+        """Run code in a process whose client has been told what it reads at its import."""
+        names = "HF_HOME", "HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"
+        told = {name: getattr(constants, name) for name in names}
+        code = f"from huggingface_hub import constants\nvars(constants).update({told!r})\n{code}"
+        return Forked("-c", code, *arguments, environment=self.environment)
+
+    def start(self, name: str) -> Forked:
+        """Create a model in a process of its own."""
+        return self.fork(CHILD, tempfile.mkdtemp(dir=self.folder, prefix="out"), name)
+
+    def finish(self, process: Forked, expected: dict[str, Tensor]) -> None:
+        """Wait for such a process, and compare its model's outputs."""
+        assert process.end() == 0, process.err
+        *_, out, name = process.command
+        assert_close(torch.load(Path(out) / "0.pt"), expected[plain(name)])
+
+    def user(self, out: Path, *names: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Create models as users do, in an interpreter of its own; their outputs go to ``out``."""
+        out.mkdir()
+        command = [sys.executable, "-c", CHILD, str(out), *names]
+        return subprocess.run(
+            command,
             env=self.environment | variables,
             stderr=subprocess.PIPE,
             text=True,
+            check=False,
         )
-
-    def finish(self, process: subprocess.Popen[str], expected: dict[str, Tensor]) -> str:
-        """Wait for a process, compare its models' outputs, and return what it said."""
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        assert isinstance(process.args, list)
-        _, _, _, out, *names = process.args
-        for i, name in enumerate(names):
-            assert_close(torch.load(Path(out) / f"{i}.pt"), expected[plain(name)])
-        shutil.rmtree(out)
-        return err
 
 
 def plain(name: str) -> str:
@@ -655,10 +641,7 @@ def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def place(
-    server: FileServer,
-    converted: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    server: FileServer, converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Place]:
     hub = Hub()
     published = {}
@@ -679,8 +662,11 @@ BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
     """In processes that know of the Hub, the home and the mode by their environment alone."""
-    said = place.finish(place.start(*BACKBONES), expected)
-    assert said.count("not for commercial use") == 1
+    done = place.user(place.folder / "first", *BACKBONES)
+    assert done.returncode == 0, done.stderr
+    for i, name in enumerate(BACKBONES):
+        assert_close(torch.load(place.folder / "first" / f"{i}.pt"), expected[name])
+    assert done.stderr.count("not for commercial use") == 1
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
     pinned = manifest.load_manifest(place.folder / "manifest.json").models.values()
     assert revisions == {entry.revision for entry in pinned}
@@ -688,11 +674,11 @@ def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) ->
     before = len(place.hub.log)
     place.create(expected, *BACKBONES)
     assert len(place.hub.log) == before
-    offline = place.start(*BACKBONES, "trex_resnet50_cls", HF_HUB_OFFLINE="1")
-    _, err = offline.communicate(timeout=300)
+    second = place.folder / "second"
+    offline = place.user(second, *BACKBONES, "trex_resnet50_cls", HF_HUB_OFFLINE="1")
     assert offline.returncode == 1
-    assert "Hub: not asked: HF_HUB_OFFLINE is set" in err
-    assert len(list(place.folder.glob("out*/*.pt"))) == len(BACKBONES)
+    assert "Hub: not asked: HF_HUB_OFFLINE is set" in offline.stderr
+    assert len(list(second.glob("*.pt"))) == len(BACKBONES)
     assert len(place.hub.log) == before
 
 
@@ -829,8 +815,8 @@ def test_killed_while_the_hub_s_file_arrives(place: Place, expected: dict[str, T
     deadline = time.monotonic() + 60
     while not any(place.home.rglob("*.incomplete")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=60)
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
     assert len(list(place.home.rglob("*.incomplete"))) == 1
     place.create(expected, "trex_resnet50.in1k")
     assert not list(place.home.rglob("*.incomplete"))
@@ -851,12 +837,12 @@ for _ in range(8):
 
 def test_eight_processes_at_the_hub(place: Place) -> None:
     place.hub.faults = [Fault("GET", delay=1)]
-    command = [sys.executable, "-c", EIGHT]
-    done = subprocess.run(command, env=place.environment, stdout=subprocess.PIPE, check=True)
-    lines = done.stdout.splitlines()
+    eight = place.fork(EIGHT)
+    assert eight.end() == 0, eight.err
+    lines = eight.out.splitlines()
     assert len(lines) == 8
     (path,) = set(lines)
-    assert path.endswith(b"model.safetensors")
+    assert path.endswith("model.safetensors")
     assert len(place.hub.requests("^GET .*/resolve/")) == 1
     assert place.server.log == []
 
@@ -913,9 +899,8 @@ def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> 
     part = folder / ".trex.pth.part"
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    process.send(number)
+    assert process.end() != 0
     left = [path.name for path in folder.iterdir() if path.suffix != ".lock"]
     assert left == ([] if number == signal.SIGINT else [part.name])
     place.create(expected, "trex_resnet50.in1k")

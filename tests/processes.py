@@ -1,0 +1,171 @@
+"""Processes that tests start, and a clock that they set.
+
+Importing torch takes seconds. What does not test an import, a start-up or a launcher runs in a
+process that is forked from a server which has imported everything, and has computed nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context, get_start_method, set_start_method
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+Work = Callable[[Path], Any]
+
+forkserver = get_context("forkserver")
+# Nothing of this computes, so that there is no thread when a process is forked.
+forkserver.set_forkserver_preload(["trex_models.train.loop", "tyro", "torch._dynamo"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environments(world_size: int) -> list[dict[str, str]]:
+    """Return the variables of each rank on this host, as torchrun sets them."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def start_processes(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+    """Call a function with a rank and arguments in processes of their own, as ``mp.spawn``."""
+    mp.start_processes(function, args, nprocs, start_method="forkserver")
+
+
+def spawn(work: Work, world_size: int, folder: Path) -> list[Any]:
+    """Call a function in that many processes, set up as by torchrun; return what each returned."""
+    start_processes(_member, (work, environments(world_size), folder), world_size)
+    return [pickle.loads(file.read_bytes()) for file in results(folder, world_size)]
+
+
+def results(folder: Path, world_size: int) -> list[Path]:
+    return [folder / f"{rank}.pickle" for rank in range(world_size)]
+
+
+def _member(rank: int, work: Work, variables: list[dict[str, str]], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= variables[rank]
+    returned = work(folder)
+    results(folder, len(variables))[rank].write_bytes(pickle.dumps(returned))
+
+
+class Forked:
+    """``python -c CODE ARGUMENTS`` or ``python -m MODULE ARGUMENTS``, forked.
+
+    Args:
+        command: What comes after ``python``.
+        environment: All variables; None for this process's.
+        cwd: The working directory; None for this process's.
+    """
+
+    def __init__(
+        self,
+        *command: str,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | str | None = None,
+    ) -> None:
+        self.command = command
+        self.out = self.err = ""
+        """What it has printed, and its errors; known from its end on."""
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, name) for name in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        self.process = forkserver.Process(
+            target=_interpret,
+            args=(command, dict(environment or os.environ), cwd or Path.cwd(), self._files),
+            kwargs={"start_method": get_start_method()},
+        )
+        self.process.start()
+
+    def await_line(self, line: str) -> None:
+        """Wait until it has printed a line."""
+        while line not in self._files[0].read_text().splitlines():
+            if not self.process.is_alive():
+                raise RuntimeError(f"{self.command} has ended: {self._files[1].read_text()}")
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 240) -> int:
+        """Wait for its end; return its exit status, negative for a signal's number."""
+        self.process.join(seconds)
+        status = self.process.exitcode
+        if status is None:
+            self.process.kill()
+        with self._folder:
+            self.out, self.err = (file.read_text() for file in self._files)
+        if status is None:
+            raise TimeoutError(f"{self.command} has not ended: {self.out} {self.err}")
+        return status
+
+    def send(self, number: int) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, number)
+
+
+def kill_when_ready(process: Forked) -> None:
+    """Kill a process once it has printed "ready"."""
+    process.await_line("ready")
+    process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
+
+
+def output_to(*files: Path) -> None:
+    """Append what this process prints, and its errors, to two files."""
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+
+
+def _interpret(
+    command: tuple[str, ...],
+    environment: dict[str, str],
+    cwd: Path | str,
+    files: list[Path],
+    start_method: str,
+) -> None:
+    set_start_method(start_method, force=True)  # of loader workers: the usual one, not ours
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    output_to(*files)
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which has been read already
+    option, code, *arguments = command
+    sys.argv = [option, *arguments]
+    if option == "-m":
+        runpy.run_module(code, run_name="__main__", alter_sys=True)
+    else:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def captured(main: Callable[[list[str]], int], *arguments: str | Path) -> tuple[int, str, str]:
+    """Run a command in this process; return its status, and what it printed to each stream."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return status, out.getvalue(), err.getvalue()
