@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "unpickling": set(),
     "licenses": {"checkpoints", "manifest", "naver", "weights"},
     "cli": set(),
+    "plotting": {"cli", "files"},
     "precision": {"cli"},
     "files": set(),
     "folders": {"files"},
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.checkpointing": {"checkpoints", "files", "train.config"},
     "train.preflight": {"data"},
     "train.reporting": {"files", "train.distributed"},
-    "train.signals": {"data", "train.distributed"},
+    "train.signals": {"cli", "data", "train.distributed"},
     "train.validation": {
         *("data", "evaluation", "precision", "train.distributed", "train.method"),
     },
@@ -69,12 +70,13 @@ ALLOWED: dict[str, set[str]] = {
     "train.advice": set(),
     "train.benchmark": {"data", "machine", "train"},
     "train.__main__": {"cli", "train"},
-    "demo": {"cli", "data", "evaluation", "train", "transfer"},
+    "demo": {"cli", "data", "files", "plot", "plotting", "train", "transfer"},
     "transfer": {
-        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "unpickling"),
+        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "plotting"),
+        "unpickling",
     },
-    "features": {"cli", "data", "evaluation", "files", "machine", "transfer"},
-    "plot": {"cli", "files", "train.config"},
+    "features": {"cli", "data", "evaluation", "files", "machine", "plotting", "transfer"},
+    "plot": {"cli", "plotting", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }
 

@@ -20,8 +20,6 @@ from tests import replicas
 from tests.replicas import REPLICAS, Files, Parts, cog_lists, folders, touch, write
 from trex_models.data.file_list import FileSource
 from trex_models.data.sources import Source
-from trex_models.demo import tasks
-from trex_models.train.config import demo
 from trex_models.transfer import readers
 from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, open_checked, select
 
@@ -473,15 +471,6 @@ def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:
 
 
 # Sets that need no download.
-
-
-def test_offline_sets_are_the_demos() -> None:
-    chosen = select("offline")
-    opened = [open_checked(data_set, Path("/absent")) for data_set in chosen]
-    expected = tasks(demo())
-    assert len(opened) == len(expected) == 4
-    for (train, test), task in zip(opened, expected, strict=True):
-        assert (train.digest(), test.digest()) == (task.train.digest(), task.test.digest())
 
 
 def test_an_offline_set_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,12 @@ def _train(config: Config, exits: bool) -> int:
     try:
         train(config, exits)
     except Stopped as stopped:
-        if stopped.saved:  # all processes at the same step
+        if stopped.on_all_ranks:
             with _first_process_speaks():
                 print(stopped)
         else:
             print(f"{_process()}{stopped}")
-        return 128 + stopped.received
+        return stopped.status
     return 0
 
 

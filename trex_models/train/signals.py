@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from trex_models import cli
 from trex_models.data.loading import GaveUpError
 from trex_models.train.distributed import is_peer_failure
 
@@ -21,7 +22,7 @@ ASKING = [
 ]
 
 
-class Stopped(Exception):  # noqa: N818  # it is no error
+class Stopped(cli.Stopped):
     """A run stopped at a signal.
 
     Args:
@@ -36,9 +37,12 @@ class Stopped(Exception):  # noqa: N818  # it is no error
         where = f"after step {done} of {total}, saved; the same command continues"
         if done is None:
             where = "within a step; the same command continues from the last checkpoint"
-        super().__init__(f"stopped by {received.name} {where}")
+        super().__init__(
+            f"stopped by {received.name} {where}",
+            status=128 + received,
+            on_all_ranks=done is not None,  # all processes save at the same step
+        )
         self.received = received
-        self.saved = done is not None
 
 
 class Alarm:
