@@ -97,16 +97,16 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     assert axis.get_ylabel() == "transfer: mean log-odds over 3 datasets"
 
 
-def test_without_intervals_there_are_points_alone() -> None:
+def test_one_seed_has_no_interval() -> None:
     one = report("one")
     one["transfer"]["interval"] = None
-    del one["data_sets"]["imagenet"]["top1"]["test_interval"]
     figure = pictures.scatter([one])
     (axis,) = axes(figure)
     ((x, y),) = points(axis)
     assert (x, y) == (100 * one["data_sets"]["imagenet"]["top1"]["mean"], 1)
-    assert len(axis.lines) == 1
-    assert notes(figure) == [""]
+    ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
+    np.testing.assert_allclose(ends[0][:, 0], [x - 2, x + 1])
+    np.testing.assert_allclose(ends[1], [[x, 1], [x, 1]])
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))

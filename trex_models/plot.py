@@ -17,7 +17,6 @@ from trex_models import cli, plotting
 from trex_models.train.config import flatten
 
 Unit = Literal["epoch", "step", "hours"]
-
 SMOOTH_FROM = 100  # points; a longer noisy curve is drawn pale, with its running mean on top
 DRAWN_POINTS = 1500  # points of a curve, about one per pixel
 # Settings that say where and how a run was carried out, not what was learned.
@@ -92,12 +91,12 @@ class Run:
         """Return each line's place on the x axis; the hours are those of training alone."""
         if unit != "hours":
             return self.columns[unit]
-        batch_size = self.config.get("optim.batch_size")
         steps, rates = self.columns["step"], self.values("images_per_second")
+        batch_size = self.config.get("optim.batch_size")
         if not batch_size or len(rates) < len(steps) or not (rates > 0).all():
             raise ValueError(
-                f"the hours of {self.folder} are not known: they need optim.batch_size in "
-                "config.json, and images_per_second in each line of metrics.jsonl; use --x step"
+                f"the hours of {self.folder} are not known (they need optim.batch_size in its "
+                "config and images_per_second in each line of its metrics); use --x step"
             )
         return np.cumsum(np.diff(steps, prepend=0) * batch_size / rates) / 3600
 
@@ -200,7 +199,7 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
             if panel.smooth and len(y) > SMOOTH_FROM:
                 axis.plot(x[few], y[few], color=color, lw=0.5, alpha=0.25, zorder=1)
                 y = smoothed(y, max(8, len(y) // 50))
-            style = ("o" if len(y) < 60 else "") + ("-" if key == panel.keys[0] else "--")
+            style = ("o" if len(y) < 25 else "") + ("-" if key == panel.keys[0] else "--")
             axis.plot(x[few], y[few], style, color=color, ms=3.5)
     axis.set(title=panel.title, xlabel=unit)
     axis.margins(x=0.02)

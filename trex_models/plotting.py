@@ -24,6 +24,7 @@ GRAY = "#767676"
 STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
+    "axes.prop_cycle": f"cycler(color={list(PALETTE)})",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",

@@ -17,7 +17,6 @@ from trex_models import plotting
 from trex_models.transfer.published import PUBLISHED
 
 Report = dict[str, Any]
-
 BARS_PER_ROW = 64
 VALUES_UP_TO = 24  # bars in a panel; more leave no room for numbers above them
 MARKERS = "s^dvP<>"  # one for each published point
@@ -58,7 +57,7 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
             f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}: their "
             "accuracies do not compare; draw the picture without the published points"
         )
-    notes = []
+    notes = ["lines: 95 % intervals, of x over test images, of y over seeds"]
     if missing:
         notes.append(plotting.shorten(f"Without one of the scores: {', '.join(missing)}", 110))
     if authors:
@@ -68,7 +67,6 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
                 f"Means over {count} and over the authors' {authors.num_data_sets} datasets do "
                 "not compare."
             )
-    intervals = "lines: 95 % intervals, of x over test images, of y over seeds"
     with plotting.drawing(10.5, 6.2) as figure:
         axis = figure.add_subplot()
         axis.margins(0.1)
@@ -78,13 +76,9 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
             if _has_both_scores(report):
                 top1 = report["data_sets"][report["training_task"]]["top1"]
                 x, y = 100 * top1["mean"], report["transfer"]["mean_log_odds"]
-                for_x, for_y = top1.get("test_interval"), report["transfer"].get("interval")
-                if for_x:
-                    axis.plot([100 * end for end in for_x], (y, y), color=color, lw=1.3)
-                if for_y:
-                    axis.plot((x, x), for_y, color=color, lw=1.3)
-                if (for_x or for_y) and intervals not in notes:
-                    notes.append(intervals)
+                ends = [100 * end for end in top1["test_interval"]]
+                axis.plot(ends, (y, y), color=color, lw=1.3)
+                axis.plot((x, x), report["transfer"]["interval"] or (y, y), color=color, lw=1.3)
                 name = plotting.shorten(_label(report), 36)
                 axis.plot(x, y, "o", color=color, ms=7, mec="white", mew=0.8, zorder=3, label=name)
         further = islice(cycle(plotting.PALETTE), len(reports), None)
@@ -216,14 +210,9 @@ def _draw_spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
 def _grouped_bars(
     axis: Any, titles: Sequence[str], heights: np.ndarray, marks: np.ndarray, form: str
 ) -> None:
-    """Draw a group of bars per dataset, one bar per model.
+    """Draw groups of bars and marks across them, both (models, groups), NaN for none.
 
-    Args:
-        axis: Axes to draw into.
-        titles: Titles of the groups.
-        heights: Heights of the bars, (models, groups); NaN for no bar.
-        marks: Places of the marks across the bars, likewise.
-        form: Format of the numbers above the bars, where there is room for them.
+    The numbers above the bars, where there is room for them, have the format ``form``.
     """
     models = len(heights)
     near = 0.1 * np.nanmax(heights)  # a mark so close above a bar would cross its number
