@@ -17,12 +17,20 @@ from trex_models.train.build import open_source
 from trex_models.train.config import demo as recipe
 from trex_models.train.config import smoke
 from trex_models.train.signals import Stopped
-from trex_models.transfer.data_sets import DATA_SETS, GROUPS
+from trex_models.transfer import offline
+from trex_models.transfer.data_sets import DATA_SETS, GROUPS, DataSet, select
 from trex_models.transfer.encoders import weights_digest
 
 
 @pytest.mark.slow
-def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_reports_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def select_small(names: str) -> list[DataSet]:
+        return [replace(d, num_classes=None, num_train=None, num_test=None) for d in select(names)]
+
+    monkeypatch.setattr(offline, "NUM_CLASSES", 4)
+    monkeypatch.setattr(demo, "select", select_small)
     config = smoke(str(tmp_path))
     config = replace(
         config,
@@ -50,7 +58,7 @@ def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert pixels["architecture"] == "pixels"
     assert untrained["architecture"] == trained["architecture"] == "resnet10t"
     assert untrained["weights_sha256"] != trained["weights_sha256"]
-    assert "2000 training images of fractals" in untrained["batchnorm"]
+    assert "200 training images of fractals" in untrained["batchnorm"]
     assert "batchnorm" not in trained
     exported = timm.create_model(f"local-dir:{tmp_path / 'export' / 'backbone'}", pretrained=True)
     assert trained["weights_sha256"] == weights_digest(exported)

@@ -21,7 +21,7 @@ SMOOTH_FROM = 100  # points; a longer noisy curve is drawn pale, with its runnin
 DRAWN_POINTS = 1500  # points of a curve, about one per pixel
 # Settings that say where and how a run was carried out, not what was learned.
 UNCOMPARED = ("output", "license", "system.", "validation.")
-MAIN = (
+ESSENTIALS = (
     *("data.source", "data.path", "model.backbone", "objective.name", "model.hidden_layers"),
     *("optim.epochs", "optim.batch_size", "seed"),
 )
@@ -151,12 +151,12 @@ def headline(runs: Sequence[Run]) -> str:
     """Describe the one run, or the settings in which several differ."""
     if len(runs) == 1:
         config, columns = runs[0].config, runs[0].columns
-        found = {key.removesuffix(".name").split(".")[-1]: config.get(key) for key in MAIN}
+        found = {key.removesuffix(".name").split(".")[-1]: config.get(key) for key in ESSENTIALS}
         facts = [f"{name.replace('_', ' ')} {value}" for name, value in found.items() if value]
         place = f"at step {columns['step'][-1]:,.0f} (epoch {columns['epoch'][-1]:.4g})"
         return ", ".join([*facts, place])
     differing = []
-    for key in dict.fromkeys([*MAIN, *(key for run in runs for key in run.config)]):
+    for key in dict.fromkeys([*ESSENTIALS, *(key for run in runs for key in run.config)]):
         texts = dict.fromkeys(str(run.config.get(key)) or "none" for run in runs)
         if len(texts) > 1 and not key.startswith(UNCOMPARED):
             differing.append(plotting.shorten(f"{key}: {' | '.join(texts)}", 60))
