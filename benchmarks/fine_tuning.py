@@ -30,7 +30,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from benchmarks import measure
-from trex_models.atomic import replacing, write_whole
+from trex_models import plotting
+from trex_models.atomic import write_whole
 from trex_models.cli import run
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import Source
@@ -232,31 +233,22 @@ def shown(curves: Sequence[Sequence[float]]) -> str:
 
 def draw(results: Sequence[Mapping[str, Any]], steps: Sequence[int], path: Path) -> None:
     """Draw accuracy by step, with 95 % intervals over seeds, a panel a number of images."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (3.2 * len(results) + 1, 3.4)
-    figure = plt.figure(figsize=size, layout="constrained")
-    axes: Any = figure.subplots(1, len(results), sharey=True, squeeze=False)
-    colors = {"pretrained": "#d1495b", "scratch": "#6f8fb3"}
-    for axis, result in zip(axes[0], results, strict=True):
-        for start, label in STARTS.items():
-            values = 100 * np.array(result[start]["curves"])  # (seeds, measurements)
-            axis.plot(steps, values.mean(0), color=colors[start], label=label)
-            bounds = [student_interval(list(column)) or (column[0],) * 2 for column in values.T]
-            axis.fill_between(
-                steps, *np.array(bounds).T, color=colors[start], alpha=0.25, linewidth=0
-            )
-        axis.set(xlabel="step", title=f"{result['task']}, {result['per_class']} a class")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, 100)
-    axes[0, 0].set_ylabel("top-1 on test images, %")
-    axes[0, 0].legend(frameon=False, loc="lower right")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=110, format="png")
-    plt.close(figure)
+    colors = dict(zip(STARTS, plotting.PALETTE, strict=False))
+    with plotting.drawing(3.2 * len(results) + 1, 3.4) as figure:
+        axes: Any = figure.subplots(1, len(results), sharey=True, squeeze=False)
+        for axis, result in zip(axes[0], results, strict=True):
+            for start, label in STARTS.items():
+                values = 100 * np.array(result[start]["curves"])  # (seeds, measurements)
+                axis.plot(steps, values.mean(0), color=colors[start], label=label)
+                bounds = [student_interval(list(column)) or (column[0],) * 2 for column in values.T]
+                axis.fill_between(
+                    steps, *np.array(bounds).T, color=colors[start], alpha=0.25, linewidth=0
+                )
+            axis.set(xlabel="step", title=f"{result['task']}, {result['per_class']} a class")
+            axis.set_ylim(0, 100)
+        axes[0, 0].set_ylabel("top-1 on test images, %")
+        axes[0, 0].legend(loc="lower right")
+    plotting.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measure
+from trex_models import plotting
 
 _STEPS_PER_EPOCH = 50
 _RUN = f"""--data.num-classes 4 --data.images-per-class {_STEPS_PER_EPOCH} --data.image-size 16
@@ -127,30 +128,25 @@ def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]
 
 def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Path) -> None:
     """Draw memory and open files by step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps = np.array([s["step"] for s in samples])
-    figure, (memory, files) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     late = steps[_second_half(steps)]
-    for key, label in _LABELS.items():
-        values = np.array([s[key] for s in samples]) / 1e6
-        per_step = fits[key]["per_step"]
-        (line,) = memory.plot(steps, values, lw=1, label=f"{label} ({per_step:+.0f} bytes a step)")
-        middle = values[_second_half(steps)].mean()
-        memory.plot(late, middle + per_step / 1e6 * (late - late.mean()), "--", c=line.get_color())
-    memory.set(xlabel="step", ylabel="resident MB", ylim=(0, None))
-    memory.legend(loc="lower right", fontsize="small")
-    for name in ("trainer", "worker"):
-        label = _LABELS[f"{name}_bytes"]
-        files.plot(steps, [s[f"{name}_files"] for s in samples], lw=1, label=label)
-    files.set(xlabel="step", ylabel="open file descriptors", ylim=(0, None))
-    files.legend(loc="lower right", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plotting.drawing(9, 3.2) as figure:
+        memory, files = figure.subplots(1, 2)
+        for key, label in _LABELS.items():
+            values = np.array([s[key] for s in samples]) / 1e6
+            per_step = fits[key]["per_step"]
+            label = f"{label} ({per_step:+.0f} bytes a step)"
+            (line,) = memory.plot(steps, values, lw=1, label=label)
+            trend = values[_second_half(steps)].mean() + per_step / 1e6 * (late - late.mean())
+            memory.plot(late, trend, "--", c=line.get_color())
+        memory.set(xlabel="step", ylabel="resident MB", ylim=(0, None))
+        memory.legend(loc="lower right", fontsize="small")
+        for name in ("trainer", "worker"):
+            label = _LABELS[f"{name}_bytes"]
+            files.plot(steps, [s[f"{name}_files"] for s in samples], lw=1, label=label)
+        files.set(xlabel="step", ylabel="open file descriptors", ylim=(0, None))
+        files.legend(loc="lower right", fontsize="small")
+    plotting.save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,16 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 
 from trex_models import demo
 from trex_models.train.build import open_source
+from trex_models.train.recipes import demo as recipe
 from trex_models.train.recipes import smoke
 from trex_models.train.signals import StoppedBySignal
+from trex_models.transfer import datasets
+from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, select
+from trex_models.transfer.encoders import weights_digest
 
 
 @pytest.mark.slow
-def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_reports_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def select_small(names: str) -> list[Dataset]:
+        return [replace(dataset, sizes=Sizes()) for dataset in select(names)]
+
+    monkeypatch.setattr(datasets, "NUM_CLASSES", 4)
+    monkeypatch.setattr(demo, "select", select_small)
     config = smoke(str(tmp_path))
     config = replace(
         config,
@@ -27,31 +39,48 @@ def test_demo_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
         optim=replace(config.optim, epochs=2, batch_size=16),
         system=replace(config.system, workers=0, log_every=3),
     )
-    report = demo.run(config)
+    reports = demo.run(config)
     out = capsys.readouterr().out
-    saved = json.loads((tmp_path / "demo.json").read_text())
-    assert saved == json.loads(json.dumps(report))
-    assert list(saved["results"]) == [task.name for task in demo.tasks(config)]
-    for name, scores in saved["results"].items():
-        assert name in out
-        for encoder in ("pixels", "untrained", "t-ReX*"):
-            assert set(scores[encoder]) == set(demo.CLASSIFIERS)
-            assert all(0 <= value <= 1 for value in scores[encoder].values())
+    assert json.loads((tmp_path / "demo.json").read_text()) == {
+        "reports": json.loads(json.dumps(reports))
+    }
+    labels = [report["model"]["label"] for report in reports]
+    assert labels == ["pixels", "untrained", "t-ReX*"]
+    for report in reports:
+        assert f"{report['model']['label']}: top-1, %" in out
+        assert report["complete"]
+        assert list(report["datasets"]) == list(GROUPS["offline"])
+        assert report["transfer"]["datasets"] == list(GROUPS["offline"][1:])
+        for name, scores in report["datasets"].items():
+            assert scores["title"] in out
+            assert 0 <= scores["knn"]["top1"] <= 1, name
+    pixels, untrained, trained = (report["model"] for report in reports)
+    assert pixels["architecture"] == "pixels"
+    assert untrained["architecture"] == trained["architecture"] == "resnet10t"
+    assert untrained["weights_sha256"] != trained["weights_sha256"]
+    assert "200 training images of fractals" in untrained["batchnorm"]
+    assert "batchnorm" not in trained
+    exported = timm.create_model(f"local-dir:{tmp_path / 'export' / 'backbone'}", pretrained=True)
+    assert trained["weights_sha256"] == weights_digest(exported)
     with Image.open(tmp_path / "demo.png") as picture:
         assert min(picture.size) > 600
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 1000
 
 
-def test_unseen_classes_and_new_images_are_new() -> None:
-    config = smoke("unused")
-    new, unseen, *_ = demo.tasks(config)
-    for task in (new, unseen):
-        names = [{p.name(i) for i in range(len(p))} for p in (task.train, task.test)]
-        assert not names[0] & names[1]
-    trained = {open_source(config.data).name(i) for i in range(len(open_source(config.data)))}
-    assert not trained & {new.test.name(i) for i in range(len(new.test))}
-    for part in (unseen.train, unseen.test):
-        assert not trained & {part.name(i) for i in range(len(part))}
+def test_evaluated_fractals_are_those_of_the_recipe_and_new() -> None:
+    trained = open_source(recipe("unused").data)
+    (seen, new), unseen = (DATASETS[name].open(Path()) for name in ("fractals", "fractals-unseen"))
+    names = {trained.name(i) for i in range(len(trained))}
+    assert {seen.name(i) for i in range(len(seen))} < names
+    for index in (0, len(seen) - 1):
+        place = [trained.name(i) for i in range(len(trained))].index(seen.name(index))
+        np.testing.assert_array_equal(seen.read(index), trained.read(place))
+    assert seen.classes == new.classes == trained.classes
+    for part in (new, *unseen):
+        assert not names & {part.name(i) for i in range(len(part))}
+    for parts in ((seen, new), unseen):
+        inside = [{part.name(i) for i in range(len(part))} for part in parts]
+        assert not inside[0] & inside[1]
 
 
 def test_a_signal_stops_it_without_a_traceback(

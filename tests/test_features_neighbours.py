@@ -19,12 +19,12 @@ from torch import Tensor
 import trex_models.features
 from tests.images import save_image
 from tests.models import CHANNELS, save_model
+from trex_models import plotting
 from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import neighbours, picture
 from trex_models.features.__main__ import main
 from trex_models.features.file import Features
 from trex_models.features.neighbours import Neighbours, find
-from trex_models.transfer import pictures
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_names_that_are_not_utf8_are_drawn_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.png")
     save_image(tmp_path / name)
     row = Neighbours(name, tmp_path / name, [name], [0.5])
-    pictures.save(picture.draw([row], tmp_path, "title"), tmp_path / "p.png")
+    plotting.save(picture.draw([row], tmp_path, "title"), tmp_path / "p.png")
     assert picture.table([row]).encode().count("gr\ufffdn.png".encode()) == 2
 
 
@@ -185,8 +185,11 @@ def test_images_that_were_moved_are_found_by_their_root(place: Path) -> None:
     ("arguments", "message"),
     [
         (["--query", "c/0.png"], "--query c/0.png is neither a name of the file (such as a/0.png)"),
-        (["--query", "a/0.png", "--out", "p.txt"], "--out p.txt: give a picture that ends in .png"),
-        (["--query", "a/0.png", "--out", "no/p.png"], "no is no folder"),
+        (
+            ["--query", "a/0.png", "--out", "p.txt"],
+            "p.txt: give a file that ends in .png or .svg or .pdf",
+        ),
+        (["--query", "a/0.png", "--out", "f.npy/p.png"], "p.png cannot be written"),
     ],
 )
 @pytest.mark.usefixtures("place")

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "trex_models"
 # From the lowest to the highest: a part may import those of the lines above, and of its own line.
 ORDER = """
     heads atomic unpickling machine cli
-    precision manifest
+    precision plotting manifest
     checkpoints timm_folder
     naver
     weights

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trex_models import plot
+from trex_models import plot, plotting
 from trex_models.train.config import Config, ObjectiveConfig, to_json
 from trex_models.train.recipes import demo, trex
 
@@ -84,11 +84,21 @@ def test_panels_are_of_what_any_run_has(make_run: Make) -> None:
     full = plot.read_run(make_run("full", lines(40)))
     bare = [{"step": 1, "epoch": 0.1, "loss": 2.0}, {"step": 2, "epoch": 0.2, "loss": 1.0}]
     small = plot.read_run(make_run("small", bare))
-    expected = [panel.title for panel in plot.LARGE + plot.SMALL]
+    expected = [panel.title for panel in plot.LARGE + plot.RATES + plot.HEAD]
     assert titles(plot.draw([full])) == expected
     assert titles(plot.draw([small, full])) == expected
     assert titles(plot.draw([small])) == ["training loss"]
-    assert len(titles(plot.draw([small, full, full]))) == len(expected) + 1
+
+
+def test_the_second_curve_of_a_panel_is_dashed(make_run: Make) -> None:
+    figure = plot.draw([plot.read_run(make_run("full", lines(40)))])
+    for axis, panel in zip(figure.axes, plot.LARGE + plot.RATES + plot.HEAD, strict=True):
+        styles = [line.get_linestyle() for line in axis.lines]
+        assert styles == ["-", "--"][: len(panel.keys)]
+        assert ("dashed" in panel.title) == (len(panel.keys) == 2)
+    validation = figure.axes[1].lines[1]
+    assert validation.get_xydata().tolist() == [[1, 50], [2, 50], [3, 50], [4, 50]]
+    assert validation.get_marker() == "o"
 
 
 def test_several_runs_have_one_colour_each_and_a_legend(
@@ -98,7 +108,7 @@ def test_several_runs_have_one_colour_each_and_a_legend(
     folders = [make_run(name, lines(20)) for name in names]
     figure = plot.draw([plot.read_run(folder) for folder in folders])
     for axis in figure.axes:
-        assert {line.get_color() for line in axis.lines} == set(plot.PALETTE[:3])
+        assert {line.get_color() for line in axis.lines} == set(plotting.PALETTE[:3])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(names)
     monkeypatch.chdir(tmp_path)
@@ -195,12 +205,12 @@ def test_hours_are_those_of_training(make_run: Make) -> None:
     np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
     folder = make_run("other", lines(2))
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="other does not tell its hours.*use --x step"):
+    with pytest.raises(ValueError, match="the hours of .*other are not known.*use --x step"):
         plot.read_run(folder).x("hours")
 
 
 @pytest.mark.parametrize("unit", ["epoch", "step", "hours"])
-def test_axis_is_named(make_run: Make, unit: str) -> None:
+def test_axis_is_named(make_run: Make, unit: plot.Unit) -> None:
     run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "images_per_second": 2.0}]))
     (axis,) = plot.draw([run], unit).axes
     assert axis.get_xlabel() == unit
@@ -208,7 +218,7 @@ def test_axis_is_named(make_run: Make, unit: str) -> None:
 
 def test_labels_are_distinct(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a/x/run", "b/x/run", "b/y/run", "c")]
-    assert plot.labels(folders) == ["a/x/run", "b/x/run", "y/run", "c"]
+    assert plot.labels(folders) == ["a/x/run", "b/x/run", "b/y/run", "c"]
     assert plot.labels([Path()]) == [Path.cwd().name]
 
 
@@ -221,11 +231,12 @@ def test_headline_says_what_differs(make_run: Make) -> None:
     assert plot.headline([first, second]) == "objective.name: ocm | cosine"
     assert plot.headline([first, first]) == "equal configurations"
     assert plot.headline([second]) == (
-        "resnet50, cosine, hidden layers 3, epochs 100, batch 256, at step 40 (epoch 0.2)"
+        "source folder, backbone resnet50, objective cosine, hidden layers 3, epochs 100, "
+        "batch size 256, at step 40 (epoch 0.2)"
     )
     other = plot.read_run(make_run("3", lines(2), demo("z")))
     text = plot.headline([first, other, second])
-    assert text.startswith("model.backbone: resnet50 | resnet10t  ")
+    assert text.startswith("data.source: folder | fractals      model.backbone: resnet50 | resnet")
     assert text.endswith(" more")
 
 
@@ -238,18 +249,19 @@ def test_a_run_given_twice_counts_once(make_run: Make, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], r"missing is not a folder; give the one that a training wrote"),
-        (["empty"], r"empty has no metrics.jsonl; is it a run's folder\?"),
-        (["new"], r"no line: nothing to draw yet; wait for the first report \(system.log_every\)"),
-        (["torn"], "nothing to draw yet"),
+        (["missing"], r"missing is not a folder; give the folder that a training run wrote"),
+        (["empty"], r"empty has no metrics.jsonl; give the folder that a training run wrote"),
+        ([], "no run is named; give the folder of at least one"),
+        (["new"], r"has no line yet; wait for the first one \(system.log_every\)"),
+        (["torn"], "has no line yet"),
         (["csv"], r"metrics.jsonl, line 1 is not one of a run's metrics \('step,loss'\)"),
         (["text"], r"line 1 is not one of a run's metrics \('nothing of the kind'\)"),
         (["other"], "line 2 is not one of a run's metrics"),
         (["list"], r"line 1 is not one of a run's metrics \('\[1, 2\]'\); delete the line, or"),
-        (["config"], "config.json is not a run's configuration"),
-        (["missing", "--output", "a.jpg"], r"a.jpg must end in .png, .svg, .pdf"),
-        (["good", "--output", "a"], r"a must end in .png, .svg, .pdf"),
-        (["good", "--output", "no/where.png"], "no is not a folder; make it, or choose another"),
+        (["config"], "config.json is not a run's config; restore it"),
+        (["missing", "--output", "a.jpg"], r"a.jpg: give a file that ends in .png or .svg or .pdf"),
+        (["good", "--output", "a"], r"--output a: give a file that ends in .png"),
+        (["good", "--output", "file/a.png"], r"file/a.png cannot be written \(Not a directory\)"),
     ],
 )
 def test_errors_are_one_line_that_helps(
@@ -269,6 +281,7 @@ def test_errors_are_one_line_that_helps(
         (folder / "metrics.jsonl").write_text(text)
     (tmp_path / "config" / "config.json").write_text("[]")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert plot.main(arguments) == 2

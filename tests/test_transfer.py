@@ -214,7 +214,7 @@ def test_features_without_a_direction_cost_the_analyses_alone(
     assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
     assert "over 1 seed (" in out.with_suffix(".md").read_text()
-    assert main(["plot", str(out), "--kind", "analyses", "--out", str(tmp_path / "a.png")]) == 2
+    assert main(["plot", str(out), "--kind", "geometry", "--out", str(tmp_path / "a.png")]) == 2
 
 
 def test_what_does_not_compare_is_refused_or_said(
@@ -292,7 +292,7 @@ def test_models_share_a_table_and_a_picture(
     assert f"{report['datasets']['hard']['log_odds']:.3f}" in text
     assert main(["table", one, other, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| dataset | test images | Small: top-1, % |")
-    for kind in ("bars", "analyses"):
+    for kind in ("bars", "geometry"):
         picture = tmp_path / f"{kind}.png"
         assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
         with Image.open(picture) as image:

@@ -21,8 +21,6 @@ from tests.replicas import REPLICAS, Files, Parts, cog_lists, folders, touch, wr
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
-from trex_models.demo import tasks
-from trex_models.train.recipes import demo
 from trex_models.transfer import readers
 from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, open_checked, select
 from trex_models.transfer.evaluate import Task
@@ -478,15 +476,6 @@ def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:
 
 
 # Sets that need no download.
-
-
-def test_offline_sets_are_the_demos() -> None:
-    chosen = select("offline")
-    opened = [open_checked(dataset, Path("/absent")) for dataset in chosen]
-    expected = tasks(demo())
-    assert len(opened) == len(expected) == 4
-    for (train, test), task in zip(opened, expected, strict=True):
-        assert (train.digest(), test.digest()) == (task.train.digest(), task.test.digest())
 
 
 def test_an_offline_set_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

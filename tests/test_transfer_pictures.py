@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from trex_models import plotting
+from trex_models.plotting import PALETTE
 from trex_models.transfer import pictures
-from trex_models.transfer.canvas import PALETTE
 from trex_models.transfer.published import PUBLISHED
 
 SETS = ("digits", "flowers", "pets")
@@ -60,9 +59,13 @@ def points(axis: Any, hollow: bool = False) -> list[tuple[float, float]]:
     return [
         (float(x), float(y))
         for line in axis.lines
-        if line.get_marker() == "o" and (line.get_markerfacecolor() == "none") == hollow
+        if line.get_marker() != "None" and (line.get_markerfacecolor() == "none") == hollow
         for x, y in line.get_xydata()
     ]
+
+
+def notes(figure: Any) -> list[str]:
+    return str(figure.axes[0].get_title(loc="left")).split("\n")
 
 
 def heights(axis: Any) -> list[float]:
@@ -88,20 +91,22 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
     np.testing.assert_allclose(ends[0], [[x[0] - 2, 1.0], [x[0] + 1, 1.0]])
     np.testing.assert_allclose(ends[1], [[x[0], 0.9], [x[0], 1.2]])
-    assert texts(figure) == [
-        *("one", "two $x_1$", "95 % interval, test images", "95 % interval, seeds")
-    ]
+    assert texts(figure) == ["one", "two $x_1$"]
+    assert "lines: 95 % intervals, of x over test images, of y over seeds" in notes(figure)
     assert axis.get_xlabel() == "training task: top-1 accuracy on Imagenet, %"
-    assert axis.get_ylabel() == "transfer: mean log-odds over 3 data sets"
+    assert axis.get_ylabel() == "transfer: mean log-odds over 3 datasets"
 
 
-def test_without_intervals_there_are_points_alone() -> None:
+def test_one_seed_has_no_interval() -> None:
     one = report("one")
     one["transfer"]["interval"] = None
-    del one["datasets"]["imagenet"]["top1"]["test_interval"]
     figure = pictures.scatter([one])
-    assert texts(figure) == ["one"]
-    assert points(figure.axes[0])
+    (axis,) = axes(figure)
+    ((x, y),) = points(axis)
+    assert (x, y) == (100 * one["datasets"]["imagenet"]["top1"]["mean"], 1)
+    ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
+    np.testing.assert_allclose(ends[0][:, 0], [x - 2, x + 1])
+    np.testing.assert_allclose(ends[1], [[x, 1], [x, 1]])
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
@@ -110,17 +115,18 @@ def test_authors_points_are_hollow_and_named(name: str) -> None:
     authors = PUBLISHED[name]
     expected = [(100 * point.top1, point.mean_log_odds) for point in authors.points]
     np.testing.assert_allclose(points(figure.axes[0], hollow=True), expected)
-    found = texts(figure)
-    assert found[1 : 1 + len(expected)] == [point.name for point in authors.points]
-    assert f"authors' figures ({authors.title})" in found
+    assert texts(figure) == ["ours", *(point.name for point in authors.points)]
+    shapes = [line.get_marker() for line in figure.axes[0].lines[3:]]
+    assert len(set(shapes)) == len(expected)
+    assert f"hollow: the authors' figures ({authors.title})" in notes(figure)
     assert f"{authors.num_datasets} sets" in authors.title
-    note = f"Means over 3 and over the authors' {authors.num_datasets} data sets do not compare."
-    assert figure.get_suptitle() == note
+    note = f"Means over 3 and over the authors' {authors.num_datasets} datasets do not compare."
+    assert note in notes(figure)
 
 
 def test_authors_means_over_as_many_sets_need_no_note() -> None:
     sets = tuple(f"set{index}" for index in range(13))
-    assert pictures.scatter([report("ours", sets=sets)], "paper").get_suptitle() == ""
+    assert "Means" not in str(notes(pictures.scatter([report("ours", sets=sets)], "paper")))
 
 
 def test_authors_figures_of_different_sets_stay_apart() -> None:
@@ -135,24 +141,23 @@ def test_models_without_both_scores_are_named_and_keep_their_colour() -> None:
     alone, silent = report("alone"), report("silent")
     alone["training_task"], silent["transfer"] = None, None
     figure = pictures.scatter([alone, silent, report("whole")])
-    assert figure.get_suptitle() == "Without one of the scores: alone, silent"
+    assert "Without one of the scores: alone, silent" in notes(figure)
     (point,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert point.get_color() == PALETTE[2]
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.01, 0.3])
-def test_labels_cover_neither_each_other_nor_points(spread: float) -> None:
-    reports = [report(f"model number {index}", 1 + spread * index) for index in range(8)]
-    figure = pictures.scatter(reports, "paper" if spread else None)
-    (axis,) = axes(figure)
+def test_names_are_in_a_legend_that_leaves_the_points_free() -> None:
+    reports = [report(f"model number {index} {'x' * 60}", 1 + 0.01 * index) for index in range(8)]
+    figure: Any = pictures.scatter(reports, "crops-1")
     figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in axis.texts]
-    assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
-    places = axis.transData.transform(points(axis) + points(axis, hollow=True))
-    assert not any(box.contains(x, y) for box in boxes for x, y in places)
+    (axis,), (legend,) = axes(figure), figure.legends
     frame = axis.get_window_extent()
-    assert all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
-    assert all(frame.y0 < box.y0 and box.y1 < frame.y1 for box in boxes)
+    box = legend.get_window_extent()
+    assert frame.width > figure.bbox.width / 2
+    assert frame.x1 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    marks = [handle.get_color() for handle in legend.legend_handles[:8]]
+    assert marks == list(PALETTE[:8])
 
 
 def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
@@ -194,7 +199,7 @@ def test_many_bars_take_several_rows_and_no_numbers() -> None:
 
 
 def test_analyses_are_a_spectrum_and_three_panels() -> None:
-    figure = pictures.analyses([report("one", 1.0), report("two", 2.0)])
+    figure = pictures.geometry([report("one", 1.0), report("two", 2.0)])
     spectrum, length, sparsity, distance = axes(figure)
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         "spectrum, Digits",
@@ -220,11 +225,11 @@ def test_analyses_of_some_models_and_sets_alone() -> None:
     for name in ("digits", "imagenet", "flowers"):
         two["datasets"][name]["geometry"] = {}
     three["datasets"] = {"pets": three["datasets"]["pets"]}
-    figure = pictures.analyses([one, two, three])
+    figure = pictures.geometry([one, two, three])
     assert figure.axes[0].get_title(loc="left") == "spectrum, Pets"
     assert [line.get_color() for line in figure.axes[0].lines] == list(PALETTE[1:3])
     assert heights(figure.axes[1]) == [102, 102]
-    chosen = pictures.analyses([report("one")], "imagenet").axes[0]
+    chosen = pictures.geometry([report("one")], "imagenet").axes[0]
     assert chosen.get_title(loc="left") == "spectrum, Imagenet"
 
 
@@ -233,7 +238,7 @@ def test_analyses_of_some_models_and_sets_alone() -> None:
 )
 def test_the_suffix_chooses_the_format(tmp_path: Path, suffix: str, head: bytes) -> None:
     path = tmp_path / f"picture{suffix}"
-    pictures.save(pictures.scatter([report("a name \u732b $x$")], "paper"), path)
+    plotting.save(pictures.scatter([report("a name \u732b $x$")], "paper"), path)
     assert path.read_bytes().startswith(head)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -250,7 +255,7 @@ def test_a_picture_that_fails_leaves_the_old_one(
 
     monkeypatch.setattr(figure, "savefig", full)
     with pytest.raises(OSError, match="No space"):
-        pictures.save(figure, path)
+        plotting.save(figure, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -258,13 +263,22 @@ def test_a_picture_that_fails_leaves_the_old_one(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.jpg", "a.jpg must end in .png, .svg, .pdf"),
-        ("no/where.png", "no is not a folder; make it, or choose another"),
+        ("a.jpg", r"a.jpg: give a file that ends in .png or .svg or .pdf"),
+        ("file/where.png", r"file/where.png cannot be written \(Not a directory\)"),
     ],
 )
 def test_where_no_picture_can_be_written(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=message):
-        pictures.save(pictures.bars([report("one")]), tmp_path / name)
+        plotting.require_picture(tmp_path / name)
+
+
+def test_the_folder_of_a_picture_is_created(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "p.png"
+    plotting.require_picture(path)
+    assert not any(tmp_path.iterdir())
+    plotting.save(pictures.bars([report("one")]), path)
+    assert path.is_file()
 
 
 def test_what_does_not_compare_is_refused() -> None:
@@ -275,7 +289,7 @@ def test_what_does_not_compare_is_refused() -> None:
     with pytest.raises(ValueError, match="one and fewer differ in cars, flowers, pets: evaluate"):
         pictures.scatter([one, fewer])
     one["training_task"] = "cars"
-    with pytest.raises(ValueError, match="no report has both scores.*evaluate a model on the data"):
+    with pytest.raises(ValueError, match="no report has both scores.*evaluate a model on the dat"):
         pictures.scatter([one])
     with pytest.raises(ValueError, match="one of paper, crops-1, crops-3, released, got 'them'"):
         pictures.scatter([report("one")], "them")
@@ -283,15 +297,9 @@ def test_what_does_not_compare_is_refused() -> None:
 
 def test_nothing_to_draw() -> None:
     bare: dict[str, Any] = {**report("one"), "datasets": {}}
-    with pytest.raises(ValueError, match="no report has a data set to draw"):
+    with pytest.raises(ValueError, match="no report has a dataset to draw"):
         pictures.bars([bare])
     with pytest.raises(ValueError, match="no report has analyses to draw; make them with --analy"):
-        pictures.analyses([bare])
+        pictures.geometry([bare])
     with pytest.raises(ValueError, match="of 'cars'; they are of digits, flowers, pets, imagenet"):
-        pictures.analyses([report("one")], "cars")
-
-
-def test_matplotlib_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install trex-models\[transfer\]"):
-        pictures.scatter([report("one")])
+        pictures.geometry([report("one")], "cars")

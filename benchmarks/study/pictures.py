@@ -30,21 +30,13 @@ from benchmarks.study.claims import (
 )
 from benchmarks.study.images import TITLES
 from benchmarks.study.runs import TRAINING_TASK
-from trex_models.atomic import replacing
-from trex_models.transfer.canvas import (
-    GREY,
-    PALETTE,
-    Label,
-    bare,
-    drawing,
-    place_labels,
-)
+from trex_models.plotting import GRAY, PALETTE, drawing, save
 
 COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
 VERDICTS = {
     "holds": "#009E73",
     "weakly holds": "#8CCFBC",
-    "within noise": GREY,
+    "within noise": GRAY,
     "weakly fails": "#EDB489",
     "fails": "#D55E00",
 }
@@ -100,7 +92,6 @@ def _rows(axis: Any, cells: Sequence[str]) -> None:
     """Name the rows of axes by cells, the first at the top."""
     axis.set_yticks(range(len(cells)), [CELLS[cell].title for cell in cells])
     axis.set_ylim(len(cells) - 0.4, -0.6)
-    bare(axis)
 
 
 def _bar(axis: Any, across: Estimate, up: float, vertical: bool = False, **style: Any) -> None:
@@ -132,24 +123,20 @@ def tradeoff(results: Results) -> Any:
         name: [_scaled(measure, among_cells(results, measure, name)) for measure in measures]
         for name in results
     }
-    with drawing(8.5, 6.2) as figure:
+    with drawing(10.5, 6.2) as figure:
         axis = figure.add_subplot()
-        bare(axis)
-        axis.margins(0.12)
+        axis.margins(0.08)
         for title, dashes in ((DEPTH, ":"), (LOCAL_CROPS, "--")):
             for after, before in found_effects(results).get(title, {}).values():
                 places = [(points[n][0].mean, points[n][1].mean) for n in (before, after)]
                 color = _style(after)["color"]
                 axis.plot(*zip(*places, strict=True), color=color, ls=dashes, lw=1.2, alpha=0.7)
-        labels, lines = [], []
         for name, (x, y) in points.items():
             style = _style(name)
-            axis.plot(x.mean, y.mean, ls="", ms=8, zorder=3, **style)
-            labels.append(Label(x.mean, y.mean, CELLS[name].title, style["color"]))
+            axis.plot(x.mean, y.mean, ls="", ms=8, zorder=3, label=CELLS[name].title, **style)
             if x.has_interval:
                 _bar(axis, x, y.mean, color=style["color"], lw=1.2)
                 _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
-                lines += [((x.low, x.high), (y.mean,) * 2), ((x.mean,) * 2, (y.low, y.high))]
         sets = len(list_data_sets(results)) - 1
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
         axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
@@ -158,7 +145,7 @@ def tradeoff(results: Results) -> Any:
             "hollow: no local crops; dashed: they are added; dotted: from 1 to 3 hidden layers",
             fontsize=10,
         )
-        place_labels(axis, labels, lines)
+        figure.legend(loc="outside right upper")
     return figure
 
 
@@ -183,7 +170,6 @@ def differences(tested: Sequence[Tested]) -> Any:
             axis.set_yticks(range(len(rows)), [test.claim.text for test in rows])
             axis.set_ylim(len(rows) - 0.4, -0.6)
             axis.set_title(f"{measure.title}; right of 0: as claimed", fontsize=9.5)
-            bare(axis)
         marks = [Line2D([], [], color=color, marker="o", label=v) for v, color in VERDICTS.items()]
         figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
@@ -227,8 +213,7 @@ def effects(results: Results) -> Any:
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_title(title)
             axis.set_xlabel("difference in top-1, points")
-            axis.legend(frameon=False, fontsize=9)
-            bare(axis)
+            axis.legend(fontsize=9)
     return figure
 
 
@@ -260,8 +245,7 @@ def geometry(results: Results) -> Any:
             _curve(right, np.arange(1, rows.shape[1] + 1), rows / reference, cell)
         right.set(xscale="log", yscale="log", xlabel="principal axis")
         right.set_ylabel(f"singular value, of that of: {CELLS[cells[0]].title}", fontsize=8)
-        right.legend(frameon=False, fontsize=8)
-        bare(right)
+        right.legend(fontsize=8)
         figure.suptitle("Features of the training images, at unit length", fontsize=11)
     return figure
 
@@ -280,8 +264,7 @@ def change(results: Results) -> Any:
         left.set(xlabel="step", ylabel="change of unit class vectors a step", yscale="log")
         left.set_ylim(bottom=1e-5)
         left.set_title("Class vectors")
-        left.legend(frameon=False, fontsize=8)
-        bare(left)
+        left.legend(fontsize=8)
         cells = [name for name, runs in results.items() if runs[0]["head"]]
         for place, name in enumerate(cells):
             for key, offset, faint in (("fit", -0.14, 0.45), ("new", 0.14, 1.0)):
@@ -291,12 +274,6 @@ def change(results: Results) -> Any:
         right.set_xlabel("top-1, %; pale: training images, full: new ones")
         right.set_title("The training heads")
     return figure
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG."""
-    with replacing(path) as file:
-        figure.savefig(file, format="png")
 
 
 def draw_all(results: Results, tested: Sequence[Tested], folder: Path) -> list[Path]:

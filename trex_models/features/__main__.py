@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trex_models import plotting
 from trex_models.cli import default_device, natural, positive, require_writable, run
 from trex_models.features import images, neighbours, outputs, picture
 from trex_models.features.extract import Plan, extract
 from trex_models.features.file import FORMATS, KIND, load
 from trex_models.features.outputs import OUTPUTS
 from trex_models.machine import free_cores
-from trex_models.transfer import pictures
 from trex_models.transfer.cache import DTYPES
 from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
 
@@ -118,7 +118,7 @@ def _neighbours(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     found = load(options.features)
     if options.out is not None:
-        _require_picture(options.out)
+        plotting.require_picture(options.out)
     rows = neighbours.find(
         found,
         options.query,
@@ -136,17 +136,8 @@ def _neighbours(arguments: Sequence[str]) -> None:
     if options.out is not None:
         root = options.root or Path(found.metadata["root"])
         title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        pictures.save(picture.draw(rows, root, title), options.out)
+        plotting.save(picture.draw(rows, root, title), options.out)
         print(f"wrote {options.out}", file=sys.stderr)
-
-
-def _require_picture(out: Path) -> None:
-    if out.suffix.lower().removeprefix(".") not in pictures.FORMATS:
-        raise ValueError(
-            f"--out {out}: give a picture that ends in .{', .'.join(pictures.FORMATS)}"
-        )
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: {out.parent} is no folder; make it, or choose another")
 
 
 if __name__ == "__main__":

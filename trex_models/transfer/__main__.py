@@ -122,8 +122,8 @@ def _plot(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("reports", type=Path, nargs="+", help="reports of models")
     add("--out", type=Path, required=True, help="picture, .png, .svg or .pdf")
-    add("--kind", choices=("scatter", "bars", "analyses"), default="scatter", help="(scatter)")
-    add("--data-set", help="analyses: whose spectra are drawn (the first one that all have)")
+    add("--kind", choices=("scatter", "bars", "geometry"), default="scatter", help="(scatter)")
+    add("--data-set", help="geometry: whose spectra are drawn (the first one that all have)")
     add(
         "--published",
         nargs="?",
@@ -132,17 +132,19 @@ def _plot(arguments: Sequence[str]) -> None:
         help="scatter: also points that the authors published (paper)",
     )
     options = parser.parse_args(arguments)
+    from trex_models import plotting
     from trex_models.transfer import pictures
     from trex_models.transfer.report import read_report, require_same_images
 
+    plotting.require_picture(options.out)
     reports = [read_report(path) for path in options.reports]
     require_same_images(reports)
     figure = {
         "scatter": lambda: pictures.scatter(reports, options.published),
         "bars": lambda: pictures.bars(reports),
-        "analyses": lambda: pictures.analyses(reports, options.data_set),
+        "geometry": lambda: pictures.geometry(reports, options.data_set),
     }[options.kind]()
-    pictures.save(figure, options.out)
+    plotting.save(figure, options.out)
     print(f"wrote {options.out}")
 
 

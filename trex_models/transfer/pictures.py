@@ -1,132 +1,106 @@
-"""Pictures of reports: the two scores of models, their accuracies, analyses of their features.
+"""Pictures of reports: the two scores of models, their accuracies, the geometry of their features.
 
-A report is what ``python -m trex_models.transfer`` writes of a model, as a dictionary. Its
-accuracies are shares, drawn in percent; its intervals are of 95 %. Models keep their order, and so
-their colours, in all pictures of the same reports.
+A report is what ``python -m trex_models.transfer`` writes about a model, as a dictionary. Its
+accuracies are shares, drawn in percent; its intervals cover 95 %. Models keep their order, and so
+their colors, in all pictures of the same reports.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 
-from trex_models.atomic import replacing
-from trex_models.transfer.canvas import (
-    GREY,
-    Label,
-    bare,
-    colors_of,
-    drawing,
-    grouped_bars,
-    legend,
-    place_labels,
-    shortened,
-    width_of,
-)
-from trex_models.transfer.published import PUBLISHED, Figures
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from trex_models import plotting
+from trex_models.transfer.published import PUBLISHED
 
 Report = dict[str, Any]
+BARS_PER_ROW = 64
+VALUES_UP_TO = 24  # bars in a panel; more leave no room for numbers above them
+MARKERS = "s^dvP<>"  # one for each published point
+# Measures of `geometry`: title, keys of bars and marks, scale, and format of the numbers.
+MEASURES = (
+    ("coding length, nats", "coding_length", "", 1, "{:.0f}"),
+    ("values that are zero, % (sparsity)", "sparsity", "", 100, "{:.1f}"),
+    (
+        "cosine distance within classes; marks: between classes",
+        *("within_class_distance", "between_class_distance", 1, "{:.2f}"),
+    ),
+)
 
-FORMATS = ("png", "svg", "pdf")
-BARS_A_ROW = 64
 
-
-class Scores(NamedTuple):
-    """A model's place in the scatter plot: percent, and log-odds."""
-
-    x: float
-    y: float
-    across: tuple[float, float]
-    """Interval of x; x twice where there is none."""
-    up: tuple[float, float]
-
-
-def scatter(reports: Sequence[Report], published: str | None = None) -> Figure:
+def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     """Draw the paper's picture: accuracy on the training task against mean transfer score.
 
-    Models that have not both scores are named below the picture.
+    Models that lack one of the scores are named above the picture.
 
     Args:
-        reports: One a model.
-        published: Whose points are drawn too, a name in ``PUBLISHED``; None for no others.
+        reports: One report per model.
+        published: Key of ``PUBLISHED``, whose points are drawn too; None for no others.
 
     Raises:
         ValueError: No report has both scores, reports differ in their training task or in the
-            data sets of their transfer scores, ``published`` is unknown or of another training
-            task, or matplotlib is missing.
+            datasets of their transfer scores, or ``published`` is unknown or of another training
+            task.
     """
-    if published is not None and published not in PUBLISHED:
+    if published not in (None, *PUBLISHED):
         raise ValueError(f"published must be one of {', '.join(PUBLISHED)}, got {published!r}")
-    authors = None if published is None else PUBLISHED[published]
-    scores = [_scores(report) for report in reports]
-    whole = [report for report, found in zip(reports, scores, strict=True) if found]
-    task, data_sets = _common(whole)
-    if authors is not None and whole[0]["training_task"] != "imagenet":
+    authors = PUBLISHED[published] if published else None
+    missing = [_label(report) for report in reports if not _has_both_scores(report)]
+    first = _first_comparable([report for report in reports if _has_both_scores(report)])
+    title = first["datasets"][first["training_task"]]["title"]
+    count = len(first["transfer"]["datasets"])
+    if authors and first["training_task"] != "imagenet":
         raise ValueError(
-            f"the authors' models were trained on ImageNet-1K, {_label(whole[0])} on {task}: their "
+            f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}: their "
             "accuracies do not compare; draw the picture without the published points"
         )
-    colors = colors_of(len(reports))
-    with drawing(8.5, 6.5) as figure:
+    notes = ["lines: 95 % intervals, of x over test images, of y over seeds"]
+    if missing:
+        notes.append(plotting.shorten(f"Without one of the scores: {', '.join(missing)}", 110))
+    if authors:
+        notes.append(f"hollow: the authors' figures ({authors.title})")
+        if authors.num_datasets != count:
+            notes.append(
+                f"Means over {count} and over the authors' {authors.num_datasets} datasets do "
+                "not compare."
+            )
+    with plotting.drawing(10.5, 6.2) as figure:
         axis = figure.add_subplot()
-        bare(axis)
-        axis.margins(0.14)
-        axis.set_xlabel(f"training task: top-1 accuracy on {task}, %", parse_math=False)
-        count = f"{len(data_sets)} data set{'s' * (len(data_sets) > 1)}"
-        axis.set_ylabel(f"transfer: mean log-odds over {count}")
-        labels: list[Label] = []
-        lines: list[tuple[Sequence[float], Sequence[float]]] = []
-        for report, found, color in zip(reports, scores, colors, strict=True):
-            if found:
-                x, y, across, up = found
-                lines += [(across, (y, y)), ((x, x), up)]
-                for line in lines[-2:]:
-                    axis.plot(*line, color=color, lw=1.3)
-                axis.plot(x, y, "o", color=color, ms=7, mec="white", mew=0.8, zorder=3)
-                labels.append(Label(x, y, shortened(_label(report), 36), color))
-        if authors is not None:
-            theirs = [Label(100 * x, y, name, GREY) for name, x, y in authors.points]
-            places = [point.x for point in theirs], [point.y for point in theirs]
-            name = f"authors' figures ({authors.title})"
-            axis.plot(*places, "o", mfc="none", mec=GREY, ms=7, label=name)
-            labels += theirs
-        if any(found and found.across[0] < found.across[1] for found in scores):
-            axis.plot([], [], "_", color="black", ms=12, label="95 % interval, test images")
-        if any(found and found.up[0] < found.up[1] for found in scores):
-            axis.plot([], [], "|", color="black", ms=12, label="95 % interval, seeds")
-        notes = _notes(reports, scores, len(data_sets), authors)
-        if notes:
-            figure.suptitle("\n".join(notes), fontsize=9, color="#444444", parse_math=False)
-        if axis.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        place_labels(axis, labels, lines)
+        axis.margins(0.1)
+        axis.set_xlabel(f"training task: top-1 accuracy on {title}, %", parse_math=False)
+        axis.set_ylabel(f"transfer: mean log-odds over {count} dataset{'s' * (count > 1)}")
+        for report, color in zip(reports, plotting.colors(len(reports)), strict=True):
+            if _has_both_scores(report):
+                top1 = report["datasets"][report["training_task"]]["top1"]
+                x, y = 100 * top1["mean"], report["transfer"]["mean_log_odds"]
+                ends = [100 * end for end in top1["test_interval"]]
+                axis.plot(ends, (y, y), color=color, lw=1.3)
+                axis.plot((x, x), report["transfer"]["interval"] or (y, y), color=color, lw=1.3)
+                name = plotting.shorten(_label(report), 36)
+                axis.plot(x, y, "o", color=color, ms=7, mec="white", mew=0.8, zorder=3, label=name)
+        further = islice(cycle(plotting.PALETTE), len(reports), None)
+        for point, marker in zip(authors.points if authors else (), MARKERS, strict=False):
+            place, color = (100 * point.top1, point.mean_log_odds), next(further)
+            axis.plot(*place, marker, mfc="none", mec=color, ms=8, label=point.name)
+        axis.set_title("\n".join(notes), fontsize=9, color=plotting.GRAY, parse_math=False)
+        for text in figure.legend(loc="outside right upper").get_texts():
+            text.set_parse_math(False)
     return figure
 
 
-def _scores(report: Report) -> Scores | None:
-    task = report["datasets"].get(report["training_task"])
-    transfer = report["transfer"]
-    if not task or not transfer:
-        return None
-    top1, score = 100 * task["top1"]["mean"], transfer["mean_log_odds"]
-    left, right = task["top1"].get("test_interval") or (task["top1"]["mean"],) * 2
-    low, high = transfer.get("interval") or (score, score)
-    return Scores(top1, score, (100 * left, 100 * right), (low, high))
+def _has_both_scores(report: Report) -> bool:
+    return bool(report["datasets"].get(report["training_task"]) and report["transfer"])
 
 
-def _common(reports: Sequence[Report]) -> tuple[str, list[str]]:
-    """Return the title of the training task, and the data sets of the transfer score."""
+def _first_comparable(reports: Sequence[Report]) -> Report:
+    """Return the first report that has both scores; all must be of the same datasets."""
     if not reports:
         raise ValueError(
             "no report has both scores, on the training task and of transfer: evaluate a model on "
-            "the data set that it was trained on too, and say which one that is"
+            "the dataset that it was trained on too, and name that one by --training-task"
         )
     first = reports[0]
     for other in reports[1:]:
@@ -138,157 +112,149 @@ def _common(reports: Sequence[Report]) -> tuple[str, list[str]]:
         mine, theirs = (set(report["transfer"]["datasets"]) for report in (first, other))
         if mine != theirs:
             raise ValueError(
-                f"mean scores over other data sets do not compare, but {_label(first)} and "
+                f"mean scores over other datasets do not compare, but {_label(first)} and "
                 f"{_label(other)} differ in {', '.join(sorted(mine ^ theirs))}: evaluate all "
                 "models on the same ones"
             )
-    task = first["datasets"][first["training_task"]]
-    return task["title"], first["transfer"]["datasets"]
+    return first
 
 
-def _notes(
-    reports: Sequence[Report],
-    scores: Sequence[Scores | None],
-    data_sets: int,
-    authors: Figures | None,
-) -> list[str]:
-    absent = [_label(r) for r, found in zip(reports, scores, strict=True) if not found]
-    notes = []
-    if absent:
-        notes.append(shortened(f"Without one of the scores: {', '.join(absent)}", 110))
-    if authors is not None and authors.num_datasets != data_sets:
-        notes.append(
-            f"Means over {data_sets} and over the authors' {authors.num_datasets} data sets do "
-            "not compare."
-        )
-    return notes
+def bars(reports: Sequence[Report]) -> Any:
+    """Draw top-1 accuracies on all datasets, and the k-NN classifier's as a mark on each bar.
 
-
-def bars(reports: Sequence[Report]) -> Figure:
-    """Draw top-1 accuracies on all data sets, with the k-NN classifier's as a mark on each bar.
-
-    Data sets come in the order in which the reports name them; a model that was not evaluated on
-    one leaves a gap.
+    Datasets come in the order of the reports; a model that was not evaluated on one leaves a gap.
 
     Raises:
-        ValueError: There is nothing to draw, or matplotlib is missing.
+        ValueError: There is nothing to draw.
     """
-    tasks = {report["training_task"] for report in reports}
-    titles = {
-        name: found["title"] + "\n(training task)" * (name in tasks)
-        for report in reports
-        for name, found in report["datasets"].items()
-    }
-    names = list(titles)
-    if not names:
-        raise ValueError("no report has a data set to draw")
-    rows = -(-len(names) * len(reports) // BARS_A_ROW)
-    parts = [list(part) for part in np.array_split(np.array(names, object), min(rows, len(names)))]
-    width = width_of(len(parts[0]), len(reports))
-    with drawing(width, 3.6 * len(parts) + 0.8) as figure:
-        marked = False
-        for row, part in enumerate(parts):
-            axis = figure.add_subplot(len(parts), 1, row + 1)
-            found = [[report["datasets"].get(name, {}) for name in part] for report in reports]
-            accuracy = _table([[x.get("top1") for x in row] for row in found], "mean")
-            knn = _table([[x.get("knn") for x in row] for row in found], "top1")
-            marked |= bool(np.isfinite(knn).any())
-            grouped_bars(axis, [titles[name] for name in part], 100 * accuracy, 100 * knn, "{:.1f}")
-            axis.set_ylim(0, 108)
-            axis.set_yticks(range(0, 101, 20))
-            axis.set_ylabel("top-1 accuracy, %")
-        legend(figure, [_label(report) for report in reports], ["k-NN"] if marked else [])
+    rows = _rows(reports)
+    if not rows:
+        raise ValueError("no report has a dataset to draw")
+    with plotting.drawing(_width(len(rows[0]), len(reports)), 3.6 * len(rows) + 0.8) as figure:
+        draw_bars(figure, reports)
     return figure
 
 
-def analyses(reports: Sequence[Report], data_set: str | None = None) -> Figure:
-    """Draw the spectra of a data set's training features, and other analyses of all data sets.
+def draw_bars(figure: Any, reports: Sequence[Report]) -> None:
+    """Draw `bars` into a figure, or into a part of one."""
+    tasks = {report["training_task"] for report in reports}
+    titles = _titles(reports)
+    marked = False
+    rows = _rows(reports)
+    for axis, names in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        found = [[report["datasets"].get(name, {}) for name in names] for report in reports]
+        accuracy = _table([[entry.get("top1") for entry in row] for row in found], "mean")
+        knn = _table([[entry.get("knn") for entry in row] for row in found], "top1")
+        marked |= bool(np.isfinite(knn).any())
+        labels = [titles[name] + "\n(training task)" * (name in tasks) for name in names]
+        _grouped_bars(axis, labels, 100 * accuracy, 100 * knn, "{:.1f}")
+        axis.set(ylim=(0, 108), yticks=range(0, 101, 20), ylabel="top-1 accuracy, %")
+    plotting.legend(figure, [_label(report) for report in reports], ["k-NN"] if marked else [])
+
+
+def _rows(reports: Sequence[Report]) -> list[list[str]]:
+    """Return the names of all datasets, in as many rows as their bars need."""
+    names = list(_titles(reports))
+    rows = min(-(-len(names) * len(reports) // BARS_PER_ROW), len(names))
+    return [list(part) for part in np.array_split(np.array(names, object), rows)] if rows else []
+
+
+def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
+    """Draw the spectra of one dataset's training features, and other measures of all datasets.
 
     Args:
-        reports: One a model; one without analyses leaves a gap.
-        data_set: Of the spectra; the first one by default.
+        reports: One report per model; one without analyses leaves a gap.
+        dataset: Name of the dataset of the spectra; the first one by default.
 
     Raises:
-        ValueError: No report has analyses, or none has them of ``data_set``, or matplotlib is
-            missing.
+        ValueError: No report has analyses, or none has them of ``dataset``.
     """
-    titles = {n: d["title"] for report in reports for n, d in report["datasets"].items()}
-    names = [name for name in titles if any(_found(report, name) for report in reports)]
+    titles = _titles(reports)
+    names = [name for name in titles if any(_analysis(report, name) for report in reports)]
     if not names:
         raise ValueError("no report has analyses to draw; make them with --analyses")
-    data_set = data_set or names[0]
-    if data_set not in names:
-        raise ValueError(f"no report has analyses of {data_set!r}; they are of {', '.join(names)}")
-    found = [[_found(report, name) for name in names] for report in reports]
+    dataset = dataset or names[0]
+    if dataset not in names:
+        raise ValueError(f"no report has analyses of {dataset!r}; they are of {', '.join(names)}")
+    found = [[_analysis(report, name) for name in names] for report in reports]
     labels = [titles[name] for name in names]
-    many = len(names) * len(reports) > BARS_A_ROW // 2
-    shape, width = ((4, 1), width_of(len(names), len(reports))) if many else ((2, 2), 13.0)
-    with drawing(width, 3.6 * shape[0] + 0.8) as figure:
-        axis = figure.add_subplot(*shape, 1)
-        _spectra(axis, [row[names.index(data_set)] for row in found])
-        axis.set_title(f"spectrum, {titles[data_set]}", parse_math=False)
-        panels = (
-            ("coding length, nats", "coding_length", None, 1, "{:.0f}"),
-            ("values that are zero, % (sparsity)", "sparsity", None, 100, "{:.1f}"),
-            (
-                "cosine distance within classes; marks: between classes",
-                *("within_class_distance", "between_class_distance", 1, "{:.2f}"),
-            ),
-        )
-        for place, (title, key, mark, scale, form) in enumerate(panels, 2):
-            axis = figure.add_subplot(*shape, place)
-            heights = scale * _table(found, key)
-            marks = _table(found, mark) if mark else np.full_like(heights, np.nan)
-            grouped_bars(axis, labels, heights, marks, form)
+    many = len(names) * len(reports) > BARS_PER_ROW // 2
+    shape, width = ((4, 1), _width(len(names), len(reports))) if many else ((2, 2), 13.0)
+    with plotting.drawing(width, 3.6 * shape[0] + 0.8) as figure:
+        spectra, *panels = figure.subplots(*shape).flat
+        _draw_spectra(spectra, [row[names.index(dataset)] for row in found])
+        spectra.set_title(f"spectrum, {titles[dataset]}", parse_math=False)
+        for axis, (title, key, mark, scale, form) in zip(panels, MEASURES, strict=True):
+            _grouped_bars(axis, labels, scale * _table(found, key), _table(found, mark), form)
             axis.set_title(title)
-        legend(figure, [_label(report) for report in reports])
+        plotting.legend(figure, [_label(report) for report in reports])
     return figure
 
 
-def _found(report: Report, name: str) -> dict[str, Any] | None:
-    """Return the analysis of a data set's training features, if there is one."""
+def _analysis(report: Report, name: str) -> dict[str, Any] | None:
+    """Return the analysis of a dataset's training features, if there is one."""
     return ((report["datasets"].get(name) or {}).get("geometry") or {}).get("train")
 
 
-def _spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
-    for analysis, color in zip(found, colors_of(len(found)), strict=True):
+def _draw_spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
+    for analysis, color in zip(found, plotting.colors(len(found)), strict=True):
         if analysis:
             values = np.array(analysis["singular_values"])
-            values = values[values > 0]
-            few = len(values) == 1
-            axis.loglog(np.arange(1, len(values) + 1), values, "o" if few else "-", color=color)
-    bare(axis)
+            values = values[values > 0]  # zeros have no logarithm
+            style = "o" if len(values) == 1 else "-"
+            axis.loglog(np.arange(1, len(values) + 1), values, style, color=color)
     axis.set_xlabel("principal axis of the unit-length features")
     axis.set_ylabel("singular value / sqrt(images)")
+
+
+def _grouped_bars(
+    axis: Any, titles: Sequence[str], heights: np.ndarray, marks: np.ndarray, form: str
+) -> None:
+    """Draw groups of bars and marks across them, both (models, groups), NaN for none.
+
+    The numbers above the bars, where there is room for them, have the format ``form``.
+    """
+    models = len(heights)
+    near = 0.1 * np.nanmax(heights)  # a mark so close above a bar would cross its number
+    for index, color in enumerate(plotting.colors(models)):
+        offset, half = (index - (models - 1) / 2) * 0.84 / models, 0.39 / models
+        for x, height, mark in zip(
+            np.arange(len(titles)) + offset, heights[index], marks[index], strict=True
+        ):
+            if np.isfinite(height):
+                axis.bar(x, height, 2 * half, color=color)
+            if np.isfinite(mark):
+                axis.hlines(mark, x - half, x + half, color="white", lw=3.6)
+                axis.hlines(mark, x - half, x + half, color="black", lw=1.6)
+            if np.isfinite(height) and heights.size <= VALUES_UP_TO:
+                top = mark if height < mark < height + near else height
+                place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(form.format(height), (x, top), **place)
+    axis.grid(visible=False, axis="x")
+    axis.set_xlim(-0.6, len(titles) - 0.4)
+    axis.margins(y=0.1)
+    longest = max(len(line) for title in titles for line in title.split("\n"))
+    columns = axis.get_subplotspec().get_gridspec().ncols
+    inches = axis.figure.bbox.width / axis.figure.dpi / columns
+    slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    crowded = len(titles) * (longest + 2) > 11 * inches  # 11 characters per inch
+    axis.set_xticks(range(len(titles)), titles, parse_math=False, **(slant if crowded else {}))
+
+
+def _width(groups: int, models: int) -> float:
+    """Return a width for groups of bars, in inches."""
+    return float(np.clip(2 + groups * (0.5 + 0.28 * models), 8, 14))
 
 
 def _label(report: Report) -> str:
     return report["model"]["label"]
 
 
+def _titles(reports: Sequence[Report]) -> dict[str, str]:
+    """Return the titles of all datasets by name."""
+    return {n: found["title"] for report in reports for n, found in report["datasets"].items()}
+
+
 def _table(cells: Sequence[Sequence[dict[str, Any] | None]], key: str) -> np.ndarray:
-    """Return a number of each cell, (models, data sets); NaN where there is none."""
+    """Return a number of each cell, (models, datasets); NaN where there is none."""
     return np.array([[(cell or {}).get(key, np.nan) for cell in row] for row in cells], float)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture; the file is whole or absent.
-
-    Args:
-        figure: What to write.
-        path: Its suffix chooses png, svg or pdf.
-
-    Raises:
-        ValueError: The suffix is another one, or the folder is none.
-        OSError: The file cannot be written.
-    """
-    suffix = path.suffix.lower().removeprefix(".")
-    if suffix not in FORMATS:
-        raise ValueError(f"{path} must end in .{', .'.join(FORMATS)} to be drawn")
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"{path.parent} is not a folder; make it, or choose another for {path.name}"
-        )
-    with replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-        figure.savefig(file, format=suffix)
