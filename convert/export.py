@@ -27,9 +27,9 @@ from torch import nn
 from convert import to_onnx, to_torchvision
 from convert.comparison import HEADER, Difference, batches, resolutions
 from trex_models import TRexResNet, __version__, folders, licenses, naver
+from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.files import replacing
 from trex_models.heads import Projector
-from trex_models.transfer.encoders import weights_digest
 
 TARGETS = {"torchvision": to_torchvision.SUFFIXES, "onnx": to_onnx.SUFFIXES}
 OUTPUTS = ("features", "embeddings", "logits")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.naver import convert
-from hub.imagenet import Protocol, measure, table
+from hub.imagenet import CLASSES, measure, table
 from hub.publish import load_or_new
 from trex_models import checkpoints, manifest, naver
 from trex_models.manifest import WeightsError, sha256
@@ -29,7 +29,7 @@ def import_naver(
     *,
     manifest_path: Path,
     imagenet: Path | None = None,
-    protocol: Protocol | None = None,
+    classes: Sequence[str] = CLASSES,
 ) -> bool:
     """Fetch, record, check and convert files; measure the models where there are images.
 
@@ -38,7 +38,7 @@ def import_naver(
         files: By NAVER's names.
         manifest_path: The manifest to record them in; made if it is missing.
         imagenet: ImageNet-1K's folder; None to measure nothing.
-        protocol: Of the measurement; None for ImageNet's.
+        classes: Names of the class folders in the order of the labels.
 
     Returns:
         Whether all is as it should be: files that hold the same backbone agree, and what was
@@ -73,7 +73,7 @@ def import_naver(
         raise WeightsError(f"{len(failures)} of {len(files)} files: {'; '.join(failures)}")
     if imagenet is None:
         return agree
-    results = measure(converted, imagenet, output, protocol)
+    results = measure(converted, imagenet, output, classes)
     print(f"\n{table(results)}")
     return agree and all(result["within_tolerance"] for result in results.values())
 

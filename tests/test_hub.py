@@ -39,7 +39,7 @@ from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
 from trex_models import folders, manifest, naver
-from trex_models.evaluation.linear import Setting
+from trex_models.evaluation.feature_file import load as load_features
 from trex_models.manifest import Manifest, WeightsError, sha256
 from trex_models.trex import default_cfgs
 
@@ -965,14 +965,7 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = imagenet.Protocol(
-    classes=tuple(COLOURS),
-    epochs=300,
-    settings=(Setting(1e-3, 1e-4), Setting(10.0, 1e-6)),
-    image_batch=7,
-    workers=0,
-    device="cpu",
-)
+SMALL = tuple(COLOURS)
 
 
 def test_measured_top1_is_the_known_one(
@@ -989,13 +982,12 @@ def test_measured_top1_is_the_known_one(
     assert (linear["reported_top1"], prototypes["reported_top1"]) == (78.0, 77.9)
     assert prototypes["protocol"] == "its own prototypes"
     assert prototypes["reported_protocol"] == linear["protocol"] == "a linear layer on the features"
-    assert len(linear["held_out_top1"]) == 2
+    assert (linear["learning_rate"], linear["held_out_top1"]) != (None, 0)
 
-    kept = sorted((tmp_path / "features").iterdir())
-    assert [np.load(path).shape for path in kept] == [(20, 32), (16, 32)]
-    train = np.load(kept[0])
-    assert train.dtype == np.float16
-    np.testing.assert_allclose(np.linalg.norm(train.astype(float), axis=1), 1, atol=2e-3)
+    kept = sorted((tmp_path / "features").rglob("*.safetensors"))
+    found = [load_features(path).features for path in kept]
+    shapes = {(array.shape, str(array.dtype)) for array in found}
+    assert shapes == {((20, 32), "float16"), ((16, 32), "float16"), ((16, 4), "float32")}
 
     text = imagenet.table(results)
     assert re.search(r"trex_resnet50\.in1k +87\.50 +78\.0 +\+9\.50  NO \(0\.5\)", text)
@@ -1008,20 +1000,23 @@ def test_measured_top1_is_the_known_one(
     out = capsys.readouterr().out
     assert out.count("measured already, 87.50 %") == 2
     # With the features kept, only the layers are fitted again.
-    longer = dataclasses.replace(SMALL, epochs=301)
-    again = imagenet.measure(rightful, replica, tmp_path, longer)
-    assert again["trex_resnet50.in1k"]["epochs"] == 301
+    (tmp_path / "imagenet.json").unlink()
+    assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     assert [path.stat().st_mtime_ns for path in kept] == before
+    # Other images in the same number are measured again.
+    shutil.copytree(replica, tmp_path / "other")
+    picture(COLOURS["bee"], 5).save(tmp_path / "other" / "val" / "bee" / "val_0.png")
+    assert imagenet.measure(rightful, tmp_path / "other", tmp_path, SMALL) != results
 
 
 def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:
     names = tuple(ImageNetInfo().label_names())
-    assert imagenet.Protocol().classes == names == tuple(sorted(names))
+    assert imagenet.CLASSES == names == tuple(sorted(names))
     with pytest.raises(ValueError, match="4 class folders are not the 1000 expected.*: ant"):
         imagenet.measure(rightful, replica, tmp_path)
     shutil.copytree(replica / "val", tmp_path / "three" / "val")
     shutil.rmtree(tmp_path / "three" / "val" / "dog")
-    three = dataclasses.replace(SMALL, classes=("ant", "bee", "cat"))
+    three = ("ant", "bee", "cat")
     with pytest.raises(ValueError, match="has 4 classes, but the images have 3"):
         imagenet.measure(rightful, tmp_path / "three", tmp_path, three)
     with pytest.raises(ValueError, match="cannot be listed"):
@@ -1040,13 +1035,13 @@ def test_backbones_need_train(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_one_line(
-    workers: int, rightful: Path, replica: Path, tmp_path: Path
+    workers: int, rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(replica / "val", tmp_path / "val")
     (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
-    protocol = dataclasses.replace(SMALL, workers=workers)
+    monkeypatch.setattr(imagenet, "free_cores", lambda: workers)
     with pytest.raises(ValueError, match=r"^[^\n]*bee/val_1.png cannot be read[^\n]*$"):
-        imagenet.measure(rightful, tmp_path, tmp_path, protocol)
+        imagenet.measure(rightful, tmp_path, tmp_path, SMALL)
     assert not (tmp_path / "imagenet.json").exists()
 
 
@@ -1091,10 +1086,9 @@ def test_import_fetches_converts_and_measures_once(
     for name in stars:
         shutil.rmtree(converted / name)
     once = partial(import_naver, out, ["trex.pth"], manifest_path=path)
-    protocol = dataclasses.replace(SMALL, epochs=3)
-    assert not once(imagenet=replica, protocol=protocol)  # it is not 78 %
+    assert not once(imagenet=replica, classes=SMALL)  # it is not 78 %
     assert "trex_resnet50.in1k " in capsys.readouterr().out
-    assert not once(imagenet=replica, protocol=protocol)
+    assert not once(imagenet=replica, classes=SMALL)
     assert "trex_resnet50.in1k: measured already" in capsys.readouterr().out
     # What is missing is made again.
     shutil.rmtree(converted / "trex_resnet50.in1k")

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checkpoints", "manifest", "naver"},
     "trex": {"checkpoints", "licenses", "naver", "weights"},
     "data": set(),
-    "evaluation": {"data", "precision"},
+    "evaluation": {"cli", "data", "files", "folders", "licenses", "precision"},
     "train": {  # its __init__ alone, which names the public parts
         *("train.backbone", "train.bank", "train.look", "train.method", "train.momentum"),
         *("train.objectives", "train.optimizer"),
@@ -71,9 +71,9 @@ ALLOWED: dict[str, set[str]] = {
     "train.__main__": {"cli", "train"},
     "demo": {"cli", "data", "evaluation", "train", "transfer"},
     "transfer": {
-        *("cli", "data", "evaluation", "files", "folders", "licenses", "machine", "unpickling"),
+        *("cli", "data", "evaluation", "files", "machine", "precision", "unpickling"),
     },
-    "features": {"cli", "data", "evaluation", "files", "machine", "transfer"},
+    "features": {"cli", "data", "evaluation", "machine", "precision", "transfer"},
     "plot": {"cli", "files", "train.config"},
     "": {"checkpoints", "manifest", "trex"},
 }

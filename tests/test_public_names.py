@@ -42,7 +42,7 @@ from trex_models.train import (
 NAMES = {
     "trex_models": "CheckpointError CosineClassifier Projector TRexResNet WeightsError __version__",
     "trex_models.data": (
-        "GLOBAL_LAW LOCAL_LAW TREX_CROPS ArraySource Batch CentreCrop CropSpec CsvSource "
+        "GLOBAL_LAW LOCAL_LAW TREX_CROPS ArraySource Batch CenterCrop CropSpec CsvSource "
         "EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop MultiCropDataset "
         "PhotometricLaw Source UnreadableImageError augment load_batches"
     ),
@@ -189,7 +189,7 @@ def test_the_loop_of_the_page_learns(
         ("OnlineClassMeans(bank))", "OnlineClassMeans(bank), ema_momentum=0.5)"),
         ("Projector(backbone.num_features)", "Projector(backbone.num_features, 1, 256)"),
         (", TREX_CROPS)", ", SMALL)"),
-        ("CentreCrop(", "CentreCrop(size=(32, 32), "),
+        ("CenterCrop(", "CenterCrop(size=(32, 32), "),
         ('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'),
     ):
         assert loop.count(old) == 1, old

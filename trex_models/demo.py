@@ -29,12 +29,12 @@ from trex_models.data.fractals import FractalSource
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import ArraySource, Source
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.frozen_model import PIXELS, FrozenModel
 from trex_models.train.build import crop_specs, open_source
 from trex_models.train.config import Config, demo
 from trex_models.train.loop import train
 from trex_models.train.signals import Stopped
-from trex_models.transfer.encoders import PIXELS, Encoder, calibrated, load
 from trex_models.transfer.offline import TEST_PER_CLASS, TRAIN_PER_CLASS
 from trex_models.transfer.protocol import knn_score, logistic_scores
 
@@ -101,7 +101,7 @@ def in_memory(source: Source) -> ArraySource:
     return ArraySource(images, source.labels, source.classes)
 
 
-def evaluate(encoders: dict[str, Encoder], task: Task) -> dict[str, Any]:
+def evaluate(encoders: dict[str, FrozenModel], task: Task) -> dict[str, Any]:
     """Return the accuracy of each classifier on each encoder's features of a task."""
     scores: dict[str, Any] = {"train_images": len(task.train), "test_images": len(task.test)}
     for name, encoder in encoders.items():
@@ -215,11 +215,11 @@ def run(config: Config) -> dict[str, Any]:
         Task(task.name, in_memory(task.train), in_memory(task.test)) for task in tasks(config)
     ]
     backbone = str(folder / "export" / "backbone")
-    twin = load(backbone, untrained=True, seed=config.seed)
+    twin = FrozenModel.load(backbone, untrained=True, seed=config.seed)
     encoders = {
-        "pixels": load(PIXELS),
-        "untrained": calibrated(twin, benchmarks[0].train, benchmarks[0].name),
-        "t-ReX*": load(backbone),
+        "pixels": FrozenModel.load(PIXELS),
+        "untrained": twin.calibrated(benchmarks[0].train, benchmarks[0].name),
+        "t-ReX*": FrozenModel.load(backbone),
     }
     started = time.monotonic()
     results = {}

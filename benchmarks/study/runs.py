@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
 from benchmarks.study.images import REAL_SETS, TITLES
 from trex_models.data.folder import FolderSource
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import extract_features
 from trex_models.files import append, write_whole
 
 TRAINING_TASK = "task"

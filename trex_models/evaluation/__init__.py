@@ -1,10 +1,11 @@
-"""What features are worth: extraction, and classifiers on frozen features.
+"""Evaluation of frozen features: extraction, and classifiers.
 
 The names below are stable; docs/library.md shows their use.
 """
 
 from trex_models.evaluation import logistic
-from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.frozen_model import preprocessing
 from trex_models.evaluation.logistic import LogisticFit
 from trex_models.evaluation.neighbors import knn_accuracy, knn_votes, nearest_neighbors
 

@@ -1,4 +1,4 @@
-"""Nearest neighbours as a picture: a row a query, with similarity and name below each image."""
+"""Nearest neighbors as a picture: a row a query, with similarity and name below each image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from trex_models.data.decode import read_image
 from trex_models.features.images import shown
-from trex_models.features.neighbours import Neighbours
+from trex_models.features.neighbors import Neighbors
 from trex_models.transfer.canvas import GREY, PALETTE, drawing, shortened
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ _SIDE = 220  # pixels of a thumbnail
 _LINE, _LINES = 22, 3  # characters of a line, lines of a name
 
 
-def draw(found: Sequence[Neighbours], root: Path, title: str) -> Figure:
-    """Draw queries, the first in each row, and their neighbours, the nearest first.
+def draw(found: Sequence[Neighbors], root: Path, title: str) -> Figure:
+    """Draw queries, the first in each row, and their neighbors, the nearest first.
 
     Args:
         found: Of each query.
@@ -60,8 +60,8 @@ def _cell(axis: Any, path: Path, heading: str, name: str, frame: str | None) -> 
     axis.set_xlabel(text, fontsize=7, color=frame or GREY, parse_math=False)
 
 
-def table(found: Sequence[Neighbours]) -> str:
-    """Return the same as text: a query, then its neighbours, a line each."""
+def table(found: Sequence[Neighbors]) -> str:
+    """Return the same as text: a query, then its neighbors, a line each."""
     lines = []
     for row in found:
         lines.append(shown(row.query))

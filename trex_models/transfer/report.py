@@ -1,4 +1,4 @@
-"""The report of an encoder: a JSON document, and the tables that people read.
+"""The report of a model: a JSON document, and the tables that people read.
 
 Accuracies are shares in [0, 1]; tables show percent.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import trex_models
+from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.machine import free_cores, processor
-from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.scores import summary
 
 FORMAT = 1
@@ -26,11 +26,11 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "s
 _WIDTH = 40  # of a model's name in a table
 
 
-def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
+def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
     """Return a report without data sets.
 
     Args:
-        encoder: What is evaluated.
+        model: Model that is evaluated.
         settings: How: the ``protocol``; the ``training_task``, which does not count as transfer;
             and others.
         label: What tables and pictures call the model; its name by default.
@@ -39,9 +39,9 @@ def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -
         "format": FORMAT,
         "complete": False,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": encoder.name, "label": label or encoder.name, **encoder.facts},
-        "transform": asdict(encoder.transform),
-        "precision": encoder.precision,
+        "model": {"name": model.name, "label": label or model.name, **model.facts},
+        "transform": asdict(model.transform),
+        "precision": model.precision.name,
         **settings,
         "data_sets": {},
         "transfer": None,
