@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,9 @@ def measure(
     """
     path = output / "imagenet.json"
     results = read_results(path) if path.exists() else {}
-    splits = [split for split in ("train", "val") if split == "val" or (imagenet / split).is_dir()]
+    splits = ("train", "val") if (imagenet / "train").is_dir() else ("val",)
     sources = {split: _source(imagenet / split, classes) for split in splits}
-    digests = {split: images_digest(source) for split, source in sources.items()}
+    images = {split: images_digest(source) for split, source in sources.items()}
     for name in naver.FILES:
         folder = converted / name
         if "_proj" in name or not folder.is_dir():
@@ -62,11 +64,11 @@ def measure(
         if kind == LINEAR and "train" not in sources:
             print(f"{name}: not measured, for {imagenet / 'train'} is missing")
             continue
-        facts: dict[str, Any] = {
+        facts = {
             "protocol": kind,
             "sha256": sha256(folder / "model.safetensors"),
             "images": len(sources["val"]),
-            "images_sha256": digests if kind == LINEAR else {"val": digests["val"]},
+            "images_sha256": images if kind == LINEAR else {"val": images["val"]},
         }
         if facts.items() <= results.get(name, {}).items():
             print(f"{name}: measured already, {results[name]['top1']:.2f} %")
@@ -74,40 +76,49 @@ def measure(
         print(f"{name}: {kind}, {facts['images']} images", flush=True)
         found = _top1(folder, kind, sources, output / "features")
         figure, tolerance = reported(name).top1, TOLERANCES[kind]
-        results[name] = {
-            **facts,
-            **found,
+        compared = {
             "reported_top1": figure,
             "reported_protocol": LINEAR,
             "tolerance": tolerance,
             "within_tolerance": abs(found["top1"] - figure) <= tolerance,
         }
+        results[name] = {**facts, **found, **compared}
         write_whole(path, json.dumps(results, indent=2) + "\n")
     return results
 
 
 def _top1(folder: Path, kind: str, sources: dict[str, FolderSource], root: Path) -> dict[str, Any]:
     """Return a model's top-1, in percent, and the settings of its linear layer."""
-    device = str(choose_device())
-    output: Any = None if kind == LINEAR else "logits"
-    model = FrozenModel.load(str(folder), features=output, preprocessing="model", device=device)
-    dtype = "float16" if kind == LINEAR else "float32"  # rounding must not decide between logits
-    cache = FeatureCache(root=root, dtype=dtype, workers=min(free_cores(), 16))
-    val, classes = sources["val"], len(sources["val"].classes)
+    device, val = str(choose_device()), sources["val"]
+    cache = FeatureCache(root=root, dtype="float16", workers=min(free_cores(), 16))
+    load = partial(FrozenModel.load, str(folder), preprocessing="model", device=device)
     if kind == LINEAR:
-        train = sources["train"]
-        samples = cache.features(model, train, "train"), train.labels
-        tests = cache.features(model, val, "val"), val.labels
-        [choice] = sgd_scores(*samples, *tests, seeds=[0], device=device)
-        held_out = 100 * choice.validation_top1
-        return {"top1": 100 * choice.top1, "held_out_top1": held_out, **choice.settings}
-    if model.shape != (classes,):
-        raise ValueError(
-            f"{folder} has {model.shape[0]} classes, but the images have {classes}; give the "
-            "images of its own classes"
+        model = load()
+        train, test = (
+            (cache.features(model, sources[split], split), sources[split].labels)
+            for split in ("train", "val")
         )
-    logits = cache.features(model, val, "val")
+        [choice] = sgd_scores(*train, *test, seeds=[0], device=device)
+        return {"top1": 100 * choice.top1, **choice.settings}
+    model = load(features="logits")
+    if model.shape != (len(val.classes),):
+        raise ValueError(
+            f"{folder} has {model.shape[0]} classes, but the images have {len(val.classes)}; give "
+            "the images of its own classes"
+        )
+    # Rounding to float16 must not decide between logits.
+    logits = replace(cache, dtype="float32").features(model, val, "val")
     return {"top1": 100 * float((logits.argmax(1) == val.labels).mean())}
+
+
+def _source(root: Path, classes: Sequence[str]) -> FolderSource:
+    source = FolderSource(root)
+    if odd := sorted(set(source.classes) ^ set(classes)):
+        raise ValueError(
+            f"{root}: its {len(source.classes)} class folders are not the {len(classes)} expected, "
+            f"by name; the first that is missing or too much: {odd[0]}"
+        )
+    return source
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -115,37 +126,19 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no results ({error}); delete it and measure again"
-        ) from error
+        raise ValueError(f"{path} holds no results ({error}); delete it, measure again") from error
 
 
 def table(results: dict[str, Any]) -> str:
     """Render the results next to the authors' figures."""
     lines = [f"{'top-1, %':<36}{'ours':>8}{'reported':>10}{'difference':>12}  within"]
-    for name, result in results.items():
-        mark = " (*)" if result["protocol"] == PROTOTYPES else ""
-        difference = result["top1"] - result["reported_top1"]
-        lines.append(
-            f"{name + mark:<36}{result['top1']:8.2f}{result['reported_top1']:10.1f}"
-            f"{difference:+12.2f}  {'yes' if result['within_tolerance'] else 'NO'} "
-            f"({result['tolerance']:g})"
-        )
-    return "\n".join(
-        [
-            *lines,
-            "ours: measured here; reported: the authors' figures for the backbone, by a linear",
-            "layer. (*) the model's own prototypes, which is another protocol than the reported",
-        ]
+    for name, found in results.items():
+        title = f"{name} (*)" if found["protocol"] == PROTOTYPES else name
+        top1, figure, tolerance = (found[k] for k in ("top1", "reported_top1", "tolerance"))
+        verdict = "yes" if found["within_tolerance"] else "NO"
+        numbers = f"{top1:8.2f}{figure:10.1f}{top1 - figure:+12.2f}"
+        lines.append(f"{title:<36}{numbers}  {verdict} ({tolerance:g})")
+    return "\n".join(lines) + (
+        "\nours: measured here; reported: the authors' figures for the backbone, by a linear\n"
+        "layer. (*) the model's own prototypes, which is another protocol than the reported"
     )
-
-
-def _source(root: Path, classes: Sequence[str]) -> FolderSource:
-    source = FolderSource(root)
-    if tuple(source.classes) != tuple(classes):
-        odd = sorted(set(source.classes) ^ set(classes))
-        raise ValueError(
-            f"{root}: its {len(source.classes)} class folders are not the {len(classes)} expected, "
-            f"by name; the first that is missing or too much: {odd[0]}"
-        )
-    return source

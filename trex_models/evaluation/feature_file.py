@@ -66,11 +66,11 @@ def load(path: str | Path) -> Features:
     except OSError as error:
         raise ValueError(
             f"{error.filename or path} cannot be read ({error.strerror}); name a file that "
-            "python -m trex_models.features wrote"
+            "python -m trex_models.features extract wrote"
         ) from error
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(
-            f"{path} is no complete file of features; write it with python -m trex_models.features"
+            f"{path} is no complete file of features; write it with python -m trex_models.features extract"
         ) from error
     return found
 

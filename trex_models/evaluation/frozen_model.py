@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -40,9 +41,6 @@ _PACKAGES = ("torch", "torchvision", "timm", "pillow")
 _PIXEL_SIDE = 16  # on fractals 32 is no better by either classifier, and takes four times as long
 _CALIBRATION_IMAGES = 2048
 _FP32 = Precision.from_name("fp32", "cpu")
-_PROJECTORS = (
-    "trex_resnet50_proj, trexstar_resnet50_proj, the _cls models, and DIR/export/cls of a run"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +105,13 @@ class FrozenModel:
             transform = _transform(model, preprocessing)
             facts = _facts(name, model, file) | {"preprocessing": preprocessing}
             facts |= {"untrained": True, "seed": seed} if untrained else {"untrained": False}
-        facts |= {
-            "weights_sha256": weights_digest(model),
-            "parameters": sum(p.numel() for p in model.parameters()),
-        }
-        model = _select(name, model, features)
-        shape = _shape(name, model, transform, features)
+        facts["weights_sha256"] = weights_digest(model)
+        facts["parameters"] = sum(p.numel() for p in model.parameters())
+        part = _select(name, model, features)
+        shape = _shape(name, part, transform, features == "dense")
         facts["num_features"] = shape[0]
         return cls(
-            name=name, model=model, transform=transform, shape=shape, precision=formats, facts=facts
+            name=name, model=part, transform=transform, shape=shape, precision=formats, facts=facts
         )
 
     @cached_property
@@ -233,26 +229,28 @@ def _create(
     # timm ignores the file for models from these places.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
         raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
-    options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
-    if not classifier:
-        options["num_classes"] = 0
+    options: dict[str, Any] = {} if classifier and not untrained else {"num_classes": 0}
+    if not untrained:
+        options |= {"pretrained": True}
+    if file:
+        options |= {"pretrained_cfg_overlay": {"file": str(file)}}
     torch.manual_seed(seed)
     try:
         known = f"local-dir:{folder}" if folder else name
-        if not untrained:
-            return timm.create_model(known, pretrained=True, **options)
-        try:  # residual branches count from the start
-            return timm.create_model(known, num_classes=0, zero_init_last=False)
-        except TypeError:  # most architectures have no such argument
-            return timm.create_model(known, num_classes=0)
+        if untrained:
+            with suppress(TypeError):  # most architectures have no such argument
+                return timm.create_model(known, zero_init_last=False, **options)
+        return timm.create_model(known, **options)
     except Exception as error:  # timm, the Hub and safetensors let anything out
         architecture = name.removeprefix("hf-hub:").partition(".")[0]
+        problem = f" cannot be loaded: {first_line(error)}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
-            near = difflib.get_close_matches(architecture, timm.list_models(), 3)
-            names = f"; the nearest names are {', '.join(near)}" if near else ""
-            raise ValueError(f"--model {name}: timm knows no model of this name{names}") from error
-        remedy = "" if untrained or not hint else f"; {hint}"
-        raise ValueError(f"--model {name} cannot be loaded: {first_line(error)}{remedy}") from error
+            near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
+            problem = ": timm knows no model of this name"
+            hint = f"the nearest names are {near}" if near else ""
+        elif untrained:
+            hint = ""
+        raise ValueError(f"--model {name}{problem}{hint and f'; {hint}'}") from error
 
 
 def _transform(model: nn.Module, protocol: Preprocessing) -> CenterCrop:
@@ -291,17 +289,6 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     return nn.Flatten(), crop, facts
 
 
-class _Pooled(nn.Module):
-    """The backbone of a model with a projector: (B, 3, S, S) -> (B, F)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.global_pool(self.model.forward_features(images))
-
-
 class _Dense(nn.Module):
     """A model up to its last feature map: (B, 3, S, S) -> (B, C, H, W)."""
 
@@ -313,13 +300,20 @@ class _Dense(nn.Module):
         return self.model.forward_features(images)
 
 
+class _Pooled(_Dense):
+    """The backbone of a model with a projector: (B, 3, S, S) -> (B, F)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.global_pool(super().forward(images))
+
+
 def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
     """Return the part of a model that gives the features asked for."""
     projects = isinstance(getattr(model, "proj", None), Projector)
     if features == "projector" and not projects:
         raise ValueError(
-            f"--features projector: {name} has no projector; {_PROJECTORS} have one; {name} has "
-            "--features backbone"
+            f"--features projector: {name} has no projector; trex_resnet50_proj, the _cls models "
+            f"and DIR/export/cls of a run have one; {name} has --features backbone"
         )
     if features == "logits" and not getattr(model, "num_classes", 0):
         raise ValueError(
@@ -338,9 +332,7 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
 
 
 @torch.inference_mode()
-def _shape(
-    name: str, model: nn.Module, transform: CenterCrop, features: FeaturesName | None
-) -> tuple[int, ...]:
+def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> tuple[int, ...]:
     """Return the shape of one image's features."""
     device = next((p.device for p in model.parameters()), None)
     try:
@@ -349,15 +341,14 @@ def _shape(
         raise ValueError(
             f"--model {name} takes no images of {transform.size} pixels ({first_line(error)})"
         ) from error
-    shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
-    if features == "dense" and len(shape) != 3:
+    shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+    if len(shape) != (3 if dense else 1):
+        found = shape or type(output).__name__
         raise ValueError(
-            f"--features dense: {name} gives {shape} for an image, not a map (C, H, W); it is not "
+            f"--features dense: {name} gives {found} for an image, not a map (C, H, W); it is not "
             "convolutional: choose --features backbone"
+            if dense
+            else f"--model {name} gives {found} for an image, not a vector (F,); choose a model "
+            "that pools its features"
         )
-    if features != "dense" and len(shape) != 1:
-        raise ValueError(
-            f"--model {name} gives {shape} for an image, not a vector (F,); choose a model that "
-            "pools its features"
-        )
-    return output.shape[1:]
+    return shape

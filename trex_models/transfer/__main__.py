@@ -49,8 +49,7 @@ def evaluate(
 ) -> None:
     """Score a model on datasets. The same command continues an interrupted one.
 
-    Example: python -m trex_models.transfer evaluate --model trex_resnet50 --datasets paper
-    --output trex.json
+    Example: python -m trex_models.transfer evaluate --model pixels --datasets digits --output r.json
 
     Args:
         model: A timm model, a timm folder, a finished run, hf-hub:OWNER/NAME, or "pixels".

@@ -95,7 +95,7 @@ def read_report(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "it is no JSON of one"
         raise ValueError(
             f"{path} cannot be read as a report ({reason}); give what "
-            "python -m trex_models.transfer --out wrote"
+            "python -m trex_models.transfer evaluate wrote"
         ) from error
     if not known:
         raise ValueError(f"{path} is a report of another format; evaluate the model again")
