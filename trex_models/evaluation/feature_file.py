@@ -70,7 +70,8 @@ def load(path: str | Path) -> Features:
         ) from error
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(
-            f"{path} is no complete file of features; write it with python -m trex_models.features extract"
+            f"{path} is no complete file of features; write it with python -m trex_models.features "
+            "extract"
         ) from error
     return found
 

@@ -19,6 +19,8 @@ from trex_models.machine import free_cores
 from trex_models.precision import PrecisionName
 from trex_models.transfer import pictures
 
+_WORKERS = min(free_cores(), 16)
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
@@ -46,7 +48,7 @@ def extract(
     overwrite: bool = False,
     device: str = "auto",
     batch_size: int = 256,
-    workers: int | None = None,
+    workers: int = _WORKERS,
 ) -> None:
     """Extract features of images into a file. The same command continues an interrupted one.
 
@@ -67,11 +69,10 @@ def extract(
         overwrite: Replace a file that holds something else.
         device: Device of the model: auto, cpu, cuda, ...
         batch_size: Images per batch.
-        workers: Loader processes. By default one per core, at most 16.
+        workers: Loader processes.
     """
     cli.require_writable(output, *FORMATS)
     cli.require_at_least(1, batch_size=batch_size)
-    workers = min(free_cores(), 16) if workers is None else workers
     cli.require_at_least(0, workers=workers)
     found = images.find(paths)
     if found.repeated:

@@ -11,21 +11,23 @@ from shlex import join
 from typing import Any, Literal
 
 from trex_models import cli
-from trex_models.evaluation.frozen_model import Preprocessing
+from trex_models.evaluation.frozen_model import FrozenModel, Preprocessing
 from trex_models.machine import free_cores
 from trex_models.precision import PrecisionName, choose_device
+
+# On a CPU, the cores compute the model.
+_WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
-    commands: dict[str, cli.Command] = {
-        "evaluate": evaluate,
-        "table": print_table,
-        "plot": plot,
-        "list": list_datasets,
-    }
-    name = "python -m trex_models.transfer"
-    return cli.main(commands, arguments, prog=name, description=__doc__, extra="transfer")
+    return cli.main(
+        {"evaluate": evaluate, "table": print_table, "plot": plot, "list": list_datasets},
+        arguments,
+        prog="python -m trex_models.transfer",
+        description=__doc__,
+        extra="transfer",
+    )
 
 
 def evaluate(
@@ -45,11 +47,11 @@ def evaluate(
     dtype: Literal["float32", "float16"] = "float32",
     device: str = "auto",
     batch_size: int = 256,
-    workers: int | None = None,
+    workers: int = _WORKERS,
 ) -> None:
     """Score a model on datasets. The same command continues an interrupted one.
 
-    Example: python -m trex_models.transfer evaluate --model pixels --datasets digits --output r.json
+    Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
     Args:
         model: A timm model, a timm folder, a finished run, hf-hub:OWNER/NAME, or "pixels".
@@ -70,16 +72,14 @@ def evaluate(
         dtype: Type of the features in their files. float16 halves them and rounds by up to 5e-4.
         device: Device of model and classifiers: auto, cpu, cuda, ...
         batch_size: Images per batch.
-        workers: Loader processes. By default one per core with CUDA, at most 16; otherwise 1.
+        workers: Loader processes.
     """
     command = _command_line(locals())
     cli.require_writable(output, ".json")
     cli.require_at_least(1, seeds=seeds, batch_size=batch_size)
-    place = choose_device(device)
-    if workers is None:  # on a CPU, the cores compute the model
-        workers = min(free_cores(), 16) if place.type == "cuda" else 1
     cli.require_at_least(0, workers=workers)
-    from trex_models.evaluation.frozen_model import FrozenModel
+    place = choose_device(device)
+    device = place.type if device == "auto" else device
     from trex_models.transfer.cache import FeatureCache
     from trex_models.transfer.data_sets import open_checked, select
     from trex_models.transfer.evaluate import Plan, Task
@@ -109,7 +109,7 @@ def evaluate(
         frozen = frozen.calibrated(first.train, first.dataset.name, workers)
     root = _cache_folder(cache or output.parent / "features")
     kept = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
-    settings = Plan(seeds=seeds, training_task=training_task, analyses=analyses, device=str(place))
+    settings = Plan(seeds=seeds, training_task=training_task, analyses=analyses, device=device)
     report = run(frozen, tasks, kept, settings, output, label, command)
     print(f"\n{table([report])}\n")
     print(f"wrote {output} and {output.with_suffix('.md')}")
