@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -152,7 +153,9 @@ def train(setup: Setup) -> dict[str, Any]:
     What that does before its first step is done for all images: the check and the split.
     """
     array, labels = setup.samples("train")
-    features = torch.from_numpy(array)
+    with warnings.catch_warnings():  # nothing writes to the file
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        features = torch.from_numpy(array)
     require_finite("features", features, _CHUNK)
     mask = torch.from_numpy(held_out(labels, protocol.VALIDATION_SHARE))
     everything = linear.Samples(features, torch.from_numpy(labels), torch.arange(len(labels)))

@@ -144,8 +144,8 @@ class Run:
         """
         images = str(self.folder / "images").replace(",", "\\,")
         named = [name if name in REAL_SETS else f"{name}={images}/{name}" for name in sets]
-        arguments = ["--model", str(self.output), "--data-sets", ",".join(named)]
-        arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--out", str(out)]
+        arguments = ["evaluate", "--model", str(self.output), "--datasets", ",".join(named)]
+        arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--output", str(out)]
         return [*arguments, "--workers", str(self.scale.workers), "--label", self.cell.title]
 
     @property
