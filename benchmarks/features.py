@@ -31,9 +31,9 @@ from torchvision.datasets import ImageFolder
 from benchmarks import measure
 from benchmarks.loader import one_thread
 from benchmarks.photographs import NUM_CLASSES, write_photographs
-from trex_models.data.centre_crops import PROTOCOLS, CentreCrop, CentreCropDataset
+from trex_models.data.center_crop import PROTOCOLS, CenterCrop, CenterCropDataset
 from trex_models.data.image_files import FolderSource
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import extract_features
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "small": lambda: nn.Sequential(
@@ -43,7 +43,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def reference_transform(crop: CentreCrop, normalize: bool = True) -> Callable[[Any], Tensor]:
+def reference_transform(crop: CenterCrop, normalize: bool = True) -> Callable[[Any], Tensor]:
     """Return timm's evaluation transform, of PIL images to (3, H, W).
 
     Args:
@@ -62,7 +62,7 @@ def reference_transform(crop: CentreCrop, normalize: bool = True) -> Callable[[A
     return transform
 
 
-def reference_images(root: Path, crop: CentreCrop) -> ImageFolder:
+def reference_images(root: Path, crop: CenterCrop) -> ImageFolder:
     """Return the files through Pillow and timm's evaluation transform."""
     return ImageFolder(str(root), reference_transform(crop))
 
@@ -80,7 +80,7 @@ def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
         Images a second of CPU time, ours and the reference's, and their ratio.
     """
     crop = PROTOCOLS[protocol]
-    ours, reference = CentreCropDataset(FolderSource(root), crop), reference_images(root, crop)
+    ours, reference = CenterCropDataset(FolderSource(root), crop), reference_images(root, crop)
 
     def timed(work: Callable[[], object]) -> Callable[[], float]:
         def run() -> float:

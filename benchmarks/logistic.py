@@ -38,9 +38,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
-from trex_models.data.centre_crops import CentreCrop
+from trex_models.data.center_crop import CenterCrop
 from trex_models.data.samples import digits
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import extract_features
 from trex_models.evaluation.logistic import LogisticFit, fit_path, objective, principal_axes
 
 _SMALL, _DIGITS, _PETS = "1000x256x10", "digits", "3680x2048x37"
@@ -63,7 +63,7 @@ def digit_features() -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=0)
     train, test = digits(32)
-    crop = CentreCrop(size=(32, 32), crop_pct=1.0, interpolation="bicubic")
+    crop = CenterCrop(size=(32, 32), crop_pct=1.0, interpolation="bicubic")
     x, x_test = (extract_features(model, source, crop) for source in (train, test))
     return torch.from_numpy(x), torch.as_tensor(train.labels), torch.from_numpy(x_test)
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,15 +37,16 @@ import torch
 from torch import nn
 
 from benchmarks import measure
-from trex_models.data.centre_crops import CentreCrop
+from trex_models.data.center_crop import CenterCrop
 from trex_models.data.sources import digest
 from trex_models.evaluation import linear
+from trex_models.evaluation.feature_file import DTYPES
+from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
 from trex_models.evaluation.geometry import analyze
 from trex_models.evaluation.inputs import require_finite
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
-from trex_models.transfer.cache import DTYPES, FeatureCache
-from trex_models.transfer.encoders import Encoder, weights_digest
+from trex_models.transfer.cache import FeatureCache
 
 _STATUS = Path("/proc/self/status")
 _SIDE = 8
@@ -83,7 +85,7 @@ class Setup:
         count, seed = {"train": (self.images, 1), "test": (self.queries, 2)}[split]
         source = TinyImages(count, self.classes, seed)
         cache = FeatureCache(root=self.folder, dtype=self.dtype)
-        return cache.features(encoder(self.width), source, split), source.labels
+        return cache.features(frozen_model(self.width), source, split), source.labels
 
 
 class TinyImages:
@@ -121,17 +123,16 @@ class TinyImages:
         return digest(self.centres, self.labels, f"seed {self.seed}")
 
 
-def encoder(width: int) -> Encoder:
+def frozen_model(width: int) -> FrozenModel:
     """Return a random projection of pixels to F features, rectified."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIDE**2, width), nn.ReLU())
-    crop = CentreCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
+    crop = CenterCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
     facts = {
         "architecture": "projection",
         "weights_sha256": weights_digest(model),
-        "num_features": width,
     }
-    return Encoder(name="projection", model=model, transform=crop, facts=facts)
+    return FrozenModel(name="projection", model=model, transform=crop, shape=(width,), facts=facts)
 
 
 def extract(setup: Setup) -> dict[str, Any]:
@@ -152,7 +153,9 @@ def train(setup: Setup) -> dict[str, Any]:
     What that does before its first step is done for all images: the check and the split.
     """
     array, labels = setup.samples("train")
-    features = torch.from_numpy(array)
+    with warnings.catch_warnings():  # nothing writes to the file
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        features = torch.from_numpy(array)
     require_finite("features", features, _CHUNK)
     mask = torch.from_numpy(held_out(labels, protocol.VALIDATION_SHARE))
     everything = linear.Samples(features, torch.from_numpy(labels), torch.arange(len(labels)))

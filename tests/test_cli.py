@@ -35,9 +35,9 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (convert.main, "naver ~/absent --output=~/out"),
         (convert.main, "export --to=onnx --output=~/absent/x.onnx resnet18 --file=~/absent"),
         (demo.main, "--output=~/file"),
-        (features.main, "~/absent --model=pixels --out=~/x.npy"),
-        (features.main, "~ --model=pixels --out=~/file/x.npy"),
-        (features.main, "neighbours ~/absent --query x"),
+        (features.main, "extract ~/absent --model=pixels --output=~/x.npy"),
+        (features.main, "extract ~ --model=pixels --output=~/file/x.npy"),
+        (features.main, "neighbors ~/absent --query x"),
         (hub.main, "build ~/absent --output=~/out"),
         (hub.main, "publish ~/absent --dry-run"),
         (plot.main, "~/absent"),
@@ -46,8 +46,8 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         (train.main, "smoke --output=~/run --data.source=folder --data.path=~/absent"),
         (train.main, "smoke --output=~/run --init-from=~/absent"),
         (transfer.main, "table ~/absent"),
-        (transfer.main, "--model=pixels --data-sets=own=~/absent --out=~/x.json"),
-        (transfer.main, "--model=pixels --data-sets=digits --out=~/file/x.json"),
+        (transfer.main, "evaluate --model=pixels --datasets=own=~/absent --output=~/x.json"),
+        (transfer.main, "evaluate --model=pixels --datasets=digits --output=~/file/x.json"),
     ],
 )
 def test_every_command_expands_home(

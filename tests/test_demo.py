@@ -13,13 +13,13 @@ import timm
 from PIL import Image
 
 from trex_models import demo
+from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.train.build import open_source
 from trex_models.train.recipes import demo as recipe
 from trex_models.train.recipes import smoke
 from trex_models.train.signals import StoppedBySignal
 from trex_models.transfer import datasets
 from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, select
-from trex_models.transfer.encoders import weights_digest
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from trex_models.data.centre_crops import PROTOCOLS
+from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.sources import ArraySource
-from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.frozen_model import preprocessing
 
 
 class ChannelMeans(nn.Module):
@@ -68,7 +69,7 @@ def test_images_arrive_in_channels_last_format_and_autocast_is_entered() -> None
 
     source, crop = random_source(3), PROTOCOLS["transfer"]
     exact = extract_features(Noting(), source, crop)
-    rough = extract_features(Noting(), source, crop, autocast=torch.bfloat16)
+    rough = extract_features(Noting(), source, crop, precision="bf16")
     assert rough.dtype == np.float32
     np.testing.assert_array_equal(rough, torch.from_numpy(exact).bfloat16().float().numpy())
     assert not np.array_equal(rough, exact)

@@ -21,15 +21,15 @@ import trex_models.features
 from tests.images import save_image
 from tests.models import CHANNELS, Args, save_model
 from tests.processes import Forked, kill_when_ready
-from trex_models.data.centre_crops import PROTOCOLS
+from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
-from trex_models.evaluation.features import extract_features
-from trex_models.features import extract as extract_module
-from trex_models.features import file as file_module
+from trex_models.evaluation import extract as extract_module
+from trex_models.evaluation import feature_file
+from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.feature_file import Features
+from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.features.__main__ import main
-from trex_models.features.file import Features
-from trex_models.transfer.encoders import weights_digest
 
 CFG: Args = {"input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
 
@@ -57,7 +57,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(models: Path, *arguments: str, model: str = "backbone") -> int:
     fixed = ["--model", str(models / model), "--workers", "0", "--batch-size", "4"]
-    return main([*arguments, *fixed])
+    return main(["extract", *arguments, *fixed])
 
 
 def assert_right(found: Features, place: Path, models: Path) -> None:
@@ -87,10 +87,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_file_holds_features_names_and_what_made_them(
     place: Path, models: Path, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(models, "images", "--out", out) == 0
+    assert run(models, "images", "--output", out) == 0
     told = capsys.readouterr().out
     assert "11 images x 32 float32" in told
-    assert "licence of the weights: cc-by-nc-sa-4.0" in told
+    assert "license of the weights: cc-by-nc-sa-4.0" in told
     found = trex_models.features.load(out)
     assert found.names == sorted(found.names)
     assert found.names[:2] == ["a/0.png", "a/10.png"]
@@ -108,7 +108,7 @@ def test_a_file_holds_features_names_and_what_made_them(
 @pytest.mark.usefixtures("place")
 def test_other_tools_read_the_files(models: Path) -> None:
     for out in ("f.safetensors", "f.npy"):
-        assert run(models, "images", "--out", out, "--dtype", "float16") == 0
+        assert run(models, "images", "--output", out, "--dtype", "float16") == 0
     with safe_open("f.safetensors", "np") as file:
         features, names = (
             file.get_tensor("features"),
@@ -126,20 +126,20 @@ def test_other_tools_read_the_files(models: Path) -> None:
 def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     models: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
 ) -> None:
-    assert run(models, "images", "--out", "f.npy") == 0
+    assert run(models, "images", "--output", "f.npy") == 0
     before = Path("f.npy").read_bytes()
     assert len(reads) == 11
-    assert run(models, "images", "--out", "f.npy") == 0
+    assert run(models, "images", "--output", "f.npy") == 0
     assert "f.npy is there already" in capsys.readouterr().out
     assert len(reads) == 11
-    assert run(models, "images", "--out", "f.npy", model="other") == 2
-    assert run(models, "images/a", "--out", "f.npy") == 2
+    assert run(models, "images", "--output", "f.npy", model="other") == 2
+    assert run(models, "images/a", "--output", "f.npy") == 2
     errors = capsys.readouterr().err
     assert "something else (weights_sha256 differs)" in errors
     assert "images_sha256" in errors
     assert "--overwrite" in errors
     assert Path("f.npy").read_bytes() == before
-    assert run(models, "images", "--out", "f.npy", "--overwrite", model="other") == 0
+    assert run(models, "images", "--output", "f.npy", "--overwrite", model="other") == 0
     assert Path("f.npy").read_bytes() != before
 
 
@@ -180,7 +180,7 @@ def test_a_file_of_something_else_is_not_replaced_unasked(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("f.safetensors").write_bytes(b"precious")
-    assert run(models, "images", "--out", "f.safetensors") == 2
+    assert run(models, "images", "--output", "f.safetensors") == 2
     assert "it is no file of features" in capsys.readouterr().err
     assert Path("f.safetensors").read_bytes() == b"precious"
 
@@ -193,11 +193,11 @@ def test_a_file_of_the_name_for_names_is_not_replaced_unasked(
     Path("f.npy.json").write_text('{"metadata": {"mine": "precious"}}')
     if features_too:
         np.save("f.npy", np.zeros((11, 32)))
-    assert run(models, "images", "--out", "f.npy") == 2
+    assert run(models, "images", "--output", "f.npy") == 2
     named = "f.npy" if features_too else "f.npy.json"
     assert f"error: {named} is there, and it is no file of features" in capsys.readouterr().err
     assert "precious" in Path("f.npy.json").read_text()
-    assert run(models, "images", "--out", "f.npy", "--overwrite") == 0
+    assert run(models, "images", "--output", "f.npy", "--overwrite") == 0
     assert len(trex_models.features.load("f.npy").names) == 11
 
 
@@ -206,14 +206,14 @@ def test_a_file_of_the_name_for_names_is_not_replaced_unasked(
 def test_a_damaged_file_is_not_taken_for_a_finished_one(
     models: Path, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
-    assert run(models, "images", "--out", out) == 0
+    assert run(models, "images", "--output", out) == 0
     data = Path(out).read_bytes()
     Path(out).write_bytes(b"" if out.startswith("empty") else data[:-1])
-    assert run(models, "images", "--out", out) == 2
+    assert run(models, "images", "--output", out) == 2
     error = capsys.readouterr().err
     assert "it is damaged" in error
     assert "--overwrite" in error
-    assert run(models, "images", "--out", out, "--overwrite") == 0
+    assert run(models, "images", "--output", out, "--overwrite") == 0
     assert Path(out).read_bytes() == data
 
 
@@ -221,9 +221,9 @@ def test_a_damaged_file_is_not_taken_for_a_finished_one(
 def test_another_array_in_place_of_the_features_is_told(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(models, "images", "--out", "f.npy") == 0
+    assert run(models, "images", "--output", "f.npy") == 0
     np.save("f.npy", np.zeros((10, 32), np.float32))
-    assert run(models, "images", "--out", "f.npy") == 2
+    assert run(models, "images", "--output", "f.npy") == 2
     assert "its names are not those of its features" in capsys.readouterr().err
 
 
@@ -234,6 +234,8 @@ from trex_models.features.__main__ import main
 from trex_models.features.file import Features
 from trex_models.transfer import cache
 from trex_models.transfer.encoders import weights_digest
+from trex_models.evaluation import feature_file
+from trex_models.evaluation.feature_file import Features
 
 read = FileSource.read
 def slow(self, index):
@@ -243,7 +245,7 @@ def slow(self, index):
     return read(self, index)
 
 FileSource.read = slow
-cache._MARK_SECONDS = 0.0
+feature_file._MARK_SECONDS = 0.0
 main(sys.argv[1:])
 """
 
@@ -253,12 +255,12 @@ def test_a_killed_command_goes_on(
     place: Path, models: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
 ) -> None:
     (place / "images" / "a" / "0.png").write_bytes(b"torn")
-    given = ["images", "--out", "f.npy", "--unreadable", "skip"]
+    given = ["images", "--output", "f.npy", "--unreadable", "skip"]
     fixed = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "2"]
-    kill_when_ready(Forked("-c", KILLED, *given, *fixed))
+    kill_when_ready(Forked("-c", KILLED, "extract", *given, *fixed))
     assert not Path("f.npy").exists()
     assert run(models, *given) == 0
-    assert "going on from image 6 of 11" in capsys.readouterr().out
+    assert "continuing from image 6 of 11" in capsys.readouterr().out
     assert reads == ["1.png", "3.png", "5.png", "7.png", "9.png"]
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 10
@@ -284,10 +286,10 @@ def test_what_another_command_left_is_begun_anew(
     out = "f.npy"
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
-        assert run(models, "images", "--out", out, model="other") == 130
+        assert run(models, "images", "--output", out, model="other") == 130
     assert "interrupted; run the same command again" in capsys.readouterr().err
-    assert run(models, "images", "--out", out) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert run(models, "images", "--output", out) == 0
+    assert "continuing" not in capsys.readouterr().out
     found = trex_models.features.load(out)
     assert_right(found, place, models)
 
@@ -306,8 +308,8 @@ def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSource, "read", unreadable)
-        assert run(models, "images", "--out", "f.npy", "--unreadable", "skip") == 130
-    assert run(models, "images", "--out", "f.npy") == 0
+        assert run(models, "images", "--output", "f.npy", "--unreadable", "skip") == 130
+    assert run(models, "images", "--output", "f.npy") == 0
     found = trex_models.features.load("f.npy")
     assert len(found.names) == 11
     assert_right(found, place, models)
@@ -319,14 +321,14 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
 ) -> None:
     torn = [place / "images" / "a" / "2.png", place / "images" / "b" / "9.png"]
     torn[0].write_bytes(b"torn")
-    assert run(models, "images", "--out", out) == 2
+    assert run(models, "images", "--output", out) == 2
     assert f"error: {torn[0]} cannot be read as an image" in capsys.readouterr().err
     torn[1].write_bytes(b"")  # found without reading
-    assert run(models, "images", "--out", out) == 2
+    assert run(models, "images", "--output", out) == 2
     errors = capsys.readouterr().err
     assert "1 of 11 image files are missing or empty" in errors
-    assert "leave them out by --unreadable skip" in errors
-    assert run(models, "images", "--out", out, "--unreadable", "skip") == 0
+    assert "skip them with --unreadable skip" in errors
+    assert run(models, "images", "--output", out, "--unreadable", "skip") == 0
     assert "skipped 2 of 11 images" in capsys.readouterr().out
     assert [line.split()[0] for line in Path(f"{out}.skipped.txt").read_text().splitlines()] == [
         str(path) for path in torn
@@ -345,7 +347,7 @@ def test_no_image_that_can_be_read(
 ) -> None:
     (place / "one").mkdir()
     (place / "one" / "x.png").write_bytes(b"torn")
-    assert run(models, "one", "--out", "f.npy", "--unreadable", "skip") == 2
+    assert run(models, "one", "--output", "f.npy", "--unreadable", "skip") == 2
     assert "none of 1 images can be read" in capsys.readouterr().err
     assert not Path("f.npy").exists()
 
@@ -357,7 +359,7 @@ def test_no_image_that_can_be_read(
 def test_outputs_of_a_whole_model(
     place: Path, models: Path, output: str, shape: tuple[int, ...]
 ) -> None:
-    assert run(models, "images", "--out", "f.npy", "--output", output, model="whole") == 0
+    assert run(models, "images", "--output", "f.npy", "--features", output, model="whole") == 0
     found = trex_models.features.load("f.npy")
     assert found.features.shape == (11, *shape)
     model: Any = timm.create_model(f"local-dir:{models / 'whole'}", pretrained=True).eval()
@@ -380,20 +382,20 @@ def test_outputs_of_a_whole_model(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "projector"], "has no projector; trex_resnet50_proj"),
-        (["--output", "logits"], "has no classifier"),
-        (["--out", "f.txt"], r"--out f.txt: give a file that ends in .safetensors or .npy"),
-        (["--out", "images/a/0.png/f.npy"], "cannot be written"),
+        (["--features", "projector"], "has no projector; trex_resnet50_proj"),
+        (["--features", "logits"], "has no classifier"),
+        (["--output", "f.txt"], r"--output f.txt: give a file that ends in .safetensors or .npy"),
+        (["--output", "images/a/0.png/f.npy"], "cannot be written"),
         (["--file", "missing.pth"], "missing.pth is no file"),
         (["--file", "images/a/0.png"], "--file goes with the name of an architecture"),
-        (["--out", "new/f.npy", "--output", "logits"], "has no classifier"),
+        (["--output", "new/f.npy", "--features", "logits"], "has no classifier"),
         (["nothing"], "nothing: there is no such file or folder"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_a_line(
     models: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    out = [] if "--out" in arguments else ["--out", "f.npy"]
+    out = [] if "--output" in arguments else ["--output", "f.npy"]
     assert run(models, "images", *arguments, *out) == 2
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
@@ -407,7 +409,7 @@ def test_a_map_is_asked_of_a_model_that_has_one(
 ) -> None:
     model = timm.create_model("test_vit", num_classes=0)
     save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
-    assert run(tmp_path, "images", "--out", "f.npy", "--output", "dense", model="vit") == 2
+    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
     assert "not a map (C, H, W)" in capsys.readouterr().err
 
 
@@ -417,7 +419,7 @@ def test_own_weights_are_taken(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
     given = ["--file", "own.safetensors", "--model", "test_resnet", "--workers", "0"]
-    assert main(["images", "--out", "f.npy", *given]) == 0
+    assert main(["extract", "images", "--output", "f.npy", *given]) == 0
     about = trex_models.features.load("f.npy").metadata
     assert about["weights_sha256"] == weights_digest(model)
     assert about["file"] == str(tmp_path / "own.safetensors")
@@ -425,7 +427,9 @@ def test_own_weights_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("place")
 def test_pixels_are_features_too() -> None:
-    assert main(["images", "--model", "pixels", "--out", "f.npy", "--workers", "0"]) == 0
+    assert (
+        main(["extract", "images", "--model", "pixels", "--output", "f.npy", "--workers", "0"]) == 0
+    )
     found = trex_models.features.load("f.npy")
     assert found.features.shape == (11, 768)
     assert found.metadata["license"] == "none: pixels are no weights"
@@ -438,7 +442,7 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
         raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
 
     monkeypatch.setattr("trex_models.features.images.find", missing)
-    assert run(models, str(place / "images"), "--out", "f.npy") == 2
+    assert run(models, str(place / "images"), "--output", "f.npy") == 2
     assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
 
 
@@ -451,7 +455,7 @@ def test_a_model_without_weights_is_told_with_what_this_command_has(
 ) -> None:
     Path("f.pth").write_bytes(b"nothing")
     own = ["--file", file] if file else []
-    assert main(["images", "--model", "resnet200", "--out", "f.npy", *own]) == 2
+    assert main(["extract", "images", "--model", "resnet200", "--output", "f.npy", *own]) == 2
     error = capsys.readouterr().err
     assert "resnet200 cannot be loaded" in error
     assert hint in error
@@ -464,7 +468,7 @@ def test_images_whose_names_are_not_utf8_are_skipped_and_told(
 ) -> None:
     name = os.fsdecode(b"gr\xfcn.png")
     (place / "images" / name).write_bytes(b"torn")
-    assert run(models, "images", "--out", "f.npy", "--unreadable", "skip") == 0
+    assert run(models, "images", "--output", "f.npy", "--unreadable", "skip") == 0
     assert r"gr\udcfcn.png' cannot be read" in capfd.readouterr().out
 
 
@@ -472,17 +476,17 @@ def test_a_full_disk_is_told_before_it_is_full(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(place)._replace(free=1 << 20)
-    monkeypatch.setattr("trex_models.transfer.cache.shutil.disk_usage", lambda _: usage)
-    assert run(models, "images", "--out", "f.npy") == 2
+    monkeypatch.setattr("trex_models.evaluation.extract.shutil.disk_usage", lambda _: usage)
+    assert run(models, "images", "--output", "f.npy") == 2
     assert "GB left" in capsys.readouterr().err
 
 
 def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
     """A million names stay readable, as safetensors allows headers of 100 MB only."""
     names = [f"class_{row % 1000:04d}/image_{row:07d}.jpg" for row in range(100_000)]
-    path, listed = tmp_path / "f.safetensors", json.dumps(names).encode()
+    path = tmp_path / "f.safetensors"
     rows = np.zeros((len(names), 1), np.float16)
-    header = file_module.head(path, rows.shape, rows.dtype, {"model": "x"}, listed)
+    header, listed = feature_file.ends(path, rows.shape, rows.dtype, {"model": "x"}, names)
     assert len(header) < 1000
     path.write_bytes(header + rows.tobytes() + listed)
     found = trex_models.features.load(path)
@@ -494,8 +498,8 @@ def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("damage", ["missing", "short", "foreign", "names", "suffix"])
 def test_a_damaged_file_is_told(models: Path, damage: str) -> None:
-    assert run(models, "images", "--out", "f.npy") == 0
-    assert run(models, "images", "--out", "f.safetensors") == 0
+    assert run(models, "images", "--output", "f.npy") == 0
+    assert run(models, "images", "--output", "f.safetensors") == 0
     path = Path("f.safetensors")
     if damage == "missing":
         path.unlink()

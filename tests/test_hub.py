@@ -39,8 +39,10 @@ from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
 from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
 from trex_models import naver, timm_folder
+from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
+from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
 from trex_models.trex import default_cfgs
 
@@ -921,19 +923,19 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = imagenet.Protocol(
-    classes=tuple(COLOURS),
-    epochs=300,
-    settings=(Setting(1e-3, 1e-4), Setting(10.0, 1e-6)),
-    image_batch=7,
-    workers=0,
-    device="cpu",
-)
+SMALL = tuple(COLOURS)
 
 
 def test_measured_top1_is_the_known_one(
-    rightful: Path, replica: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rightful: Path,
+    replica: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # The protocol's choice by a fifth of 20 images is chance.
+    settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
+    monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
     results = imagenet.measure(rightful, replica, tmp_path, SMALL)
     assert json.loads((tmp_path / "imagenet.json").read_text()) == results
     assert sorted(results) == ["trex_resnet50.in1k", "trex_resnet50_cls.in1k_r2"]
@@ -945,13 +947,12 @@ def test_measured_top1_is_the_known_one(
     assert (linear["reported_top1"], prototypes["reported_top1"]) == (78.0, 77.9)
     assert prototypes["protocol"] == "its own prototypes"
     assert prototypes["reported_protocol"] == linear["protocol"] == "a linear layer on the features"
-    assert len(linear["held_out_top1"]) == 2
+    assert linear["learning_rate"] == 10.0
 
-    kept = sorted((tmp_path / "features").iterdir())
-    assert [np.load(path).shape for path in kept] == [(20, 32), (16, 32)]
-    train = np.load(kept[0])
-    assert train.dtype == np.float16
-    np.testing.assert_allclose(np.linalg.norm(train.astype(float), axis=1), 1, atol=2e-3)
+    kept = sorted((tmp_path / "features").rglob("*.safetensors"))
+    found = [load_features(path).features for path in kept]
+    shapes = {(array.shape, str(array.dtype)) for array in found}
+    assert shapes == {((20, 32), "float16"), ((16, 32), "float16"), ((16, 4), "float32")}
 
     text = imagenet.table(results)
     assert re.search(r"trex_resnet50\.in1k +87\.50 +78\.0 +\+9\.50  NO \(0\.5\)", text)
@@ -964,10 +965,13 @@ def test_measured_top1_is_the_known_one(
     out = capsys.readouterr().out
     assert out.count("measured already, 87.50 %") == 2
     # With the features kept, only the layers are fitted again.
-    longer = dataclasses.replace(SMALL, epochs=301)
-    again = imagenet.measure(rightful, replica, tmp_path, longer)
-    assert again["trex_resnet50.in1k"]["epochs"] == 301
+    (tmp_path / "imagenet.json").unlink()
+    assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     assert [path.stat().st_mtime_ns for path in kept] == before
+    # Other images in the same number are measured again.
+    shutil.copytree(replica, tmp_path / "other")
+    picture(COLOURS["bee"], 5).save(tmp_path / "other" / "val" / "bee" / "val_0.png")
+    assert imagenet.measure(rightful, tmp_path / "other", tmp_path, SMALL) != results
 
 
 def test_as_many_other_images_are_measured_again(
@@ -994,12 +998,11 @@ def test_other_weights_of_the_same_name_are_measured_again(
         sizes.append((len(train.rows), len(test.rows), len(settings)))
         return fitted_accuracies(train, test, settings, **options)
 
-    monkeypatch.setattr(imagenet, "fitted_accuracies", noting)
+    monkeypatch.setattr("trex_models.evaluation.linear.fitted_accuracies", noting)
     folder = tmp_path / "models" / "trex_resnet50.in1k"
     for seed in (0, 1):
         tiny_folder(folder, seed)
-        quick = dataclasses.replace(SMALL, epochs=1)
-        [result] = imagenet.measure(tmp_path / "models", replica, tmp_path, quick).values()
+        [result] = imagenet.measure(tmp_path / "models", replica, tmp_path, SMALL).values()
         assert result["sha256"] == sha256(folder / "model.safetensors")
         assert len(list((tmp_path / "features").iterdir())) == 2 * (seed + 1)
     assert sizes == [(16, 4, 2), (20, 16, 1)] * 2
@@ -1007,12 +1010,12 @@ def test_other_weights_of_the_same_name_are_measured_again(
 
 def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:
     names = tuple(ImageNetInfo().label_names())
-    assert imagenet.Protocol().classes == names == tuple(sorted(names))
+    assert imagenet.CLASSES == names == tuple(sorted(names))
     with pytest.raises(ValueError, match="4 class folders are not the 1000 expected.*: ant"):
         imagenet.measure(rightful, replica, tmp_path)
     shutil.copytree(replica / "val", tmp_path / "three" / "val")
     shutil.rmtree(tmp_path / "three" / "val" / "dog")
-    three = dataclasses.replace(SMALL, classes=("ant", "bee", "cat"))
+    three = ("ant", "bee", "cat")
     with pytest.raises(ValueError, match="has 4 classes, but the images have 3"):
         imagenet.measure(rightful, tmp_path / "three", tmp_path, three)
     with pytest.raises(ValueError, match="cannot be listed"):
@@ -1031,13 +1034,13 @@ def test_backbones_need_train(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_image_is_one_line(
-    workers: int, rightful: Path, replica: Path, tmp_path: Path
+    workers: int, rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(replica / "val", tmp_path / "val")
     (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
-    protocol = dataclasses.replace(SMALL, workers=workers)
+    monkeypatch.setattr(imagenet, "free_cores", lambda: workers)
     with pytest.raises(ValueError, match=r"^[^\n]*bee/val_1.png cannot be read[^\n]*$"):
-        imagenet.measure(rightful, tmp_path, tmp_path, protocol)
+        imagenet.measure(rightful, tmp_path, tmp_path, SMALL)
     assert not (tmp_path / "imagenet.json").exists()
 
 
@@ -1084,8 +1087,7 @@ def test_import_fetches_converts_and_measures_once(
     for name in stars:
         shutil.rmtree(converted / name)
     once = partial(import_naver, ("trex.pth",), output=out, manifest=path)
-    protocol = dataclasses.replace(SMALL, epochs=3)
-    monkeypatch.setattr("hub.import_naver.measure", partial(imagenet.measure, protocol=protocol))
+    monkeypatch.setattr("hub.import_naver.measure", partial(imagenet.measure, classes=SMALL))
     assert not once(imagenet=replica)  # it is not 78 %
     assert "trex_resnet50.in1k " in capsys.readouterr().out
     assert not once(imagenet=replica)

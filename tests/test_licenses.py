@@ -15,10 +15,10 @@ from convert import export_model
 from hub import build_folders
 from hub.hub_folder import inspect_folder
 from trex_models import licenses, naver, timm_folder
+from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.licenses import describe, license_of
 from trex_models.manifest import sha256
 from trex_models.train.__main__ import main
-from trex_models.transfer.encoders import load
 
 LINEAR = {"fc.weight": torch.zeros(2, 3)}
 UNTOLD = "not stated"
@@ -106,10 +106,10 @@ def test_one_rule_for_every_command(
     record = {"sha256": "", "converted_sha256": sha256(weights_file)}
     (tmp_path / "cache/naver/trex.json").write_text(json.dumps(record))
     assert license_of(folder) == naver.LICENSE
-    assert load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
-    assert load("resnet50", file=weights_file).facts["license"] == naver.LICENSE
     assert export_model._facts("resnet50", model, weights_file)["license"].startswith(naver.LICENSE)
     assert export_model._facts(str(folder), model, None)["license"].startswith(naver.LICENSE)
+    assert FrozenModel.load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
+    assert FrozenModel.load("resnet50", file=weights_file).facts["license"] == naver.LICENSE
     licenses.notice.cache_clear()
     overlay = {"file": str(weights_file), "license": "mit"}
     timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)

@@ -48,7 +48,7 @@ from trex_models.method import (
 NAMES = {
     "trex_models": "CheckpointError CosineClassifier Projector TRexResNet WeightsError __version__",
     "trex_models.data": (
-        "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CentreCrop CropSpec "
+        "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CenterCrop CropSpec "
         "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop "
         "MultiCropDataset PhotometricAugmentation Source UnreadableImageError augment load_batches"
     ),
@@ -159,7 +159,7 @@ def test_what_help_lacks_is_found() -> None:
         """Compute something.
 
         Args:
-            k: Neighbours.
+            k: Neighbors.
         """
         if not k:
             raise ValueError(k)
@@ -195,7 +195,7 @@ def test_the_loop_of_the_page_learns(
         ("OnlineClassMeans(bank))", "OnlineClassMeans(bank), ema_momentum=0.5)"),
         ("Projector(backbone.num_features)", "Projector(backbone.num_features, 1, 256)"),
         (", TREX_CROPS)", ", SMALL)"),
-        ("CentreCrop(", "CentreCrop(size=(32, 32), "),
+        ("CenterCrop(", "CenterCrop(size=(32, 32), "),
         ('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"'),
     ):
         assert loop.count(old) == 1, old

@@ -54,8 +54,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(place: Path, out: Path, *extra: str, model: str = "") -> int:
     sets = f"easy={place / 'easy'},hard={place / 'hard'}"
-    given = ["--model", model or str(place / "model"), "--data-sets", sets, "--out", str(out)]
-    return main([*given, "--seeds", "2", "--workers", "0", *extra])
+    given = ["--model", model or str(place / "model"), "--datasets", sets, "--output", str(out)]
+    return main(["evaluate", *given, "--seeds", "2", "--workers", "0", *extra])
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert "in place of the paper's 30 TPE trials" in report["protocol"]["note"]
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
     command = shlex.split(report["command"])
-    assert command[:4] == ["python", "-m", "trex_models.transfer", "--model"]
-    assert command[-2:] == ["--label", "Small"]
+    assert command[:5] == ["python", "-m", "trex_models.transfer", "evaluate", "--model"]
+    assert command[-7:] == [*"--label Small --seeds 2 --analyses --workers 0".split()]
     assert report["cache_dtype"] == "float32"
     assert report["classifiers_device"] == "cpu"
     entry = report["datasets"]["hard"]
@@ -143,7 +143,7 @@ def test_the_same_command_takes_over_what_was_found(
     assert {k: v for k, v in again.items() if k not in untold} == {
         k: v for k, v in report.items() if k not in untold
     }
-    for other in ("--seeds 3", "--preprocessing validation", "--cache-dtype float16"):
+    for other in ("--seeds 3", "--preprocessing validation", "--dtype float16"):
         with pytest.raises(AssertionError, match="fitted again"):
             run(place, out, *other.split())
     monkeypatch.setattr(report_module, "version", lambda package: f"{package} 99")
@@ -192,7 +192,7 @@ def test_scores_that_cannot_be_kept_are_reported_all_the_same(
 
     monkeypatch.setattr(evaluate_module, "write_whole", refuse)
     assert run(place, tmp_path / "report.json") == 0
-    assert "scores are not kept for another run" in capsys.readouterr().out
+    assert "scores are not cached for other runs" in capsys.readouterr().out
     assert read_report(tmp_path / "report.json")["complete"]
 
 
@@ -207,14 +207,15 @@ def test_features_without_a_direction_cost_the_analyses_alone(
                 image.save(tmp_path / "black" / part / name / f"{index}.png")
     out = tmp_path / "out" / "report.json"
     sets = f"black={tmp_path / 'black'}"
-    given = ["--model", "pixels", "--data-sets", sets, "--out", str(out), "--analyses"]
-    assert main([*given, "--seeds", "1", "--workers", "0"]) == 0
+    given = ["--model", "pixels", "--datasets", sets, "--output", str(out), "--analyses"]
+    assert main(["evaluate", *given, "--seeds", "1", "--workers", "0"]) == 0
     assert "no analyses: " in capsys.readouterr().out
     entry = read_report(out)["datasets"]["black"]
     assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
     assert "over 1 seed (" in out.with_suffix(".md").read_text()
     assert main(["plot", str(out), "--kind", "geometry", "--out", str(tmp_path / "a.png")]) == 2
+    assert main(["plot", str(out), "--kind", "geometry", "--output", str(tmp_path / "a.png")]) == 2
 
 
 def test_what_does_not_compare_is_refused_or_said(
@@ -226,13 +227,13 @@ def test_what_does_not_compare_is_refused_or_said(
     assert run(place, Path(one), "--training-task", "easy", "--label", "a | b", model="pixels") == 0
     assert run(place, Path(two), "--training-task", "hard", model="pixels") == 0
     sets = f"easy={tmp_path / 'easy'}"
-    assert run(place, Path(other), "--data-sets", sets, model="pixels") == 0
+    assert run(place, Path(other), "--datasets", sets, model="pixels") == 0
     capsys.readouterr()
     assert main(["table", one, two, "--markdown"]) == 0
     text = capsys.readouterr().out
     assert "not over the same datasets: they do not compare" in text
     assert "a \\| b: top-1" in text
-    for command in (["table"], ["plot", "--kind", "bars", "--out", str(tmp_path / "x.png")]):
+    for command in (["table"], ["plot", "--kind", "bars", "--output", str(tmp_path / "x.png")]):
         assert main([*command, one, other]) == 2
         assert "easy has other images in the report of pixels" in capsys.readouterr().err
 
@@ -292,19 +293,20 @@ def test_models_share_a_table_and_a_picture(
     assert f"{report['datasets']['hard']['log_odds']:.3f}" in text
     assert main(["table", one, other, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| dataset | test images | Small: top-1, % |")
+    assert capsys.readouterr().out.startswith("| data set | test images | Small: top-1, % |")
     for kind in ("bars", "geometry"):
         picture = tmp_path / f"{kind}.png"
-        assert main(["plot", one, other, "--kind", kind, "--out", str(picture)]) == 0
+        assert main(["plot", one, other, "--kind", kind, "--output", str(picture)]) == 0
         with Image.open(picture) as image:
             assert image.width > 500
     asked = ["--kind", "analyses", "--data-set", "nowhere", "--out", str(picture)]
     assert main(["plot", one, *asked]) == 2
     assert "no report has analyses of 'nowhere'" in capsys.readouterr().err
     picture = tmp_path / "scatter.svg"
-    assert main(["plot", other, "--out", str(picture)]) == 0
+    assert main(["plot", other, "--output", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
     capsys.readouterr()
-    assert main(["plot", other, "--out", str(picture), "--published"]) == 2
+    assert main(["plot", other, "--output", str(picture), "--published", "paper"]) == 2
     assert "trained on ImageNet-1K, pixels on easy" in capsys.readouterr().err
 
 
@@ -318,13 +320,13 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--data-sets", "imagenett"], "do you mean imagenet"),
-        (["--data-sets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
-        (["--training-task", "digits"], "--training-task digits is not among the data sets"),
+        (["--datasets", "imagenett"], "do you mean imagenet"),
+        (["--datasets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
+        (["--training-task", "digits"], "--training-task digits is not among the datasets"),
         (["--model", "resnet5O"], "timm knows no model of this name; .*resnet50"),
-        (["--out", "report.txt"], "--out report.txt: give a file that ends in .json"),
+        (["--output", "report.txt"], "--output report.txt: give a file that ends in .json"),
         (["--cache", "{place}/easy/test/grey/0.png"], "0.png cannot be used .*; name a folder"),
-        (["--out", "/proc/report.json"], "--out /proc/report.json cannot be written"),
+        (["--output", "/proc/report.json"], "--output /proc/report.json cannot be written"),
     ],
 )
 def test_bad_input_is_one_clear_line(
@@ -344,15 +346,19 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tabel", "report.json"]) == 2
-    assert "'tabel' is no command: table, plot, list, or --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["tabel", "report.json"])
+    assert stopped.value.code == 2
+    assert "Available subcommands: evaluate, table, plot, list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_numbers_are_checked(place: Path, tmp_path: Path, text: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        run(place, tmp_path / "report.json", "--seeds", text)
-    assert stopped.value.code == 2
+    try:
+        status: object = run(place, tmp_path / "report.json", "--seeds", text)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
 
 
 def test_a_class_of_one_image_is_named(
@@ -362,7 +368,7 @@ def test_a_class_of_one_image_is_named(
     for path in sorted((tmp_path / "easy" / "train" / "grey").iterdir())[1:]:
         path.unlink()
     sets = f"easy={tmp_path / 'easy'}"
-    assert run(place, tmp_path / "out" / "report.json", "--data-sets", sets) == 2
+    assert run(place, tmp_path / "out" / "report.json", "--datasets", sets) == 2
     assert "grey" in capsys.readouterr().err
 
 
@@ -373,7 +379,7 @@ def test_an_unreadable_image_is_named(
     torn = tmp_path / "easy" / "test" / "grey" / "3.png"
     torn.write_bytes(torn.read_bytes()[:60])
     sets = f"easy={tmp_path / 'easy'}"
-    assert run(place, tmp_path / "out" / "report.json", "--data-sets", sets) == 2
+    assert run(place, tmp_path / "out" / "report.json", "--datasets", sets) == 2
     assert str(torn) in capsys.readouterr().err
 
 

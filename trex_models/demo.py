@@ -17,6 +17,7 @@ from trex_models import cli, plot, plotting
 from trex_models.atomic import write_whole
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import Source
+from trex_models.evaluation.frozen_model import PIXELS, FrozenModel
 from trex_models.train.build import crop_specs, open_source
 from trex_models.train.config import Config
 from trex_models.train.loop import train
@@ -24,7 +25,6 @@ from trex_models.train.recipes import RECIPES
 from trex_models.transfer import pictures
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import open_checked, select
-from trex_models.transfer.encoders import PIXELS, calibrated, load
 from trex_models.transfer.evaluate import Plan, Task, evaluate
 from trex_models.transfer.report import table
 
@@ -54,14 +54,14 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
     for source in (part for task in tasks for part in (task.train, task.test)):
         vars(source)["read"] = cache(source.read)  # a fractal takes longer than its features
     backbone = str(folder / "export" / "backbone")
-    untrained = load(backbone, untrained=True, seed=seed)
+    untrained = FrozenModel.load(backbone, untrained=True, seed=seed)
     models = {
-        "pixels": load(PIXELS),
-        "untrained": calibrated(untrained, tasks[0].train, tasks[0].data_set.name),
-        "t-ReX*": load(backbone),
+        "pixels": FrozenModel.load(PIXELS),
+        "untrained": untrained.calibrated(tasks[0].train, tasks[0].dataset.name),
+        "t-ReX*": FrozenModel.load(backbone),
     }
     # One validation split: five, as in the protocol, would take minutes longer.
-    plan = Plan(seeds=1, training_task=tasks[0].data_set.name)
+    plan = Plan(seeds=1, training_task=tasks[0].dataset.name)
     features = FeatureCache(root=output / "features")
     return [
         evaluate(model, tasks, features, plan, output / f"{label.strip('*')}.json", label)

@@ -27,7 +27,7 @@ from benchmarks.study.cells import CELLS, Cell, Field, Scale
 from benchmarks.study.images import REAL_SETS, TITLES
 from trex_models.atomic import append, write_whole
 from trex_models.data.image_files import FolderSource
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import extract_features
 
 TRAINING_TASK = "task"
 _SEEDS = 2  # of the evaluation's validation splits
@@ -144,8 +144,8 @@ class Run:
         """
         images = str(self.folder / "images").replace(",", "\\,")
         named = [name if name in REAL_SETS else f"{name}={images}/{name}" for name in sets]
-        arguments = ["--model", str(self.output), "--data-sets", ",".join(named)]
-        arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--out", str(out)]
+        arguments = ["evaluate", "--model", str(self.output), "--datasets", ",".join(named)]
+        arguments += ["--training-task", sets[0], "--seeds", str(seeds), "--output", str(out)]
         return [*arguments, "--workers", str(self.scale.workers), "--label", self.cell.title]
 
     @property

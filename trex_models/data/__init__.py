@@ -3,7 +3,7 @@
 The names below are stable; docs/library.md shows their use.
 """
 
-from trex_models.data.centre_crops import CentreCrop
+from trex_models.data.center_crop import CenterCrop
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
@@ -31,7 +31,7 @@ __all__ = [
     "TREX_CROPS",
     "ArraySource",
     "Batch",
-    "CentreCrop",
+    "CenterCrop",
     "CropSpec",
     "CsvSource",
     "EpochSampler",

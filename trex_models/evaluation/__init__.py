@@ -1,10 +1,11 @@
-"""Extraction of features, and classifiers on frozen features.
+"""Evaluation of frozen features: extraction, and classifiers.
 
 The names below are stable; docs/library.md shows their use.
 """
 
 from trex_models.evaluation import logistic
-from trex_models.evaluation.features import extract_features, preprocessing
+from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.frozen_model import preprocessing
 from trex_models.evaluation.knn import knn_accuracy, knn_votes, nearest_neighbors
 from trex_models.evaluation.logistic import LogisticFit
 

@@ -1,5 +1,5 @@
-"""Features of images as files: ``python -m trex_models.features IMAGES --model M --out F``."""
+"""Features of images as files: ``python -m trex_models.features extract``."""
 
-from trex_models.features.file import Features, load
+from trex_models.evaluation.feature_file import Features, load
 
 __all__ = ["Features", "load"]

@@ -1,143 +1,172 @@
-"""Extract features of images with any timm model, into one file.
-
-    python -m trex_models.features IMAGES... --model NAME_OR_DIR --out FILE.safetensors|FILE.npy
-    python -m trex_models.features neighbours FILE --query IMAGE_OR_NAME... [--out PICTURE.png]
-
-IMAGES are folders, patterns in quotes, images, and .txt files with a path a line. The same command
-goes on where one was interrupted. The second finds the images nearest to others.
-"""
+"""Extract features of images with any timm model into a file, and find nearest neighbors."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from trex_models import plotting
-from trex_models.cli import default_device, natural, positive, require_writable, run
-from trex_models.features import images, neighbours, outputs, picture
-from trex_models.features.extract import Plan, extract
-from trex_models.features.file import FORMATS, KIND, load
-from trex_models.features.outputs import OUTPUTS
+from trex_models import cli, plotting
+from trex_models.evaluation.extract import Extraction, feature_identity
+from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
+from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
+from trex_models.features import images, neighbors, picture
 from trex_models.machine import free_cores
-from trex_models.transfer.cache import DTYPES
-from trex_models.transfer.encoders import PRECISIONS, PREPROCESSING
+from trex_models.precision import PrecisionName
+
+_WORKERS = min(free_cores(), 16)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
-    if arguments[:1] == ["neighbours"]:
-        return run(_neighbours, arguments[1:], "features")
-    return run(_extract, arguments or ["--help"], "features")
-
-
-def _extract(arguments: Sequence[str]) -> None:
-    options = _extraction_parser().parse_args(arguments)
-    require_writable(options.out, *FORMATS)
-    found = images.find(options.images)
-    if found.repeated:
-        print(f"{found.repeated:,} images are named more than once and count once")
-    encoder, shape = outputs.load(
-        options.model,
-        options.output,
-        file=options.file,
-        prepare=options.preprocessing,
-        precision=options.precision,
-        device=options.device,
-    )
-    count, size = len(found.source), DTYPES[options.dtype].itemsize * math.prod(shape)
-    print(
-        f"{count:,} images x {' x '.join(map(str, shape))} {options.dtype} ({options.output} of "
-        f"{options.model}): {count * size / 1e6:,.2f} MB in {options.out}\n"
-        f"licence of the weights: {encoder.facts['license']}",
-        flush=True,
-    )
-    plan = Plan(
-        out=options.out,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        skip=options.unreadable == "skip",
-        overwrite=options.overwrite,
-    )
-    about = {
-        "format": KIND,
-        "model": options.model,
-        "file": str(options.file.resolve()) if options.file else "",
-        "architecture": str(encoder.facts["architecture"]),
-        "tag": str(encoder.facts["tag"]),
-        "license": str(encoder.facts["license"]),
-        "output": options.output,
-        "preprocessing": options.preprocessing,
-    }
-    written = extract(encoder, shape, found, plan, about)
-    print(f"wrote {options.out}" if written else f"{options.out} is there already, of these images")
-
-
-def _extraction_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    return cli.main(
+        {"extract": extract, "neighbors": find_neighbors},
+        arguments,
         prog="python -m trex_models.features",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        extra="features",
     )
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGES", help="folder, pattern, image, or .txt list")
-    add("--model", required=True, help="timm model, folder of one, finished run, or hf-hub:...")
-    add("--out", type=Path, required=True, help=f"the file, {' or '.join(FORMATS)}")
-    add("--output", default="backbone", choices=OUTPUTS, help="what of the model (backbone)")
-    add("--file", type=Path, help="weights of your own for the model")
-    add("--dtype", default="float32", choices=DTYPES, help="how they are kept (float32)")
-    add("--unreadable", default="raise", choices=("raise", "skip"), help="images (raise)")
-    add("--overwrite", action="store_true", help="replace other features in the file")
-    add("--preprocessing", default="transfer", choices=PREPROCESSING, help="(transfer)")
-    add("--precision", default="fp32", choices=PRECISIONS, help="(fp32)")
-    add("--device", default=default_device(), help="where the model runs (%(default)s)")
-    add("--batch-size", type=positive, default=256, help="images at a time (256)")
-    cores = min(free_cores(), 16)
-    add("--workers", type=natural, default=cores, help="loader processes (%(default)s)")
-    return parser
 
 
-def _neighbours(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m trex_models.features neighbours")
-    add = parser.add_argument
-    add("features", type=Path, help="file of features")
-    add("--query", nargs="+", required=True, help="names of the file, or images")
-    add("--out", type=Path, help="picture, .png, .svg or .pdf")
-    add("-k", type=positive, default=8, help="neighbours (8)")
-    add("--json", action="store_true", help="print JSON, not a table")
-    add("--model", help="where the model is, for images that the file does not hold")
-    add("--file", type=Path, help="where its weights are, of a model with --file")
-    add("--root", type=Path, help="where the file's images are, if they were moved")
-    add("--device", default=default_device(), help="where the model runs (%(default)s)")
-    options = parser.parse_args(arguments)
-    found = load(options.features)
-    if options.out is not None:
-        plotting.require_picture(options.out)
-    rows = neighbours.find(
-        found,
-        options.query,
-        options.k,
-        model=options.model,
-        file=options.file,
-        root=options.root,
-        device=options.device,
+def extract(
+    paths: list[str],
+    /,
+    *,
+    model: str,
+    output: Path,
+    features: FeaturesName = "backbone",
+    file: Path | None = None,
+    preprocessing: Preprocessing = "transfer",
+    precision: PrecisionName = "fp32",
+    dtype: Literal["float32", "float16"] = "float32",
+    unreadable: Literal["raise", "skip"] = "raise",
+    overwrite: bool = False,
+    device: str = "auto",
+    batch_size: int = 256,
+    workers: int = _WORKERS,
+) -> None:
+    """Extract features of images into a file. The same command continues an interrupted one.
+
+    Example: python -m trex_models.features extract images --model trex_resnet50 --output f.npy
+
+    Args:
+        paths: Folders, patterns in quotes, images, and .txt files with a path on each line.
+        model: A timm model, a timm folder, a finished run, hf-hub:OWNER/NAME, or "pixels".
+        output: The file of features, .safetensors or .npy.
+        features: The model's output: pooled features before any projector, embeddings after it,
+            class logits, or the last feature map.
+        file: Your own weights for an architecture of timm.
+        preprocessing: Resize the shorter side to the crop's, to 256 for 224 (validation), or as
+            the model's own configuration says (model).
+        precision: Number formats of the model.
+        dtype: Type of the features in the file. float16 halves it and rounds by up to 5e-4.
+        unreadable: Whether unreadable images are errors, or are skipped and listed.
+        overwrite: Replace a file that holds something else.
+        device: Device of the model: auto, cpu, cuda, ...
+        batch_size: Images per batch.
+        workers: Loader processes.
+    """
+    cli.require_writable(output, *FORMATS)
+    cli.require_at_least(1, batch_size=batch_size)
+    cli.require_at_least(0, workers=workers)
+    found = images.find(paths)
+    if found.repeated:
+        print(f"{found.repeated:,} images are named more than once and count once")
+    frozen = FrozenModel.load(
+        model,
+        features=features,
+        file=file,
+        preprocessing=preprocessing,
+        precision=precision,
+        device=device,
+        hint="" if file else "--file gives an architecture of timm weights of your own",
     )
-    if options.json:
+    count, size = len(found.source), DTYPES[dtype].itemsize * math.prod(frozen.shape)
+    print(
+        f"{count:,} images x {' x '.join(map(str, frozen.shape))} {dtype} ({features} of "
+        f"{model}): {count * size / 1e6:,.2f} MB in {output}\n"
+        f"license of the weights: {frozen.facts['license']}",
+        flush=True,
+    )
+    try:
+        identity = feature_identity(
+            frozen, found.source, unreadable == "raise", output=features, dtype=dtype
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}, or skip them with --unreadable skip") from error
+    about = {
+        "format": "trex_models.features 1",
+        "model": model,
+        "file": str(file.resolve()) if file else "",
+        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+        "preprocessing": preprocessing,
+        "root": str(found.source.root),
+    }
+    written = Extraction(
+        model=frozen,
+        source=found.source,
+        path=output,
+        identity=identity,
+        names=found.names,
+        about=about,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        skip=unreadable == "skip",
+        overwrite=overwrite,
+        remedy="choose another --output, or replace it with --overwrite",
+    ).run()
+    print(f"wrote {output}" if written else f"{output} is there already, of these images")
+
+
+def find_neighbors(
+    file_of_features: Path,
+    /,
+    *,
+    query: list[str],
+    output: Path | None = None,
+    k: int = 8,
+    json: bool = False,
+    model: str | None = None,
+    file: Path | None = None,
+    root: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Find the images of a file of features that are nearest to others, by cosine similarity.
+
+    Example: python -m trex_models.features neighbors f.npy --query image.jpg --output nearest.png
+
+    Args:
+        file_of_features: File that "extract" wrote.
+        query: Names in the file, or images.
+        output: Picture of queries and neighbors, .png, .svg or .pdf.
+        k: Number of neighbors.
+        json: Print JSON instead of a table.
+        model: The file's model, if it was moved; it computes features of other images.
+        file: Its weights, if they are your own and were moved.
+        root: Folder of the file's images, if they were moved.
+        device: Device of the model: auto, cpu, cuda, ...
+    """
+    cli.require_at_least(1, k=k)
+    found = load(file_of_features)
+    if output is not None:
+        plotting.require_picture(output)
+    rows = neighbors.find(found, query, k, model=model, file=file, root=root, device=device)
+    if json:
         entries: list[Any] = [{**asdict(row), "path": str(row.path)} for row in rows]
-        print(json.dumps(entries, indent=2))
+        print(dumps(entries, indent=2))
     else:
         print(picture.table(rows))
-    if options.out is not None:
-        root = options.root or Path(found.metadata["root"])
+    if output is not None:
+        place = root or Path(found.metadata["root"])
         title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        plotting.save(picture.draw(rows, root, title), options.out)
-        print(f"wrote {options.out}", file=sys.stderr)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plotting.save(picture.draw(rows, place, title), output)
+        print(f"wrote {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which images a command line names: folders, glob patterns, files and lists of files.
+"""Images that a command line names: folders, glob patterns, files and lists of files.
 
-A name is the image's path below the common folder of all that was named: where one folder is, its
-own. Arguments count in their order, the images of each in that of their paths.
+A name is the image's path below the common folder of all that was named: of one folder, below it.
+Arguments count in their order, the images of each in that of their paths.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from trex_models.data.image_files import (
     walk,
 )
 
+_TYPES = f"(file types: {' '.join(IMAGE_ENDINGS)})"
+
 
 class Images(NamedTuple):
-    """What was found."""
+    """Images that were found."""
 
     source: FileSource
     """All of one class: nothing here is labelled."""
     repeated: int
-    """How many files were named again, and count once."""
+    """Number of files that were named again, and count once."""
 
     @property
     def names(self) -> list[str]:
@@ -40,14 +42,16 @@ def find(arguments: Sequence[str]) -> Images:
     """Find the images that arguments name.
 
     Args:
-        arguments: Each a folder, which is searched at any depth; a pattern, which may hold ``**``;
-            an image; or a .txt file with a path a line, from its own folder. Hidden files do not
-            count.
+        arguments: Folders, which are searched at any depth; patterns, which may hold ``**``;
+            images; and .txt files with a path on each line, from their own folder. Hidden files
+            do not count.
 
     Raises:
         ValueError: An argument names nothing, no image, or a file of another type, or a folder
             cannot be listed.
     """
+    if not arguments:
+        raise ValueError("no images are named; name folders, patterns, images or .txt lists")
     left_out: set[str] = set()
     found = [_look(argument, left_out) for argument in arguments]
     root = os.path.commonpath([folder for folder, _ in found])
@@ -60,46 +64,55 @@ def find(arguments: Sequence[str]) -> Images:
 
 
 def shown(text: str) -> str:
-    """Return a text with file names so that it can be printed: they need not be UTF-8."""
+    """Return a text with file names, which need not be UTF-8, so that it can be printed."""
     return os.fsencode(text).decode(errors="replace")
+
+
+def absolute(path: Path) -> str:
+    """Return a path from the file system's root, without dots; links are not followed."""
+    return os.path.normpath(Path.cwd() / path)
 
 
 def _look(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
     """Return an argument's folder and its images, all as absolute paths."""
     path = Path(argument).expanduser()
     if path.is_dir():
-        return _of_folder(path, argument, left_out)
+        found = _images_below(path, left_out)
+        if not found:
+            raise ValueError(
+                f"{argument} holds no images {_TYPES}; name another folder, or convert them"
+            )
+        return absolute(path), found
     if path.suffix.lower() == ".txt" and path.is_file():
-        return _of_list(path)
+        return _look_into_list(path)
     if path.is_file():
         _require_image(str(path), quoted(argument))
         return absolute(path.parent), [absolute(path)]
     if glob.has_magic(argument):
-        return _of_pattern(argument, left_out)
+        return _match(argument, path, left_out)
     raise ValueError(
         f"{argument}: there is no such file or folder; name images, folders of them, a pattern in "
         "quotes, or a .txt file that lists images"
     )
 
 
-def _of_folder(path: Path, argument: str, left_out: set[str]) -> tuple[str, list[str]]:
-    found = _images_below(path, left_out)
-    if not found:
-        raise ValueError(
-            f"{argument} holds no images (file types: {' '.join(IMAGE_ENDINGS)}); name another "
-            "folder, or convert them"
-        )
-    return absolute(path), found
+def _images_below(folder: Path, left_out: set[str]) -> list[str]:
+    root = absolute(folder).rstrip(os.sep)
+    images, others = (
+        [f"{root}{os.sep}{os.fsdecode(path)}" for path in paths]
+        for paths in split_images(walk(folder))
+    )
+    left_out.update(others)
+    return images
 
 
-def _of_pattern(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
-    pattern = str(Path(argument).expanduser())
-    parts = Path(pattern).parts
+def _match(argument: str, pattern: Path, left_out: set[str]) -> tuple[str, list[str]]:
+    parts = pattern.parts
     magic = [place for place, part in enumerate(parts) if glob.has_magic(part)]
-    for place in magic:  # glob leaves out what it cannot list
+    for place in magic:  # glob leaves out folders that it cannot list; this raises
         for folder in _glob(f"{Path(*parts[:place])}{os.sep}"):
             list_folder(os.fsencode(folder))
-    matches = _glob(pattern)
+    matches = _glob(str(pattern))
     found: list[str] = []
     for match in map(Path, matches):
         if match.is_dir():
@@ -118,12 +131,12 @@ def _glob(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - it leaves out hidden files
 
 
-def _of_list(path: Path) -> tuple[str, list[str]]:
+def _look_into_list(path: Path) -> tuple[str, list[str]]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a list ({error}); save it as UTF-8") from error
-    # Names of files may hold blanks at their ends, and what else counts as the end of a line.
+    # File names may hold blanks at their ends, and characters that splitlines() takes for one.
     rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} lists no images; write the path of one on each line")
@@ -133,26 +146,8 @@ def _of_list(path: Path) -> tuple[str, list[str]]:
     return os.path.commonpath({str(Path(file).parent) for file in found}), found
 
 
-def _images_below(folder: Path, left_out: set[str]) -> list[str]:
-    root = absolute(folder).rstrip(os.sep)
-    images, others = (
-        [f"{root}{os.sep}{os.fsdecode(path)}" for path in paths]
-        for paths in split_images(walk(folder))
-    )
-    left_out.update(others)
-    return images
-
-
-def absolute(path: Path) -> str:
-    """Return a path from the file system's root, without dots; links are not followed."""
-    return os.path.normpath(Path.cwd() / path)
-
-
 def _require_image(path: str, called: str) -> None:
     if not path.lower().endswith(IMAGE_ENDINGS):
-        remedy = "convert it, or leave it out"
-        if path.lower().endswith(".csv"):
-            remedy = "give its paths as a .txt file, one a line"
-        raise ValueError(
-            f"{called} is no image by its name (file types: {' '.join(IMAGE_ENDINGS)}); {remedy}"
-        )
+        is_csv = path.lower().endswith(".csv")
+        remedy = "give its paths as a .txt file, one a line" if is_csv else "convert or remove it"
+        raise ValueError(f"{called} is no image by its name {_TYPES}; {remedy}")

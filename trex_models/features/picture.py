@@ -12,14 +12,14 @@ from PIL import Image, ImageOps
 from trex_models import plotting
 from trex_models.data.decode import read_image
 from trex_models.features.images import shown
-from trex_models.features.neighbours import Neighbours
+from trex_models.features.neighbors import Neighbors
 
 _CELL = 1.5  # inches
 _SIDE = 220  # pixels of a thumbnail
 _LINE, _LINES = 22, 3  # characters in a line, lines of a name
 
 
-def draw(found: Sequence[Neighbours], root: Path, title: str) -> Any:
+def draw(found: Sequence[Neighbors], root: Path, title: str) -> Any:
     """Draw a row per query: the query in a frame, then its neighbors, which are below ``root``."""
     columns = 1 + max(len(row.names) for row in found)
     with plotting.drawing(_CELL * columns + 0.3, (_CELL + 0.75) * len(found) + 0.5) as figure:
@@ -41,7 +41,7 @@ def draw(found: Sequence[Neighbours], root: Path, title: str) -> Any:
     return figure
 
 
-def table(found: Sequence[Neighbours]) -> str:
+def table(found: Sequence[Neighbors]) -> str:
     """Return the same as text: a query, then its neighbors, a line each."""
     lines = []
     for row in found:

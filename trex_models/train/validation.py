@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trex_models.data.centre_crops import PROTOCOLS, CentreCropDataset, CropBatch
+from trex_models.data.center_crop import PROTOCOLS, CenterCropDataset, CropBatch
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import load_batches, to_device
 from trex_models.data.sources import Source
@@ -34,7 +34,7 @@ _QUERIES = 4096
 _Indices = TypeVar("_Indices", range, np.ndarray)
 
 
-class ValidationDataset(CentreCropDataset):
+class ValidationDataset(CenterCropDataset):
     """Center crops of a source's images, 224 of 256, as the authors validate during training.
 
     Args:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import trex_models
+from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.machine import free_cores, processor
-from trex_models.transfer.encoders import Encoder
 from trex_models.transfer.scores import summary
 
 FORMAT = 2
@@ -26,11 +26,11 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "s
 _LABEL_WIDTH = 40  # characters of a model's name in a table
 
 
-def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
+def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
     """Return a report without datasets.
 
     Args:
-        encoder: Model to evaluate.
+        model: Model to evaluate.
         settings: Further entries: the ``protocol``; the ``training_task``, which does not count as
             transfer; and others.
         label: Name of the model in tables and pictures; by default its name.
@@ -39,9 +39,9 @@ def new_report(encoder: Encoder, settings: Mapping[str, Any], label: str = "") -
         "format": FORMAT,
         "complete": False,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": encoder.name, "label": label or encoder.name, **encoder.facts},
-        "transform": asdict(encoder.transform),
-        "precision": encoder.precision,
+        "model": {"name": model.name, "label": label or model.name, **model.facts},
+        "transform": asdict(model.transform),
+        "precision": model.precision.name,
         **settings,
         "datasets": {},
         "transfer": None,

@@ -1,10 +1,10 @@
-"""Centre crops of whole images, for evaluation: cut by workers as uint8, normalised on the device.
+"""Center crops for evaluation: cut by workers as uint8, normalized on the device.
 
 The sizes are those of timm's evaluation transform: the shorter side is resized (or both are, mode
-"squash"), then the centre is cut out. Resizing is antialiased, by torch's uint8 kernel, which
-differs from Pillow's by less than 0.05 levels on average. The whole image is resized, for no part
-of it can be resized by itself to exactly the same pixels; but for very long ones, of which the
-middle is taken, up to half a pixel off.
+"squash"), then the center is cut out. Resizing is antialiased, by torch's uint8 kernel, which
+differs from Pillow's by less than 0.05 levels on average. The complete image is resized, since no
+part of it can be resized alone to exactly the same pixels; of very long ones the middle, up to
+half a pixel off.
 
 Shapes: B batch; H, W height and width of the crop.
 """
@@ -12,29 +12,31 @@ Shapes: B batch; H, W height and width of the crop.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from trex_models.data import photometric
 from trex_models.data.decode import UnreadableImageError
+from trex_models.data.loading import load_batches, to_device
 from trex_models.data.multicrop import resize
 from trex_models.data.sources import Source
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
 _MODES = ("center", "squash")
-_LONGEST = 8  # times what the crop shows of an image: what is farther off is cut first
+_LONGEST = 8  # length of the part that is resized, in sides of the crop
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentreCrop:
-    """How images are resized, cut and normalised; the fields are those of timm's data config.
+class CenterCrop:
+    """Evaluation transform; the fields are those of timm's data config.
 
-        crop = CentreCrop(size=(224, 224), crop_pct=1.0, interpolation="bicubic")
+        crop = CenterCrop(size=(224, 224), crop_pct=1.0, interpolation="bicubic")
         features = extract_features(model, source, crop)
 
     Args:
@@ -44,11 +46,11 @@ class CentreCrop:
         interpolation: "bilinear" or "bicubic"; both are antialiased.
         crop_mode: "center" keeps the image's aspect ratio, "squash" resizes both sides to the
             crop's.
-        mean: Of each channel, for values in [0, 1]; (3,).
-        std: Standard deviation, likewise.
+        mean: Mean of each channel, for values in [0, 1]; (3,).
+        std: Standard deviation of each channel, likewise.
 
     Raises:
-        ValueError: if a value is impossible, or none that this module knows.
+        ValueError: A value is impossible or not supported.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -74,17 +76,17 @@ class CentreCrop:
                 )
 
     @classmethod
-    def from_data_config(cls, config: Mapping[str, Any]) -> CentreCrop:
-        """Build from what timm's `resolve_data_config` returns.
+    def from_data_config(cls, config: Mapping[str, Any]) -> CenterCrop:
+        """Build from the result of timm's `resolve_data_config`.
 
         Raises:
-            ValueError: as the class, or the images are not RGB.
+            ValueError: As the class, or the images are not RGB.
         """
-        channels, height, width = config["input_size"]
+        channels, *size = config["input_size"]
         if channels != 3:
             raise ValueError(f"images have 3 channels, and the model takes {channels}")
         return cls(
-            size=(height, width),
+            size=(size[0], size[1]),
             crop_pct=config["crop_pct"],
             interpolation=config["interpolation"],
             crop_mode=config["crop_mode"],
@@ -97,16 +99,14 @@ class CentreCrop:
         return torch.empty(count, *self.size, 3, dtype=torch.uint8)
 
     def cut(self, image: np.ndarray, out: Tensor) -> None:
-        """Resize an image and write its centre into `out`.
-
-        Of very long images only the middle is resized: as a whole one may not fit into memory.
+        """Resize an image and write its center into `out`.
 
         Args:
             image: (height, width, 3) uint8. A read-only array is copied, since torch accepts none.
             out: (H, W, 3) uint8 on the CPU: one row of a batch.
 
         Raises:
-            ValueError: if `image` is not uint8 (height, width, 3).
+            ValueError: The image is not uint8 (height, width, 3).
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(
@@ -129,7 +129,7 @@ class CentreCrop:
         out[shown].copy_(resized.permute(1, 2, 0)[seen])
 
     def normalize(self, crops: Tensor) -> Tensor:
-        """Return crops as a network takes them, on the device where they are.
+        """Turn crops into a network's input, on the device that they are on.
 
         Args:
             crops: (B, H, W, 3) uint8.
@@ -145,7 +145,10 @@ class CentreCrop:
         return height, width
 
     def _beyond(self, height: int, width: int) -> tuple[int, int]:
-        """Return how many rows, and columns, at each end of an image are too far off to matter."""
+        """Return the rows and columns to drop at each end of a very long image.
+
+        They are far from the crop, and resized with the rest they may not fit into memory.
+        """
         if self.crop_mode == "squash":
             return 0, 0
         targets = self._targets()
@@ -169,28 +172,29 @@ class CentreCrop:
 
 
 def _overlap(resized: int, crop: int) -> tuple[slice, slice]:
-    """Return what the crop shows of a resized image along one side, and where in the crop."""
+    """Return, along one side, the visible part of a resized image and its place in the crop."""
     length = min(resized, crop)
     start, lead = round((resized - length) / 2), (crop - length) // 2
     return slice(start, start + length), slice(lead, lead + length)
 
 
 PROTOCOLS = {
-    # How the authors validate during training: resize 256, cut out 224.
-    "validation": CentreCrop(crop_pct=0.875, interpolation="bilinear"),
-    # How they extract features for transfer, and how the released weights are to be used.
-    "transfer": CentreCrop(crop_pct=1.0, interpolation="bicubic"),
+    # The authors' validation during training: resize 256, crop 224.
+    "validation": CenterCrop(crop_pct=0.875, interpolation="bilinear"),
+    # Their feature extraction for transfer, and the transform of the released weights.
+    "transfer": CenterCrop(crop_pct=1.0, interpolation="bicubic"),
 }
+Transform = CenterCrop | Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """What a worker makes.
+    """A batch from a worker.
 
     Args:
         images: (B, H, W, 3) uint8.
         labels: (B,).
-        unreadable: What is wrong with the images that are left out, by index.
+        unreadable: Errors of the images that were skipped, by index.
     """
 
     images: Tensor
@@ -202,22 +206,22 @@ class CropBatch:
         return CropBatch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
 
-class CentreCropDataset:
-    """Centre crops of a source's images, a whole batch at a time.
+class CenterCropDataset:
+    """Center crops of a source's images, a complete batch at a time.
 
     Args:
         source: Labelled images.
-        crop: How they are cut.
-        skip: Whether images that cannot be read are left out.
+        crop: The transform.
+        skip: Whether to skip unreadable images.
     """
 
-    def __init__(self, source: Source, crop: CentreCrop, skip: bool = False) -> None:
+    def __init__(self, source: Source, crop: CenterCrop, skip: bool = False) -> None:
         self.source = source
         self.crop = crop
         self.skip = skip
 
     def __getitems__(self, indices: Sequence[int]) -> CropBatch:
-        """Return a batch, which may be empty; ValueError names an image that cannot be read."""
+        """Return a batch, which may be empty; ValueError names an unreadable image."""
         images = self.crop.empty(len(indices))
         read: list[int] = []
         unreadable: dict[int, str] = {}
@@ -233,3 +237,56 @@ class CentreCropDataset:
                 read.append(index)
         labels = torch.from_numpy(self.source.labels[read])
         return CropBatch(images[: len(read)], labels, unreadable)
+
+
+class _TransformedDataset:
+    """A source's images through a transform of PIL images."""
+
+    def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.source, self.transform = source, transform
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        images = (Image.fromarray(self.source.read(index)) for index in indices)
+        return torch.stack([self.transform(image) for image in images])
+
+
+def image_batches(
+    source: Source,
+    transform: Transform,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | None = None,
+    indices: Sequence[int] | None = None,
+    on_skip: Callable[[Mapping[int, str]], object] | None = None,
+) -> Iterator[Tensor]:
+    """Yield transformed images in order, (<= batch_size, 3, H, W).
+
+    Args:
+        source: Labelled images.
+        transform: A center crop (fast), or a function from a PIL image to a tensor, (3, H, W).
+        batch_size: Images per batch.
+        workers: Loader processes.
+        device: Device of the result; None for the CPU.
+        indices: Images to take; None for all of the source, in its order.
+        on_skip: Callback that receives {index: error} of skipped images, for center crops; None
+            makes unreadable images errors.
+
+    Raises:
+        ValueError: An image cannot be read; the message names it.
+    """
+    images = range(len(source)) if indices is None else indices
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    device = device or torch.device("cpu")
+    pin = device.type == "cuda"
+    if isinstance(transform, CenterCrop):
+        dataset = CenterCropDataset(source, transform, skip=on_skip is not None)
+        for batch in load_batches(dataset, batches, workers, pin):
+            if on_skip is not None and batch.unreadable:
+                on_skip(batch.unreadable)
+            if len(batch.images):
+                [crops] = to_device([batch.images], device)
+                yield transform.normalize(crops)
+    else:
+        for batch in load_batches(_TransformedDataset(source, transform), batches, workers, pin):
+            [pixels] = to_device([batch], device)
+            yield pixels.contiguous(memory_format=torch.channels_last)

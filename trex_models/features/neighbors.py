@@ -1,6 +1,6 @@
-"""The nearest neighbours of images among those of a file of features, by cosine similarity.
+"""Nearest neighbors of images among those of a file of features, by cosine similarity.
 
-Shapes: N images of the file, M queries, F features, K neighbours.
+Shapes: N images of the file, M queries, F features, K neighbors.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from trex_models.data.image_files import FileSource
-from trex_models.evaluation.features import extract_features
+from trex_models.evaluation.extract import as_text, extract_features
+from trex_models.evaluation.feature_file import Features
+from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.knn import nearest_neighbors
-from trex_models.features import images, outputs
-from trex_models.features.file import Features
-from trex_models.transfer.cache import as_text
-from trex_models.transfer.encoders import PRECISIONS
+from trex_models.features import images
 
 _DECISIVE = ("weights_sha256", "modules_sha256", "transform")
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Of one query."""
+class Neighbors:
+    """Neighbors of one query."""
 
     query: str
-    """A name of the file, or the path of another image."""
+    """Name in the file, or path of another image."""
     path: Path
-    """Where the query lies."""
+    """Path of the query's image."""
     names: list[str]
     """K names, the nearest first."""
     similarities: list[float]
@@ -47,18 +47,18 @@ def find(
     file: Path | None = None,
     root: Path | None = None,
     device: str = "cpu",
-) -> list[Neighbours]:
-    """Find the images nearest to queries; an image is no neighbour of its own.
+) -> list[Neighbors]:
+    """Find the images nearest to queries; an image is not its own neighbor.
 
     Args:
-        found: A file of features, one vector an image.
-        queries: Names of the file, or paths of images. Of a path that the file does not hold the
-            features are computed by the file's model.
-        k: How many; fewer where the file holds fewer.
-        model: Where that model is, if not where it was.
-        file: Where its weights are, if they are a file elsewhere.
-        root: Where the file's images are, if not where they were.
-        device: Where that model runs.
+        found: File of features, one vector an image.
+        queries: Names in the file, or paths of images. The file's model computes the features of
+            images that the file does not hold.
+        k: Number of neighbors; fewer if the file holds fewer.
+        model: That model, if it was moved.
+        file: Its weights, if they are a file and were moved.
+        root: Folder of the file's images, if they were moved.
+        device: Device of the model.
 
     Raises:
         ValueError: A query is neither, the model is not that of the file, or the features are maps
@@ -66,8 +66,8 @@ def find(
     """
     if found.features.ndim != 2:
         raise ValueError(
-            f"neighbours are of vectors, but the file holds maps {found.features.shape[1:]}; "
-            "extract --output backbone"
+            f"neighbors need vectors, but the file holds maps {found.features.shape[1:]}; "
+            "extract --features backbone"
         )
     root = Path(images.absolute((root or Path(found.metadata["root"])).expanduser()))
     rows = {name: row for row, name in enumerate(found.names)}
@@ -87,7 +87,7 @@ def find(
     ):
         kept = [(value, index) for value, index in zip(cosines, near, strict=True) if index != row]
         answers.append(
-            Neighbours(
+            Neighbors(
                 query=query if row is None else found.names[row],
                 path=Path(query) if row is None else root / found.names[row],
                 names=[found.names[index] for _, index in kept[:k]],
@@ -104,36 +104,35 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
     path = Path(query).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"--query {query} is neither a name of the file (such as {next(iter(rows))}) nor an "
+            f"--query {query} is neither a name in the file (such as {next(iter(rows))}) nor an "
             "image; correct it"
         )
-    placed = Path(images.absolute(path.expanduser()))
+    placed = Path(images.absolute(path))
     return rows.get(placed.relative_to(root).as_posix()) if placed.is_relative_to(root) else None
 
 
 def _compute(
-    found: Features, queries: Sequence[str], model: str | None, file: Path | None, device: str
+    found: Features, queries: Sequence[str], name: str | None, file: Path | None, device: str
 ) -> np.ndarray:
     """Return features of new images, (M, F), by the file's model."""
-    about = found.metadata
-    if file is None and model is None and about["file"]:
+    about: dict[str, Any] = found.metadata
+    if file is None and name is None and about["file"]:
         file = Path(about["file"])
-    encoder, _ = outputs.load(
-        model or about["model"],
-        about["output"],
+    model = FrozenModel.load(
+        name or about["model"],
+        features=about["output"],
         file=file,
-        prepare=about["preprocessing"],
+        preprocessing=about["preprocessing"],
         precision=about["precision"],
         device=device,
     )
-    identity = encoder.identity()
+    identity = model.identity()
     differing = [key for key in _DECISIVE if as_text(identity[key]) != about[key]]
     if differing:
         raise ValueError(
-            f"{encoder.name} is not the model that made the features (other "
-            f"{', '.join(differing)}); name theirs by --model, and by --file where its weights "
+            f"{model.name} is not the model that made the features (other "
+            f"{', '.join(differing)}); name theirs with --model, and with --file if its weights "
             "are your own, or extract the features again"
         )
     source = FileSource(Path.cwd(), list(queries), [0] * len(queries), ["queries"])
-    autocast = PRECISIONS[encoder.precision]
-    return extract_features(encoder.model, source, encoder.transform, autocast=autocast)
+    return extract_features(model.model, source, model.transform, precision=model.precision.name)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of images in a file of features: found, printed and drawn."""
+"""Nearest neighbors of images in a file of features: found, printed and drawn."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import trex_models.features
 from tests.images import save_image
 from tests.models import CHANNELS, save_model
 from trex_models import plotting
+from trex_models.evaluation.feature_file import Features
 from trex_models.evaluation.knn import nearest_neighbors
-from trex_models.features import neighbours, picture
+from trex_models.features import neighbors, picture
 from trex_models.features.__main__ import main
-from trex_models.features.file import Features
-from trex_models.features.neighbours import Neighbours, find
+from trex_models.features.neighbors import Neighbors, find
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,11 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "4"]
-    assert main(["images", "--out", "f.npy", *model]) == 0
+    assert main(["extract", "images", "--output", "f.npy", *model]) == 0
     return tmp_path
 
 
-def test_neighbours_are_the_nearest_by_cosine_and_not_the_query(place: Path) -> None:
+def test_neighbors_are_the_nearest_by_cosine_and_not_the_query(place: Path) -> None:
     found = trex_models.features.load("f.npy")
     rows = found.features / np.linalg.norm(found.features, axis=1, keepdims=True)
     cosines = rows @ rows[3]
@@ -115,9 +115,9 @@ def test_weights_of_your_own_may_have_been_moved(
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), "own.safetensors")
     given = ["--model", "test_resnet", "--file", "own.safetensors", "--workers", "0"]
-    assert main(["images", "--out", "own.npy", *given]) == 0
+    assert main(["extract", "images", "--output", "own.npy", *given]) == 0
     Path("own.safetensors").rename("moved.safetensors")
-    asked = ["neighbours", "own.npy", "--query", "new.png"]
+    asked = ["neighbors", "own.npy", "--query", "new.png"]
     assert main(asked) == 2
     assert "own.safetensors is no file" in capsys.readouterr().err
     assert main([*asked, "--file", "moved.safetensors"]) == 0
@@ -143,7 +143,7 @@ def test_features_stay_in_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(features.data_ptr())
         return nearest_neighbors(features, *rest)
 
-    monkeypatch.setattr(neighbours, "nearest_neighbors", noting)
+    monkeypatch.setattr(neighbors, "nearest_neighbors", noting)
     find(found, ["a/0.png"])
     assert seen == [found.features.ctypes.data]
 
@@ -152,15 +152,15 @@ def test_features_stay_in_their_file(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_names_that_are_not_utf8_are_drawn_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.png")
     save_image(tmp_path / name)
-    row = Neighbours(name, tmp_path / name, [name], [0.5])
+    row = Neighbors(name, tmp_path / name, [name], [0.5])
     plotting.save(picture.draw([row], tmp_path, "title"), tmp_path / "p.png")
     assert picture.table([row]).encode().count("gr\ufffdn.png".encode()) == 2
 
 
 @pytest.mark.usefixtures("place")
 def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["neighbours", "f.npy", "--query", "a/0.png", "b/1.png", "-k", "3"]
-    assert main([*given, "--out", "p.png"]) == 0
+    given = ["neighbors", "f.npy", "--query", "a/0.png", "b/1.png", "--k", "3"]
+    assert main([*given, "--output", "p.png"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert (lines[0], lines[4]) == ("a/0.png", "b/1.png")
@@ -175,7 +175,7 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_images_that_were_moved_are_found_by_their_root(place: Path) -> None:
     (place / "images").rename(place / "moved")
-    given = ["neighbours", "f.npy", "--query", "a/0.png", "-k", "2", "--out", "p.png"]
+    given = ["neighbors", "f.npy", "--query", "a/0.png", "--k", "2", "--output", "p.png"]
     assert main(given) == 2
     assert not Path("p.png").exists()
     assert main([*given, "--root", "moved"]) == 0
@@ -184,19 +184,19 @@ def test_images_that_were_moved_are_found_by_their_root(place: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--query", "c/0.png"], "--query c/0.png is neither a name of the file (such as a/0.png)"),
+        (["--query", "c/0.png"], "--query c/0.png is neither a name in the file (such as a/0.png)"),
         (
-            ["--query", "a/0.png", "--out", "p.txt"],
-            "p.txt: give a file that ends in .png or .svg or .pdf",
+            ["--query", "a/0.png", "--output", "p.txt"],
+            "--output p.txt: give a file that ends in .png",
         ),
-        (["--query", "a/0.png", "--out", "f.npy/p.png"], "p.png cannot be written"),
+        (["--query", "a/0.png", "--output", "f.npy/p.png"], "cannot be written"),
     ],
 )
 @pytest.mark.usefixtures("place")
 def test_what_is_wrong_is_told(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["neighbours", "f.npy", *arguments]) == 2
+    assert main(["neighbors", "f.npy", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_names_are_whole_or_shortened_and_images_keep_their_shape(tmp_path: Path
     Image.new("RGB", (20, 60), "blue").save(tmp_path / "$high_.png")
     long = "x" * 90 + "/../wide.png"
     (tmp_path / ("x" * 90)).mkdir()
-    row = Neighbours("wide.png", tmp_path / "wide.png", ["$high_.png", long], [0.5, 0.25])
+    row = Neighbors("wide.png", tmp_path / "wide.png", ["$high_.png", long], [0.5, 0.25])
     figure = picture.draw([row], tmp_path, "title")
     axes = figure.axes
     assert len(axes) == 3

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from benchmarks.features import reference_transform
 from benchmarks.photographs import bundled
-from trex_models.data.centre_crops import PROTOCOLS, CentreCrop, CentreCropDataset
+from trex_models.data.center_crop import PROTOCOLS, CenterCrop, CenterCropDataset
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.sources import ArraySource
 
 
-def reference(crop: CentreCrop, image: NDArray[np.uint8], normalize: bool = False) -> Tensor:
+def reference(crop: CenterCrop, image: NDArray[np.uint8], normalize: bool = False) -> Tensor:
     """timm's transform, (3, H, W): levels, or normalised."""
     return reference_transform(crop, normalize)(Image.fromarray(image))
 
 
-def ours(crop: CentreCrop, *images: NDArray[np.uint8]) -> Tensor:
+def ours(crop: CenterCrop, *images: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, 3) uint8."""
     out = crop.empty(len(images))
     for image, row in zip(images, out, strict=True):
@@ -45,12 +45,12 @@ def noise(height: int, width: int) -> NDArray[np.uint8]:
     [
         PROTOCOLS["validation"],
         PROTOCOLS["transfer"],
-        CentreCrop(crop_pct=0.9, interpolation="bilinear", crop_mode="squash"),
-        CentreCrop(size=(160, 224), crop_pct=0.95, interpolation="bicubic"),
-        CentreCrop(crop_pct=1.15, interpolation="bicubic"),
+        CenterCrop(crop_pct=0.9, interpolation="bilinear", crop_mode="squash"),
+        CenterCrop(size=(160, 224), crop_pct=0.95, interpolation="bicubic"),
+        CenterCrop(crop_pct=1.15, interpolation="bicubic"),
     ],
 )
-def test_crops_match_timms(crop: CentreCrop) -> None:
+def test_crops_match_timms(crop: CenterCrop) -> None:
     images = [view for image in bundled() for view in (image, image[:, 40:250], image[50:270])]
     theirs = torch.stack([reference(crop, image) for image in images])
     difference = ours(crop, *images).permute(0, 3, 1, 2).float() - theirs
@@ -63,7 +63,7 @@ def test_crops_match_timms(crop: CentreCrop) -> None:
 @pytest.mark.parametrize("excess", range(9))
 def test_places_of_crops_are_timms(crop_pct: float, excess: int) -> None:
     """Where the shorter side is resized to itself, pixels are copied."""
-    crop = CentreCrop(size=(23, 23), crop_pct=crop_pct, interpolation="bicubic")
+    crop = CenterCrop(size=(23, 23), crop_pct=crop_pct, interpolation="bicubic")
     shorter = math.floor(23 / crop_pct)
     for size in ((shorter, shorter + excess), (shorter + excess, shorter)):
         image = noise(*size)
@@ -73,7 +73,7 @@ def test_places_of_crops_are_timms(crop_pct: float, excess: int) -> None:
 @pytest.mark.parametrize("size", [(24, 24), (32, 32), (20, 30)])
 @pytest.mark.parametrize("mode", ["center", "squash"])
 def test_sizes_of_resized_images_are_timms(size: tuple[int, int], mode: str) -> None:
-    crop = CentreCrop(size=size, crop_pct=0.9, interpolation="bilinear", crop_mode=mode)
+    crop = CenterCrop(size=size, crop_pct=0.9, interpolation="bilinear", crop_mode=mode)
     resize = create_transform((3, *size), crop_pct=0.9, crop_mode=mode).transforms[0]
     for height, width in np.random.default_rng(0).integers(1, 90, (200, 2)).tolist():
         resized = resize(Image.new("RGB", (width, height)))
@@ -97,7 +97,7 @@ def test_features_differ_little() -> None:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_normalised_crops_are_timms(name: str) -> None:
-    crop = CentreCrop(
+    crop = CenterCrop(
         crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 0.3)
     )
     image = noise(224, 224)
@@ -133,7 +133,7 @@ def test_very_long_images_are_cut_before_they_are_resized(
 
 
 def test_squashed_images_are_never_cut() -> None:
-    crop = CentreCrop(size=(8, 8), crop_pct=1.0, interpolation="bilinear", crop_mode="squash")
+    crop = CenterCrop(size=(8, 8), crop_pct=1.0, interpolation="bilinear", crop_mode="squash")
     image = np.zeros((4, 400, 3), np.uint8)
     image[:, :200] = 255
     assert (ours(crop, image)[0, :, :4] > 200).all()
@@ -172,7 +172,7 @@ def test_timms_data_config_is_honoured() -> None:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg is not None
         config = resolve_data_config(pretrained_cfg=cfg.to_dict())
-        crop = CentreCrop.from_data_config(config)
+        crop = CenterCrop.from_data_config(config)
         assert (3, *crop.size) == config["input_size"]
         for key in ("crop_pct", "interpolation", "crop_mode", "mean", "std"):
             assert getattr(crop, key) == config[key]
@@ -193,7 +193,7 @@ def test_timms_data_config_is_honoured() -> None:
 def test_what_cannot_be_done_is_refused(change: dict[str, Any], message: str) -> None:
     config = resolve_data_config({"img_size": 8}) | change
     with pytest.raises(ValueError, match=message):
-        CentreCrop.from_data_config(config)
+        CenterCrop.from_data_config(config)
 
 
 def test_other_arrays_are_refused() -> None:
@@ -216,9 +216,9 @@ def test_images_that_cannot_be_read_are_named_or_left_out() -> None:
     images = [noise(30, 40), noise(30, 40), noise(50, 20)]
     source, crop = Torn(images, [0, 1, 2], ["a", "b", "c"]), PROTOCOLS["validation"]
     with pytest.raises(UnreadableImageError, match="^torn$"):
-        CentreCropDataset(source, crop).__getitems__([0, 1])
-    batch = CentreCropDataset(source, crop, skip=True).__getitems__([2, 1, 0])
+        CenterCropDataset(source, crop).__getitems__([0, 1])
+    batch = CenterCropDataset(source, crop, skip=True).__getitems__([2, 1, 0])
     assert torch.equal(batch.images, ours(crop, images[2], images[0]))
     assert batch.labels.tolist() == [2, 0]
     assert batch.unreadable == {1: "torn"}
-    assert len(CentreCropDataset(source, crop, skip=True).__getitems__([1]).images) == 0
+    assert len(CenterCropDataset(source, crop, skip=True).__getitems__([1]).images) == 0
