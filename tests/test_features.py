@@ -476,9 +476,9 @@ def test_a_full_disk_is_told_before_it_is_full(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(place)._replace(free=1 << 20)
-    monkeypatch.setattr("trex_models.evaluation.extract.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     assert run(models, "images", "--output", "f.npy") == 2
-    assert "GB left" in capsys.readouterr().err
+    assert "MB of free space" in capsys.readouterr().err
 
 
 def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:

@@ -167,10 +167,10 @@ def test_disk_space_is_that_of_the_checkpoints(
     assert asked == [tmp_path, tmp_path]
     set_free_space(monkeypatch, 3 * size - 1)
     with pytest.raises(
-        ValueError, match="space left, the checkpoints take .* another --output"
+        ValueError, match="of free space, .* are needed; .* another --output"
     ) as caught:
         checks.disk_space(tmp_path / "run", module, 3)
-    assert str(caught.value).startswith(f"{tmp_path / 'run'} has 0 MB")
+    assert str(caught.value).startswith(f"{tmp_path / 'run'} has 0.0 MB")
     checks.disk_space(tmp_path / "run", module, 2)
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -37,18 +37,6 @@ _ENTRIES = {
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
 _STEP = {"process", "crops", "labels", "ids"}  # in the file of a step with a non-finite loss
-
-
-class Restorable(Protocol):
-    """A meter, or a part that is `Stateful`."""
-
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...  # noqa: D102
-
-
-class Stateful(Restorable, Protocol):
-    """A module, an optimizer, or a gradient scaler."""
-
-    def state_dict(self) -> Any: ...  # noqa: D102
 
 
 @contextmanager
@@ -240,17 +228,7 @@ def load(path: Path) -> dict[str, Any]:
 def check_belongs(
     path: Path, state: Mapping[str, Any], config: Config, data_fingerprint: Mapping[str, Any]
 ) -> None:
-    """Refuse a checkpoint of another run, or of other data.
-
-    Args:
-        path: File, for the message.
-        state: Its contents.
-        config: Configuration of the run.
-        data_fingerprint: Class names and digest of the run's images.
-
-    Raises:
-        ValueError: A setting or the data differ, for example the classes of a folder that changed.
-    """
+    """Raise ValueError if a checkpoint belongs to another run, or to other data."""
     refuse_step(path, state)
     different = config_diff(state["config"], config)
     if state["step"] != _step(path):
@@ -273,7 +251,7 @@ def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
         raise ValueError(f"{path} is a step whose loss was not finite, not a checkpoint")
 
 
-def restore(parts: Mapping[str, Restorable], state: Mapping[str, Any], path: Path) -> None:
+def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
     """Load a checkpoint's contents into the parts of a run.
 
     Raises:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
@@ -26,11 +27,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def run_checks(checks: Iterable[Callable[[], object]]) -> list[str]:
-    """Run every check; return their warnings.
-
-    Raises:
-        ValueError: Checks failed; one line each.
-    """
+    """Run every check; return their warnings, or raise ValueError with a line for each failure."""
     failed, warnings = [], []
     for check in checks:
         try:
@@ -45,18 +42,9 @@ def run_checks(checks: Iterable[Callable[[], object]]) -> list[str]:
 
 
 def bank(size: int, labels: np.ndarray, num_classes: int) -> str | None:
-    """Check that a bank can hold every class, and no image twice.
+    """Check that a bank of Q can hold every class, and none of the images, labels (N,), twice.
 
-    Args:
-        size: Size of the bank, Q.
-        labels: Labels of the training images, (N,).
-        num_classes: Number of classes, C.
-
-    Returns:
-        A warning if many classes will have no prototype; their logits are then 0.
-
-    Raises:
-        ValueError: Q exceeds N, or C exceeds Q.
+    Warns if many classes will have no prototype; their logits are then 0.
     """
     counts = np.bincount(labels, minlength=num_classes)
     counts = counts[counts > 0]
@@ -100,24 +88,8 @@ def _size_for(share: float, counts: np.ndarray) -> int:
 
 
 def disk_space(folder: Path, module: nn.Module, files: int) -> None:
-    """Check that a folder has room for the checkpoints still to be written.
-
-    Args:
-        folder: Run directory, which need not exist yet.
-        module: Trained module; the optimizer holds a buffer for every parameter.
-        files: Number of checkpoints that come on top of the present ones.
-
-    Raises:
-        ValueError: There is less room.
-    """
-    needed = files * checkpoint_bytes(module)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {_megabytes(free)} of space left, the checkpoints take "
-            f"{_megabytes(needed)}; make room, or choose another --output"
-        )
+    """Check that there is room for a number of further checkpoints of a module."""
+    require_space(folder, files * checkpoint_bytes(module), "--output")
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
@@ -130,13 +102,12 @@ def checkpoint_bytes(module: nn.Module) -> int:
 def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """Check that batches fit into the shared memory through which workers return them.
 
+    Otherwise a worker would end by a bus error.
+
     Args:
         batch_bytes: Size of one process's batch.
         workers: Loader processes per training process.
         processes: Training processes on this machine.
-
-    Raises:
-        ValueError: They do not; a worker would end by a bus error.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
@@ -151,18 +122,9 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
 
 
 def samples(name: str, source: Source, skip: bool = False) -> str | None:
-    """Read a few images from all over a source.
+    """Read a few images from all over a source: each is (H, W, 3) uint8, and readable.
 
-    Args:
-        name: Purpose of the images, such as training.
-        source: Images.
-        skip: Unreadable images will be skipped.
-
-    Returns:
-        A warning if some are unreadable and will be skipped.
-
-    Raises:
-        ValueError: One is unreadable, or all are; or one is not (H, W, 3) uint8.
+    Warns if some are unreadable and will be skipped.
     """
     indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
     reasons = []
@@ -203,9 +165,6 @@ def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> No
 
     torch 2.15's weight gradient of a strided 3x3 convolution of a 1x1 input reads uninitialized
     memory on CPUs with AVX512-BF16; a ResNet has one for crops of 16 pixels or fewer.
-
-    Raises:
-        ValueError: They would be wrong.
     """
     if precision == "bf16" and device.type == "cpu" and smallest_crop <= 16:
         raise ValueError(

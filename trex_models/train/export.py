@@ -43,8 +43,7 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
         Exported folders.
 
     Raises:
-        ValueError: There is no checkpoint, it is damaged or does not match its configuration, or
-            its license must not be changed.
+        ValueError: There is no valid checkpoint, or its license must not be changed.
     """
     method, state = load_method(path)
     checkpointing.refuse_step(path, state)

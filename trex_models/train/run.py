@@ -76,7 +76,7 @@ class Run:
         return Path(self.config.output)
 
     @property
-    def parts(self) -> dict[str, checkpointing.Stateful]:
+    def parts(self) -> dict[str, Any]:
         """Parts whose state is the same on all ranks."""
         return {
             "method": self.method,
