@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trex_models.atomic import replacing
+from trex_models.atomic import replacing, require_space
 from trex_models.cli import progress_bar
 from trex_models.data.center_crop import Transform, image_batches
 from trex_models.data.image_files import FileSource
@@ -271,13 +270,7 @@ class Extraction:
         self.start = _image_of(self.part.rows, skipped) if self.part.rows else 0
         self._on_skip({i: reason for i, reason in skipped.items() if i < self.start})
         missing = (len(self.source) - self.start) * row_bytes + len(tail) + _SPARE_BYTES
-        free = shutil.disk_usage(self.path.parent).free
-        if missing > free:
-            raise ValueError(
-                f"{self.path.parent} has {free / 1e9:.2f} GB left, but {self.path.name} needs "
-                f"{missing / 1e9:.2f} GB with some to spare: free some, choose another place, or "
-                "--dtype float16"
-            )
+        require_space(self.path.parent, missing, "place, or --dtype float16")
 
     def _on_skip(self, reasons: Mapping[int, str]) -> None:
         self.skipped |= reasons
