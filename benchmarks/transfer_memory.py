@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ from trex_models.evaluation import linear
 from trex_models.evaluation.feature_file import DTYPES
 from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
 from trex_models.evaluation.geometry import analyze
-from trex_models.evaluation.inputs import require_finite
+from trex_models.evaluation.inputs import as_tensor, require_finite
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
@@ -153,9 +152,7 @@ def train(setup: Setup) -> dict[str, Any]:
     What that does before its first step is done for all images: the check and the split.
     """
     array, labels = setup.samples("train")
-    with warnings.catch_warnings():  # nothing writes to the file
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        features = torch.from_numpy(array)
+    features = as_tensor(array)
     require_finite("features", features, _CHUNK)
     mask = torch.from_numpy(held_out(labels, protocol.VALIDATION_SHARE))
     everything = linear.Samples(features, torch.from_numpy(labels), torch.arange(len(labels)))

@@ -148,29 +148,29 @@ def test_precision_and_type_make_other_features(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for precision in ("fp32", "bf16"):
-        assert run(models, "images", "--out", f"{precision}.npy", "--precision", precision) == 0
+        assert run(models, "images", "--output", f"{precision}.npy", "--precision", precision) == 0
     exact, rounded = np.load("fp32.npy"), np.load("bf16.npy")
     assert not np.array_equal(rounded, exact)
     np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
     for option, value in (("precision", "bf16"), ("dtype", "float16")):
-        assert run(models, "images", "--out", "fp32.npy", f"--{option}", value) == 2
+        assert run(models, "images", "--output", "fp32.npy", f"--{option}", value) == 2
         assert f"something else ({option} differs)" in capsys.readouterr().err
 
 
 def test_changed_images_with_the_same_names_are_extracted_again(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(models, "images", "--out", "f.npy") == 0
+    assert run(models, "images", "--output", "f.npy") == 0
     before = np.load("f.npy")
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
-        assert run(models, "images", "--out", "cut.npy") == 130
+        assert run(models, "images", "--output", "cut.npy") == 130
     save_image(place / "images" / "a" / "0.png", 99)
     os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
-    assert run(models, "images", "--out", "f.npy") == 2
+    assert run(models, "images", "--output", "f.npy") == 2
     assert "something else (images_sha256 differs)" in capsys.readouterr().err
-    assert run(models, "images", "--out", "cut.npy") == 0
-    assert "going on" not in capsys.readouterr().out
+    assert run(models, "images", "--output", "cut.npy") == 0
+    assert "continuing" not in capsys.readouterr().out
     changed = (np.load("cut.npy") != before).any(1)
     assert changed.tolist() == [True] + 10 * [False]
 
@@ -231,11 +231,7 @@ KILLED = """
 import sys, time
 from trex_models.data.image_files import FileSource
 from trex_models.features.__main__ import main
-from trex_models.features.file import Features
-from trex_models.transfer import cache
-from trex_models.transfer.encoders import weights_digest
 from trex_models.evaluation import feature_file
-from trex_models.evaluation.feature_file import Features
 
 read = FileSource.read
 def slow(self, index):

@@ -80,8 +80,8 @@ def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:
 def test_another_image_is_prepared_and_computed_as_those_of_the_file(models: Path) -> None:
     shutil.copy("images/b/5.png", "new.png")
     for option in ("--precision bf16", "--preprocessing validation"):
-        given = ["--out", "other.npy", "--overwrite", *option.split()]
-        assert main(["images", "--model", str(models / "backbone"), *given]) == 0
+        given = ["--output", "other.npy", "--overwrite", *option.split()]
+        assert main(["extract", "images", "--model", str(models / "backbone"), *given]) == 0
         [answer] = find(trex_models.features.load("other.npy"), ["new.png"], 1)
         assert answer.similarities[0] == pytest.approx(1, abs=1e-6)
 

@@ -214,7 +214,6 @@ def test_features_without_a_direction_cost_the_analyses_alone(
     assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
     assert "over 1 seed (" in out.with_suffix(".md").read_text()
-    assert main(["plot", str(out), "--kind", "geometry", "--out", str(tmp_path / "a.png")]) == 2
     assert main(["plot", str(out), "--kind", "geometry", "--output", str(tmp_path / "a.png")]) == 2
 
 
@@ -293,13 +292,12 @@ def test_models_share_a_table_and_a_picture(
     assert f"{report['datasets']['hard']['log_odds']:.3f}" in text
     assert main(["table", one, other, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| dataset | test images | Small: top-1, % |")
-    assert capsys.readouterr().out.startswith("| data set | test images | Small: top-1, % |")
     for kind in ("bars", "geometry"):
         picture = tmp_path / f"{kind}.png"
         assert main(["plot", one, other, "--kind", kind, "--output", str(picture)]) == 0
         with Image.open(picture) as image:
             assert image.width > 500
-    asked = ["--kind", "analyses", "--data-set", "nowhere", "--out", str(picture)]
+    asked = ["--kind", "geometry", "--dataset", "nowhere", "--output", str(picture)]
     assert main(["plot", one, *asked]) == 2
     assert "no report has analyses of 'nowhere'" in capsys.readouterr().err
     picture = tmp_path / "scatter.svg"

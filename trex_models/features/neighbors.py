@@ -5,7 +5,6 @@ Shapes: N images of the file, M queries, F features, K neighbors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from trex_models.data.image_files import FileSource
 from trex_models.evaluation.extract import as_text, extract_features
 from trex_models.evaluation.feature_file import Features
 from trex_models.evaluation.frozen_model import FrozenModel
+from trex_models.evaluation.inputs import as_tensor
 from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import images
 
@@ -75,10 +75,8 @@ def find(
     new = [query for query, row in zip(queries, known, strict=True) if row is None]
     computed = iter(_compute(found, new, model, file, device)) if new else iter(())
     vectors = [next(computed) if row is None else found.features[row] for row in known]
-    with warnings.catch_warnings():
-        # Nothing writes to it, and a copy takes as much memory as the file is long.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        mapped = torch.from_numpy(found.features)
+    # A copy would take as much memory as the file is long.
+    mapped = as_tensor(found.features)
     wanted = torch.from_numpy(np.stack(vectors).astype(np.float32))
     similarities, indices = nearest_neighbors(mapped, wanted, k + 1)
     answers = []

@@ -95,7 +95,7 @@ def read_report(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not the JSON of one"
         raise ValueError(
             f"{path} cannot be read as a report ({reason}); give a report that "
-            "python -m trex_models.transfer wrote"
+            "python -m trex_models.transfer evaluate wrote"
         ) from error
     if known != FORMAT:
         raise ValueError(
