@@ -66,14 +66,10 @@ def manifest_path() -> Path:
 
 
 def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Manifest:
-    """Read a manifest.
-
-    Args:
-        path: The file; `manifest_path` by default.
-        missing_ok: Return an empty manifest if there is no file.
+    """Read a manifest, of `manifest_path` by default.
 
     Raises:
-        WeightsError: It is missing or malformed.
+        WeightsError: It is malformed, or missing and not ``missing_ok``, which gives an empty one.
     """
     path = path or manifest_path()
     if missing_ok and not path.exists():
@@ -106,15 +102,9 @@ def sha256(path: Path) -> str:
 
 
 def check_sha256(path: Path, expected: str, source: str) -> None:
-    """Refuse a file that is not the expected one.
+    """Raise WeightsError if a file has another SHA-256 than ``expected``.
 
-    Args:
-        path: The file.
-        expected: Its SHA-256.
-        source: Where that was recorded, and what to do, for the message.
-
-    Raises:
-        WeightsError: The file is another one.
+    ``source`` ends the message: the place of the record, and the remedy.
     """
     found = sha256(path)
     if found != expected:

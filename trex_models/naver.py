@@ -149,9 +149,7 @@ class _BrokenConnectionError(Exception):
 def download(file: str, path: Path) -> None:
     """Download one of NAVER's files with progress; resume where a connection broke.
 
-    Args:
-        file: NAVER's name of it.
-        path: File to write; replaced if it exists, and a link is not followed.
+    ``path`` is replaced if it exists, and a link is not followed.
 
     Raises:
         WeightsError: The file is not available, or larger than it can be.

@@ -39,12 +39,9 @@ def write_timm_folder(model: nn.Module, folder: Path, images: Tensor, expected: 
 
     Args:
         model: Model of ``timm.create_model``.
-        folder: Folder to write; an earlier one is replaced in one move.
+        folder: Folder to write, and to return; an earlier one is replaced in one move.
         images: Images, (B, 3, S, S).
         expected: Outputs that the reloaded model must give for them.
-
-    Returns:
-        ``folder``.
 
     Raises:
         RuntimeError: The copy's outputs differ by more than 1e-4 of the largest; nothing is

@@ -58,7 +58,7 @@ _IGNORED = {
 
 
 class RefusedError(ValueError):
-    """A pickle asks for something that no file of ours needs."""
+    """A pickle asks for something that none of our files needs."""
 
 
 class _Memo(dict[int, Any]):
@@ -194,13 +194,8 @@ class PlainUnpickler(pickle._Unpickler):
 class _TensorUnpickler(PlainUnpickler):
     """Unpickler of tensors, whose values stay in the file.
 
-    Args:
-        file: The pickle.
-        data: The mapped file.
-        records: Start and length in bytes of each storage in ``data``; None to read no tensors.
-
-    Attributes:
-        itemsizes: Bytes of an element, of each storage that was asked for.
+    ``records`` are start and length in bytes of each storage in ``data``, the mapped file; None to
+    read no tensors, only to collect ``itemsizes``, the bytes of an element of each storage.
     """
 
     remedy = "no weights need that; instead of a whole model, save model.state_dict()"
@@ -281,12 +276,9 @@ def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
 
 
 def load_torch(path: Path) -> Any:
-    """Read a file of ``torch.save``, on the CPU.
+    """Read a file of ``torch.save``, on the CPU: a zip file, or one of torch before 1.6.
 
     Tensors stay in the file until they are used; do not overwrite it before that.
-
-    Args:
-        path: A zip file with stored records, or a file of torch before 1.6.
 
     Raises:
         RefusedError: The file holds more than containers, strings, numbers and dense tensors.
