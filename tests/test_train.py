@@ -244,7 +244,7 @@ def test_unreadable_image_ends_the_run(
     [
         (["--data.source", "folder"], "data.path is not set"),
         (["--data.source", "folder", "--data.path", "/absent"], "/absent cannot be listed"),
-        (["--optim.batch-size", "33"], "exceeds the data set's 32 images"),
+        (["--optim.batch-size", "33"], "exceeds the dataset's 32 images"),
         (["--model.backbone", "resnet51"], "timm has no model 'resnet51'"),
         (["--model.backbone-args", "depht=3"], "refuses {'depht': 3"),
         ("--model.backbone vit_tiny_patch16_224 --model.backbone-args dynamic_img_size=0".split(),

@@ -116,7 +116,7 @@ def test_output_is_not_written_with_images_that_are_skipped(images: Path, tmp_pa
     [
         (["--data.source", "folder"], "data.path is not set"),
         (["--data.source", "folder", "--data.path", "/absent"], "/absent cannot be listed"),
-        (["--optim.batch-size", "33"], "exceeds the data set's 32 images"),
+        (["--optim.batch-size", "33"], "exceeds the dataset's 32 images"),
         (["--model.backbone", "resnet51"], "timm has no model 'resnet51'"),
         (["--precision", "fp16"], "precision fp16 needs CUDA"),
         (["--objective.bank-size", "64"], "bank_size 64 exceeds the dataset's 32 images"),
