@@ -25,11 +25,12 @@ from tyro.conf import Positional
 
 from convert import to_onnx, to_torchvision
 from convert.comparison import HEADER, Difference, batches, resolutions
-from trex_models import TRexResNet, __version__, licenses, naver, timm_folder
+from trex_models import TRexResNet, __version__
 from trex_models.atomic import replacing
 from trex_models.cli import require_writable
 from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.heads import Projector
+from trex_models.pretrained import licenses, naver, timm_folder
 
 TARGETS = {"torchvision": to_torchvision.SUFFIXES, "onnx": to_onnx.SUFFIXES}
 # Where a model can be cut, and the names of its outputs there.

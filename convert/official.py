@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from tyro.conf import Positional
 
 from convert import key_report, source
-from trex_models import naver, timm_folder
 from trex_models.atomic import existing_folder, require_space
-from trex_models.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read
 from trex_models.cli import require_at_least
-from trex_models.manifest import sha256
+from trex_models.pretrained import naver, timm_folder
+from trex_models.pretrained.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read
+from trex_models.pretrained.manifest import sha256
 
 # Largest difference between the source's outputs and a converted model's, relative to the largest
 # value. A ResNet-50 in float32 is off by up to 3e-5 from float64.

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from trex_models.checkpoints import WRAPPERS
+from trex_models.pretrained.checkpoints import WRAPPERS
 
 TEMPERATURE = 0.1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hub.errors import HubError
 from trex_models import cli
-from trex_models.manifest import WeightsError
+from trex_models.pretrained.manifest import WeightsError
 
 
 def _call(arguments: Sequence[str]) -> Any:

@@ -15,9 +15,9 @@ from tyro.conf import Positional
 from hub import cards, notices
 from hub.hub_folder import Model, inspect_folder
 from hub.imagenet import read_results
-from trex_models import naver, timm_folder
-from trex_models.licenses import license_of
-from trex_models.manifest import sha256
+from trex_models.pretrained import naver, timm_folder
+from trex_models.pretrained.licenses import license_of
+from trex_models.pretrained.manifest import sha256
 
 NAMESPACE = "trex-models"
 

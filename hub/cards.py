@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_
 
 from hub import anatomy, notices
 from hub.hub_folder import Model
-from trex_models import naver
+from trex_models.pretrained import naver
 from trex_models.transfer.published import reported
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"

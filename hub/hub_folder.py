@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import model_entrypoint
 
 from hub.notices import ORIGIN
-from trex_models import naver
 from trex_models.cli import first_line
+from trex_models.pretrained import naver
 
 TIMM_FILES = ("config.json", "model.safetensors")
 FILES = (*TIMM_FILES, "README.md", "LICENSE", "NOTICE")

@@ -17,8 +17,14 @@ from tyro.conf import Positional
 
 from convert.official import convert_official
 from hub.imagenet import measure, table
-from trex_models import checkpoints, naver
-from trex_models.manifest import WeightsError, load_manifest, manifest_path, save_manifest, sha256
+from trex_models.pretrained import checkpoints, naver
+from trex_models.pretrained.manifest import (
+    WeightsError,
+    load_manifest,
+    manifest_path,
+    save_manifest,
+    sha256,
+)
 
 
 def import_naver(

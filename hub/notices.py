@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import NamedTuple
 
-from trex_models import naver
+from trex_models.pretrained import naver
 
 ORIGIN = "https://github.com/naver/trex"
 PAPER = (

@@ -21,9 +21,9 @@ from hub import fixed_input
 from hub.build_folders import NAMESPACE
 from hub.errors import LOG_IN, HubError, explained
 from hub.hub_folder import FILES, Model, inspect_folder, load_folder
-from trex_models import naver
 from trex_models.cli import first_line
-from trex_models.manifest import (
+from trex_models.pretrained import naver
+from trex_models.pretrained.manifest import (
     Published,
     load_manifest,
     manifest_path,

@@ -16,10 +16,10 @@ from tyro.conf import Positional
 from hub import fixed_input
 from hub.errors import HubError, explained
 from hub.hub_folder import FILES, TIMM_FILES, load_folder
-from trex_models import naver
-from trex_models.checkpoints import mismatch
 from trex_models.cli import first_line
-from trex_models.manifest import Published, load_manifest, manifest_path, sha256
+from trex_models.pretrained import naver
+from trex_models.pretrained.checkpoints import mismatch
+from trex_models.pretrained.manifest import Published, load_manifest, manifest_path, sha256
 
 
 def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = None) -> bool:

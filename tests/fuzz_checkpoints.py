@@ -37,8 +37,8 @@ from torch import Tensor
 
 import trex_models  # noqa: F401  # registers the models
 from tests.official_files import official_form
-from trex_models import checkpoints, licenses
 from trex_models.distributed import Process
+from trex_models.pretrained import checkpoints, licenses
 from trex_models.train import checkpointing, export, init_from, setup
 from trex_models.train.__main__ import main as train
 from trex_models.train.build import build_method

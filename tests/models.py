@@ -13,10 +13,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import trex_models
-from trex_models import timm_folder
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
 from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
+from trex_models.pretrained import timm_folder
 
 Args = dict[str, Any]
 CHANNELS = (8, 16, 24, 32)

@@ -19,7 +19,7 @@ import torch
 
 from tests.images import save_classes, save_image
 from tests.runs import assert_same_state, last_state, logged, run
-from trex_models.checkpoints import DamagedError
+from trex_models.pretrained.checkpoints import DamagedError
 from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
 from trex_models.train.step import training_step

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tests import official_files
 from tests.models import tiny_method
 from tests.reference_resnet import outputs, pictures
-from trex_models import checkpoints
-from trex_models.checkpoints import CheckpointError, read, split
+from trex_models.pretrained import checkpoints
+from trex_models.pretrained.checkpoints import CheckpointError, read, split
 
 Contents = dict[str, Any]
 SMALL: Contents = {"bank_size": 1200, "optimizer": False}

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, QuantoConfig
 
 import trex_models  # noqa: F401  # registers the models
 from tests.models import quick
-from trex_models import timm_folder
+from trex_models.pretrained import timm_folder
 
 pytestmark = pytest.mark.client
 

@@ -25,8 +25,9 @@ from transformers import (
     pipeline,
 )
 
-from trex_models import CosineClassifier, timm_folder
+from trex_models import CosineClassifier
 from trex_models.data.fractals import FractalSource
+from trex_models.pretrained import timm_folder
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 

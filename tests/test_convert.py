@@ -30,9 +30,9 @@ from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
 from tests.processes import Forked, captured
-from trex_models import checkpoints, timm_folder
-from trex_models.checkpoints import Checkpoint
-from trex_models.manifest import sha256
+from trex_models.pretrained import checkpoints, timm_folder
+from trex_models.pretrained.checkpoints import Checkpoint
+from trex_models.pretrained.manifest import sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -451,7 +451,9 @@ def test_source_agrees_with_the_reference(name: str, conversion: Conversion) -> 
 
 def test_source_uses_no_code_of_the_models() -> None:
     text = Path(source.__file__).read_text()
-    assert re.findall(r"trex_models.*", text) == ["trex_models.checkpoints import WRAPPERS"]
+    assert re.findall(r"trex_models.*", text) == [
+        "trex_models.pretrained.checkpoints import WRAPPERS"
+    ]
 
 
 # All or nothing

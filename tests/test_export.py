@@ -26,7 +26,7 @@ from convert.__main__ import main
 from convert.comparison import batches, difference, resolutions
 from tests.models import SIDE, load, write_model
 from tests.processes import captured
-from trex_models import naver
+from trex_models.pretrained import naver
 
 run = partial(captured, main, "export")
 

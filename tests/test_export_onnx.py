@@ -22,7 +22,7 @@ from convert.__main__ import main
 from convert.comparison import batches
 from tests.models import SIDE, load, write_model
 from tests.processes import captured
-from trex_models import naver
+from trex_models.pretrained import naver
 
 CHANNELS = (8, 16, 24, 32)
 HEAD = {"proj_hidden_dim": 32, "proj_dim": 16}

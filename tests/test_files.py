@@ -13,8 +13,8 @@ import timm
 import torch
 from safetensors import safe_open
 
-from trex_models import timm_folder
 from trex_models.atomic import append, open_new, replacing, write_safetensors, write_whole
+from trex_models.pretrained import timm_folder
 
 
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:

@@ -38,10 +38,16 @@ from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
 from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
-from trex_models import naver, timm_folder
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
-from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
+from trex_models.pretrained import naver, timm_folder
+from trex_models.pretrained.manifest import (
+    Manifest,
+    WeightsError,
+    load_manifest,
+    save_manifest,
+    sha256,
+)
 from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
 from trex_models.trex import default_cfgs
@@ -453,7 +459,7 @@ def test_from_publication_to_the_examples_in_the_cards(
         for folder in (backbone, cls, built / "small_trex", built / "small_trex_cls")
     }
     environ = environment(server.url, tmp_path / "home") | nowhere(tmp_path)
-    fetch = f"from trex_models import weights; print(weights.fetch({backbone.name!r}))"
+    fetch = f"from trex_models.pretrained import resolve; print(resolve.fetch({backbone.name!r}))"
     out = run_blocks(
         [fetch, *blocks[backbone][:3], *blocks[cls][:3], *blocks[built / "small_trex_cls"]], environ
     )

@@ -21,7 +21,7 @@ from hub.build_folders import build_folders
 from hub.hub_folder import FILES
 from tests.documentation import python_blocks
 from tests.models import CFG, TINY, edit_config, tiny_classifier
-from trex_models import naver, timm_folder
+from trex_models.pretrained import naver, timm_folder
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 from trex_models.train.export import export_method

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 import trex_models  # noqa: F401  # registers the models
 from tests.official_files import official_form
 from tests.runs import TINY, assert_same_state, last_state, logged, run
-from trex_models import naver
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.distributed import Process
 from trex_models.method.model import TReX
+from trex_models.pretrained import naver
 from trex_models.train import build, checkpointing, init_from
 from trex_models.train.__main__ import main, parse
 from trex_models.train.config import from_dict

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from convert import export_model
 from hub import build_folders
 from hub.hub_folder import inspect_folder
-from trex_models import licenses, naver, timm_folder
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.licenses import describe, license_of
-from trex_models.manifest import sha256
+from trex_models.pretrained import licenses, naver, timm_folder
+from trex_models.pretrained.licenses import describe, license_of
+from trex_models.pretrained.manifest import sha256
 from trex_models.train.__main__ import main
 
 LINEAR = {"fc.weight": torch.zeros(2, 3)}

@@ -20,11 +20,11 @@ import torch
 
 from tests import fuzz_checkpoints, official_files
 from tests.fuzz_checkpoints import GADGETS, Bench
-from trex_models import checkpoints
-from trex_models.checkpoints import CheckpointError, DamagedError
+from trex_models.pretrained import checkpoints
+from trex_models.pretrained.checkpoints import CheckpointError, DamagedError
+from trex_models.pretrained.unpickling import PlainUnpickler
 from trex_models.train import export
 from trex_models.train.config import ModelConfig
-from trex_models.unpickling import PlainUnpickler
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,8 @@ from tests.loopback_hub import Hub, HubServer, environment, serving
 from tests.models import tiny_method
 from tests.processes import Forked
 from tests.reference_resnet import outputs, pictures
-from trex_models import CheckpointError, WeightsError, licenses, manifest, naver, weights
+from trex_models import CheckpointError, WeightsError
+from trex_models.pretrained import licenses, manifest, naver, resolve
 
 ROOT = Path(__file__).parents[1]
 # The tensor of the reference's outputs that a model gives, and the file that has its weights.
@@ -133,8 +134,8 @@ def test_every_name_from_naver(
 
 @pytest.mark.usefixtures("cache")
 def test_a_full_file_in_the_cache_serves_the_backbone(server: FileServer) -> None:
-    whole = weights.fetch("trexstar_resnet50_cls.in1k_r2")
-    assert weights.fetch("trexstar_resnet50.in1k_r2") == whole
+    whole = resolve.fetch("trexstar_resnet50_cls.in1k_r2")
+    assert resolve.fetch("trexstar_resnet50.in1k_r2") == whole
     assert len(server.log) == 1
     assert timm.create_model("trexstar_resnet50.in1k_r2", pretrained=True).num_classes == 0
 
@@ -163,7 +164,7 @@ def test_messages(server: FileServer, caplog: pytest.LogCaptureFixture, monkeypa
 @pytest.mark.parametrize("reset", [False, True])
 def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, reset: bool) -> None:
     server.faults = [Fault("GET", cut_after=31_000_000, times=2, reset=reset)]
-    found = load_file(weights.fetch("trex_resnet50.in1k"))
+    found = load_file(resolve.fetch("trex_resnet50.in1k"))
     starts = [request.range for request in server.log]
     if reset:  # it may take the last bytes away
         assert len(starts) == 3
@@ -210,7 +211,7 @@ def test_what_naver_does_not_give(
         assert remedy in message
     assert visible(cache) == []
     server.faults = []
-    assert weights.fetch("trex_resnet50.in1k").exists()
+    assert resolve.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.parametrize(
@@ -236,37 +237,37 @@ def test_values_that_are_not_finite(cache: Path, server: FileServer, tmp_path: P
     official_files.write(state, tmp_path / "nan.pth")
     server.files["trex.pth"] = tmp_path / "nan.pth"
     with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight has 1 values that are not"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert visible(cache) == []
 
 
 def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Path) -> None:
-    first = weights.fetch("trex_resnet50.in1k")
+    first = resolve.fetch("trex_resnet50.in1k")
     digest = sha256(server.files["trex.pth"])
     first.unlink()
     server.files["trex.pth"] = server.files["trexstar.pth"]
     with pytest.raises(WeightsError, match=rf"refused: .* but {digest} was recorded when it was"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert visible(cache) == ["trex.json"]
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
     manifest.save_manifest(known, tmp_path / "manifest.json")
     with pytest.raises(WeightsError, match=rf"refused: .* but the manifest says {digest}"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert visible(cache) == []
 
 
 def test_a_first_use_that_the_manifest_contradicts(
     cache: Path, server: FileServer, tmp_path: Path
 ) -> None:
-    weights.fetch("trex_resnet50.in1k")
+    resolve.fetch("trex_resnet50.in1k")
     known = manifest.Manifest(naver={"trex.pth": sha256(server.files["trexstar.pth"])})
     manifest.save_manifest(known, tmp_path / "manifest.json")
     with pytest.raises(WeightsError, match=r"refused: .* but the manifest says .*delete what was"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     shutil.rmtree(cache)
     server.files["trex.pth"] = server.files["trexstar.pth"]
-    assert weights.fetch("trex_resnet50.in1k").exists()
+    assert resolve.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.usefixtures("cache")
@@ -275,17 +276,17 @@ def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.Monke
     server.ranges = False
     server.faults = [Fault("GET", cut_after=31_000_000)]
     with pytest.raises(WeightsError, match="is not available: connection closed early"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert len(server.log) == 4
     server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
-    assert weights.fetch("trex_resnet50.in1k").exists()
+    assert resolve.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.usefixtures("cache")
 def test_total_time(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(naver, "TOTAL_SECONDS", 0)
     with pytest.raises(WeightsError, match="it takes more than 0 hours"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert len(server.log) == 1
 
 
@@ -297,7 +298,7 @@ def test_without_a_network(
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(WeightsError, match=r"trex\.pth is not available: .*refused"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
 
 
@@ -308,14 +309,14 @@ def test_links_and_remains_of_killed_processes(cache: Path, tmp_path: Path) -> N
     for name in (".trex.pth.part", ".trex.safetensors.tmp", ".trex.json.tmp"):
         (cache / "naver" / name).symlink_to(victim)
     (cache / "naver" / ".trex_2.pth.part").touch()  # another file's, which may be arriving
-    weights.fetch("trex_resnet50.in1k")
+    resolve.fetch("trex_resnet50.in1k")
     assert victim.read_bytes() == b"precious"
     assert visible(cache) == [".trex_2.pth.part", "trex.json", "trex.safetensors"]
 
 
 @pytest.mark.usefixtures("cache")
 def test_converted_files_are_deterministic() -> None:
-    header = weights.fetch("trex_resnet50.in1k").read_bytes()[8:72]
+    header = resolve.fetch("trex_resnet50.in1k").read_bytes()[8:72]
     assert header == b'{"__metadata__": {"format": "pt", "license": "cc-by-nc-sa-4.0"},'
 
 
@@ -331,8 +332,8 @@ def test_credentials_of_a_mirror(
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", template.format(server.url.partition("//")[2]))
     server.faults = [Fault("GET", status=404, times=1)]
     with pytest.raises(WeightsError) as caught:
-        weights.fetch("trex_resnet50.in1k")
-    weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
+    resolve.fetch("trex_resnet50.in1k")
     assert json.loads((cache / "naver" / "trex.json").read_text())["url"] == f"{server.url}trex.pth"
     assert "cret" not in "".join(traceback.format_exception(caught.value)) + caplog.text
     sent = "Basic YWRhOnMvY3JldA==" if "ada" in template else None
@@ -343,7 +344,7 @@ def test_credentials_of_a_mirror(
         server.faults = [Fault("GET", status=302, headers=location)]
         shutil.rmtree(cache)
         with pytest.raises(WeightsError):
-            weights.fetch("trex_resnet50.in1k")
+            resolve.fetch("trex_resnet50.in1k")
         assert [r.authorization for r in other.log] == [None]
 
 
@@ -356,7 +357,7 @@ def test_addresses_of_mirrors_that_are_malformed(
 ) -> None:
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", address)
     with pytest.raises(WeightsError, match="TREX_MODELS_NAVER_URL is not an http") as caught:
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     assert "cret" not in "".join(traceback.format_exception(caught.value))
     assert visible(cache) == []
 
@@ -367,20 +368,20 @@ def test_redirect_from_https_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     response = SimpleNamespace(headers={}, url="http://127.0.0.1/trex.pth", close=lambda: None)
     monkeypatch.setattr(naver, "urlopen", lambda *_, **__: response)
     with pytest.raises(WeightsError, match="the server redirects from https to http"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_changed_cache_is_refused() -> None:
-    path = weights.fetch("trex_resnet50.in1k")
+    path = resolve.fetch("trex_resnet50.in1k")
     state = load_file(path)
     state["conv1.weight"] += 1
     save_file(state, path)
     with pytest.raises(WeightsError, match=rf"SHA-256 of {path} is .*trex\.json; delete both"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     path.with_suffix(".json").write_text("{}")
     with pytest.raises(WeightsError, match=r"trex\.json is damaged .*delete it"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
 
 
 def test_file_placed_by_hand_offline(
@@ -388,12 +389,12 @@ def test_file_placed_by_hand_offline(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="not asked: HF_HUB_OFFLINE is set"):
-        weights.fetch("trexstar_resnet50_proj.in1k_r2")
+        resolve.fetch("trexstar_resnet50_proj.in1k_r2")
     file = "trexstar_2_checkpoint_full.pth"
     (cache / "naver").mkdir(parents=True)
     shutil.copy(release / file, cache / "naver" / file)
-    assert weights.fetch("trexstar_resnet50_proj.in1k_r2").stem == Path(file).stem
-    assert weights.fetch("trexstar_resnet50.in1k_r2").stem == Path(file).stem
+    assert resolve.fetch("trexstar_resnet50_proj.in1k_r2").stem == Path(file).stem
+    assert resolve.fetch("trexstar_resnet50.in1k_r2").stem == Path(file).stem
     assert (cache / "naver" / file).exists()
     assert server.log == []
 
@@ -421,12 +422,12 @@ def test_malformed_manifests(tmp_path: Path) -> None:
             timm.create_model("trex_resnet50", pretrained=True)
     path.unlink()
     with pytest.raises(WeightsError, match="No such file"):
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
 
 
 def test_unknown_name() -> None:
     with pytest.raises(WeightsError, match=r"no weights are known for 'trex_resnet50', only"):
-        weights.fetch("trex_resnet50")
+        resolve.fetch("trex_resnet50")
 
 
 def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -782,7 +783,7 @@ def test_token_of_the_hub_stays_there(
             "X-Linked-ETag": f'"{commit.files["model.safetensors"].sha256}"',
         }
         place.hub.faults = [Fault(rf"^{method} .*safetensors$", status=302, headers=headers)]
-        assert weights.fetch(name).is_relative_to(place.home / "hub")
+        assert resolve.fetch(name).is_relative_to(place.home / "hub")
         assert {r.authorization for r in place.hub.log} == {"Bearer hf_secret"}
         assert [(r.method, r.authorization) for r in other.log] == [("GET", None)]
     assert place.server.log == []
@@ -791,7 +792,7 @@ def test_token_of_the_hub_stays_there(
 def test_password_in_the_hub_s_address(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     place.set_endpoint(place.hub.url.replace("//", "//ada:secret@"))
     place.hub.faults = [Fault("", status=500)]
-    weights.fetch("trex_resnet50.in1k")
+    resolve.fetch("trex_resnet50.in1k")
     said = "".join(r.getMessage() for r in caplog.records if r.name.startswith("trex_models"))
     assert f"for url '{place.hub.url}/" in said
     assert "secret" not in said
@@ -801,11 +802,11 @@ def test_password_in_the_hub_s_address(place: Place, caplog: pytest.LogCaptureFi
 def test_clock_that_is_wrong(place: Place, time: int) -> None:
     date = {"Date": formatdate(time, usegmt=True)}
     place.hub.faults = [Fault("", headers=date)]
-    found = weights.fetch("trex_resnet50.in1k")
+    found = resolve.fetch("trex_resnet50.in1k")
     for path in place.home.rglob("*"):
         os.utime(path, (time, time), follow_symlinks=False)
     asked = len(place.hub.log)
-    assert weights.fetch("trex_resnet50.in1k") == found
+    assert resolve.fetch("trex_resnet50.in1k") == found
     assert len(place.hub.log) == asked
 
 
@@ -825,10 +826,10 @@ def test_killed_while_the_hub_s_file_arrives(place: Place, expected: dict[str, T
 
 EIGHT = """
 import os
-from trex_models import weights
+from trex_models.pretrained import resolve
 for _ in range(8):
     if not os.fork():
-        os.write(1, f"{weights.fetch('trex_resnet50.in1k')}\\n".encode())
+        os.write(1, f"{resolve.fetch('trex_resnet50.in1k')}\\n".encode())
         os._exit(0)
 for _ in range(8):
     os.wait()
@@ -927,13 +928,13 @@ def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.M
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    weights.fetch("trex_resnet50.in1k")
+    resolve.fetch("trex_resnet50.in1k")
     code = (
-        "import os, sys; from trex_models import weights\n"
+        "import os, sys; from trex_models.pretrained import resolve\n"
         "os.geteuid() or os.setresuid(65534, 65534, 65534)  # permissions do not stop root\n"
         "for name in sys.argv[1:]:\n"
-        "    try: print(weights.fetch(name))\n"
-        "    except weights.WeightsError as error: print(str(error).replace('\\n', ' '))\n"
+        "    try: print(resolve.fetch(name))\n"
+        "    except resolve.WeightsError as error: print(str(error).replace('\\n', ' '))\n"
     )
     folders = [home, *[path for path in home.rglob("*") if path.is_dir()]]
     for folder in folders:
@@ -964,7 +965,7 @@ def small_disk() -> Iterator[None]:
 @pytest.mark.usefixtures("release", "small_disk")
 def test_disk_is_full(cache: Path) -> None:
     with pytest.raises(WeightsError) as caught:
-        weights.fetch("trex_resnet50.in1k")
+        resolve.fetch("trex_resnet50.in1k")
     message = "cannot be written (File too large); set TREX_MODELS_CACHE to a folder"
     assert message in str(caught.value)
     assert visible(cache) == []

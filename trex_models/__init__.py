@@ -20,9 +20,9 @@ except (ImportError, OSError, RuntimeError) as _error:
         name=__name__,
     ) from _error
 
-from trex_models.checkpoints import CheckpointError
 from trex_models.heads import CosineClassifier, Projector
-from trex_models.manifest import WeightsError
+from trex_models.pretrained.checkpoints import CheckpointError
+from trex_models.pretrained.manifest import WeightsError
 from trex_models.trex import TRexResNet
 
 __all__ = [

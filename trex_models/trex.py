@@ -38,8 +38,8 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from trex_models import checkpoints, licenses, naver, weights
 from trex_models.heads import CosineClassifier, Projector
+from trex_models.pretrained import checkpoints, licenses, naver, resolve
 
 __all__ = ["TRexResNet"]  # register_model appends the entry points
 
@@ -317,7 +317,7 @@ def _create(
             if cfg.url and "hf_hub_id" not in overlay:
                 overlay["hf_hub_id"] = None  # timm would prefer it to the url
         else:
-            found = load_file(weights.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
+            found = load_file(resolve.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
             given = checkpoints.split(found).state_dict()
             licenses.notice()
     elif pretrained:

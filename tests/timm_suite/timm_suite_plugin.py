@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import init
 
 import trex_models  # noqa: F401  # registers the models
-from trex_models import weights
+from trex_models.pretrained import resolve
 
 STOCK = "resnet50"
 # Of models that differ in the depth of the projector alone, one of each kind.
@@ -100,7 +100,7 @@ def kaiming(
 
 timm.list_models = list_models
 timm.models._builder.load_state_dict_from_hf = load_state_dict_from_hf
-weights.fetch = fetch
+resolve.fetch = fetch
 init.kaiming_normal_ = init.kaiming_uniform_ = kaiming
 
 

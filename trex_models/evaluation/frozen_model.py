@@ -26,12 +26,12 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from trex_models import licenses, timm_folder
 from trex_models.cli import first_line
 from trex_models.data.center_crop import PROTOCOLS, CenterCrop, image_batches
 from trex_models.data.sources import Source, digest
 from trex_models.heads import Projector
 from trex_models.precision import Precision, PrecisionName, choose_device
+from trex_models.pretrained import licenses, timm_folder
 
 PIXELS = "pixels"
 """Name of the baseline without a model: an image's pixels at 16 x 16."""

@@ -26,9 +26,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from trex_models import checkpoints
 from trex_models.atomic import replacing, sync_folder, write_whole
-from trex_models.checkpoints import CheckpointError, DamagedError
+from trex_models.pretrained import checkpoints
+from trex_models.pretrained.checkpoints import CheckpointError, DamagedError
 from trex_models.train.config import Config, config_diff, from_dict, to_json
 
 KEPT = 2

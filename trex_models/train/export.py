@@ -15,13 +15,13 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trex_models import checkpoints, timm_folder
-from trex_models.checkpoints import Checkpoint
-from trex_models.licenses import resolve_license
 from trex_models.method.backbone import full_args
 from trex_models.method.model import TReX
 from trex_models.method.objectives import LinearSoftmax
 from trex_models.precision import Precision, choose_device
+from trex_models.pretrained import checkpoints, timm_folder
+from trex_models.pretrained.checkpoints import Checkpoint
+from trex_models.pretrained.licenses import resolve_license
 from trex_models.train import checkpointing
 from trex_models.train.build import build_method
 from trex_models.train.config import Config, from_dict

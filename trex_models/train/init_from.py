@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from trex_models import checkpoints
-from trex_models.checkpoints import CheckpointError
 from trex_models.heads import class_means
-from trex_models.licenses import license_of
-from trex_models.manifest import WeightsError
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import TReX
 from trex_models.method.objectives import LinearSoftmax, Objective
+from trex_models.pretrained import checkpoints
+from trex_models.pretrained.checkpoints import CheckpointError
+from trex_models.pretrained.licenses import license_of
+from trex_models.pretrained.manifest import WeightsError
 from trex_models.train import checkpointing
 
 

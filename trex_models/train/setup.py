@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trex_models import distributed, naver
+from trex_models import distributed
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.distributed import Process, raise_on_all_ranks
-from trex_models.licenses import resolve_license
 from trex_models.method.model import TReX
 from trex_models.method.optimizer import build_sgd, match_memory_format
 from trex_models.precision import Precision
+from trex_models.pretrained import naver
+from trex_models.pretrained.licenses import resolve_license
 from trex_models.train import build, checkpointing, checks
 from trex_models.train.config import Config, config_diff, to_json
 from trex_models.train.export import export_method

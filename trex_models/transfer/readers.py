@@ -18,7 +18,7 @@ import numpy as np
 
 from trex_models.data.image_files import FileSource, FolderSource
 from trex_models.evaluation.splits import hashed_order
-from trex_models.unpickling import PlainUnpickler
+from trex_models.pretrained.unpickling import PlainUnpickler
 
 Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # it comes undivided

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from trex_models.heads import Projector, class_means, widen
-from trex_models.unpickling import RefusedError, load_torch
+from trex_models.pretrained.unpickling import RefusedError, load_torch
 
 
 class CheckpointError(ValueError):

@@ -24,9 +24,9 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from trex_models import manifest, naver
-from trex_models.checkpoints import CheckpointError
-from trex_models.manifest import Manifest, Published, WeightsError, without_credentials
+from trex_models.pretrained import manifest, naver
+from trex_models.pretrained.checkpoints import CheckpointError
+from trex_models.pretrained.manifest import Manifest, Published, WeightsError, without_credentials
 
 _FILE = "model.safetensors"
 _logger = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ from urllib.request import Request, urlopen
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from trex_models import checkpoints
 from trex_models.atomic import open_new, replacing, write_safetensors, write_whole
-from trex_models.manifest import Manifest, WeightsError, check_sha256, sha256
+from trex_models.pretrained import checkpoints
+from trex_models.pretrained.manifest import Manifest, WeightsError, check_sha256, sha256
 
 LICENSE = "cc-by-nc-sa-4.0"
 BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"

@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trex_models import naver, weights
-from trex_models.checkpoints import CheckpointError, load_checkpoint, sort
-from trex_models.manifest import WeightsError, load_manifest, sha256
+from trex_models.pretrained import naver, resolve
+from trex_models.pretrained.checkpoints import CheckpointError, load_checkpoint, sort
+from trex_models.pretrained.manifest import WeightsError, load_manifest, sha256
 
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
     if path is None or not path.is_file():
         return ""
     published = load_manifest(missing_ok=True)  # a maintainer has none before the first model
-    if sha256(path) in naver.known_hashes(weights.cache_folder(), published):
+    if sha256(path) in naver.known_hashes(resolve.cache_folder(), published):
         return naver.LICENSE
     return _stated(path)
 
