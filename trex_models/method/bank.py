@@ -34,7 +34,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 class MemoryBank(nn.Module):
-    """FIFO of raw (not normalised) embeddings, their labels, and which samples they are of.
+    """FIFO of raw (not normalized) embeddings, their labels, and which samples they are of.
 
     Take a multiple of the batch size for ``size``: a batch that crosses the end is cut there.
     Starts as N(0, 1) noise with uniform random labels, so that nearly every class has a
@@ -115,7 +115,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def class_means(self) -> Tensor:
-        """Return L2-normalised class means, (C, D); zero for a class without entries (Eq. 2)."""
+        """Return L2-normalized class means, (C, D); zero for a class without entries (Eq. 2)."""
         return class_means(self.features, self.labels, self.num_classes)
 
     def get_extra_state(self) -> dict[str, int]:

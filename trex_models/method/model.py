@@ -1,6 +1,6 @@
 """t-ReX as one module: encoder (backbone + projector), objective, momentum encoder.
 
-No optimiser and no files.
+No optimizer and no files.
 
 Sariyildiz et al., ICLR 2023, arXiv 2206.15369, section 3.
 Shapes: B batch, N crops, S side in pixels, D embedding, C classes.
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 
 def _by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
-    """Join neighbours of equal size: BatchNorm's statistics are those of a resolution."""
+    """Join neighbors of equal size: BatchNorm's statistics are those of a resolution."""
     joined = [crops[0]]
     for images in crops[1:]:
         if images.shape[1:] == joined[-1].shape[1:]:
@@ -115,7 +115,7 @@ class TReX(nn.Module):
     ) -> None:
         """Update the momentum encoder and enqueue its embeddings, of all processes in rank order.
 
-        Belongs between ``forward`` and the optimiser's step. No-op without a bank.
+        Belongs between ``forward`` and the optimizer's step. No-op without a bank.
 
         Args:
             crops: As of ``forward``; the first crop of every image counts, a global one.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class MomentumEncoder(nn.Module):
     """ema = m * ema + (1 - m) * online, over parameters only.
 
-    BatchNorm normalises by batch statistics here too (the copy is in train mode if the original
+    BatchNorm normalizes by batch statistics here too (the copy is in train mode if the original
     is); its running buffers follow this encoder's own batches and are never averaged. MoCo
     (He et al. 2020, arXiv 1911.05722), Eq. 2.
 

@@ -60,7 +60,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: ``labels`` are not as ``check_labels`` wants them.
         """
-        del ids  # only neighbours need to know their own
+        del ids  # only neighbors need to know their own
         logits = self.logits(embeddings)
         check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
@@ -203,7 +203,7 @@ class LOOK(Objective):
     def forward(
         self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over all crops, and the log-votes of their neighbours, (N * B, C).
+        """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
         Args:
             embeddings: (N * B, D), crop-major: the first crop of every image, then the second.

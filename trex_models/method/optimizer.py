@@ -35,7 +35,7 @@ def build_sgd(
 ) -> torch.optim.SGD:
     """SGD without Nesterov; only parameters with more than one dimension decay.
 
-    The optimiser of t-ReX (arXiv 2206.15369).
+    The optimizer of t-ReX (arXiv 2206.15369).
 
         optimizer = build_sgd(method)
         for group in optimizer.param_groups:
@@ -56,7 +56,7 @@ def build_sgd(
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out a restored optimiser's buffers as its parameters are.
+    """Lay out a restored optimizer's buffers as its parameters are.
 
     Fused SGD walks both in memory order: with other strides it would mix up their elements.
     """
