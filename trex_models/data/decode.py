@@ -10,7 +10,7 @@ import os
 import stat
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,6 +93,14 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
 def or_skip(error: UnreadableImageError) -> UnreadableImageError:
     """Return an error of training that also names the other policy."""
     return UnreadableImageError(f"{error}, or skip unreadable images with --data.unreadable skip")
+
+
+def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], object]) -> None:
+    """Log why images were skipped: the first five, and the file that lists all."""
+    for reason in reasons[:5]:
+        log(f"skipped: {reason}")
+    if len(reasons) > 5:
+        log(f"skipped: {len(reasons) - 5} more, listed in {listed}")
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -145,11 +145,11 @@ def _whole_model(
     model = timm.create_model(
         name,
         pretrained_cfg=cfg,
+        **args,
         proj_layers=config.model.hidden_layers,
         proj_hidden_dim=config.model.hidden_dim,
         proj_dim=config.model.embedding_dim if config.model.projector == "mlp" else 0,
         temperature=config.objective.temperature,
-        **args,
     )
     model.load_state_dict(trained.state_dict())
     return model

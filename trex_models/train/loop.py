@@ -48,11 +48,13 @@ def train(config: Config, exits: bool = False) -> list[Path]:
             tensorboard=run.folder / "tensorboard" if config.system.tensorboard else None,
         ) as reporter,
     ):
+        # Kept until now: the bar would cover lines that are printed before it.
         for message in run.messages:
             reporter.log(message)
         _train_steps(run, signals, reporter)
         if not process.is_main:
             return []
+        # From the file, not from memory: what is exported is what a later export would give.
         exported = export_checkpoint(run.folder, run.folder / "export", run.config.license)
         reporter.finish()
         for line in summarize(run.folder, config.optim.batch_size, exported):
@@ -68,7 +70,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     validator = _build_validator(run, signals, reporter)
     steps_between_validations = run.config.validation.every * sampler.steps_per_epoch
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
-    pinned = process.device.type == "cuda"
+    pinned = process.device.type == "cuda"  # page-locked batches are copied next to the step
     batches = reporter.timed(
         load_batches(
             run.dataset, sampler, run.workers, pinned, reporter.log_from_any, signals.asked
@@ -84,7 +86,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 if isinstance(error, GaveUpError) and signals.received:
                     raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
-        run.unreadable.add(batch.unreadable)
+        run.unreadable.add(batch.unreadable)  # of this rank; shared when the run reports
         # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
@@ -94,6 +96,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         done = step + 1
         last = done == sampler.total_steps
         reports = last or done % system.log_every == 0
+        # Class vectors before the step, to measure how far it moves them; C x D floats.
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
@@ -106,7 +109,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 indices,
                 learning_rate,
             )
-        except NonFiniteLossError:
+        except NonFiniteLossError:  # raised before the weights change, so the step can be replayed
             raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
         # On the device: reading it here would wait for the step. The first B rows are the logits
         # of the first global crop.
@@ -135,8 +138,9 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
             with reporter.untimed():
                 run.save(done)
+        # A run that has just finished has nothing to stop: it exports.
         if stop and not last:
-            flags.finish()
+            flags.finish()  # an exchange under way would hang a rank that leaves
             raise StoppedBySignal(Signals(stop), done, sampler.total_steps)
     flags.finish()
 

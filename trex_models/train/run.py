@@ -122,13 +122,16 @@ class Run:
             SharedError: The ranks hold different weights, or different banks.
             ValueError: Weights are not finite, or the checkpoint cannot be written.
         """
+        # A faulty device or link would otherwise spread into every later checkpoint.
         distributed.check_identical(self._shared_tensors())
         tensors = (*self.method.parameters(), *self.method.buffers())
+        # One wait for the device for all tensors. A checkpoint with NaN would replace a good one.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
             raise ValueError(
                 f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
             )
         self.exchange_unreadable(print)
+        # Every rank takes part in the gathering; rank 0 alone writes.
         state = self._state_after(done) | {"meter": self.meter.gathered()}
         if self.files:
             state["files"] = self.files.state()
@@ -144,7 +147,7 @@ class Run:
         path = self.folder / f"nonfinite_step_{step}_process_{rank}.pt"
         inputs = {
             "process": rank,
-            "crops": [c.cpu() for c in crops],
+            "crops": [c.cpu() for c in crops],  # after augmentation, as the model saw them
             "labels": labels.cpu(),
             "ids": indices.cpu(),
         }
@@ -166,6 +169,7 @@ class Run:
         if method.momentum_encoder is None or method.objective.bank is None:
             return shared | {"head": method.objective.parameters()}
         shared["momentum encoder"] = method.momentum_encoder.parameters()
+        # Only the bank's buffers: those of BatchNorm differ by rank unless they are synchronized.
         bank = method.objective.bank
         pointer = torch.tensor(bank.pointer, device=bank.labels.device)
         return shared | {"bank": [*bank.buffers(), pointer]}
@@ -178,7 +182,7 @@ class Run:
             **self.data_fingerprint,
             "inherited_license": self.inherited_license,
             "unreadable": self.unreadable.indices,
-            "config": json.loads(to_json(self.config)),
+            "config": json.loads(to_json(self.config)),  # plain values, which load without pickle
             "step": steps,
             "environment": self.environment,
             "batchnorm_groups": self.batchnorm_groups,

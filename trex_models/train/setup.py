@@ -49,6 +49,7 @@ def setup_run(config: Config, process: Process) -> Iterator[Run]:
             each problem, on all ranks, before anything is written.
     """
     run = build_run(config, process)
+    # The lock lives as long as the run: it ends with the block, or with the process.
     with ExitStack() as stack:
         # Locked after all checks, so that a run that cannot start leaves nothing behind, and
         # before the checkpoint is read, so that no other process can replace it meanwhile.
@@ -78,7 +79,9 @@ def build_run(config: Config, process: Process) -> Run:
         # Data before the method: its head has one output for each class.
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
+        # The sampler refuses a batch size that does not divide, before a network is built.
         sampler = build.build_sampler(config.optim, config.seed, len(source), process)
+        # On the CPU and from the seed alone: equal on every rank and every device.
         method = build.build_method(config, len(source.classes))
 
         # Hours into a run these would end it, or waste it.
@@ -95,6 +98,7 @@ def build_run(config: Config, process: Process) -> Run:
     started_from, inherited = _warm_start(config, method, fingerprint, begins, process)
     config = replace(config, license=resolve_license(config.license, inherited))
 
+    # Before the optimizer, which would hold on to the tensors on the CPU.
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -103,6 +107,7 @@ def build_run(config: Config, process: Process) -> Run:
         config=config,
         process=process,
         precision=precision,
+        # A worker reuses its memory once as many batches as these are later than one.
         dataset=MultiCropDataset(
             source, specs, config.seed, config.data.skips_unreadable, live_batches=LIVE_BATCHES
         ),
@@ -135,9 +140,12 @@ def build_run(config: Config, process: Process) -> Run:
 
 def wrap_model(run: Run) -> nn.Module:
     """Return the module to train: compiled if asked for, and parallel over the processes."""
+    # In place, and the encoder alone: the momentum encoder and exports keep their names. Compiled
+    # at the first step, which takes minutes.
     if run.config.system.compile:
         run.method.encoder.compile()
     model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
+    # Gradients must be of the type that the steps will have.
     with run.precision.autocast():
         distributed.warm_up_ddp(model, *_blank_inputs(run))
     return model
@@ -211,6 +219,7 @@ def _warm_start(
             stated = resolve_license(config.license, inherited)
             what = f"{stated}, also of weights trained from them" if stated else "not stated"
             lines.append(f"  license of the weights: {what} (NAVER's are under {naver.LICENSE})")
+    # One reader, whatever the file system: the other ranks get the tensors from rank 0.
     state, inherited = distributed.broadcast((method.state_dict(), inherited))
     method.load_state_dict(state)
     return lines, inherited
@@ -235,10 +244,11 @@ def _resume(run: Run) -> None:
         return
     path, state = saved
     checkpointing.restore({**run.parts, "meter": run.meter}, state, path)
-    match_memory_format(run.optimizer)
+    match_memory_format(run.optimizer)  # after the state, whose strides are those of the file
     run.inherited_license = state["inherited_license"]
     chosen = resolve_license(run.config.license, run.inherited_license)
     run.config = replace(run.config, license=chosen)
+    # The images may have been replaced since; a thread is looking at their sizes and times.
     if run.files:
         run.files.compare_with(state.get("files", {}), path)
     _reread_unreadable(run, state["unreadable"])

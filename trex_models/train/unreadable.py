@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from trex_models.atomic import write_whole
+from trex_models.data.decode import log_skipped
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 from trex_models.distributed import gather_objects
-
-_SHOWN = 5  # at once; all are in the file
 
 
 class UnreadableImages:
@@ -72,11 +71,8 @@ class UnreadableImages:
             for index in sorted(found)
         ]
         new = [reason for reason in reasons if reason not in self._listed]
-        if new and writes:
-            for reason in new[:_SHOWN]:
-                log(f"skipped: {reason}")
-            if len(new) > _SHOWN:
-                log(f"skipped: {len(new) - _SHOWN} more, listed in {self.path}")
+        if writes:
+            log_skipped(new, self.path, log)
         if writes and reasons and set(reasons) != self._listed:
             write_whole(self.path, "".join(f"{reason}\n" for reason in reasons))
         elif writes and not reasons:
