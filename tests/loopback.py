@@ -57,7 +57,6 @@ class Fault:
     hits: int = field(default=0, init=False)
 
     def applies(self, request: Request) -> bool:
-        """Whether this request goes wrong."""
         if self.cut_after is not None and request.method == "HEAD":
             return False
         left = self.times is None or self.hits < self.times
@@ -65,12 +64,10 @@ class Fault:
 
 
 def length(content: Content) -> int:
-    """Number of bytes."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def sha256(content: Content) -> str:
-    """SHA-256 in hexadecimal."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     with content.open("rb") as file:
@@ -112,8 +109,8 @@ class Server(ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 64
 
-    def __init__(self, handler: "type[Handler]", port: int = 0):
-        super().__init__(("127.0.0.1", port), handler)
+    def __init__(self, handler: "type[Handler]") -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.stopping = threading.Event()
@@ -141,7 +138,6 @@ class Server(ThreadingTCPServer):
             return fault
 
     def start(self) -> Self:
-        """Serve in the background until `stop`."""
         self._thread.start()
         return self
 
@@ -195,7 +191,6 @@ class Handler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def fail(self, status: int) -> None:
-        """Answer with a fault's status."""
         self.send(status, f"status {status}\n".encode())
 
     def send(

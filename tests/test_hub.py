@@ -477,7 +477,7 @@ def test_publish_records_what_a_user_then_fetches(
 ) -> None:
     published = push(built / "small_trex")
     entry = published.models["small_trex"]
-    (_, commit) = hub.repos["trex-models/small_trex"].commits
+    (_, commit) = hub.repos["trex-models/small_trex"]
     assert entry.repository == "trex-models/small_trex"
     assert entry.revision == commit.sha
     assert entry.sha256 == sha256(built / "small_trex" / "model.safetensors")
@@ -500,7 +500,7 @@ def test_publish_again_sends_nothing(
     capsys.readouterr()
     assert push(built / "small_trex") == first
     assert sent(server) == []
-    assert len(hub.repos["trex-models/small_trex"].commits) == 2
+    assert len(hub.repos["trex-models/small_trex"]) == 2
     out = capsys.readouterr().out
     assert "trex-models/small_trex: unchanged" in out
     assert all(f"skip, is there already: {file}" in out for file in FILES)
@@ -515,7 +515,7 @@ def test_a_changed_file_alone_is_committed(
     with (folder / "NOTICE").open("a") as file:
         file.write("Ada has moved.\n")
     second = push(folder)
-    _, before, after = hub.repos["trex-models/small_trex"].commits
+    _, before, after = hub.repos["trex-models/small_trex"]
     assert {path for path in after.files if after.files[path] != before.files[path]} == {"NOTICE"}
     assert second.models["small_trex"] == dataclasses.replace(
         first.models["small_trex"], revision=after.sha
@@ -525,7 +525,7 @@ def test_a_changed_file_alone_is_committed(
     tiny_folder(folder.parent / "new", seed=5)
     shutil.copy(folder.parent / "new" / "model.safetensors", folder)
     third = push(folder).models["small_trex"]
-    *_, last = hub.repos["trex-models/small_trex"].commits
+    *_, last = hub.repos["trex-models/small_trex"]
     assert last.files["model.safetensors"].sha256 == third.sha256
     assert third.sha256 != second.models["small_trex"].sha256
     assert third.outputs != second.models["small_trex"].outputs
@@ -549,7 +549,7 @@ def test_a_commit_by_others_in_between_is_not_overwritten(
     monkeypatch.setattr(api, "create_commit", late)
     with pytest.raises(HubError, match="answered 412"):
         push(built / "small_trex")
-    assert len(hub.repos["trex-models/small_trex"].commits) == 3
+    assert len(hub.repos["trex-models/small_trex"]) == 3
 
 
 def test_dry_run_sends_nothing(
@@ -690,7 +690,7 @@ def test_interruption_leaves_a_correct_manifest(
     server.faults.clear()
     push(*sources)
     assert sorted(load_manifest(tmp_path / "manifest.json").models) == [p.name for p in sources]
-    assert len(hub.repos["trex-models/small_trex"].commits) == 2
+    assert len(hub.repos["trex-models/small_trex"]) == 2
 
 
 def rewrite(path: Path, **changes: Any) -> None:

@@ -31,7 +31,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from tests import official_files
-from tests.file_server import FileServer
+from tests.file_server import PREFIX, FileServer
 from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer, environment, serving
 from tests.models import tiny_method
@@ -110,7 +110,7 @@ def test_every_name_from_naver(
         assert "file" not in model.pretrained_cfg
         assert_outputs(model, reference)
     assert sorted(r.path for r in server.log) == sorted(
-        naver.url(file).removeprefix(server.url.removesuffix(server.prefix))
+        naver.url(file).removeprefix(server.url.removesuffix(PREFIX))
         for file in {file for _, file in MODELS.values()}
     )
     assert all(request.authorization is None for request in server.log)
@@ -716,7 +716,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
 def test_explicit_hub_folder(place: Place, expected: dict[str, Tensor]) -> None:
     """timm's own way, with any organisation's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
-    revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"].commits[0].sha
+    revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"][0].sha
     place.create(expected, name, f"{name}@{revision}")
     assert not (place.home / "trex_models").exists()
     assert place.server.log == []
@@ -727,7 +727,7 @@ def test_hub_serves_other_weights(place: Place, converted: dict[str, Path]) -> N
     other = converted["trexstar_resnet50.in1k"]
     repo = place.hub.hub.repos[f"trex-models/{name}"]
     # Someone rewrote the pinned commit.
-    repo.commits[0] = repo.commits[0]._replace(
+    repo[0] = repo[0]._replace(
         files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
     )
     for _ in range(2):
@@ -774,7 +774,7 @@ def test_token_of_the_hub_stays_there(
 ) -> None:
     name = "trex_resnet50.in1k"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    commit = place.hub.hub.repos[f"trex-models/{name}"].commits[0]
+    commit = place.hub.hub.repos[f"trex-models/{name}"][0]
     with FileServer({"weights": converted[name]}) as other:
         headers = {
             "Location": f"{other.url}weights",
