@@ -232,12 +232,16 @@ def test_run_is_answered_by_its_exports(tmp_path: Path) -> None:
 
 
 def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
+    source, out = tiny_classifier(tmp_path / "own"), tmp_path / "hub"
     command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
-    assert main([*command, "--namespace", "ada"]) == 0
+    assert main([*command, "--namespace", "ada", "--name", "mine"]) == 0
     publish = f"python -m hub publish {out}/mine --namespace"
-    assert f"publish your own: {publish} ada --manifest manifest.json\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"built {out / 'mine'}\n")
+    assert f"publish your own: {publish} ada --manifest manifest.json\n" in printed
+    assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
     assert main(command) == 0
+    publish = publish.replace("mine", "own")
     hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
 
