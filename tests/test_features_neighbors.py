@@ -18,7 +18,7 @@ from torch import Tensor
 
 import trex_models.features
 from tests.images import save_image
-from tests.models import CHANNELS, save_model
+from tests.models import CHANNELS, edit_config, save_model
 from trex_models import plotting
 from trex_models.evaluation.feature_file import Features
 from trex_models.evaluation.knn import nearest_neighbors
@@ -80,8 +80,8 @@ def test_another_image_is_given_to_the_model_of_the_file(place: Path) -> None:
 def test_another_image_is_prepared_and_computed_as_those_of_the_file(models: Path) -> None:
     shutil.copy("images/b/5.png", "new.png")
     for option in ("--precision bf16", "--preprocessing validation"):
-        given = ["--out", "other.npy", "--overwrite", *option.split()]
-        assert main(["images", "--model", str(models / "backbone"), *given]) == 0
+        given = ["--output", "other.npy", "--overwrite", *option.split()]
+        assert main(["extract", "images", "--model", str(models / "backbone"), *given]) == 0
         [answer] = find(trex_models.features.load("other.npy"), ["new.png"], 1)
         assert answer.similarities[0] == pytest.approx(1, abs=1e-6)
 
@@ -100,10 +100,7 @@ def test_the_model_must_be_that_of_the_file(
     shutil.copy(place / "images" / "b" / "5.png", "new.png")
     shutil.copytree(models / ("backbone" if part else "other"), "model")
     if part:
-        path = Path("model/config.json")
-        config = json.loads(path.read_text())
-        config[part][key] = value
-        path.write_text(json.dumps(config))
+        edit_config(Path("model"), lambda config: config[part].update({key: value}))
     with pytest.raises(ValueError, match=rf"is not the model .* \(other {differing}\)"):
         find(trex_models.features.load("f.npy"), ["new.png"], model="model")
 
@@ -172,13 +169,10 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
     near = list(zip(entries[0]["similarities"], entries[0]["names"], strict=True))
     assert lines[1:4] == [f"  {cosine:6.3f}  {name}" for cosine, name in near]
 
-
-def test_images_that_were_moved_are_found_by_their_root(place: Path) -> None:
-    (place / "images").rename(place / "moved")
-    given = ["neighbors", "f.npy", "--query", "a/0.png", "--k", "2", "--output", "p.png"]
-    assert main(given) == 2
-    assert not Path("p.png").exists()
-    assert main([*given, "--root", "moved"]) == 0
+    Path("images").rename("moved")  # found by their root
+    assert main([*given, "--output", "moved.png"]) == 2
+    assert not Path("moved.png").exists()
+    assert main([*given, "--output", "moved.png", "--root", "moved"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -677,10 +677,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def test_commands_publish_and_verify(
-    built: Path,
-    api: HfApi,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    built: Path, api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--manifest", str(tmp_path / "manifest.json")]
     assert main(["publish", str(built / "small_trex"), *options]) == 0
