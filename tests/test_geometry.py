@@ -77,6 +77,9 @@ def test_numbers_equal_those_of_brute_force(images: int, eps: float) -> None:
     assert found.distance_ratio == pytest.approx(within / between, rel=1e-10)
     assert (found.num_images, found.num_features, found.num_classes) == (images, width, 4)
     assert (found.eps, found.threshold) == (eps, 1e-5)
+    as_json = found.to_dict()
+    assert json.loads(json.dumps(as_json, allow_nan=False)) == as_json
+    assert as_json["normalization"] == "rows of unit length"
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 89, 90, 91])
@@ -158,27 +161,19 @@ def test_wider_classes_lengthen_code_rank_and_ratio() -> None:
         assert numbers == sorted(set(numbers)), field
 
 
-def test_images_of_zeros_are_counted_and_left_out() -> None:
+def test_zeros_and_classes_of_one_image() -> None:
     features, labels = sample()
     more = np.insert(features, [0, 50, 90], 0, axis=0)
     found = analyze(more, np.insert(labels, [0, 50, 90], [0, 1, 9]))
     assert found.zero_images == 3
     same(replace(found, zero_images=0), analyze(features, labels))
-
-
-def test_a_class_of_one_image_counts_between_classes_alone() -> None:
-    features, labels = sample()
-    labels[0] = 7
+    labels[0] = 7  # counts between classes alone
     found = analyze(features, labels)
     expected = all_pairs(features, labels)
     assert (found.within_class_distance, found.between_class_distance) == pytest.approx(expected)
-
-
-def test_a_feature_that_is_alive_once_is_not_dead() -> None:
-    features, labels = sample()
     features[:, [2, 5]] = 0
     assert analyze(features, labels, chunk=20).dead_features == 2
-    features[60, 5] = -1e-30
+    features[60, 5] = -1e-30  # alive once
     assert analyze(features, labels, chunk=20).dead_features == 1
 
 
@@ -188,12 +183,6 @@ def test_threshold_of_sparsity() -> None:
     features, labels = np.concatenate([features] * 2), np.concatenate([labels, ["b", "b"]])
     shares = [analyze(features, labels, threshold=t).sparsity for t in (0, 1e-5, 0.1)]
     assert shares == pytest.approx([2 / 6, 3 / 6, 4 / 6])
-
-
-def test_json_ready() -> None:
-    found = analyze(*sample()).to_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["normalization"] == "rows of unit length"
 
 
 @pytest.mark.cuda
