@@ -219,28 +219,27 @@ def test_what_naver_does_not_give(
         ("trex_resnet50_cls", "trexstar_2_checkpoint_full.pth", "found a projector of 1 hidden"),
         ("trex_resnet50_cls", "trex_2.pth", "expected a projector of 3.*found a backbone alone"),
         ("trex_resnet50", "trex_2_checkpoint_full.pth", "expected a backbone alone, found a proj"),
+        ("trex_resnet50", "nan.pth", r"layer1\.0\.conv1\.weight has 1 values that are not finite"),
     ],
 )
-def test_renamed_files(cache: Path, release: Path, name: str, served: str, reason: str) -> None:
+def test_renamed_and_damaged_files(
+    cache: Path, release: Path, tmp_path: Path, name: str, served: str, reason: str
+) -> None:
+    state = official_files.backbone_checkpoint()
+    state["layer1.0.conv1.weight"][0, 0] = float("nan")
+    official_files.write(state, tmp_path / "nan.pth")
     file = "trex_2_checkpoint_full.pth" if name.endswith("cls") else "trex.pth"
     (cache / "naver").mkdir(parents=True)
-    (cache / "naver" / file).symlink_to(release / served)
+    (cache / "naver" / file).symlink_to((tmp_path if served == "nan.pth" else release) / served)
     with pytest.raises(WeightsError, match=reason):
         timm.create_model(name, pretrained=True)
     assert visible(cache) == [file]
 
 
-def test_values_that_are_not_finite(cache: Path, server: FileServer, tmp_path: Path) -> None:
-    state = official_files.backbone_checkpoint()
-    state["layer1.0.conv1.weight"][0, 0] = float("nan")
-    official_files.write(state, tmp_path / "nan.pth")
-    server.files["trex.pth"] = tmp_path / "nan.pth"
-    with pytest.raises(WeightsError, match=r"layer1\.0\.conv1\.weight has 1 values that are not"):
-        weights.fetch("trex_resnet50.in1k")
-    assert visible(cache) == []
-
-
-def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Path) -> None:
+def test_a_changed_file_is_refused(
+    cache: Path, server: FileServer, release: Path, tmp_path: Path
+) -> None:
+    empty = (tmp_path / "manifest.json").read_text()
     first = weights.fetch("trex_resnet50.in1k")
     digest = sha256(server.files["trex.pth"])
     first.unlink()
@@ -254,18 +253,14 @@ def test_a_changed_file_is_refused(cache: Path, server: FileServer, tmp_path: Pa
     with pytest.raises(WeightsError, match=rf"refused: .* but the manifest says {digest}"):
         weights.fetch("trex_resnet50.in1k")
     assert visible(cache) == []
-
-
-def test_a_first_use_that_the_manifest_contradicts(
-    cache: Path, server: FileServer, tmp_path: Path
-) -> None:
+    # A first use that the manifest contradicts.
+    (tmp_path / "manifest.json").write_text(empty)
     weights.fetch("trex_resnet50.in1k")
-    known = manifest.Manifest(naver={"trex.pth": sha256(server.files["trexstar.pth"])})
     manifest.save_manifest(known, tmp_path / "manifest.json")
     with pytest.raises(WeightsError, match=r"refused: .* but the manifest says .*delete what was"):
         weights.fetch("trex_resnet50.in1k")
     shutil.rmtree(cache)
-    server.files["trex.pth"] = server.files["trexstar.pth"]
+    server.files["trex.pth"] = release / "trex.pth"
     assert weights.fetch("trex_resnet50.in1k").exists()
 
 
@@ -282,20 +277,18 @@ def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("cache")
-def test_total_time(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(naver, "TOTAL_SECONDS", 0)
-    with pytest.raises(WeightsError, match="it takes more than 0 hours"):
-        weights.fetch("trex_resnet50.in1k")
-    assert len(server.log) == 1
-
-
-@pytest.mark.usefixtures("cache")
-def test_without_a_network(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_time_or_a_network(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One line for each attempt, of which the last is the error's."""
-    monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(naver, "TOTAL_SECONDS", 0)
+        with pytest.raises(WeightsError, match="it takes more than 0 hours"):
+            weights.fetch("trex_resnet50.in1k")
+    assert len(server.log) == 1
+    caplog.clear()
+    monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"trex\.pth is not available: .*refused"):
         weights.fetch("trex_resnet50.in1k")
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
@@ -308,15 +301,10 @@ def test_links_and_remains_of_killed_processes(cache: Path, tmp_path: Path) -> N
     for name in (".trex.pth.part", ".trex.safetensors.tmp", ".trex.json.tmp"):
         (cache / "naver" / name).symlink_to(victim)
     (cache / "naver" / ".trex_2.pth.part").touch()  # another file's, which may be arriving
-    weights.fetch("trex_resnet50.in1k")
+    header = weights.fetch("trex_resnet50.in1k").read_bytes()[8:72]  # without a time
+    assert header == b'{"__metadata__": {"format": "pt", "license": "cc-by-nc-sa-4.0"},'
     assert victim.read_bytes() == b"precious"
     assert visible(cache) == [".trex_2.pth.part", "trex.json", "trex.safetensors"]
-
-
-@pytest.mark.usefixtures("cache")
-def test_converted_files_are_deterministic() -> None:
-    header = weights.fetch("trex_resnet50.in1k").read_bytes()[8:72]
-    assert header == b'{"__metadata__": {"format": "pt", "license": "cc-by-nc-sa-4.0"},'
 
 
 @pytest.mark.parametrize("template", ["http://ada:s%2Fcret@{}", "http://{}?sig=s%2Fcret"])
@@ -405,9 +393,9 @@ def test_cache_dir_of_the_call(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_malformed_manifests(tmp_path: Path) -> None:
+def test_manifests(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    entry = {"repository": "a/b", "revision": "0" * 40, "sha256": "0" * 64}
+    entry: dict[str, Any] = {"repository": "a/b", "revision": "0" * 40, "sha256": "0" * 64}
     for contents in (
         "",
         "[]",
@@ -422,21 +410,12 @@ def test_malformed_manifests(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(WeightsError, match="No such file"):
         weights.fetch("trex_resnet50.in1k")
-
-
-def test_unknown_name() -> None:
     with pytest.raises(WeightsError, match=r"no weights are known for 'trex_resnet50', only"):
         weights.fetch("trex_resnet50")
-
-
-def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
-    entry = manifest.Published("a/b", "0" * 40, "1" * 64, outputs=(1.5, -2.0))
-    written = manifest.Manifest({"trex_resnet50.in1k": entry}, {"trex.pth": "2" * 64})
-    manifest.save_manifest(written, tmp_path / "manifest.json")
-    assert manifest.load_manifest(tmp_path / "manifest.json") == written
-
-
-def test_packaged_manifest() -> None:
+    written = manifest.Published(**entry, outputs=(1.5, -2.0))
+    known = manifest.Manifest({"trex_resnet50.in1k": written}, {"trex.pth": "2" * 64})
+    manifest.save_manifest(known, path)
+    assert manifest.load_manifest(path) == known
     packaged = manifest.load_manifest(manifest.PACKAGED)
     assert packaged.models.keys() <= naver.FILES.keys()
     assert packaged.naver.keys() <= {file for _, file in MODELS.values()}
@@ -474,6 +453,14 @@ def test_explicit_files(
         )
         assert "state_dict" not in given.pretrained_cfg
         assert_outputs(given, expected["trex_resnet50.in1k"])
+    for key, dtype, message in (
+        ("layer1.0.conv1.weight", None, "layer1.0.conv1.weight has .* values that are not finite"),
+        ("bn1.running_mean", torch.int64, "bn1.running_mean is .*torch.int64.*expected"),
+    ):
+        bad = torch.full_like(state[key], 0 if dtype else torch.nan, dtype=dtype)
+        torch.save({**state, key: bad}, tmp_path / "bad.pth")
+        with pytest.raises((CheckpointError, RuntimeError), match=message):
+            from_file("trex_resnet50", tmp_path / "bad.pth")
     empty: list[dict[str, Any]] = [{"state_dict": {}}, {"file": ""}]
     for nothing in empty:
         with pytest.raises(CheckpointError):
@@ -485,19 +472,6 @@ def test_explicit_files(
     )
     assert_outputs(at_url, expected["trexstar_resnet50.in1k"])
     assert not cache.exists()
-
-
-@pytest.mark.parametrize("key", ["layer1.0.conv1.weight", "bn1.running_mean"])
-@pytest.mark.usefixtures("cache")
-def test_explicit_file_with_bad_values(key: str, tmp_path: Path) -> None:
-    state = official_files.backbone_checkpoint()
-    for tensor, message in [
-        (torch.full_like(state[key], float("nan")), f"{key} has .* values that are not finite"),
-        (state[key].long(), f"{key} is .*torch.int64.*expected"),
-    ]:
-        torch.save({**state, key: tensor}, tmp_path / "bad.pth")
-        with pytest.raises((CheckpointError, RuntimeError), match=message):
-            from_file("trex_resnet50", tmp_path / "bad.pth")
 
 
 def test_file_of_timm_s_trainer(release: Path, tmp_path: Path) -> None:
@@ -517,13 +491,8 @@ def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
     state = {"config": {"license": "mit"}, "classes": list("abcde"), "images": "9", "step": 3}
     state |= {"method": method.state_dict(), "optimizer": {}, "scaler": {}}
     torch.save(state, tmp_path / "step_3.pt")
-    args: dict[str, Any] = {
-        "backbone": "resnet10t",
-        "proj_layers": 2,
-        "proj_hidden_dim": 32,
-        "proj_dim": 16,
-    }
-
+    args: dict[str, Any] = {"proj_layers": 2, "proj_hidden_dim": 32, "proj_dim": 16}
+    args["backbone"] = "resnet10t"
     load = partial(from_file, "trex_resnet", tmp_path / "step_3.pt", **args)
     with torch.no_grad():
         logits = method.objective.logits(method.encoder([IMAGES]))
@@ -610,13 +579,8 @@ class Place:
         """Create models as users do, in an interpreter of its own; their outputs go to ``out``."""
         out.mkdir()
         command = [sys.executable, "-c", CHILD, str(out), *names]
-        return subprocess.run(
-            command,
-            env=self.environment | variables,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        env = self.environment | variables
+        return subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
 
 
 def plain(name: str) -> str:
@@ -766,6 +730,14 @@ def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
     place.set_endpoint("http://127.0.0.1:9")
     place.create(expected, "trexstar_resnet50.in1k")
     assert len(place.hub.log) == 1
+    # What is not published is not asked for.
+    place.set_endpoint(place.hub.url)
+    published = manifest.load_manifest(place.folder / "manifest.json").models
+    del published["trex_resnet50.in1k_r2"]
+    manifest.save_manifest(manifest.Manifest(published), place.folder / "manifest.json")
+    place.create(expected, "trex_resnet50.in1k_r2")
+    assert len(place.hub.log) == 1
+    assert len(place.server.log) == 3
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
@@ -857,17 +829,6 @@ def test_connection_to_the_hub_breaks_and_is_resumed(
     assert place.server.log == []
 
 
-def test_models_that_are_not_published_are_not_asked_for(
-    place: Place, expected: dict[str, Tensor]
-) -> None:
-    published = manifest.load_manifest(place.folder / "manifest.json").models
-    del published["trex_resnet50.in1k"]
-    manifest.save_manifest(manifest.Manifest(published), place.folder / "manifest.json")
-    place.create(expected, "trex_resnet50.in1k")
-    assert place.hub.log == []
-    assert len(place.server.log) == 1
-
-
 def test_offline_without_a_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("trex_resnet50", "trexstar_resnet50_cls"):
@@ -920,13 +881,9 @@ def shared() -> Iterator[Path]:
 def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest.save_manifest(manifest.Manifest(), shared / "manifest.json")
     home = shared / "home"
-    variables = {
-        "TREX_MODELS_MANIFEST": str(shared / "manifest.json"),
-        "TREX_MODELS_NAVER_URL": server.url,
-        "TREX_MODELS_CACHE": str(home / "trex_models"),
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TREX_MODELS_MANIFEST", str(shared / "manifest.json"))
+    monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(home / "trex_models"))
     weights.fetch("trex_resnet50.in1k")
     code = (
         "import os, sys; from trex_models import weights\n"
