@@ -36,7 +36,7 @@ from hub.verify import verify
 from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
-from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
+from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
 from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
 from trex_models import naver, timm_folder
 from trex_models.evaluation.feature_file import load as load_features
@@ -49,8 +49,6 @@ from trex_models.trex import default_cfgs
 pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
 
 ROOT = Path(__file__).parents[1]
-Push = Callable[..., Manifest]
-Check = Callable[..., str]
 OWNER: dict[str, Any] = {"owner": "Ada", "license": "cc-by-4.0"}
 
 
@@ -101,22 +99,52 @@ def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
     return api
 
 
+@dataclasses.dataclass
+class Desk:
+    """What is published from: Hub folders, the client, the manifest, and what is printed."""
+
+    built: Path
+    server: HubServer
+    api: HfApi
+    manifest: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def push(self, *sources: str | Path, **options: Any) -> Manifest:
+        """Publish folders, by default in ``built``; return the manifest."""
+        publish(tuple(self.built / s for s in sources), manifest=self.manifest, **options)
+        return load_manifest(self.manifest, missing_ok=True)
+
+    def verify(self, *names: str) -> str:
+        """Verify, and return the line."""
+        self.printed()
+        good = verify(names, manifest=self.manifest)
+        out = self.printed()
+        assert good is (": good: " in out)
+        return out
+
+    def printed(self) -> str:
+        return self.capsys.readouterr().out
+
+    def commits(self, name: str = "small_trex") -> list[Commit]:
+        return self.server.hub.repos[f"trex-models/{name}"]
+
+    def sent(self) -> list[str]:
+        """The requests that can change something."""
+        return [f"{r.method} {r.path}" for r in self.server.requests("^(POST|PUT|DELETE) ")]
+
+    def record(self, **changes: Any) -> None:
+        """Change the manifest's entry of small_trex."""
+        published = load_manifest(self.manifest)
+        entry = dataclasses.replace(published.models["small_trex"], **changes)
+        changed = dataclasses.replace(published, models={"small_trex": entry})
+        save_manifest(changed, self.manifest)
+
+
 @pytest.fixture
-def push(api: HfApi, tmp_path: Path) -> Push:
-    """Publish folders; the manifest is tmp_path / manifest.json."""
-
-    assert api.token
-
-    def run(*sources: Path, **options: Any) -> Manifest:
-        publish(sources, manifest=tmp_path / "manifest.json", **options)
-        return load_manifest(tmp_path / "manifest.json", missing_ok=True)
-
-    return run
-
-
-def sent(server: HubServer) -> list[str]:
-    """The requests that can change something."""
-    return [f"{r.method} {r.path}" for r in server.requests("^(POST|PUT|DELETE) ")]
+def desk(
+    built: Path, server: HubServer, api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Desk:
+    return Desk(built, server, api, tmp_path / "manifest.json", capsys)
 
 
 # build
@@ -425,27 +453,21 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
 
 @pytest.mark.client
 def test_from_publication_to_the_examples_in_the_cards(
-    nowhere: dict[str, str],
-    official: Path,
-    built: Path,
-    server: HubServer,
-    push: Push,
-    api: HfApi,
-    tmp_path: Path,
+    nowhere: dict[str, str], official: Path, desk: Desk, tmp_path: Path
 ) -> None:
     """Every example of a backbone's and a classifier's card, of NAVER's and of our own."""
     names = "trexstar_resnet50.in1k_r2", "trexstar_resnet50_cls.in1k_r2"
+    built = desk.built
     backbone, cls = (build_folders(official / name, tmp_path / "official")[0] for name in names)
-    published = push(backbone, cls, *built.iterdir())
+    published = desk.push(backbone, cls, *built.iterdir())
     assert len(published.models) == 4
-    assert api.token
-    assert verify(manifest=tmp_path / "manifest.json")
+    assert verify(manifest=desk.manifest)
 
     blocks = {
         folder: python_blocks((folder / "README.md").read_text())
         for folder in (backbone, cls, built / "small_trex", built / "small_trex_cls")
     }
-    environ = environment(server.url, tmp_path / "home") | nowhere
+    environ = environment(desk.server.url, tmp_path / "home") | nowhere
     fetch = f"from trex_models import weights; print(weights.fetch({backbone.name!r}))"
     out = run_blocks(
         [fetch, *blocks[backbone][:3], *blocks[cls][:3], *blocks[built / "small_trex_cls"]], environ
@@ -465,103 +487,83 @@ def test_from_publication_to_the_examples_in_the_cards(
 # publish
 
 
-def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Push,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    published = push(built / "small_trex")
-    entry = published.models["small_trex"]
-    (_, commit) = hub.repos["trex-models/small_trex"]
+def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: Desk) -> None:
+    published = desk.push("small_trex")
+    entry, folder = published.models["small_trex"], desk.built / "small_trex"
+    (_, commit) = desk.commits()
     assert entry.repository == "trex-models/small_trex"
     assert entry.revision == commit.sha
-    assert entry.sha256 == sha256(built / "small_trex" / "model.safetensors")
-    assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(built / "small_trex"))
+    assert entry.sha256 == sha256(folder / "model.safetensors")
+    assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(folder))
     assert len(entry.outputs) == 8
     assert sorted(commit.files) == sorted([".gitattributes", *FILES])
     assert commit.files["model.safetensors"].sha256 == entry.sha256
-    assert not list(tmp_path.glob(".*"))
+    assert not list(desk.manifest.parent.glob(".*"))
 
-    server.log.clear()
-    capsys.readouterr()
-    assert push(built / "small_trex") == published
-    assert sent(server) == []
-    out = capsys.readouterr().out
+    desk.server.log.clear()
+    desk.printed()
+    assert desk.push("small_trex") == published
+    assert desk.sent() == []
+    out = desk.printed()
     assert "trex-models/small_trex: unchanged" in out
     assert all(f"skip, is there already: {file}" in out for file in FILES)
     with pytest.raises(ValueError, match="build the folder again with --namespace ada"):
-        push(built / "small_trex", namespace="ada")
+        desk.push("small_trex", namespace="ada")
 
 
-def test_a_changed_file_alone_is_committed(
-    built: Path, hub: Hub, server: HubServer, push: Push
-) -> None:
-    folder = built / "small_trex"
-    first = push(folder)
-    server.log.clear()
+def test_a_changed_file_alone_is_committed(desk: Desk) -> None:
+    folder = desk.built / "small_trex"
+    first = desk.push(folder).models["small_trex"]
+    desk.server.log.clear()
     with (folder / "NOTICE").open("a") as file:
         file.write("Ada has moved.\n")
-    second = push(folder)
-    _, before, after = hub.repos["trex-models/small_trex"]
+    second = desk.push(folder).models["small_trex"]
+    _, before, after = desk.commits()
     assert {path for path in after.files if after.files[path] != before.files[path]} == {"NOTICE"}
-    assert second.models["small_trex"] == dataclasses.replace(
-        first.models["small_trex"], revision=after.sha
-    )
-    assert not server.requests("/lfs/")
+    assert second == dataclasses.replace(first, revision=after.sha)
+    assert not desk.server.requests("/lfs/")
 
     tiny_folder(folder.parent / "new", seed=5)
     shutil.copy(folder.parent / "new" / "model.safetensors", folder)
-    third = push(folder).models["small_trex"]
-    *_, last = hub.repos["trex-models/small_trex"]
-    assert last.files["model.safetensors"].sha256 == third.sha256
-    assert third.sha256 != second.models["small_trex"].sha256
-    assert third.outputs != second.models["small_trex"].outputs
+    third = desk.push(folder).models["small_trex"]
+    assert desk.commits()[-1].files["model.safetensors"].sha256 == third.sha256 != second.sha256
+    assert third.outputs != second.outputs
 
 
 def test_a_commit_by_others_in_between_is_not_overwritten(
-    built: Path, hub: Hub, api: HfApi, push: Push, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push(built / "small_trex")
-    (built / "small_trex" / "NOTICE").write_text("Ada has moved.\n")
-    commit = api.create_commit
+    desk.push("small_trex")
+    (desk.built / "small_trex" / "NOTICE").write_text("Ada has moved.\n")
+    commit = desk.api.create_commit
 
     def late(*args: Any, **options: Any) -> Any:
-        hub.add("trex-models/small_trex", {"NOTICE": b"Charles was faster.\n"})
+        desk.server.hub.add("trex-models/small_trex", {"NOTICE": b"Charles was faster.\n"})
         return commit(*args, **options)
 
-    monkeypatch.setattr(api, "create_commit", late)
+    monkeypatch.setattr(desk.api, "create_commit", late)
     with pytest.raises(HubError, match="answered 412"):
-        push(built / "small_trex")
-    assert len(hub.repos["trex-models/small_trex"]) == 3
+        desk.push("small_trex")
+    assert len(desk.commits()) == 3
 
 
-def test_dry_run_sends_nothing(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Push,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert push(*built.iterdir(), dry_run=True) == Manifest()
-    assert sent(server) == []
-    assert hub.repos == {}
-    assert not (tmp_path / "manifest.json").exists()
-    out = capsys.readouterr().out
-    for folder in built.iterdir():
+def test_dry_run_sends_nothing(desk: Desk) -> None:
+    assert desk.push(*desk.built.iterdir(), dry_run=True) == Manifest()
+    assert desk.sent() == []
+    assert desk.server.hub.repos == {}
+    assert not desk.manifest.exists()
+    out = desk.printed()
+    for folder in desk.built.iterdir():
         assert f"trex-models/{folder.name}: new" in out
         for file in FILES:
             path = folder / file
             size = path.stat().st_size
             assert f"would upload {file}, {size} bytes, SHA-256 {sha256(path)}\n" in out
-    push(built / "small_trex")
-    server.log.clear()
-    push(built / "small_trex", dry_run=True)
-    assert sent(server) == []
-    assert "would skip, is there already: README.md" in capsys.readouterr().out
+    desk.push("small_trex")
+    desk.server.log.clear()
+    desk.push("small_trex", dry_run=True)
+    assert desk.sent() == []
+    assert "would skip, is there already: README.md" in desk.printed()
 
 
 @pytest.mark.parametrize(
@@ -569,6 +571,7 @@ def test_dry_run_sends_nothing(
     [
         (put("pytorch_model.bin", b""), r"pytorch_model.bin does not belong"),
         (put("README.md", None), "has no README.md; make it"),
+        (put("README.md", b"---\nlicense: [\n---\n"), r"README\.md is damaged .*; build the fol"),
         (put("NOTICE", None), "has no NOTICE; make it"),
         (
             put("README.md", b"---\nlicense: mit\n---\ntrex-models/x"),
@@ -578,12 +581,12 @@ def test_dry_run_sends_nothing(
     ],
 )
 def test_unfit_hub_folder_is_not_published(
-    spoil: Callable[[Path], object], message: str, built: Path, server: HubServer, push: Push
+    spoil: Callable[[Path], object], message: str, desk: Desk
 ) -> None:
-    spoil(built / "small_trex_cls")
+    spoil(desk.built / "small_trex_cls")
     with pytest.raises(ValueError, match=message):
-        push(built / "small_trex", built / "small_trex_cls")
-    assert server.log == []
+        desk.push("small_trex", "small_trex_cls")
+    assert desk.server.log == []
 
 
 @pytest.mark.parametrize(
@@ -603,76 +606,51 @@ def test_unfit_hub_folder_is_not_published(
     ids=lambda value: str(value.status or "cut") if isinstance(value, Fault) else "",
 )
 def test_errors_of_the_hub_are_one_line(
-    fault: Fault,
-    message: str,
-    built: Path,
-    server: HubServer,
-    push: Push,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault, message: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
-    server.faults.append(fault)
+    desk.server.faults.append(fault)
     with pytest.raises(HubError, match=message) as error:
-        push(built / "small_trex")
+        desk.push("small_trex")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "manifest.json").exists()
-    server.faults.clear()
-    assert list(push(built / "small_trex").models) == ["small_trex"]  # and then it goes on
+    assert not desk.manifest.exists()
+    desk.server.faults.clear()
+    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it goes on
 
 
-def test_what_cannot_be_recorded_is_not_sent(
-    built: Path, server: HubServer, push: Push, tmp_path: Path
-) -> None:
+def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
     with pytest.raises(ValueError, match="2 of the folders are named small_trex"):
-        push(built / "small_trex", built / "small_trex")
-    copy = tmp_path / "small_trex"
-    shutil.copytree(built / "small_trex", copy)
-    (copy / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(ValueError, match=r"README\.md is damaged .*; build the folder again"):
-        push(copy)
+        desk.push("small_trex", "small_trex")
     with pytest.raises(ValueError, match="none cannot be written; choose another --manifest"):
-        publish((built / "small_trex",), manifest=tmp_path / "none" / "manifest.json")
+        publish((desk.built / "small_trex",), manifest=desk.built / "none" / "manifest.json")
     with pytest.raises(ValueError, match="give one folder or more"):
-        push()
-    assert server.log == []
-    server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
+        desk.push()
+    assert desk.server.log == []
+    desk.server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
     with pytest.raises(ValueError, match=r"do not belong there: pytorch_model\.bin; delete them"):
-        push(built / "small_trex")
-    assert not (tmp_path / "manifest.json").exists()
-    assert server.requests("^(POST|PUT) .*(commit|lfs)") == []
+        desk.push("small_trex")
+    assert not desk.manifest.exists()
+    assert desk.server.requests("^(POST|PUT) .*(commit|lfs)") == []
 
 
-def test_interruption_leaves_a_correct_manifest(
-    built: Path, hub: Hub, server: HubServer, push: Push, tmp_path: Path
-) -> None:
-    sources = built / "small_trex", built / "small_trex_cls"
-    server.faults.append(Fault("POST .*small_trex_cls/commit", 500))
+def test_interruption_leaves_a_correct_manifest(desk: Desk) -> None:
+    sources = ["small_trex", "small_trex_cls"]
+    desk.server.faults.append(Fault("POST .*small_trex_cls/commit", 500))
     with pytest.raises(HubError, match="trex-models/small_trex_cls: the Hub answered 500"):
-        push(*sources)
-    assert list(load_manifest(tmp_path / "manifest.json").models) == ["small_trex"]
-    server.faults.clear()
-    push(*sources)
-    assert sorted(load_manifest(tmp_path / "manifest.json").models) == [p.name for p in sources]
-    assert len(hub.repos["trex-models/small_trex"]) == 2
+        desk.push(*sources)
+    assert list(load_manifest(desk.manifest).models) == ["small_trex"]
+    desk.server.faults.clear()
+    assert sorted(desk.push(*sources).models) == sources
+    assert len(desk.commits()) == 2
 
 
-def rewrite(path: Path, **changes: Any) -> None:
-    """Change the manifest's entry of small_trex."""
-    published = load_manifest(path)
-    entry = dataclasses.replace(published.models["small_trex"], **changes)
-    save_manifest(dataclasses.replace(published, models={"small_trex": entry}), path)
-
-
-def test_commands_publish_and_verify(
-    built: Path, api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--manifest", str(tmp_path / "manifest.json")]
-    assert main(["publish", str(built / "small_trex"), *options]) == 0
-    assert str(api.token) not in "".join(capsys.readouterr())
+def test_commands_publish_and_verify(desk: Desk) -> None:
+    options = ["--manifest", str(desk.manifest)]
+    assert main(["publish", str(desk.built / "small_trex"), *options]) == 0
+    assert str(desk.api.token) not in "".join(desk.capsys.readouterr())
     assert main(["verify", *options]) == 0
-    assert capsys.readouterr().out.startswith("small_trex: good: ")
-    rewrite(tmp_path / "manifest.json", outputs=(1.0,))
+    assert desk.printed().startswith("small_trex: good: ")
+    desk.record(outputs=(1.0,))
     assert main(["verify", *options]) == 1
 
 
@@ -707,85 +685,58 @@ def test_bad_input_is_one_line_with_status_2(
 # verify
 
 
-@pytest.fixture
-def check(api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Verify, and return the line."""
-
-    def run(*names: str) -> str:
-        capsys.readouterr()
-        assert api.token
-        good = verify(names, manifest=tmp_path / "manifest.json")
-        out = capsys.readouterr().out
-        assert good is (": good: " in out)
-        return out
-
-    return run
-
-
-def test_verify(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Push,
-    check: Check,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path, name = tmp_path / "manifest.json", "trex-models/small_trex"
+def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, name = desk.server.hub, "trex-models/small_trex"
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    entry = push(built / "small_trex").models["small_trex"]
-    assert re.fullmatch(rf"small_trex: good: .*{name}@{entry.revision}\)\n", check())
-    assert check("small_trex") == check()
+    entry = desk.push("small_trex").models["small_trex"]
+    assert re.fullmatch(rf"small_trex: good: .*{name}@{entry.revision}\)\n", desk.verify())
+    assert desk.verify("small_trex") == desk.verify()
     assert not (tmp_path / "home").exists()
 
-    near = tuple(value * (1 + 5e-4) for value in entry.outputs)
-    rewrite(path, outputs=near)
-    assert ": good: " in check()
-    rewrite(path, outputs=tuple(value * (1 + 2e-3) for value in entry.outputs))
-    assert "DIFFERS: outputs are off by 0.002 of the largest" in check()
     far = (*entry.outputs[:-1], entry.outputs[-1] * 2)
-    rewrite(path, outputs=far)
-    assert re.match(r"small_trex: DIFFERS: outputs are off by 0.5 of the largest, more", check())
-    rewrite(path, outputs=())
-    assert "outputs are off by inf" in check()
-    rewrite(path, outputs=entry.outputs)
+    for outputs, line in (
+        (tuple(value * (1 + 5e-4) for value in entry.outputs), "small_trex: good: "),
+        (tuple(value * (1 + 2e-3) for value in entry.outputs), ".*DIFFERS: outputs .* by 0.002 of"),
+        (far, "small_trex: DIFFERS: outputs are off by 0.5 of the largest, more"),
+        ((), ".*outputs are off by inf"),
+    ):
+        desk.record(outputs=outputs)
+        assert re.match(line, desk.verify())
+    desk.record(outputs=entry.outputs)
 
     tiny_folder(tmp_path / "other", seed=9)
     changed = hub.add(name, {"model.safetensors": tmp_path / "other" / "model.safetensors"})
-    assert ": good: " in check()  # the revision is pinned
-    rewrite(path, revision=changed)
+    assert ": good: " in desk.verify()  # the revision is pinned
+    desk.record(revision=changed)
     found = sha256(tmp_path / "other" / "model.safetensors")
     line = f"SHA-256 of model.safetensors is {found}, recorded is {entry.sha256}"
-    assert f"small_trex: DIFFERS: {line} " in check()
+    assert f"small_trex: DIFFERS: {line} " in desk.verify()
 
-    rewrite(path, revision="0" * 40)
-    assert "NOT CHECKED: trex-models/small_trex: the Hub answered 404" in check()
-    rewrite(path, repository="trex-models/gone", revision=entry.revision)
-    assert re.search("NOT CHECKED: trex-models/gone: .*there is no such repository", check())
-    rewrite(path, repository=name)
-    server.faults.append(Fault("GET /api/models/", 503))
-    assert re.search("NOT CHECKED: .*answered 503.*run the same command again later", check())
-    server.faults.clear()
-    rewrite(path, revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
-    assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in check()
+    desk.record(revision="0" * 40)
+    assert "NOT CHECKED: trex-models/small_trex: the Hub answered 404" in desk.verify()
+    desk.record(repository="trex-models/gone", revision=entry.revision)
+    assert re.search("NOT CHECKED: trex-models/gone: .*there is no such repos", desk.verify())
+    desk.record(repository=name)
+    desk.server.faults.append(Fault("GET /api/models/", 503))
+    assert re.search("NOT CHECKED: .*answered 503.*run the same command again l", desk.verify())
+    desk.server.faults.clear()
+    desk.record(revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
+    assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in desk.verify()
 
 
 def test_verify_loads_models_of_the_zoo_by_name(
-    built: Path, push: Push, check: Check, monkeypatch: pytest.MonkeyPatch
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push(built / "small_trex")
-    assert "by its name" not in check()
+    desk.push("small_trex")
+    assert "by its name" not in desk.verify()
     monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
-    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", check())
+    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.verify())
 
 
-def test_verify_compares_keys_and_shapes(
-    built: Path, hub: Hub, push: Push, check: Check, tmp_path: Path
-) -> None:
-    path, name = tmp_path / "manifest.json", "trex-models/small_trex"
-    push(built / "small_trex")
-    config = json.loads((built / "small_trex" / "config.json").read_text())
-    state = load_file(built / "small_trex" / "model.safetensors")
+def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
+    desk.push("small_trex")
+    config = json.loads((desk.built / "small_trex" / "config.json").read_text())
+    state = load_file(desk.built / "small_trex" / "model.safetensors")
 
     def changed(config: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
         save_file(state, tmp_path / "weights")
@@ -793,25 +744,25 @@ def test_verify_compares_keys_and_shapes(
             "config.json": json.dumps(config).encode(),
             "model.safetensors": tmp_path / "weights",
         }
-        rewrite(path, revision=hub.add(name, files), sha256=sha256(tmp_path / "weights"))
-        return check()
+        revision = desk.server.hub.add("trex-models/small_trex", files)
+        desk.record(revision=revision, sha256=sha256(tmp_path / "weights"))
+        return desk.verify()
 
     wider = config | {"model_args": config["model_args"] | {"channels": [4, 8, 16, 64]}}
-    assert re.search(
-        r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", changed(wider, state)
-    )
+    line = changed(wider, state)
+    assert re.search(r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", line)
     other = {key: tensor for key, tensor in state.items() if key != "bn1.bias"}
     other["extra"] = torch.zeros(1)
     assert "DIFFERS: 1 (bn1.bias) missing, 1 (extra) unexpected" in changed(config, other)
     assert "DIFFERS: it does not load" in changed(config | {"architecture": "resnet_9000"}, state)
 
 
-def test_verify_what_is_not_listed(check: Check, tmp_path: Path) -> None:
-    save_manifest(Manifest(), tmp_path / "manifest.json")
+def test_verify_what_is_not_listed(desk: Desk) -> None:
+    save_manifest(Manifest(), desk.manifest)
     with pytest.raises(ValueError, match="lists no model; publish some"):
-        check()
+        desk.verify()
     with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; it lists: none"):
-        check("trex_resnet50.in1k")
+        desk.verify("trex_resnet50.in1k")
 
 
 def test_fixed_input_is_the_formula() -> None:

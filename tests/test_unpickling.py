@@ -115,13 +115,11 @@ def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> Non
         with pytest.raises(DamagedError, match="damaged or cut short"):
             checkpoints.load_checkpoint(tmp_path / "bad.pth")
     (tmp_path / "good.pth").write_bytes(data)
-    assert (
-        checkpoints.load_checkpoint(tmp_path / "good.pth").keys()
-        == bench.contents["trainer"].keys()
-    )
+    found = checkpoints.load_checkpoint(tmp_path / "good.pth")
+    assert found.keys() == bench.contents["trainer"].keys()
 
 
-def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
+def test_shared_memory_has_a_limit_and_pipes_are_not_waited_for(tmp_path: Path) -> None:
     tensor = torch.zeros(2000, 500)
     torch.save({"a": tensor, "b": tensor}, tmp_path / "tied.pth")
     found = checkpoints.load_checkpoint(tmp_path / "tied.pth")
@@ -129,10 +127,6 @@ def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
     torch.save({str(n): tensor.t() for n in range(20)}, tmp_path / "many.pth")
     with pytest.raises(CheckpointError, match="share memory and need more than the file holds"):
         checkpoints.load_checkpoint(tmp_path / "many.pth")
-
-
-def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
-
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="not a regular file"):
         checkpoints.load_checkpoint(tmp_path / "pipe.pth")
@@ -184,18 +178,15 @@ def test_a_configuration_asks_for_no_more_than_the_file_holds(
     assert not (tmp_path / "export").exists()
 
 
-def test_users_are_told_the_same() -> None:
-    with pytest.raises(
-        ValueError, match="must not load weights or choose a device, got 'pretrained=True'"
-    ):
-        ModelConfig(backbone_args=("pretrained=True",))
-
-
-def test_steps_that_went_wrong_are_no_checkpoints(bench: Bench, tmp_path: Path) -> None:
+def test_steps_that_went_wrong_and_pretrained_models_are_no_checkpoints(
+    bench: Bench, tmp_path: Path
+) -> None:
     contents = {**bench.contents["trainer"], "crops": []}
     torch.save(contents, tmp_path / "step_4.pt")
     with pytest.raises(ValueError, match=r"step_4\.pt is a step whose loss was not finite"):
         export.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
+    with pytest.raises(ValueError, match="must not load weights or choose a device, got 'pretrai"):
+        ModelConfig(backbone_args=("pretrained=True",))
 
 
 def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
