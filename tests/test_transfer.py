@@ -357,7 +357,7 @@ def test_classes_of_one_image_and_unreadable_images_are_named(
     for path in sorted((tmp_path / "easy" / "train" / "grey").iterdir())[1:]:
         path.unlink()
     assert evaluate(f"easy={tmp_path / 'easy'}") == 2
-    assert "fewer than 2 training images, the first is grey" in capsys.readouterr().err
+    assert re.search("fewer than 2 training images .* is grey", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1, "data_sets": {}}'])

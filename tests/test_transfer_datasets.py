@@ -194,7 +194,7 @@ def test_own_folders_have_two_parts_or_three_of_which_two_are_fitted_on(tmp_path
     shutil.rmtree(tmp_path / "val")
     found = open_checked(own(tmp_path), tmp_path)
     assert [files(part, tmp_path) for part in found] == [train, test]
-    folders(tmp_path, "val", 1, ["dog"])
+    folders(tmp_path, "val", 1, ["dog", "emu"])
     assert "hold different class folders" in refused(own(tmp_path), tmp_path)
 
 
