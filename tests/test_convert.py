@@ -352,7 +352,7 @@ def test_fates_of_the_encoders(trexstar: Conversion, momentum: Conversion) -> No
     assert fates(momentum)[online] == "dropped: online encoder"
 
 
-def test_summary_of_a_full_file(trex: Conversion) -> None:
+def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) -> None:
     for line in (
         r"file +trex_2_checkpoint_full\.pth",
         rf"bytes +{trex.path.stat().st_size}",
@@ -372,9 +372,6 @@ def test_summary_of_a_full_file(trex: Conversion) -> None:
     for folder in trex.models():
         digest = sha256(folder / "model.safetensors")
         assert f"{size(folder) / 1e6:.1f} MB  {digest}  {folder}\n" in trex.printed
-
-
-def test_summary_of_the_others(backbone: Conversion, learned: Conversion) -> None:
     assert re.search(r"^holds +a ResNet-50 backbone alone$", backbone.printed, re.MULTILINE)
     assert "absent" not in backbone.printed
     for line in ("absent +0 classes", "holds .*1000 classes with learned weights", " +1  class .*"):
@@ -412,13 +409,22 @@ def test_wrong_models_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_temperature_is_checked(
+def test_temperature_and_room_are_checked(
     narrow: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source, "TEMPERATURE", 0.101)
     status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)
     assert status == 2
     assert re.findall(r"(\w+)\.\w+ is off by", err) == ["trex_resnet50_cls"]
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)._replace(free=200 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(timm_folder, "write_timm_folder", None)
+    status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)
+    assert status == 2
+    needed = r"28\d\.\d MB are needed; free some, or choose another --output"
+    assert re.fullmatch(rf"error: {tmp_path}/out has 200\.0 MB of free space, {needed}\n", err)
+    assert not list(tmp_path.iterdir())
 
 
 @every_file
@@ -434,9 +440,6 @@ def test_source_agrees_with_the_reference(name: str, conversion: Conversion) -> 
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             assert (a - b).abs().max() < TOLERANCE * b.abs().max()
-
-
-def test_source_uses_no_code_of_the_models() -> None:
     text = Path(source.__file__).read_text()
     assert re.findall(r"trex_models.*", text) == ["trex_models.checkpoints import WRAPPERS"]
 
@@ -490,19 +493,6 @@ def test_full_disk_midway_leaves_nothing(
         f"narrow.report.tsv; free some space or choose another --output\n"
     ) in err
     assert left(tmp_path) == before
-
-
-def test_too_little_room_is_seen_first(
-    narrow: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=200 * 10**6)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(timm_folder, "write_timm_folder", None)
-    status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)
-    assert status == 2
-    needed = r"28\d\.\d MB are needed; free some, or choose another --output"
-    assert re.fullmatch(rf"error: {tmp_path}/out has 200\.0 MB of free space, {needed}\n", err)
-    assert not list(tmp_path.iterdir())
 
 
 def test_message_tells_what_was_moved_before_an_error(
@@ -590,10 +580,14 @@ def test_no_weights(data: bytes, message: str, tmp_path: Path) -> None:
     assert re.search(message, refused(path, tmp_path / "out"))
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_no_file_or_a_trainers_checkpoint(tmp_path: Path, backbone: Conversion) -> None:
     missing = refused(tmp_path / "none.pth", tmp_path / "out")
     assert re.search(r"none\.pth does not exist; check the path, or download one of trex", missing)
     assert "is a folder; give the .pth file" in refused(tmp_path, tmp_path / "out")
+    names = {f"encoder.backbone.{name}": value for name, value in backbone.contents.items()}
+    projector = {"encoder.projector.1.weight": torch.ones(4, 2048)}
+    torch.save(names | projector, tmp_path / "step_9.pt")
+    assert "python -m trex_models.train export" in refused(tmp_path / "step_9.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -623,13 +617,6 @@ def test_backbone_that_is_not_one(
     path = tmp_path / "download.pth"
     torch.save(contents, path)
     assert re.search(message, refused(path, tmp_path / "out", *TREX))
-
-
-def test_trainers_checkpoint_is_exported_otherwise(backbone: Conversion, tmp_path: Path) -> None:
-    names = {f"encoder.backbone.{name}": value for name, value in backbone.contents.items()}
-    projector = {"encoder.projector.1.weight": torch.ones(4, 2048)}
-    torch.save(names | projector, tmp_path / "step_9.pt")
-    assert "python -m trex_models.train export" in refused(tmp_path / "step_9.pt", tmp_path / "out")
 
 
 def test_name_that_contradicts_the_contents(
@@ -681,13 +668,6 @@ def test_options_that_do_not_fit(
     assert re.search(message, refused(path, tmp_path / "out", *options))
 
 
-def test_tag_option(renamed: Conversion, tmp_path: Path) -> None:
-    status, _, err = run(renamed.path, tmp_path, *TREX, "--tag", "mine")
-    assert status == 0, err
-    config = json.loads((tmp_path / "trex_resnet50.mine" / "config.json").read_text())
-    assert config["pretrained_cfg"]["tag"] == "mine"
-
-
 def test_output_that_cannot_be(
     backbone: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -706,13 +686,17 @@ def test_output_that_cannot_be(
     assert left(tmp_path) == ["file", "out", "out/trexstar_resnet50.in1k"]
 
 
-def test_command_line(backbone: Conversion, tmp_path: Path) -> None:
+def test_command_line_and_tag(backbone: Conversion, tmp_path: Path, renamed: Conversion) -> None:
     status, _, err = run(backbone.path, tmp_path / "out", "--num-classes", "0")
     assert (status, err) == (2, "error: --num-classes must be at least 1, got 0\n")
     done = Forked("-m", "convert", "naver", "none.pth", "--output", str(tmp_path), cwd=ROOT)
     assert done.end() == 2
     assert done.err.startswith("error: none.pth does not exist")
     assert done.out == ""
+    status, _, err = run(renamed.path, tmp_path, *TREX, "--tag", "mine")
+    assert status == 0, err
+    config = json.loads((tmp_path / "trex_resnet50.mine" / "config.json").read_text())
+    assert config["pretrained_cfg"]["tag"] == "mine"
 
 
 # Size

@@ -106,7 +106,7 @@ def test_a_rotation_changes_nothing_but_sparsity() -> None:
     same(replace(one, sparsity=two.sparsity), two)
 
 
-def test_collapsed_classes() -> None:
+def test_collapsed_classes_and_one_direction() -> None:
     """Two orthogonal directions: one axis, and nothing within a class."""
     found = analyze(np.repeat([[3.0, 0, 0], [0, 0.5, 0]], [4, 4], axis=0), np.repeat([0, 1], 4))
     assert (found.within_class_distance, found.between_class_distance) == (0, 1)
@@ -118,9 +118,6 @@ def test_collapsed_classes() -> None:
     assert found.dead_features == 1
     assert found.sparsity == pytest.approx(2 / 3)
     assert found.coding_length == pytest.approx(np.log(1 + 3 / 0.25 / 2))
-
-
-def test_one_direction() -> None:
     features = np.outer(np.arange(1, 60), np.sqrt([1, 2, 3, 5, 6]))
     found = analyze(features, np.arange(59) % 3)
     assert list(found.singular_values) == [0] * 5
@@ -130,7 +127,7 @@ def test_one_direction() -> None:
     assert found.coding_length == pytest.approx(np.log(1 + 5 / 0.25) / 2)
 
 
-def test_all_directions_alike() -> None:
+def test_all_directions_alike_and_wider_classes() -> None:
     """The axes and their opposites: the longest code, the highest rank, no difference."""
     features = np.concatenate([np.eye(40), -np.eye(40)])
     found = analyze(features, np.arange(80) % 2)
@@ -139,15 +136,12 @@ def test_all_directions_alike() -> None:
     assert found.effective_rank == pytest.approx(40)
     assert found.axes_of_95_percent in (38, 39)  # 0.95 itself, as rounding has it
     assert found.distance_ratio == pytest.approx(1, abs=0.1)
-
-
-def test_wider_classes_lengthen_code_rank_and_ratio() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 4
     centers, noise = rng.normal(size=(4, 16))[labels], rng.normal(size=(200, 16))
-    found = [analyze(centers + width * noise, labels) for width in (0.01, 0.1, 1.0)]
+    wider = [analyze(centers + width * noise, labels) for width in (0.01, 0.1, 1.0)]
     for field in ("coding_length", "effective_rank", "within_class_distance", "distance_ratio"):
-        numbers = [getattr(geometry, field) for geometry in found]
+        numbers = [getattr(geometry, field) for geometry in wider]
         assert numbers == sorted(set(numbers)), field
 
 
@@ -165,9 +159,6 @@ def test_zeros_and_classes_of_one_image() -> None:
     assert analyze(features, labels, chunk=20).dead_features == 2
     features[60, 5] = -1e-30  # alive once
     assert analyze(features, labels, chunk=20).dead_features == 1
-
-
-def test_threshold_of_sparsity() -> None:
     features = np.array([[1.0, 0.01, 0], [0, 1, -1e-6]])
     labels = np.array(["a", "a"])
     features, labels = np.concatenate([features] * 2), np.concatenate([labels, ["b", "b"]])

@@ -177,7 +177,7 @@ def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
     )
 
 
-def test_license_of_own_model_is_its_owners_choice(tiny: Path, tmp_path: Path) -> None:
+def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "export"
     shutil.copytree(tiny / "small_trex", source)
     with pytest.raises(ValueError, match=r"no license is stated for export; choose one: --lic"):
@@ -192,6 +192,14 @@ def test_license_of_own_model_is_its_owners_choice(tiny: Path, tmp_path: Path) -
         build_folders(source, tmp_path / "out", **OWNER)
     (folder,) = build_folders(source, tmp_path / "out", owner="Ada")
     assert ModelCard.load(folder / "README.md").data.license == "cc0-1.0"
+    first = build_folders(tiny, tmp_path / "both", **OWNER)
+    second = build_folders(tiny, tmp_path / "both", owner="Ada", license="mit")
+    assert first == second
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["small_trex", "small_trex_cls"]
+    assert "MIT" in (first[0] / "LICENSE").read_text()
+    # A Hub folder can be built again; its licence is known now.
+    (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
+    assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
 def own_folder(folder: Path, name: str, num_classes: int, **args: Any) -> Path:
@@ -297,17 +305,6 @@ def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             build_folders(folder, tmp_path / "hub", name=other, **OWNER)
     assert not (tmp_path / "hub").exists()
-
-
-def test_build_again_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
-    first = build_folders(tiny, tmp_path / "out", **OWNER)
-    second = build_folders(tiny, tmp_path / "out", owner="Ada", license="mit")
-    assert first == second
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small_trex", "small_trex_cls"]
-    assert "MIT" in (first[0] / "LICENSE").read_text()
-    # A Hub folder can be built again; its licence is known now.
-    (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
-    assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
 @pytest.mark.slow
@@ -654,20 +651,12 @@ def test_commands_publish_and_verify(desk: Desk) -> None:
     assert main(["verify", *options]) == 1
 
 
-def test_without_a_token_nothing_is_asked(built: Path, server: HubServer, tmp_path: Path) -> None:
-    environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "hub", "publish", str(built / "small_trex")]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
-    assert re.fullmatch(message, done.stderr)
-    assert server.log == []
-
-
 def test_bad_input_is_one_line_with_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    built: Path,
+    server: HubServer,
 ) -> None:
     for arguments in (
         ["build", tmp_path / "nothing", "--output", tmp_path / "out"],
@@ -680,6 +669,15 @@ def test_bad_input_is_one_line_with_status_2(
     monkeypatch.setenv("TREX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="is no folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
+    environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-m", "hub", "publish", str(built / "small_trex")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
+    assert re.fullmatch(message, done.stderr)
+    assert server.log == []
 
 
 # verify
@@ -987,30 +985,9 @@ def test_import_fetches_converts_and_measures_once(
     assert files.log == []
 
 
-def test_import_refuses_a_changed_file(files: FileServer, release: Path, tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
-    save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
-    digest = sha256(release / "trex.pth")
-    with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
-        fetch()
-    assert "\n" not in str(e.value)
-    assert list((tmp_path / "out" / "files").iterdir()) == []
-    assert load_manifest(path).naver == {"trex.pth": "0" * 64}
-
-    path.unlink()
-    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
-    files.log.clear()
-    assert fetch()  # placed by hand
-    assert files.log == []
-    assert load_manifest(path).naver == {"trex.pth": digest}
-    with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(WeightsError, match=f"refused: .*files/trex.pth is .*, not {digest}"):
-        fetch()
-
-
-def test_import_keeps_no_wrong_file(files: FileServer, tmp_path: Path) -> None:
+def test_import_keeps_no_wrong_or_changed_file(
+    files: FileServer, tmp_path: Path, release: Path
+) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
     right = files.files["trex.pth"]
@@ -1029,6 +1006,23 @@ def test_import_keeps_no_wrong_file(files: FileServer, tmp_path: Path) -> None:
     files.files["trex.pth"] = right
     with pytest.raises(ValueError, match="NAVER has no file 'trex.zip'; choose from trex.pth"):
         import_naver(("trex.zip",), output=tmp_path / "out", manifest=path)
+    save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
+    digest = sha256(release / "trex.pth")
+    with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
+        fetch()
+    assert "\n" not in str(e.value)
+    assert list((tmp_path / "out" / "files").iterdir()) == []
+    assert load_manifest(path).naver == {"trex.pth": "0" * 64}
+    path.unlink()
+    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
+    files.log.clear()
+    assert fetch()  # placed by hand
+    assert files.log == []
+    assert load_manifest(path).naver == {"trex.pth": digest}
+    with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(WeightsError, match=f"refused: .*files/trex.pth is .*, not {digest}"):
+        fetch()
 
 
 def test_import_goes_on_and_makes_again_what_is_damaged(

@@ -207,7 +207,7 @@ def test_naver_s_licence_may_come_from_naver_s_weights(tmp_path: Path) -> None:
         assert "not NAVER's" not in text
 
 
-def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
+def test_models_that_do_not_run_and_runs_are_refused(tmp_path: Path) -> None:
     model = timm.create_model(
         "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
     )
@@ -221,17 +221,17 @@ def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
         build_folders(exported / "cls", tmp_path / "hub", **OWNER)
     assert not (tmp_path / "hub").exists()
-
-
-def test_run_is_answered_by_its_exports(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
     for part in ("backbone", "proj"):
-        (tmp_path / "export" / part).mkdir(parents=True)
+        (run / "export" / part).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
-        build_folders(tmp_path, tmp_path / "hub", **OWNER)
+        build_folders(run, tmp_path / "hub", **OWNER)
 
 
-def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_says_how_to_publish_or_that_the_disk_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, out = tiny_classifier(tmp_path / "own"), tmp_path / "hub"
     command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
     assert main([*command, "--namespace", "ada", "--name", "mine"]) == 0
@@ -245,24 +245,17 @@ def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture
     hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
 
-
-def test_full_disk_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
-    command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
-
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"error: {out / 'mine'} cannot be written (No space left on device); free space there, or "
+        f"error: {out / 'own'} cannot be written (No space left on device); free space there, or "
         "choose another --output\n"
     )
-    assert list(out.iterdir()) == []
-    out.rmdir()
+    assert {path.name for path in out.iterdir()} == {"mine", "own"}
+    shutil.rmtree(out)
     out.write_text("")
     assert main(command) == 2
     assert f"error: {out} cannot be written (File exists)" in capsys.readouterr().err

@@ -1,8 +1,6 @@
 """The servers that stand in for the Hub and for NAVER's, against the real client."""
 
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -12,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
-from tests.file_server import FileServer
 from tests.loopback import Fault, byte_span, sha256
-from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment, serving
+from tests.loopback_hub import LFS_WARNING, Hub, HubServer, serving
 
 pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
 
@@ -93,18 +90,6 @@ def test_download(server: HubServer, hub: Hub, tmp_path: Path) -> None:
     assert download(server, tmp_path, revision=second).read_bytes() == b"new"
     with pytest.raises(errors.RevisionNotFoundError):
         download(server, tmp_path, revision="0" * 40)
-
-
-def test_resumes(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The client keeps whole chunks only, of 10 MB by default.
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    server.faults = [Fault(r"safetensors$", cut_after=100_500, times=1)]
-    assert download(server, tmp_path).read_bytes() == WEIGHTS
-    assert [(request.method, request.range) for request in server.requests()] == [
-        ("HEAD", None),
-        ("GET", None),
-        ("GET", "bytes=100000-"),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -214,21 +199,6 @@ def test_upload_needs_a_token(server: HubServer, hub: Hub, tmp_path: Path) -> No
     assert not isinstance(error.value, errors.RepositoryNotFoundError)
 
 
-def test_process(server: HubServer, tmp_path: Path) -> None:
-    code = f"import huggingface_hub as hub; print(hub.hf_hub_download({REPO!r}, 'config.json'))"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(server.url, tmp_path),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    path = Path(process.stdout.strip())
-    assert path.is_relative_to(tmp_path)
-    assert path.read_bytes() == b"{}"
-    assert [request.method for request in server.log] == ["HEAD", "GET"]
-
-
 def test_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
     before = threading.active_count()
     with serving(hub) as server:
@@ -244,24 +214,3 @@ def test_leaves_nothing_behind(hub: Hub, tmp_path: Path) -> None:
     assert threading.active_count() == before
     with pytest.raises(urllib.error.URLError, match="refused"):
         get(server.url)
-
-
-def test_file_server(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(WEIGHTS * 10)  # more than one piece
-    with FileServer({"trex.pth": path, "NOTICE": b"text"}) as server:
-        url = f"{server.url}trex.pth"
-        assert url.endswith("/ComputerVision/trex_models/trex.pth")
-        status, body, headers = get(url)
-        assert (status, body) == (200, WEIGHTS * 10)
-        assert (headers["Content-Length"], headers["Accept-Ranges"]) == ("2560000", "bytes")
-        status, body, headers = get(url, Range="bytes=100-1500000")
-        assert (status, body) == (206, (WEIGHTS * 10)[100:1_500_001])
-        assert headers["Content-Range"] == "bytes 100-1500000/2560000"
-        status, body, headers = get(url, Range="bytes=2560000-")
-        assert (status, body, headers["Content-Range"]) == (416, b"", "bytes */2560000")
-        assert get(f"{server.url}absent")[0] == 404
-        assert get(f"{server.url}NOTICE")[1] == b"text"
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as response:
-            assert (response.headers["Content-Length"], response.read()) == ("2560000", b"")
-        assert server.requests(r"trex\.pth")[1].range == "bytes=100-1500000"

@@ -208,44 +208,6 @@ def test_reference_tells_images_apart(trex: dict[str, Any]) -> None:
         assert zero.tolist() == list(ABSENT)
 
 
-def test_learned_weights_give_cosines(learned: dict[str, Any]) -> None:
-    _, embeddings, logits = reference_resnet.outputs(learned, reference_resnet.pictures(2, 64))
-    assert embeddings is not None
-    weight = learned["model"]["module.clf.fc.weight"].double()
-    expected = torch.nn.functional.cosine_similarity(embeddings[:, None], weight[None], dim=2)
-    torch.testing.assert_close(logits, expected / 0.1)
-
-
-def test_projector_equals_modules(trex: dict[str, Any]) -> None:
-    """The formulas against torch's own layers."""
-    layers = reference_resnet.under(trex["model"], "module.model.head.layers.", torch.float64)
-    features = torch.rand(3, 2048, generator=torch.Generator().manual_seed(0)).double()
-    x = torch.nn.functional.normalize(features)
-    for i in (1, 2, 3):
-        x = torch.nn.functional.linear(x, layers[f"{i}.fc.weight"], layers[f"{i}.fc.bias"])
-        x = torch.nn.functional.gelu(
-            torch.nn.functional.batch_norm(
-                x,
-                layers[f"{i}.bn.running_mean"],
-                layers[f"{i}.bn.running_var"],
-                layers[f"{i}.bn.weight"],
-                layers[f"{i}.bn.bias"],
-            )
-        )
-    expected = torch.nn.functional.linear(x, layers["4.weight"])
-    torch.testing.assert_close(reference_resnet.embeddings(layers, features), expected)
-
-
-def test_prototypes_by_one_hot(trex: dict[str, Any]) -> None:
-    memory = reference_resnet.under(trex["model"], "module.memory.")
-    features, labels = memory["features"].double(), memory["labels"]
-    sums = torch.nn.functional.one_hot(labels, 1000).double().T @ features
-    expected = torch.nn.functional.normalize(sums)
-    ours = reference_resnet.prototypes(features, labels, 1000)
-    torch.testing.assert_close(ours, expected)
-    assert not ours[list(ABSENT)].any()
-
-
 def test_backbones_have_features_alone_and_float32_is_close(trex: dict[str, Any]) -> None:
     backbone = official_files.backbone_of(trex)
     images = reference_resnet.pictures(2, 64)

@@ -132,11 +132,20 @@ def test_every_name_from_naver(
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_full_file_in_the_cache_serves_the_backbone(server: FileServer) -> None:
+def test_a_full_file_serves_the_backbone_and_a_changed_one_is_refused(server: FileServer) -> None:
     whole = weights.fetch("trexstar_resnet50_cls.in1k_r2")
     assert weights.fetch("trexstar_resnet50.in1k_r2") == whole
     assert len(server.log) == 1
     assert timm.create_model("trexstar_resnet50.in1k_r2", pretrained=True).num_classes == 0
+    path = weights.fetch("trex_resnet50.in1k")
+    state = load_file(path)
+    state["conv1.weight"] += 1
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=rf"SHA-256 of {path} is .*trex\.json; delete both"):
+        weights.fetch("trex_resnet50.in1k")
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"trex\.json is damaged .*delete it"):
+        weights.fetch("trex_resnet50.in1k")
 
 
 @pytest.mark.usefixtures("cache")
@@ -347,10 +356,6 @@ def test_addresses_of_mirrors_that_are_malformed(
         weights.fetch("trex_resnet50.in1k")
     assert "cret" not in "".join(traceback.format_exception(caught.value))
     assert visible(cache) == []
-
-
-@pytest.mark.usefixtures("cache")
-def test_redirect_from_https_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "https://127.0.0.1")
     response = SimpleNamespace(headers={}, url="http://127.0.0.1/trex.pth", close=lambda: None)
     monkeypatch.setattr(naver, "urlopen", lambda *_, **__: response)
@@ -358,21 +363,8 @@ def test_redirect_from_https_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
         weights.fetch("trex_resnet50.in1k")
 
 
-@pytest.mark.usefixtures("cache")
-def test_a_changed_cache_is_refused() -> None:
-    path = weights.fetch("trex_resnet50.in1k")
-    state = load_file(path)
-    state["conv1.weight"] += 1
-    save_file(state, path)
-    with pytest.raises(WeightsError, match=rf"SHA-256 of {path} is .*trex\.json; delete both"):
-        weights.fetch("trex_resnet50.in1k")
-    path.with_suffix(".json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"trex\.json is damaged .*delete it"):
-        weights.fetch("trex_resnet50.in1k")
-
-
-def test_file_placed_by_hand_offline(
-    cache: Path, server: FileServer, release: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_placed_by_hand_and_cache_dir_of_the_call(
+    cache: Path, server: FileServer, release: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="not asked: HF_HUB_OFFLINE is set"):
@@ -384,11 +376,8 @@ def test_file_placed_by_hand_offline(
     assert weights.fetch("trexstar_resnet50.in1k_r2").stem == Path(file).stem
     assert (cache / "naver" / file).exists()
     assert server.log == []
-
-
-def test_cache_dir_of_the_call(cache: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     timm.create_model("trex_resnet50", pretrained=True, cache_dir=tmp_path / "other")
-    assert not cache.exists()
     assert (tmp_path / "other" / "trex_models" / "naver" / "trex.safetensors").exists()
 
 
