@@ -42,9 +42,6 @@ def test_parts_work_on_the_same_features(tmp_path: Path) -> None:
     assert (layers["training_samples"], layers["validation_samples"]) == (480, 120)
     assert layers["best_top1"] > 0.25
     assert 1 < found["analyses"]["effective_rank"] < 16
-
-
-def test_float32_takes_twice_the_space(tmp_path: Path) -> None:
     whole = setup(tmp_path, dtype="float32")
     assert whole.samples("train")[0].dtype == np.float32
     assert whole.file_bytes == 2 * setup(tmp_path).file_bytes

@@ -49,14 +49,8 @@ def coloured(count: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def trainer(folder: Path, **kwargs: object) -> Trainer:
-    options: dict[str, object] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        **kwargs,
-    }
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options: dict[str, object] = {"accelerator": "cpu", "default_root_dir": folder, **off, **kwargs}
     return Trainer(**options)
 
 

@@ -146,19 +146,12 @@ def test_trainer_fine_tunes_saves_and_reloads(backbone: Path, tmp_path: Path) ->
         {"pixel_values": image, "labels": label}
         for image, label in zip(pixels, FRACTALS.labels, strict=True)
     ]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=3,
-        per_device_train_batch_size=len(data),
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    machine: dict[str, Any] = {"use_cpu": True, "dataloader_pin_memory": False}
+    rate: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+    size = {"max_steps": 3, "per_device_train_batch_size": len(data), "logging_steps": 1}
+    run = str(tmp_path / "run")
+    arguments = TrainingArguments(output_dir=run, **size, **rate, **machine, **quiet)
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
