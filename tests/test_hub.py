@@ -818,16 +818,17 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = tuple(COLOURS)
 
 
-def test_measured_top1_is_the_known_one(
-    rightful: Path,
-    replica: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # The protocol's choice by a fifth of 20 images is chance.
+@pytest.fixture
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of two: that of the whole grid by a fifth of 20 images is chance."""
     settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
     monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
+
+
+@pytest.mark.usefixtures("few_settings")
+def test_measured_top1_is_the_known_one(
+    rightful: Path, replica: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = imagenet.measure(rightful, replica, tmp_path, SMALL)
     assert json.loads((tmp_path / "imagenet.json").read_text()) == results
     assert sorted(results) == ["trex_resnet50.in1k", "trex_resnet50_cls.in1k_r2"]
@@ -862,20 +863,22 @@ def test_measured_top1_is_the_known_one(
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
+@pytest.mark.usefixtures("few_settings")
 def test_as_many_other_images_are_measured_again(
     rightful: Path, replica: Path, tmp_path: Path
 ) -> None:
     root, features = tmp_path / "images", tmp_path / "features"
     shutil.copytree(replica, root)
     imagenet.measure(rightful, root, tmp_path, SMALL)
-    for file, kept in (("val/ant/val_0.png", 3), ("train/ant/train_0.png", 4)):
+    for file, kept in (("val/ant/val_0.png", 5), ("train/ant/train_0.png", 6)):
         picture(COLOURS["ant"], 7).save(root / file)
         os.utime(root / file, (10**9, 10**9))
         found = imagenet.measure(rightful, root, tmp_path, SMALL)
         assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
-        assert len(list(features.iterdir())) == kept
+        assert len(list(features.rglob("*.safetensors"))) == kept
 
 
+@pytest.mark.usefixtures("few_settings")
 def test_other_weights_of_the_same_name_are_measured_again(
     replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -892,7 +895,7 @@ def test_other_weights_of_the_same_name_are_measured_again(
         tiny_folder(folder, seed)
         [result] = imagenet.measure(tmp_path / "models", replica, tmp_path, SMALL).values()
         assert result["sha256"] == sha256(folder / "model.safetensors")
-        assert len(list((tmp_path / "features").iterdir())) == 2 * (seed + 1)
+        assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 2 * (seed + 1)
     assert sizes == [(16, 4, 2), (20, 16, 1)] * 2
 
 
