@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from tests.processes import run_python
 from trex_models.data import samples
 
 ROOT = Path(__file__).parents[1]
@@ -174,8 +175,5 @@ def run(page: Path, folder: Path, environ: dict[str, str]) -> subprocess.Complet
     """Run a page in a folder; its output tells the blocks apart."""
     plan = folder / f".{page.stem}.json"
     plan.write_text(json.dumps(program(page)))
-    command = [sys.executable, "-c", _SESSION, str(plan), page.name]
-    environ = os.environ | environ
-    return subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, check=False
-    )
+    command = ["-c", _SESSION, plan, page.name]
+    return run_python(*command, cwd=folder, env=os.environ | environ, fails=True)

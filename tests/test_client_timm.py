@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from tests import official_files
 from tests.images import save_colors
 from tests.models import NUM_CLASSES, SMALL, quick
+from tests.processes import run_python
 
 pytestmark = pytest.mark.client
 
@@ -181,12 +180,9 @@ def test_the_real_scripts_train_and_validate(images: Path, tmp_path: Path) -> No
     shared += ["--batch-size", "8", "--workers", "0", "--img-size", "32"]
 
     def call(script: str, *arguments: str) -> None:
-        command = [sys.executable, str(scripts / script), *shared, *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, "--model-kwargs", *small], env=environment, capture_output=True, text=True
-        )
-        assert not done.returncode, done.stderr
+        command = [scripts / script, *shared, *arguments, "--model-kwargs", *small]
+        run_python(*command, env=environment)
 
     output = ["--output", str(tmp_path), "--experiment", "run"]
     rates = ["--opt", "adamw", "--lr", "0.005", "--layer-decay", "0.9", "--warmup-epochs", "1"]

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 from convert import official, source
 from convert.__main__ import main
 from tests import official_files, reference_resnet
-from tests.processes import Forked, captured
+from tests.processes import Forked, captured, run_python
 from trex_models import checkpoints, timm_folder
 from trex_models.checkpoints import Checkpoint
 from trex_models.manifest import sha256
@@ -275,7 +274,7 @@ assert "trex_models" not in sys.modules
     torch.save(images, tmp_path / "images.pt")
     conversions = trex, backbone
     folders = [str(conversion.models()[0]) for conversion in conversions]
-    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=tmp_path)
+    run_python("-c", code, *folders, cwd=tmp_path)
     for i, conversion in enumerate(conversions):
         wanted = reference_resnet.outputs(conversion.contents, images).features
         found = torch.load(tmp_path / f"{i}.pt")
@@ -716,7 +715,5 @@ paths = {[str(path), str(tmp_path / "out")]!r}
 convert.official.convert_official(*map(pathlib.Path, paths))
 print((peak() - before) * 1024)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = run_python("-c", code, cwd=ROOT)
     assert int(done.stdout.split()[-1]) < 1.7 * path.stat().st_size

@@ -179,7 +179,7 @@ def test_weights_that_are_damaged_or_do_not_fit_are_refused(
 
 def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     for device in ("tpu9", "meta"):
-        with pytest.raises(ValueError, match=f"--device: '{device}' is not available as a torch"):
+        with pytest.raises(ValueError, match=f"--device: '{device}' is not an available torch"):
             load("test_resnet", untrained=True, device=device)
     with pytest.raises(ValueError, match="precision tf32 needs CUDA, not cpu"):
         load("test_resnet", untrained=True, precision="tf32", device="cpu")

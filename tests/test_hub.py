@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,8 +35,9 @@ from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
-from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
-from trex_models import naver, timm_folder
+from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
+from tests.processes import run_python
+from trex_models import naver
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.manifest import Manifest, WeightsError, load_manifest, save_manifest, sha256
@@ -204,9 +203,8 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
 
 def own_folder(folder: Path, name: str, num_classes: int, **args: Any) -> Path:
     cfg = CFG | {"num_classes": num_classes}
-    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg=cfg, **args).eval()
-    images = torch.randn(2, 3, 32, 32)
-    return timm_folder.write_timm_folder(model, folder, images, model(images).detach())
+    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg=cfg, **args)
+    return write_folder(model, folder)
 
 
 def put(name: str, data: bytes | None) -> Callable[[Path], object]:
@@ -441,11 +439,7 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
         code.insert(0, "import sys; sys.modules['trex_models'] = None")
     environ = {**environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
     command = ["-W", "error::DeprecationWarning:__main__", "-c", "\n".join(code)]
-    done = subprocess.run(
-        [sys.executable, *command], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python(*command, env=environ).stdout
 
 
 @pytest.mark.client
@@ -670,10 +664,8 @@ def test_bad_input_is_one_line_with_status_2(
     with pytest.raises(ValueError, match="is no folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
     environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "hub", "publish", str(built / "small_trex")]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
-    )
+    command = ["-m", "hub", "publish", str(built / "small_trex")]
+    done = run_python(*command, cwd=ROOT, env=environ, fails=True)
     assert done.returncode == 2
     message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
     assert re.fullmatch(message, done.stderr)

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.hub_folder import FILES
 from tests.documentation import python_blocks
-from tests.models import CFG, TINY, edit_config, tiny_classifier
-from trex_models import naver, timm_folder
+from tests.models import CFG, TINY, edit_config, tiny_classifier, write_folder
+from tests.processes import run_python
+from trex_models import naver
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 from trex_models.train.export import export_method
@@ -161,9 +160,7 @@ def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
     folder, card = own(exported / "cls", tmp_path / "hub")
     blocks = [b.replace("hf-hub:ada/own", f"local-dir:{folder}") for b in python_blocks(card)]
     code = "import sys\nsys.modules['trex_models'] = None\n" + "\n".join(blocks)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 192])" in done.stdout
+    assert "torch.Size([1, 192])" in run_python("-c", code).stdout
 
 
 def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
@@ -179,14 +176,9 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     card = own(source, tmp_path / "hub")[1]
     assert "32 x 32 pixels: the shorter side resized to 40 (bilinear)" in card
     names = [f"class {index}" for index in range(30)]
-    model = timm.create_model(
-        "resnet10t",
-        num_classes=30,
-        pretrained_cfg={"num_classes": 30, "label_names": names, "input_size": (3, 32, 32)},
-        **TINY,
-    ).eval()
-    images = torch.randn(2, 3, 32, 32)
-    timm_folder.write_timm_folder(model, tmp_path / "many", images, model(images).detach())
+    cfg = {"num_classes": 30, "label_names": names, "input_size": (3, 32, 32)}
+    model = timm.create_model("resnet10t", num_classes=30, pretrained_cfg=cfg, **TINY)
+    write_folder(model, tmp_path / "many")
     card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
     assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
     assert "class 20" not in card
@@ -211,9 +203,7 @@ def test_models_that_do_not_run_and_runs_are_refused(tmp_path: Path) -> None:
     model = timm.create_model(
         "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
     )
-    model.eval()
-    images = torch.randn(2, 3, 32, 32)
-    timm_folder.write_timm_folder(model, tmp_path / "maps", images, model(images).detach())
+    write_folder(model, tmp_path / "maps")
     with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
         build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)

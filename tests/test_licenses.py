@@ -20,6 +20,7 @@ from trex_models.licenses import describe, license_of
 from trex_models.manifest import sha256
 from trex_models.train.__main__ import main
 
+VALUES = torch.zeros(2)
 LINEAR = {"fc.weight": torch.zeros(2, 3)}
 UNTOLD = "not stated"
 
@@ -28,21 +29,9 @@ UNTOLD = "not stated"
     ("file", "contents", "expected"),
     [
         ("trex.pth", LINEAR, naver.LICENSE),
-        (
-            "renamed.pth",
-            {"model": {"module.model.encoder.conv1.weight": torch.zeros(2)}},
-            naver.LICENSE,
-        ),
-        (
-            "run.pt",
-            {"config": {"license": "mit"}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            "mit",
-        ),
-        (
-            "run.pt",
-            {"config": {"license": ""}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            UNTOLD,
-        ),
+        ("renamed.pth", {"model": {"module.model.encoder.conv1.weight": VALUES}}, naver.LICENSE),
+        ("run.pt", {"config": {"license": "mit"}, "method": {"encoder.backbone.a": VALUES}}, "mit"),
+        ("run.pt", {"config": {"license": ""}, "method": {"encoder.backbone.a": VALUES}}, UNTOLD),
         ("own.pth", LINEAR, UNTOLD),
         ("own.bin", None, UNTOLD),
     ],
@@ -116,16 +105,7 @@ def test_one_rule_for_every_command(
     assert "not for commercial use" in caplog.text
     with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
         build_folders._license(inspect_folder(folder, "mine"), "me", "mit")
-    command = [
-        "trex",
-        "--data.source",
-        "fractals",
-        "--data.num-classes",
-        "2",
-        "--output",
-        str(tmp_path / "run"),
-        "--init-from",
-        str(folder),
-    ]
-    assert main([*command, "--license", "mit", "--crops.local-crops", "0"]) == 2
+    command = "trex --data.source fractals --data.num-classes 2 --crops.local-crops 0".split()
+    command += ["--output", str(tmp_path / "run"), "--init-from", str(folder)]
+    assert main([*command, "--license", "mit"]) == 2
     assert not (tmp_path / "run").exists()

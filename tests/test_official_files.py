@@ -115,37 +115,6 @@ def test_other_entries_have_the_official_types(trex: dict[str, Any]) -> None:
     assert kinds == {str, int, float, bool, tuple, list}
 
 
-@pytest.mark.parametrize("name", ["trex", "learned"])
-def test_optimizer_state_is_of_the_online_parameters(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    checkpoint = request.getfixturevalue(name)
-    parameters = [
-        tensor
-        for key, tensor in checkpoint["model"].items()
-        if not key.startswith(("module.model_ema.", "module.memory."))
-        and key.rpartition(".")[2] in ("weight", "bias")
-    ]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim == 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain}]
-    sgd = torch.optim.SGD(groups, lr=0.1)
-    sgd.load_state_dict(checkpoint["optimizer"])
-    for p in parameters:
-        assert sgd.state[p]["momentum_buffer"].shape == p.shape
-    assert [group["weight_decay"] for group in sgd.param_groups] == [1e-4, 0.0]
-
-
-def test_seed_decides_all_numbers(trexstar: dict[str, Any]) -> None:
-    def same(seed: int) -> bool:
-        other = official_files.full_checkpoint(1, bank_size=512, optimizer=False, seed=seed)
-        pairs = zip(trexstar["model"].values(), other["model"].values(), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
-
-    assert same(0)
-    assert not same(1)
-
-
 @pytest.fixture
 def torch_s_own_globals() -> Iterator[None]:
     """Without what trex_models has added to the process's allow-list."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.processes import run_python
 from trex_models.data.samples import digits
 from trex_models.evaluation import knn, logistic
 from trex_models.evaluation.linear import Samples, Setting, accuracies, fit
@@ -260,8 +260,7 @@ def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
     for start in range(0, len(x), 5000):
         x[start : start + 5000] = rng.standard_normal((5000, 2048), dtype=np.float32)
     x.flush()
-    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path / "x.npy")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    out = run_python("-W", "ignore", "-c", MEMORY, tmp_path / "x.npy").stdout.split()
     knn, sgd, knn_bytes, sgd_bytes = map(float, out)
     assert knn == 1  # a query is its own neighbour
     assert sgd > 0.12

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import torch
 
 from tests import fuzz_checkpoints, official_files
 from tests.fuzz_checkpoints import GADGETS, Bench
+from tests.processes import run_python
 from trex_models import checkpoints
 from trex_models.checkpoints import CheckpointError, DamagedError
 from trex_models.train import export
@@ -201,7 +200,5 @@ def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
 @pytest.mark.client
 def test_many_damaged_and_hostile_files() -> None:
     """The larger runs are by hand: python -m tests.fuzz_checkpoints."""
-    command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_python("-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7")
     assert "150 files, seed 7: 0 findings" in result.stdout

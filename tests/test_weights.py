@@ -11,7 +11,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -35,7 +34,7 @@ from tests.file_server import PREFIX, FileServer
 from tests.loopback import Fault, sha256
 from tests.loopback_hub import Hub, HubServer, environment, serving
 from tests.models import tiny_method
-from tests.processes import Forked
+from tests.processes import Forked, run_python
 from tests.reference_resnet import outputs, pictures
 from trex_models import CheckpointError, WeightsError, licenses, manifest, naver, weights
 
@@ -99,6 +98,11 @@ def assert_close(found: Tensor, reference: Tensor) -> None:
     assert error < 1e-6, error
 
 
+def assert_refused(message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        weights.fetch("trex_resnet50.in1k")
+
+
 # NAVER's files, in this process
 
 
@@ -141,11 +145,9 @@ def test_a_full_file_serves_the_backbone_and_a_changed_one_is_refused(server: Fi
     state = load_file(path)
     state["conv1.weight"] += 1
     save_file(state, path)
-    with pytest.raises(WeightsError, match=rf"SHA-256 of {path} is .*trex\.json; delete both"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(rf"SHA-256 of {path} is .*trex\.json; delete both")
     path.with_suffix(".json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"trex\.json is damaged .*delete it"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(r"trex\.json is damaged .*delete it")
 
 
 @pytest.mark.usefixtures("cache")
@@ -253,21 +255,18 @@ def test_a_changed_file_is_refused(
     digest = sha256(server.files["trex.pth"])
     first.unlink()
     server.files["trex.pth"] = server.files["trexstar.pth"]
-    with pytest.raises(WeightsError, match=rf"refused: .* but {digest} was recorded when it was"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(rf"refused: .* but {digest} was recorded when it was")
     assert visible(cache) == ["trex.json"]
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    with pytest.raises(WeightsError, match=rf"refused: .* but the manifest says {digest}"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(rf"refused: .* but the manifest says {digest}")
     assert visible(cache) == []
     # A first use that the manifest contradicts.
     (tmp_path / "manifest.json").write_text(empty)
     weights.fetch("trex_resnet50.in1k")
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    with pytest.raises(WeightsError, match=r"refused: .* but the manifest says .*delete what was"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(r"refused: .* but the manifest says .*delete what was")
     shutil.rmtree(cache)
     server.files["trex.pth"] = release / "trex.pth"
     assert weights.fetch("trex_resnet50.in1k").exists()
@@ -278,8 +277,7 @@ def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.Monke
     monkeypatch.setattr("time.sleep", lambda _: None)
     server.ranges = False
     server.faults = [Fault("GET", cut_after=31_000_000)]
-    with pytest.raises(WeightsError, match="is not available: connection closed early"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused("is not available: connection closed early")
     assert len(server.log) == 4
     server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
     assert weights.fetch("trex_resnet50.in1k").exists()
@@ -293,13 +291,11 @@ def test_without_time_or_a_network(
     monkeypatch.setattr("time.sleep", lambda _: None)
     with monkeypatch.context() as patch:
         patch.setattr(naver, "TOTAL_SECONDS", 0)
-        with pytest.raises(WeightsError, match="it takes more than 0 hours"):
-            weights.fetch("trex_resnet50.in1k")
+        assert_refused("it takes more than 0 hours")
     assert len(server.log) == 1
     caplog.clear()
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
-    with pytest.raises(WeightsError, match=r"trex\.pth is not available: .*refused"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused(r"trex\.pth is not available: .*refused")
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
 
 
@@ -359,8 +355,7 @@ def test_addresses_of_mirrors_that_are_malformed(
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "https://127.0.0.1")
     response = SimpleNamespace(headers={}, url="http://127.0.0.1/trex.pth", close=lambda: None)
     monkeypatch.setattr(naver, "urlopen", lambda *_, **__: response)
-    with pytest.raises(WeightsError, match="the server redirects from https to http"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused("the server redirects from https to http")
 
 
 def test_files_placed_by_hand_and_cache_dir_of_the_call(
@@ -397,8 +392,7 @@ def test_manifests(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=r"manifest\.json is no manifest of weights"):
             timm.create_model("trex_resnet50", pretrained=True)
     path.unlink()
-    with pytest.raises(WeightsError, match="No such file"):
-        weights.fetch("trex_resnet50.in1k")
+    assert_refused("No such file")
     with pytest.raises(WeightsError, match=r"no weights are known for 'trex_resnet50', only"):
         weights.fetch("trex_resnet50")
     written = manifest.Published(**entry, outputs=(1.5, -2.0))
@@ -567,9 +561,8 @@ class Place:
     def user(self, out: Path, *names: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Create models as users do, in an interpreter of its own; their outputs go to ``out``."""
         out.mkdir()
-        command = [sys.executable, "-c", CHILD, str(out), *names]
         env = self.environment | variables
-        return subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        return run_python("-c", CHILD, out, *names, env=env, fails=True)
 
 
 def plain(name: str) -> str:
@@ -884,13 +877,8 @@ def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.M
     folders = [home, *[path for path in home.rglob("*") if path.is_dir()]]
     for folder in folders:
         folder.chmod(0o555)
-    done = subprocess.run(
-        [sys.executable, "-c", code, "trex_resnet50.in1k", "trexstar_resnet50.in1k"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(shared), "HF_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(shared), "HF_HOME": str(home)}
+    done = run_python("-c", code, "trex_resnet50.in1k", "trexstar_resnet50.in1k", env=env)
     for folder in folders:
         folder.chmod(0o755)
     path, message = done.stdout.splitlines()
