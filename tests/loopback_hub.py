@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,35 +31,19 @@ LFS_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 LFS_OBJECT = re.compile(r"/lfs/([0-9a-f]{64})(/verify)?")
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of a commit.
-
-    Attributes:
-        content: The bytes, or the path of a file, which is streamed from disk.
-        size: Number of bytes.
-        oid: Git's hash of the blob, which for a large file is its pointer.
-        sha256: Hash of a large (LFS) file; None for a file in git itself.
-        pointer_size: Number of bytes of a large file's pointer.
-    """
+class File(NamedTuple):
+    """A file of a commit: its content, and git's hash of it; of a large (LFS) file, SHA-256."""
 
     content: Content
     size: int
-    oid: str
-    sha256: str | None = None
-    pointer_size: int = 0
-
-    @property
-    def etag(self) -> str:
-        """What the Hub identifies the content by."""
-        return self.sha256 or self.oid
+    etag: str
+    is_large: bool
 
     def sibling(self, path: str) -> dict[str, Any]:
         """The file among those of a model."""
-        found: dict[str, Any] = {"rfilename": path, "size": self.size, "blobId": self.oid}
-        if self.sha256:
-            size = {"size": self.size, "pointerSize": self.pointer_size}
-            found["lfs"] = {"sha256": self.sha256, **size}
+        found: dict[str, Any] = {"rfilename": path, "size": self.size, "blobId": self.etag}
+        if self.is_large:
+            found["lfs"] = {"sha256": self.etag, "size": self.size, "pointerSize": 134}
         return found
 
 
@@ -82,23 +65,20 @@ class Hub:
     Attributes:
         repos: Commits of main by "organization/name", the last one last.
         objects: Contents of large files by SHA-256.
-        awaited: SHA-256 of the large files whose upload has been announced.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, list[Commit]] = {}
         self.objects: dict[str, Content] = {}
-        self.awaited: set[str] = set()
 
     def file(self, path: str, content: Content) -> File:
         size = length(content)
         if not path.endswith(LFS_SUFFIXES):
             data = content if isinstance(content, bytes) else content.read_bytes()
-            return File(content, size, git_oid(data))
+            return File(content, size, git_oid(data), is_large=False)
         digest = sha256(content)
         self.objects[digest] = content
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n"
-        return File(content, size, git_oid(pointer.encode()), digest, len(pointer))
+        return File(content, size, digest, is_large=True)
 
     def add(
         self, repo_id: str, files: Mapping[str, Content] | None = None, deleted: Iterable[str] = ()
@@ -109,7 +89,7 @@ class Hub:
         for path in deleted:
             del tree[path]
         tree |= {path: self.file(path, content) for path, content in (files or {}).items()}
-        text = json.dumps([len(commits), {path: tree[path].oid for path in sorted(tree)}])
+        text = json.dumps([len(commits), {path: tree[path].etag for path in sorted(tree)}])
         commits.append(Commit(hashlib.sha1(text.encode()).hexdigest(), tree))
         return commits[-1].sha
 
@@ -200,8 +180,8 @@ class HubHandler(Handler):
                 "X-Repo-Commit": commit.sha,
                 "Content-Type": "application/octet-stream",
             }
-            if file.sha256:
-                headers["X-Linked-ETag"] = f'"{file.sha256}"'
+            if file.is_large:
+                headers["X-Linked-ETag"] = headers["ETag"]
                 headers["X-Linked-Size"] = str(file.size)
             self.send(200, file.content, headers, ranges=True)
 
@@ -264,7 +244,6 @@ class HubHandler(Handler):
         oid = wanted["oid"]
         answer = {"oid": oid, "size": wanted["size"]}
         if oid not in self.hub.objects:
-            self.hub.awaited.add(oid)
             href = f"{self.server.url}/lfs/{oid}"
             answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
         return answer
@@ -276,9 +255,7 @@ class HubHandler(Handler):
             known = self.hub.objects.get(oid)
             right = known is not None and length(known) == json.loads(self.body)["size"]
             self._json({}, 200 if right else 404)
-        elif oid not in self.hub.awaited:  # the client sends no token along with the bytes
-            self._error(403, message="upload not announced")
-        elif sha256(self.body) != oid:
+        elif sha256(self.body) != oid:  # the client sends no token along with the bytes
             self._error(400, message="the bytes do not have this hash")
         else:
             self.hub.objects[oid] = self.body

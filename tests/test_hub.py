@@ -488,7 +488,7 @@ def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: 
     assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(folder))
     assert len(entry.outputs) == 8
     assert sorted(commit.files) == sorted([".gitattributes", *FILES])
-    assert commit.files["model.safetensors"].sha256 == entry.sha256
+    assert commit.files["model.safetensors"].etag == entry.sha256
     assert not list(desk.manifest.parent.glob(".*"))
 
     desk.server.log.clear()
@@ -517,7 +517,7 @@ def test_a_changed_file_alone_is_committed(desk: Desk) -> None:
     tiny_folder(folder.parent / "new", seed=5)
     shutil.copy(folder.parent / "new" / "model.safetensors", folder)
     third = desk.push(folder).models["small_trex"]
-    assert desk.commits()[-1].files["model.safetensors"].sha256 == third.sha256 != second.sha256
+    assert desk.commits()[-1].files["model.safetensors"].etag == third.sha256 != second.sha256
     assert third.outputs != second.outputs
 
 

@@ -733,7 +733,7 @@ def test_token_of_the_hub_stays_there(
         headers = {
             "Location": f"{other.url}weights",
             "X-Repo-Commit": commit.sha,
-            "X-Linked-ETag": f'"{commit.files["model.safetensors"].sha256}"',
+            "X-Linked-ETag": f'"{commit.files["model.safetensors"].etag}"',
         }
         place.hub.faults = [Fault(rf"^{method} .*safetensors$", status=302, headers=headers)]
         assert weights.fetch(name).is_relative_to(place.home / "hub")
