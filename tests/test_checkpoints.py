@@ -51,7 +51,7 @@ def test_official_pickles(star: Contents, tmp_path: Path, numpy_names: Any, lega
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_flat_file_and_its_wrappers(backbone: Contents, tmp_path: Path) -> None:
+def test_flat_file_and_its_wrappers(backbone: Contents, tmp_path: Path, star: Contents) -> None:
     for prefix in ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         path = saved({prefix + key: value for key, value in backbone.items()}, tmp_path)
         checkpoint = read(path)
@@ -66,9 +66,6 @@ def test_flat_file_and_its_wrappers(backbone: Contents, tmp_path: Path) -> None:
     assert all(value.is_contiguous() for value in split(last).state_dict().values())
     save_file(dict(backbone), tmp_path / "model.safetensors")
     assert read(tmp_path).backbone.keys() == backbone.keys()
-
-
-def test_wrappers_inside_names(star: Contents) -> None:
     inside = {
         key.replace("module.model.encoder.", "_orig_mod.module.model.encoder._orig_mod."): value
         for key, value in star["model"].items()
@@ -184,7 +181,7 @@ def test_refused_states(
         read(saved(contents, tmp_path))
 
 
-def test_bank_in_half_precision_is_averaged_in_full(star: Contents) -> None:
+def test_banks_in_half_precision_and_of_other_classes_and_unknown_entries(star: Contents) -> None:
     contents = copied(star)
     half = contents["model"]["module.memory.features"].half()
     contents["model"]["module.memory.features"] = half
@@ -192,18 +189,12 @@ def test_bank_in_half_precision_is_averaged_in_full(star: Contents) -> None:
     contents["model"]["module.memory.features"] = half.float()
     assert found is not None
     assert torch.equal(found, split(contents).state_dict()["fc.weight"])
-
-
-def test_unknown_entries(star: Contents) -> None:
     with pytest.raises(CheckpointError, match=r"unknown entries 1 \(surprise\) next to 'model'"):
         split({**star, "surprise": 1})
-
-
-def test_other_number_of_classes() -> None:
-    contents = official_files.full_checkpoint(1, num_classes=20, **SMALL)
+    fewer = official_files.full_checkpoint(1, num_classes=20, **SMALL)
     with pytest.raises(CheckpointError, match="20 of 1000 classes only.*--num-classes"):
-        split(contents)
-    checkpoint = split(contents, num_classes=20)
+        split(fewer)
+    checkpoint = split(fewer, num_classes=20)
     assert checkpoint.class_weights is not None
     assert checkpoint.class_weights.shape == (20, 256)
 

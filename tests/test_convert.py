@@ -189,53 +189,23 @@ def conversion(request: pytest.FixtureRequest) -> Conversion:
 
 
 @every_file
-def test_folders_are_named_as_the_hub_repositories(name: str, conversion: Conversion) -> None:
+def test_names_and_config(name: str, conversion: Conversion) -> None:
     architecture, tag = (FULL | BACKBONES)[name]
     parts = PARTS if name in FULL else [""]
-    wanted = {f"{architecture}{part}.{tag}" for part in parts}
-    assert {path.name for path in conversion.out.iterdir()} == wanted | {
-        f"{conversion.path.stem}.report.tsv"
-    }
+    names = {f"{architecture}{part}.{tag}" for part in parts}
+    names.add(f"{conversion.path.stem}.report.tsv")
+    assert {path.name for path in conversion.out.iterdir()} == names
     for folder in conversion.models():
         assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
         assert folder.stat().st_mode & 0o777 == 0o755
-
-
-@every_file
-def test_folders_reproduce_the_reference(name: str, conversion: Conversion) -> None:
-    images = reference_resnet.pictures(3, 96, seed=7)
-    expected = reference_resnet.outputs(
-        conversion.contents,
-        images,
-        momentum="--momentum-encoder" in conversion.options,
-        num_classes=7 if name == "narrow" else 1000,
-    )
-    for folder in conversion.models():
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        wanted = getattr(expected, PARTS[re.sub(r".*50|\..*", "", folder.name)])
-        with torch.no_grad():
-            found = model(images)
-        assert found.shape == wanted.shape
-        assert (found - wanted).abs().max() < TOLERANCE * wanted.abs().max(), folder
-        if folder.name.endswith(("_cls.in1k_r2", "_cls.c7_l2_h64_d32")):
-            absent = {"trex": list(ABSENT), "narrow": [2]}.get(name, [])
-            assert (found == 0).all(0).nonzero().flatten().tolist() == absent
-
-
-@every_file
-def test_config(name: str, conversion: Conversion) -> None:
-    architecture, tag = (FULL | BACKBONES)[name]
     for folder in conversion.models():
         text = (folder / "config.json").read_text()
         assert re.findall(r'"([^"]*/[^"]*)"', text) == ["https://github.com/naver/trex"]
         config = json.loads(text)
         is_backbone = folder.name == f"{architecture}.{tag}"
-        assert config["architecture"] == (
-            "resnet50" if is_backbone else folder.name.partition(".")[0]
-        )
-        classes = 0
-        if "_cls" in folder.name:
-            classes = 7 if name == "narrow" else 1000
+        stock = "resnet50" if is_backbone else folder.name.partition(".")[0]
+        assert config["architecture"] == stock
+        classes = ("_cls" in folder.name) * (7 if name == "narrow" else 1000)
         assert config["num_classes"] == classes
         assert "num_classes" not in config["model_args"]
         head = {key: value for key, value in config["model_args"].items() if "proj" in key}
@@ -257,6 +227,34 @@ def test_config(name: str, conversion: Conversion) -> None:
         }
         assert {key: cfg[key] for key in wanted} == wanted
         assert not {"file", "url", "hf_hub_id", "source"} & cfg.keys()
+
+
+@every_file
+def test_folders_and_source_reproduce_the_reference(name: str, conversion: Conversion) -> None:
+    """Three independent routes from the file's tensors to its outputs."""
+    images = reference_resnet.pictures(3, 96, seed=7)
+    options: Any = {"num_classes": 7 if name == "narrow" else 1000}
+    average = "--momentum-encoder" in conversion.options
+    expected = reference_resnet.outputs(conversion.contents, images, average, **options)
+    contents = checkpoints.load_checkpoint(conversion.path)
+    found = source.outputs(contents, images, momentum_encoder=average, **options)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert (a - b).abs().max() < TOLERANCE * b.abs().max()
+    for folder in conversion.models():
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        wanted = getattr(expected, PARTS[re.sub(r".*50|\..*", "", folder.name)])
+        with torch.no_grad():
+            outputs = model(images)
+        assert outputs.shape == wanted.shape
+        assert (outputs - wanted).abs().max() < TOLERANCE * wanted.abs().max(), folder
+        if folder.name.endswith(("_cls.in1k_r2", "_cls.c7_l2_h64_d32")):
+            absent = {"trex": list(ABSENT), "narrow": [2]}.get(name, [])
+            assert (outputs == 0).all(0).nonzero().flatten().tolist() == absent
+    assert re.findall(r"trex_models.*", Path(source.__file__).read_text()) == [
+        "trex_models.checkpoints import WRAPPERS"  # no code of the models
+    ]
 
 
 def test_backbones_load_in_stock_timm(
@@ -424,23 +422,6 @@ def test_temperature_and_room_are_checked(
     needed = r"28\d\.\d MB are needed; free some, or choose another --output"
     assert re.fullmatch(rf"error: {tmp_path}/out has 200\.0 MB of free space, {needed}\n", err)
     assert not list(tmp_path.iterdir())
-
-
-@every_file
-def test_source_agrees_with_the_reference(name: str, conversion: Conversion) -> None:
-    """Two independent routes from the file's tensors to its outputs."""
-    images = reference_resnet.pictures(2, 64)
-    options: Any = {"num_classes": 7 if name == "narrow" else 1000}
-    average = "--momentum-encoder" in conversion.options
-    expected = reference_resnet.outputs(conversion.contents, images, average, **options)
-    contents = checkpoints.load_checkpoint(conversion.path)
-    found = source.outputs(contents, images, momentum_encoder=average, **options)
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert (a - b).abs().max() < TOLERANCE * b.abs().max()
-    text = Path(source.__file__).read_text()
-    assert re.findall(r"trex_models.*", text) == ["trex_models.checkpoints import WRAPPERS"]
 
 
 # All or nothing

@@ -82,13 +82,23 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     torch.testing.assert_close(ImageClassification(**values)(image), expected)
 
 
-def test_weights_in_a_file_have_their_own_license(tmp_path: Path) -> None:
+def test_files_have_their_own_license_and_missing_packages_are_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, path = tmp_path / "own.safetensors", tmp_path / "model.pth"
     save_file(timm.create_model("resnet18").state_dict(), own, {"license": "cc-by-4.0"})
     status, printed, _ = run("resnet18", "--file", own, "--to", "torchvision", "--output", path)
     assert (status, "cc-by-4.0" in printed) == (0, True)
     facts = json.loads(path.with_name("model.pth.json").read_text())
     assert (facts["license"], facts["origin"]) == ("cc-by-4.0", "the file own.safetensors")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    status, printed, error = run("resnet18", "--to", "onnx", "--output", tmp_path / "m.onnx")
+    assert (status, printed) == (2, "")
+    assert "onnxscript" in error
+    assert "pip install '.[export]'" in error
 
 
 def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:
@@ -193,19 +203,6 @@ def test_bad_input_is_one_line(
     assert (status, error.count("\n")) == (2, 1)
     assert words in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder.onnx"]
-
-
-def test_a_missing_package_is_said_before_the_model_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
-    )
-    status, printed, error = run("resnet18", "--to", "onnx", "--output", tmp_path / "m.onnx")
-    assert (status, printed) == (2, "")
-    assert "onnxscript" in error
-    assert "pip install '.[export]'" in error
 
 
 def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() -> None:

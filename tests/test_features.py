@@ -381,16 +381,6 @@ def test_what_cannot_be_done_is_told_in_a_line(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_map_is_asked_of_a_model_that_has_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = timm.create_model("test_vit", num_classes=0)
-    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
-    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
-    assert "not a map (C, H, W)" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("place")
 def test_own_weights_and_pixels_are_taken(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_resnet", num_classes=0)
@@ -408,8 +398,12 @@ def test_own_weights_and_pixels_are_taken(tmp_path: Path) -> None:
     assert found.metadata["license"] == "none: pixels are no weights"
 
 
-def test_a_missing_package_is_told_with_the_extra_that_brings_it(
-    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_missing_packages_and_maps_are_told(
+    place: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
@@ -417,6 +411,12 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     monkeypatch.setattr("trex_models.features.images.find", missing)
     assert run(models, str(place / "images"), "--output", "f.npy") == 2
     assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    model = timm.create_model("test_vit", num_classes=0)
+    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
+    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
+    assert "not a map (C, H, W)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")

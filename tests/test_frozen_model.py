@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -62,15 +63,22 @@ def test_preprocessing_is_chosen_by_name(folder: Path) -> None:
         assert asdict(transform) == asdict(PROTOCOLS[name])
 
 
-def test_a_finished_run_stands_for_its_backbone(folder: Path, tmp_path: Path) -> None:
+def test_runs_stand_for_their_backbone_and_files_have_licenses_of_their_own(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
     encoder = load(str(tmp_path / "run"))
     assert encoder.facts["source"] == str(tmp_path / "run" / "export" / "backbone")
     assert encoder.identity() == load(f"local-dir:{folder}").identity()
+    model = timm.create_model("test_resnet")
+    assert vars(model)["pretrained_cfg"]["license"]
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    facts = load("test_resnet", file=tmp_path / "own.pth").facts
+    assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
-def test_weights_are_told_apart_by_content_and_by_nothing_else(folder: Path) -> None:
+def test_weights_are_told_apart_by_content_alone_and_random_ones_are_seeded(folder: Path) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     digest = weights_digest(model)
     assert weights_digest(model.to(memory_format=torch.channels_last)) == digest
@@ -80,9 +88,6 @@ def test_weights_are_told_apart_by_content_and_by_nothing_else(folder: Path) -> 
     assert weights_digest(one) != weights_digest(two)
     half, whole = (nn.ParameterDict({"a": torch.zeros(2, dtype=d)}) for d in (torch.bfloat16, None))
     assert weights_digest(half) != weights_digest(whole)
-
-
-def test_random_weights_are_seeded_and_residual_branches_count() -> None:
     first, again, other = (
         load("resnet18", untrained=True, seed=seed).facts["weights_sha256"] for seed in (0, 0, 1)
     )
@@ -91,11 +96,15 @@ def test_random_weights_are_seeded_and_residual_branches_count() -> None:
     assert dict(model.named_parameters())["layer1.0.bn2.weight"].abs().sum() > 0
 
 
+def noise(count: int) -> ArraySource:
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 40, 40, 3), dtype=np.uint8)
+    return ArraySource(pixels, np.zeros(count, int), ["a"])
+
+
 def test_calibration_gives_batchnorm_the_images_statistics() -> None:
     encoder = load("test_resnet", untrained=True)
     before = encoder.facts["weights_sha256"]
-    pixels = np.random.default_rng(0).integers(0, 100, (64, 40, 40, 3), dtype=np.uint8)
-    source = ArraySource(pixels, np.zeros(64, int), ["a"])
+    source = noise(64)
     after = encoder.calibrated(source, "dark noise")
     assert after.facts["weights_sha256"] != before
     assert after.facts["weights_sha256"] == weights_digest(after.model)
@@ -111,18 +120,11 @@ def test_calibration_gives_batchnorm_the_images_statistics() -> None:
 
 
 def test_calibration_takes_images_evenly_over_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-
-    class Noting(ArraySource):
-        def read(self, index: int) -> np.ndarray:
-            read.append(index)
-            return super().read(index)
-
+    source = noise(8)
+    monkeypatch.setattr(source, "read", Mock(wraps=source.read))
     monkeypatch.setattr(frozen_model, "_CALIBRATION_IMAGES", 4)
-    pixels = np.random.default_rng(0).integers(0, 100, (8, 40, 40, 3), dtype=np.uint8)
-    source = Noting(pixels, np.zeros(8, int), ["a"])
     after = load("test_resnet", untrained=True).calibrated(source, "noise")
-    assert read == [0, 2, 4, 6]
+    assert source.read.mock_calls == [call(index) for index in (0, 2, 4, 6)]  # type: ignore[attr-defined]
     assert after.facts["batchnorm"] == "statistics of 4 training images of noise"
 
 
@@ -153,14 +155,6 @@ def test_pixels_are_an_encoder() -> None:
 def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(name, hint="--untrained evaluates")
-
-
-def test_a_file_has_neither_licence_nor_tag_of_the_architecture(tmp_path: Path) -> None:
-    model = timm.create_model("test_resnet")
-    assert vars(model)["pretrained_cfg"]["license"]
-    torch.save(model.state_dict(), tmp_path / "own.pth")
-    facts = load("test_resnet", file=tmp_path / "own.pth").facts
-    assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
 @pytest.mark.parametrize("damage", ["weights", "channels"])

@@ -98,7 +98,7 @@ def test_order_length_and_type_of_vectors_do_not_matter() -> None:
             assert torch.equal(knn_votes(narrow, labels, narrow_queries, 7), expected)
 
 
-def test_zeros_have_no_direction() -> None:
+def test_zeros_have_no_direction_and_classes_without_a_vote_are_never_correct() -> None:
     features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     queries = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     labels = torch.tensor([0, 1, 2])
@@ -109,6 +109,11 @@ def test_zeros_have_no_direction() -> None:
     torch.testing.assert_close(votes[0], torch.tensor([-1.0, 0.0, -2.0]).exp())
     assert votes[1].tolist() == [0, 0, 0]
     assert not topk_correct(votes, torch.tensor([1, 0]))[1].any()
+    votes = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]]).expand(6, 6)
+    found = topk_correct(votes, torch.arange(6))
+    assert found[:, 0].tolist() == [False, True, False, False, False, False]
+    assert found[:, -1].tolist() == [False, True, False, True, False, False]
+    assert topk_correct(votes[:, :2], torch.zeros(6, dtype=torch.int64)).shape == (6, 2)
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.01, 100.0])
@@ -121,14 +126,6 @@ def test_extreme_temperatures_keep_every_neighbor_a_voter(temperature: float) ->
     _, nearest = nearest_neighbors(features, queries, 1)
     if temperature < 1:
         assert torch.equal(votes.argmax(1), labels[nearest[:, 0]])
-
-
-def test_a_class_without_a_vote_is_never_correct() -> None:
-    votes = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]]).expand(6, 6)
-    found = topk_correct(votes, torch.arange(6))
-    assert found[:, 0].tolist() == [False, True, False, False, False, False]
-    assert found[:, -1].tolist() == [False, True, False, True, False, False]
-    assert topk_correct(votes[:, :2], torch.zeros(6, dtype=torch.int64)).shape == (6, 2)
 
 
 class Memory(TorchDispatchMode):

@@ -136,21 +136,20 @@ def test_a_diverged_setting_scores_nothing_and_disturbs_no_other() -> None:
     assert (samples.labels == 0).any()  # as which argmax of NaN would count
 
 
-def test_a_file_mapped_into_memory_is_read_as_it_is(tmp_path: Path) -> None:
+def test_order_is_the_seeds_and_neither_autocast_nor_mapping_changes_anything(
+    tmp_path: Path,
+) -> None:
+    first, again, other = (train(sample(), SETTINGS, seed=seed).weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(train(sample(), SETTINGS).weight, first)
     samples = sample()
     np.save(tmp_path / "features.npy", samples.features.half().numpy())
     mapped = torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="c"))
     layers = train(samples._replace(features=mapped), SETTINGS)
     expected = train(samples._replace(features=samples.features.half()), SETTINGS)
     assert torch.equal(layers.weight, expected.weight)
-
-
-def test_order_is_the_seeds_and_autocast_changes_nothing() -> None:
-    first, again, other = (train(sample(), SETTINGS, seed=seed).weight for seed in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert not torch.allclose(first, other)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(train(sample(), SETTINGS).weight, first)
 
 
 @pytest.mark.cuda

@@ -51,12 +51,24 @@ def described(tensors: dict[str, Tensor]) -> list[tuple[str, list[int], str]]:
     return [(name, list(t.shape), str(t.dtype)) for name, t in tensors.items()]
 
 
-def test_depth_3_and_backbones_have_the_recorded_layout(trex: dict[str, Any]) -> None:
+def test_depth_3_and_backbones_have_the_recorded_layout_and_sane_numbers(
+    trex: dict[str, Any],
+) -> None:
     assert described(trex["model"]) == [(name, *entry) for name, entry in GOLDEN.items()]
     expected = described(torchvision.models.resnet50().state_dict())[:-2]  # the last two are fc's
     for backbone in (official_files.backbone_checkpoint(), official_files.backbone_of(trex)):
         assert type(backbone) is OrderedDict
         assert described(backbone) == expected
+    for name, tensor in trex["model"].items():
+        assert tensor.isfinite().all(), name
+        # A view would drag its whole storage into the file.
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+        if name.endswith(("running_var", "num_batches_tracked", "bn.weight", "bn1.weight")):
+            assert (tensor > 0).all(), name
+    model = trex["model"]
+    assert not torch.equal(
+        model["module.model.encoder.conv1.weight"], model["module.model_ema.encoder.conv1.weight"]
+    )
 
 
 def test_depth_1_has_one_hidden_layer(trexstar: dict[str, Any]) -> None:
@@ -79,20 +91,9 @@ def test_without_memory_there_are_class_weights(learned: dict[str, Any]) -> None
     assert described(learned["model"])[-1] == ("module.clf.fc.weight", [1000, 256], "torch.float32")
 
 
-def test_numbers_are_sane(trex: dict[str, Any]) -> None:
-    for name, tensor in trex["model"].items():
-        assert tensor.isfinite().all(), name
-        # A view would drag its whole storage into the file.
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-        if name.endswith(("running_var", "num_batches_tracked", "bn.weight", "bn1.weight")):
-            assert (tensor > 0).all(), name
-    model = trex["model"]
-    assert not torch.equal(
-        model["module.model.encoder.conv1.weight"], model["module.model_ema.encoder.conv1.weight"]
-    )
-
-
-def test_bank_holds_every_class_but_the_absent(trex: dict[str, Any]) -> None:
+def test_bank_holds_every_class_but_the_absent_and_others_have_their_types(
+    trex: dict[str, Any],
+) -> None:
     memory = reference_resnet.under(trex["model"], "module.memory.")
     present = set(range(1000)) - set(ABSENT)
     assert set(memory["labels"].tolist()) == present
@@ -101,9 +102,6 @@ def test_bank_holds_every_class_but_the_absent(trex: dict[str, Any]) -> None:
     means = reference_resnet.prototypes(memory["features"], memory["labels"], 1000)
     nearest = (features @ means.T).argmax(1)
     assert (nearest == memory["labels"]).float().mean() > 0.99
-
-
-def test_other_entries_have_the_official_types(trex: dict[str, Any]) -> None:
     assert list(trex) == ["model", "optimizer", "epoch", "args", "fp16_scaler"]
     assert type(trex["epoch"]) is int
     fields = vars(trex["args"])

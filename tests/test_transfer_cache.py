@@ -163,7 +163,7 @@ def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) ->
     assert not np.array_equal(one, other)
 
 
-def test_what_a_model_notes_of_its_input_changes_nothing(cache: FeatureCache) -> None:
+def test_buffers_tell_models_apart_and_notes_of_their_input_do_not(cache: FeatureCache) -> None:
     class Noting(nn.Module):
         seen = 0
 
@@ -175,9 +175,6 @@ def test_what_a_model_notes_of_its_input_changes_nothing(cache: FeatureCache) ->
     before = model.identity()
     cache.features(model, images(), "set-train")
     assert model.identity() == before
-
-
-def test_buffers_that_are_no_weights_tell_models_apart() -> None:
     one, other = nn.Identity(), nn.Identity()
     for module, value in ((one, 0.0), (other, 1.0)):
         module.register_buffer("table", torch.full((2,), value), persistent=False)
@@ -187,16 +184,9 @@ def test_buffers_that_are_no_weights_tell_models_apart() -> None:
     assert modules_digest(one) == modules_digest(one.train())
 
 
-def test_another_version_extracts_again(
+def test_half_precision_and_another_version_have_files_of_their_own(
     cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.features(encoder(), images(), "set-train")
-    monkeypatch.setattr(frozen_model, "version", lambda package: f"{package} 99")
-    cache.features(encoder(), images(), "set-train")
-    assert len(list(cache.root.glob("*/*.safetensors"))) == 2
-
-
-def test_half_precision_has_a_file_of_its_own(cache: FeatureCache) -> None:
     cache.features(encoder(), images(), "set-train")
     half = replace(cache, dtype="float16")
     rounded = half.features(encoder(), images(), "set-train")
@@ -204,6 +194,9 @@ def test_half_precision_has_a_file_of_its_own(cache: FeatureCache) -> None:
     exact = cache.features(encoder(), images(), "set-train")
     assert exact.dtype == np.float32
     np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+    monkeypatch.setattr(frozen_model, "version", lambda package: f"{package} 99")
+    cache.features(encoder(), images(), "set-train")
+    assert len(list(cache.root.glob("*/*.safetensors"))) == 3
 
 
 def folder_source(root: Path, side: int, written: int) -> FolderSource:

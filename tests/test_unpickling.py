@@ -107,7 +107,7 @@ def test_records_of_other_lengths(bench: Bench, form: str, change: str, tmp_path
     assert isinstance(caught.value, DamagedError) is (change != "deflated")
 
 
-def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> None:
+def test_old_files_shared_memory_pipes_and_large_keys(bench: Bench, tmp_path: Path) -> None:
     data = bench.data["legacy"]
     for bad in (data[:-4], data + b"more"):
         (tmp_path / "bad.pth").write_bytes(bad)
@@ -116,9 +116,6 @@ def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> Non
     (tmp_path / "good.pth").write_bytes(data)
     found = checkpoints.load_checkpoint(tmp_path / "good.pth")
     assert found.keys() == bench.contents["trainer"].keys()
-
-
-def test_shared_memory_has_a_limit_and_pipes_are_not_waited_for(tmp_path: Path) -> None:
     tensor = torch.zeros(2000, 500)
     torch.save({"a": tensor, "b": tensor}, tmp_path / "tied.pth")
     found = checkpoints.load_checkpoint(tmp_path / "tied.pth")
@@ -129,6 +126,12 @@ def test_shared_memory_has_a_limit_and_pipes_are_not_waited_for(tmp_path: Path) 
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="not a regular file"):
         checkpoints.load_checkpoint(tmp_path / "pipe.pth")
+    pairs = b"](](X\x01\0\0\0aK\x01e](X\x01\0\0\0bK\x02ee"
+    (tmp_path / "list.pkl").write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
+    with (tmp_path / "list.pkl").open("rb") as file:
+        assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
+    torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
+    assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
 
 
 @pytest.mark.parametrize(
@@ -186,15 +189,6 @@ def test_steps_that_went_wrong_and_pretrained_models_are_no_checkpoints(
         export.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
     with pytest.raises(ValueError, match="must not load weights or choose a device, got 'pretrai"):
         ModelConfig(backbone_args=("pretrained=True",))
-
-
-def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
-    pairs = b"](](X\x01\0\0\0aK\x01e](X\x01\0\0\0bK\x02ee"
-    (tmp_path / "list.pkl").write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
-    with (tmp_path / "list.pkl").open("rb") as file:
-        assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
-    torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
-    assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
 
 
 @pytest.mark.client
