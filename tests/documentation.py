@@ -80,15 +80,12 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is done otherwise in the test of a page; the module's docstring has the form."""
-
     slow: bool = False
     replace: dict[str, str] = field(default_factory=dict)
     skip: dict[str, str] = field(default_factory=dict)
 
 
 def settings(page: Path) -> Settings:
-    """Return a page's settings; those of a page without a file are the defaults."""
     file = SETTINGS / f"{page.stem}.toml"
     return Settings(**tomllib.loads(file.read_text())) if file.exists() else Settings()
 
@@ -107,7 +104,6 @@ def blocks(markdown: str) -> list[Block]:
 
 
 def python_blocks(markdown: str) -> list[str]:
-    """Return the text of the Python blocks of a page, in order."""
     return [block.text for block in blocks(markdown) if block.language == "python"]
 
 

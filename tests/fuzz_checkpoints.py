@@ -194,7 +194,6 @@ class Bench:
 # Changes: each returns the file's bytes and what may be done with it: "same" (if it is loaded,
 # then with the original's values), "refuse", or "any".
 def damage(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
-    """Change bytes anywhere, cut the file, or insert bytes."""
     data = bytearray(bench.data[form])
     position = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(1, 4000)
     kind = rng.choice(["flip", "cut", "insert", "delete", "zero"])
@@ -282,7 +281,6 @@ BACKBONE_ARGS = [
 
 
 def types(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
-    """Replace an entry, a setting, or a tensor by something of another type or value."""
     contents = dict(bench.contents[form])
     weights = next((name for name in ("method", "model") if name in contents), "")
     state = dict(contents[weights]) if weights else contents
@@ -327,7 +325,6 @@ CHANGES = {"damage": damage, "records": rezip, "programs": program, "types": typ
 
 
 def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
-    """Change a file, read it, and return path, change and outcome."""
     rng = random.Random(f"{seed}.{index}")
     path_name = rng.choice(list(bench.paths))
     change = rng.choice(list(CHANGES))
@@ -362,7 +359,6 @@ def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
 
 
 def work(seed: int, start: int, stop: int) -> None:
-    """Print a line of JSON for each file, before and after it is read."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError()))
     with tempfile.TemporaryDirectory() as folder:

@@ -83,7 +83,6 @@ def byte_span(value: str | None, size: int) -> range | None:
 
 
 def pieces(content: Content, span: range, piece: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes of a span; those of a file are read as they are sent."""
     if isinstance(content, bytes):
         yield content[span.start : span.stop]
         return
@@ -116,15 +115,12 @@ class Server(ThreadingTCPServer):
 
     @property
     def url(self) -> str:
-        """Address, without a slash at the end."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def requests(self, pattern: str = "") -> list[Request]:
-        """The requests in whose "METHOD /path" the pattern is found."""
         return [r for r in list(self.log) if re.search(pattern, f"{r.method} {r.path}")]
 
     def note(self, request: Request) -> Fault | None:
-        """Record a request and say what goes wrong with it."""
         with self._lock:
             self.log.append(request)
             fault = next((fault for fault in self.faults if fault.applies(request)), None)
@@ -137,7 +133,6 @@ class Server(ThreadingTCPServer):
         return self
 
     def stop(self) -> None:
-        """End every connection and every thread."""
         self.shutdown()
         self._thread.join()
         self.stopping.set()
@@ -196,7 +191,6 @@ class Handler(BaseHTTPRequestHandler):
         *,
         ranges: bool = False,
     ) -> None:
-        """Send an answer, or the bytes of it that the request's Range header asks for."""
         fault = self.fault or Fault("")
         if fault.body is not None:
             content = fault.body

@@ -40,7 +40,6 @@ class File(NamedTuple):
     is_large: bool
 
     def sibling(self, path: str) -> dict[str, Any]:
-        """The file among those of a model."""
         found: dict[str, Any] = {"rfilename": path, "size": self.size, "blobId": self.etag}
         if self.is_large:
             found["lfs"] = {"sha256": self.etag, "size": self.size, "pointerSize": 134}
@@ -48,14 +47,11 @@ class File(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """A commit and its files by path."""
-
     sha: str
     files: Mapping[str, File]
 
 
 def git_oid(data: bytes) -> str:
-    """What `git hash-object` prints."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -94,7 +90,6 @@ class Hub:
         return commits[-1].sha
 
     def find(self, repo_id: str, revision: str) -> Commit | None:
-        """The commit of a revision: a hash or main."""
         commits = reversed(self.repos[repo_id])
         return next((c for c in commits if revision in ("main", c.sha)), None)
 
@@ -110,8 +105,6 @@ class HubServer(Server):
 
 
 class HubHandler(Handler):
-    """Answers as the Hub does."""
-
     server: HubServer
 
     def answer(self, path: str) -> None:
@@ -284,7 +277,6 @@ class HubHandler(Handler):
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[HubServer]:
-    """Serve a Hub to the client in this process."""
     with HubServer(hub) as server, local_client():
         yield server
 

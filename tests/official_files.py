@@ -107,7 +107,6 @@ def full_checkpoint(
 
 
 def backbone_checkpoint(seed: int = 0) -> OrderedDict[str, Tensor]:
-    """Build the content of a backbone file."""
     generator = torch.Generator().manual_seed(seed)
     return OrderedDict(
         (name.removeprefix(BACKBONE), _draw(name, shape, generator))
@@ -215,7 +214,6 @@ def _sgd_state(
 
 
 def _arguments(depth: int, bank_size: int, num_classes: int, seed: int) -> argparse.Namespace:
-    """Arguments of the official types; apart from ``lr_schedule`` the names are ours."""
     warmup = np.linspace(0, 0.1, 10 * _EPOCH_STEPS)
     decay = np.linspace(0, np.pi, 90 * _EPOCH_STEPS, endpoint=False)
     return argparse.Namespace(

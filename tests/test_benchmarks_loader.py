@@ -25,7 +25,6 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def assert_positive(value: Any) -> None:
-    """Check every number in nested dictionaries."""
     if isinstance(value, dict):
         for part in value.values():
             assert_positive(part)

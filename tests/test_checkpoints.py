@@ -201,7 +201,6 @@ def test_banks_in_half_precision_and_of_other_classes_and_unknown_entries(star: 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet101", "resnet50", "convnext_atto"])
 def test_other_networks(name: str, tmp_path: Path) -> None:
-    """A stock ResNet-50 with its classifier is one, too."""
     state = timm.create_model(name).state_dict()
     message = r"not those of a resnet50: \d+ .*missing, \d+ .*un"
     if name == "resnet50":

@@ -42,7 +42,6 @@ def body() -> Any:
 
 
 def mask_rcnn() -> nn.Module:
-    """Return what FasterRCNN is, which the documentation's page runs, and masks."""
     return MaskRCNN(BackboneWithFPN(body(), STAGES, CHANNELS, 256), **SMALL, **FEW_BOXES)
 
 

@@ -43,8 +43,6 @@ PARTS = {"": "features", "_proj": "embeddings", "_cls": "logits"}
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file that was converted."""
-
     contents: dict[str, Any]
     """Under the official names."""
     path: Path
@@ -56,7 +54,6 @@ class Conversion:
         return sorted(path for path in self.out.iterdir() if path.is_dir())
 
     def report(self) -> tuple[dict[str, str], list[dict[str, str]]]:
-        """Return the facts at the report's head, and its rows."""
         lines = (self.out / f"{self.path.stem}.report.tsv").read_text().splitlines()
         facts = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
         rows = csv.DictReader(lines[len(facts) :], delimiter="\t")
@@ -64,13 +61,11 @@ class Conversion:
 
 
 def run(path: Path, output: Path, *options: str) -> tuple[int, str, str]:
-    """Return the exit status, and what was printed to each stream."""
     return captured(main, "naver", path, "--output", output, *options)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for large files, which do not outlive the tests."""
     folder = tmp_path_factory.mktemp("convert")
     yield folder
     shutil.rmtree(folder)
@@ -156,7 +151,6 @@ def backbone(base: Path) -> Conversion:
 
 @pytest.fixture(scope="module")
 def renamed(base: Path) -> Conversion:
-    """A backbone of another name, saved inside a wrapper."""
     contents = official_files.backbone_checkpoint(6)
     written = {f"module.{name}": value for name, value in contents.items()}
     model = ("--model", "trex_resnet50.in1k_r2")
@@ -431,7 +425,6 @@ FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
 
 
 def keep_out(tmp_path: Path) -> Path:
-    """Return a folder with an earlier conversion of one model."""
     out = tmp_path / "out"
     earlier = out / "trex_resnet50.c7_l2_h64_d32"
     earlier.mkdir(parents=True)
@@ -532,7 +525,6 @@ def test_earlier_folder_is_replaced(narrow: Conversion, tmp_path: Path) -> None:
 
 
 def refused(path: Path, out: Path, *options: str) -> str:
-    """Return the message; require that it is one line and that nothing was written."""
     existed = out.exists()
     status, _, err = run(path, out, *options)
     assert status == 2

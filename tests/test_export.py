@@ -33,14 +33,12 @@ run = partial(captured, main, "export")
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 with a linear classifier."""
     folder = tmp_path_factory.mktemp("stock")
     return write_model(folder, "resnet18", naver.LICENSE, num_classes=7)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 with projector and cosine classifier."""
     folder = tmp_path_factory.mktemp("whole")
     sizes: dict[str, Any] = {"proj_hidden_dim": 32, "proj_dim": 16}
     return write_model(folder, "trex_resnet", backbone="resnet18", num_classes=7, **sizes)

@@ -71,7 +71,6 @@ def assert_right(found: Features, place: Path, models: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The images that are read, in order."""
     found: list[str] = []
     read = FileSource.read
 

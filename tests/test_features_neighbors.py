@@ -38,7 +38,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with images and their features in f.npy."""
     for number in range(11):
         save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
     monkeypatch.chdir(tmp_path)

@@ -121,10 +121,11 @@ def test_calibration_gives_batchnorm_the_images_statistics() -> None:
 
 def test_calibration_takes_images_evenly_over_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     source = noise(8)
-    monkeypatch.setattr(source, "read", Mock(wraps=source.read))
+    read = Mock(wraps=source.read)
+    monkeypatch.setattr(source, "read", read)
     monkeypatch.setattr(frozen_model, "_CALIBRATION_IMAGES", 4)
     after = load("test_resnet", untrained=True).calibrated(source, "noise")
-    assert source.read.mock_calls == [call(index) for index in (0, 2, 4, 6)]  # type: ignore[attr-defined]
+    assert read.mock_calls == [call(index) for index in (0, 2, 4, 6)]
     assert after.facts["batchnorm"] == "statistics of 4 training images of noise"
 
 

@@ -69,7 +69,6 @@ def built(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Timm folders of the three models of a full file."""
     folder = tmp_path_factory.mktemp("official")
     convert_official(release / "trexstar_2_checkpoint_full.pth", folder)
     yield folder
@@ -109,12 +108,10 @@ class Desk:
     capsys: pytest.CaptureFixture[str]
 
     def push(self, *sources: str | Path, **options: Any) -> Manifest:
-        """Publish folders, by default in ``built``; return the manifest."""
         publish(tuple(self.built / s for s in sources), manifest=self.manifest, **options)
         return load_manifest(self.manifest, missing_ok=True)
 
     def verify(self, *names: str) -> str:
-        """Verify, and return the line."""
         self.printed()
         good = verify(names, manifest=self.manifest)
         out = self.printed()
@@ -128,11 +125,9 @@ class Desk:
         return self.server.hub.repos[f"trex-models/{name}"]
 
     def sent(self) -> list[str]:
-        """The requests that can change something."""
         return [f"{r.method} {r.path}" for r in self.server.requests("^(POST|PUT|DELETE) ")]
 
     def record(self, **changes: Any) -> None:
-        """Change the manifest's entry of small_trex."""
         published = load_manifest(self.manifest)
         entry = dataclasses.replace(published.models["small_trex"], **changes)
         changed = dataclasses.replace(published, models={"small_trex": entry})

@@ -21,7 +21,6 @@ from trex_models.evaluation.knn import knn_votes, nearest_neighbors, topk_correc
 def sample(
     references: int = 203, queries: int = 61, width: int = 12, classes: int = 7
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features, labels, queries."""
     generator = torch.Generator().manual_seed(references + queries)
     return (
         torch.randn(references, width, generator=generator),

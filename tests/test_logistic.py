@@ -38,7 +38,6 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels and labels to train on, pixels to test on."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).float() / 4
     return x[:600], torch.from_numpy(labels)[:600], x[600:]

@@ -36,7 +36,6 @@ def lower_bounds() -> dict[str, Version]:
 
 
 def pins(name: str) -> dict[str, Version]:
-    """Return the versions that a file of constraints pins."""
     lines = (ROOT / name).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if not line.startswith("#")]
     assert all(str(r.specifier).startswith("==") for r in requirements)
@@ -50,7 +49,6 @@ def changelog() -> list[tuple[str, str]]:
 
 
 def citation(field: str) -> str:
-    """Return a field of the software itself, not of the paper."""
     found = re.search(rf"^{field}: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert found is not None, field
     return found[1]

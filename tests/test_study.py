@@ -87,8 +87,6 @@ def test_parts_of_a_set_share_no_image_and_labels_are_balanced() -> None:
 
 
 class _Drawn(Images):
-    """Images that are drawn otherwise."""
-
     def parts(self) -> dict[str, Callable[[], Part]]:
         return {"set/train": lambda: iter(self._drawn())}
 
@@ -137,7 +135,6 @@ HEAD = ("train", "test", "means_train", "means_test")
 
 
 def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
-    """Return what a run might have found."""
     rng = np.random.default_rng((len(cell), seed))
     analyses = {"coding_length": 10.0 + seed, "effective_rank": 3.0 + seed}
     entry: dict[str, Any] = {"log_odds": float(rng.normal()), "knn": 0.5}
@@ -205,7 +202,6 @@ def test_results_of_one_seed_make_no_claims(
 
 
 def _tops(folder: Path, **tops: tuple[float, ...]) -> claims.Results:
-    """Return results with given accuracies, a seed each."""
     for cell, found in tops.items():
         name = cell.replace("_", "-")
         _write(folder, *(_result(name, seed, task_top1=top) for seed, top in enumerate(found)))
@@ -401,7 +397,6 @@ def test_the_page_shows_the_recorded_results(
 def test_a_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cell's result comes from the real commands."""
     images = Images(num_classes=4, per_class=20, size=32, few_classes=2)
     settings = {**SCALES["cpu"].settings, "objective.bank-size": 64}
     settings["optim.warmup-epochs"] = 1

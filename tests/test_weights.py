@@ -502,8 +502,6 @@ for i, name in enumerate(sys.argv[2:]):
 
 
 class Place:
-    """A Hub, NAVER's server, and a user's home."""
-
     def __init__(
         self, hub: HubServer, server: FileServer, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -530,13 +528,11 @@ class Place:
         self.monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
     def create(self, expected: dict[str, Tensor], *names: str) -> None:
-        """Create models in this process and compare their outputs."""
         for name in names:
             model = timm.create_model(name, pretrained=True)
             assert_outputs(model, expected[plain(name)])
 
     def error(self, name: str) -> str:
-        """Return the message where a model cannot be created."""
         with pytest.raises(WeightsError) as caught:
             timm.create_model(name, pretrained=True)
         return str(caught.value)
@@ -549,11 +545,9 @@ class Place:
         return Forked("-c", code, *arguments, environment=self.environment)
 
     def start(self, name: str) -> Forked:
-        """Create a model in a process of its own."""
         return self.fork(CHILD, tempfile.mkdtemp(dir=self.folder, prefix="out"), name)
 
     def finish(self, process: Forked, expected: dict[str, Tensor]) -> None:
-        """Wait for such a process, and compare its model's outputs."""
         assert process.end() == 0, process.err
         *_, out, name = process.command
         assert_close(torch.load(Path(out) / "0.pt"), expected[plain(name)])
@@ -566,7 +560,6 @@ class Place:
 
 
 def plain(name: str) -> str:
-    """Return the name that the zoo gives to a model."""
     return name.removeprefix("hf-hub:trex-models/").partition("@")[0]
 
 
@@ -607,7 +600,6 @@ BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
-    """In processes that know of the Hub, the home and the mode by their environment alone."""
     done = place.user(place.folder / "first", *BACKBONES)
     assert done.returncode == 0, done.stderr
     for i, name in enumerate(BACKBONES):
