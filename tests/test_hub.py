@@ -390,7 +390,7 @@ def test_card_of_naver_model(name: str) -> None:
     assert ("Plain timm cannot load this model" in text) is (backbone != name)
 
 
-def test_card_says_what_was_measured_here() -> None:
+def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -> None:
     measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
@@ -402,6 +402,14 @@ def test_card_says_what_was_measured_here() -> None:
     )
     assert "top-1 77.35 % by its own prototypes" in card
     assert "another protocol" in " ".join(card.split())
+    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
+    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
+    for part in ("", "_proj", "_cls"):
+        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
+        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
+    cfg = timm.get_pretrained_cfg("trex_resnet50")
+    assert cfg is not None
+    assert cfg.origin_url == notices.ORIGIN
 
 
 def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None:
@@ -412,17 +420,6 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
     results.write_text("[")
     with pytest.raises(ValueError, match=r"imagenet.json holds no results .*; delete it"):
         build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=results)
-
-
-def test_figures_and_origin_are_those_of_the_specification() -> None:
-    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
-    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
-    for part in ("", "_proj", "_cls"):
-        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
-        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
-    cfg = timm.get_pretrained_cfg("trex_resnet50")
-    assert cfg is not None
-    assert cfg.origin_url == notices.ORIGIN
 
 
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:

@@ -163,7 +163,7 @@ def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
     assert "torch.Size([1, 192])" in run_python("-c", code).stdout
 
 
-def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
+def test_long_lists_of_classes_and_naver_s_license(tmp_path: Path) -> None:
     source = tiny_classifier(
         tmp_path / "own", torch.eye(4, 16) * torch.tensor([[1], [0], [1], [1]])
     )
@@ -187,12 +187,9 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     card = own(tmp_path / "many", tmp_path / "hub")[1]
     assert "names = range(30)" in card
     assert "Its classes" not in card
-
-
-def test_naver_s_licence_may_come_from_naver_s_weights(tmp_path: Path) -> None:
     """As of an export that started from them: no claim that they are none of NAVER's."""
-    source = tiny_classifier(tmp_path / "own")
-    (folder,) = build_folders(source, tmp_path / "hub", owner="Ada", license=naver.LICENSE)
+    source = tiny_classifier(tmp_path / "mine")
+    (folder,) = build_folders(source, tmp_path / "theirs", owner="Ada", license=naver.LICENSE)
     for file in ("README.md", "NOTICE"):
         text = " ".join((folder / file).read_text().split())
         assert "if the training started from those" in text.lower()

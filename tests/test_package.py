@@ -117,7 +117,7 @@ def test_tests_share_helpers_and_not_other_tests() -> None:
         assert not re.search(r"^\s*(from|import) tests[. ].*\btest_", path.read_text(), re.M), path
 
 
-def test_importing_the_package_loads_no_extras() -> None:
+def test_importing_the_package_loads_no_extras_and_nothing_that_timm_does_not() -> None:
     code = (
         "import sys, trex_models; "
         "print([m for m in ('tyro', 'sklearn', 'skimage', 'matplotlib', 'simplejpeg', "
@@ -129,9 +129,6 @@ def test_importing_the_package_loads_no_extras() -> None:
         "print([m for m in ('loop', 'config') if f'trex_models.train.{m}' in sys.modules])"
     )
     assert run_python("-c", code).stdout.split() == ["[]", "[]"]
-
-
-def test_importing_the_package_loads_nothing_that_timm_does_not() -> None:
     code = (
         "import sys, timm; known = set(sys.modules); import trex_models; "
         "print(*sorted(set(sys.modules) - known))"

@@ -291,7 +291,9 @@ def test_a_failed_command_names_its_log_and_one_that_diverges_scores_nothing(
     assert new_run(tmp_path, "look-1")._head() is None  # no class vectors
 
 
-def test_results_of_other_conditions_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_results_and_searches_of_other_conditions_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scale = SCALES["cpu"]
     run = new_run(tmp_path, rate=0.4, epochs=100)
     result = tmp_path / "ocm-1-0.json"
@@ -305,11 +307,6 @@ def test_results_of_other_conditions_are_not_gone_on_with(tmp_path: Path) -> Non
     other = replace(run, scale=replace(scale, start=replace(scale.start, epochs=7)))
     with pytest.raises(ValueError, match=r"ocm-1-0\.json is of start\.epochs .*, not 7"):
         other.is_done(result)
-
-
-def test_a_search_is_done_once_and_not_of_other_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     trial = new_run(tmp_path, rate=0.2, epochs=9)
     out = tmp_path / "search-ocm-1.json"
     assert study.best_rate(trial, out) is None

@@ -105,7 +105,7 @@ def test_what_is_wrong_with_files_is_told_with_their_layout_and_home(
     assert re.search(f"1 of .* missing or empty, the first is .*{re.escape(victim)}", message)
 
 
-def test_groups() -> None:
+def test_groups_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(GROUPS["transfer"]) == 15
     assert GROUPS["paper"] == ("imagenet", *GROUPS["transfer"])
     assert set(GROUPS["paper"]) == set(REPLICAS)
@@ -116,6 +116,9 @@ def test_groups() -> None:
         assert DATASETS[name].classifier == fits
     for name, dataset in DATASETS.items():
         assert dataset.name == name
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    message = refused(DATASETS["digits"], Path("/absent"))
+    assert "needs scikit-learn: pip install trex-models[transfer]" in message
 
 
 @pytest.mark.parametrize(
@@ -198,7 +201,9 @@ def test_own_folders_have_two_parts_or_three_of_which_two_are_fitted_on(tmp_path
     assert "hold different class folders" in refused(own(tmp_path), tmp_path)
 
 
-def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
+def test_of_undivided_folders_a_fifth_of_each_class_is_held_out_wherever_they_are(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "mine"
     for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("test", 3)):
         folders(tmp_path, "mine", count, [name])
@@ -206,9 +211,6 @@ def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) 
     assert np.bincount(test.labels).tolist() == [1, 2, 3, 1]
     assert np.bincount(train.labels).tolist() == [3, 8, 10, 2]
     assert not set(files(train, path)) & set(files(test, path))
-
-
-def test_undivided_folders_are_divided_the_same_wherever_they_are(tmp_path: Path) -> None:
     folders(tmp_path, "one", 10)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     folders(tmp_path, "two", 3, ["aardvark"])
@@ -219,7 +221,7 @@ def test_undivided_folders_are_divided_the_same_wherever_they_are(tmp_path: Path
     assert one.items() < two.items()
 
 
-def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
+def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: Path) -> None:
     message = refused(own(tmp_path / "absent"), tmp_path)
     assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
     assert message.endswith(f"or only {tmp_path}/absent/CLASS")
@@ -232,6 +234,12 @@ def test_own_folders_that_are_none_are_told(tmp_path: Path) -> None:
     message = refused(own(tmp_path), tmp_path)
     assert "2 classes have fewer than 2 training images" in message
     assert "the first is dog; add images" in message
+    expected = replicas.imagenet(tmp_path)
+    shutil.rmtree(tmp_path / "imagenet" / "val")
+    touch(tmp_path, ["imagenet/val/ILSVRC2012_val_00000001.JPEG"])
+    message = refused(small("imagenet", expected), tmp_path)
+    assert "0 class folders" in message
+    assert "torchvision.datasets.ImageNet(ROOT, 'val') sorts them" in message
 
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])
@@ -262,15 +270,6 @@ def test_an_image_of_both_parts_is_told(tmp_path: Path) -> None:
 
 
 # Lists that may lie or look otherwise.
-
-
-def test_flat_validation_images_of_imagenet_are_told_how_to_sort(tmp_path: Path) -> None:
-    expected = replicas.imagenet(tmp_path)
-    shutil.rmtree(tmp_path / "imagenet" / "val")
-    touch(tmp_path, ["imagenet/val/ILSVRC2012_val_00000001.JPEG"])
-    message = refused(small("imagenet", expected), tmp_path)
-    assert "0 class folders" in message
-    assert "torchvision.datasets.ImageNet(ROOT, 'val') sorts them" in message
 
 
 @pytest.mark.parametrize("place", ["SUN397", ".", "Partitions"])
@@ -430,12 +429,3 @@ def test_torn_and_double_lists_are_told(tmp_path: Path) -> None:
     assert message in refused(small("cog-l1", expected), tmp_path)
     (tmp_path / "cog" / "levels.pkl").unlink()
     assert "no files levels.*" in refused(small("cog-l1", expected), tmp_path)
-
-
-# Sets that need no download.
-
-
-def test_an_offline_set_without_its_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    message = refused(DATASETS["digits"], Path("/absent"))
-    assert "needs scikit-learn: pip install trex-models[transfer]" in message

@@ -127,16 +127,7 @@ def test_authors_figures_of_different_sets_stay_apart() -> None:
     assert "Means" not in str(notes(pictures.scatter([as_many], "paper")))
 
 
-def test_models_without_both_scores_are_named_and_keep_their_colour() -> None:
-    alone, silent = report("alone"), report("silent")
-    alone["training_task"], silent["transfer"] = None, None
-    figure = pictures.scatter([alone, silent, report("whole")])
-    assert "Without one of the scores: alone, silent" in notes(figure)
-    (point,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert point.get_color() == PALETTE[2]
-
-
-def test_names_are_in_a_legend_that_leaves_the_points_free() -> None:
+def test_names_are_in_a_free_legend_or_noted_where_a_score_is_missing() -> None:
     reports = [report(f"model number {index} {'x' * 60}", 1 + 0.01 * index) for index in range(8)]
     figure: Any = pictures.scatter(reports, "crops-1")
     figure.draw_without_rendering()
@@ -148,6 +139,12 @@ def test_names_are_in_a_legend_that_leaves_the_points_free() -> None:
     assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
     marks = [handle.get_color() for handle in legend.legend_handles[:8]]
     assert marks == list(PALETTE[:8])
+    alone, silent = report("alone"), report("silent")
+    alone["training_task"], silent["transfer"] = None, None
+    noted = pictures.scatter([alone, silent, report("whole")])
+    assert "Without one of the scores: alone, silent" in notes(noted)
+    (point,) = [line for line in noted.axes[0].lines if line.get_marker() == "o"]
+    assert point.get_color() == PALETTE[2]
 
 
 def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
@@ -165,7 +162,7 @@ def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
     assert axis.get_ylim()[0] == 0
 
 
-def test_a_model_without_a_data_set_leaves_a_gap() -> None:
+def test_missing_datasets_leave_gaps_and_many_bars_take_several_rows() -> None:
     one, two = report("one", sets=("digits",)), report("two", sets=("pets", "digits"))
     one["datasets"]["digits"]["knn"] = None
     figure = pictures.bars([one, two])
@@ -175,9 +172,6 @@ def test_a_model_without_a_data_set_leaves_a_gap() -> None:
     assert (len(axis.patches), len(marks(axis))) == (5, 4)
     centres = [round(bar.get_x() + bar.get_width() / 2) for bar in axis.patches]
     assert centres == [0, 1, 0, 1, 2]
-
-
-def test_many_bars_take_several_rows_and_no_numbers() -> None:
     sets = tuple(f"set{index}" for index in range(15))
     figure = pictures.bars([report(str(index), sets=sets) for index in range(12)])
     assert [len(axis.patches) for axis in figure.axes] == [72, 60, 60]

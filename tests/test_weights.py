@@ -273,7 +273,12 @@ def test_a_changed_file_is_refused(
 
 
 @pytest.mark.usefixtures("cache")
-def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_that_cannot_resume_or_lack_time_or_are_not_there(
+    tmp_path: Path,
+    server: FileServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     server.ranges = False
     server.faults = [Fault("GET", cut_after=31_000_000)]
@@ -281,14 +286,10 @@ def test_server_that_cannot_resume(server: FileServer, monkeypatch: pytest.Monke
     assert len(server.log) == 4
     server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
     assert weights.fetch("trex_resnet50.in1k").exists()
-
-
-@pytest.mark.usefixtures("cache")
-def test_without_time_or_a_network(
-    server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "other"))
+    server.log.clear()
+    server.faults = []
     """One line for each attempt, of which the last is the error's."""
-    monkeypatch.setattr("time.sleep", lambda _: None)
     with monkeypatch.context() as patch:
         patch.setattr(naver, "TOTAL_SECONDS", 0)
         assert_refused("it takes more than 0 hours")
@@ -620,7 +621,9 @@ def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) ->
     assert len(place.hub.log) == before
 
 
-def test_hub_s_cache_is_damaged(place: Place, expected: dict[str, Tensor]) -> None:
+def test_hub_or_its_cache_has_other_weights(
+    place: Place, expected: dict[str, Tensor], converted: dict[str, Path]
+) -> None:
     name = "trex_resnet50.in1k"
     place.create(expected, name)
     (path,) = (place.home / "hub").glob(f"models--*{name}/snapshots/*/*.safetensors")
@@ -632,6 +635,18 @@ def test_hub_s_cache_is_damaged(place: Place, expected: dict[str, Tensor]) -> No
     assert "delete the file and try again" in error
     path.resolve().unlink()
     place.create(expected, name)
+    assert place.server.log == []
+    shutil.rmtree(place.home)
+    other = converted["trexstar_resnet50.in1k"]
+    repo = place.hub.hub.repos[f"trex-models/{name}"]
+    # Someone rewrote the pinned commit.
+    repo[0] = repo[0]._replace(
+        files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
+    )
+    for _ in range(2):
+        error = place.error(name)
+        assert f"is {sha256(other)}, not {sha256(converted[name])} of the manifest" in error
+        assert "delete the file and try again" in error
     assert place.server.log == []
 
 
@@ -651,28 +666,22 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
     place.create(expected, name)
 
 
-def test_explicit_hub_folder(place: Place, expected: dict[str, Tensor]) -> None:
+def test_explicit_hub_folder_and_password_in_the_hub_s_address(
+    place: Place, expected: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     """timm's own way, with any organisation's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"][0].sha
     place.create(expected, name, f"{name}@{revision}")
     assert not (place.home / "trex_models").exists()
     assert place.server.log == []
-
-
-def test_hub_serves_other_weights(place: Place, converted: dict[str, Path]) -> None:
-    name = "trex_resnet50.in1k"
-    other = converted["trexstar_resnet50.in1k"]
-    repo = place.hub.hub.repos[f"trex-models/{name}"]
-    # Someone rewrote the pinned commit.
-    repo[0] = repo[0]._replace(
-        files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
-    )
-    for _ in range(2):
-        error = place.error(name)
-        assert f"is {sha256(other)}, not {sha256(converted[name])} of the manifest" in error
-        assert "delete the file and try again" in error
-    assert place.server.log == []
+    shutil.rmtree(place.home)
+    place.set_endpoint(place.hub.url.replace("//", "//ada:secret@"))
+    place.hub.faults = [Fault("", status=500)]
+    weights.fetch("trex_resnet50.in1k")
+    said = "".join(r.getMessage() for r in caplog.records if r.name.startswith("trex_models"))
+    assert f"for url '{place.hub.url}/" in said
+    assert "secret" not in said
 
 
 def test_hub_fails_and_naver_serves(
@@ -734,15 +743,6 @@ def test_token_of_the_hub_stays_there(
     assert place.server.log == []
 
 
-def test_password_in_the_hub_s_address(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    place.set_endpoint(place.hub.url.replace("//", "//ada:secret@"))
-    place.hub.faults = [Fault("", status=500)]
-    weights.fetch("trex_resnet50.in1k")
-    said = "".join(r.getMessage() for r in caplog.records if r.name.startswith("trex_models"))
-    assert f"for url '{place.hub.url}/" in said
-    assert "secret" not in said
-
-
 @pytest.mark.parametrize("time", [0, 2**32])
 def test_clock_that_is_wrong(place: Place, time: int) -> None:
     date = {"Date": formatdate(time, usegmt=True)}
@@ -793,17 +793,16 @@ def test_eight_processes_at_the_hub(place: Place) -> None:
     assert place.server.log == []
 
 
-def test_connection_to_the_hub_breaks_and_is_resumed(
-    place: Place, expected: dict[str, Tensor]
+def test_connection_to_the_hub_breaks_or_is_not_made(
+    place: Place, expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.hub.faults = [Fault("GET.*model.safetensors", cut_after=30_000_000, times=1)]
     place.create(expected, "trex_resnet50.in1k")
     ranges = [request.range for request in place.hub.requests("^GET .*/resolve/")]
     assert ranges == [None, f"bytes={20 * MIB}-"]
     assert place.server.log == []
-
-
-def test_offline_without_a_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(place.home)
+    place.hub.log.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in ("trex_resnet50", "trexstar_resnet50_cls"):
         error = place.error(name)
