@@ -124,6 +124,7 @@ def fill(key: str, value: float) -> Callable[[Contents], None]:
 
 
 CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
+BN = "module.model.encoder.bn1"
 
 
 @pytest.mark.parametrize(
@@ -151,15 +152,9 @@ CONV, HEAD = "module.model.encoder.conv1.weight", "module.model.head.layers."
         (fill(f"{HEAD}2.weight", float("inf")), r"projector 2\.weight has 1 values that are not f"),
         (fill("module.memory.features", float("nan")), "bank features has 1 values that are not"),
         (put(CONV, torch.ones(64, 3, 7, 7).char()), "is torch.int8 .* if the model was quantized"),
-        (
-            put(CONV, torch.ones(64, 3, 7, 7).to(torch.complex64)),
-            "is torch.complex64 .*expected dense floa",
-        ),
-        (
-            put("module.model.encoder.bn1.running_mean", torch.ones(64).long()),
-            "torch.int64 .*expected den",
-        ),
-        (put("module.model.encoder.bn1.num_batches_tracked", torch.ones(())), "64-bit integers"),
+        (put(CONV, torch.ones(64, 3, 7, 7).cfloat()), "is torch.complex64 .*expected dense floa"),
+        (put(f"{BN}.running_mean", torch.ones(64).long()), "torch.int64 .*expected dense"),
+        (put(f"{BN}.num_batches_tracked", torch.ones(())), "64-bit integers"),
         (put("module.memory.features", torch.ones(1200, 256).int()), "is torch.int32"),
         (put("module.memory.labels", torch.ones(1200)), "labels is torch.float32 .* 64-bit int"),
         (put("module.memory.ptr", torch.tensor([1200])), "pointer is outside its 1200 entries"),

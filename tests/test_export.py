@@ -176,10 +176,7 @@ def test_a_wrong_copy_is_found_and_an_earlier_export_stays(
     ("arguments", "words"),
     [
         ("resnet18 --to onnx --output m.pth", "give a file that ends in .onnx"),
-        (
-            "resnet18 --to torchvision --output m.onnx",
-            "give a file that ends in .pth or .safetensors",
-        ),
+        ("resnet18 --to torchvision --output m.onnx", "that ends in .pth or .safetensors"),
         ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
         ("resnet18 --to onnx --output folder.onnx", "it is a folder"),
         ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),

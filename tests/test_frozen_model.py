@@ -147,10 +147,7 @@ def test_pixels_are_an_encoder() -> None:
         ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
         ("./no/such/folder", "no such folder with a config.json"),
         ("no/such/folder", "no such folder with a config.json"),
-        (
-            "resnet200",
-            "resnet200 cannot be loaded: No pretrained weights .*; --untrained evaluates",
-        ),
+        ("resnet200", "resnet200 cannot be loaded: No pretrained .*; --untrained evaluates"),
     ],
 )
 def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:

@@ -21,6 +21,7 @@ REPO = "naver/trex"
 WEIGHTS = bytes(range(256)) * 1000
 README = b"---\nlicense: cc-by-nc-sa-4.0\ntags: [timm]\n---\n# t-ReX\n"
 TOKEN = "hf_test"
+NO_ENTRY = {"X-Error-Code": "EntryNotFound"}
 
 
 @pytest.fixture
@@ -93,11 +94,7 @@ def test_download(server: HubServer, hub: Hub, tmp_path: Path) -> None:
         (Fault("", 401, headers={"X-Error-Code": "GatedRepo"}), errors.GatedRepoError, "401"),
         (Fault("", 403), errors.LocalEntryNotFoundError, "locate the file"),
         (Fault("", 404), errors.LocalEntryNotFoundError, "locate the file"),
-        (
-            Fault("", 404, headers={"X-Error-Code": "EntryNotFound"}),
-            errors.EntryNotFoundError,
-            "404",
-        ),
+        (Fault("", 404, headers=NO_ENTRY), errors.EntryNotFoundError, "404"),
         (Fault("^GET", 500), errors.HfHubHTTPError, "500"),
         (Fault("^GET", 503), errors.HfHubHTTPError, "503"),
         (Fault("", 0), Exception, "disconnected"),

@@ -189,18 +189,12 @@ def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, re
     [
         (Fault("GET", status=404), r"trex\.pth is not available: the server answered 404 Not"),
         (Fault("GET", status=500), r"trex\.pth is not available: the server answered 500 Int"),
-        (
-            Fault("GET", status=429, headers={"Retry-After": "100000"}),
-            r"the server answered 429 Too Many Requests \(try again in 100000 s\)",
-        ),
+        (Fault("GET", status=429, headers={"Retry-After": "9999"}), "429 Too.*again in 9999 s"),
         (Fault("GET", cut_after=0), r"trex\.pth is not available: connection closed early"),
         (Fault("GET", delay=60), "trex.pth is not available: timed out"),
         (Fault("GET", endless=(b"x", 0.1)), "trex.pth is not available: only . bytes in "),
         (Fault("GET", endless=(bytes(MIB), 0)), "it has more than 200 MB: another file"),
-        (
-            Fault("GET", body=b"bomb", headers={"Content-Encoding": "gzip"}),
-            "trex.pth is not available: the server compresses it",
-        ),
+        (Fault("GET", body=b"a", headers={"Content-Encoding": "gzip"}), "the server compresses it"),
         (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part: it is a web page"),
         (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or cut short"),
     ],
