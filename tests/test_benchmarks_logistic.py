@@ -10,9 +10,7 @@ import pytest
 from benchmarks import logistic
 
 
-def test_reports_times_objectives_and_agreement(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reports_times_and_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "logistic.json"
     arguments = "--sizes 60x8x3 --rounds 2 --num-C 3 --compared 2 --tight-iterations 100"
     logistic.main(["--out", str(out), *arguments.split()])

@@ -251,9 +251,7 @@ def test_folders_and_source_reproduce_the_reference(name: str, conversion: Conve
     ]
 
 
-def test_backbones_load_in_stock_timm(
-    trex: Conversion, backbone: Conversion, tmp_path: Path
-) -> None:
+def test_backbones_load_in_timm(trex: Conversion, backbone: Conversion, tmp_path: Path) -> None:
     code = """
 import sys, timm, torch
 for i, folder in enumerate(sys.argv[1:]):
@@ -400,7 +398,7 @@ def test_wrong_models_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_temperature_and_room_are_checked(
+def test_temperature_and_room(
     narrow: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source, "TEMPERATURE", 0.101)
@@ -494,7 +492,7 @@ def test_message_tells_what_was_moved_before_an_error(
     ]
 
 
-def test_disk_that_is_really_full(
+def test_disk_really_full(
     narrow: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has room for one model; the free space is not noticed first."""
@@ -583,9 +581,7 @@ def test_backbone_that_is_not_one(
     assert re.search(message, refused(path, tmp_path / "out", *TREX))
 
 
-def test_name_that_contradicts_the_contents(
-    trexstar: Conversion, backbone: Conversion, tmp_path: Path
-) -> None:
+def test_contradicting_name(trexstar: Conversion, backbone: Conversion, tmp_path: Path) -> None:
     for source_path, name, message in (
         (trexstar.path, "trex_2_checkpoint_full.pth", "a projector of 3 hidden layers, found a "),
         (trexstar.path, "trexstar_2.pth", "expected a backbone alone, found a projector of 1"),
@@ -628,9 +624,7 @@ def test_options_that_do_not_fit(
     assert re.search(message, refused(path, tmp_path / "out", *options))
 
 
-def test_output_that_cannot_be(
-    backbone: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_output(backbone: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         error = f"error: {tmp_path}/file is a file; choose another --output\n"

@@ -85,9 +85,7 @@ def test_pip_and_make_must_be_asked_for_what_exists(
         assert (run(page, tmp_path, furnished[1]).returncode == 0) is works, line
 
 
-def test_blocks_and_settings_that_would_do_nothing_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_useless_blocks_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="indented, not fenced: 'make demo'"):
         blocks("Do this:\n\n    make demo\n\nand that.\n")
     with pytest.raises(ValueError, match="line 3: the language 'pyhton' is not known"):

@@ -333,9 +333,7 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     ("output", "shape"),
     [("backbone", (32,)), ("projector", (12,)), ("dense", (32, 2, 2)), ("logits", (5,))],
 )
-def test_outputs_of_a_whole_model(
-    place: Path, models: Path, output: str, shape: tuple[int, ...]
-) -> None:
+def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple[int, ...]) -> None:
     assert run(models, "images", "--output", "f.npy", "--features", output, model="whole") == 0
     found = trex_models.features.load("f.npy")
     assert found.features.shape == (11, *shape)

@@ -51,9 +51,7 @@ def test_images_are_found_in_order_with_names_below_what_was_named(
     ]
 
 
-def test_names_in_a_list_are_taken_as_they_are_from_its_folder(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_in_a_list_are_as_they_are(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absolute = place / "images" / "a" / "deep" / "3.PNG"
     (place / "images" / "list.txt").write_text(f"b/2.png\n\ntop.jpeg\r\n{absolute}\n")
     monkeypatch.chdir("/")
@@ -66,9 +64,7 @@ def test_names_in_a_list_are_taken_as_they_are_from_its_folder(
     assert find([str(place / "list.txt")]).names == names
 
 
-def test_an_image_counts_once_and_may_have_the_letters_of_a_pattern(
-    place: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = find(["images/b/2.png", "images", str(place / "images" / "b")])
     assert found.names == ["b/2.png", "a/deep/3.PNG", "b/1.jpg", "top.jpeg"]
     assert found.repeated == 3

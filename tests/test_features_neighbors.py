@@ -104,9 +104,7 @@ def test_the_model_must_be_that_of_the_file(
         find(trex_models.features.load("f.npy"), ["new.png"], model="model")
 
 
-def test_weights_of_your_own_may_have_been_moved(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_weights_of_your_own_may_be_moved(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(place / "images" / "b" / "5.png", "new.png")
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), "own.safetensors")

@@ -63,9 +63,7 @@ def test_preprocessing_is_chosen_by_name(folder: Path) -> None:
         assert asdict(transform) == asdict(PROTOCOLS[name])
 
 
-def test_runs_stand_for_their_backbone_and_files_have_licenses_of_their_own(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_runs_stand_for_backbones_and_files_have_own_licenses(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
     encoder = load(str(tmp_path / "run"))
@@ -156,9 +154,7 @@ def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weights", "channels"])
-def test_weights_that_are_damaged_or_do_not_fit_are_refused(
-    folder: Path, tmp_path: Path, damage: str
-) -> None:
+def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, damage: str) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     if damage == "weights":
         data = (copy / "model.safetensors").read_bytes()

@@ -966,9 +966,7 @@ def test_import_fetches_converts_and_measures_once(
     assert files.log == []
 
 
-def test_import_keeps_no_wrong_or_changed_file(
-    files: FileServer, tmp_path: Path, release: Path
-) -> None:
+def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: Path) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
     right = files.files["trex.pth"]
@@ -1027,7 +1025,7 @@ def test_import_goes_on_and_makes_again_what_is_damaged(
 
 
 @pytest.mark.usefixtures("files")
-def test_import_warns_where_two_files_disagree(
+def test_import_warns_where_files_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As if the full file had given other weights.

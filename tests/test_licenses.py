@@ -46,9 +46,7 @@ def test_the_licence_of_a_file_is_its_own(
     assert describe(tmp_path / file, "resnet50") == expected
 
 
-def test_files_of_naver_are_known_by_what_was_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_naver_are_known_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
     path = tmp_path / "renamed.pth"
     torch.save(LINEAR, path)

@@ -136,9 +136,7 @@ def test_a_diverged_setting_scores_nothing_and_disturbs_no_other() -> None:
     assert (samples.labels == 0).any()  # as which argmax of NaN would count
 
 
-def test_order_is_the_seeds_and_neither_autocast_nor_mapping_changes_anything(
-    tmp_path: Path,
-) -> None:
+def test_order_is_the_seeds_whatever_autocast_or_mapping(tmp_path: Path) -> None:
     first, again, other = (train(sample(), SETTINGS, seed=seed).weight for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)

@@ -186,7 +186,7 @@ def test_blocks_change_nothing(shape: tuple[int, int], chunk: int) -> None:
     [((20, 50), [1.0], 2e-5), ((90, 30), [1.0, 1e3, 1e6], 1e-3)],
     ids=["more features than samples", "large C on separable classes"],
 )
-def test_objective_is_scikit_learns(
+def test_scikit_learns_objective(
     shape: tuple[int, int], strengths: list[float], excess: float
 ) -> None:
     x, y = clusters(*shape)

@@ -51,9 +51,7 @@ def described(tensors: dict[str, Tensor]) -> list[tuple[str, list[int], str]]:
     return [(name, list(t.shape), str(t.dtype)) for name, t in tensors.items()]
 
 
-def test_depth_3_and_backbones_have_the_recorded_layout_and_sane_numbers(
-    trex: dict[str, Any],
-) -> None:
+def test_depth_3_and_backbones_are_as_recorded(trex: dict[str, Any]) -> None:
     assert described(trex["model"]) == [(name, *entry) for name, entry in GOLDEN.items()]
     expected = described(torchvision.models.resnet50().state_dict())[:-2]  # the last two are fc's
     for backbone in (official_files.backbone_checkpoint(), official_files.backbone_of(trex)):
@@ -91,9 +89,7 @@ def test_without_memory_there_are_class_weights(learned: dict[str, Any]) -> None
     assert described(learned["model"])[-1] == ("module.clf.fc.weight", [1000, 256], "torch.float32")
 
 
-def test_bank_holds_every_class_but_the_absent_and_others_have_their_types(
-    trex: dict[str, Any],
-) -> None:
+def test_bank_and_other_entries_are_as_the_official(trex: dict[str, Any]) -> None:
     memory = reference_resnet.under(trex["model"], "module.memory.")
     present = set(range(1000)) - set(ABSENT)
     assert set(memory["labels"].tolist()) == present

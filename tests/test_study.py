@@ -186,9 +186,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_results_of_one_seed_make_no_claims(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
@@ -253,7 +251,7 @@ def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "", '{"settings": {}}'])
-def test_a_damaged_or_missing_result_is_named(
+def test_damaged_or_no_results(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
@@ -379,9 +377,7 @@ def test_a_cell_is_named_twice_or_absent(
     assert "--scale cpu has no cell ocm-1-fp16: leave it out" in capsys.readouterr().err
 
 
-def test_the_page_shows_the_recorded_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_shows_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["report", "--out", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()

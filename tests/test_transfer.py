@@ -192,7 +192,7 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
             assert entry[key] == report["datasets"][name][key]
 
 
-def test_features_without_a_direction_cost_the_analyses_alone(
+def test_features_of_zeros_have_no_analyses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part, count in (("train", 5), ("test", 2)):
@@ -257,9 +257,7 @@ def test_cuda_scores_are_those_of_the_cpu(
         assert entry["knn"]["top1"] == pytest.approx(expected["knn"]["top1"], abs=images)
 
 
-def test_random_weights_are_calibrated_on_the_training_task_which_is_no_transfer(
-    place: Path, tmp_path: Path
-) -> None:
+def test_random_weights_are_calibrated_on_the_training_task(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     assert run(place, out, "--untrained", "--training-task", "hard") == 0
     found = read_report(out)
@@ -358,7 +356,7 @@ def test_classes_of_one_image_and_unreadable_images_are_named(
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1, "data_sets": {}}'])
-def test_what_is_no_report_is_refused(
+def test_other_files_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     path = tmp_path / "report.json"

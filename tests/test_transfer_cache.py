@@ -98,9 +98,7 @@ def test_a_cut_extraction_goes_on_where_it_was(cache: FeatureCache) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no mark", "mark", "header", "short"])
-def test_what_a_cut_left_is_not_trusted_where_it_is_damaged(
-    cache: FeatureCache, damage: str
-) -> None:
+def test_what_a_cut_left_is_not_trusted_if_damaged(cache: FeatureCache, damage: str) -> None:
     model, source = encoder(), cut_source()
     with pytest.raises(ValueError, match="torn"):
         cache.features(model, source, "set-train")
@@ -264,9 +262,7 @@ def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
     assert np.isfinite(cache.features(large, images(), "set-train")).all()
 
 
-def test_a_full_disk_is_told_before_hours_are_spent(
-    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     def almost_full(_: Path) -> Any:
         return shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
 

@@ -79,9 +79,7 @@ def test_each_part_has_its_files_and_labels(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_what_is_wrong_with_files_is_told_with_their_layout_and_home(
-    tmp_path: Path, name: str
-) -> None:
+def test_wrong_files_are_told_with_layout_and_home(tmp_path: Path, name: str) -> None:
     message = refused(DATASETS[name], tmp_path)
     assert message.startswith(f"{name}: ")
     assert f"needed below {tmp_path}: {DATASETS[name].layout}; from " in message
@@ -201,9 +199,7 @@ def test_own_folders_have_two_parts_or_three_of_which_two_are_fitted_on(tmp_path
     assert "hold different class folders" in refused(own(tmp_path), tmp_path)
 
 
-def test_of_undivided_folders_a_fifth_of_each_class_is_held_out_wherever_they_are(
-    tmp_path: Path,
-) -> None:
+def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
     path = tmp_path / "mine"
     for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("test", 3)):
         folders(tmp_path, "mine", count, [name])
@@ -320,9 +316,7 @@ def test_lists_of_different_classes_are_told(tmp_path: Path, name: str) -> None:
         ("cog-l2", "cog/splits.json", "{}", r"splits\.json has no lists .*concept n20000001"),
     ],
 )
-def test_damaged_lists_are_told(
-    tmp_path: Path, name: str, path: str, text: str, message: str
-) -> None:
+def test_damaged_lists(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:
     expected = REPLICAS[name](tmp_path)
     (tmp_path / path).write_text(text)
     told = refused(small(name, expected), tmp_path)

@@ -212,9 +212,7 @@ def test_analyses_of_some_models_and_sets_alone() -> None:
     assert chosen.get_title(loc="left") == "spectrum, Imagenet"
 
 
-def test_pictures_are_whole_in_the_format_of_their_suffix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_are_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pictures.scatter([report("a name \u732b $x$")], "paper")
     folder = tmp_path / "new" / "folder"
     for suffix, head in ((".svg", b"<?xml"), (".PDF", b"%PDF"), (".png", b"\x89PNG")):

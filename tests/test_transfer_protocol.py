@@ -87,9 +87,7 @@ def test_logistic_is_scikit_learns_for_the_chosen_c(task: Task) -> None:
     assert 0.85 < choices[0].top1 < 0.97
 
 
-def test_smallest_c_wins_a_tie_and_one_path_serves_all_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_smallest_c_wins_a_tie_and_a_path_serves_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.repeat([0, 1, 2], 10)
     features = np.eye(3, dtype=np.float32)[labels]
     fitted, once = [], logistic.fit_path

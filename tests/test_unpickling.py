@@ -180,9 +180,7 @@ def test_a_configuration_asks_for_no_more_than_the_file_holds(
     assert not (tmp_path / "export").exists()
 
 
-def test_steps_that_went_wrong_and_pretrained_models_are_no_checkpoints(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_steps_that_went_wrong_and_pretrained_models(bench: Bench, tmp_path: Path) -> None:
     contents = {**bench.contents["trainer"], "crops": []}
     torch.save(contents, tmp_path / "step_4.pt")
     with pytest.raises(ValueError, match=r"step_4\.pt is a step whose loss was not finite"):

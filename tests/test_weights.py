@@ -241,9 +241,7 @@ def test_renamed_and_damaged_files(
     assert visible(cache) == [file]
 
 
-def test_a_changed_file_is_refused(
-    cache: Path, server: FileServer, release: Path, tmp_path: Path
-) -> None:
+def test_changed_files(cache: Path, server: FileServer, release: Path, tmp_path: Path) -> None:
     empty = (tmp_path / "manifest.json").read_text()
     first = weights.fetch("trex_resnet50.in1k")
     digest = sha256(server.files["trex.pth"])
@@ -339,9 +337,7 @@ def test_credentials_of_a_mirror(
     "address",
     ["http://ada:s/cret@host", "http://ada:s[cret@host", "http://host?s cret", "s://cret"],
 )
-def test_addresses_of_mirrors_that_are_malformed(
-    cache: Path, address: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_malformed_addresses(cache: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", address)
     with pytest.raises(WeightsError, match="TREX_MODELS_NAVER_URL is not an http") as caught:
         weights.fetch("trex_resnet50.in1k")
