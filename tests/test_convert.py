@@ -11,8 +11,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,52 +72,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def converted(
-    folder: Path, name: str, contents: dict[str, Any], *options: str, written: Any = None
-) -> Conversion:
-    """Write a file and convert it; ``written`` is what the file holds, if not ``contents``."""
-    path, out = folder / name, folder / f"out of {name}{''.join(options)}"
-    if not path.exists():
-        official_files.write(contents if written is None else written, path)
-    status, printed, err = run(path, out, *options)
-    assert status == 0, err
-    return Conversion(contents, path, out, options, printed)
-
-
-@pytest.fixture(scope="module")
-def trex(base: Path) -> Conversion:
-    contents = official_files.full_checkpoint(
-        3, seed=1, bank_size=2048, absent=ABSENT, optimizer=False
-    )
-    return converted(base, "trex_2_checkpoint_full.pth", contents)
-
-
-@pytest.fixture(scope="module")
-def trexstar(base: Path) -> Conversion:
-    contents = official_files.full_checkpoint(1, seed=2, bank_size=2048, optimizer=False)
-    return converted(base, "trexstar_2_checkpoint_full.pth", contents)
-
-
-@pytest.fixture(scope="module")
-def momentum(base: Path, trexstar: Conversion) -> Conversion:
-    return converted(base, trexstar.path.name, trexstar.contents, "--momentum-encoder")
-
-
-@pytest.fixture(scope="module")
-def learned(base: Path) -> Conversion:
-    """Class weights instead of a bank; saved with one more wrapper, and in another layout."""
-    contents = official_files.full_checkpoint(3, memory=False, seed=3, optimizer=False)
-    written = contents | {
-        "model": {
-            f"_orig_mod.{name}": value.to(memory_format=torch.channels_last)
-            if value.ndim == 4
-            else value
-            for name, value in contents["model"].items()
-        }
-    }
-    return converted(base, "run_7.pth", contents, written=written)
-
-
 def narrow_contents() -> dict[str, Any]:
     """2 hidden layers of 64, embeddings of 32, a bank of 7 classes, no momentum encoder."""
     contents = official_files.full_checkpoint(
@@ -139,24 +94,52 @@ def narrow_contents() -> dict[str, Any]:
     return contents
 
 
-@pytest.fixture(scope="module")
-def narrow(base: Path) -> Conversion:
-    return converted(base, "narrow.pth", narrow_contents(), "--num-classes", "7")
+full = partial(official_files.full_checkpoint, bank_size=2048, optimizer=False)
+# Of each file: its name, its contents under the official names, and the options of its conversion.
+CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
+    "trex": ("trex_2_checkpoint_full.pth", partial(full, 3, seed=1, absent=ABSENT), ""),
+    "trexstar": ("trexstar_2_checkpoint_full.pth", partial(full, 1, seed=2), ""),
+    "momentum": ("trexstar_2_checkpoint_full.pth", partial(full, 1, seed=2), "--momentum-encoder"),
+    "learned": ("run_7.pth", partial(full, 3, memory=False, seed=3), ""),
+    "narrow": ("narrow.pth", narrow_contents, "--num-classes 7"),
+    "backbone": ("trexstar.pth", partial(official_files.backbone_checkpoint, 5), ""),
+    "renamed": (
+        "download.pth",
+        partial(official_files.backbone_checkpoint, 6),
+        "--model trex_resnet50.in1k_r2",
+    ),
+}
 
 
-@pytest.fixture(scope="module")
-def backbone(base: Path) -> Conversion:
-    return converted(base, "trexstar.pth", official_files.backbone_checkpoint(5))
+def written(name: str, contents: dict[str, Any]) -> dict[str, Any]:
+    """Return what the file holds: some names have wrappers, some tensors another layout."""
+    if name == "renamed":
+        return {f"module.{key}": value for key, value in contents.items()}
+    if name != "learned":
+        return contents
+    model = {
+        f"_orig_mod.{key}": v.to(memory_format=torch.channels_last) if v.ndim == 4 else v
+        for key, v in contents["model"].items()
+    }
+    return contents | {"model": model}
 
 
-@pytest.fixture(scope="module")
-def renamed(base: Path) -> Conversion:
-    contents = official_files.backbone_checkpoint(6)
-    written = {f"module.{name}": value for name, value in contents.items()}
-    model = ("--model", "trex_resnet50.in1k_r2")
-    return converted(base, "download.pth", contents, *model, written=written)
+def conversion_of(name: str) -> Any:
+    @pytest.fixture(scope="module", name=name)
+    def converted(base: Path) -> Conversion:
+        file, build, given = CASES[name]
+        contents, options = build(), given.split()
+        path, out = base / file, base / f"out of {name}"
+        if not path.exists():
+            official_files.write(written(name, contents), path)
+        status, printed, err = run(path, out, *options)
+        assert status == 0, err
+        return Conversion(contents, path, out, tuple(options), printed)
+
+    return converted
 
 
+trex, trexstar, momentum, learned, narrow, backbone, renamed = map(conversion_of, CASES)
 FULL = {
     "trex": ("trex_resnet50", "in1k_r2"),
     "trexstar": ("trexstar_resnet50", "in1k_r2"),
