@@ -18,9 +18,7 @@ import trex_models
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
-NAMES = [
-    f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
-]
+NAMES = timm.list_models("trex*_resnet50*")
 DECODERS: dict[str, Callable[..., nn.Module]] = {
     "unet": smp.Unet,
     "deeplabv3plus at stride 8": lambda *args, **kwargs: smp.DeepLabV3Plus(

@@ -30,8 +30,7 @@ from trex_models.data.fractals import FractalSource
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
-FAMILIES = ("trex", "trexstar")
-NAMES = [f"{family}_resnet50{part}" for family in FAMILIES for part in ("", "_proj", "_cls")]
+NAMES = timm.list_models("trex*_resnet50*")
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CLASSES = 4
 FRACTALS = FractalSource(CLASSES, images_per_class=2, size=64)
