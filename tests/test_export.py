@@ -147,7 +147,7 @@ def other_eps(model: Any) -> None:
 
 
 @pytest.mark.parametrize("mutate", [swap, other_eps])
-def test_a_wrong_copy_is_found_and_an_earlier_export_stays(
+def test_a_wrong_copy_is_found_and_not_written(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[Any], None]
 ) -> None:
     serialize = to_torchvision.serialize

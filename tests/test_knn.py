@@ -97,7 +97,7 @@ def test_order_length_and_type_of_vectors_do_not_matter() -> None:
             assert torch.equal(knn_votes(narrow, labels, narrow_queries, 7), expected)
 
 
-def test_zeros_have_no_direction_and_classes_without_a_vote_are_never_correct() -> None:
+def test_zeros_have_no_direction() -> None:
     features = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     queries = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     labels = torch.tensor([0, 1, 2])

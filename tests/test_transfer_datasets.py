@@ -185,7 +185,7 @@ def test_the_size_of_own_folders_decides_their_classifier() -> None:
         assert Task(own, FractalSource(2, count, 16), test).classifier == classifier
 
 
-def test_own_folders_have_two_parts_or_three_of_which_two_are_fitted_on(tmp_path: Path) -> None:
+def test_own_folders_in_three_parts_are_fitted_on_two(tmp_path: Path) -> None:
     train, val = folders(tmp_path, "train", 3), folders(tmp_path, "val", 1)
     found = open_checked(own(tmp_path), Path("/elsewhere"))
     assert [files(part, tmp_path) for part in found] == [train, val]

@@ -18,7 +18,7 @@ from trex_models.transfer.scores import (
 )
 
 
-def test_log_odds_and_accuracy_of_a_dataset_by_hand() -> None:
+def test_accuracy_of_a_dataset() -> None:
     assert log_odds(0.5, 10) == 0
     assert log_odds(0.9, 10) == pytest.approx(math.log(9))
     assert log_odds(1.0, 100) == pytest.approx(math.log(0.995 / 0.005))
