@@ -31,7 +31,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def batches(tmp_path: Path) -> Any:
-    """Batches of small pictures, a class a colour; always in the same order."""
+    """Batches of small pictures, a class a color; always in the same order."""
     set_seed(0)
     save_colors(tmp_path / "images", 16, 32)
     return ImageDataLoaders.from_folder(

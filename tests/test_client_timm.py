@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Folders train and val of class folders, a class a colour."""
+    """Folders train and val of class folders, a class a color."""
     for split, count in (("train", 16), ("val", 10)):
         save_colors(tmp_path / "images" / split, count, 48)
     return tmp_path / "images"

@@ -102,7 +102,7 @@ def test_a_whole_model_is_whole(whole: Path) -> None:
     assert np.allclose([r["score"] for r in classify(picture())], expected, atol=1e-5)
 
 
-def test_a_fresh_cosine_classifier_is_initialised(whole: Path) -> None:
+def test_a_fresh_cosine_classifier_is_initialized(whole: Path) -> None:
     model: Any = AutoModelForImageClassification.from_pretrained(
         whole, num_labels=500, ignore_mismatched_sizes=True
     )

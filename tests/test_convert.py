@@ -175,7 +175,6 @@ def test_names_and_config(name: str, conversion: Conversion) -> None:
     for folder in conversion.models():
         assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
         assert folder.stat().st_mode & 0o777 == 0o755
-    for folder in conversion.models():
         text = (folder / "config.json").read_text()
         assert re.findall(r'"([^"]*/[^"]*)"', text) == ["https://github.com/naver/trex"]
         config = json.loads(text)

@@ -119,7 +119,7 @@ def test_weights_of_your_own_may_be_moved(place: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("root", ["moved", "images/../moved/", None])
-def test_a_query_by_its_path_is_no_neighbour_of_its_own(place: Path, root: str | None) -> None:
+def test_a_query_by_its_path_is_no_neighbor_of_its_own(place: Path, root: str | None) -> None:
     if root:
         shutil.copytree(place / "images", place / "moved")
     path = f"{'moved' if root else 'images'}/a/0.png"

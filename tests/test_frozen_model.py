@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(path, "resnet10t", cfg, seed=3, num_classes=5, channels=CHANNELS)
 
 
-def test_a_folder_is_loaded_without_its_classifier_and_normalised_its_own_way(folder: Path) -> None:
+def test_a_folder_is_loaded_without_its_classifier_and_normalized_its_own_way(folder: Path) -> None:
     encoder = load(str(folder))
     assert encoder.shape == (32,)
     assert encoder.facts["architecture"] == "resnet10t"

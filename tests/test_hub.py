@@ -191,7 +191,7 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
     assert first == second
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["small_trex", "small_trex_cls"]
     assert "MIT" in (first[0] / "LICENSE").read_text()
-    # A Hub folder can be built again; its licence is known now.
+    # A Hub folder can be built again; its license is known now.
     (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
     assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
@@ -754,21 +754,21 @@ def test_fixed_input_is_the_formula() -> None:
 # ImageNet
 
 
-def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:
+def picture(color: tuple[int, int, int], seed: int) -> Image.Image:
     noise = np.random.default_rng(seed).integers(-8, 9, (40, 48, 3))
-    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageNet in small: a colour is a class, and 2 of 16 images in val are in a wrong folder."""
+    """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
-        for c, (name, colour) in enumerate(COLOURS.items()):
+        for c, (name, color) in enumerate(COLOURS.items()):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture(colour, 100 * c + i).save(folder / f"{split}_{i}.png")
+                picture(color, 100 * c + i).save(folder / f"{split}_{i}.png")
     for name, other in (("ant", "bee"), ("cat", "dog")):
         picture(COLOURS[other], 999).save(root / "val" / name / "val_0.png")
     return root
@@ -776,7 +776,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, and a classifier whose prototypes are the embeddings of the classes' colours.
+    """A backbone, and a classifier whose prototypes are the embeddings of the classes' colors.
 
     They have the names of NAVER's, so that they are measured.
     """
@@ -785,9 +785,9 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedder: Any = load_folder(tiny_classifier(folder / "first"))
     shutil.rmtree(folder / "first")
     embedder.reset_classifier(0)
-    colours = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colors = torch.tensor(list(COLOURS.values())) / 127.5 - 1
     with torch.inference_mode():
-        embeddings = embedder(colours.view(4, 3, 1, 1).expand(4, 3, 32, 32))
+        embeddings = embedder(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
     tiny_classifier(folder / "trex_resnet50_cls.in1k_r2", F.normalize(embeddings).clone())
     shutil.copytree(folder / "trex_resnet50.in1k", folder / "trex_resnet50_proj.in1k_r2")
     return folder

@@ -36,7 +36,7 @@ UNTOLD = "not stated"
         ("own.bin", None, UNTOLD),
     ],
 )
-def test_the_licence_of_a_file_is_its_own(
+def test_the_license_of_a_file_is_its_own(
     tmp_path: Path, file: str, contents: dict[str, Any] | None, expected: str
 ) -> None:
     if contents is None:
@@ -61,7 +61,7 @@ def test_files_of_naver_are_known_by_hash(tmp_path: Path, monkeypatch: pytest.Mo
         describe(path, "resnet50")
 
 
-def test_a_licence_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
+def test_a_license_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
     save_file(LINEAR, tmp_path / "converted.safetensors", {"license": naver.LICENSE})
     assert describe(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
     save_file(LINEAR, tmp_path / "model.safetensors")

@@ -257,7 +257,7 @@ def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
     x.flush()
     out = run_python("-W", "ignore", "-c", MEMORY, tmp_path / "x.npy").stdout.split()
     knn, sgd, knn_bytes, sgd_bytes = map(float, out)
-    assert knn == 1  # a query is its own neighbour
+    assert knn == 1  # a query is its own neighbor
     assert sgd > 0.12
     # As nearest_neighbors states for blocks of 500 queries and 4096 references.
     assert knn_bytes < 4 * 500 * 4096 + 20 * 2048 * 4096 + (48 << 20)

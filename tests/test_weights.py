@@ -659,7 +659,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
 def test_explicit_hub_folder_and_password_in_the_hub_s_address(
     place: Place, expected: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """timm's own way, with any organisation's repository."""
+    """timm's own way, with any organization's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"][0].sha
     place.create(expected, name, f"{name}@{revision}")
