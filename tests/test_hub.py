@@ -649,6 +649,7 @@ def test_bad_input_is_one_line_with_status_2(
     monkeypatch.setenv("TREX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="is no folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
+    monkeypatch.delenv("TREX_TRACEBACK")
     environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
     command = ["-m", "hub", "publish", str(built / "small_trex")]
     done = run_python(*command, cwd=ROOT, env=environ, fails=True)
