@@ -26,7 +26,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "release"
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            official_files.write_release(folder.with_suffix(".part"), small=True)
+            official_files.write_release(folder.with_suffix(".part"))
             folder.with_suffix(".part").rename(folder)
     return folder
 

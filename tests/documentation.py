@@ -22,9 +22,11 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
+from tests.processes import run_python
 from trex_models.data import samples
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +59,7 @@ sys.exit(subprocess.call([{make!r}, "--dry-run", "--always-make", *sys.argv[1:]]
 _SESSION = """
 import json, subprocess, sys
 namespace = {"__name__": "__main__"}
-for language, line, text in json.load(open(sys.argv[1])):
+for language, text, line in json.load(open(sys.argv[1])):
     print(f"--- {language} block of line {line}", flush=True)
     if language == "sh":
         code = subprocess.call(["bash", "-euo", "pipefail", "-c", text])
@@ -68,39 +70,28 @@ for language, line, text in json.load(open(sys.argv[1])):
 """
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
+class Block(NamedTuple):
+    """A fenced block of a page, and the line of its opening fence, from 1."""
 
     language: str
-    """As its fence names it."""
     text: str
-    """What stands between the fences."""
     line: int
-    """Of the opening fence, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is done otherwise in the test of a page; the module's docstring has the form."""
-
     slow: bool = False
     replace: dict[str, str] = field(default_factory=dict)
     skip: dict[str, str] = field(default_factory=dict)
 
 
 def settings(page: Path) -> Settings:
-    """Return a page's settings; those of a page without a file are the defaults."""
     file = SETTINGS / f"{page.stem}.toml"
     return Settings(**tomllib.loads(file.read_text())) if file.exists() else Settings()
 
 
 def blocks(markdown: str) -> list[Block]:
-    """Return the fenced blocks of a page, in order.
-
-    Raises:
-        ValueError: A block is indented rather than fenced, or in none of LANGUAGES.
-    """
+    """Return the fenced blocks of a page; refuse indented ones and other languages."""
     fenced = list(_FENCED.finditer(markdown))
     found = [Block(m[1], m[2], markdown.count("\n", 0, m.start()) + 1) for m in fenced]
     for block in found:
@@ -113,17 +104,11 @@ def blocks(markdown: str) -> list[Block]:
 
 
 def python_blocks(markdown: str) -> list[str]:
-    """Return the text of the Python blocks of a page, in order."""
     return [block.text for block in blocks(markdown) if block.language == "python"]
 
 
 def program(page: Path) -> list[Block]:
-    """Return the blocks of a page that are run, in order, as its settings want them.
-
-    Raises:
-        ValueError: As ``blocks``, or a setting is of nothing that the page has, or the page that
-            is said to run a block has other lines.
-    """
+    """Return the blocks of a page that are run, as its settings want them; refuse unused ones."""
     chosen = settings(page)
     unused = set(chosen.replace) | set(chosen.skip)
     found = []
@@ -178,24 +163,13 @@ def furnish(folder: Path, release: Path) -> dict[str, str]:
         command.write_text(f"#!{sys.executable}\n{code}")
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
     search = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
-    return {
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": os.pathsep.join(search),
-        "PYTHONPATH": str(ROOT),
-    }
+    environ = {"PATH": os.pathsep.join(search), "PYTHONPATH": str(ROOT)}
+    return {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", **environ}
 
 
 def run(page: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a page in a folder; its output tells the blocks apart."""
-    session = [(block.language, block.line, block.text) for block in program(page)]
     plan = folder / f".{page.stem}.json"
-    plan.write_text(json.dumps(session))
-    return subprocess.run(
-        [sys.executable, "-c", _SESSION, str(plan), page.name],
-        cwd=folder,
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    plan.write_text(json.dumps(program(page)))
+    command = ["-c", _SESSION, plan, page.name]
+    return run_python(*command, cwd=folder, env=os.environ | environ, fails=True)

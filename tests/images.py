@@ -62,3 +62,15 @@ def save_classes(
         for index in range(count):
             save_image(root / label / name.format(index), seed=index)
     return root
+
+
+def save_colors(root: Path, count: int, side: int, classes: int = 3) -> None:
+    """Save so many pictures of each class, whose color is their brightest channel."""
+    rng = np.random.default_rng(count)
+    for label in range(classes):
+        for index in range(count):
+            pixels = rng.integers(0, 80, (side, side, 3), dtype=np.uint8)
+            pixels[..., label] += 170
+            path = root / f"class{label}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)

@@ -1,11 +1,7 @@
 """A Hub on 127.0.0.1 for the real huggingface_hub client, with the Hub's own error codes.
 
-By hand, with the files of FOLDER/<organization>/<repository>/:
-
-    python -m tests.loopback_hub PORT FOLDER
-    HF_ENDPOINT=http://127.0.0.1:PORT HF_HUB_DISABLE_XET=1 python ...
-
-No answer makes a client that has hf_xet upload without Xet (see `local_client`).
+It answers what `hub` and `trex_models.pretrained.resolve` ask for. No answer makes a client that has
+hf_xet upload without Xet (see `local_client`).
 """
 
 import base64
@@ -13,183 +9,105 @@ import hashlib
 import json
 import os
 import re
-import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 import huggingface_hub
 from huggingface_hub import ModelCard, constants
 
-from tests.loopback import Content, Handler, Server, length, pieces, sha256
+from tests.loopback import Content, Handler, Server, length, sha256
 
 LFS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 LFS_WARNING = "ignore:Use 'content=:DeprecationWarning"  # httpx of the client, at each LFS upload
-DATE = "2026-01-01T00:00:00.000Z"
 USER = "me"
 
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+)(?:/(.+))?)?")
+MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+))?")
 LFS_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 LFS_OBJECT = re.compile(r"/lfs/([0-9a-f]{64})(/verify)?")
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of a commit.
-
-    Attributes:
-        content: The bytes, or the path of a file, which is streamed from disk.
-        size: Number of bytes.
-        oid: Git's hash of the blob, which for a large file is its pointer.
-        sha256: Hash of a large (LFS) file; None for a file in git itself.
-        pointer_size: Number of bytes of a large file's pointer.
-    """
+class File(NamedTuple):
+    """A file of a commit: its content, and git's hash of it; of a large (LFS) file, SHA-256."""
 
     content: Content
     size: int
-    oid: str
-    sha256: str | None = None
-    pointer_size: int = 0
+    etag: str
+    is_large: bool
 
-    @property
-    def etag(self) -> str:
-        """What the Hub identifies the content by."""
-        return self.sha256 or self.oid
-
-    def entry(self, path: str) -> dict[str, Any]:
-        """The file in a listing."""
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": self.size, "oid": self.oid}
-        if self.sha256:
-            size = {"size": self.size, "pointerSize": self.pointer_size}
-            entry["lfs"] = {"oid": self.sha256, **size}
-        return entry
+    def sibling(self, path: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"rfilename": path, "size": self.size, "blobId": self.etag}
+        if self.is_large:
+            found["lfs"] = {"sha256": self.etag, "size": self.size, "pointerSize": 134}
+        return found
 
 
 class Commit(NamedTuple):
-    """A commit and its files by path."""
-
     sha: str
     files: Mapping[str, File]
 
 
-@dataclass
-class Repo:
-    """A model repository with one branch, main."""
-
-    private: bool = False
-    gated: bool = False
-    commits: list[Commit] = field(default_factory=list)
-
-
 def git_oid(data: bytes) -> str:
-    """What `git hash-object` prints."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Hub:
     """The repositories.
 
-    Args:
-        lfs_size: Files of more bytes are large files, whatever their names.
-
     Attributes:
-        repos: By "organization/name".
+        repos: Commits of main by "organization/name", the last one last.
         objects: Contents of large files by SHA-256.
-        awaited: SHA-256 of the large files whose upload has been announced.
     """
 
-    def __init__(self, lfs_size: int = 10_000_000):
-        self.lfs_size = lfs_size
-        self.repos: dict[str, Repo] = {}
+    def __init__(self) -> None:
+        self.repos: dict[str, list[Commit]] = {}
         self.objects: dict[str, Content] = {}
-        self.awaited: set[str] = set()
-
-    def is_large(self, path: str, size: int) -> bool:
-        """Whether a file is stored as a large file."""
-        return path.endswith(LFS_SUFFIXES) or size > self.lfs_size
 
     def file(self, path: str, content: Content) -> File:
-        """A file as the Hub stores it."""
         size = length(content)
-        if not self.is_large(path, size):
+        if not path.endswith(LFS_SUFFIXES):
             data = content if isinstance(content, bytes) else content.read_bytes()
-            return File(content, size, git_oid(data))
+            return File(content, size, git_oid(data), is_large=False)
         digest = sha256(content)
         self.objects[digest] = content
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n"
-        return File(content, size, git_oid(pointer.encode()), digest, len(pointer))
+        return File(content, size, digest, is_large=True)
 
     def add(
         self, repo_id: str, files: Mapping[str, Content] | None = None, deleted: Iterable[str] = ()
     ) -> str:
         """Commit files to a repository, new or not; returns the commit's hash."""
-        commits = self.repos.setdefault(repo_id, Repo()).commits
+        commits = self.repos.setdefault(repo_id, [])
         tree = dict(commits[-1].files) if commits else {}
         for path in deleted:
             del tree[path]
         tree |= {path: self.file(path, content) for path, content in (files or {}).items()}
-        text = json.dumps([len(commits), {path: tree[path].oid for path in sorted(tree)}])
+        text = json.dumps([len(commits), {path: tree[path].etag for path in sorted(tree)}])
         commits.append(Commit(hashlib.sha1(text.encode()).hexdigest(), tree))
         return commits[-1].sha
 
     def find(self, repo_id: str, revision: str) -> Commit | None:
-        """The commit of a revision: a hash or main."""
-        commits = self.repos[repo_id].commits
-        return next((c for c in reversed(commits) if revision in ("main", c.sha)), None)
+        commits = reversed(self.repos[repo_id])
+        return next((c for c in commits if revision in ("main", c.sha)), None)
 
     def info(self, repo_id: str, commit: Commit) -> dict[str, Any]:
-        """What the Hub tells of a model."""
-        repo = self.repos[repo_id]
-        readme = commit.files.get("README.md")
-        card = card_data(b"".join(pieces(readme.content, range(readme.size)))) if readme else {}
-        return {
-            "id": repo_id,
-            "modelId": repo_id,
-            "author": repo_id.split("/")[0],
-            "sha": commit.sha,
-            "private": repo.private,
-            "gated": "manual" if repo.gated else False,
-            "disabled": False,
-            "tags": card.get("tags", []),
-            "downloads": 0,
-            "likes": 0,
-            "cardData": card,
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
-            "lastModified": DATE,
-            "createdAt": DATE,
-            "siblings": [_sibling(path, file) for path, file in commit.files.items()],
-        }
-
-
-def card_data(text: bytes) -> dict[str, Any]:
-    """The metadata at the head of a README.md."""
-    if not text.startswith(b"---"):
-        return {}
-    return ModelCard(text.decode()).data.to_dict()  # type: ignore[no-untyped-call]
+        siblings = [file.sibling(path) for path, file in commit.files.items()]
+        return {"id": repo_id, "sha": commit.sha, "siblings": siblings}
 
 
 class HubServer(Server):
-    """Serves a Hub."""
-
-    def __init__(self, hub: Hub, port: int = 0):
-        super().__init__(HubHandler, port)
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(HubHandler)
         self.hub = hub
 
 
 class HubHandler(Handler):
-    """Answers as the Hub does."""
-
     server: HubServer
 
     def answer(self, path: str) -> None:
-        """Answer by the kind of address."""
         self.hub = self.server.hub
         self.authorized = self.headers.get("Authorization", "").startswith("Bearer ")
         if match := RESOLVE.fullmatch(path):
@@ -199,11 +117,8 @@ class HubHandler(Handler):
         elif match := LFS_BATCH.fullmatch(path):
             self._announce(unquote(match[1]))
         elif match := MODEL.fullmatch(path):
-            repo_id, kind, revision, rest = (unquote(group or "") for group in match.groups())
-            self._model(repo_id, kind, revision or "main", rest)
-        elif path == "/api/models":
-            repos = [(repo_id, self.hub.find(repo_id, "main")) for repo_id in self.hub.repos]
-            self._json([self.hub.info(repo_id, commit) for repo_id, commit in repos if commit])
+            repo_id, kind, revision = (unquote(group or "") for group in match.groups())
+            self._model(repo_id, kind, revision or "main")
         elif path == "/api/validate-yaml":
             self._validate_card()
         elif not self.authorized:
@@ -217,7 +132,6 @@ class HubHandler(Handler):
             self._error(404, message="not found")
 
     def fail(self, status: int) -> None:
-        """Answer with a fault's status."""
         self._error(status)
 
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
@@ -238,8 +152,7 @@ class HubHandler(Handler):
         self._json({"error": message}, status, **headers)
 
     def _may_read(self, repo_id: str, missing: int) -> bool:
-        repo = self.hub.repos.get(repo_id)
-        if repo is not None and (self.authorized or not repo.private):
+        if repo_id in self.hub.repos:
             return True
         self._error(404 if self.authorized else missing, "RepoNotFound", "Repository not found")
         return False
@@ -248,9 +161,7 @@ class HubHandler(Handler):
         if not self._may_read(repo_id, 401):
             return
         commit = self.hub.find(repo_id, revision)
-        if self.hub.repos[repo_id].gated:
-            self._error(403 if self.authorized else 401, "GatedRepo")
-        elif commit is None:
+        if commit is None:
             self._error(404, "RevisionNotFound")
         elif path not in commit.files:
             headers = {"X_Error_Code": "EntryNotFound", "X_Error_Message": "Entry not found"}
@@ -262,13 +173,13 @@ class HubHandler(Handler):
                 "X-Repo-Commit": commit.sha,
                 "Content-Type": "application/octet-stream",
             }
-            if file.sha256:
-                headers["X-Linked-ETag"] = f'"{file.sha256}"'
+            if file.is_large:
+                headers["X-Linked-ETag"] = headers["ETag"]
                 headers["X-Linked-Size"] = str(file.size)
             self.send(200, file.content, headers, ranges=True)
 
-    def _model(self, repo_id: str, kind: str, revision: str, rest: str) -> None:
-        if kind in ("preupload", "commit", "xet-write-token") and not self.authorized:
+    def _model(self, repo_id: str, kind: str, revision: str) -> None:
+        if kind in ("preupload", "commit") and not self.authorized:
             self._error(401, message="Invalid username or password.")
             return
         if not self._may_read(repo_id, 404):
@@ -278,17 +189,6 @@ class HubHandler(Handler):
             self._error(404, "RevisionNotFound")
         elif kind in ("", "revision"):
             self._json(self.hub.info(repo_id, commit))
-        elif kind == "tree":
-            recursive = "recursive=true" in self.path.lower()
-            inside = [
-                e for e in _listing(commit.files) if not rest or e["path"].startswith(f"{rest}/")
-            ]
-            depth = len(PurePosixPath(rest).parts) + 1
-            level = [e for e in inside if len(PurePosixPath(e["path"]).parts) == depth]
-            self._json(inside if recursive else level)
-        elif kind == "paths-info":
-            paths = parse_qs(self.body.decode())["paths"]
-            self._json([entry for entry in _listing(commit.files) if entry["path"] in paths])
         elif kind == "preupload":
             wanted = json.loads(self.body)["files"]
             self._json({"files": [self._upload_mode(file, commit) for file in wanted]})
@@ -299,7 +199,7 @@ class HubHandler(Handler):
 
     def _upload_mode(self, file: dict[str, Any], commit: Commit) -> dict[str, Any]:
         path = file["path"]
-        mode = "lfs" if self.hub.is_large(path, file["size"]) else "regular"
+        mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
         answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
         if path in commit.files:  # by it the client knows a file that has not changed
             answer["oid"] = commit.files[path].etag
@@ -307,7 +207,6 @@ class HubHandler(Handler):
 
     def _commit(self, repo_id: str, parent: Commit) -> None:
         files: dict[str, Content] = {}
-        deleted: set[str] = set()
         for line in self.body.splitlines():
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
@@ -320,16 +219,10 @@ class HubHandler(Handler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile" and value["oid"] in self.hub.objects:
                 files[value["path"]] = self.hub.objects[value["oid"]]
-            elif key == "deletedFile" and value["path"] in parent.files:
-                deleted.add(value["path"])
-            elif key == "deletedFolder":
-                deleted |= {
-                    p for p in parent.files if p.startswith(f"{value['path'].rstrip('/')}/")
-                }
             else:
                 self._error(400, message=f"cannot commit {key} {value['path']}")
                 return
-        sha = self.hub.add(repo_id, files, deleted)
+        sha = self.hub.add(repo_id, files)
         url = f"{self.server.url}/{repo_id}/commit/{sha}"
         self._json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
@@ -344,7 +237,6 @@ class HubHandler(Handler):
         oid = wanted["oid"]
         answer = {"oid": oid, "size": wanted["size"]}
         if oid not in self.hub.objects:
-            self.hub.awaited.add(oid)
             href = f"{self.server.url}/lfs/{oid}"
             answer["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
         return answer
@@ -356,9 +248,7 @@ class HubHandler(Handler):
             known = self.hub.objects.get(oid)
             right = known is not None and length(known) == json.loads(self.body)["size"]
             self._json({}, 200 if right else 404)
-        elif oid not in self.hub.awaited:  # the client sends no token along with the bytes
-            self._error(403, message="upload not announced")
-        elif sha256(self.body) != oid:
+        elif sha256(self.body) != oid:  # the client sends no token along with the bytes
             self._error(400, message="the bytes do not have this hash")
         else:
             self.hub.objects[oid] = self.body
@@ -373,28 +263,20 @@ class HubHandler(Handler):
             self._json({**answer, "error": message}, 409, X_Error_Message=message)
             return
         lines = [f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES]
-        self.hub.repos[repo_id] = Repo(private=wanted.get("visibility") == "private")
         self.hub.add(repo_id, {".gitattributes": "".join(lines).encode()})
         self._json(answer)
 
     def _validate_card(self) -> None:
         try:
-            card_data(json.loads(self.body)["content"].encode())
+            ModelCard(json.loads(self.body)["content"])
         except Exception as error:  # whatever the client's own YAML reader raises
             self._json({"errors": [{"message": str(error)}], "warnings": []}, 400)
         else:
             self._json({"errors": [], "warnings": []})
 
 
-def start(hub: Hub, port: int = 0) -> tuple[HubServer, str]:
-    """Serve a Hub until the server's `stop()`; the URL is the client's endpoint."""
-    server = HubServer(hub, port).start()
-    return server, server.url
-
-
 @contextmanager
 def serving(hub: Hub) -> Iterator[HubServer]:
-    """Serve a Hub to the client in this process."""
     with HubServer(hub) as server, local_client():
         yield server
 
@@ -422,40 +304,3 @@ def environment(url: str, home: Path) -> dict[str, str]:
     switches = ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_PROGRESS_BARS")
     ours = {f"HF_HUB_{switch}": "1" for switch in switches}
     return {**kept, **ours, "HF_ENDPOINT": url, "HF_HOME": str(home)}
-
-
-def _listing(files: Mapping[str, File]) -> list[dict[str, Any]]:
-    folders = {str(p) for path in files for p in PurePosixPath(path).parents} - {"."}
-    return [
-        *({"type": "directory", "path": p, "oid": git_oid(p.encode())} for p in sorted(folders)),
-        *(file.entry(path) for path, file in files.items()),
-    ]
-
-
-def _sibling(path: str, file: File) -> dict[str, Any]:
-    sibling = {"rfilename": path, "size": file.size, "blobId": file.oid}
-    if file.sha256:
-        size = {"size": file.size, "pointerSize": file.pointer_size}
-        sibling["lfs"] = {"sha256": file.sha256, **size}
-    return sibling
-
-
-def main(port: int, folder: Path) -> None:
-    """Serve the repositories of a folder until interrupted."""
-    hub = Hub()
-    for repo in sorted(p for p in folder.glob("*/*") if p.is_dir()):
-        paths = [p for p in sorted(repo.rglob("*")) if p.is_file()]
-        files = {p.relative_to(repo).as_posix(): p for p in paths}
-        git = [path for path in files if ".git" in PurePosixPath(path).parts]
-        repo_id = repo.relative_to(folder).as_posix()
-        hub.add(repo_id, {path: p for path, p in files.items() if path not in git})
-    server, url = start(hub, port)
-    try:
-        print(url, *hub.repos, flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        server.stop()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -84,9 +84,14 @@ def tiny_folder(path: Path, seed: int = 0) -> Path:
     """A trainer's backbone export in small."""
     torch.manual_seed(seed)
     model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg=CFG, **TINY).eval()
+    return write_folder(model, path)
+
+
+def write_folder(model: Any, path: Path) -> Path:
+    """Write a model of images of 32 pixels as a timm folder."""
     images = torch.randn(2, 3, 32, 32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
+    return timm_folder.write_timm_folder(model.eval(), path, images, model(images).detach())
 
 
 def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
@@ -104,10 +109,7 @@ def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
     )
     if weight is not None:
         model.fc.weight = nn.Parameter(weight)
-    images = torch.randn(2, 3, 32, 32)
-    model.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return timm_folder.write_timm_folder(model, path, images, model(images).detach())
+    return write_folder(model, path)
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

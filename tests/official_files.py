@@ -1,10 +1,4 @@
-"""Files of the official release's format, filled with random numbers.
-
-    python -m tests.official_files FOLDER [--small]
-
-Writes the six files of the release under their names. Sizes are the official ones; --small
-leaves out the optimizer's momentum and shortens the memory bank.
-"""
+"""Files of the official release's format, filled with random numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +6,6 @@ import argparse
 import json
 import math
 import pickle
-import sys
 import types
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,7 +25,6 @@ _GOLDEN_DEPTH = 3
 _BATCH = 256
 _EPOCH_STEPS = 5004
 _EPOCHS = 100
-_SMALL_BANK = 1024
 
 _OFFICIAL_NAMES = {
     "encoder.backbone.": "module.model.encoder.",
@@ -115,7 +107,6 @@ def full_checkpoint(
 
 
 def backbone_checkpoint(seed: int = 0) -> OrderedDict[str, Tensor]:
-    """Build the content of a backbone file."""
     generator = torch.Generator().manual_seed(seed)
     return OrderedDict(
         (name.removeprefix(BACKBONE), _draw(name, shape, generator))
@@ -223,7 +214,6 @@ def _sgd_state(
 
 
 def _arguments(depth: int, bank_size: int, num_classes: int, seed: int) -> argparse.Namespace:
-    """Arguments of the official types; apart from ``lr_schedule`` the names are ours."""
     warmup = np.linspace(0, 0.1, 10 * _EPOCH_STEPS)
     decay = np.linspace(0, np.pi, 90 * _EPOCH_STEPS, endpoint=False)
     return argparse.Namespace(
@@ -272,27 +262,12 @@ def write(
     torch.save(obj, path, module, _use_new_zipfile_serialization=not legacy)
 
 
-def write_release(folder: Path, small: bool = False) -> None:
-    """Write the six files of the release into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bank_size = _SMALL_BANK if small else 8192
-    releases = ("trex", 3, ()), ("trexstar", 1, (7,) if small else ())  # a short bank may lack one
+def write_release(folder: Path) -> None:
+    """Write the six files of the release, without momentum and with a short memory bank."""
+    folder.mkdir(parents=True)
+    releases = ("trex", 3, ()), ("trexstar", 1, (7,))  # a short bank may lack a class
     for seed, (name, depth, absent) in enumerate(releases):
         write(backbone_checkpoint(seed), folder / f"{name}.pth")
-        full = full_checkpoint(
-            depth, seed=seed + 2, bank_size=bank_size, absent=absent, optimizer=not small
-        )
+        full = full_checkpoint(depth, seed=seed + 2, bank_size=1024, absent=absent, optimizer=False)
         write(full, folder / f"{name}_2_checkpoint_full.pth")
         write(backbone_of(full), folder / f"{name}_2.pth")
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Write files of the official release's format.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--small", action="store_true", help="no momentum, a shorter bank")
-    options = parser.parse_args(arguments)
-    write_release(options.folder, options.small)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -12,6 +12,7 @@ import pickle
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,16 @@ Work = Callable[[Path], Any]
 forkserver = get_context("forkserver")
 # Nothing of this computes, so that there is no thread when a process is forked.
 forkserver.set_forkserver_preload(["trex_models.train.loop", "tyro", "torch._dynamo"])
+
+
+def run_python(
+    *arguments: object, fails: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter of its own, and require that it ends well unless it ``fails``."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert fails or not done.returncode, done.stdout + done.stderr
+    return done
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import features, loading, measure, neighbors
+from benchmarks import features, loading, logistic, measure, neighbors
 
 
 def recorded(path: Path) -> dict[str, Any]:
@@ -52,3 +52,24 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "trex_models.trex" in result["import"]["added"]
     assert set(result["create"]["ratios"]) == {"file", "cache"}
     assert result["create"]["file"]["megabytes"]["median"] > 94  # the weights themselves
+
+
+def test_logistic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "logistic.json"
+    arguments = "--sizes 60x8x3 --rounds 2 --num-C 3 --compared 2 --tight-iterations 100"
+    logistic.main(["--out", str(out), *arguments.split()])
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["size"] == "60x8x3"
+    assert result["ratio"]["n"] == 2
+    assert 0 < result["share_of_products"] < 1
+    least, most = result["compared"]
+    assert (least["C"], most["C"]) == pytest.approx((1e-5, 1e6))
+    assert abs(least["relative_difference"]) < 1e-5
+    assert least["agreement_with_tight"] == 1
+    assert "60x8x3, 3 values of C: ratio" in capsys.readouterr().out
+
+
+def test_digits_are_real_features_of_ten_classes() -> None:
+    x, y, test = logistic.digit_features()
+    assert (x.shape, y.shape, test.shape) == ((1198, 512), (1198,), (599, 512))
+    assert sorted(set(y.tolist())) == list(range(10))

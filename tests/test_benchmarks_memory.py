@@ -28,21 +28,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.client
-def test_accounting_is_what_a_real_step_allocates(table: dict[str, Any]) -> None:
+def test_accounting_is_what_a_real_step_allocates_and_adds_up(table: dict[str, Any]) -> None:
     assert table["check"]["ratio"] == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.client
-def test_rows_add_up(table: dict[str, Any]) -> None:
     for row in table["rows"]:
         assert row["parameters"] == row["gradients"] == row["optimizer"]
         kinds = ("parameters", "optimizer", "averages", "inputs", "activations")
         assert row["peak"] >= sum(row[kind] for kind in kinds)
         assert row["inputs"] == row["batch"] * 4 * 3 * (64**2 + row["local_crops"] * 32**2)
-
-
-@pytest.mark.client
-def test_each_option_saves(table: dict[str, Any]) -> None:
     fp32, bf16, recomputed = (
         next(r["activations"] for r in table["rows"] if r["options"] == name and r["batch"] == 16)
         for name in NAMES
@@ -51,13 +43,19 @@ def test_each_option_saves(table: dict[str, Any]) -> None:
     assert recomputed < 0.7 * bf16
 
 
-def test_largest_batch_is_the_last_that_fits() -> None:
+def test_largest_batch_fits_and_slope_is_that_of_the_line() -> None:
     rows = [{"options": "x", "batch": b, "peak": 10**9 + b * 10**8} for b in (16, 64)]
     (found,) = memory.fits(rows, [8])
     assert (found["fixed"], found["per_image"]) == (10**9, 10**8)
     batch = found["batch"]["8 GB"]
     usable = (8 * 2**30 - 2**30) / 1.15
     assert 10**9 + batch * 10**8 <= usable < 10**9 + (batch + 8) * 10**8
+    steps = list(range(0, 200, 20))
+    fit = growth.slope(steps, [5e6 + 3 * step for step in steps])
+    assert fit == pytest.approx({"per_step": 3, "standard_error": 0, "r_squared": 1}, abs=1e-6)
+    noisy = growth.slope(steps, [5e6 + (-1) ** step for step in range(10)])
+    assert abs(noisy["per_step"]) < 3 * noisy["standard_error"]
+    assert growth.slope(steps, [7] * 10)["r_squared"] == 0
 
 
 def test_ledger_counts_a_storage_once_and_only_while_it_lives() -> None:
@@ -71,15 +69,6 @@ def test_ledger_counts_a_storage_once_and_only_while_it_lives() -> None:
         assert ledger.live == 0
         torch.zeros(10)
     assert (ledger.live, ledger.peak) == (0, 4096)
-
-
-def test_slope_is_that_of_the_line() -> None:
-    steps = list(range(0, 200, 20))
-    fit = growth.slope(steps, [5e6 + 3 * step for step in steps])
-    assert fit == pytest.approx({"per_step": 3, "standard_error": 0, "r_squared": 1}, abs=1e-6)
-    noisy = growth.slope(steps, [5e6 + (-1) ** step for step in range(10)])
-    assert abs(noisy["per_step"]) < 3 * noisy["standard_error"]
-    assert growth.slope(steps, [7] * 10)["r_squared"] == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")

@@ -42,20 +42,26 @@ def test_parts_work_on_the_same_features(tmp_path: Path) -> None:
     assert (layers["training_samples"], layers["validation_samples"]) == (480, 120)
     assert layers["best_top1"] > 0.25
     assert 1 < found["analyses"]["effective_rank"] < 16
-
-
-def test_float32_takes_twice_the_space(tmp_path: Path) -> None:
     whole = setup(tmp_path, dtype="float32")
     assert whole.samples("train")[0].dtype == np.float32
     assert whole.file_bytes == 2 * setup(tmp_path).file_bytes
 
 
-def test_images_are_the_same_whenever_they_are_read() -> None:
+def test_images_repeat_and_promises_are_those_of_the_docstrings(tmp_path: Path) -> None:
     train, test = TinyImages(40, 5, seed=1), TinyImages(40, 5, seed=2)
     np.testing.assert_array_equal(train.read(7), TinyImages(40, 5, seed=1).read(7))
     assert not np.array_equal(train.read(7), train.read(12))  # of the same class
     assert not np.array_equal(train.read(7), test.read(7))
     assert train.digest() != test.digest()
+    real = setup(tmp_path, images=10**6, queries=1000, width=2048, classes=1000, batches=12)
+    assert promised("extraction", real) is None
+    # 4 q r + 20 F r + 60 q K + 12 M K, and the votes
+    assert promised("k-NN", real) == 16_384_000 + 167_772_160 + 1_200_000 + 240_000 + 4_000_000
+    assert promised("SGD layers", real) == 30 * 1000 * 4 * (2 * 2049 + 2048)
+    species = promised("SGD layers", replace(real, classes=8142))
+    assert species is not None
+    assert 1.5e9 < species <= 2e9  # in groups: all 30 settings would be 6 GB
+    assert promised("analyses", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
 
 
 def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path) -> None:
@@ -73,18 +79,6 @@ def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path
             block[start : start + (1 << 20)] = bytes(1 << 20)
         time.sleep(0.3)
     assert 60 << 20 < peak.held < 80 << 20
-
-
-def test_promises_are_those_of_the_docstrings(tmp_path: Path) -> None:
-    real = setup(tmp_path, images=10**6, queries=1000, width=2048, classes=1000, batches=12)
-    assert promised("extraction", real) is None
-    # 4 q r + 20 F r + 60 q K + 12 M K, and the votes
-    assert promised("k-NN", real) == 16_384_000 + 167_772_160 + 1_200_000 + 240_000 + 4_000_000
-    assert promised("SGD layers", real) == 30 * 1000 * 4 * (2 * 2049 + 2048)
-    species = promised("SGD layers", replace(real, classes=8142))
-    assert species is not None
-    assert 1.5e9 < species <= 2e9  # in groups: all 30 settings would be 6 GB
-    assert promised("analyses", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
 
 
 def test_a_full_disk_is_told_first(

@@ -20,9 +20,7 @@ import trex_models  # noqa: F401  # registers the models
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
-NAMES = [
-    f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
-]
+NAMES = timm.list_models("trex*_resnet50*")
 STAGES = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
 CHANNELS = [256, 512, 1024, 2048]
 SIZE = 64
@@ -42,7 +40,6 @@ def body() -> Any:
 
 
 def mask_rcnn() -> nn.Module:
-    """Return what FasterRCNN is, which the documentation's page runs, and masks."""
     return MaskRCNN(BackboneWithFPN(body(), STAGES, CHANNELS, 256), **SMALL, **FEW_BOXES)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
-from tests.models import NUM_CLASSES, small_model
+from tests.images import save_colors
+from tests.models import small_model
 
 pytestmark = pytest.mark.client
 
@@ -31,16 +31,9 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def batches(tmp_path: Path) -> Any:
-    """Batches of small pictures, a class a colour; always in the same order."""
+    """Batches of small pictures, a class a color; always in the same order."""
     set_seed(0)
-    rng = np.random.default_rng(0)
-    for label in range(NUM_CLASSES):
-        folder = tmp_path / "images" / f"class{label}"
-        folder.mkdir(parents=True)
-        for index in range(16):
-            pixels = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
-            pixels[..., label] += 170
-            Image.fromarray(pixels).save(folder / f"{index}.png")
+    save_colors(tmp_path / "images", 16, 32)
     return ImageDataLoaders.from_folder(
         tmp_path / "images", valid_pct=0.25, seed=0, bs=12, num_workers=0, device="cpu"
     )

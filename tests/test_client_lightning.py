@@ -39,7 +39,7 @@ class Tuner(LightningModule):  # type: ignore[misc]  # the package's types are n
         return create_optimizer_v2(self.model, "adamw", lr=5e-3, layer_decay=0.9)
 
 
-def coloured(count: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
+def colored(count: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
     """Noise whose label is its brightest channel."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % NUM_CLASSES
@@ -49,24 +49,18 @@ def coloured(count: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
 
 
 def trainer(folder: Path, **kwargs: object) -> Trainer:
-    options: dict[str, object] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        **kwargs,
-    }
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    options: dict[str, object] = {"accelerator": "cpu", "default_root_dir": folder, **off, **kwargs}
     return Trainer(**options)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning_fits_and_its_checkpoint_restores(precision: str, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
-    tuner, test = Tuner(), coloured(30, 1)
+    tuner, test = Tuner(), colored(30, 1)
     first = trainer(tmp_path, max_epochs=12, precision=precision)
     (before,) = first.validate(tuner, test, verbose=False)
-    first.fit(tuner, coloured(48, 0), test)
+    first.fit(tuner, colored(48, 0), test)
     (after,) = first.validate(tuner, test, verbose=False)
     assert after["top1"] > max(0.8, before["top1"])
 

@@ -77,7 +77,7 @@ def test_int8_keeps_the_logits(change: Change, whole: Path) -> None:
 
 
 @torch.no_grad()
-def test_merged_lora_keeps_the_logits(whole: Path) -> None:
+def test_merged_lora_keeps_the_logits_and_is_refused_on_the_classifier(whole: Path) -> None:
     model = timm.create_model(f"local-dir:{whole}", pretrained=True)
     # As after training: with the default, B = 0, there is nothing to merge.
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -85,9 +85,6 @@ def test_merged_lora_keeps_the_logits(whole: Path) -> None:
     logits = adapted(IMAGES)
     merged = adapted.merge_and_unload().eval()(IMAGES)
     torch.testing.assert_close(merged, logits, atol=1e-4, rtol=1e-4)
-
-
-def test_lora_on_the_classifier_is_refused(whole: Path) -> None:
     model = timm.create_model(f"local-dir:{whole}", pretrained=True)
     with pytest.raises(ValueError, match=r"CosineClassifier\(256, 8, .* is not supported"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc"]))

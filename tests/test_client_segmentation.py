@@ -18,9 +18,7 @@ import trex_models
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
-NAMES = [
-    f"{family}_resnet50{part}" for family in ("trex", "trexstar") for part in ("", "_proj", "_cls")
-]
+NAMES = timm.list_models("trex*_resnet50*")
 DECODERS: dict[str, Callable[..., nn.Module]] = {
     "unet": smp.Unet,
     "deeplabv3plus at stride 8": lambda *args, **kwargs: smp.DeepLabV3Plus(
@@ -56,14 +54,6 @@ def test_the_encoder_has_the_weights_of_its_tag(name: str, release: Path) -> Non
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_preprocessing_is_the_models() -> None:
-    cfg: Any = timm.get_pretrained_cfg("trex_resnet50")
-    params = get_preprocessing_params("tu-trex_resnet50")
-    assert params["mean"] == list(cfg.mean)
-    assert params["std"] == list(cfg.std)
-    assert (params["input_space"], params["input_range"]) == ("RGB", [0, 1])
-
-
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_step_lowers_the_loss(kind: str) -> None:
     images, masks = discs()
@@ -85,7 +75,7 @@ def test_a_step_lowers_the_loss(kind: str) -> None:
 
 
 @torch.no_grad()
-def test_saved_models_reload_without_the_official_weights(
+def test_saved_models_reload_without_the_official_weights_and_preprocess_as_timm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, _ = discs()
@@ -98,3 +88,8 @@ def test_saved_models_reload_without_the_official_weights(
     # As the documentation warns: what is saved asks for them again.
     with pytest.raises(trex_models.WeightsError, match="no weights for trex_resnet50"):
         smp.from_pretrained(tmp_path / "saved")
+    cfg: Any = timm.get_pretrained_cfg("trex_resnet50")
+    params = get_preprocessing_params("tu-trex_resnet50")
+    assert params["mean"] == list(cfg.mean)
+    assert params["std"] == list(cfg.std)
+    assert (params["input_space"], params["input_range"]) == ("RGB", [0, 1])

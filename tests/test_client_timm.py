@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -28,7 +25,9 @@ from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torch import Tensor, nn
 
 from tests import official_files
+from tests.images import save_colors
 from tests.models import NUM_CLASSES, SMALL, quick
+from tests.processes import run_python
 
 pytestmark = pytest.mark.client
 
@@ -38,16 +37,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Folders train and val of class folders, a class a colour."""
-    rng = np.random.default_rng(0)
+    """Folders train and val of class folders, a class a color."""
     for split, count in (("train", 16), ("val", 10)):
-        for label in range(NUM_CLASSES):
-            folder = tmp_path / "images" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = rng.integers(0, 80, (48, 48, 3), dtype=np.uint8)
-                pixels[..., label] += 170
-                Image.fromarray(pixels).save(folder / f"{index}.png")
+        save_colors(tmp_path / "images" / split, count, 48)
     return tmp_path / "images"
 
 
@@ -86,13 +78,9 @@ def loaders(images: Path, model: nn.Module) -> tuple[Any, Any]:
             is_training=split == "train",
             use_prefetcher=False,
             num_workers=0,
-            input_size=config["input_size"],
-            interpolation=config["interpolation"],
-            mean=config["mean"],
-            std=config["std"],
-            crop_pct=config["crop_pct"],
             scale=(0.5, 1.0),
-            color_jitter=0.0,  # the colour is the class
+            color_jitter=0.0,  # the color is the class
+            **config,
         )
         for split in ("train", "val")
     )
@@ -108,20 +96,9 @@ def logits(model: nn.Module, loader: Any) -> tuple[Tensor, Tensor]:
 
 def create(**kwargs: Any) -> nn.Module:
     """Build as the script does from --model trex_resnet --model-kwargs backbone=resnet10t ..."""
-    model: nn.Module = timm.create_model(
-        "trex_resnet",
-        in_chans=3,
-        num_classes=NUM_CLASSES,
-        drop_rate=0.0,
-        drop_path_rate=None,
-        drop_block_rate=None,
-        global_pool=None,
-        bn_momentum=None,
-        bn_eps=None,
-        scriptable=False,
-        **kwargs,
-        **SMALL,
-    )
+    none = "drop_path_rate drop_block_rate global_pool bn_momentum bn_eps".split()
+    given = {"in_chans": 3, "drop_rate": 0.0, "scriptable": False, **dict.fromkeys(none), **kwargs}
+    model: nn.Module = timm.create_model("trex_resnet", num_classes=NUM_CLASSES, **given, **SMALL)
     return model
 
 
@@ -138,13 +115,8 @@ def test_what_the_script_does_learns_resumes_and_validates(images: Path, tmp_pat
         optimizer, num_epochs=epochs, warmup_epochs=1, warmup_lr=1e-3, updates_per_epoch=len(train)
     )
     assert total == epochs
-    saver = CheckpointSaver(
-        model,
-        optimizer,
-        model_ema=average,
-        checkpoint_dir=str(tmp_path),
-        recovery_dir=str(tmp_path),
-    )
+    folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    saver = CheckpointSaver(model, optimizer, model_ema=average, **folders)
     for epoch in range(epochs):
         for pixels, labels in train:
             task.train()
@@ -208,12 +180,9 @@ def test_the_real_scripts_train_and_validate(images: Path, tmp_path: Path) -> No
     shared += ["--batch-size", "8", "--workers", "0", "--img-size", "32"]
 
     def call(script: str, *arguments: str) -> None:
-        command = [sys.executable, str(scripts / script), *shared, *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [*command, "--model-kwargs", *small], env=environment, capture_output=True, text=True
-        )
-        assert not done.returncode, done.stderr
+        command = [scripts / script, *shared, *arguments, "--model-kwargs", *small]
+        run_python(*command, env=environment)
 
     output = ["--output", str(tmp_path), "--experiment", "run"]
     rates = ["--opt", "adamw", "--lr", "0.005", "--layer-decay", "0.9", "--warmup-epochs", "1"]

@@ -31,8 +31,7 @@ from trex_models.pretrained import timm_folder
 
 pytestmark = [pytest.mark.client, pytest.mark.usefixtures("naver_cache")]
 
-FAMILIES = ("trex", "trexstar")
-NAMES = [f"{family}_resnet50{part}" for family in FAMILIES for part in ("", "_proj", "_cls")]
+NAMES = timm.list_models("trex*_resnet50*")
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 CLASSES = 4
 FRACTALS = FractalSource(CLASSES, images_per_class=2, size=64)
@@ -104,7 +103,7 @@ def test_a_whole_model_is_whole(whole: Path) -> None:
     assert np.allclose([r["score"] for r in classify(picture())], expected, atol=1e-5)
 
 
-def test_a_fresh_cosine_classifier_is_initialised(whole: Path) -> None:
+def test_a_fresh_cosine_classifier_is_initialized(whole: Path) -> None:
     model: Any = AutoModelForImageClassification.from_pretrained(
         whole, num_labels=500, ignore_mismatched_sizes=True
     )
@@ -147,19 +146,12 @@ def test_trainer_fine_tunes_saves_and_reloads(backbone: Path, tmp_path: Path) ->
         {"pixel_values": image, "labels": label}
         for image, label in zip(pixels, FRACTALS.labels, strict=True)
     ]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=3,
-        per_device_train_batch_size=len(data),
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    quiet: dict[str, Any] = {"report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    machine: dict[str, Any] = {"use_cpu": True, "dataloader_pin_memory": False}
+    rate: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+    size = {"max_steps": 3, "per_device_train_batch_size": len(data), "logging_steps": 1}
+    run = str(tmp_path / "run")
+    arguments = TrainingArguments(output_dir=run, **size, **rate, **machine, **quiet)
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -50,6 +50,7 @@ def test_page_links_to_what_exists(page: Path) -> None:
 
 def test_every_setting_is_of_a_page() -> None:
     assert {path.stem for path in SETTINGS.glob("*.toml")} <= {page.stem for page in PAGES}
+    assert ROOT / "README.md" in PAGES
 
 
 def page_of(folder: Path, *texts: str) -> Path:
@@ -84,28 +85,16 @@ def test_pip_and_make_must_be_asked_for_what_exists(
         assert (run(page, tmp_path, furnished[1]).returncode == 0) is works, line
 
 
-def test_blocks_that_would_not_be_run_are_refused() -> None:
+def test_useless_blocks_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="indented, not fenced: 'make demo'"):
         blocks("Do this:\n\n    make demo\n\nand that.\n")
     with pytest.raises(ValueError, match="line 3: the language 'pyhton' is not known"):
         blocks("# Page\n\n```pyhton\nprint()\n```\n")
-
-
-def test_settings_of_nothing_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.documentation.SETTINGS", tmp_path)
-    (tmp_path / "page.toml").write_text('[replace]\n"--epochs 300" = "--epochs 1"\n')
-    with pytest.raises(ValueError, match="nothing of \\['--epochs 300'\\]"):
-        program(page_of(tmp_path, "```sh", "train --epochs 100", "```"))
-
-
-def test_the_page_that_runs_a_block_must_have_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tests.documentation.SETTINGS", tmp_path)
-    (tmp_path / "page.toml").write_text('[skip]\n"make setup" = "docs/versions.md"\n')
-    with pytest.raises(ValueError, match="line 1: docs/versions.md does not have 'make setup'"):
-        program(page_of(tmp_path, "```sh", "make setup", "```"))
-
-
-def test_the_checkout_is_where_the_pages_are() -> None:
-    assert ROOT / "README.md" in PAGES
+    for setting, message in (
+        ('[replace]\n"--epochs 300" = "--epochs 1"', "nothing of ['--epochs 300']"),
+        ('[skip]\n"make setup" = "docs/versions.md"', "versions.md does not have 'make setup'"),
+    ):
+        (tmp_path / "page.toml").write_text(f"{setting}\n")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            program(page_of(tmp_path, "```sh", "make setup", "```"))

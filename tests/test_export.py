@@ -33,14 +33,12 @@ run = partial(captured, main, "export")
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 with a linear classifier."""
     folder = tmp_path_factory.mktemp("stock")
     return write_model(folder, "resnet18", naver.LICENSE, num_classes=7)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ResNet-18 with projector and cosine classifier."""
     folder = tmp_path_factory.mktemp("whole")
     sizes: dict[str, Any] = {"proj_hidden_dim": 32, "proj_dim": 16}
     return write_model(folder, "trex_resnet", backbone="resnet18", num_classes=7, **sizes)
@@ -82,13 +80,23 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     torch.testing.assert_close(ImageClassification(**values)(image), expected)
 
 
-def test_weights_in_a_file_have_their_own_license(tmp_path: Path) -> None:
+def test_files_have_their_own_license_and_missing_packages_are_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, path = tmp_path / "own.safetensors", tmp_path / "model.pth"
     save_file(timm.create_model("resnet18").state_dict(), own, {"license": "cc-by-4.0"})
-    status, printed, _ = run("resnet18", "--file", own, "--to", "torchvision", "--out", path)
+    status, printed, _ = run("resnet18", "--file", own, "--to", "torchvision", "--output", path)
     assert (status, "cc-by-4.0" in printed) == (0, True)
     facts = json.loads(path.with_name("model.pth.json").read_text())
     assert (facts["license"], facts["origin"]) == ("cc-by-4.0", "the file own.safetensors")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    status, printed, error = run("resnet18", "--to", "onnx", "--output", tmp_path / "m.onnx")
+    assert (status, printed) == (2, "")
+    assert "onnxscript" in error
+    assert "pip install '.[export]'" in error
 
 
 def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:
@@ -102,6 +110,10 @@ def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) 
     with torch.no_grad():
         expected = load(whole).double().forward_features(images.double()).mean((2, 3))
     assert torch.equal(outputs(model, images), expected)
+    status, _, error = run(whole, "--to", "torchvision", "--output", tmp_path / "out.pth")
+    assert status == 2
+    assert "projector and a cosine classifier" in error
+    assert "--features backbone" in error
 
 
 @pytest.mark.parametrize(
@@ -123,15 +135,6 @@ def test_what_torchvision_cannot_compute_is_refused(
     assert words in error
     assert "nothing was written" in error or "--to onnx" in error
     assert not list(tmp_path.glob("out*"))
-
-
-def test_a_projector_and_a_cosine_classifier_are_not_dropped_unasked(
-    whole: Path, tmp_path: Path
-) -> None:
-    status, _, error = run(whole, "--to", "torchvision", "--output", tmp_path / "out.pth")
-    assert status == 2
-    assert "projector and a cosine classifier" in error
-    assert "--features backbone" in error
 
 
 def swap(model: Any) -> None:
@@ -162,11 +165,7 @@ def test_a_wrong_copy_is_found_and_not_written(
     assert "does not reproduce" in error
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_an_earlier_export_stays_unless_it_may_be_replaced(stock: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out.pth"
-    path.write_text("earlier")
+    monkeypatch.undo()
     assert "--overwrite" in run(stock, "--to", "torchvision", "--output", path)[2]
     assert path.read_text() == "earlier"
     assert run(stock, "--to", "torchvision", "--output", path, "--overwrite")[0] == 0
@@ -177,10 +176,7 @@ def test_an_earlier_export_stays_unless_it_may_be_replaced(stock: Path, tmp_path
     ("arguments", "words"),
     [
         ("resnet18 --to onnx --output m.pth", "give a file that ends in .onnx"),
-        (
-            "resnet18 --to torchvision --output m.onnx",
-            "give a file that ends in .pth or .safetensors",
-        ),
+        ("resnet18 --to torchvision --output m.onnx", "that ends in .pth or .safetensors"),
         ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
         ("resnet18 --to onnx --output folder.onnx", "it is a folder"),
         ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),
@@ -204,20 +200,7 @@ def test_bad_input_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder.onnx"]
 
 
-def test_a_missing_package_is_said_before_the_model_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
-    )
-    status, printed, error = run("resnet18", "--to", "onnx", "--output", tmp_path / "m.onnx")
-    assert (status, printed) == (2, "")
-    assert "onnxscript" in error
-    assert "pip install '.[export]'" in error
-
-
-def test_the_images_compared_are_of_several_sizes_and_no_two_alike() -> None:
+def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() -> None:
     assert resolutions(224, 224) == [(224, 224), (160, 160), (288, 224)]
     found = list(batches(3, resolutions(SIDE, SIDE)))
     assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]
@@ -226,10 +209,7 @@ def test_the_images_compared_are_of_several_sizes_and_no_two_alike() -> None:
     assert len(images.unique(dim=0)) == 5
     # Flat areas in every second one.
     assert [len(image.unique()) < 100 for image in images] == [True, False, True, False, True]
-
-
-def test_a_difference_that_is_no_number_is_not_small() -> None:
-    images, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
-    assert difference(images, ones, ones, 1e-9).is_small
-    assert not difference(images, ones * torch.nan, ones, 1e-9).is_small
-    assert not difference(images, ones + 1e-6, ones, 1e-9).is_small
+    black, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
+    assert difference(black, ones, ones, 1e-9).is_small
+    assert not difference(black, ones * torch.nan, ones, 1e-9).is_small
+    assert not difference(black, ones + 1e-6, ones, 1e-9).is_small

@@ -32,7 +32,6 @@ NORMALIZE = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small ResNet with projector and cosine classifier."""
     backbone = {"backbone": "resnet10t", "channels": CHANNELS}
     folder = tmp_path_factory.mktemp("whole")
     return write_model(folder, "trex_resnet", naver.LICENSE, num_classes=7, **backbone, **HEAD)
@@ -122,7 +121,6 @@ def test_a_graph_normalizes_pixels_itself(whole: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(whole: Path) -> bytes:
-    """The file of a backbone, for one size."""
     data: bytes = to_onnx.build_onnx(
         backbone(whole), "features", (3, 32, 32), False, {}
     ).SerializeToString()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.processes import Forked, kill_when_ready
 from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
-from trex_models.evaluation import extract as extract_module
 from trex_models.evaluation import feature_file
 from trex_models.evaluation.extract import extract_features
 from trex_models.evaluation.feature_file import Features
@@ -60,18 +58,19 @@ def run(models: Path, *arguments: str, model: str = "backbone") -> int:
     return main(["extract", *arguments, *fixed])
 
 
+CROP = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
+
+
 def assert_right(found: Features, place: Path, models: Path) -> None:
     """Compare with the features of the same images, extracted in one go."""
     model = timm.create_model(f"local-dir:{models / 'backbone'}", pretrained=True)
-    crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
     source = FileSource(place / "images", found.names, [0] * len(found.names), ["x"])
-    expected = extract_features(model.to(memory_format=torch.channels_last), source, crop)
+    expected = extract_features(model.to(memory_format=torch.channels_last), source, CROP)
     np.testing.assert_allclose(found.features, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The images that are read, in order."""
     found: list[str] = []
     read = FileSource.read
 
@@ -110,11 +109,8 @@ def test_other_tools_read_the_files(models: Path) -> None:
     for out in ("f.safetensors", "f.npy"):
         assert run(models, "images", "--output", out, "--dtype", "float16") == 0
     with safe_open("f.safetensors", "np") as file:
-        features, names = (
-            file.get_tensor("features"),
-            json.loads(file.get_tensor("names").tobytes()),
-        )
-        metadata = file.metadata()
+        features, metadata = file.get_tensor("features"), file.metadata()
+        names = json.loads(file.get_tensor("names").tobytes())
     array = np.load("f.npy", mmap_mode="r")
     beside = json.loads(Path("f.npy.json").read_text())
     assert array.dtype == features.dtype == np.float16
@@ -135,9 +131,8 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     assert run(models, "images", "--output", "f.npy", model="other") == 2
     assert run(models, "images/a", "--output", "f.npy") == 2
     errors = capsys.readouterr().err
-    assert "something else (weights_sha256 differs)" in errors
-    assert "images_sha256" in errors
-    assert "--overwrite" in errors
+    for words in ("something else (weights_sha256 differs)", "images_sha256", "--overwrite"):
+        assert words in errors
     assert Path("f.npy").read_bytes() == before
     assert run(models, "images", "--output", "f.npy", "--overwrite", model="other") == 0
     assert Path("f.npy").read_bytes() != before
@@ -176,62 +171,53 @@ def test_changed_images_with_the_same_names_are_extracted_again(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_file_of_something_else_is_not_replaced_unasked(
-    models: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("out", "files"),
+    [
+        ("f.safetensors", ["f.safetensors"]),
+        ("f.npy", ["f.npy.json"]),
+        ("f.npy", ["f.npy", "f.npy.json"]),
+    ],
+)
+def test_other_files_are_not_replaced_unasked(
+    models: Path, capsys: pytest.CaptureFixture[str], out: str, files: list[str]
 ) -> None:
-    Path("f.safetensors").write_bytes(b"precious")
-    assert run(models, "images", "--output", "f.safetensors") == 2
-    assert "it is no file of features" in capsys.readouterr().err
-    assert Path("f.safetensors").read_bytes() == b"precious"
+    np.save("f.npy", np.zeros((11, 32)))
+    contents = {name: Path("f.npy").read_bytes() for name in files}
+    contents |= {name: b'{"metadata": {"mine": "precious"}}' for name in files if name != "f.npy"}
+    Path("f.npy").unlink()
+    for name, data in contents.items():
+        Path(name).write_bytes(data)
+    assert run(models, "images", "--output", out) == 2
+    assert f"error: {files[0]} is there, and it is no file of feat" in capsys.readouterr().err
+    assert {name: Path(name).read_bytes() for name in files} == contents
+    assert run(models, "images", "--output", out, "--overwrite") == 0
+    assert len(trex_models.features.load(out).names) == 11
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("features_too", [False, True])
-def test_a_file_of_the_name_for_names_is_not_replaced_unasked(
-    models: Path, capsys: pytest.CaptureFixture[str], features_too: bool
-) -> None:
-    Path("f.npy.json").write_text('{"metadata": {"mine": "precious"}}')
-    if features_too:
-        np.save("f.npy", np.zeros((11, 32)))
-    assert run(models, "images", "--output", "f.npy") == 2
-    named = "f.npy" if features_too else "f.npy.json"
-    assert f"error: {named} is there, and it is no file of features" in capsys.readouterr().err
-    assert "precious" in Path("f.npy.json").read_text()
-    assert run(models, "images", "--output", "f.npy", "--overwrite") == 0
-    assert len(trex_models.features.load("f.npy").names) == 11
-
-
-@pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("out", ["f.npy", "f.safetensors", "empty.npy"])
+@pytest.mark.parametrize("out", ["f.npy", "f.safetensors", "empty.npy", "shorter.npy"])
 def test_a_damaged_file_is_not_taken_for_a_finished_one(
     models: Path, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert run(models, "images", "--output", out) == 0
     data = Path(out).read_bytes()
     Path(out).write_bytes(b"" if out.startswith("empty") else data[:-1])
+    if out.startswith("shorter"):
+        np.save(out, np.zeros((10, 32), np.float32))
     assert run(models, "images", "--output", out) == 2
     error = capsys.readouterr().err
-    assert "it is damaged" in error
+    assert "it is damaged: cut short, or its names are not those of its features" in error
     assert "--overwrite" in error
     assert run(models, "images", "--output", out, "--overwrite") == 0
     assert Path(out).read_bytes() == data
 
 
-@pytest.mark.usefixtures("place")
-def test_another_array_in_place_of_the_features_is_told(
-    models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(models, "images", "--output", "f.npy") == 0
-    np.save("f.npy", np.zeros((10, 32), np.float32))
-    assert run(models, "images", "--output", "f.npy") == 2
-    assert "its names are not those of its features" in capsys.readouterr().err
-
-
 KILLED = """
 import sys, time
 from trex_models.data.image_files import FileSource
-from trex_models.features.__main__ import main
 from trex_models.evaluation import feature_file
+from trex_models.features.__main__ import main
 
 read = FileSource.read
 def slow(self, index):
@@ -336,35 +322,27 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     if out.endswith(".safetensors"):
         with safe_open(out, "np") as file:
             assert file.get_tensor("features").shape == (9, 32)
-
-
-def test_no_image_that_can_be_read(
-    place: Path, models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     (place / "one").mkdir()
     (place / "one" / "x.png").write_bytes(b"torn")
-    assert run(models, "one", "--output", "f.npy", "--unreadable", "skip") == 2
+    assert run(models, "one", "--output", "none.npy", "--unreadable", "skip") == 2
     assert "none of 1 images can be read" in capsys.readouterr().err
-    assert not Path("f.npy").exists()
+    assert not Path("none.npy").exists()
 
 
 @pytest.mark.parametrize(
     ("output", "shape"),
     [("backbone", (32,)), ("projector", (12,)), ("dense", (32, 2, 2)), ("logits", (5,))],
 )
-def test_outputs_of_a_whole_model(
-    place: Path, models: Path, output: str, shape: tuple[int, ...]
-) -> None:
+def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple[int, ...]) -> None:
     assert run(models, "images", "--output", "f.npy", "--features", output, model="whole") == 0
     found = trex_models.features.load("f.npy")
     assert found.features.shape == (11, *shape)
     model: Any = timm.create_model(f"local-dir:{models / 'whole'}", pretrained=True).eval()
-    crop = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolation="bicubic")
-    pixels = crop.empty(1)
+    pixels = CROP.empty(1)
     source = FileSource(place / "images", found.names, [0] * 11, ["x"])
-    crop.cut(source.read(3), pixels[0])
+    CROP.cut(source.read(3), pixels[0])
     with torch.inference_mode():
-        maps = model.forward_features(crop.normalize(pixels))
+        maps = model.forward_features(CROP.normalize(pixels))
         outputs = {
             "dense": maps,
             "backbone": maps.mean((2, 3)),
@@ -400,17 +378,7 @@ def test_what_cannot_be_done_is_told_in_a_line(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_map_is_asked_of_a_model_that_has_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = timm.create_model("test_vit", num_classes=0)
-    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
-    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
-    assert "not a map (C, H, W)" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("place")
-def test_own_weights_are_taken(tmp_path: Path) -> None:
+def test_own_weights_and_pixels_are_taken(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
@@ -420,19 +388,19 @@ def test_own_weights_are_taken(tmp_path: Path) -> None:
     assert about["weights_sha256"] == weights_digest(model)
     assert about["file"] == str(tmp_path / "own.safetensors")
 
-
-@pytest.mark.usefixtures("place")
-def test_pixels_are_features_too() -> None:
-    assert (
-        main(["extract", "images", "--model", "pixels", "--output", "f.npy", "--workers", "0"]) == 0
-    )
-    found = trex_models.features.load("f.npy")
+    given = ["--model", "pixels", "--workers", "0"]
+    assert main(["extract", "images", "--output", "pixels.npy", *given]) == 0
+    found = trex_models.features.load("pixels.npy")
     assert found.features.shape == (11, 768)
     assert found.metadata["license"] == "none: pixels are no weights"
 
 
-def test_a_missing_package_is_told_with_the_extra_that_brings_it(
-    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_missing_packages_and_maps_are_told(
+    place: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
@@ -440,6 +408,12 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     monkeypatch.setattr("trex_models.features.images.find", missing)
     assert run(models, str(place / "images"), "--output", "f.npy") == 2
     assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    model = timm.create_model("test_vit", num_classes=0)
+    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
+    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
+    assert "not a map (C, H, W)" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")
@@ -466,15 +440,6 @@ def test_images_whose_names_are_not_utf8_are_skipped_and_told(
     (place / "images" / name).write_bytes(b"torn")
     assert run(models, "images", "--output", "f.npy", "--unreadable", "skip") == 0
     assert r"gr\udcfcn.png' cannot be read" in capfd.readouterr().out
-
-
-def test_a_full_disk_is_told_before_it_is_full(
-    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    usage = shutil.disk_usage(place)._replace(free=1 << 20)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    assert run(models, "images", "--output", "f.npy") == 2
-    assert "MB of free space" in capsys.readouterr().err
 
 
 def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
@@ -511,10 +476,3 @@ def test_a_damaged_file_is_told(models: Path, damage: str) -> None:
         path = path.rename("f.bin")
     with pytest.raises(ValueError, match=f"{path}.*(features|wrote)"):
         trex_models.features.load(path)
-
-
-def test_rows_and_images_are_told_apart_where_some_are_left_out() -> None:
-    left_out = {0: "", 3: "", 4: "", 9: ""}
-    rows = [extract_module._image_of(row, left_out) for row in range(6)]
-    assert rows == [1, 2, 5, 6, 7, 8]
-    assert extract_module._image_of(6, left_out) == 10

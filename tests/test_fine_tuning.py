@@ -92,9 +92,7 @@ def test_images_to_choose_the_rate_by_are_neither_fitted_on_nor_tested_on(
         assert distances.min() > 0
 
 
-def test_the_command_writes_figures_and_a_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(new_model(0), tmp_path / "run")
     paths = ["--run", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
     small = ["--steps", "2", "--seeds", "2", "--tasks", "digits:3"]

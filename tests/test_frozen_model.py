@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.models import CHANNELS, save_model
+from tests.models import CHANNELS, edit_config, save_model
 from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation import frozen_model
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(path, "resnet10t", cfg, seed=3, num_classes=5, channels=CHANNELS)
 
 
-def test_a_folder_is_loaded_without_its_classifier_and_normalised_its_own_way(folder: Path) -> None:
+def test_a_folder_is_loaded_without_its_classifier_and_normalized_its_own_way(folder: Path) -> None:
     encoder = load(str(folder))
     assert encoder.shape == (32,)
     assert encoder.facts["architecture"] == "resnet10t"
@@ -62,15 +63,20 @@ def test_preprocessing_is_chosen_by_name(folder: Path) -> None:
         assert asdict(transform) == asdict(PROTOCOLS[name])
 
 
-def test_a_finished_run_stands_for_its_backbone(folder: Path, tmp_path: Path) -> None:
+def test_runs_stand_for_backbones_and_files_have_own_licenses(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
     encoder = load(str(tmp_path / "run"))
     assert encoder.facts["source"] == str(tmp_path / "run" / "export" / "backbone")
     assert encoder.identity() == load(f"local-dir:{folder}").identity()
+    model = timm.create_model("test_resnet")
+    assert vars(model)["pretrained_cfg"]["license"]
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    facts = load("test_resnet", file=tmp_path / "own.pth").facts
+    assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
-def test_weights_are_told_apart_by_content_and_by_nothing_else(folder: Path) -> None:
+def test_weights_are_told_apart_by_content_alone_and_random_ones_are_seeded(folder: Path) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     digest = weights_digest(model)
     assert weights_digest(model.to(memory_format=torch.channels_last)) == digest
@@ -80,9 +86,6 @@ def test_weights_are_told_apart_by_content_and_by_nothing_else(folder: Path) -> 
     assert weights_digest(one) != weights_digest(two)
     half, whole = (nn.ParameterDict({"a": torch.zeros(2, dtype=d)}) for d in (torch.bfloat16, None))
     assert weights_digest(half) != weights_digest(whole)
-
-
-def test_random_weights_are_seeded_and_residual_branches_count() -> None:
     first, again, other = (
         load("resnet18", untrained=True, seed=seed).facts["weights_sha256"] for seed in (0, 0, 1)
     )
@@ -91,11 +94,15 @@ def test_random_weights_are_seeded_and_residual_branches_count() -> None:
     assert dict(model.named_parameters())["layer1.0.bn2.weight"].abs().sum() > 0
 
 
+def noise(count: int) -> ArraySource:
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 40, 40, 3), dtype=np.uint8)
+    return ArraySource(pixels, np.zeros(count, int), ["a"])
+
+
 def test_calibration_gives_batchnorm_the_images_statistics() -> None:
     encoder = load("test_resnet", untrained=True)
     before = encoder.facts["weights_sha256"]
-    pixels = np.random.default_rng(0).integers(0, 100, (64, 40, 40, 3), dtype=np.uint8)
-    source = ArraySource(pixels, np.zeros(64, int), ["a"])
+    source = noise(64)
     after = encoder.calibrated(source, "dark noise")
     assert after.facts["weights_sha256"] != before
     assert after.facts["weights_sha256"] == weights_digest(after.model)
@@ -111,18 +118,12 @@ def test_calibration_gives_batchnorm_the_images_statistics() -> None:
 
 
 def test_calibration_takes_images_evenly_over_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-
-    class Noting(ArraySource):
-        def read(self, index: int) -> np.ndarray:
-            read.append(index)
-            return super().read(index)
-
+    source = noise(8)
+    read = Mock(wraps=source.read)
+    monkeypatch.setattr(source, "read", read)
     monkeypatch.setattr(frozen_model, "_CALIBRATION_IMAGES", 4)
-    pixels = np.random.default_rng(0).integers(0, 100, (8, 40, 40, 3), dtype=np.uint8)
-    source = Noting(pixels, np.zeros(8, int), ["a"])
     after = load("test_resnet", untrained=True).calibrated(source, "noise")
-    assert read == [0, 2, 4, 6]
+    assert read.mock_calls == [call(index) for index in (0, 2, 4, 6)]
     assert after.facts["batchnorm"] == "statistics of 4 training images of noise"
 
 
@@ -144,10 +145,7 @@ def test_pixels_are_an_encoder() -> None:
         ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
         ("./no/such/folder", "no such folder with a config.json"),
         ("no/such/folder", "no such folder with a config.json"),
-        (
-            "resnet200",
-            "resnet200 cannot be loaded: No pretrained weights .*; --untrained evaluates",
-        ),
+        ("resnet200", "resnet200 cannot be loaded: No pretrained .*; --untrained evaluates"),
     ],
 )
 def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
@@ -155,46 +153,27 @@ def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
         load(name, hint="--untrained evaluates")
 
 
-def test_a_file_has_neither_licence_nor_tag_of_the_architecture(tmp_path: Path) -> None:
-    model = timm.create_model("test_resnet")
-    assert vars(model)["pretrained_cfg"]["license"]
-    torch.save(model.state_dict(), tmp_path / "own.pth")
-    facts = load("test_resnet", file=tmp_path / "own.pth").facts
-    assert (facts["license"], facts["tag"]) == ("not stated", "")
+@pytest.mark.parametrize("damage", ["weights", "channels"])
+def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, damage: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    if damage == "weights":
+        data = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    else:
+        edit_config(copy, lambda config: config.update(model_args={"channels": [8, 16, 24, 40]}))
+    with pytest.raises(ValueError, match=f"--model {copy} cannot be loaded"):
+        load(str(copy))
 
 
-def test_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        data = (folder / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2] if "model" in name else data)
-    with pytest.raises(ValueError, match=f"--model {tmp_path} cannot be loaded"):
-        load(str(tmp_path))
-
-
-def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    config["model_args"] = {"channels": [8, 16, 24, 40]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"--model {tmp_path} cannot be loaded"):
-        load(str(tmp_path))
-
-
-def test_pixels_take_no_weights(tmp_path: Path) -> None:
+def test_wrong_choices_are_refused(tmp_path: Path) -> None:
+    for device in ("tpu9", "meta"):
+        with pytest.raises(ValueError, match=f"--device: '{device}' is not an available torch"):
+            load("test_resnet", untrained=True, device=device)
+    with pytest.raises(ValueError, match="precision tf32 needs CUDA, not cpu"):
+        load("test_resnet", untrained=True, precision="tf32", device="cpu")
+    device = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=f"--device: there is no {device}"):
+        load("test_resnet", untrained=True, device=device)
     (tmp_path / "w.pth").write_bytes(b"x")
     with pytest.raises(ValueError, match="--file goes with the name of an architecture"):
         load("pixels", file=tmp_path / "w.pth")
-
-
-def test_wrong_choices_are_refused() -> None:
-    for device in ("tpu9", "meta"):
-        with pytest.raises(ValueError, match=f"--device: '{device}' is not (an )?available"):
-            load("test_resnet", untrained=True, device=device)
-    with pytest.raises(ValueError, match="precision tf32 needs CUDA, not cpu"):
-        load("test_resnet", untrained=True, precision="tf32")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_is_not_there_is_said() -> None:
-    with pytest.raises(ValueError, match="--device: there is no cuda:0"):
-        load("test_resnet", untrained=True, device="cuda")

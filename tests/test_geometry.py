@@ -77,32 +77,25 @@ def test_numbers_equal_those_of_brute_force(images: int, eps: float) -> None:
     assert found.distance_ratio == pytest.approx(within / between, rel=1e-10)
     assert (found.num_images, found.num_features, found.num_classes) == (images, width, 4)
     assert (found.eps, found.threshold) == (eps, 1e-5)
+    as_json = found.to_dict()
+    assert json.loads(json.dumps(as_json, allow_nan=False)) == as_json
+    assert as_json["normalization"] == "rows of unit length"
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 89, 90, 91])
-def test_chunks_do_not_change_the_result(chunk: int) -> None:
+def test_chunks_types_and_lengths_do_not_change_the_result(tmp_path: Path) -> None:
     features, labels = sample()
-    same(analyze(features, labels, chunk=chunk), analyze(features, labels))
-
-
-def test_progress_counts_images() -> None:
+    expected = analyze(features, labels)
+    for chunk in (1, 7, 89, 90, 91):
+        same(analyze(features, labels, chunk=chunk), expected)
     done: list[int] = []
-    analyze(*sample(), chunk=40, progress=done.append)
+    analyze(features, labels, chunk=40, progress=done.append)
     assert done == [40, 40, 10]
-
-
-def test_half_precision_in_a_mapped_file_that_is_read_only(tmp_path: Path) -> None:
-    features, labels = sample()
+    scales = np.geomspace(1e-18, 1e18, len(features))[:, None]
+    same(analyze(features * scales, labels), expected)
     half = features.astype(np.float16)
     np.save(tmp_path / "features.npy", half)
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     same(analyze(mapped, labels, chunk=20), analyze(half.astype(np.float64), labels))
-
-
-def test_lengths_of_rows_do_not_matter() -> None:
-    features, labels = sample()
-    scales = np.geomspace(1e-18, 1e18, len(features))[:, None]
-    same(analyze(features * scales, labels), analyze(features, labels))
 
 
 def test_a_rotation_changes_nothing_but_sparsity() -> None:
@@ -113,7 +106,7 @@ def test_a_rotation_changes_nothing_but_sparsity() -> None:
     same(replace(one, sparsity=two.sparsity), two)
 
 
-def test_collapsed_classes() -> None:
+def test_collapsed_classes_and_one_direction() -> None:
     """Two orthogonal directions: one axis, and nothing within a class."""
     found = analyze(np.repeat([[3.0, 0, 0], [0, 0.5, 0]], [4, 4], axis=0), np.repeat([0, 1], 4))
     assert (found.within_class_distance, found.between_class_distance) == (0, 1)
@@ -125,9 +118,6 @@ def test_collapsed_classes() -> None:
     assert found.dead_features == 1
     assert found.sparsity == pytest.approx(2 / 3)
     assert found.coding_length == pytest.approx(np.log(1 + 3 / 0.25 / 2))
-
-
-def test_one_direction() -> None:
     features = np.outer(np.arange(1, 60), np.sqrt([1, 2, 3, 5, 6]))
     found = analyze(features, np.arange(59) % 3)
     assert list(found.singular_values) == [0] * 5
@@ -137,7 +127,7 @@ def test_one_direction() -> None:
     assert found.coding_length == pytest.approx(np.log(1 + 5 / 0.25) / 2)
 
 
-def test_all_directions_alike() -> None:
+def test_all_directions_alike_and_wider_classes() -> None:
     """The axes and their opposites: the longest code, the highest rank, no difference."""
     features = np.concatenate([np.eye(40), -np.eye(40)])
     found = analyze(features, np.arange(80) % 2)
@@ -146,54 +136,34 @@ def test_all_directions_alike() -> None:
     assert found.effective_rank == pytest.approx(40)
     assert found.axes_of_95_percent in (38, 39)  # 0.95 itself, as rounding has it
     assert found.distance_ratio == pytest.approx(1, abs=0.1)
-
-
-def test_wider_classes_lengthen_code_rank_and_ratio() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(200) % 4
     centers, noise = rng.normal(size=(4, 16))[labels], rng.normal(size=(200, 16))
-    found = [analyze(centers + width * noise, labels) for width in (0.01, 0.1, 1.0)]
+    wider = [analyze(centers + width * noise, labels) for width in (0.01, 0.1, 1.0)]
     for field in ("coding_length", "effective_rank", "within_class_distance", "distance_ratio"):
-        numbers = [getattr(geometry, field) for geometry in found]
+        numbers = [getattr(geometry, field) for geometry in wider]
         assert numbers == sorted(set(numbers)), field
 
 
-def test_images_of_zeros_are_counted_and_left_out() -> None:
+def test_zeros_and_classes_of_one_image() -> None:
     features, labels = sample()
     more = np.insert(features, [0, 50, 90], 0, axis=0)
     found = analyze(more, np.insert(labels, [0, 50, 90], [0, 1, 9]))
     assert found.zero_images == 3
     same(replace(found, zero_images=0), analyze(features, labels))
-
-
-def test_a_class_of_one_image_counts_between_classes_alone() -> None:
-    features, labels = sample()
-    labels[0] = 7
+    labels[0] = 7  # counts between classes alone
     found = analyze(features, labels)
     expected = all_pairs(features, labels)
     assert (found.within_class_distance, found.between_class_distance) == pytest.approx(expected)
-
-
-def test_a_feature_that_is_alive_once_is_not_dead() -> None:
-    features, labels = sample()
     features[:, [2, 5]] = 0
     assert analyze(features, labels, chunk=20).dead_features == 2
-    features[60, 5] = -1e-30
+    features[60, 5] = -1e-30  # alive once
     assert analyze(features, labels, chunk=20).dead_features == 1
-
-
-def test_threshold_of_sparsity() -> None:
     features = np.array([[1.0, 0.01, 0], [0, 1, -1e-6]])
     labels = np.array(["a", "a"])
     features, labels = np.concatenate([features] * 2), np.concatenate([labels, ["b", "b"]])
     shares = [analyze(features, labels, threshold=t).sparsity for t in (0, 1e-5, 0.1)]
     assert shares == pytest.approx([2 / 6, 3 / 6, 4 / 6])
-
-
-def test_json_ready() -> None:
-    found = analyze(*sample()).to_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["normalization"] == "rows of unit length"
 
 
 @pytest.mark.cuda

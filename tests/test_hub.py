@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,11 +34,12 @@ from hub.verify import verify
 from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
-from tests.loopback_hub import LFS_WARNING, Hub, HubServer, environment
-from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder
+from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
+from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
+from tests.processes import run_python
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
-from trex_models.pretrained import naver, timm_folder
+from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import (
     Manifest,
     WeightsError,
@@ -76,7 +75,6 @@ def built(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Timm folders of the three models of a full file."""
     folder = tmp_path_factory.mktemp("official")
     convert_official(release / "trexstar_2_checkpoint_full.pth", folder)
     yield folder
@@ -84,18 +82,16 @@ def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(autouse=True)
-def loopback_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not told where to look finds nothing."""
-    for name, value in nowhere(tmp_path).items():
-        monkeypatch.setenv(name, value)
-
-
-def nowhere(tmp_path: Path) -> dict[str, str]:
-    return {
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Variables by which what is not told where to look finds nothing."""
+    variables = {
         "TREX_MODELS_MANIFEST": str(tmp_path / "manifest.json"),
         "TREX_MODELS_NAVER_URL": "http://127.0.0.1:9/",
         "TREX_MODELS_CACHE": str(tmp_path / "cache"),
     }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
 
 
 @pytest.fixture
@@ -107,22 +103,48 @@ def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
     return api
 
 
+@dataclasses.dataclass
+class Desk:
+    """What is published from: Hub folders, the client, the manifest, and what is printed."""
+
+    built: Path
+    server: HubServer
+    api: HfApi
+    manifest: Path
+    capsys: pytest.CaptureFixture[str]
+
+    def push(self, *sources: str | Path, **options: Any) -> Manifest:
+        publish(tuple(self.built / s for s in sources), manifest=self.manifest, **options)
+        return load_manifest(self.manifest, missing_ok=True)
+
+    def verify(self, *names: str) -> str:
+        self.printed()
+        good = verify(names, manifest=self.manifest)
+        out = self.printed()
+        assert good is (": good: " in out)
+        return out
+
+    def printed(self) -> str:
+        return self.capsys.readouterr().out
+
+    def commits(self, name: str = "small_trex") -> list[Commit]:
+        return self.server.hub.repos[f"trex-models/{name}"]
+
+    def sent(self) -> list[str]:
+        return [f"{r.method} {r.path}" for r in self.server.requests("^(POST|PUT|DELETE) ")]
+
+    def record(self, **changes: Any) -> None:
+        published = load_manifest(self.manifest)
+        entry = dataclasses.replace(published.models["small_trex"], **changes)
+        changed = dataclasses.replace(published, models={"small_trex": entry})
+        save_manifest(changed, self.manifest)
+
+
 @pytest.fixture
-def push(api: HfApi, tmp_path: Path) -> Callable[..., Manifest]:
-    """Publish folders; the manifest is tmp_path / manifest.json."""
-
-    assert api.token
-
-    def run(*sources: Path, **options: Any) -> Manifest:
-        publish(sources, manifest=tmp_path / "manifest.json", **options)
-        return load_manifest(tmp_path / "manifest.json", missing_ok=True)
-
-    return run
-
-
-def sent(server: HubServer) -> list[str]:
-    """The requests that can change something."""
-    return [f"{r.method} {r.path}" for r in server.requests("^(POST|PUT|DELETE) ")]
+def desk(
+    built: Path, server: HubServer, api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Desk:
+    return Desk(built, server, api, tmp_path / "manifest.json", capsys)
 
 
 # build
@@ -155,7 +177,7 @@ def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
     )
 
 
-def test_licence_of_own_model_is_its_owners_choice(tiny: Path, tmp_path: Path) -> None:
+def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "export"
     shutil.copytree(tiny / "small_trex", source)
     with pytest.raises(ValueError, match=r"no license is stated for export; choose one: --lic"):
@@ -170,29 +192,49 @@ def test_licence_of_own_model_is_its_owners_choice(tiny: Path, tmp_path: Path) -
         build_folders(source, tmp_path / "out", **OWNER)
     (folder,) = build_folders(source, tmp_path / "out", owner="Ada")
     assert ModelCard.load(folder / "README.md").data.license == "cc0-1.0"
+    first = build_folders(tiny, tmp_path / "both", **OWNER)
+    second = build_folders(tiny, tmp_path / "both", owner="Ada", license="mit")
+    assert first == second
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["small_trex", "small_trex_cls"]
+    assert "MIT" in (first[0] / "LICENSE").read_text()
+    # A Hub folder can be built again; its license is known now.
+    (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
+    assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
-def put(name: str, data: bytes = b"") -> Callable[[Path], None]:
-    return lambda folder: void((folder / name).write_bytes(data))
+def own_folder(folder: Path, name: str, num_classes: int, **args: Any) -> Path:
+    cfg = CFG | {"num_classes": num_classes}
+    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg=cfg, **args)
+    return write_folder(model, folder)
 
 
-def void(_: object) -> None:
-    pass
+def put(name: str, data: bytes | None) -> Callable[[Path], object]:
+    """Write a file of a folder; None deletes it."""
+    return lambda folder: (
+        (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
+    )
 
 
-def spoil_weights(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
-    save_file(state, folder / "model.safetensors")
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors")
+
+    return spoil
 
 
-def drop_weight(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    del state["layer1.0.conv1.weight"]
-    save_file(state, folder / "model.safetensors")
+def configured(**values: Any) -> Callable[[Path], object]:
+    """Set entries of config.json, or of its pretrained_cfg where a name has cfg_ before it."""
 
+    def change(config: dict[str, Any]) -> None:
+        for name, value in values.items():
+            key = name.removeprefix("cfg_")
+            part = config if key == name else config["pretrained_cfg"]
+            part[key] = value
+            if value is None:
+                del part[key]
 
-def configured(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return lambda folder: edit_config(folder, change)
 
 
@@ -200,33 +242,24 @@ def configured(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None
     ("spoil", "message"),
     [
         (put("pytorch_model.bin", b"\x80\x02."), r"pytorch_model.bin does not belong"),
-        (put("notes.txt"), r"notes.txt does not belong"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (put("notes.txt", b""), r"notes.txt does not belong"),
+        (put("config.json", None), "has no config.json"),
+        (put("model.safetensors", None), "has no model.safetensors"),
         (put("model.safetensors", b"\x80\x02."), "model.safetensors is no safetensors file"),
-        (spoil_weights, r"layer1.0.conv1.weight has values that are not finite"),
-        (drop_weight, "timm cannot load it"),
+        (
+            weights(lambda state: state["bn1.bias"][0].fill_(torch.nan)),
+            "bn1.bias has .* not finite",
+        ),
+        (weights(lambda state: state.pop("layer1.0.conv1.weight")), "timm cannot load it"),
         (put("config.json", b"[1]"), "config.json is no model's configuration"),
         (put("config.json", b"{"), "config.json is no model's configuration"),
-        (
-            configured(lambda c: c["pretrained_cfg"].update(file="/home/ada/x.pth")),
-            r"pretrained_cfg.file is a path of this machine, '/home/ada/x.pth'",
-        ),
-        (
-            configured(lambda c: c["pretrained_cfg"].update(file="runs/model.safetensors")),
-            r"pretrained_cfg.file is a path of this machine, 'runs/model.safetensors'",
-        ),
-        (configured(lambda c: c.pop("num_features")), "config.json lacks num_features; convert"),
-        (
-            configured(lambda c: c["pretrained_cfg"].pop("input_size")),
-            "config.json lacks pretrained_cfg.input_size; convert",
-        ),
-        (configured(lambda c: c["model_args"].update(num_classes=0)), "model_args has num_classes"),
-        (configured(lambda c: c.update(architecture="resnet_9000")), "timm cannot load it"),
-        (
-            configured(lambda c: c["pretrained_cfg"].update(origin_url=notices.ORIGIN)),
-            "the weights are NAVER's by its origin_url",
-        ),
+        (configured(cfg_file="/home/a.pth"), "cfg.file is a path of this machine, '/home/a.pth'"),
+        (configured(cfg_file="runs/a.pth"), "cfg.file is a path of this machine, 'runs/a.pth'"),
+        (configured(num_features=None), "config.json lacks num_features; convert"),
+        (configured(cfg_input_size=None), "config.json lacks pretrained_cfg.input_size; convert"),
+        (configured(model_args={"num_classes": 0}), "model_args has num_classes"),
+        (configured(architecture="resnet_9000"), "timm cannot load it"),
+        (configured(cfg_origin_url=notices.ORIGIN), "the weights are NAVER's by its origin_url"),
     ],
 )
 def test_unfit_folder_is_refused(
@@ -241,55 +274,30 @@ def test_unfit_folder_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_stock_classifier_is_none_of_naver_s(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    cfg = CFG | {"num_classes": 3}
-    model = timm.create_model("resnet10t", num_classes=3, pretrained_cfg=cfg, **TINY).eval()
-    images = torch.randn(2, 3, 32, 32)
-    timm_folder.write_timm_folder(model, tmp_path / "mine", images, model(images).detach())
-    for name in ("trex_resnet50.in1k", "trex_resnet50_cls.in1k_r2"):
-        with pytest.raises(ValueError, match="num_classes is 3; a backbone is published with 0"):
-            build_folders(tmp_path / "mine", tmp_path / "out", name=name)
-    assert not (tmp_path / "out").exists()
-
-
-def test_naver_name_binds_architecture_and_licence(tiny: Path, tmp_path: Path) -> None:
-    name = "trex_resnet50.in1k"
-    with pytest.raises(ValueError, match=r"architecture of trex_resnet50.in1k is 'resnet10t', not"):
-        build_folders(tiny / "small_trex", tmp_path / "out", name=name)
-    with pytest.raises(ValueError, match="cannot be a repository's name"):
-        build_folders(tiny / "small_trex", tmp_path / "out", name="a/b", **OWNER)
-    with pytest.raises(ValueError, match="holds 2 models, but --name names one"):
-        build_folders(tiny, tmp_path / "out", name="one", **OWNER)
-    with pytest.raises(ValueError, match="holds no model; make some"):
-        build_folders(tmp_path, tmp_path / "out", **OWNER)
-    with pytest.raises(ValueError, match="is no folder"):
-        build_folders(tmp_path / "nowhere", tmp_path / "out", **OWNER)
-
-
-def test_own_weights_do_not_take_naver_s_names(tmp_path: Path) -> None:
-    model = timm.create_model("resnet50", num_classes=0).eval()
-    images = torch.ones(1, 3, 64, 64)
-    timm_folder.write_timm_folder(model, tmp_path / "own", images, model(images).detach())
-    edit_config(tmp_path / "own", lambda config: config["pretrained_cfg"].pop("license", None))
-    with pytest.raises(ValueError, match=r"weights of NAVER's, which these are not"):
-        build_folders(tmp_path / "own", tmp_path / "hub", name="trex_resnet50.in1k")
+def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
+    naver_name = "trex_resnet50.in1k"
+    stock = own_folder(tmp_path / "stock", "resnet10t", 3, **TINY)
+    own = own_folder(tmp_path / "own", "resnet50", 0)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"is a training run; give .*export/backbone or"):
-        build_folders(tmp_path / "run", tmp_path / "hub", owner="Ada", license="mit")
+    for folder, name, message in (
+        (stock, naver_name, "num_classes is 3; a backbone is published with 0"),
+        (stock, f"{naver_name}_r2", "num_classes is 3; a backbone is published with 0"),
+        (own, naver_name, "weights of NAVER's, which these are not"),
+        (tiny / "small_trex", naver_name, r"architecture of trex_resnet50.in1k is 'resnet10t', n"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_folders(folder, tmp_path / "hub", name=name)
+    for folder, other, message in (
+        (tiny / "small_trex", "a/b", "cannot be a repository's name"),
+        (tiny, "one", "holds 2 models, but --name names one"),
+        (tmp_path / "run" / "checkpoints", None, "holds no model; make some"),
+        (tmp_path / "run", None, r"is a training run; give .*export/backbone or"),
+        (tmp_path / "nowhere", None, "is no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_folders(folder, tmp_path / "hub", name=other, **OWNER)
     assert not (tmp_path / "hub").exists()
-
-
-def test_build_again_replaces_the_folder(tiny: Path, tmp_path: Path) -> None:
-    first = build_folders(tiny, tmp_path / "out", **OWNER)
-    second = build_folders(tiny, tmp_path / "out", owner="Ada", license="mit")
-    assert first == second
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["small_trex", "small_trex_cls"]
-    assert "MIT" in (first[0] / "LICENSE").read_text()
-    # A Hub folder can be built again; its licence is known now.
-    (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
-    assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
 @pytest.mark.slow
@@ -345,12 +353,13 @@ def test_card_of_naver_model(name: str) -> None:
     header = data.to_dict()
     task = "image-classification" if "_cls" in name else "image-feature-extraction"
     assert card.startswith("---\n")
-    assert header["license"] == "cc-by-nc-sa-4.0"
-    assert header["library_name"] == "timm"
-    assert header["datasets"] == ["imagenet-1k"]
-    assert header["pipeline_tag"] == task
-    assert {"image-feature-extraction", "timm", "trex", task} <= set(header["tags"])
-    assert "model-index" not in header
+    assert {"image-feature-extraction", "timm", "trex", task} <= set(header.pop("tags"))
+    assert header == {
+        "license": "cc-by-nc-sa-4.0",
+        "library_name": "timm",
+        "datasets": ["imagenet-1k"],
+        "pipeline_tag": task,
+    }
 
     text = card.split("---\n", 2)[2]
     opening = text.split("## What it is")[0]
@@ -381,7 +390,7 @@ def test_card_of_naver_model(name: str) -> None:
     assert ("Plain timm cannot load this model" in text) is (backbone != name)
 
 
-def test_card_says_what_was_measured_here() -> None:
+def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -> None:
     measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
@@ -393,6 +402,14 @@ def test_card_says_what_was_measured_here() -> None:
     )
     assert "top-1 77.35 % by its own prototypes" in card
     assert "another protocol" in " ".join(card.split())
+    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
+    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
+    for part in ("", "_proj", "_cls"):
+        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
+        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
+    cfg = timm.get_pretrained_cfg("trex_resnet50")
+    assert cfg is not None
+    assert cfg.origin_url == notices.ORIGIN
 
 
 def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None:
@@ -405,20 +422,6 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
         build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=results)
 
 
-def test_figures_are_those_of_the_specification() -> None:
-    assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
-    assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
-    for part in ("", "_proj", "_cls"):
-        assert reported(f"trex_resnet50{part}.in1k_r2")[1:] == (0.779, 1.1664)
-        assert reported(f"trexstar_resnet50{part}.in1k_r2")[1:] == (0.802, 0.8800)
-
-
-def test_origin_is_that_of_the_zoo() -> None:
-    cfg = timm.get_pretrained_cfg("trex_resnet50")
-    assert cfg is not None
-    assert cfg.origin_url == notices.ORIGIN
-
-
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:
     """Run a card's examples as they stand, each by itself; ``bare`` without trex_models."""
     code = [
@@ -426,39 +429,28 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
     ]
     if bare:
         code.insert(0, "import sys; sys.modules['trex_models'] = None")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", "\n".join(code)],
-        env={**environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environ = {**environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    command = ["-W", "error::DeprecationWarning:__main__", "-c", "\n".join(code)]
+    return run_python(*command, env=environ).stdout
 
 
 @pytest.mark.client
 def test_from_publication_to_the_examples_in_the_cards(
-    official: Path,
-    built: Path,
-    server: HubServer,
-    push: Callable[..., Manifest],
-    api: HfApi,
-    tmp_path: Path,
+    nowhere: dict[str, str], official: Path, desk: Desk, tmp_path: Path
 ) -> None:
     """Every example of a backbone's and a classifier's card, of NAVER's and of our own."""
     names = "trexstar_resnet50.in1k_r2", "trexstar_resnet50_cls.in1k_r2"
+    built = desk.built
     backbone, cls = (build_folders(official / name, tmp_path / "official")[0] for name in names)
-    published = push(backbone, cls, *built.iterdir())
+    published = desk.push(backbone, cls, *built.iterdir())
     assert len(published.models) == 4
-    assert api.token
-    assert verify(manifest=tmp_path / "manifest.json")
+    assert verify(manifest=desk.manifest)
 
     blocks = {
         folder: python_blocks((folder / "README.md").read_text())
         for folder in (backbone, cls, built / "small_trex", built / "small_trex_cls")
     }
-    environ = environment(server.url, tmp_path / "home") | nowhere(tmp_path)
+    environ = environment(desk.server.url, tmp_path / "home") | nowhere
     fetch = f"from trex_models.pretrained import resolve; print(resolve.fetch({backbone.name!r}))"
     out = run_blocks(
         [fetch, *blocks[backbone][:3], *blocks[cls][:3], *blocks[built / "small_trex_cls"]], environ
@@ -478,278 +470,180 @@ def test_from_publication_to_the_examples_in_the_cards(
 # publish
 
 
-def test_publish_records_what_a_user_then_fetches(
-    built: Path, hub: Hub, push: Callable[..., Manifest], tmp_path: Path
-) -> None:
-    published = push(built / "small_trex")
-    entry = published.models["small_trex"]
-    (_, commit) = hub.repos["trex-models/small_trex"].commits
+def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: Desk) -> None:
+    published = desk.push("small_trex")
+    entry, folder = published.models["small_trex"], desk.built / "small_trex"
+    (_, commit) = desk.commits()
     assert entry.repository == "trex-models/small_trex"
     assert entry.revision == commit.sha
-    assert entry.sha256 == sha256(built / "small_trex" / "model.safetensors")
-    assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(built / "small_trex"))
+    assert entry.sha256 == sha256(folder / "model.safetensors")
+    assert tuple(entry.outputs) == fixed_input.fixed_outputs(load_folder(folder))
     assert len(entry.outputs) == 8
     assert sorted(commit.files) == sorted([".gitattributes", *FILES])
-    assert commit.files["model.safetensors"].sha256 == entry.sha256
-    assert not list(tmp_path.glob(".*"))
+    assert commit.files["model.safetensors"].etag == entry.sha256
+    assert not list(desk.manifest.parent.glob(".*"))
 
-
-def test_publish_again_sends_nothing(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Callable[..., Manifest],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    first = push(built / "small_trex")
-    server.log.clear()
-    capsys.readouterr()
-    assert push(built / "small_trex") == first
-    assert sent(server) == []
-    assert len(hub.repos["trex-models/small_trex"].commits) == 2
-    out = capsys.readouterr().out
+    desk.server.log.clear()
+    desk.printed()
+    assert desk.push("small_trex") == published
+    assert desk.sent() == []
+    out = desk.printed()
     assert "trex-models/small_trex: unchanged" in out
     assert all(f"skip, is there already: {file}" in out for file in FILES)
+    with pytest.raises(ValueError, match="build the folder again with --namespace ada"):
+        desk.push("small_trex", namespace="ada")
 
 
-def test_a_changed_file_alone_is_committed(
-    built: Path, hub: Hub, server: HubServer, push: Callable[..., Manifest]
-) -> None:
-    folder = built / "small_trex"
-    first = push(folder)
-    server.log.clear()
+def test_a_changed_file_alone_is_committed(desk: Desk) -> None:
+    folder = desk.built / "small_trex"
+    first = desk.push(folder).models["small_trex"]
+    desk.server.log.clear()
     with (folder / "NOTICE").open("a") as file:
         file.write("Ada has moved.\n")
-    second = push(folder)
-    _, before, after = hub.repos["trex-models/small_trex"].commits
+    second = desk.push(folder).models["small_trex"]
+    _, before, after = desk.commits()
     assert {path for path in after.files if after.files[path] != before.files[path]} == {"NOTICE"}
-    assert second.models["small_trex"] == dataclasses.replace(
-        first.models["small_trex"], revision=after.sha
-    )
-    assert not server.requests("/lfs/")
+    assert second == dataclasses.replace(first, revision=after.sha)
+    assert not desk.server.requests("/lfs/")
 
     tiny_folder(folder.parent / "new", seed=5)
     shutil.copy(folder.parent / "new" / "model.safetensors", folder)
-    third = push(folder).models["small_trex"]
-    *_, last = hub.repos["trex-models/small_trex"].commits
-    assert last.files["model.safetensors"].sha256 == third.sha256
-    assert third.sha256 != second.models["small_trex"].sha256
-    assert third.outputs != second.models["small_trex"].outputs
+    third = desk.push(folder).models["small_trex"]
+    assert desk.commits()[-1].files["model.safetensors"].etag == third.sha256 != second.sha256
+    assert third.outputs != second.outputs
 
 
 def test_a_commit_by_others_in_between_is_not_overwritten(
-    built: Path,
-    hub: Hub,
-    api: HfApi,
-    push: Callable[..., Manifest],
-    monkeypatch: pytest.MonkeyPatch,
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push(built / "small_trex")
-    (built / "small_trex" / "NOTICE").write_text("Ada has moved.\n")
-    commit = api.create_commit
+    desk.push("small_trex")
+    (desk.built / "small_trex" / "NOTICE").write_text("Ada has moved.\n")
+    commit = desk.api.create_commit
 
     def late(*args: Any, **options: Any) -> Any:
-        hub.add("trex-models/small_trex", {"NOTICE": b"Charles was faster.\n"})
+        desk.server.hub.add("trex-models/small_trex", {"NOTICE": b"Charles was faster.\n"})
         return commit(*args, **options)
 
-    monkeypatch.setattr(api, "create_commit", late)
+    monkeypatch.setattr(desk.api, "create_commit", late)
     with pytest.raises(HubError, match="answered 412"):
-        push(built / "small_trex")
-    assert len(hub.repos["trex-models/small_trex"].commits) == 3
+        desk.push("small_trex")
+    assert len(desk.commits()) == 3
 
 
-def test_dry_run_sends_nothing(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Callable[..., Manifest],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert push(*built.iterdir(), dry_run=True) == Manifest()
-    assert sent(server) == []
-    assert hub.repos == {}
-    assert not (tmp_path / "manifest.json").exists()
-    out = capsys.readouterr().out
-    for folder in built.iterdir():
+def test_dry_run_sends_nothing(desk: Desk) -> None:
+    assert desk.push(*desk.built.iterdir(), dry_run=True) == Manifest()
+    assert desk.sent() == []
+    assert desk.server.hub.repos == {}
+    assert not desk.manifest.exists()
+    out = desk.printed()
+    for folder in desk.built.iterdir():
         assert f"trex-models/{folder.name}: new" in out
         for file in FILES:
             path = folder / file
             size = path.stat().st_size
             assert f"would upload {file}, {size} bytes, SHA-256 {sha256(path)}\n" in out
-    push(built / "small_trex")
-    server.log.clear()
-    push(built / "small_trex", dry_run=True)
-    assert sent(server) == []
-    assert "would skip, is there already: README.md" in capsys.readouterr().out
+    desk.push("small_trex")
+    desk.server.log.clear()
+    desk.push("small_trex", dry_run=True)
+    assert desk.sent() == []
+    assert "would skip, is there already: README.md" in desk.printed()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (put("pytorch_model.bin"), r"pytorch_model.bin does not belong"),
-        (lambda folder: (folder / "README.md").unlink(), "has no README.md; make it"),
-        (lambda folder: (folder / "NOTICE").unlink(), "has no NOTICE; make it"),
+        (put("pytorch_model.bin", b""), r"pytorch_model.bin does not belong"),
+        (put("README.md", None), "has no README.md; make it"),
+        (put("README.md", b"---\nlicense: [\n---\n"), r"README\.md is damaged .*; build the fol"),
+        (put("NOTICE", None), "has no NOTICE; make it"),
         (
-            lambda folder: void(
-                (folder / "README.md").write_text("---\nlicense: mit\n---\ntrex-models/x")
-            ),
-            "the license is 'mit', but should be 'cc-by-4.0'",
+            put("README.md", b"---\nlicense: mit\n---\n"),
+            "license is 'mit', but should be 'cc-by-4.0'",
         ),
-        (lambda folder: shutil.rmtree(folder), "has no config.json; make it"),
+        (shutil.rmtree, "has no config.json; make it"),
     ],
 )
 def test_unfit_hub_folder_is_not_published(
-    spoil: Callable[[Path], object],
-    message: str,
-    built: Path,
-    server: HubServer,
-    push: Callable[..., Manifest],
+    spoil: Callable[[Path], object], message: str, desk: Desk
 ) -> None:
-    spoil(built / "small_trex_cls")
+    spoil(desk.built / "small_trex_cls")
     with pytest.raises(ValueError, match=message):
-        push(built / "small_trex", built / "small_trex_cls")
-    assert server.log == []
-
-
-def test_card_must_name_its_repository(built: Path, push: Callable[..., Manifest]) -> None:
-    with pytest.raises(ValueError, match="build the folder again with --namespace ada"):
-        push(built / "small_trex", namespace="ada")
-
-
-ONE_LINE = r"[^\n]*"
+        desk.push("small_trex", "small_trex_cls")
+    assert desk.server.log == []
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("whoami", 401), f"answered 401{ONE_LINE}refuses the token; `hf auth login`"),
-        (
-            Fault("repos/create", 403),
-            f"answered 403{ONE_LINE}ask an owner of trex-models for write",
-        ),
-        (Fault("POST .*commit", 409), f"answered 409{ONE_LINE}run the same command again"),
-        (Fault("POST .*commit", 412), f"answered 412{ONE_LINE}run the same command again"),
-        (Fault("POST .*commit", 500), f"answered 500{ONE_LINE}a fault of its own; run the same"),
-        (Fault("POST .*commit", 429), f"answered 429{ONE_LINE}wait some minutes"),
-        (Fault("POST .*commit", 400), f"answered 400{ONE_LINE}correct the request"),
-        (Fault("PUT /lfs", 403), f"answered 403{ONE_LINE}ask an owner of trex-models for write"),
-        (Fault("PUT /lfs", 0), f"cannot be reached{ONE_LINE}check the network and HF_ENDPOINT"),
-        (Fault("whoami", 0), f"cannot be reached{ONE_LINE}check the network and HF_ENDPOINT"),
+        (Fault("whoami", 401), "answered 401.*refuses the token; `hf auth login`"),
+        (Fault("repos/create", 403), "answered 403.*ask an owner of trex-models for write"),
+        (Fault("POST .*commit", 409), "answered 409.*run the same command again"),
+        (Fault("POST .*commit", 412), "answered 412.*run the same command again"),
+        (Fault("POST .*commit", 500), "answered 500.*a fault of its own; run the same"),
+        (Fault("POST .*commit", 429), "answered 429.*wait some minutes"),
+        (Fault("POST .*commit", 400), "answered 400.*correct the request"),
+        (Fault("PUT /lfs", 403), "answered 403.*ask an owner of trex-models for write"),
+        (Fault("PUT /lfs", 0), "cannot be reached.*check the network and HF_ENDPOINT"),
+        (Fault("whoami", 0), "cannot be reached.*check the network and HF_ENDPOINT"),
     ],
     ids=lambda value: str(value.status or "cut") if isinstance(value, Fault) else "",
 )
 def test_errors_of_the_hub_are_one_line(
-    fault: Fault,
-    message: str,
-    built: Path,
-    server: HubServer,
-    push: Callable[..., Manifest],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault, message: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
-    server.faults.append(fault)
+    desk.server.faults.append(fault)
     with pytest.raises(HubError, match=message) as error:
-        push(built / "small_trex")
+        desk.push("small_trex")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "manifest.json").exists()
-    server.faults.clear()
-    assert list(push(built / "small_trex").models) == ["small_trex"]  # and then it goes on
+    assert not desk.manifest.exists()
+    desk.server.faults.clear()
+    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it goes on
 
 
-def test_foreign_files_on_the_hub_are_refused(
-    built: Path, server: HubServer, push: Callable[..., Manifest], tmp_path: Path
-) -> None:
-    server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
-    with pytest.raises(ValueError, match=r"do not belong there: pytorch_model\.bin; delete them"):
-        push(built / "small_trex")
-    assert not (tmp_path / "manifest.json").exists()
-    assert server.requests("^(POST|PUT) .*(commit|lfs)") == []
-
-
-def test_what_cannot_be_recorded_is_not_sent(
-    built: Path, server: HubServer, push: Callable[..., Manifest], tmp_path: Path
-) -> None:
+def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
     with pytest.raises(ValueError, match="2 of the folders are named small_trex"):
-        push(built / "small_trex", built / "small_trex")
-    copy = tmp_path / "small_trex"
-    shutil.copytree(built / "small_trex", copy)
-    (copy / "README.md").write_text("---\nlicense: [\n---\n")
-    with pytest.raises(ValueError, match=r"README\.md is damaged .*; build the folder again"):
-        push(copy)
+        desk.push("small_trex", "small_trex")
     with pytest.raises(ValueError, match="none cannot be written; choose another --manifest"):
-        publish((built / "small_trex",), manifest=tmp_path / "none" / "manifest.json")
+        publish((desk.built / "small_trex",), manifest=desk.built / "none" / "manifest.json")
     with pytest.raises(ValueError, match="give one folder or more"):
-        push()
-    assert server.log == []
+        desk.push()
+    assert desk.server.log == []
+    desk.server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
+    with pytest.raises(ValueError, match=r"do not belong there: pytorch_model\.bin; delete them"):
+        desk.push("small_trex")
+    assert not desk.manifest.exists()
+    assert desk.server.requests("^(POST|PUT) .*(commit|lfs)") == []
 
 
-def test_interruption_leaves_a_correct_manifest(
-    built: Path, hub: Hub, server: HubServer, push: Callable[..., Manifest], tmp_path: Path
-) -> None:
-    sources = built / "small_trex", built / "small_trex_cls"
-    server.faults.append(Fault("POST .*small_trex_cls/commit", 500))
+def test_interruption_leaves_a_correct_manifest(desk: Desk) -> None:
+    sources = ["small_trex", "small_trex_cls"]
+    desk.server.faults.append(Fault("POST .*small_trex_cls/commit", 500))
     with pytest.raises(HubError, match="trex-models/small_trex_cls: the Hub answered 500"):
-        push(*sources)
-    assert list(load_manifest(tmp_path / "manifest.json").models) == ["small_trex"]
-    server.faults.clear()
-    push(*sources)
-    assert sorted(load_manifest(tmp_path / "manifest.json").models) == [p.name for p in sources]
-    assert len(hub.repos["trex-models/small_trex"].commits) == 2
+        desk.push(*sources)
+    assert list(load_manifest(desk.manifest).models) == ["small_trex"]
+    desk.server.faults.clear()
+    assert sorted(desk.push(*sources).models) == sources
+    assert len(desk.commits()) == 2
 
 
-def rewrite(path: Path, **changes: Any) -> None:
-    """Change the manifest's entry of small_trex."""
-    published = load_manifest(path)
-    entry = dataclasses.replace(published.models["small_trex"], **changes)
-    save_manifest(dataclasses.replace(published, models={"small_trex": entry}), path)
-
-
-def test_commands_publish_and_verify(
-    built: Path,
-    api: HfApi,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    options = ["--manifest", str(tmp_path / "manifest.json")]
-    assert main(["publish", str(built / "small_trex"), *options]) == 0
-    captured = capsys.readouterr()
-    assert str(api.token) not in captured.out + captured.err
+def test_commands_publish_and_verify(desk: Desk) -> None:
+    options = ["--manifest", str(desk.manifest)]
+    assert main(["publish", str(desk.built / "small_trex"), *options]) == 0
+    assert str(desk.api.token) not in "".join(desk.capsys.readouterr())
     assert main(["verify", *options]) == 0
-    assert capsys.readouterr().out.startswith("small_trex: good: ")
-    rewrite(tmp_path / "manifest.json", outputs=(1.0,))
+    assert desk.printed().startswith("small_trex: good: ")
+    desk.record(outputs=(1.0,))
     assert main(["verify", *options]) == 1
 
 
-def test_without_a_token_nothing_is_asked(built: Path, server: HubServer, tmp_path: Path) -> None:
-    environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        [sys.executable, "-m", "hub", "publish", str(built / "small_trex")],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
-    assert re.fullmatch(message, done.stderr)
-    assert server.log == []
-
-
-def test_command_build(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out"
-    arguments = ["build", str(tiny / "small_trex"), "--output", str(out), "--name", "mine"]
-    assert main([*arguments, "--license", "mit", "--owner", "Ada", "--namespace", "ada"]) == 0
-    assert capsys.readouterr().out.startswith(f"built {out / 'mine'}\n")
-    assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
-
-
 def test_bad_input_is_one_line_with_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    built: Path,
+    server: HubServer,
 ) -> None:
-    monkeypatch.delenv("TREX_TRACEBACK", raising=False)
     for arguments in (
         ["build", tmp_path / "nothing", "--output", tmp_path / "out"],
         ["publish", tmp_path / "nothing"],
@@ -761,93 +655,71 @@ def test_bad_input_is_one_line_with_status_2(
     monkeypatch.setenv("TREX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="is no folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
+    monkeypatch.delenv("TREX_TRACEBACK")
+    environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
+    command = ["-m", "hub", "publish", str(built / "small_trex")]
+    done = run_python(*command, cwd=ROOT, env=environ, fails=True)
+    assert done.returncode == 2
+    message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
+    assert re.fullmatch(message, done.stderr)
+    assert server.log == []
 
 
 # verify
 
 
-@pytest.fixture
-def check(api: HfApi, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Verify, and return the line."""
-
-    def run(*names: str) -> str:
-        capsys.readouterr()
-        assert api.token
-        good = verify(names, manifest=tmp_path / "manifest.json")
-        out = capsys.readouterr().out
-        assert good is (": good: " in out)
-        return out
-
-    return run
-
-
-def test_verify(
-    built: Path,
-    hub: Hub,
-    server: HubServer,
-    push: Callable[..., Manifest],
-    check: Callable[..., str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path, name = tmp_path / "manifest.json", "trex-models/small_trex"
+def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, name = desk.server.hub, "trex-models/small_trex"
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    entry = push(built / "small_trex").models["small_trex"]
-    assert re.fullmatch(rf"small_trex: good: .*{name}@{entry.revision}\)\n", check())
-    assert check("small_trex") == check()
+    entry = desk.push("small_trex").models["small_trex"]
+    assert re.fullmatch(rf"small_trex: good: .*{name}@{entry.revision}\)\n", desk.verify())
+    assert desk.verify("small_trex") == desk.verify()
     assert not (tmp_path / "home").exists()
 
-    near = tuple(value * (1 + 5e-4) for value in entry.outputs)
-    rewrite(path, outputs=near)
-    assert ": good: " in check()
-    rewrite(path, outputs=tuple(value * (1 + 2e-3) for value in entry.outputs))
-    assert "DIFFERS: outputs are off by 0.002 of the largest" in check()
     far = (*entry.outputs[:-1], entry.outputs[-1] * 2)
-    rewrite(path, outputs=far)
-    assert re.match(r"small_trex: DIFFERS: outputs are off by 0.5 of the largest, more", check())
-    rewrite(path, outputs=())
-    assert "outputs are off by inf" in check()
-    rewrite(path, outputs=entry.outputs)
+    for outputs, line in (
+        (tuple(value * (1 + 5e-4) for value in entry.outputs), "small_trex: good: "),
+        (tuple(value * (1 + 2e-3) for value in entry.outputs), ".*DIFFERS: outputs .* by 0.002 of"),
+        (far, "small_trex: DIFFERS: outputs are off by 0.5 of the largest, more"),
+        ((), ".*outputs are off by inf"),
+    ):
+        desk.record(outputs=outputs)
+        assert re.match(line, desk.verify())
+    desk.record(outputs=entry.outputs)
 
     tiny_folder(tmp_path / "other", seed=9)
     changed = hub.add(name, {"model.safetensors": tmp_path / "other" / "model.safetensors"})
-    assert ": good: " in check()  # the revision is pinned
-    rewrite(path, revision=changed)
+    assert ": good: " in desk.verify()  # the revision is pinned
+    desk.record(revision=changed)
     found = sha256(tmp_path / "other" / "model.safetensors")
     line = f"SHA-256 of model.safetensors is {found}, recorded is {entry.sha256}"
-    assert f"small_trex: DIFFERS: {line} " in check()
+    assert f"small_trex: DIFFERS: {line} " in desk.verify()
 
-    rewrite(path, revision="0" * 40)
-    assert "NOT CHECKED: trex-models/small_trex: the Hub answered 404" in check()
-    rewrite(path, repository="trex-models/gone", revision=entry.revision)
-    assert re.search("NOT CHECKED: trex-models/gone: .*there is no such repository", check())
-    rewrite(path, repository=name)
-    server.faults.append(Fault("GET /api/models/", 503))
-    assert re.search("NOT CHECKED: .*answered 503.*run the same command again later", check())
-    server.faults.clear()
-    rewrite(path, revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
-    assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in check()
+    desk.record(revision="0" * 40)
+    assert "NOT CHECKED: trex-models/small_trex: the Hub answered 404" in desk.verify()
+    desk.record(repository="trex-models/gone", revision=entry.revision)
+    assert re.search("NOT CHECKED: trex-models/gone: .*there is no such repos", desk.verify())
+    desk.record(repository=name)
+    desk.server.faults.append(Fault("GET /api/models/", 503))
+    assert re.search("NOT CHECKED: .*answered 503.*run the same command again l", desk.verify())
+    desk.server.faults.clear()
+    desk.record(revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
+    assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in desk.verify()
 
 
 def test_verify_loads_models_of_the_zoo_by_name(
-    built: Path,
-    push: Callable[..., Manifest],
-    check: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    push(built / "small_trex")
-    assert "by its name" not in check()
+    desk.push("small_trex")
+    assert "by its name" not in desk.verify()
     monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
-    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", check())
+    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.verify())
 
 
-def test_verify_compares_keys_and_shapes(
-    built: Path, hub: Hub, push: Callable[..., Manifest], check: Callable[..., str], tmp_path: Path
-) -> None:
-    path, name = tmp_path / "manifest.json", "trex-models/small_trex"
-    push(built / "small_trex")
-    config = json.loads((built / "small_trex" / "config.json").read_text())
-    state = load_file(built / "small_trex" / "model.safetensors")
+def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
+    desk.push("small_trex")
+    config = json.loads((desk.built / "small_trex" / "config.json").read_text())
+    state = load_file(desk.built / "small_trex" / "model.safetensors")
 
     def changed(config: dict[str, Any], state: dict[str, torch.Tensor]) -> str:
         save_file(state, tmp_path / "weights")
@@ -855,26 +727,25 @@ def test_verify_compares_keys_and_shapes(
             "config.json": json.dumps(config).encode(),
             "model.safetensors": tmp_path / "weights",
         }
-        rewrite(path, revision=hub.add(name, files), sha256=sha256(tmp_path / "weights"))
-        return check()
+        revision = desk.server.hub.add("trex-models/small_trex", files)
+        desk.record(revision=revision, sha256=sha256(tmp_path / "weights"))
+        return desk.verify()
 
     wider = config | {"model_args": config["model_args"] | {"channels": [4, 8, 16, 64]}}
-    assert re.search(
-        r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", changed(wider, state)
-    )
-    less = {key: tensor for key, tensor in state.items() if key != "bn1.bias"}
-    more = less | {"extra": torch.zeros(1)}
-    line = changed(config, more)
-    assert "DIFFERS: 1 (bn1.bias) missing, 1 (extra) unexpected" in line
+    line = changed(wider, state)
+    assert re.search(r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", line)
+    other = {key: tensor for key, tensor in state.items() if key != "bn1.bias"}
+    other["extra"] = torch.zeros(1)
+    assert "DIFFERS: 1 (bn1.bias) missing, 1 (extra) unexpected" in changed(config, other)
     assert "DIFFERS: it does not load" in changed(config | {"architecture": "resnet_9000"}, state)
 
 
-def test_verify_what_is_not_listed(check: Callable[..., str], tmp_path: Path) -> None:
-    save_manifest(Manifest(), tmp_path / "manifest.json")
+def test_verify_what_is_not_listed(desk: Desk) -> None:
+    save_manifest(Manifest(), desk.manifest)
     with pytest.raises(ValueError, match="lists no model; publish some"):
-        check()
+        desk.verify()
     with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; it lists: none"):
-        check("trex_resnet50.in1k")
+        desk.verify("trex_resnet50.in1k")
 
 
 def test_fixed_input_is_the_formula() -> None:
@@ -890,21 +761,21 @@ def test_fixed_input_is_the_formula() -> None:
 # ImageNet
 
 
-def picture(colour: tuple[int, int, int], seed: int) -> Image.Image:
+def picture(color: tuple[int, int, int], seed: int) -> Image.Image:
     noise = np.random.default_rng(seed).integers(-8, 9, (40, 48, 3))
-    return Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageNet in small: a colour is a class, and 2 of 16 images in val are in a wrong folder."""
+    """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
-        for c, (name, colour) in enumerate(COLOURS.items()):
+        for c, (name, color) in enumerate(COLOURS.items()):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture(colour, 100 * c + i).save(folder / f"{split}_{i}.png")
+                picture(color, 100 * c + i).save(folder / f"{split}_{i}.png")
     for name, other in (("ant", "bee"), ("cat", "dog")):
         picture(COLOURS[other], 999).save(root / "val" / name / "val_0.png")
     return root
@@ -912,7 +783,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, and a classifier whose prototypes are the embeddings of the classes' colours.
+    """A backbone, and a classifier whose prototypes are the embeddings of the classes' colors.
 
     They have the names of NAVER's, so that they are measured.
     """
@@ -921,9 +792,9 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedder: Any = load_folder(tiny_classifier(folder / "first"))
     shutil.rmtree(folder / "first")
     embedder.reset_classifier(0)
-    colours = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colors = torch.tensor(list(COLOURS.values())) / 127.5 - 1
     with torch.inference_mode():
-        embeddings = embedder(colours.view(4, 3, 1, 1).expand(4, 3, 32, 32))
+        embeddings = embedder(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
     tiny_classifier(folder / "trex_resnet50_cls.in1k_r2", F.normalize(embeddings).clone())
     shutil.copytree(folder / "trex_resnet50.in1k", folder / "trex_resnet50_proj.in1k_r2")
     return folder
@@ -933,13 +804,13 @@ SMALL = tuple(COLOURS)
 
 
 @pytest.fixture
-def two_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose between a bad and a good setting: by 4 images the choice among 30 is chance."""
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of two: that of the whole grid by a fifth of 20 images is chance."""
     settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
     monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
 
 
-@pytest.mark.usefixtures("two_settings")
+@pytest.mark.usefixtures("few_settings")
 def test_measured_top1_is_the_known_one(
     rightful: Path, replica: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -977,7 +848,7 @@ def test_measured_top1_is_the_known_one(
     assert [path.stat().st_mtime_ns for path in kept] == before
 
 
-@pytest.mark.usefixtures("two_settings")
+@pytest.mark.usefixtures("few_settings")
 def test_as_many_other_images_are_measured_again(
     rightful: Path, replica: Path, tmp_path: Path
 ) -> None:
@@ -992,7 +863,7 @@ def test_as_many_other_images_are_measured_again(
         assert len(list(features.rglob("*.safetensors"))) == kept
 
 
-@pytest.mark.usefixtures("two_settings")
+@pytest.mark.usefixtures("few_settings")
 def test_other_weights_of_the_same_name_are_measured_again(
     replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1027,23 +898,21 @@ def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: 
         imagenet.measure(rightful, tmp_path / "nothing", tmp_path, SMALL)
 
 
-def test_backbones_need_train(
-    rightful: Path, replica: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(replica / "val", tmp_path / "val")
-    assert list(imagenet.measure(rightful, tmp_path, tmp_path, SMALL)) == [
-        "trex_resnet50_cls.in1k_r2"
-    ]
-    assert f"not measured, for {tmp_path / 'train'} is missing" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_image_is_one_line(
-    workers: int, rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_backbones_need_train_and_images_must_be_readable(
+    workers: int,
+    rightful: Path,
+    replica: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(replica / "val", tmp_path / "val")
-    (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
     monkeypatch.setattr(imagenet, "free_cores", lambda: workers)
+    found = imagenet.measure(rightful, tmp_path, tmp_path / "features", SMALL)
+    assert list(found) == ["trex_resnet50_cls.in1k_r2"]
+    assert f"not measured, for {tmp_path / 'train'} is missing" in capsys.readouterr().out
+    (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"^[^\n]*bee/val_1.png cannot be read[^\n]*$"):
         imagenet.measure(rightful, tmp_path, tmp_path, SMALL)
     assert not (tmp_path / "imagenet.json").exists()
@@ -1105,30 +974,7 @@ def test_import_fetches_converts_and_measures_once(
     assert files.log == []
 
 
-def test_import_refuses_a_changed_file(files: FileServer, release: Path, tmp_path: Path) -> None:
-    path = tmp_path / "manifest.json"
-    fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
-    save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
-    digest = sha256(release / "trex.pth")
-    with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
-        fetch()
-    assert "\n" not in str(e.value)
-    assert list((tmp_path / "out" / "files").iterdir()) == []
-    assert load_manifest(path).naver == {"trex.pth": "0" * 64}
-
-    path.unlink()
-    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
-    files.log.clear()
-    assert fetch()  # placed by hand
-    assert files.log == []
-    assert load_manifest(path).naver == {"trex.pth": digest}
-    with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(WeightsError, match=f"refused: .*files/trex.pth is .*, not {digest}"):
-        fetch()
-
-
-def test_import_keeps_no_wrong_file(files: FileServer, tmp_path: Path) -> None:
+def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: Path) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
     right = files.files["trex.pth"]
@@ -1147,6 +993,23 @@ def test_import_keeps_no_wrong_file(files: FileServer, tmp_path: Path) -> None:
     files.files["trex.pth"] = right
     with pytest.raises(ValueError, match="NAVER has no file 'trex.zip'; choose from trex.pth"):
         import_naver(("trex.zip",), output=tmp_path / "out", manifest=path)
+    save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
+    digest = sha256(release / "trex.pth")
+    with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
+        fetch()
+    assert "\n" not in str(e.value)
+    assert list((tmp_path / "out" / "files").iterdir()) == []
+    assert load_manifest(path).naver == {"trex.pth": "0" * 64}
+    path.unlink()
+    shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
+    files.log.clear()
+    assert fetch()  # placed by hand
+    assert files.log == []
+    assert load_manifest(path).naver == {"trex.pth": digest}
+    with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(WeightsError, match=f"refused: .*files/trex.pth is .*, not {digest}"):
+        fetch()
 
 
 def test_import_goes_on_and_makes_again_what_is_damaged(
@@ -1170,7 +1033,7 @@ def test_import_goes_on_and_makes_again_what_is_damaged(
 
 
 @pytest.mark.usefixtures("files")
-def test_import_warns_where_two_files_disagree(
+def test_import_warns_where_files_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # As if the full file had given other weights.

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.hub_folder import FILES
 from tests.documentation import python_blocks
-from tests.models import CFG, TINY, edit_config, tiny_classifier
-from trex_models.pretrained import naver, timm_folder
+from tests.models import CFG, TINY, edit_config, tiny_classifier, write_folder
+from tests.processes import run_python
+from trex_models.pretrained import naver
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 from trex_models.train.export import export_method
@@ -161,12 +160,10 @@ def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
     folder, card = own(exported / "cls", tmp_path / "hub")
     blocks = [b.replace("hf-hub:ada/own", f"local-dir:{folder}") for b in python_blocks(card)]
     code = "import sys\nsys.modules['trex_models'] = None\n" + "\n".join(blocks)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([1, 192])" in done.stdout
+    assert "torch.Size([1, 192])" in run_python("-c", code).stdout
 
 
-def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
+def test_long_lists_of_classes_and_naver_s_license(tmp_path: Path) -> None:
     source = tiny_classifier(
         tmp_path / "own", torch.eye(4, 16) * torch.tensor([[1], [0], [1], [1]])
     )
@@ -179,14 +176,9 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     card = own(source, tmp_path / "hub")[1]
     assert "32 x 32 pixels: the shorter side resized to 40 (bilinear)" in card
     names = [f"class {index}" for index in range(30)]
-    model = timm.create_model(
-        "resnet10t",
-        num_classes=30,
-        pretrained_cfg={"num_classes": 30, "label_names": names, "input_size": (3, 32, 32)},
-        **TINY,
-    ).eval()
-    images = torch.randn(2, 3, 32, 32)
-    timm_folder.write_timm_folder(model, tmp_path / "many", images, model(images).detach())
+    cfg = {"num_classes": 30, "label_names": names, "input_size": (3, 32, 32)}
+    model = timm.create_model("resnet10t", num_classes=30, pretrained_cfg=cfg, **TINY)
+    write_folder(model, tmp_path / "many")
     card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
     assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
     assert "class 20" not in card
@@ -195,25 +187,20 @@ def test_many_classes_are_not_all_listed(tmp_path: Path) -> None:
     card = own(tmp_path / "many", tmp_path / "hub")[1]
     assert "names = range(30)" in card
     assert "Its classes" not in card
-
-
-def test_naver_s_licence_may_come_from_naver_s_weights(tmp_path: Path) -> None:
     """As of an export that started from them: no claim that they are none of NAVER's."""
-    source = tiny_classifier(tmp_path / "own")
-    (folder,) = build_folders(source, tmp_path / "hub", owner="Ada", license=naver.LICENSE)
+    source = tiny_classifier(tmp_path / "mine")
+    (folder,) = build_folders(source, tmp_path / "theirs", owner="Ada", license=naver.LICENSE)
     for file in ("README.md", "NOTICE"):
         text = " ".join((folder / file).read_text().split())
         assert "if the training started from those" in text.lower()
         assert "not NAVER's" not in text
 
 
-def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
+def test_models_that_do_not_run_and_runs_are_refused(tmp_path: Path) -> None:
     model = timm.create_model(
         "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
     )
-    model.eval()
-    images = torch.randn(2, 3, 32, 32)
-    timm_folder.write_timm_folder(model, tmp_path / "maps", images, model(images).detach())
+    write_folder(model, tmp_path / "maps")
     with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
         build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
@@ -221,32 +208,29 @@ def test_model_that_does_not_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
         build_folders(exported / "cls", tmp_path / "hub", **OWNER)
     assert not (tmp_path / "hub").exists()
-
-
-def test_run_is_answered_by_its_exports(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
     for part in ("backbone", "proj"):
-        (tmp_path / "export" / part).mkdir(parents=True)
+        (run / "export" / part).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
-        build_folders(tmp_path, tmp_path / "hub", **OWNER)
+        build_folders(run, tmp_path / "hub", **OWNER)
 
 
-def test_build_says_how_to_publish(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
+def test_build_says_how_to_publish_or_that_the_disk_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tiny_classifier(tmp_path / "own"), tmp_path / "hub"
     command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
-    assert main([*command, "--namespace", "ada"]) == 0
+    assert main([*command, "--namespace", "ada", "--name", "mine"]) == 0
     publish = f"python -m hub publish {out}/mine --namespace"
-    assert f"publish your own: {publish} ada --manifest manifest.json\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"built {out / 'mine'}\n")
+    assert f"publish your own: {publish} ada --manifest manifest.json\n" in printed
+    assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
     assert main(command) == 0
+    publish = publish.replace("mine", "own")
     hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
-
-
-def test_full_disk_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, out = tiny_classifier(tmp_path / "mine"), tmp_path / "hub"
-    command = ["build", str(source), "--output", str(out), "--owner", "Ada", "--license", "mit"]
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -254,11 +238,11 @@ def test_full_disk_is_one_line(
     monkeypatch.setattr(shutil, "copyfile", full)
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"error: {out / 'mine'} cannot be written (No space left on device); free space there, or "
+        f"error: {out / 'own'} cannot be written (No space left on device); free space there, or "
         "choose another --output\n"
     )
-    assert list(out.iterdir()) == []
-    out.rmdir()
+    assert {path.name for path in out.iterdir()} == {"mine", "own"}
+    shutil.rmtree(out)
     out.write_text("")
     assert main(command) == 2
     assert f"error: {out} cannot be written (File exists)" in capsys.readouterr().err

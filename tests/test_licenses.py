@@ -20,6 +20,7 @@ from trex_models.pretrained.licenses import describe, license_of
 from trex_models.pretrained.manifest import sha256
 from trex_models.train.__main__ import main
 
+VALUES = torch.zeros(2)
 LINEAR = {"fc.weight": torch.zeros(2, 3)}
 UNTOLD = "not stated"
 
@@ -28,26 +29,14 @@ UNTOLD = "not stated"
     ("file", "contents", "expected"),
     [
         ("trex.pth", LINEAR, naver.LICENSE),
-        (
-            "renamed.pth",
-            {"model": {"module.model.encoder.conv1.weight": torch.zeros(2)}},
-            naver.LICENSE,
-        ),
-        (
-            "run.pt",
-            {"config": {"license": "mit"}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            "mit",
-        ),
-        (
-            "run.pt",
-            {"config": {"license": ""}, "method": {"encoder.backbone.a": torch.zeros(2)}},
-            UNTOLD,
-        ),
+        ("renamed.pth", {"model": {"module.model.encoder.conv1.weight": VALUES}}, naver.LICENSE),
+        ("run.pt", {"config": {"license": "mit"}, "method": {"encoder.backbone.a": VALUES}}, "mit"),
+        ("run.pt", {"config": {"license": ""}, "method": {"encoder.backbone.a": VALUES}}, UNTOLD),
         ("own.pth", LINEAR, UNTOLD),
         ("own.bin", None, UNTOLD),
     ],
 )
-def test_the_licence_of_a_file_is_its_own(
+def test_the_license_of_a_file_is_its_own(
     tmp_path: Path, file: str, contents: dict[str, Any] | None, expected: str
 ) -> None:
     if contents is None:
@@ -57,9 +46,7 @@ def test_the_licence_of_a_file_is_its_own(
     assert describe(tmp_path / file, "resnet50") == expected
 
 
-def test_files_of_naver_are_known_by_what_was_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_naver_are_known_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
     path = tmp_path / "renamed.pth"
     torch.save(LINEAR, path)
@@ -74,7 +61,7 @@ def test_files_of_naver_are_known_by_what_was_recorded(
         describe(path, "resnet50")
 
 
-def test_a_licence_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
+def test_a_license_is_read_from_metadata_and_configuration(tmp_path: Path) -> None:
     save_file(LINEAR, tmp_path / "converted.safetensors", {"license": naver.LICENSE})
     assert describe(tmp_path / "converted.safetensors", "resnet50") == naver.LICENSE
     save_file(LINEAR, tmp_path / "model.safetensors")
@@ -116,16 +103,7 @@ def test_one_rule_for_every_command(
     assert "not for commercial use" in caplog.text
     with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
         build_folders._license(inspect_folder(folder, "mine"), "me", "mit")
-    command = [
-        "trex",
-        "--data.source",
-        "fractals",
-        "--data.num-classes",
-        "2",
-        "--output",
-        str(tmp_path / "run"),
-        "--init-from",
-        str(folder),
-    ]
-    assert main([*command, "--license", "mit", "--crops.local-crops", "0"]) == 2
+    command = "trex --data.source fractals --data.num-classes 2 --crops.local-crops 0".split()
+    command += ["--output", str(tmp_path / "run"), "--init-from", str(folder)]
+    assert main([*command, "--license", "mit"]) == 2
     assert not (tmp_path / "run").exists()

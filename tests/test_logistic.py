@@ -38,7 +38,6 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def digits() -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels and labels to train on, pixels to test on."""
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).float() / 4
     return x[:600], torch.from_numpy(labels)[:600], x[600:]
@@ -89,34 +88,23 @@ def test_float64_reaches_scikit_learns_weights() -> None:
     fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
     np.testing.assert_allclose(fitted.weight, reference.coef_, atol=1e-6)
     np.testing.assert_allclose(fitted.intercept, reference.intercept_, atol=1e-6)
-
-
-def test_two_classes_are_scikit_learns_at_twice_the_c() -> None:
-    x, y = clusters(classes=2)
-    reference = scikit_learn(x, y, 1.0)
+    x, y = clusters(classes=2)  # scikit-learn's at twice the C
     fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
+    reference = scikit_learn(x, y, 1.0)
     np.testing.assert_allclose(fitted.weight.diff(dim=0), reference.coef_, atol=1e-6)
 
 
-def test_objective_is_the_plain_formula() -> None:
+def test_objective_is_the_plain_formula_with_the_promised_excess() -> None:
     x, y, _ = digits()
     for fitted in fit_path(x, y, [1e-4, 1.0, 1e4]):
         expected = plain_objective(x, y, fitted).item()
         assert fitted.objective == pytest.approx(expected, rel=1e-4)
         parameters = fitted.weight.double(), fitted.intercept.double()
         assert objective(x, y, *parameters, fitted.C) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
-def test_gradient_of_the_losses_is_autograds(scale: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = scale * torch.randn(50, 6, dtype=torch.float64, generator=generator)
-    labels = torch.randint(6, (50,), generator=generator)
-    losses, gradient = _losses(logits, labels[:, None])
-    logits.requires_grad_()
-    expected = F.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(losses[:, 0], expected.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
+    least = fit(x.double(), y, 1.0, tolerance=1e-10).objective
+    for tolerance in (1e-2, 1e-4):
+        fitted = fit(x.double(), y, 1.0, tolerance=tolerance)
+        assert least <= fitted.objective <= least * (1 + tolerance)
 
 
 def test_losses_far_below_rounding_of_one_keep_their_precision() -> None:
@@ -137,20 +125,13 @@ def test_reported_gradient_is_that_of_the_objective() -> None:
     assert fitted.gradient_norm == pytest.approx(float(norm), rel=1e-6)
 
 
-def test_excess_is_bounded_as_promised() -> None:
-    x, y, _ = digits()
-    least = fit(x.double(), y, 1.0, tolerance=1e-10).objective
-    for tolerance in (1e-2, 1e-4):
-        fitted = fit(x.double(), y, 1.0, tolerance=tolerance)
-        assert least <= fitted.objective <= least * (1 + tolerance)
-
-
 def test_a_path_and_a_start_lead_where_a_cold_start_does() -> None:
     x, y, _ = digits()
     strengths = [1e-3, 1e-2, 0.1]
     path = fit_path(x, y, strengths)
     assert [fitted.C for fitted in path] == strengths
-    for fitted in path:
+    for again, fitted in zip(fit_path(x, y, strengths), path, strict=True):
+        assert torch.equal(again.weight, fitted.weight)
         cold = fit(x, y, fitted.C)
         warm = fit(x, y, fitted.C, start=fitted)
         assert warm.iterations <= 1
@@ -169,22 +150,25 @@ def test_a_path_follows_the_line_through_its_last_two_fits() -> None:
     assert sum(a.iterations for a in path) < 0.6 * sum(a.iterations for a in one_by_one)
     for along, alone in zip(path, one_by_one, strict=True):
         assert along.objective == pytest.approx(alone.objective, rel=2e-5)
-
-
-def test_a_path_of_uneven_steps_and_repeated_c() -> None:
-    x, y, _ = digits()
     strengths = [1e-6, 1e-6, 2.0, 2.0, 2.1, 1e5, 1e5]
     for strength, fitted in zip(strengths, fit_path(x, y, strengths), strict=True):
         assert fitted.converged
         assert fitted.objective == pytest.approx(fit(x, y, strength).objective, rel=2e-5)
+    with pytest.raises(ValueError, match=r"ascend.* sort them, got 0.1 after 1.0"):
+        fit_path(x, y, [1.0, 0.1])
+    assert fit_path(x, y, []) == []
 
 
-def test_starts_at_the_shares_of_the_classes() -> None:
+def test_starts_at_the_shares_of_the_classes_and_ignores_constant_features() -> None:
     x, y = clusters()
     y[:20] = 0
     fitted = fit(x, y, 1e-12)
     shares = y.bincount() / len(y)
     torch.testing.assert_close(fitted.intercept.softmax(0), shares)
+    x, y = clusters()
+    fitted = fit(torch.cat([x, torch.full_like(x, 5.0)], 1), y, 1.0)
+    assert fitted.weight[:, 7:].abs().max() < 1e-5
+    assert fitted.objective == pytest.approx(fit(x, y, 1.0).objective, rel=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(90, 7), (20, 50)])
@@ -197,44 +181,25 @@ def test_blocks_change_nothing(shape: tuple[int, int], chunk: int) -> None:
     assert blocks.objective == pytest.approx(whole.objective, rel=1e-10)
 
 
-def test_more_features_than_samples() -> None:
-    x, y = clusters(20, 50)
-    reference = scikit_learn(x, y, 1.0)
-    fitted = fit(x, y, 1.0)
-    assert fitted.objective == pytest.approx(scikit_learn_objective(x, y, reference), rel=2e-5)
+@pytest.mark.parametrize(
+    ("shape", "strengths", "excess"),
+    [((20, 50), [1.0], 2e-5), ((90, 30), [1.0, 1e3, 1e6], 1e-3)],
+    ids=["more features than samples", "large C on separable classes"],
+)
+def test_scikit_learns_objective(
+    shape: tuple[int, int], strengths: list[float], excess: float
+) -> None:
+    x, y = clusters(*shape)
+    expected = scikit_learn_objective(x, y, scikit_learn(x, y, strengths[-1]))
+    assert fit_path(x, y, strengths)[-1].objective <= expected * (1 + excess)
 
 
-def test_large_c_on_separable_classes() -> None:
-    x, y = clusters(width=30)
-    reference = scikit_learn(x, y, 1e6)
-    fitted = fit_path(x, y, [1.0, 1e3, 1e6])[-1]
-    assert fitted.objective < scikit_learn_objective(x, y, reference) * (1 + 1e-3)
-
-
-def test_the_same_call_gives_the_same_bits() -> None:
-    x, y, _ = digits()
-    first, second = (fit_path(x, y, [0.01, 1.0]) for _ in range(2))
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+def test_other_types_are_widened() -> None:
     x, y = clusters()
-    half = fit(x.to(dtype), y, 1.0)
-    torch.testing.assert_close(half.weight, fit(x.to(dtype).float(), y, 1.0).weight)
-
-
-def test_integers_are_widened() -> None:
-    x, y = clusters()
-    whole = (10 * x).long()
-    assert torch.equal(fit(whole, y, 1.0).weight, fit(whole.float(), y, 1.0).weight)
-
-
-def test_constant_features_are_of_no_use() -> None:
-    x, y = clusters()
-    fitted = fit(torch.cat([x, torch.full_like(x, 5.0)], 1), y, 1.0)
-    assert fitted.weight[:, 7:].abs().max() < 1e-5
-    assert fitted.objective == pytest.approx(fit(x, y, 1.0).objective, rel=2e-5)
+    for narrow in (x.half(), x.bfloat16(), (10 * x).long()):
+        assert torch.equal(fit(narrow, y, 1.0).weight, fit(narrow.float(), y, 1.0).weight)
+    is_positive = x[:, 0] > 3
+    assert fit(x, is_positive, 1.0).objective == fit(x, is_positive.int(), 1.0).objective
 
 
 @pytest.mark.parametrize("width", [64, 20], ids=["more features", "more samples"])
@@ -299,19 +264,8 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
         fit(**{"features": X, "labels": Y, "C": 1.0, **arguments})
 
 
-def test_labels_may_be_truth_values() -> None:
-    x = torch.randn(30, 4)
-    assert fit(x, x[:, 0] > 0, 1.0).objective == fit(x, (x[:, 0] > 0).int(), 1.0).objective
-
-
 def test_convergence_is_not_claimed_where_rounding_spoils_the_intercept() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(60, 5), torch.arange(60) % 3
     assert fit(x, y, 1.0).converged
     assert not fit(x + 1e7, y, 1.0).converged
-
-
-def test_a_path_ascends() -> None:
-    with pytest.raises(ValueError, match=r"ascend.* sort them, got 0.1 after 1.0"):
-        fit_path(X, Y, [1.0, 0.1])
-    assert fit_path(X, Y, []) == []

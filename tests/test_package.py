@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 import zipfile
+from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import trex_models
+from tests.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trex_models"
@@ -115,7 +115,7 @@ def test_tests_share_helpers_and_not_other_tests() -> None:
         assert not re.search(r"^\s*(from|import) tests[. ].*\btest_", path.read_text(), re.M), path
 
 
-def test_importing_the_package_loads_no_extras() -> None:
+def test_importing_the_package_loads_no_extras_and_nothing_that_timm_does_not() -> None:
     code = (
         "import sys, trex_models; "
         "print([m for m in ('tyro', 'sklearn', 'skimage', 'matplotlib', 'simplejpeg', "
@@ -126,16 +126,12 @@ def test_importing_the_package_loads_no_extras() -> None:
         "import trex_models.data, trex_models.evaluation, trex_models.train; "
         "print([m for m in ('loop', 'config') if f'trex_models.train.{m}' in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["[]", "[]"]
-
-
-def test_importing_the_package_loads_nothing_that_timm_does_not() -> None:
+    assert run_python("-c", code).stdout.split() == ["[]", "[]"]
     code = (
         "import sys, timm; known = set(sys.modules); import trex_models; "
         "print(*sorted(set(sys.modules) - known))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = run_python("-c", code)
     pretrained = "checkpoints licenses manifest naver resolve unpickling".split()
     modules = ["atomic", "heads", "pretrained", *(f"pretrained.{name}" for name in pretrained)]
     expected = ["trex_models", *(f"trex_models.{name}" for name in (*modules, "trex"))]
@@ -144,9 +140,8 @@ def test_importing_the_package_loads_nothing_that_timm_does_not() -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_alone_and_works_outside_the_checkout(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True)
+    pip = partial(run_python, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"trex_models-{trex_models.__version__}-py3-none-any")
     with zipfile.ZipFile(wheel) as archive:
@@ -158,14 +153,13 @@ def test_wheel_holds_the_package_alone_and_works_outside_the_checkout(tmp_path: 
     assert any(name.endswith("licenses/NOTICE") for name in names)
 
     site = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    pip("install", "--no-deps", "--target", site, wheel)
     code = (
         "import trex_models, timm; print(trex_models.__file__); "
         "print(timm.create_model('trex_resnet50_proj').head_hidden_size)"
     )
     # -P and -S -like isolation: the checkout is installed in development mode, so put ours first.
-    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"]
-    out = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
-    location, width = out.stdout.split()
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); {code}"
+    location, width = run_python("-c", code, cwd=tmp_path).stdout.split()
     assert Path(location).is_relative_to(site)
     assert width == "256"

@@ -36,7 +36,6 @@ def lower_bounds() -> dict[str, Version]:
 
 
 def pins(name: str) -> dict[str, Version]:
-    """Return the versions that a file of constraints pins."""
     lines = (ROOT / name).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if not line.startswith("#")]
     assert all(str(r.specifier).startswith("==") for r in requirements)
@@ -50,46 +49,32 @@ def changelog() -> list[tuple[str, str]]:
 
 
 def citation(field: str) -> str:
-    """Return a field of the software itself, not of the paper."""
     found = re.search(rf"^{field}: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert found is not None, field
     return found[1]
 
 
-def test_oldest_versions_are_the_lower_bounds() -> None:
+def test_pinned_versions_are_within_the_bounds() -> None:
     assert pins("constraints-oldest.txt") == lower_bounds()
-
-
-def test_newest_versions_are_within_the_bounds() -> None:
-    newest = pins("constraints.txt")
     bounds = lower_bounds()
+    newest = pins("constraints.txt")
     assert newest.keys() == bounds.keys()
     assert not {name for name, version in newest.items() if version < bounds[name]}
-
-
-def test_build_system_is_among_the_pinned() -> None:
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    bounds = lower_bounds()
     for requirement in map(Requirement, build):
         assert str(requirement.specifier) == f">={bounds[requirement.name]}"
 
 
-def test_version_is_one_everywhere() -> None:
+def test_version_and_license_are_one_everywhere() -> None:
     version, _ = changelog()[0]
     assert version == citation("version") == trex_models.__version__
-
-
-def test_changelog_is_dated_and_in_order() -> None:
+    assert citation("license") == PROJECT["license"]
     releases = changelog()
     dates = [datetime.date.fromisoformat(date) for _, date in releases]
     assert dates == sorted(dates, reverse=True)
     assert citation("date-released") == dates[0].isoformat()
     versions = [Version(version) for version, _ in releases]
     assert versions == sorted(versions, reverse=True)
-
-
-def test_licences_agree() -> None:
-    assert citation("license") == PROJECT["license"]
 
 
 def test_classifiers_begin_at_the_oldest_python() -> None:

@@ -33,17 +33,17 @@ def test_climb_ends_with_a_worse_rate_on_either_side(best: float, tried: list[fl
     found = study.climb(lambda rate: -abs(np.log(rate / best)), 0.8)
     assert sorted(found) == pytest.approx(tried)
     assert max(found, key=lambda rate: found[rate]) == pytest.approx(best)
+    assert sorted(study.climb(lambda _: 0.5, 0.8)) == [0.4, 0.8, 1.6]  # a plateau
 
 
-def test_climb_ends_on_a_plateau() -> None:
-    assert sorted(study.climb(lambda _: 0.5, 0.8)) == [0.4, 0.8, 1.6]
-
-
-def test_claims_are_of_cells_and_measures_that_there_are() -> None:
+def test_claims_are_of_cells_and_measures_and_tested_by_welchs_interval() -> None:
     for claim in CLAIMS:
         assert claim.more in CELLS
         assert claim.less in CELLS
         assert claim.measure in MEASURES
+    found = claims.welch([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
+    half = 2.7764 * (2 / 3) ** 0.5  # t of 4 degrees of freedom, times the standard error
+    assert found == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
 
 
 _ABOVE, _AROUND, _BELOW = (Estimate(mean, mean - 1, mean + 1) for mean in (2.0, 0.0, -2.0))
@@ -62,12 +62,6 @@ _ABOVE, _AROUND, _BELOW = (Estimate(mean, mean - 1, mean + 1) for mean in (2.0, 
 )
 def test_verdict(intervals: tuple[Estimate, Estimate, Estimate], verdict: str) -> None:
     assert claims.Tested(CLAIMS[0], *intervals).verdict == verdict
-
-
-def test_welchs_interval() -> None:
-    found = claims.welch([3.0, 4.0, 5.0], [0.0, 1.0, 2.0])
-    half = 2.7764 * (2 / 3) ** 0.5  # t of 4 degrees of freedom, times the standard error
-    assert found == pytest.approx((3.0, 3 - half, 3 + half), abs=1e-3)
 
 
 def test_parts_of_a_set_share_no_image_and_labels_are_balanced() -> None:
@@ -93,8 +87,6 @@ def test_parts_of_a_set_share_no_image_and_labels_are_balanced() -> None:
 
 
 class _Drawn(Images):
-    """Images that are drawn otherwise."""
-
     def parts(self) -> dict[str, Callable[[], Part]]:
         return {"set/train": lambda: iter(self._drawn())}
 
@@ -126,7 +118,7 @@ def test_images_are_whole_or_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_trainer_takes_every_cell(scale: str, tmp_path: Path) -> None:
     for name in SCALES[scale].cells:
-        run = Run(name=name, rate=0.2, seed=3, epochs=20, scale=SCALES[scale], folder=tmp_path)
+        run = new_run(tmp_path, name, rate=0.2, seed=3, scale=SCALES[scale])
         config = parse("demo", run.training()[1:])
         cell = CELLS[name]
         assert config.objective.name == cell.objective
@@ -139,36 +131,31 @@ def test_the_trainer_takes_every_cell(scale: str, tmp_path: Path) -> None:
         build_backbone(config.model.backbone, config.model.parsed_backbone_args(), [32])
 
 
+HEAD = ("train", "test", "means_train", "means_test")
+
+
 def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
-    """Return what a run might have found."""
     rng = np.random.default_rng((len(cell), seed))
-    names = ["task", "unseen", "digits"]
-    entry = {
-        "log_odds": float(rng.normal()),
-        "knn": 0.5,
-        "test_images": 100,
-        "analyses": {
-            "coding_length": 10.0 + seed,
-            "effective_rank": 3.0 + seed,
-            "singular_values": [0.5, 0.2, 0.1],
-        },
-    }
+    analyses = {"coding_length": 10.0 + seed, "effective_rank": 3.0 + seed}
+    entry: dict[str, Any] = {"log_odds": float(rng.normal()), "knn": 0.5}
+    entry |= {"test_images": 100, "analyses": {**analyses, "singular_values": [0.5, 0.2, 0.1]}}
     steps = [20.0 * (line + 1) for line in range(60)]
     curves = {"step": steps, "loss": [3.0] * 60, "accuracy": [0.1] * 60}
+    head = None
     if CELLS[cell].objective != "look":
         curves["prototype_change"] = rng.uniform(0.01, 0.02, 60).tolist()
+        head = dict(zip(HEAD, rng.random(4).tolist(), strict=True))
     return {
         "cell": cell,
         "seed": seed,
         "settings": {**CELLS[cell].settings(), "optim.base-lr": 0.8, "optim.epochs": 3},
         "task_top1": float(rng.uniform(0.5, 0.9)),
         "transfer_log_odds": float(rng.uniform(0, 1)),
-        "data_sets": {name: {"top1": float(rng.uniform(0.2, 0.9)), **entry} for name in names},
-        "head": None
-        if CELLS[cell].objective == "look"
-        else dict(
-            zip(("train", "test", "means_train", "means_test"), rng.random(4).tolist(), strict=True)
-        ),
+        "data_sets": {
+            name: {"top1": float(rng.uniform(0.2, 0.9)), **entry}
+            for name in ("task", "unseen", "digits")
+        },
+        "head": head,
         "curves": curves,
         "core_seconds": 1800.0,
         **changes,
@@ -182,12 +169,9 @@ def _write(folder: Path, *results: dict[str, Any]) -> None:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, seed) for cell in CELLS for seed in range(2)))
+    found = {"settings": {"optim.base-lr": 0.8}, "core_seconds": 3600.0}
+    found |= {"top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6}}
     for cell in CELLS:
-        found = {
-            "settings": {"optim.base-lr": 0.8},
-            "top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6},
-            "core_seconds": 3600.0,
-        }
         (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -202,9 +186,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_results_of_one_seed_make_no_claims(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
     assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
@@ -218,7 +200,6 @@ def test_results_of_one_seed_make_no_claims(
 
 
 def _tops(folder: Path, **tops: tuple[float, ...]) -> claims.Results:
-    """Return results with given accuracies, a seed each."""
     for cell, found in tops.items():
         name = cell.replace("_", "-")
         _write(folder, *(_result(name, seed, task_top1=top) for seed, top in enumerate(found)))
@@ -270,47 +251,49 @@ def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "", '{"settings": {}}'])
-def test_a_damaged_result_is_named(text: str, tmp_path: Path) -> None:
+def test_damaged_or_no_results(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "has no results" in capsys.readouterr().err
     (tmp_path / "ocm-1-0.json").write_text(text)
     with pytest.raises(ValueError, match=r"ocm-1-0\.json is damaged \(.*\): delete it"):
         claims.read_results(tmp_path)
 
 
-def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert "has no results" in capsys.readouterr().err
+def new_run(folder: Path, name: str = "ocm-1", **changes: Any) -> Run:
+    given = {"rate": 0.8, "seed": 0, "epochs": 20, "scale": SCALES["cpu"], **changes}
+    return Run(name=name, folder=folder, **given)
 
 
-def test_a_failed_command_names_its_log(tmp_path: Path) -> None:
-    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
-    with pytest.raises(
-        runs.FailedError, match=r"trex_models\.train ended with status 2: see .*log"
-    ):
-        run.search()
-    assert "error: " in (tmp_path / "runs" / "ocm-1-20-0.8-0.log").read_text()
-
-
-def test_a_training_that_diverges_scores_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\necho error: the loss of step 3 is no longer finite\nexit 2\n")
+def put_python(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let a shell script stand for the interpreter."""
+    script = folder / "python"
+    script.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
+
+
+def test_a_failed_command_names_its_log_and_one_that_diverges_scores_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(tmp_path)
+    with pytest.raises(runs.FailedError, match=r"trex_models\.train ended with status 2: see .*g"):
+        run.search()
+    assert "error: " in (tmp_path / "runs" / "ocm-1-20-0.8-0.log").read_text()
+    error = "echo error: the loss of step 3 is no longer finite"
+    put_python(tmp_path, monkeypatch, error, "exit 2")
     assert run.search() == 0
     with pytest.raises(runs.DivergedError, match=r"status 2: see .*log"):
         run.complete(tmp_path / "result.json")
+    assert new_run(tmp_path, "look-1")._head() is None  # no class vectors
 
 
-def test_a_run_without_class_vectors_has_no_head(tmp_path: Path) -> None:
-    run = Run(name="look-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
-    assert run._head() is None
-
-
-def test_results_of_other_conditions_are_not_gone_on_with(tmp_path: Path) -> None:
+def test_results_and_searches_of_other_conditions_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scale = SCALES["cpu"]
-    run = Run(name="ocm-1", rate=0.4, seed=0, epochs=100, scale=scale, folder=tmp_path)
+    run = new_run(tmp_path, rate=0.4, epochs=100)
     result = tmp_path / "ocm-1-0.json"
     assert not run.is_done(result)
     runs.write(result, {"settings": run.conditions()})
@@ -322,13 +305,7 @@ def test_results_of_other_conditions_are_not_gone_on_with(tmp_path: Path) -> Non
     other = replace(run, scale=replace(scale, start=replace(scale.start, epochs=7)))
     with pytest.raises(ValueError, match=r"ocm-1-0\.json is of start\.epochs .*, not 7"):
         other.is_done(result)
-
-
-def test_a_search_is_done_once_and_not_of_other_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scale = SCALES["cpu"]
-    trial = Run(name="ocm-1", rate=0.2, seed=0, epochs=9, scale=scale, folder=tmp_path)
+    trial = new_run(tmp_path, rate=0.2, epochs=9)
     out = tmp_path / "search-ocm-1.json"
     assert study.best_rate(trial, out) is None
     monkeypatch.setattr(Run, "search", lambda run: {0.2: 0.5, 0.4: 0.75, 0.8: 0.625}[run.rate])
@@ -358,12 +335,9 @@ def test_a_failed_task_does_not_end_the_others(capsys: pytest.CaptureFixture[str
 
 
 def test_sigterm_reaches_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "python"
     trap = "trap 'echo saved; exit 3' TERM"
-    script.write_text(f"#!/bin/sh\n{trap}\necho on\nwhile :; do sleep 0.1; done\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    run = Run(name="ocm-1", rate=0.8, seed=0, epochs=20, scale=SCALES["cpu"], folder=tmp_path)
+    put_python(tmp_path, monkeypatch, trap, "echo on", "while :; do sleep 0.1; done")
+    run = new_run(tmp_path)
     log = tmp_path / "runs" / "ocm-1-20-0.8-0.log"
 
     def interrupt() -> str:
@@ -403,9 +377,7 @@ def test_a_cell_is_named_twice_or_absent(
     assert "--scale cpu has no cell ocm-1-fp16: leave it out" in capsys.readouterr().err
 
 
-def test_the_page_shows_the_recorded_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_shows_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["report", "--out", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()
@@ -418,7 +390,6 @@ def test_the_page_shows_the_recorded_results(
 def test_a_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cell's result comes from the real commands."""
     images = Images(num_classes=4, per_class=20, size=32, few_classes=2)
     settings = {**SCALES["cpu"].settings, "objective.bank-size": 64}
     settings["optim.warmup-epochs"] = 1
@@ -437,7 +408,7 @@ def test_a_study(
     assert f"--init-from {start} " in f"{ocm['commands']['train']} "
     assert str(start) in (folder / "runs" / "ocm-1-2-0.4-0.log").read_text()
     assert list(ocm["data_sets"]) == list(TITLES)
-    assert set(ocm["head"]) == {"train", "test", "means_train", "means_test"}
+    assert set(ocm["head"]) == set(HEAD)
     assert len(ocm["curves"]["prototype_change"]) == len(ocm["curves"]["step"])
     assert ocm["core_seconds"] > 1
     assert tables.cells(claims.read_results(results), ["task"]).count("\n") == 2

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ def report(place: Path) -> dict[str, Any]:
 
 
 def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> None:
+    json.dumps(report, allow_nan=False)
     assert report["complete"]
-    assert report["model"]["label"] == "Small"
-    assert report["model"]["source"] == str(place / "model")
+    model = {"label": "Small", "source": str(place / "model"), "license": "apache-2.0"}
+    assert report["model"].items() >= model.items()
     assert len(report["model"]["weights_sha256"]) == 64
-    assert report["model"]["license"] == "apache-2.0"
     assert report["transform"]["size"] == [32, 32]
     assert report["protocol"]["seeds"] == [0, 1]
     assert len(report["protocol"]["logistic"]["C"]) == 30
@@ -88,17 +89,6 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert entry["geometry"]["train"]["num_images"] == 45
 
 
-def test_scores_are_those_of_the_data(report: dict[str, Any]) -> None:
-    easy, hard = (report["datasets"][name]["top1"] for name in ("easy", "hard"))
-    assert easy["mean"] == 1.0
-    assert easy["clipped"]
-    assert 0.4 < hard["mean"] < 0.95
-    assert hard["test_interval"][0] < hard["mean"] < hard["test_interval"][1]
-    assert hard["mean"] == np.mean(hard["seeds"])
-    choices = report["datasets"]["hard"]["choices"]
-    assert [choice["top1"] for choice in choices] == hard["seeds"]
-
-
 def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
     by_seed = []
     for seed in range(2):
@@ -114,6 +104,14 @@ def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
     assert by_neighbors[0] == pytest.approx(math.log(35.5 / 0.5))
     half = student.ppf(0.975, 1) * np.std(by_seed, ddof=1) / math.sqrt(2)
     assert transfer["interval"] == pytest.approx([np.mean(by_seed) - half, np.mean(by_seed) + half])
+    easy, hard = (report["datasets"][name]["top1"] for name in ("easy", "hard"))
+    assert easy["mean"] == 1.0
+    assert easy["clipped"]
+    assert 0.4 < hard["mean"] < 0.95
+    assert hard["test_interval"][0] < hard["mean"] < hard["test_interval"][1]
+    assert hard["mean"] == np.mean(hard["seeds"])
+    choices = report["datasets"]["hard"]["choices"]
+    assert [choice["top1"] for choice in choices] == hard["seeds"]
 
 
 def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:
@@ -139,10 +137,8 @@ def test_the_same_command_takes_over_what_was_found(
     out = place / "out" / "again.json"
     assert run(place, out, "--analyses", "--label", "Small") == 0
     again = read_report(out)
-    untold = {"created", "command"}
-    assert {k: v for k, v in again.items() if k not in untold} == {
-        k: v for k, v in report.items() if k not in untold
-    }
+    told_apart = {key: report[key] for key in ("created", "command")}
+    assert again | told_apart == report
     for other in ("--seeds 3", "--preprocessing validation", "--dtype float16"):
         with pytest.raises(AssertionError, match="fitted again"):
             run(place, out, *other.split())
@@ -174,16 +170,12 @@ def test_a_run_that_was_cut_leaves_a_report_that_says_so(
     assert len(calls) == 3  # easy, the cut one, hard
 
 
-def test_results_repeat_from_nothing(report: dict[str, Any], place: Path, tmp_path: Path) -> None:
-    assert run(place, tmp_path / "report.json", "--label", "Small") == 0
-    again = read_report(tmp_path / "report.json")
-    for name, entry in again["datasets"].items():
-        for key in ("top1", "choices", "knn", "train", "test"):
-            assert entry[key] == report["datasets"][name][key]
-
-
-def test_scores_that_cannot_be_kept_are_reported_all_the_same(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
+    report: dict[str, Any],
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(path: Path, text: str) -> None:
         if "-scores-" in path.name:
@@ -193,18 +185,21 @@ def test_scores_that_cannot_be_kept_are_reported_all_the_same(
     monkeypatch.setattr(evaluate_module, "write_whole", refuse)
     assert run(place, tmp_path / "report.json") == 0
     assert "scores are not cached for other runs" in capsys.readouterr().out
-    assert read_report(tmp_path / "report.json")["complete"]
+    again = read_report(tmp_path / "report.json")
+    assert again["complete"]
+    for name, entry in again["datasets"].items():
+        for key in ("top1", "choices", "knn", "train", "test"):
+            assert entry[key] == report["datasets"][name][key]
 
 
-def test_features_without_a_direction_cost_the_analyses_alone(
+def test_features_of_zeros_have_no_analyses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part, count in (("train", 5), ("test", 2)):
-        for name in ("one", "other"):
-            (tmp_path / "black" / part / name).mkdir(parents=True)
-            for index in range(count):
-                image = Image.new("RGB", (9, 9))
-                image.save(tmp_path / "black" / part / name / f"{index}.png")
+        for name in [f"{label}/{index}.png" for label in "ab" for index in range(count)]:
+            path = tmp_path / "black" / part / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9)).save(path)
     out = tmp_path / "out" / "report.json"
     sets = f"black={tmp_path / 'black'}"
     given = ["--model", "pixels", "--datasets", sets, "--output", str(out), "--analyses"]
@@ -262,21 +257,15 @@ def test_cuda_scores_are_those_of_the_cpu(
         assert entry["knn"]["top1"] == pytest.approx(expected["knn"]["top1"], abs=images)
 
 
-def test_the_training_task_does_not_count_as_transfer(place: Path, tmp_path: Path) -> None:
-    out = tmp_path / "report.json"
-    assert run(place, out, "--training-task", "easy") == 0
-    found = read_report(out)
-    assert found["training_task"] == "easy"
-    assert found["transfer"]["datasets"] == ["hard"]
-    assert "easy (training task)" in out.with_suffix(".md").read_text()
-
-
 def test_random_weights_are_calibrated_on_the_training_task(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     assert run(place, out, "--untrained", "--training-task", "hard") == 0
-    model = read_report(out)["model"]
-    assert model["untrained"]
-    assert model["batchnorm"] == "statistics of 45 training images of hard"
+    found = read_report(out)
+    assert found["model"]["untrained"]
+    assert found["model"]["batchnorm"] == "statistics of 45 training images of hard"
+    assert found["training_task"] == "hard"
+    assert found["transfer"]["datasets"] == ["easy"]
+    assert "hard (training task)" in out.with_suffix(".md").read_text()
 
 
 def test_models_share_a_table_and_a_picture(
@@ -287,9 +276,8 @@ def test_models_share_a_table_and_a_picture(
     capsys.readouterr()
     assert main(["table", one, other]) == 0
     text = capsys.readouterr().out
-    assert "Small: top-1, %" in text
-    assert "pixels: top-1, %" in text
-    assert f"{report['datasets']['hard']['log_odds']:.3f}" in text
+    hard = f"{report['datasets']['hard']['log_odds']:.3f}"
+    assert all(words in text for words in ("Small: top-1, %", "pixels: top-1, %", hard))
     assert main(["table", one, other, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| dataset | test images | Small: top-1, % |")
     for kind in ("bars", "geometry"):
@@ -343,13 +331,6 @@ def test_bad_input_is_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["tabel", "report.json"])
-    assert stopped.value.code == 2
-    assert "Available subcommands: evaluate, table, plot, list" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_numbers_are_checked(place: Path, tmp_path: Path, text: str) -> None:
     try:
@@ -359,30 +340,23 @@ def test_numbers_are_checked(place: Path, tmp_path: Path, text: str) -> None:
     assert status == 2
 
 
-def test_a_class_of_one_image_is_named(
+def test_classes_of_one_image_and_unreadable_images_are_named(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place / "easy", tmp_path / "easy")
-    for path in sorted((tmp_path / "easy" / "train" / "grey").iterdir())[1:]:
-        path.unlink()
-    sets = f"easy={tmp_path / 'easy'}"
-    assert run(place, tmp_path / "out" / "report.json", "--datasets", sets) == 2
-    assert "grey" in capsys.readouterr().err
-
-
-def test_an_unreadable_image_is_named(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(place / "easy", tmp_path / "easy")
+    evaluate = partial(run, place, tmp_path / "out" / "report.json", "--datasets")
     torn = tmp_path / "easy" / "test" / "grey" / "3.png"
     torn.write_bytes(torn.read_bytes()[:60])
-    sets = f"easy={tmp_path / 'easy'}"
-    assert run(place, tmp_path / "out" / "report.json", "--datasets", sets) == 2
+    assert evaluate(f"easy={tmp_path / 'easy'}") == 2
     assert str(torn) in capsys.readouterr().err
+    for path in sorted((tmp_path / "easy" / "train" / "grey").iterdir())[1:]:
+        path.unlink()
+    assert evaluate(f"easy={tmp_path / 'easy'}") == 2
+    assert re.search("fewer than 2 training images .* is grey", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1, "data_sets": {}}'])
-def test_what_is_no_report_is_refused(
+def test_other_files_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     path = tmp_path / "report.json"
@@ -392,7 +366,3 @@ def test_what_is_no_report_is_refused(
     assert str(path) in err
     assert ("a report of format 1, this version reads 2; evaluate" in err) == ("format" in text)
     assert main(["table", str(tmp_path / "none.json")]) == 2
-
-
-def test_a_report_is_plain_json(report: dict[str, Any]) -> None:
-    json.dumps(report, allow_nan=False)

@@ -21,7 +21,6 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from tests.processes import Forked, kill_when_ready
 from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
@@ -72,28 +71,17 @@ def test_features_are_those_of_the_model_and_extracted_once(cache: FeatureCache)
     np.testing.assert_array_equal(features, expected)
     assert source.reads == 23
     assert isinstance(features, np.memmap)
-    again = cache.features(encoder(), source, "set-train")
+    with pytest.raises(ValueError, match="read-only"):
+        features[:] = 0
+    again = cache.features(replace(encoder(), name="moved"), source, "set-train")
     np.testing.assert_array_equal(again, expected)
     assert source.reads == 23
-
-
-def test_a_file_is_a_safetensors_file_that_says_what_it_holds(cache: FeatureCache) -> None:
-    model = encoder()
-    features = cache.features(model, images(), "set-train")
     (path,) = cache.root.glob("*/*.safetensors")
     with safe_open(path, "np") as file:
         assert file.metadata()["weights_sha256"] == model.facts["weights_sha256"]
         assert json.loads(file.metadata()["transform"])["crop_pct"] == 1.0
         np.testing.assert_array_equal(file.get_tensor("features"), features)
     assert path.name.startswith("set-train-")
-
-
-def test_writing_to_features_changes_no_file(cache: FeatureCache) -> None:
-    features = cache.features(encoder(), images(), "set-train")
-    before = features.copy()
-    with pytest.raises(ValueError, match="read-only"):
-        features[:] = 0
-    np.testing.assert_array_equal(cache.features(encoder(), images(), "set-train"), before)
 
 
 def test_a_cut_extraction_goes_on_where_it_was(cache: FeatureCache) -> None:
@@ -110,9 +98,7 @@ def test_a_cut_extraction_goes_on_where_it_was(cache: FeatureCache) -> None:
 
 
 @pytest.mark.parametrize("damage", ["no mark", "mark", "header", "short"])
-def test_what_a_cut_left_is_not_trusted_where_it_is_damaged(
-    cache: FeatureCache, damage: str
-) -> None:
+def test_what_a_cut_left_is_not_trusted_if_damaged(cache: FeatureCache, damage: str) -> None:
     model, source = encoder(), cut_source()
     with pytest.raises(ValueError, match="torn"):
         cache.features(model, source, "set-train")
@@ -131,42 +117,6 @@ def test_what_a_cut_left_is_not_trusted_where_it_is_damaged(
     assert source.reads == (23 - 7 if damage == "short" else 23)
     expected = extract_features(model.model, images(), model.transform, batch_size=4)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
-
-
-KILLED = """
-import sys, time
-import numpy as np
-from pathlib import Path
-from trex_models.data.sources import ArraySource
-from trex_models.evaluation import feature_file
-from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.transfer import cache
-
-class Slow(ArraySource):
-    def read(self, index):
-        if index == 20:
-            print("ready", flush=True)
-            time.sleep(60)
-        return super().read(index)
-
-feature_file._MARK_SECONDS = 0.0
-pixels = np.random.default_rng(0).integers(0, 256, (23, 40, 50, 3), dtype=np.uint8)
-source = Slow(pixels, np.arange(23) % 2, ["a", "b"])
-kept = cache.FeatureCache(root=Path(sys.argv[1]), batch_size=4)
-kept.features(FrozenModel.load("test_resnet", untrained=True), source, "set-train")
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_killed_extraction_goes_on_from_its_last_mark(cache: FeatureCache) -> None:
-    kill_when_ready(Forked("-c", KILLED, str(cache.root)))
-    model, source = encoder(), cut_source()
-    source.whole = True
-    features = cache.features(model, source, "set-train")
-    # The host is a batch behind the loader; what was marked is whole batches.
-    assert source.reads in (23 - 16, 23 - 12)
-    expected = extract_features(model.model, images(), model.transform, batch_size=4)
-    np.testing.assert_array_equal(features, expected)
 
 
 def variants() -> Iterator[tuple[str, FrozenModel, ArraySource]]:
@@ -211,7 +161,7 @@ def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) ->
     assert not np.array_equal(one, other)
 
 
-def test_what_a_model_notes_of_its_input_changes_nothing(cache: FeatureCache) -> None:
+def test_buffers_tell_models_apart_and_notes_of_their_input_do_not(cache: FeatureCache) -> None:
     class Noting(nn.Module):
         seen = 0
 
@@ -223,9 +173,6 @@ def test_what_a_model_notes_of_its_input_changes_nothing(cache: FeatureCache) ->
     before = model.identity()
     cache.features(model, images(), "set-train")
     assert model.identity() == before
-
-
-def test_buffers_that_are_no_weights_tell_models_apart() -> None:
     one, other = nn.Identity(), nn.Identity()
     for module, value in ((one, 0.0), (other, 1.0)):
         module.register_buffer("table", torch.full((2,), value), persistent=False)
@@ -235,25 +182,9 @@ def test_buffers_that_are_no_weights_tell_models_apart() -> None:
     assert modules_digest(one) == modules_digest(one.train())
 
 
-def test_another_version_extracts_again(
+def test_half_precision_and_another_version_have_files_of_their_own(
     cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.features(encoder(), images(), "set-train")
-    monkeypatch.setattr(frozen_model, "version", lambda package: f"{package} 99")
-    cache.features(encoder(), images(), "set-train")
-    assert len(list(cache.root.glob("*/*.safetensors"))) == 2
-
-
-def test_names_of_models_and_files_do_not_matter(cache: FeatureCache) -> None:
-    first = cache.features(encoder(), images(), "set-train")
-    source = cut_source()
-    source.whole = True
-    again = cache.features(replace(encoder(), name="moved"), source, "set-train")
-    assert source.reads == 0
-    np.testing.assert_array_equal(again, first)
-
-
-def test_half_precision_has_a_file_of_its_own(cache: FeatureCache) -> None:
     cache.features(encoder(), images(), "set-train")
     half = replace(cache, dtype="float16")
     rounded = half.features(encoder(), images(), "set-train")
@@ -261,6 +192,9 @@ def test_half_precision_has_a_file_of_its_own(cache: FeatureCache) -> None:
     exact = cache.features(encoder(), images(), "set-train")
     assert exact.dtype == np.float32
     np.testing.assert_array_equal(rounded, exact.astype(np.float16))
+    monkeypatch.setattr(frozen_model, "version", lambda package: f"{package} 99")
+    cache.features(encoder(), images(), "set-train")
+    assert len(list(cache.root.glob("*/*.safetensors"))) == 3
 
 
 def folder_source(root: Path, side: int, written: int) -> FolderSource:
@@ -302,11 +236,8 @@ def test_features_of_other_weights_under_this_name_are_refused(cache: FeatureCac
     path.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="it is no file of features; delete it"):
         cache.features(encoder(), images(), "set-train")
-
-
-def test_a_file_that_is_not_whole_is_refused(cache: FeatureCache) -> None:
+    path.unlink()
     cache.features(encoder(), images(), "set-train")
-    (path,) = cache.root.glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="it is damaged.*; delete it"):
         cache.features(encoder(), images(), "set-train")
@@ -315,33 +246,23 @@ def test_a_file_that_is_not_whole_is_refused(cache: FeatureCache) -> None:
 def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            rows = x.mean((2, 3))
             bad = torch.arange(len(x))[:, None] == 2
-            return torch.where(bad, torch.nan, rows)
+            return torch.where(bad, torch.nan, x.mean((2, 3)))
 
-    plain = encoder()
-    model = Broken()
-    facts = {**plain.facts, "weights_sha256": weights_digest(model)}
-    broken = replace(plain, model=model, shape=(3,), facts=facts)
-    with pytest.raises(ValueError, match=r"not finite for a image 2 \(fp32.*--precision fp32"):
-        cache.features(broken, images(), "set-train")
-    assert not list(cache.root.glob("*/*.safetensors"))
-
-
-def test_float16_that_overflows_is_told(cache: FeatureCache) -> None:
     class Large(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 1e6 + x.mean((2, 3))
 
-    large = replace(encoder(), model=Large(), shape=(3,))
+    broken, large = (replace(encoder(), model=model(), shape=(3,)) for model in (Broken, Large))
+    with pytest.raises(ValueError, match=r"not finite for a image 2 \(fp32.*--precision fp32"):
+        cache.features(broken, images(), "set-train")
     with pytest.raises(ValueError, match="kept as float16.*--dtype float32"):
         replace(cache, dtype="float16").features(large, images(), "set-train")
+    assert not list(cache.root.glob("*/*.safetensors"))
     assert np.isfinite(cache.features(large, images(), "set-train")).all()
 
 
-def test_a_full_disk_is_told_before_hours_are_spent(
-    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     def almost_full(_: Path) -> Any:
         return shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from tests.processes import run_python
 from trex_models.data.samples import digits
 from trex_models.evaluation import knn, logistic
 from trex_models.evaluation.linear import Samples, Setting, accuracies, fit
@@ -44,7 +44,7 @@ def task() -> Task:
     return x[rows] / np.float32(255), y[rows], test_x / np.float32(255), test_y
 
 
-def test_grids_are_logarithmic_and_span_the_papers_ranges() -> None:
+def test_grids_are_logarithmic_and_described_in_place_of_trials() -> None:
     cs = np.array(protocol.C_GRID)
     assert len(cs) == 30
     np.testing.assert_allclose(cs[[0, -1]], [1e-5, 1e6])
@@ -53,9 +53,6 @@ def test_grids_are_logarithmic_and_span_the_papers_ranges() -> None:
     assert len(protocol.SGD_GRID) == len(set(protocol.SGD_GRID)) == 30
     np.testing.assert_allclose(rates, np.geomspace(0.1, 100, 6))
     np.testing.assert_allclose(decays, np.geomspace(1e-12, 1e-4, 5))
-
-
-def test_description_names_the_seeds_and_the_grid_in_place_of_trials() -> None:
     found = protocol.describe([0, 1])
     assert found["seeds"] == [0, 1]
     assert "in place of the paper's 30 TPE trials" in found["note"]
@@ -90,9 +87,7 @@ def test_logistic_is_scikit_learns_for_the_chosen_c(task: Task) -> None:
     assert 0.85 < choices[0].top1 < 0.97
 
 
-def test_smallest_c_wins_a_tie_and_one_path_serves_all_seeds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_smallest_c_wins_a_tie_and_a_path_serves_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.repeat([0, 1, 2], 10)
     features = np.eye(3, dtype=np.float32)[labels]
     fitted, once = [], logistic.fit_path
@@ -165,7 +160,7 @@ def test_knn_votes_as_scikit_learns(
 
 
 @pytest.mark.parametrize("scores", SCORES)
-def test_labels_need_not_begin_at_0_and_features_may_be_read_only(
+def test_labels_need_not_begin_at_0_and_features_may_be_read_only_or_half(
     task: Task, scores: Callable[..., Any], tmp_path: Path
 ) -> None:
     x, y, test_x, test_y = task
@@ -173,18 +168,12 @@ def test_labels_need_not_begin_at_0_and_features_may_be_read_only(
     np.save(tmp_path / "x.npy", x)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     # One setting is chosen from one, so that another validation split changes no score.
-    expected, found = (
+    expected, found, half = (
         top1(scores(features, y + offset, test_x[rows], test_y[rows] + offset))
-        for features, offset in ((x, 0), (mapped, 5))
+        for features, offset in ((x, 0), (mapped, 5), (x.astype(np.float16), 0))
     )
     assert expected == found > 0.7
-
-
-@pytest.mark.parametrize("scores", SCORES)
-def test_half_precision_changes_little(task: Task, scores: Callable[..., Any]) -> None:
-    x, y, test_x, test_y = task
-    half = scores(x.astype(np.float16), y, test_x.astype(np.float16), test_y)
-    assert top1(half) == pytest.approx(top1(scores(*task)), abs=0.01)
+    assert half == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("scores", SCORES)
@@ -192,19 +181,17 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
     x, y, test_x, test_y = task
     broken = test_x.copy()
     broken[17, 2] = np.nan
-    message = "test features must be finite, but row 17 has a NaN.*delete it and extract them again"
-    with pytest.raises(ValueError, match=message):
-        scores(x, y, broken, test_y)
-    with pytest.raises(ValueError, match="training features must be finite, but row 17 has"):
-        scores(broken, test_y, x, y)
-    with pytest.raises(ValueError, match="no training image has label 4, .*1 such labels; 9 are"):
-        scores(x[y != 4], y[y != 4], test_x, test_y)
-    with pytest.raises(ValueError, match=r"test features .*shape \(N, 64\) .*got \(599, 9\)"):
-        scores(x, y, test_x[:, :9], test_y)
-    with pytest.raises(ValueError, match=r"test features .*not empty, got \(0, 64\)"):
-        scores(x, y, test_x[:0], test_y[:0])
-    with pytest.raises(ValueError, match=r"labels of the training features must be 300 .*\(299,\)"):
-        scores(x, y[1:], test_x, test_y)
+    extract = "a NaN.*delete it and extract them again"
+    for given, message in (
+        ((x, y, broken, test_y), f"test features must be finite, but row 17 has {extract}"),
+        ((broken, test_y, x, y), "training features must be finite, but row 17 has"),
+        ((x[y != 4], y[y != 4], test_x, test_y), "no training image has label 4, .*1 such lab"),
+        ((x, y, test_x[:, :9], test_y), r"test features .*shape \(N, 64\) .*got \(599, 9\)"),
+        ((x, y, test_x[:0], test_y[:0]), r"test features .*not empty, got \(0, 64\)"),
+        ((x, y[1:], test_x, test_y), r"labels of the training features must be 300 .*\(299,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scores(*given)
 
 
 @pytest.mark.parametrize("scores", SCORES[:2])
@@ -268,10 +255,9 @@ def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
     for start in range(0, len(x), 5000):
         x[start : start + 5000] = rng.standard_normal((5000, 2048), dtype=np.float32)
     x.flush()
-    command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path / "x.npy")]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    out = run_python("-W", "ignore", "-c", MEMORY, tmp_path / "x.npy").stdout.split()
     knn, sgd, knn_bytes, sgd_bytes = map(float, out)
-    assert knn == 1  # a query is its own neighbour
+    assert knn == 1  # a query is its own neighbor
     assert sgd > 0.12
     # As nearest_neighbors states for blocks of 500 queries and 4096 references.
     assert knn_bytes < 4 * 500 * 4096 + 20 * 2048 * 4096 + (48 << 20)

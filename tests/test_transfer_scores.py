@@ -18,12 +18,21 @@ from trex_models.transfer.scores import (
 )
 
 
-def test_log_odds_by_hand() -> None:
+def test_accuracy_of_a_dataset() -> None:
     assert log_odds(0.5, 10) == 0
     assert log_odds(0.9, 10) == pytest.approx(math.log(9))
     assert log_odds(1.0, 100) == pytest.approx(math.log(0.995 / 0.005))
     assert log_odds(0.0, 100) == pytest.approx(-math.log(0.995 / 0.005))
     assert log_odds(0.99, 100) == pytest.approx(math.log(99))  # is not clipped
+    found = accuracy([0.9, 1.0], 10)
+    assert found["log_odds"] == pytest.approx((math.log(9) + math.log(19)) / 2)
+    assert found["top1"]["mean"] == pytest.approx(0.95)
+    assert found["top1"]["seeds"] == [0.9, 1.0]
+    assert found["top1"]["clipped"] is True
+    assert accuracy([0.9], 10)["top1"]["clipped"] is False
+    assert accuracy([0.9], 10)["top1"]["interval"] is None
+    assert found["top1"]["test_interval"] == wilson_interval(0.95, 10)
+    assert knn_scores(0.0, 10) == {"top1": 0.0, "log_odds": -math.log(19), "clipped": True}
 
 
 def test_intervals_by_hand() -> None:
@@ -39,18 +48,6 @@ def test_intervals_by_hand() -> None:
     for correct in (0, 1, 25, 50):
         theirs = binomtest(correct, 50).proportion_ci(0.95, method="wilson")
         assert wilson_interval(correct / 50, 50) == pytest.approx((theirs.low, theirs.high))
-
-
-def test_accuracy_of_a_dataset() -> None:
-    found = accuracy([0.9, 1.0], 10)
-    assert found["log_odds"] == pytest.approx((math.log(9) + math.log(19)) / 2)
-    assert found["top1"]["mean"] == pytest.approx(0.95)
-    assert found["top1"]["seeds"] == [0.9, 1.0]
-    assert found["top1"]["clipped"] is True
-    assert accuracy([0.9], 10)["top1"]["clipped"] is False
-    assert accuracy([0.9], 10)["top1"]["interval"] is None
-    assert found["top1"]["test_interval"] == wilson_interval(0.95, 10)
-    assert knn_scores(0.0, 10) == {"top1": 0.0, "log_odds": -math.log(19), "clipped": True}
 
 
 def entry(seeds: list[float], knn: float, images: int) -> dict[str, Any]:

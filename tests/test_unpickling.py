@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ import torch
 
 from tests import fuzz_checkpoints, official_files
 from tests.fuzz_checkpoints import GADGETS, Bench
+from tests.processes import run_python
 from trex_models.pretrained import checkpoints
 from trex_models.pretrained.checkpoints import CheckpointError, DamagedError
 from trex_models.pretrained.unpickling import PlainUnpickler
@@ -108,20 +107,15 @@ def test_records_of_other_lengths(bench: Bench, form: str, change: str, tmp_path
     assert isinstance(caught.value, DamagedError) is (change != "deflated")
 
 
-def test_storages_of_old_files_have_lengths(bench: Bench, tmp_path: Path) -> None:
+def test_old_files_shared_memory_pipes_and_large_keys(bench: Bench, tmp_path: Path) -> None:
     data = bench.data["legacy"]
     for bad in (data[:-4], data + b"more"):
         (tmp_path / "bad.pth").write_bytes(bad)
         with pytest.raises(DamagedError, match="damaged or cut short"):
             checkpoints.load_checkpoint(tmp_path / "bad.pth")
     (tmp_path / "good.pth").write_bytes(data)
-    assert (
-        checkpoints.load_checkpoint(tmp_path / "good.pth").keys()
-        == bench.contents["trainer"].keys()
-    )
-
-
-def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
+    found = checkpoints.load_checkpoint(tmp_path / "good.pth")
+    assert found.keys() == bench.contents["trainer"].keys()
     tensor = torch.zeros(2000, 500)
     torch.save({"a": tensor, "b": tensor}, tmp_path / "tied.pth")
     found = checkpoints.load_checkpoint(tmp_path / "tied.pth")
@@ -129,13 +123,15 @@ def test_tensors_that_share_memory_have_a_limit(tmp_path: Path) -> None:
     torch.save({str(n): tensor.t() for n in range(20)}, tmp_path / "many.pth")
     with pytest.raises(CheckpointError, match="share memory and need more than the file holds"):
         checkpoints.load_checkpoint(tmp_path / "many.pth")
-
-
-def test_what_is_not_a_file_is_not_waited_for(tmp_path: Path) -> None:
-
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(CheckpointError, match="not a regular file"):
         checkpoints.load_checkpoint(tmp_path / "pipe.pth")
+    pairs = b"](](X\x01\0\0\0aK\x01e](X\x01\0\0\0bK\x02ee"
+    (tmp_path / "list.pkl").write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
+    with (tmp_path / "list.pkl").open("rb") as file:
+        assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
+    torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
+    assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
 
 
 @pytest.mark.parametrize(
@@ -184,33 +180,17 @@ def test_a_configuration_asks_for_no_more_than_the_file_holds(
     assert not (tmp_path / "export").exists()
 
 
-def test_users_are_told_the_same() -> None:
-    with pytest.raises(
-        ValueError, match="must not load weights or choose a device, got 'pretrained=True'"
-    ):
-        ModelConfig(backbone_args=("pretrained=True",))
-
-
-def test_steps_that_went_wrong_are_no_checkpoints(bench: Bench, tmp_path: Path) -> None:
+def test_steps_that_went_wrong_and_pretrained_models(bench: Bench, tmp_path: Path) -> None:
     contents = {**bench.contents["trainer"], "crops": []}
     torch.save(contents, tmp_path / "step_4.pt")
     with pytest.raises(ValueError, match=r"step_4\.pt is a step whose loss was not finite"):
         export.export_checkpoint(tmp_path / "step_4.pt", tmp_path / "export")
-
-
-def test_python_2_dictionaries_and_large_keys(tmp_path: Path) -> None:
-    pairs = b"](](X\x01\0\0\0aK\x01e](X\x01\0\0\0bK\x02ee"
-    (tmp_path / "list.pkl").write_bytes(b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R.")
-    with (tmp_path / "list.pkl").open("rb") as file:
-        assert PlainUnpickler(file).load() == {"a": 1, "b": 2}
-    torch.save({"state": {140_000_000_000_000: torch.ones(1)}, "a": torch.ones(2)}, tmp_path / "x")
-    assert 140_000_000_000_000 in checkpoints.load_checkpoint(tmp_path / "x")["state"]
+    with pytest.raises(ValueError, match="must not load weights or choose a device, got 'pretrai"):
+        ModelConfig(backbone_args=("pretrained=True",))
 
 
 @pytest.mark.client
 def test_many_damaged_and_hostile_files() -> None:
     """The larger runs are by hand: python -m tests.fuzz_checkpoints."""
-    command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_python("-m", "tests.fuzz_checkpoints", "--files", "150", "--seed", "7")
     assert "150 files, seed 7: 0 findings" in result.stdout

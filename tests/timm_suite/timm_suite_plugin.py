@@ -65,7 +65,6 @@ def list_models(*args: Any, **kwargs: Any) -> list[str]:
 
 
 def fetch(name: str, cache_dir: object = None) -> Path:  # noqa: ARG001
-    """Return a file of untrained weights of a model of ours."""
     path = WEIGHTS / f"{name}.safetensors"
     if not path.exists():
         cfg = get_pretrained_cfg(name)
@@ -76,7 +75,6 @@ def fetch(name: str, cache_dir: object = None) -> Path:  # noqa: ARG001
 
 
 def load_state_dict_from_hf(*_args: Any, **_kwargs: Any) -> Any:
-    """Return untrained weights of resnet50."""
     return timm.create_model(STOCK).state_dict()
 
 
