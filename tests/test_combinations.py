@@ -36,16 +36,8 @@ def train_a_step(config: Config) -> TReX:
         for spec in build.crop_specs(config.crops)
     ]
     labels, ids = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
-    loss, logits = training_step(
-        method,
-        method,
-        build_sgd(method, 0.9, 1e-4),
-        Precision.from_name("fp32", "cpu"),
-        crops,
-        labels,
-        ids,
-        0.1,
-    )
+    optimizer, precision = build_sgd(method, 0.9, 1e-4), Precision.from_name("fp32", "cpu")
+    loss, logits = training_step(method, method, optimizer, precision, crops, labels, ids, 0.1)
     assert loss.isfinite()
     assert logits.shape == (sum(len(part) for part in crops), len(CLASSES))
     moved = [n for n, value in method.named_parameters() if not torch.equal(value, before[n])]

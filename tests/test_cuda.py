@@ -21,7 +21,7 @@ from trex_models.distributed import Process
 from trex_models.method.objectives import LOOK
 from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
-from trex_models.train import benchmark, build, checkpointing, export
+from trex_models.train import build, checkpointing, export
 from trex_models.train.config import Config, CropsConfig, ModelConfig
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
@@ -143,12 +143,3 @@ def test_copies_on_a_stream_of_their_own_are_whole() -> None:
         sums.append(copy.long().sum())
         del copy, pinned  # their memory is free for the next ones
     assert [int(s) for s in sums] == [(number % 200) << 22 for number in range(50)]
-
-
-def test_benchmark_of_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(benchmark, "SECONDS", 0.5)
-    assert run(tmp_path / "run", "--system.device", "cuda:0", "--benchmark") == 0
-    assert "Memory, at most: cuda:0" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
