@@ -22,21 +22,13 @@ def make_folder(root: Path, broken: list[str]) -> list[str]:
         save_image(root / name, seed)
         if name in broken:
             (root / name).write_bytes((root / name).read_bytes()[:200])
-    return [
-        "--data.source",
-        "folder",
-        "--data.path",
-        str(root),
-        "--validation.images-per-class",
-        "0",
-    ]
+    options = f"--data.source folder --data.path {root} --validation.images-per-class 0"
+    return options.split()
 
 
 def assert_same_run(a: Path, b: Path) -> None:
     """The same end and the same lines, whatever the settings that do not matter."""
-    ours, theirs = last_state(a), last_state(b)
-    for state in (ours, theirs):
-        del state["config"]
+    ours, theirs = (last_state(folder) | {"config": None} for folder in (a, b))
     assert_same_state(ours, theirs)
     assert logged(a) == logged(b)
 
@@ -56,7 +48,6 @@ def skipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 def test_the_list_names_file_and_reason(skipped: tuple[list[str], Path]) -> None:
     _, folder = skipped
     lines = (folder / "unreadable.txt").read_text().splitlines()
-    assert len(lines) == 2
     for line, name in zip(lines, BROKEN, strict=True):
         assert f"{folder.parent / 'images' / name} cannot be read" in line
     assert logged(folder)[-1]["unreadable"] == 2
@@ -200,10 +191,10 @@ def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
     assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == len(images) == 51
 
 
-def test_ceilings_are_exact() -> None:
-    for share, allowed in ((0.29, 29), (0.57, 57), (0.0, 0), (0.999, 99)):
-        images = UnreadableImages(Path("unused"), 100, share)
-        images.add({i: str(i) for i in range(allowed)})
-        before = images.too_many
-        images.add({allowed: ""})
-        assert (before, images.too_many) == (False, True)
+@pytest.mark.parametrize(("share", "allowed"), [(0.29, 29), (0.57, 57), (0.0, 0), (0.999, 99)])
+def test_ceilings_are_exact(share: float, allowed: int) -> None:
+    images = UnreadableImages(Path("unused"), 100, share)
+    images.add({i: str(i) for i in range(allowed)})
+    assert not images.too_many
+    images.add({allowed: ""})
+    assert images.too_many
