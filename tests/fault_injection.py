@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from tests.processes import environments, forkserver, output_to
-from tests.runs import logged
+from tests.runs import TINY, logged
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
 from trex_models.train.signals import STOP_SIGNALS
@@ -83,14 +83,11 @@ class Setting:
     @property
     def command(self) -> list[str]:
         """What comes after ``python -m trex_models.train``; the folder is relative."""
-        command = f"""smoke --output run
-            --data.num-classes 4 --data.images-per-class {self.batch_size} --data.image-size 32
-            --optim.epochs {self.epochs} --optim.batch-size {self.batch_size}
-            --objective.bank-size 32 --crops.local-crops 2
-            --model.hidden-dim {self.hidden_dim} --model.embedding-dim 8
-            --model.backbone-args channels=(8,8,16,16) --system.workers {self.workers}
-            --system.log-every {self.log_every} --system.save-steps {self.save_steps}""".split()
-        return [*command, *self.more]
+        options = f"""--data.images-per-class {self.batch_size} --optim.epochs {self.epochs}
+            --optim.batch-size {self.batch_size} --model.hidden-dim {self.hidden_dim}
+            --system.workers {self.workers} --system.log-every {self.log_every}
+            --system.save-steps {self.save_steps}""".split()
+        return ["smoke", "--output", "run", *TINY, *options, *self.more]
 
 
 class Life:

@@ -16,17 +16,17 @@ import math
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.processes import free_port, start_processes
-from trex_models.distributed import Process, data_parallel
+from tests.processes import spawn
+from trex_models.distributed import Process, data_parallel, process_group
 from trex_models.heads import Projector
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
@@ -36,6 +36,7 @@ from trex_models.precision import Precision
 from trex_models.train.step import training_step
 
 LIMIT = 1e-6
+ALONE = Process(0, 1, torch.device("cpu"))
 SGD_MOMENTUM = 0.9
 FINAL_LR = 1e-6
 
@@ -105,10 +106,10 @@ def step_inputs(
     return crops, torch.randint(0, case["num_classes"], (batch,), generator=generator)[own]
 
 
-def replay(case: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def replay(case: dict[str, Any], process: Process = ALONE) -> dict[str, Any]:
     """Train through a case and return what the file records of it, of this rank."""
+    rank, world_size = process.rank, process.world_size
     method = build_method(case)
-    process = Process(rank, world_size, torch.device("cpu"))
     model = data_parallel(method, process, sync_batchnorm=False)
     optimizer = build_sgd(method, SGD_MOMENTUM, case["weight_decay"])
     precision = Precision.from_name("fp32", "cpu")
@@ -169,23 +170,14 @@ def running_mean_sum(module: nn.Module) -> float:
 
 def replay_ranks(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Replay a case on that many gloo processes; return what rank 0 saw."""
-    address = f"tcp://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rank0.json"
-        start_processes(_replay_rank, (case, world_size, address, out), world_size)
-        seen: dict[str, Any] = json.loads(out.read_text())
+        seen: dict[str, Any] = spawn(partial(_replay_rank, case), world_size, Path(folder))[0]
     return seen
 
 
-def _replay_rank(rank: int, case: dict[str, Any], world_size: int, address: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
-    try:
-        seen = replay(case, rank, world_size)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        out.write_text(json.dumps(seen))
+def _replay_rank(case: dict[str, Any], _: Path) -> dict[str, Any]:
+    with process_group("cpu") as process:
+        return replay(case, process)
 
 
 def error(ours: Any, recorded: Any) -> float:

@@ -76,20 +76,6 @@ def test_trains_and_exports(objective: str, projector: str, tmp_path: Path) -> N
             assert is_stock == (objective == "softmax" and projector == "none")
 
 
-def test_linear_classifier_on_a_vit_is_timms_own_model(tmp_path: Path) -> None:
-    options = """--model.backbone vit_tiny_patch16_224 --model.backbone-args depth=1
-        --model.projector none --objective.name softmax""".split()
-    config = parse("smoke", ["--output", str(tmp_path), *TINY, *options])
-    method = build.build_method(config, len(CLASSES))
-    _, folder = export_method(method, config, CLASSES, tmp_path)
-    whole: Any = load(folder)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        logits = method.eval().objective.logits(method.encoder.backbone(images))
-        torch.testing.assert_close(whole(images), logits)
-    assert type(whole) is timm.models.VisionTransformer
-
-
 def test_softmax_is_a_linear_layer_with_bias_and_cross_entropy() -> None:
     torch.manual_seed(0)
     objective: Any = build.build_method(

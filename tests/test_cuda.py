@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -62,11 +63,13 @@ def test_two_synchronised_processes_equal_one_of_the_double_batch(tmp_path: Path
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "auto"])
 def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
     """To rounding: on CUDA the order of atomic additions is not fixed."""
     options = [*CUDA, "--precision", precision]
     assert run(tmp_path / "whole", *options) == 0
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["precision"] == precision.replace("auto", "bf16")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     checkpointing.files(tmp_path / "cut")[-1].unlink()
     assert run(tmp_path / "cut", *options) == 0
@@ -107,7 +110,7 @@ def test_look_is_that_of_the_cpu() -> None:
     torch.testing.assert_close(on_cuda.cpu(), votes)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
     """But for the event behind the loss, for which nothing stands idle."""
     device = torch.device("cuda:0")

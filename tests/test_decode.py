@@ -162,8 +162,8 @@ def cases() -> Iterator[tuple[str, bytes, np.ndarray, float]]:
     yield "an opacity for each color", data, laid, 1
     # Of the formats that Pillow reads as PA it writes none: a TIFF by hand.
     data = tiff(np.stack([INDICES, alpha[INDICES]], axis=2), 8, photometric=3, palette=PALETTE)
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.mode == "PA"
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.mode == "PA"
     yield "palette and opacity", data, laid, 1
 
     pixels = picture(channels=4)

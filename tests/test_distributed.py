@@ -149,16 +149,19 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 Seen = list[dict[str, Any]]
 
 
+def test_processes_come_from_the_environment_and_notice_one_that_leaves(seen: Seen) -> None:
+    cpu = torch.device("cpu")
+    assert [one["process"] for one in seen] == [Process(rank, 3, cpu) for rank in range(3)]
+    assert [one["process"].is_main for one in seen] == [True, False, False]
+    for one in seen[:-1]:
+        assert one["peer left"].startswith("PeerError: another process failed")
+        assert one["group left"]
+
+
 def alike(seen: Seen, name: str) -> Any:
     """Return what all processes saw, which must be equal."""
     assert all(one[name] == seen[0][name] for one in seen)
     return seen[0][name]
-
-
-def test_processes_come_from_the_environment(seen: Seen) -> None:
-    cpu = torch.device("cpu")
-    assert [one["process"] for one in seen] == [Process(rank, 3, cpu) for rank in range(3)]
-    assert [one["process"].is_main for one in seen] == [True, False, False]
 
 
 def test_together_all_pass_or_none(seen: Seen) -> None:
@@ -210,21 +213,12 @@ def test_meter_of_many_processes(seen: Seen) -> None:
         {"loss": sum(map(sum, losses)) / 6, "accuracy": 4 / 6}
     )
     assert alike(seen, "started anew") == 0
-
-
-def test_meter_of_another_number_of_processes(seen: Seen) -> None:
-    """The means go on: of 2 or 3 processes' sums, one process takes the mean."""
+    # Of another number of processes: one takes the mean.
     one = Meter(Process(0, 1, torch.device("cpu")))
     update(one, loss=99.0, correct=False)  # forgotten
     one.load_state_dict(seen[0]["sums"])
     torch.testing.assert_close(one.gathered(), seen[0]["sums"].mean(0, keepdim=True))
     assert one.read() == pytest.approx(seen[0]["read"])
-
-
-def test_process_that_waits_for_one_that_left_says_so(seen: Seen) -> None:
-    for one in seen[:-1]:
-        assert one["peer left"].startswith("PeerError: another process failed")
-        assert one["group left"]
 
 
 def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:

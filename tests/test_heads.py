@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,19 @@ def test_projector_initial_values() -> None:
     assert "3.bias" not in weights
 
 
-@pytest.mark.parametrize("sizes", [(8, -1, 4, 2), (0, 1, 4, 2), (8, 1, 0, 2), (8, 1, 4, 0)])
-def test_projector_sizes_out_of_range(sizes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match="hidden_layers >= 0 and widths >= 1"):
-        Projector(*sizes)
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        *(
+            (Projector, sizes, "hidden_layers >= 0 and widths >= 1")
+            for sizes in ((8, -1, 4, 2), (0, 1, 4, 2), (8, 1, 0, 2), (8, 1, 4, 0))
+        ),
+        *((CosineClassifier, (4, 2, value), "above 0") for value in (0.0, -1.0, math.nan)),
+    ],
+)
+def test_values_out_of_range(make: Any, arguments: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
 
 
 def test_device_and_dtype_reach_every_tensor() -> None:
@@ -77,12 +87,6 @@ def test_cosine_logits_are_scaled_cosines() -> None:
     logits.logsumexp(1).sum().backward()
     assert z.grad is not None
     assert z.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_temperature_out_of_range(temperature: float) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        CosineClassifier(4, 2, temperature)
 
 
 def test_classifier_starts_like_linear() -> None:

@@ -83,7 +83,7 @@ def check(source: HuggingFaceSource, order: list[int] | None = None) -> None:
 
 def refused(path: Path, message: str, **options: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        HuggingFaceSource(path, **options)  # type: ignore[arg-type]
+        HuggingFaceSource(path, **options)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 

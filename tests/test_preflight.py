@@ -130,10 +130,14 @@ def test_disk_space_is_that_of_the_checkpoints(
 
 
 @pytest.mark.parametrize("objective", ["ocm", "cosine"])
-def test_size_of_a_checkpoint(tmp_path: Path, objective: str) -> None:
+def test_size_of_a_checkpoint_and_of_a_bank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+) -> None:
     """The estimate is that of a file that a run leaves, but for its index of names."""
     options = f"--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1"
-    assert run(tmp_path / "run", *options.split()) == 0
+    assert run(tmp_path / "run", *options.split(), "--objective.bank-size", "4") == 0
+    warned = "warning: a bank of 4 leaves about " in capsys.readouterr().out
+    assert warned == (objective == "ocm")
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
     assert checks.checkpoint_bytes(method) == pytest.approx(path.stat().st_size, rel=0.1)
@@ -235,40 +239,20 @@ def test_every_check_is_made() -> None:
         checks.run_checks([lambda: check(5, RuntimeError("defect"))])
 
 
-def test_two_troubles_give_two_lines_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    troubles = ["--precision", "bf16", "--objective.bank-size", "33"]
-    assert run(tmp_path / "run", *troubles) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith("error: ") for line in lines)
-    assert sum("use --precision fp32" in line for line in lines) == 1
-    assert sum("bank_size 33 exceeds the dataset's 32 images" in line for line in lines) == 1
-    assert captured.out == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bank_is_checked_where_there_is_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    short = ["--optim.epochs", "1", "--objective.bank-size", "4"]
-    assert run(tmp_path / "ocm", *short) == 0
-    assert "warning: a bank of 4 leaves about " in capsys.readouterr().out
-    assert run(tmp_path / "cosine", *short, "--objective.name", "cosine") == 0
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_full_disk_is_found_before_anything_is_written(
+def test_each_trouble_has_a_line_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free_space(monkeypatch, 1000)
-    assert run(tmp_path / "run", "--system.workers", "2") == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert any("--shm-size" in line for line in lines)
-    assert any("choose another --output" in line for line in lines)
+    troubles = "--precision bf16 --objective.bank-size 33 --system.workers 2"
+    assert run(tmp_path / "run", *troubles.split()) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    remedies = ("use --precision fp32", "the dataset's 32 images", "--shm-size", "another --output")
+    for remedy in remedies:
+        assert sum(remedy in line for line in lines) == 1
+    assert len(lines) == len(remedies)
+    assert all(line.startswith("error: ") for line in lines)
+    assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.processes import free_port, start_processes
+from tests.processes import spawn
 from tests.runs import assert_same_state, last_state, logged, run
-from trex_models.distributed import Process, data_parallel
+from trex_models.distributed import data_parallel, process_group
 from trex_models.heads import Projector
 from trex_models.method.backbone import preserve_running_stats, recompute_activations
 from trex_models.method.bank import MemoryBank
@@ -61,9 +61,10 @@ def train(
     losses = []
     for step in range(3):
         seed_step(0, step, rank)
-        crops, *rest = inputs(10 * step + rank)
+        crops, labels, ids = inputs(10 * step + rank)
         crops = [c.to(dtype) for c in crops]
-        losses.append(training_step(model, method, optimizer, types, crops, *rest, 0.1)[0])
+        loss, _ = training_step(model, method, optimizer, types, crops, labels, ids, 0.1)
+        losses.append(loss)
     gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return {"state": method.state_dict(), "gradients": gradients}, losses
 
@@ -125,28 +126,19 @@ def test_momentum_encoder_keeps_nothing_anyway() -> None:
     assert not averaged.backbone.grad_checkpointing
 
 
+def train_in_a_group(recomputes: bool, _: Path) -> tuple[dict[str, Any], list[Tensor]]:
+    with process_group("cpu") as process:
+        method = build_method("resnet10t", recomputes).double()
+        model = data_parallel(method, process, False)
+        return train(method, model, "fp64", torch.float64, process.rank)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_without(tmp_path: Path) -> None:
-    for recomputes in (False, True):
-        address = f"tcp://127.0.0.1:{free_port()}"
-        start_processes(train_rank, (recomputes, address, tmp_path), 2)
-    for rank in range(2):
-        without, with_it = (
-            torch.load(tmp_path / f"{recomputes}_{rank}.pt") for recomputes in (False, True)
-        )
-        assert_same_state(without, with_it)
-
-
-def train_rank(rank: int, recomputes: bool, address: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", address, rank=rank, world_size=2)
-    try:
-        method = build_method("resnet10t", recomputes).double()
-        model = data_parallel(method, Process(rank, 2, torch.device("cpu")), False)
-        end, losses = train(method, model, "fp64", torch.float64, rank)
-        torch.save((end, losses), folder / f"{recomputes}_{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    without, with_it = (
+        spawn(partial(train_in_a_group, recomputes), 2, tmp_path) for recomputes in (False, True)
+    )
+    assert_same_state(without, with_it)
 
 
 def test_run_may_change_to_it_on_the_way(tmp_path: Path) -> None:

@@ -311,12 +311,3 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert all(recipe in out for recipe in RECIPES)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["auto", "fp16", "tf32", "fp32"])
-def test_cuda_run(tmp_path: Path, precision: str) -> None:
-    assert run(tmp_path / "run", "--precision", precision, "--system.device", "cuda") == 0
-    saved = json.loads((tmp_path / "run/config.json").read_text())
-    assert saved["precision"] == ("bf16" if precision == "auto" else precision)

@@ -115,7 +115,7 @@ def test_output_is_not_written_with_images_that_are_skipped(images: Path, tmp_pa
     ("overrides", "message"),
     [
         ("--data.source folder", "data.path is not set"),
-        ("--precision fp16", "precision fp16 needs CUDA"),
+        ("--precision tf32", "precision tf32 needs CUDA"),
         ("--objective.bank-size 64", "bank_size 64 exceeds the dataset's 32 images"),
         (
             "--data.source folder --data.path images --objective.bank-size 16",
