@@ -77,7 +77,7 @@ def test_boxes_of_few_pixels_match_pil(box: Box) -> None:
     assert np.abs(out.numpy() - theirs).max() <= 4
 
 
-def test_pixels_outside_of_the_box_have_no_say() -> None:
+def test_cut_reads_its_box_and_writes_its_row_alone() -> None:
     image = bundled()[0]
     box = (40, 50, 100, 120)
     inside = slice(40, 140), slice(50, 170)
@@ -87,9 +87,6 @@ def test_pixels_outside_of_the_box_have_no_say() -> None:
     cut(image, box, 64, first)
     cut(other, box, 64, second)
     assert torch.equal(first, second)
-
-
-def test_cut_writes_its_row_of_the_batch_alone() -> None:
     batch = torch.full((3, 16, 16, 3), 7, dtype=torch.uint8)
     cut(np.full((20, 30, 3), 200, dtype=np.uint8), (0, 0, 20, 30), 16, batch[1])
     assert (batch[1] == 200).all()

@@ -164,7 +164,7 @@ def alike(seen: Seen, name: str) -> Any:
     return seen[0][name]
 
 
-def test_together_all_pass_or_none(seen: Seen) -> None:
+def test_errors_and_flags_are_seen_by_all(seen: Seen) -> None:
     assert alike(seen, "none fails") == ""
     for name, message in {
         "last fails": "process 2: torn",
@@ -174,9 +174,6 @@ def test_together_all_pass_or_none(seen: Seen) -> None:
         "first differs": "process 0: a\nprocess 1, 2: b",
     }.items():
         assert alike(seen, name) == f"SharedError: {message}"
-
-
-def test_flags_are_seen_by_all_at_the_next_call(seen: Seen) -> None:
     down = [False, False]
     assert alike(seen, "flags") == [down, down, [True, False], [False, True], down]
 

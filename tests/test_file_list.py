@@ -60,7 +60,7 @@ def test_digests_of_class_folders_and_csv_files_stay(
     assert CsvSource(tmp_path / "list.csv").digest().startswith("ede986ab13a3a9df")
 
 
-def test_sizes_of_files(tmp_path: Path) -> None:
+def test_sizes_of_files_and_those_without(tmp_path: Path) -> None:
     source = save(tmp_path)
     found = [(tmp_path / path).stat() for path in PATHS]
     assert source.stats().tolist() == [
@@ -69,10 +69,6 @@ def test_sizes_of_files(tmp_path: Path) -> None:
     assert source.stats().dtype == np.int64
     many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
     assert many.stats().tolist() == source.stats().tolist() * 5000
-
-
-def test_files_that_are_missing_or_empty_are_named(tmp_path: Path) -> None:
-    source = save(tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
         ValueError, match=r"1 of 2 image files are missing or empty.*a\.png; unpack"

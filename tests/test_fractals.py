@@ -55,7 +55,7 @@ def test_the_same_bytes_in_any_order_and_process() -> None:
     assert elsewhere.out.strip() == hashlib.sha256(forwards.tobytes()).hexdigest()
 
 
-def test_shifts_name_the_same_classes_and_images() -> None:
+def test_shifted_sources() -> None:
     whole = FractalSource(num_classes=4, images_per_class=3, size=16)
     shifted = FractalSource(2, 1, 16, first_class=2, first_image=2)
     np.testing.assert_array_equal(shifted.read(0), whole.read(2 * 3 + 2))
@@ -63,9 +63,6 @@ def test_shifts_name_the_same_classes_and_images() -> None:
     assert shifted.classes == whole.classes[2:]
     assert shifted.labels.tolist() == [0, 1]
     assert shifted.name(1) == whole.name(11)
-
-
-def test_shifted_sources_are_disjoint() -> None:
     shifts: list[dict[str, int]] = [{}, {"first_image": 4}, {"first_class": 5}, {"seed": 1}]
     sources = [FractalSource(5, 4, 16, **shift) for shift in shifts]
     images = [image.tobytes() for source in sources for image in _stack(source)]

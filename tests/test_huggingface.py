@@ -297,7 +297,9 @@ def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
         HuggingFaceSource(path, classes=["ant", "cat"])
 
 
-def test_what_is_wrong_with_a_data_set_is_said(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_data_set_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused(tmp_path / "absent", "does not exist; name")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")
@@ -328,22 +330,11 @@ def test_what_is_wrong_with_a_data_set_is_said(tmp_path: Path) -> None:
     file = hub / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-300])
     refused(hub, "hub cannot be opened as a dataset .*; write or fetch", split="train")
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = on_hub(tmp_path / "hub")
     shutil.copytree(hub / "data", hub / "data" / "more")
     fail_to_list(monkeypatch, hub / "data" / "more")
-    with pytest.raises(ValueError, match=r"data/more/ cannot be listed \(Input/output error\)"):
-        HuggingFaceSource(hub, "train")
-
-
-def test_the_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(hub, r"data/more/ cannot be listed \(Input/output error\)", split="train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install trex-models\[datasets\]"):
-        HuggingFaceSource(tmp_path)
+    refused(tmp_path, r"pip install trex-models\[datasets\]")
 
 
 def test_the_digest_holds_images_and_labels_and_not_the_place(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_each_part_of_the_jitter_matches_pil(part: int) -> None:
     assert abs(error.mean()) <= 0.01
 
 
-def test_hue_and_strong_jitter_match_pil() -> None:
+def test_hue_strong_jitter_and_gray_images_match_pil() -> None:
     colors = np.random.default_rng(0).integers(0, 256, (4, 3, 200, 200), dtype=np.uint8)
     rows = keep(draw_rows(ALWAYS, 4), "jitter")
     rows[:, ph.FACTORS] = 1
@@ -88,9 +88,6 @@ def test_hue_and_strong_jitter_match_pil() -> None:
     law = replace(ALWAYS, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
     error = photometric_error(crop(64, 32), keep(draw_rows(law, 32), "jitter"))
     assert np.abs(error).mean() <= 0.05
-
-
-def test_jitter_of_grey_images_is_pils_exactly() -> None:
     images = crop(64, 24)[:, :1].expand(-1, 3, -1, -1)
     assert not photometric_error(images, keep(draw_rows(ALWAYS, 24), "jitter")).any()
 
@@ -138,7 +135,7 @@ def test_an_image_does_not_depend_on_its_batch(size: int, monkeypatch: pytest.Mo
     assert torch.equal(augment(images, rows), whole)
 
 
-def test_memory_formats() -> None:
+def test_memory_formats_and_autocast_do_not_touch_the_pixels() -> None:
     images, rows = crop(24, 12), draw_rows(EVEN, 12)
     assert images.is_contiguous(memory_format=torch.channels_last)
     padded = torch.zeros(12, 3, 30, 40, dtype=torch.uint8)
@@ -150,6 +147,10 @@ def test_memory_formats() -> None:
         other = augment(same, rows)
         assert other.is_contiguous()
         assert torch.equal(other, result)
+    images, rows = crop(24, 12), draw_rows(EVEN, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = augment(images, rows)
+    assert torch.equal(inside, augment(images, rows))
 
 
 @pytest.mark.client
@@ -158,13 +159,6 @@ def test_compiled_arithmetic_gives_the_same_pixels() -> None:
     for count, seed in ((30, 0), (11, 1), (1, 2), (2, 3)):
         images, rows = crop(40, count), torch.from_numpy(draw_rows(LOCAL_AUGMENTATION, count, seed))
         assert torch.equal(apply(images, rows, compiled=True), apply(images, rows))
-
-
-def test_autocast_does_not_touch_the_pixels() -> None:
-    images, rows = crop(24, 12), draw_rows(EVEN, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = augment(images, rows)
-    assert torch.equal(inside, augment(images, rows))
 
 
 def test_normalize() -> None:

@@ -10,12 +10,13 @@ from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 
-from tests.images import save_image
+from tests.images import save_classes, save_image
 from tests.runs import run
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
@@ -157,46 +158,30 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     checks.shared_memory(10**6, workers=4, processes=3)
 
 
-class Recording(ArraySource):
-    """Notes what is read."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__(np.zeros((count, 2, 3, 3), np.uint8), [0] * count, ["a"])
-        self.seen: list[int] = []
-
-    def read(self, index: int) -> np.ndarray:
-        self.seen.append(index)
-        return super().read(index)
-
-
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 1000])
 def test_samples_are_read_from_all_over(count: int) -> None:
-    source = Recording(count)
-    checks.samples("training", source)
-    assert len(source.seen) == len(set(source.seen)) == min(count, 16)
-    assert source.seen[0] == 0
-    assert source.seen[-1] == count - 1
-    assert np.diff(source.seen).max(initial=0) <= math.ceil(count / 15)
+    source = ArraySource(np.zeros((count, 2, 3, 3), np.uint8), [0] * count, ["a"])
+    with patch.object(source, "read", wraps=source.read) as read:
+        checks.samples("training", source)
+    seen = [call.args[0] for call in read.call_args_list]
+    assert len(seen) == len(set(seen)) == min(count, 16)
+    assert (seen[0], seen[-1]) == (0, count - 1)
+    assert np.diff(seen).max(initial=0) <= math.ceil(count / 15)
 
 
 @pytest.mark.parametrize(
     "image",
     [np.zeros((2, 3, 3), np.float32), np.zeros((2, 3), np.uint8), np.zeros((2, 3, 4), np.uint8)],
-    ids=["float", "grey", "with alpha"],
+    ids=["float", "gray", "with alpha"],
 )
-def test_sample_that_is_no_rgb_bytes(image: np.ndarray) -> None:
-    source = Recording(5)
+def test_sample_that_is_no_rgb_bytes(image: np.ndarray, tmp_path: Path) -> None:
+    source = ArraySource(np.zeros((5, 2, 3, 3), np.uint8), [0] * 5, ["a"])
     source.images = [*source.images[:4], image]
     message = f"^a image 4 is {re.escape(f'{image.dtype} {image.shape}')}, not uint8"
     with pytest.raises(ValueError, match=message):
         checks.samples("training", source)
-
-
-def test_sample_that_cannot_be_read(tmp_path: Path) -> None:
-    for label in "ab":
-        save_image(tmp_path / label / "0.png")
-    (tmp_path / "b" / "1.png").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"b/1.png cannot be read as an image"):
+    (save_classes(tmp_path, 2) / "b" / "1.jpg").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"b/1.jpg cannot be read as an image"):
         checks.samples("training", FolderSource(tmp_path))
 
 
@@ -220,23 +205,15 @@ def test_bfloat16_on_a_cpu(precision: str, device: str, size: int, refused: bool
 
 
 def test_every_check_is_made() -> None:
-    made: list[int] = []
-
-    def check(number: int, outcome: str | Exception | None) -> str | None:
-        made.append(number)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    passing = [lambda: check(0, None), lambda: check(1, "odd"), lambda: check(2, "strange")]
+    passing = [Mock(return_value=warning) for warning in (None, "odd", "strange")]
     assert checks.run_checks(passing) == ["odd", "strange"]
     assert checks.run_checks([]) == []
-    failing = [lambda: check(3, ValueError("bad")), lambda: check(4, OSError("worse"))]
+    failing = [Mock(side_effect=error) for error in (ValueError("bad"), OSError("worse"))]
     with pytest.raises(ValueError, match="^bad\nworse$"):
         checks.run_checks([*failing, *passing])
-    assert made == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert [check.call_count for check in (*failing, *passing)] == [1, 1, 2, 2, 2]
     with pytest.raises(RuntimeError, match="defect"):
-        checks.run_checks([lambda: check(5, RuntimeError("defect"))])
+        checks.run_checks([Mock(side_effect=RuntimeError("defect"))])
 
 
 def test_each_trouble_has_a_line_and_nothing_is_written(

@@ -28,11 +28,7 @@ _SECONDS = 120.0
 
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Yield the names of two namespaces that can reach each other and nothing else.
-
-    Raises:
-        OSError: This process may not make them, or iproute2 is missing.
-    """
+    """Yield the names of two namespaces that can reach each other and nothing else."""
     names = [f"trex-{os.getpid()}-{index}" for index in range(2)]
     with ExitStack() as stack:
         for name in names:
@@ -92,17 +88,7 @@ def _await_checkpoint(run: Path, seen: frozenset[str]) -> None:
 
 
 def train_on_two_hosts(folder: Path) -> list[str]:
-    """Train, kill each host once, resume to the end; compare with a run on one host.
-
-    Args:
-        folder: Where to train; the logs of torchrun are below it.
-
-    Returns:
-        The differences and what went wrong, a line each.
-
-    Raises:
-        OSError: This machine does not permit two hosts.
-    """
+    """Train, kill each host once, resume to the end; return what differs from one host."""
     one, two = folder / "one", folder / "two"
     wrong = []
     with two_hosts() as hosts:

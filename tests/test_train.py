@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock, patch
 
 import pytest
 import timm
@@ -102,25 +103,13 @@ def test_backbone_export_needs_timm_alone(finished: Path) -> None:
     assert out.stdout.strip() == "(1, 16)"
 
 
-def test_interrupted_run_continues_exactly(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_continues_exactly(finished: Path, tmp_path: Path) -> None:
     """Stop after step 6, two steps past the last checkpoint; the same command finishes."""
-    steps = 0
-    step = training_step
-
-    def stopping(*args: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps > 6:
-            raise KeyboardInterrupt
-        return step(*args)
-
-    monkeypatch.setattr(loop, "training_step", stopping)
-    assert run(tmp_path / "run") == 128 + signal.SIGINT
+    step = Mock(side_effect=[*[DEFAULT] * 6, KeyboardInterrupt], wraps=training_step)
+    with patch.object(loop, "training_step", step):
+        assert run(tmp_path / "run") == 128 + signal.SIGINT
     assert [p.name for p in checkpointing.files(tmp_path / "run")] == ["step_4.pt"]
     assert logged(tmp_path / "run")[-1]["step"] == 6
-    monkeypatch.undo()
     assert run(tmp_path / "run", "--system.workers", "2") == 0
     ours, theirs = last_state(tmp_path / "run"), last_state(finished)
     for part in ("method", "optimizer", "scaler", "step", "classes"):

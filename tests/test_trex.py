@@ -169,9 +169,6 @@ def test_reset_classifier_without_pooling_drops_the_projector() -> None:
     assert model.head_hidden_size == 192
     assert model.fc.weight.shape == (4, 192)
     assert model(images()).shape == (2, 4)
-
-
-def test_new_parts_follow_the_model() -> None:
     model = tiny().double()
     model.reset_classifier(3, "catavgmax")
     assert {p.dtype for p in model.parameters()} == {torch.float64}
@@ -258,23 +255,18 @@ def test_one_file_serves_all_three(cls_file: Path) -> None:
     wrapped = load("trex_resnet50_cls", cls_file, features_only=True)
     assert torch.equal(wrapped(images())[-1], features)
     assert load("trex_resnet50_proj", cls_file, in_chans=1).conv1.in_channels == 1
+    for num_classes in (1000, 10):  # its projector is another one
+        with pytest.raises(RuntimeError, match=r"do not match trexstar_resnet50_cls: .*proj\."):
+            load("trexstar_resnet50_cls", cls_file, num_classes=num_classes)
 
 
 def test_backbone_file_with_a_new_classifier(tmp_path: Path) -> None:
     torch.save(create("trex_resnet50").state_dict(), tmp_path / "backbone.pth")
     model = load("trex_resnet50", tmp_path / "backbone.pth", num_classes=10)
     assert model(images()).shape == (2, 10)
-    with pytest.raises(
-        RuntimeError, match=r"do not match trex_resnet50_proj: .*proj\.1\.fc\.weight"
-    ):
+    message = r"do not match trex_resnet50_proj: .*proj\.1\.fc\.weight"
+    with pytest.raises(RuntimeError, match=message):
         load("trex_resnet50_proj", tmp_path / "backbone.pth")
-
-
-def state_of(name: str, **kwargs: Any) -> dict[str, Tensor]:
-    """Names and shapes of a model's state, with zeros."""
-    with torch.device("meta"):
-        model = timm.create_model(name, **kwargs)
-    return {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -285,17 +277,14 @@ def state_of(name: str, **kwargs: Any) -> dict[str, Tensor]:
     ],
 )
 def test_file_of_another_architecture(other: str, first: str, tmp_path: Path) -> None:
-    torch.save(state_of(other, num_classes=0), tmp_path / "other.pth")
+    with torch.device("meta"):
+        state = timm.create_model(other, num_classes=0).state_dict()
+    zeros = {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in state.items()}
+    torch.save(zeros, tmp_path / "other.pth")
     message = rf"other\.pth: the weights do not match trex_resnet50: {first}"
     for num_classes in (0, 10):
         with pytest.raises(RuntimeError, match=message):
             load("trex_resnet50", tmp_path / "other.pth", num_classes=num_classes)
-
-
-@pytest.mark.parametrize("num_classes", [1000, 10])
-def test_file_with_another_projector(cls_file: Path, num_classes: int) -> None:
-    with pytest.raises(RuntimeError, match=r"do not match trexstar_resnet50_cls: .*proj\."):
-        load("trexstar_resnet50_cls", cls_file, num_classes=num_classes)
 
 
 def test_autocast_and_bfloat16() -> None:
