@@ -123,11 +123,9 @@ class Life:
         return (self.folder / f"{rank}.out").read_text()
 
     def err(self, rank: int = 0) -> str:
-        """Return its errors so far."""
         return (self.folder / f"{rank}.err").read_text()
 
     def ranks_alive(self) -> list[int]:
-        """Return the ranks that have not ended."""
         return [rank for rank, process in enumerate(self.processes) if process.is_alive()]
 
     def await_(self, condition: Callable[[], object], seconds: float = _MOST_SECONDS) -> bool:
@@ -171,7 +169,6 @@ class Life:
         return next((name for name in names if name.endswith(".tmp")), None)
 
     def all_steps_saved(self) -> bool:
-        """Return whether the last checkpoint is there."""
         return (self.run / "checkpoints" / f"step_{self.setting.total_steps}.pt").exists()
 
     def started(self) -> bool:
@@ -216,7 +213,6 @@ def _enter_namespaces(pid: int) -> None:
 
 
 def names_of_checkpoints(run: Path) -> frozenset[str]:
-    """Return all names in a run's checkpoints folder."""
     folder = run / "checkpoints"
     return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
 
@@ -304,12 +300,7 @@ def undisturbed(setting: Setting, folder: Path) -> Pace:
 
 
 class Tormentor:
-    """Runs a setting to its end again and again, killing it on its way.
-
-    Args:
-        setting: What to run.
-        folder: For the undisturbed run and the tormented ones.
-    """
+    """Runs a setting to its end again and again, killing it on its way."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting = setting
@@ -324,9 +315,7 @@ class Tormentor:
     def until(self, kills: int, signals: float = 0.15) -> None:
         """Continue until so many kills are counted, and the run under way has finished.
 
-        Args:
-            kills: Number of kills.
-            signals: Share of lives that a signal ends that asks to stop.
+        ``signals`` is the share of lives that a signal ends that asks to stop.
         """
         while (self.kills < kills or self._folder.exists()) and len(self.wrong) < _MOST_WRONG:
             number = signal.SIGKILL if self.kills < kills else None
@@ -344,9 +333,8 @@ class Tormentor:
         victims: list[int] = []
         if number is not None:
             self._await_moment(life, self._share_left(before))
-            victims = random.sample(
-                range(len(life.processes)), random.randint(1, len(life.processes))
-            )
+            world = self.setting.processes
+            victims = random.sample(range(world), random.randint(1, world))
         victims = [rank for rank in victims if rank in life.ranks_alive()]
         all_saved = life.all_steps_saved()
         if number is not None:
@@ -366,19 +354,13 @@ class Tormentor:
         self._check_orphans()
 
     def _share_left(self, names: frozenset[str]) -> float:
-        """Return the share of the steps that a run with such checkpoints has still to take."""
         steps = [
             int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.pt", name))
         ]
         return 1 - max(steps, default=0) / self.setting.total_steps
 
     def _await_moment(self, life: Life, share: float) -> None:
-        """Wait for a random moment: anywhere, or in a phase that is too short to be hit often.
-
-        Args:
-            life: What is to be killed.
-            share: Share of the steps that it has still to take.
-        """
+        """Wait for a random moment: anywhere, or in a phase that is too short to be hit often."""
         pace, uniform = self._pace, random.uniform
         length = pace.ended - (1 - share) * (pace.saved - pace.started)
         kind = random.choices(["anywhere", "start-up", "save", "export"], [4, 1, 4, 1])[0]
@@ -441,7 +423,6 @@ class Tormentor:
         self.wrong.append(f"{what}; out: {out!r}, err: {err!r} ({self.setting})")
 
     def _check_orphans(self) -> None:
-        """Note the workers that have outlived their parent for too long."""
         for session, ended in list(self._orphans.items()):
             left = members(session)
             late = time.monotonic() - ended > _ORPHAN_SECONDS

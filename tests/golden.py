@@ -157,12 +157,10 @@ def evaluate(method: TReX, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_sum(module: nn.Module) -> float:
-    """Sum of absolute values of all parameters."""
     return sum(p.abs().sum().item() for p in module.parameters())
 
 
 def running_mean_sum(module: nn.Module) -> float:
-    """Sum of absolute values of all BatchNorm running means."""
     return sum(
         b.abs().sum().item() for name, b in module.named_buffers() if name.endswith("running_mean")
     )
@@ -205,7 +203,6 @@ def compare(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def main(path: str) -> int:
-    """Compare every case of a file; return the exit status."""
     torch.set_num_threads(1)
     worst = 0.0
     for entry in json.loads(Path(path).read_text()):

@@ -25,14 +25,12 @@ JPEG = encode(np.full((6, 8, 3), 128, np.uint8), "JPEG")
 
 
 def touch(root: Path, paths: Iterable[str]) -> None:
-    """Write an image to each path."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(JPEG)
 
 
 def write(path: Path, *lines: str) -> None:
-    """Write a text file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
 

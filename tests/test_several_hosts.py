@@ -62,7 +62,6 @@ def start(host: str, folder: Path, interface: str, *launcher: str) -> subprocess
 
 
 def start_on_both(hosts: Sequence[str], folder: Path) -> list[subprocess.Popen[bytes]]:
-    """Start the run with a process on each host."""
     launcher = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id {hosts[0]}"
     launcher += f" --rdzv-endpoint {_ADDRESSES[0]}:29500"
     # torchrun looks up whose endpoint it is by the host's name, which both share.
@@ -74,7 +73,6 @@ def start_on_both(hosts: Sequence[str], folder: Path) -> list[subprocess.Popen[b
 
 
 def kill(host: str) -> None:
-    """Kill every process of a host."""
     for pid in _ip("netns", "pids", host).split():
         os.kill(int(pid), signal.SIGKILL)
 
