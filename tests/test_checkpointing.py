@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.images import save_classes, save_image
-from tests.runs import assert_same_state, last_state, logged, run
+from tests.runs import assert_same_state, last_state, logged, refused, run
 from trex_models.checkpoints import DamagedError
 from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
@@ -99,15 +99,12 @@ def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
     assert logged(copied) == logged(finished)
 
 
-def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(copied: Path) -> None:
     for path in checkpointing.files(copied):
         path.write_bytes(path.read_bytes()[:-100])
     lines = logged(copied)
     for _ in range(2):
-        assert run(copied, *MIDWAY) == 2
-        assert "all checkpoints of" in capsys.readouterr().err
+        assert "all checkpoints of" in refused(copied, *MIDWAY)
     assert logged(copied) == lines
     assert names(copied) == ["step_6.pt.damaged", "step_8.pt.damaged"]
 
@@ -116,13 +113,11 @@ def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(
 def test_a_passing_trouble_does_not_condemn_a_checkpoint(
     copied: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
     monkeypatch.setattr(zipfile.ZipFile, "testzip", Mock(side_effect=error))
     if isinstance(error, OSError):
-        assert run(copied, *MIDWAY) == 2
-        assert "step_8.pt: it cannot be read (Input/output error)" in capsys.readouterr().err
+        assert "step_8.pt: it cannot be read (Input/output error)" in refused(copied, *MIDWAY)
     else:
         with pytest.raises(MemoryError):
             run(copied, *MIDWAY)
@@ -157,22 +152,19 @@ def test_a_continued_run_does_not_hold_its_checkpoint(copied: Path) -> None:
     assert held == [False] * 2
 
 
-def test_foreign_checkpoint_is_refused(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foreign_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
     foreign = copied / "checkpoints/step_12.pt"
 
-    def refused(message: str) -> None:
-        assert run(copied, *MIDWAY) == 2
-        assert f"step_12.pt {message}" in capsys.readouterr().err
+    def is_refused(message: str) -> None:
+        assert f"step_12.pt {message}" in refused(copied, *MIDWAY)
 
     shutil.copy(copied / "checkpoints/step_8.pt", foreign)
-    refused("belongs to another run (step: 8); move it out")
+    is_refused("belongs to another run (step: 8); move it out")
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", foreign)
-    refused("belongs to another run (seed: 5 -> 0; step: 8)")
+    is_refused("belongs to another run (seed: 5 -> 0; step: 8)")
     torch.save({"weights": torch.zeros(3)}, foreign)
-    refused("is not a checkpoint of this trainer")
+    is_refused("is not a checkpoint of this trainer")
     assert names(copied) == ["step_12.pt", "step_6.pt", "step_8.pt"]
 
 
@@ -193,11 +185,10 @@ def test_foreign_checkpoint_is_refused(
     ],
 )
 def test_a_folder_with_other_settings_is_refused_by_their_names(
-    finished: Path, capsys: pytest.CaptureFixture[str], overrides: str, named: str
+    finished: Path, overrides: str, named: str
 ) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    assert run(finished, *MIDWAY, *overrides.split()) == 2
-    (err,) = capsys.readouterr().err.splitlines()
+    err = refused(finished, *MIDWAY, *overrides.split())
     assert f"{finished} already holds another run (" in err
     assert named in err
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
@@ -223,8 +214,7 @@ def test_processes_that_normalise_other_parts_of_a_batch_are_refused(
     state = copy.deepcopy(checkpointing.load(path))
     four = {"environment": state["environment"] | {"processes": 4}}
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
-    assert run(copied, *MIDWAY) == 2
-    assert "was saved by 4 processes, and BatchNorm saw 4 parts" in capsys.readouterr().err
+    assert "was saved by 4 processes, and BatchNorm saw 4 parts" in refused(copied, *MIDWAY)
     checkpointing.write(path, state | four)  # synchronised
     assert run(copied, *MIDWAY) == 0
     assert "warning: saved elsewhere (processes: 4 -> 1)" in capsys.readouterr().out
@@ -248,13 +238,9 @@ def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     assert not (folder / ".config.json.tmp").exists()
 
 
-def test_a_step_that_diverged_can_be_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     overrides = ["--optim.base-lr", "1e30", "--model.backbone-args", "channels=(8,8,16,16)"]
-    assert run(tmp_path / "run", *overrides, "drop_path_rate=0.1") == 2
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1
+    err = refused(tmp_path / "run", *overrides, "drop_path_rate=0.1")
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "no longer finite" in err
     assert "lower optim.base_lr" in err
@@ -312,8 +298,9 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(
     assert out.count("warning: 1 of 16 training images have other ") == 1
     assert f"such as {tmp_path}/moved/a/3.jpg" in out
     (tmp_path / "moved/a/3.jpg").rename(tmp_path / "moved/a/9.jpg")
-    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 2
-    assert "was saved with other images" in capsys.readouterr().err
+    assert "was saved with other images" in refused(
+        tmp_path / "run", *folder, str(tmp_path / "moved")
+    )
 
 
 def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:

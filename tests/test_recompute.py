@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.processes import spawn
-from tests.runs import assert_same_state, last_state, logged, run
+from tests.runs import assert_same_state, last_state, logged, refused, run
 from trex_models.distributed import data_parallel, process_group
 from trex_models.heads import Projector
 from trex_models.method.backbone import preserve_running_stats, recompute_activations
@@ -154,13 +154,10 @@ def test_run_may_change_to_it_on_the_way(tmp_path: Path) -> None:
     assert_same_state(last_state(without)["method"], expected)
 
 
-def test_backbone_that_cannot_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_backbone_that_cannot_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = ["--model.backbone", "darknet17", "--model.backbone-args", "drop_rate=0.1"]
-    assert run(output, *options, OPTION) == 2
-    (error,) = capsys.readouterr().err.splitlines()
+    error = refused(output, *options, OPTION)
     start = "error: system.checkpoint_activations: timm's darknet17 cannot recompute"
     assert error.startswith(start)
     assert not output.exists()

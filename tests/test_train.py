@@ -18,7 +18,7 @@ import torch
 
 import trex_models  # noqa: F401  # registers the models
 from tests.models import load
-from tests.runs import TINY, assert_same_state, last_state, logged, run
+from tests.runs import TINY, assert_same_state, last_state, logged, refused, run
 from trex_models.train import build, checkpointing, loop
 from trex_models.train.__main__ import main
 from trex_models.train.config import from_dict
@@ -249,17 +249,14 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], arguments: str, messag
     assert message in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
     for name, content, folder, message in (
         ("config.json", "[]", tmp_path, "is not a configuration; choose another --output"),
         ("file", "", tmp_path / "file" / "run", "cannot be created"),
         ("thesis.txt", "precious", tmp_path, "holds no run"),
     ):
         (tmp_path / name).write_text(content)
-        assert run(folder) == 2
-        assert message in capsys.readouterr().err
+        assert message in refused(folder)
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, content)]
         (tmp_path / name).unlink()
 
