@@ -259,32 +259,35 @@ def test_orientation(orientation: int, kind: str) -> None:
     same(decode_image(data, "x.img"), picture(), tolerance=4 if kind == "JPEG" else 0)
 
 
-@pytest.mark.usefixtures("_each_decoder")
-@pytest.mark.parametrize(
-    "block",
-    [
+def odd_blocks() -> Iterator[tuple[str, bytes, float]]:
+    """Yield files of the picture with metadata that are broken, or in unusual places."""
+    for block in (
         *(b"", b"II", b"nonsense", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05\x01"),
         b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\0\0\xff\xff\xff\xff\0\0\0\0",
-    ],
-)
-def test_a_broken_exif_block_leaves_the_image_readable(block: bytes) -> None:
-    data = encode(picture(), "JPEG", **JPEG_OPTIONS, exif=b"Exif\0\0" + block)
-    same(decode_image(data, "x.img"), picture(), tolerance=4)
-    data = encode(picture(), "PNG", exif=b"Exif\0\0" + block)
-    same(decode_image(data, "x.img"), picture())
+    ):
+        exif = b"Exif\0\0" + block
+        yield f"JPEG {block!r}", encode(picture(), "JPEG", **JPEG_OPTIONS, exif=exif), 4
+        yield f"PNG {block!r}", encode(picture(), "PNG", exif=exif), 0
+    stored = np.ascontiguousarray(TURNED[6](picture()))
+    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=oriented(6), comment=b"\xff\xe1")
+    start = data.index(b"\xff\xe1")
+    end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    block = b"\xff\xed" + (60000).to_bytes(2, "big") + b"\xff\xda" * 29999
+    behind = data[:2] + block + b"\xff\xff" + data[start + 1 : end] + data[2:start] + data[end:]
+    yield "orientation behind other blocks", behind, 4
+    stored = np.ascontiguousarray(picture()[::-1, ::-1])
+    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=oriented(3))
+    for block in (b"\xe0JFIF\0\0", b"\xe2ICC_PROFILE\0\1"):
+        head = struct.pack(">cBH", b"\xff", block[0], len(block) + 1)
+        yield f"{block!r}", data[:2] + head + block[1:] + data[2:], 4
 
 
 @pytest.mark.usefixtures("_each_decoder")
-def test_orientation_behind_other_blocks() -> None:
-    exif = oriented(6)
-    stored = np.ascontiguousarray(TURNED[6](picture()))
-    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif, comment=b"\xff\xe1")
-    start = data.index(b"\xff\xe1")
-    length = 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    block = b"\xff\xed" + (60000).to_bytes(2, "big") + b"\xff\xda" * 29999
-    rest = data[2:start] + data[start + length :]
-    data = data[:2] + block + b"\xff\xff" + data[start + 1 : start + length] + rest
-    same(decode_image(data, "x.img"), picture(), tolerance=4)
+@pytest.mark.parametrize(
+    ("data", "tolerance"), [pytest.param(*rest, id=name) for name, *rest in odd_blocks()]
+)
+def test_odd_metadata_leave_the_image_readable(data: bytes, tolerance: float) -> None:
+    same(decode_image(data, "x.img"), picture(), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
@@ -451,17 +454,6 @@ def test_damaged_parts_that_pixels_depend_on_are_refused(kind: bytes) -> None:
     png[start + 4 + int.from_bytes(png[start - 4 : start], "big")] ^= 1  # of its CRC
     with pytest.raises(UnreadableImageError, match=UNREADABLE):
         decode_image(bytes(png), "x.img")
-
-
-@pytest.mark.usefixtures("_each_decoder")
-@pytest.mark.parametrize("block", [b"\xe0JFIF\0\0", b"\xe2ICC_PROFILE\0\1"])
-def test_metadata_of_a_jpeg_do_not_cost_the_image(block: bytes) -> None:
-    exif = oriented(3)
-    stored = np.ascontiguousarray(picture()[::-1, ::-1])
-    data = encode(stored, "JPEG", **JPEG_OPTIONS, exif=exif)
-    content = block[1:]
-    data = data[:2] + struct.pack(">cBH", b"\xff", block[0], len(content) + 2) + content + data[2:]
-    same(decode_image(data, "x.img"), picture(), tolerance=4)
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,8 @@ def test_what_is_wrong_with_a_data_set_is_said(
     fail_to_list(monkeypatch, hub / "data" / "more")
     refused(hub, r"data/more/ cannot be listed \(Input/output error\)", split="train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused(tmp_path, r"pip install trex-models\[datasets\]")
+    with pytest.raises(ValueError, match=r"pip install trex-models\[datasets\]"):
+        HuggingFaceSource(tmp_path)
 
 
 def test_the_digest_holds_images_and_labels_and_not_the_place(tmp_path: Path) -> None:
