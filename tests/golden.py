@@ -16,17 +16,17 @@ import math
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.processes import free_port, start_processes
-from trex_models.distributed import Process, data_parallel
+from tests.processes import spawn
+from trex_models.distributed import Process, data_parallel, process_group
 from trex_models.heads import Projector
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
@@ -36,43 +36,9 @@ from trex_models.precision import Precision
 from trex_models.train.step import training_step
 
 LIMIT = 1e-6
+ALONE = Process(0, 1, torch.device("cpu"))
 SGD_MOMENTUM = 0.9
 FINAL_LR = 1e-6
-
-
-_SIZES = (
-    *("hidden_layers", "hidden_dim", "bottleneck_dim", "num_classes", "memory_size", "batch_size"),
-    *("global_crops", "local_crops", "global_size", "local_size"),
-    *("epochs", "steps_per_epoch", "warmup_epochs"),
-)
-_RATES = ("tau", "ema_momentum", "lr", "weight_decay")
-
-
-def read_entries(path: Path) -> list[dict[str, Any]]:
-    """Read a trajectory file.
-
-    Raises:
-        ValueError: It is not in the format; the message says where.
-    """
-    entries = json.loads(path.read_text())
-    if not isinstance(entries, list) or not entries:
-        raise ValueError("not a list of recorded runs")
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("case"), dict):
-            raise ValueError(f"entry {number} has no case")
-        case = entry["case"]
-        for names, kinds in ((_SIZES, int), (_RATES, (int, float)), (("arch",), str)):
-            for name in names:
-                if not isinstance(case.get(name), kinds):
-                    raise ValueError(f"entry {number}: case.{name} is {case.get(name)!r}")
-        if not timm.is_model(case["arch"]):
-            raise ValueError(f"entry {number}: timm has no model {case['arch']!r}")
-        world_size = entry.get("world_size")
-        if not isinstance(world_size, int) or world_size < 1:
-            raise ValueError(f"entry {number}: world_size is {world_size!r}")
-        if not entry.get("loss"):
-            raise ValueError(f"entry {number} records no loss")
-    return entries
 
 
 def draw(name: str, *shape: int) -> Tensor:
@@ -140,10 +106,10 @@ def step_inputs(
     return crops, torch.randint(0, case["num_classes"], (batch,), generator=generator)[own]
 
 
-def replay(case: dict[str, Any], rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def replay(case: dict[str, Any], process: Process = ALONE) -> dict[str, Any]:
     """Train through a case and return what the file records of it, of this rank."""
+    rank, world_size = process.rank, process.world_size
     method = build_method(case)
-    process = Process(rank, world_size, torch.device("cpu"))
     model = data_parallel(method, process, sync_batchnorm=False)
     optimizer = build_sgd(method, SGD_MOMENTUM, case["weight_decay"])
     precision = Precision.from_name("fp32", "cpu")
@@ -191,12 +157,10 @@ def evaluate(method: TReX, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameter_sum(module: nn.Module) -> float:
-    """Sum of absolute values of all parameters."""
     return sum(p.abs().sum().item() for p in module.parameters())
 
 
 def running_mean_sum(module: nn.Module) -> float:
-    """Sum of absolute values of all BatchNorm running means."""
     return sum(
         b.abs().sum().item() for name, b in module.named_buffers() if name.endswith("running_mean")
     )
@@ -204,23 +168,14 @@ def running_mean_sum(module: nn.Module) -> float:
 
 def replay_ranks(case: dict[str, Any], world_size: int) -> dict[str, Any]:
     """Replay a case on that many gloo processes; return what rank 0 saw."""
-    address = f"tcp://127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rank0.json"
-        start_processes(_replay_rank, (case, world_size, address, out), world_size)
-        seen: dict[str, Any] = json.loads(out.read_text())
+        seen: dict[str, Any] = spawn(partial(_replay_rank, case), world_size, Path(folder))[0]
     return seen
 
 
-def _replay_rank(rank: int, case: dict[str, Any], world_size: int, address: str, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
-    try:
-        seen = replay(case, rank, world_size)
-    finally:
-        dist.destroy_process_group()
-    if rank == 0:
-        out.write_text(json.dumps(seen))
+def _replay_rank(case: dict[str, Any], _: Path) -> dict[str, Any]:
+    with process_group("cpu") as process:
+        return replay(case, process)
 
 
 def error(ours: Any, recorded: Any) -> float:
@@ -247,19 +202,10 @@ def compare(entry: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Compare every case of a file; return the exit status."""
-    if len(arguments) != 1:
-        print("usage: python -m tests.golden FILE", file=sys.stderr)
-        return 2
-    try:
-        entries = read_entries(Path(arguments[0]))
-    except (OSError, ValueError) as problem:
-        print(f"error: {arguments[0]}: {problem}", file=sys.stderr)
-        return 2
+def main(path: str) -> int:
     torch.set_num_threads(1)
     worst = 0.0
-    for entry in entries:
+    for entry in json.loads(Path(path).read_text()):
         case = entry["case"]
         print(f"{case.get('name', 'case')}: {case['arch']}, world size {entry['world_size']}")
         for name, value in compare(entry).items():
@@ -270,4 +216,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

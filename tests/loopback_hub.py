@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1 for the real huggingface_hub client, with the Hub's own error codes.
 
-It answers what `hub` and `trex_models.pretrained.resolve` ask for. No answer makes a client that has
-hf_xet upload without Xet (see `local_client`).
+It answers what `hub` and `trex_models.pretrained.resolve` ask for. No answer makes a client that
+has hf_xet upload without Xet (see `local_client`).
 """
 
 import base64

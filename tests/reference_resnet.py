@@ -30,12 +30,7 @@ def outputs(
 ) -> Outputs:
     """Compute the outputs of a full checkpoint or of a backbone file in eval mode.
 
-    Args:
-        checkpoint: The file's content, under the release's names.
-        images: Normalised images, N x 3 x H x W.
-        momentum: Whether to use the momentum encoder instead of the online model.
-        dtype: In which to compute everything, the prototypes too.
-        num_classes: Number of classes of a memory bank.
+    ``momentum`` is for the momentum encoder; ``dtype`` of all, the prototypes too.
     """
     if "model" not in checkpoint:
         if momentum:
@@ -68,7 +63,6 @@ def under(
 def features(
     backbone: Mapping[str, Tensor], images: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Compute the backbone's pooled features."""
     with torch.device("meta"):  # draws no random numbers
         resnet = torchvision.models.resnet50()
         resnet.fc = nn.Identity()

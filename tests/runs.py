@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
 
 def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
     return main([recipe, "--output", str(output), *TINY, *overrides])
+
+
+def refused(output: Path, *overrides: str) -> str:
+    """Start a run that must fail; return its error, one line."""
+    with redirect_stderr(io.StringIO()) as errors:
+        assert run(output, *overrides) == 2
+    (line,) = errors.getvalue().splitlines()
+    return line
 
 
 def last_state(folder: Path) -> dict[str, Any]:

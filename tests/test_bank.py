@@ -46,9 +46,11 @@ def test_entries_of_no_sample_are_nobodys_own() -> None:
     bank.enqueue(EMBEDDINGS, LABELS)
     look = LOOK(bank)
     loss, _ = look(EMBEDDINGS, LABELS)
-    unknown, _ = look(EMBEDDINGS, LABELS, torch.full((4,), -1))
     assert loss > 0
-    assert torch.equal(unknown, loss)
+    for ids in (torch.full((4,), -1), torch.arange(4)):
+        assert torch.equal(look(EMBEDDINGS, LABELS, ids)[0], loss)
+    bank.enqueue(EMBEDDINGS, LABELS, torch.arange(4))
+    assert look(EMBEDDINGS, LABELS)[0] < look(EMBEDDINGS, LABELS, torch.arange(4))[0]
 
 
 def test_ids_of_overwritten_entries_are_forgotten() -> None:

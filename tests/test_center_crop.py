@@ -95,8 +95,7 @@ def test_features_differ_little() -> None:
         assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.01
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
-def test_normalised_crops_are_timms(name: str) -> None:
+def test_normalised_crops_are_timms() -> None:
     crop = CenterCrop(
         crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 0.3)
     )
@@ -104,32 +103,24 @@ def test_normalised_crops_are_timms(name: str) -> None:
     found = crop.normalize(ours(crop, image))
     torch.testing.assert_close(found[0], reference(crop, image, normalize=True))
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert PROTOCOLS[name].mean == timm.data.IMAGENET_DEFAULT_MEAN
-    assert PROTOCOLS[name].std == timm.data.IMAGENET_DEFAULT_STD
+    for crop in PROTOCOLS.values():
+        assert crop.mean == timm.data.IMAGENET_DEFAULT_MEAN
+        assert crop.std == timm.data.IMAGENET_DEFAULT_STD
 
 
 @pytest.mark.parametrize("shape", [(3, 40000), (40000, 2), (1, 1)])
 def test_very_long_images_are_cut_before_they_are_resized(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], resized: list[tuple[Tensor, Tensor]]
 ) -> None:
-    seen = []
-    resize = F.interpolate
-
-    def spy(patch: Tensor, size: tuple[int, int], **kwargs: Any) -> Tensor:
-        seen.append(size)
-        return resize(patch, size, **kwargs)
-
-    monkeypatch.setattr(F, "interpolate", spy)
-    crop = PROTOCOLS["transfer"]
     image = np.zeros((*shape, 3), np.uint8)
     middle = tuple(
         slice(side // 2 - 5, side // 2 + 5) if side > 9 else slice(None) for side in shape
     )
     image[middle] = 255
-    height, width = ours(crop, image)[0].shape[:2]
-    assert (height, width) == (224, 224)
-    assert max(seen[0]) <= 8 * 224 + 224
-    assert (ours(crop, image) == 255).all()
+    crop = ours(PROTOCOLS["transfer"], image)
+    assert crop.shape == (1, 224, 224, 3)
+    assert (crop == 255).all()
+    assert max(resized[0][1].shape[2:]) <= 8 * 224 + 224
 
 
 def test_squashed_images_are_never_cut() -> None:
@@ -139,10 +130,10 @@ def test_squashed_images_are_never_cut() -> None:
     assert (ours(crop, image)[0, :, :4] > 200).all()
 
 
-def test_image_is_read_in_place_by_the_channels_last_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    image, seen = bundled()[0], []
+@pytest.fixture
+def resized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """What is resized, and what it becomes."""
+    seen: list[tuple[Tensor, Tensor]] = []
     resize = F.interpolate
 
     def spy(patch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -150,25 +141,24 @@ def test_image_is_read_in_place_by_the_channels_last_kernel(
         return seen[-1][1]
 
     monkeypatch.setattr(F, "interpolate", spy)
+    return seen
+
+
+@pytest.mark.parametrize("writeable", [True, False])
+def test_image_is_read_in_place_by_the_channels_last_kernel(
+    writeable: bool, resized: list[tuple[Tensor, Tensor]]
+) -> None:
+    image = bundled()[0].copy()
+    image.flags.writeable = writeable
     ours(PROTOCOLS["transfer"], image)
-    [(patch, result)] = seen
-    assert patch.data_ptr() == image.ctypes.data
+    [(patch, result)] = resized
+    assert (patch.data_ptr() == image.ctypes.data) == writeable  # a read-only one is copied
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_read_only_images_are_accepted() -> None:
-    image = noise(30, 40)
-    expected = ours(PROTOCOLS["transfer"], image)
-    image.flags.writeable = False
-    assert torch.equal(ours(PROTOCOLS["transfer"], image), expected)
-
-
 def test_timms_data_config_is_honoured() -> None:
-    for name in (
-        "resnet50.a1_in1k",
-        "vit_base_patch16_clip_224.openai",
-        "convnext_tiny.in12k_ft_in1k_384",
-    ):
+    names = "resnet50.a1_in1k vit_base_patch16_clip_224.openai convnext_tiny.in12k_ft_in1k_384"
+    for name in names.split():
         cfg = timm.get_pretrained_cfg(name)
         assert cfg is not None
         config = resolve_data_config(pretrained_cfg=cfg.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from trex_models.distributed import Process
 from trex_models.method.objectives import LOOK
 from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
-from trex_models.train import benchmark, build, checkpointing, export
+from trex_models.train import build, checkpointing, export
 from trex_models.train.config import Config, CropsConfig, ModelConfig
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
@@ -62,11 +63,13 @@ def test_two_synchronised_processes_equal_one_of_the_double_batch(tmp_path: Path
     assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "auto"])
 def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
     """To rounding: on CUDA the order of atomic additions is not fixed."""
     options = [*CUDA, "--precision", precision]
     assert run(tmp_path / "whole", *options) == 0
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    assert config["precision"] == precision.replace("auto", "bf16")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     checkpointing.files(tmp_path / "cut")[-1].unlink()
     assert run(tmp_path / "cut", *options) == 0
@@ -107,7 +110,7 @@ def test_look_is_that_of_the_cpu() -> None:
     torch.testing.assert_close(on_cuda.cpu(), votes)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
     """But for the event behind the loss, for which nothing stands idle."""
     device = torch.device("cuda:0")
@@ -143,12 +146,3 @@ def test_copies_on_a_stream_of_their_own_are_whole() -> None:
         sums.append(copy.long().sum())
         del copy, pinned  # their memory is free for the next ones
     assert [int(s) for s in sums] == [(number % 200) << 22 for number in range(50)]
-
-
-def test_benchmark_of_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(benchmark, "SECONDS", 0.5)
-    assert run(tmp_path / "run", "--system.device", "cuda:0", "--benchmark") == 0
-    assert "Memory, at most: cuda:0" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             csv.writer(file).writerows(
                 [("path", "label"), *((path.relative_to(root), label) for path, label in chosen)]
             )
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
-    )
-
-    def saved(chosen: list[tuple[Path, str]]) -> Any:
-        columns = {
-            "image": [{"bytes": path.read_bytes(), "path": path.name} for path, _ in chosen],
-            "label": [CLASSES.index(label) for _, label in chosen],
-        }
-        return datasets.Dataset.from_dict(columns, features=features)
-
-    splits = datasets.DatasetDict({"train": saved(rows), "held": saved(rows[::3])})
-    splits.save_to_disk(str(root / "saved"))
-    splits["train"].to_parquet(str(root / "train.parquet"))
+    columns = {
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path, _ in rows],
+        "label": [CLASSES.index(label) for _, label in rows],
+    }
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    train = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    held = train.select(range(0, len(rows), 3))
+    datasets.DatasetDict(train=train, held=held).save_to_disk(str(root / "saved"))
+    train.to_parquet(str(root / "train.parquet"))
     return root
 
 
@@ -84,10 +80,9 @@ def test_every_source_trains_the_same_weights(
 
 @pytest.mark.parametrize("source", ["csv", "saved"])
 def test_validation_on_another_file_or_split(source: str, data: Path, tmp_path: Path) -> None:
-    held = {
-        "csv": ["--validation.path", str(data / "held.csv")],
-        "saved": ["--validation.split", "held"],
-    }[source]
+    held = ["--validation.split", "held"]
+    if source == "csv":
+        held = ["--validation.path", str(data / "held.csv")]
     assert run(tmp_path / "run", *options(data, source), *held) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert '"val_top1"' in lines[-1]
@@ -96,58 +91,29 @@ def test_validation_on_another_file_or_split(source: str, data: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ("--data.path {data}/train.csv", "train.csv is a file; a CSV file needs --data.source csv"),
+        ("--data.source csv", "name the CSV file by --data.path"),
+        ("--data.source csv --data.path {data}/folder", "folder"),
+        ("--data.source huggingface --data.path {data}/saved", "held, train.*--data.split"),
+        ("--data.source huggingface --data.path {data}/saved --data.split test", "test"),
+        ("--data.split train", "data.split is set, but data.source folder"),
+        ("--data.source fractals --data.label-column x", "data.label_column is set"),
+        ("--data.source fractals --validation.split x", "validation.split is set"),
+        ("--data.source fractals --validation.path x", "validation.path is set"),
+        ("--data.source fractals --data.max-unreadable 1", r"a share in \[0, 1\), got 1.0"),
         (
-            ["--data.path", "{data}/train.csv"],
-            r"train\.csv is a file; a CSV file needs --data\.source csv",
-        ),
-        (["--data.source", "csv"], "name the CSV file by --data.path"),
-        (["--data.source", "csv", "--data.path", "{data}/folder"], r"folder"),
-        (
-            ["--data.source", "huggingface", "--data.path", "{data}/saved"],
-            r"held, train.*--data\.split|train, held.*--data\.split",
-        ),
-        (
-            ["--data.source", "huggingface", "--data.path", "{data}/saved", "--data.split", "test"],
-            "test",
-        ),
-        (
-            ["--data.source", "folder", "--data.split", "train"],
-            "data.split is set, but data.source folder",
-        ),
-        (["--data.source", "fractals", "--data.label-column", "x"], "data.label_column is set"),
-        (["--data.source", "fractals", "--validation.split", "x"], "validation.split is set"),
-        (["--data.source", "fractals", "--validation.path", "x"], "validation.path is set"),
-        (
-            ["--data.source", "fractals", "--data.max-unreadable", "1"],
-            r"a share in \[0, 1\), got 1.0",
-        ),
-        (
-            [
-                "--data.source",
-                "fractals",
-                "--validation.images-per-class",
-                "0",
-                "--validation.neighbors",
-                "5",
-            ],
+            "--data.source fractals --validation.images-per-class 0 --validation.neighbors 5",
             "there are no images to validate on",
         ),
-        (
-            ["--data.source", "fractals", "--objective.neighbors", "0"],
-            "objective.neighbors must be at",
-        ),
+        ("--data.source fractals --objective.neighbors 0", "objective.neighbors must be at"),
     ],
 )
 def test_refused_in_one_line(
-    wrong: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    wrong: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
-    chosen = [option.format(data=data) for option in wrong]
-    if "--data.source" not in chosen:
-        chosen += ["--data.source", "folder"]
+    options = ["--data.source", "folder", *wrong.format(data=data).split()]
     try:
-        status = run(tmp_path / "run", *chosen)
+        status = run(tmp_path / "run", *options)
     except SystemExit as stop:  # of the command line's parser
         status = int(str(stop.code))
     err = " ".join(capsys.readouterr().err.replace("\u2502", " ").split())

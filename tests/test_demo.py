@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import timm
 from PIL import Image
 
 from trex_models import demo
+from trex_models.data.sources import Source
 from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.train.build import open_source
 from trex_models.train.recipes import demo as recipe
@@ -68,27 +70,24 @@ def test_demo_reports_and_draws(
 
 
 def test_evaluated_fractals_are_those_of_the_recipe_and_new() -> None:
+    def names(source: Source) -> list[str]:
+        return [source.name(i) for i in range(len(source))]
+
     trained = open_source(recipe("unused").data)
     (seen, new), unseen = (DATASETS[name].open(Path()) for name in ("fractals", "fractals-unseen"))
-    names = {trained.name(i) for i in range(len(trained))}
-    assert {seen.name(i) for i in range(len(seen))} < names
+    assert {*names(seen)} < {*names(trained)}
     for index in (0, len(seen) - 1):
-        place = [trained.name(i) for i in range(len(trained))].index(seen.name(index))
+        place = names(trained).index(seen.name(index))
         np.testing.assert_array_equal(seen.read(index), trained.read(place))
     assert seen.classes == new.classes == trained.classes
-    for part in (new, *unseen):
-        assert not names & {part.name(i) for i in range(len(part))}
-    for parts in ((seen, new), unseen):
-        inside = [{part.name(i) for i in range(len(part))} for part in parts]
-        assert not inside[0] & inside[1]
+    for one, other in ((new, trained), *((part, trained) for part in unseen), (seen, new), unseen):
+        assert not {*names(one)} & {*names(other)}
 
 
 def test_a_signal_stops_it_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(_: object) -> None:
-        raise StoppedBySignal(signal.SIGTERM, 3, 9)
-
-    monkeypatch.setattr(demo, "train", stopped)
+    stopped = StoppedBySignal(signal.SIGTERM, 3, 9)
+    monkeypatch.setattr(demo, "train", Mock(side_effect=stopped))
     assert demo.main(["--output", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step 3 of 9, saved" in capsys.readouterr().out

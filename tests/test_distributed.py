@@ -140,15 +140,22 @@ def update(meter: Meter, loss: float, correct: bool) -> None:
     meter.update(torch.tensor(loss), torch.tensor([[0.0, 1.0]]), torch.tensor([int(correct)]))
 
 
-@pytest.fixture(scope="module", params=[3])
-def seen(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """What each of the processes saw."""
-    return spawn(group_of_checks, request.param, tmp_path_factory.mktemp("group"))
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three processes saw."""
+    return spawn(group_of_checks, 3, tmp_path_factory.mktemp("group"))
 
 
 Seen = list[dict[str, Any]]
+
+
+def test_processes_come_from_the_environment_and_notice_one_that_leaves(seen: Seen) -> None:
+    cpu = torch.device("cpu")
+    assert [one["process"] for one in seen] == [Process(rank, 3, cpu) for rank in range(3)]
+    assert [one["process"].is_main for one in seen] == [True, False, False]
+    for one in seen[:-1]:
+        assert one["peer left"].startswith("PeerError: another process failed")
+        assert one["group left"]
 
 
 def alike(seen: Seen, name: str) -> Any:
@@ -157,27 +164,16 @@ def alike(seen: Seen, name: str) -> Any:
     return seen[0][name]
 
 
-def test_processes_come_from_the_environment(seen: Seen) -> None:
-    cpu = torch.device("cpu")
-    assert [one["process"] for one in seen] == [
-        Process(rank, len(seen), cpu) for rank in range(len(seen))
-    ]
-    assert [one["process"].is_main for one in seen] == [True] + [False] * (len(seen) - 1)
-
-
-def test_together_all_pass_or_none(seen: Seen) -> None:
-    last = len(seen) - 1
+def test_errors_and_flags_are_seen_by_all(seen: Seen) -> None:
     assert alike(seen, "none fails") == ""
-    assert alike(seen, "last fails") == f"SharedError: process {last}: torn"
-    assert alike(seen, "two troubles") == f"SharedError: process {last}: a\nprocess {last}: b"
-    assert alike(seen, "all fail") == "SharedError: full"
-    lines = [f"process {rank}: at {rank}" for rank in range(len(seen))]
-    assert alike(seen, "each fails") == "SharedError: " + "\n".join(lines)
-    others = ", ".join(str(rank) for rank in range(1, len(seen)))
-    assert alike(seen, "first differs") == f"SharedError: process 0: a\nprocess {others}: b"
-
-
-def test_flags_are_seen_by_all_at_the_next_call(seen: Seen) -> None:
+    for name, message in {
+        "last fails": "process 2: torn",
+        "two troubles": "process 2: a\nprocess 2: b",
+        "all fail": "full",
+        "each fails": "process 0: at 0\nprocess 1: at 1\nprocess 2: at 2",
+        "first differs": "process 0: a\nprocess 1, 2: b",
+    }.items():
+        assert alike(seen, name) == f"SharedError: {message}"
     down = [False, False]
     assert alike(seen, "flags") == [down, down, [True, False], [False, True], down]
 
@@ -186,56 +182,40 @@ def test_what_is_no_longer_identical_is_named(seen: Seen) -> None:
     found: dict[str, str] = alike(seen, "identical")
     passing = {name for name, message in found.items() if not message}
     assert passing == {"equal", "strides", "nan alike"}
-    last = len(seen) - 1
     for name, message in found.items():
         part = "bank" if name in ("integer", "bfloat16", "high bit") else "encoder"
         if name not in passing:
-            start = f"SharedError: the {part} of process {last} is no longer that of process 0;"
+            start = f"SharedError: the {part} of process 2 is no longer that of process 0;"
             assert message.startswith(start), name
 
 
 def test_tensors_and_objects_are_exchanged(seen: Seen) -> None:
-    size = len(seen)
     assert alike(seen, "object")["rank"] == 0
     assert alike(seen, "object")["path"].name == "0"
-    assert alike(seen, "gather") == [rank for rank in range(size) for _ in range(2)]
-    assert alike(seen, "rows") == [rank for rank in range(size) for _ in range(rank)]
-
-
-def test_buffers_become_those_of_process_0_and_parameters_do_not(seen: Seen) -> None:
-    assert alike(seen, "buffers") == [[5, 5], [5, 5], 5]
-    assert [one["parameters"] for one in seen] == [[[r + 5] * 2] * 2 for r in range(len(seen))]
+    assert alike(seen, "gather") == [0, 0, 1, 1, 2, 2]
+    assert alike(seen, "rows") == [1, 2, 2]
+    assert alike(seen, "buffers") == [[5, 5], [5, 5], 5]  # those of process 0
+    assert [one["parameters"] for one in seen] == [[[value] * 2] * 2 for value in (5, 6, 7)]
 
 
 def test_meter_of_many_processes(seen: Seen) -> None:
-    size = len(seen)
-    losses = [[0.1 * (step + 1) + rank for step in range(rank + 1)] for rank in range(size)]
-    steps = [len(own) for own in losses]
-    correct = sum(count for rank, count in enumerate(steps) if rank % 2 == 0)
-    assert seen[0]["sums"].shape == (size, 3)
+    losses = [[0.1], [1.1, 1.2], [2.1, 2.2, 2.3]]  # process 1 is never right
     assert all(torch.equal(one["sums"], seen[0]["sums"]) for one in seen)
-    assert seen[0]["sums"][:, 0].tolist() == pytest.approx([sum(own) for own in losses])
-    assert seen[0]["sums"][:, 2].tolist() == steps
+    expected = [
+        [sum(own), len(own) * right, len(own)] for own, right in zip(losses, (1, 0, 1), strict=True)
+    ]
+    torch.testing.assert_close(seen[0]["sums"].double(), torch.tensor(expected).double())
     assert alike(seen, "restored exactly")
     assert alike(seen, "read") == pytest.approx(
-        {"loss": sum(map(sum, losses)) / sum(steps), "accuracy": correct / sum(steps)}
+        {"loss": sum(map(sum, losses)) / 6, "accuracy": 4 / 6}
     )
     assert alike(seen, "started anew") == 0
-
-
-def test_meter_of_another_number_of_processes(seen: Seen) -> None:
-    """The means go on: of 2 or 3 processes' sums, one process takes the mean."""
+    # Of another number of processes: one takes the mean.
     one = Meter(Process(0, 1, torch.device("cpu")))
     update(one, loss=99.0, correct=False)  # forgotten
     one.load_state_dict(seen[0]["sums"])
     torch.testing.assert_close(one.gathered(), seen[0]["sums"].mean(0, keepdim=True))
     assert one.read() == pytest.approx(seen[0]["read"])
-
-
-def test_process_that_waits_for_one_that_left_says_so(seen: Seen) -> None:
-    for one in seen[:-1]:
-        assert one["peer left"].startswith("PeerError: another process failed")
-        assert one["group left"]
 
 
 def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +224,7 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process == Process(0, 1, torch.device("cpu"))
         assert not dist.is_initialized()
         assert message_of(lambda: block(ValueError("torn"))) == "ValueError: torn"
+        assert message_of(lambda: block(RuntimeError("a defect"))) == "RuntimeError: a defect"
         assert message_of(lambda: block(None)) == ""
         flags = SharedFlags(2)
         assert flags.exchange(False, True) == [False, True]
@@ -259,26 +240,21 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.barrier()
 
 
-def test_other_errors_of_a_block_are_not_caught() -> None:
-    with pytest.raises(RuntimeError, match="a defect"):
-        block(RuntimeError("a defect"))
-
-
-def test_nccl_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="nccl is for CUDA"), process_group("cpu", "nccl"):
-        raise AssertionError("not reached")
-
-
-def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("auto", "this process cannot meet the others at .*MASTER_ADDR"),
+        ("nccl", "nccl is for CUDA"),
+    ],
+)
+def test_processes_that_cannot_meet(
+    backend: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with (
-        pytest.raises(ValueError, match="this process cannot meet the others at .*MASTER_ADDR"),
-        process_group("cpu"),
-    ):
+    with pytest.raises(ValueError, match=message), process_group("cpu", backend):
         raise AssertionError("not reached")
     assert not dist.is_initialized()
 

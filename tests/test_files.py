@@ -26,6 +26,9 @@ def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> No
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    append(tmp_path / "log", "a\n")
+    append(tmp_path / "log", "b\n")
+    assert (tmp_path / "log").read_text() == "a\nb\n"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
@@ -98,12 +101,6 @@ def test_safetensors_are_deterministic(tmp_path: Path) -> None:
     with safe_open(tmp_path / "file", "pt") as file:
         assert file.metadata() == metadata
         assert all(torch.equal(file.get_tensor(key), value) for key, value in tensors.items())
-
-
-def test_append_adds_to_the_end(tmp_path: Path) -> None:
-    append(tmp_path / "file", "a\n")
-    append(tmp_path / "file", "b\n")
-    assert (tmp_path / "file").read_text() == "a\nb\n"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions")

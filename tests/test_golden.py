@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
 
-from tests import golden, reference_method
+from tests import golden
 
 DATA = Path(__file__).parent / "data"
 ENTRIES = [
@@ -37,9 +36,9 @@ def test_exit_status_tells_agreement(tmp_path: Path, capsys: pytest.CaptureFixtu
     entry |= golden.replay(entry["case"])
     path = tmp_path / "one_step.json"
     path.write_text(json.dumps([entry]))
-    assert golden.main([str(path)]) == 0
+    assert golden.main(str(path)) == 0
     path.write_text(json.dumps([entry | {"loss": [2.9119]}]))
-    assert golden.main([str(path)]) == 1
+    assert golden.main(str(path)) == 1
     assert "TOO LARGE" in capsys.readouterr().out
 
 
@@ -58,63 +57,11 @@ def test_error_of_a_quantity(ours: object, recorded: object, expected: float) ->
     assert golden.error(ours, recorded) == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda _: [], "not a list of recorded runs"),
-        (lambda _: {}, "not a list of recorded runs"),
-        (lambda _: [1], "entry 0 has no case"),
-        (lambda e: [{**e, "case": {**e["case"], "tau": None}}], "case.tau is None"),
-        (lambda e: [{**e, "case": {**e["case"], "arch": "resnet19"}}], "no model 'resnet19'"),
-        (lambda e: [{**e, "world_size": 0}], "world_size is 0"),
-        (lambda e: [{"case": e["case"], "world_size": 1}], "records no loss"),
-    ],
-)
-def test_file_in_another_format_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, message: str
-) -> None:
-    path = tmp_path / "file.json"
-    path.write_text(json.dumps(change(ENTRIES[0])))
-    assert golden.main([str(path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.client
-@pytest.mark.parametrize(("arch", "epochs"), [("resnet50", 2), ("resnext50_32x4d", 1)])
-def test_steps_of_a_deep_network(arch: str, epochs: int) -> None:
-    """Against plain formulas.
-
-    Deep networks amplify any difference in rounding, which no two processors share: after nine
-    steps of a ResNet-50 it may exceed the limit (1.5e-6), after six it is 3e-9.
-    """
-    torch.set_num_threads(1)
-    case = ENTRIES[0]["case"] | {"arch": arch, "lr": 1.6, "hidden_layers": 3, "epochs": epochs}
-    recorded = reference_method.train(case)
-    assert len(recorded["loss"]) == 3 * epochs
-    errors = golden.compare({"case": case, "world_size": 1, **recorded})
-    assert max(errors.values()) <= golden.LIMIT, errors
-
-
-def test_unreadable_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert golden.main([str(tmp_path / "absent.json")]) == 2
-    assert "absent.json" in capsys.readouterr().err
-
-
 @pytest.mark.client
 @pytest.mark.parametrize(
     "arch",
-    [
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "resnext50_32x4d",
-        "resnext101_32x8d",
-        "resnext101_64x4d",
-        "wide_resnet50_2",
-        "wide_resnet101_2",
-    ],
+    """resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d
+    resnext101_64x4d wide_resnet50_2 wide_resnet101_2""".split(),
 )
 def test_backbones_have_torchvisions_names_and_outputs(arch: str) -> None:
     with torch.device("meta"):  # drawing initial values takes longer than all the rest
@@ -128,6 +75,14 @@ def test_backbones_have_torchvisions_names_and_outputs(arch: str) -> None:
         elif isinstance(module, torch.nn.BatchNorm2d):
             module.reset_parameters()
     ours.load_state_dict(theirs.state_dict(), assign=True)
+    ours = copy.deepcopy(ours)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images))
+    for model in (ours, theirs):
+        model.train()(images).square().mean().backward()
+    assert_close = torch.testing.assert_close
+    for name, tensor in theirs.named_buffers():
+        assert_close(ours.get_buffer(name), tensor, msg=name)
+    for name, parameter in theirs.named_parameters():
+        assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)

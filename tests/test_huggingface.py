@@ -7,7 +7,6 @@ import pickle
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,6 @@ def saved(path: Path, data: datasets.Dataset | datasets.DatasetDict, **options: 
     return path
 
 
-def saved_rows(path: Path) -> Path:
-    return saved(path, rows())
-
-
 def on_hub(path: Path) -> Path:
     (path / "data").mkdir(parents=True)
     for shard in range(2):
@@ -86,11 +81,27 @@ def check(source: HuggingFaceSource, order: list[int] | None = None) -> None:
         np.testing.assert_array_equal(source.read(row), pixels(index))
 
 
+def refused(path: Path, message: str, **options: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        HuggingFaceSource(path, **options)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_saved_data_set(tmp_path: Path) -> None:
-    source = HuggingFaceSource(saved(tmp_path / "set", rows()))
+    """Whose format does not matter."""
+    source = HuggingFaceSource(saved(tmp_path / "set", rows().with_format("numpy", ["note"])))
     check(source)
     assert source.name(3) == f"{tmp_path / 'set'} row 3 (3.png)"
     check(pickle.loads(pickle.dumps(source)))
+    state = json.loads((tmp_path / "set" / "state.json").read_text())
+    assert state["_format_type"] == "numpy"
+    with pytest.MonkeyPatch.context() as patch:  # labels and digest decode no image
+        patch.setattr(Image, "open", None)
+        patch.setattr(datasets.Image, "decode_example", None)
+        source = HuggingFaceSource(tmp_path / "set")
+        assert source.labels.tolist() == LABELS
+        assert source.digest()
 
 
 def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
@@ -101,16 +112,12 @@ def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
     check(source, [1, 3])
     assert source.name(1) == f"{path}[test] row 1 (3.png)"
     for split, problem in (("", "one must be named"), ("val", "none called val")):
-        with pytest.raises(ValueError, match=f"splits test, train, and {problem}; give --data.spl"):
-            HuggingFaceSource(path, split)
+        refused(path, f"splits test, train, and {problem}; give --data.split", split=split)
     shutil.rmtree(path / "train")  # which the other does without
     check(HuggingFaceSource(path, "test"), [1, 3])
-
-
-def test_the_only_split_need_not_be_named(tmp_path: Path) -> None:
-    path = saved(tmp_path / "set", datasets.DatasetDict(train=rows()))
-    check(HuggingFaceSource(path))
-    check(HuggingFaceSource(path, "train"))
+    path = saved(tmp_path / "one", datasets.DatasetDict(train=rows()))
+    for split in ("", "train"):  # the only one need not be named
+        check(HuggingFaceSource(path, split))
 
 
 @pytest.mark.parametrize("rearrange", ["shuffle", "select"])
@@ -123,12 +130,20 @@ def test_a_saved_rearrangement(tmp_path: Path, rearrange: str) -> None:
     assert source.digest() == HuggingFaceSource(again).digest()
 
 
-def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = on_hub(tmp_path / "set")
+    capfd.readouterr()
     check(HuggingFaceSource(path, "train"))
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()
+    card = "---\ndataset_info:\n  splits:\n"
+    for name in ("train", "validation", "test"):  # of which one was not fetched
+        card += f"  - name: {name}\n    num_bytes: 1\n    num_examples: 1000\n"
+    (path / "README.md").write_text(card + "---\n")
     check(HuggingFaceSource(path, "validation"), [1, 3])
-    with pytest.raises(ValueError, match="splits train, validation, and one must be named"):
-        HuggingFaceSource(path)
+    refused(path, "splits train, validation, and one must be named")
     monkeypatch.chdir(tmp_path)
     path.rename(tmp_path / "parquet")  # the name of a format of the package
     check(HuggingFaceSource("parquet", "train"))
@@ -136,25 +151,7 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = HuggingFaceSource(file)
     check(source, [0, 1, 2, 3])
     assert source.name(0) == f"{file} row 0 (0.png)"
-    with pytest.raises(ValueError, match="has no splits; leave out --data.split train"):
-        HuggingFaceSource(file, "train")
-
-
-def test_a_card_may_list_splits_that_were_not_fetched(tmp_path: Path) -> None:
-    path = on_hub(tmp_path / "set")
-    card = "---\ndataset_info:\n  splits:\n"
-    for name in ("train", "validation", "test"):
-        card += f"  - name: {name}\n    num_bytes: 1\n    num_examples: 1000\n"
-    (path / "README.md").write_text(card + "---\n")
-    check(HuggingFaceSource(path, "train"))
-
-
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = on_hub(tmp_path / "set")
-    capfd.readouterr()
-    HuggingFaceSource(path, "train")
-    assert capfd.readouterr() == ("", "")
-    assert not datasets.are_progress_bars_disabled()
+    refused(file, "has no splits; leave out --data.split train", split="train")
 
 
 BYTES = datasets.Value("binary")
@@ -178,8 +175,7 @@ def test_parquet_by_other_tools(tmp_path: Path) -> None:
     path = tmp_path / "set"
     path.mkdir()
     pyarrow.parquet.write_table(table, path / "x.parquet")
-    with pytest.raises(ValueError, match="not one obvious label column among jpg"):
-        HuggingFaceSource(path)
+    refused(path, "not one obvious label column among jpg")
     source = HuggingFaceSource(path, label_column="cls")
     assert source.classes == ["a", "b"]
     assert source.labels.tolist() == [1, 0, 1]
@@ -219,29 +215,18 @@ def test_columns_by_name(tmp_path: Path) -> None:
     masks = [{"bytes": content(6 - i), "path": None} for i in range(7)]
     data = rows(more, mask=masks, fine=[0, 1] * 3 + [0])
     path = saved(tmp_path / "set", data)
-    message = (
-        r"not one obvious image column among image \(.*Image\), .* --data.image-column image or "
-    )
-    with pytest.raises(ValueError, match=message):
-        HuggingFaceSource(path)
+    refused(path, r"obvious image column among image \(.*Image\), .* --data.image-column image or ")
     source = HuggingFaceSource(path, image_column="mask", label_column="fine")
     assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.testing.assert_array_equal(source.read(0), pixels(6))
-    for column in ("absent", "note"):
-        with pytest.raises(ValueError, match=f"no image column '{column}' among image"):
-            HuggingFaceSource(path, image_column=column)
-    for column in ("absent", "mask"):
-        with pytest.raises(
-            ValueError, match=f"no label column '{column}' .*give --data.label-column "
-        ):
-            HuggingFaceSource(path, image_column="image", label_column=column)
-    path = saved(
-        tmp_path / "other", data.remove_columns(["mask", "fine"]).rename_column("label", "breed")
-    )
-    check(HuggingFaceSource(path))
-    path = saved(tmp_path / "two", data.remove_columns("mask").rename_column("label", "breed"))
-    with pytest.raises(ValueError, match="not one obvious label column"):
-        HuggingFaceSource(path)
+    for name in ("absent", "note"):
+        refused(path, f"no image column '{name}' among image", image_column=name)
+    for name in ("absent", "mask"):
+        message = f"no label column '{name}' .*give --data.label-column "
+        refused(path, message, image_column="image", label_column=name)
+    data = data.remove_columns("mask").rename_column("label", "breed")
+    check(HuggingFaceSource(saved(tmp_path / "other", data.remove_columns("fine"))))
+    refused(saved(tmp_path / "two", data), "not one obvious label column")
 
 
 def test_columns_of_other_types_are_told_with_what_to_do(tmp_path: Path) -> None:
@@ -250,14 +235,12 @@ def test_columns_of_other_types_are_told_with_what_to_do(tmp_path: Path) -> None
         {"image": [str(tmp_path / "away.png")] * 2, "label": [0.0, 1.0]}
     )
     path = saved(tmp_path / "paths", paths)
-    with pytest.raises(ValueError, match=r"no image column 'image' .*cast_column\(NAME, datasets"):
-        HuggingFaceSource(path, image_column="image")
+    message = r"no image column 'image' .*cast_column\(NAME, datasets"
+    refused(path, message, image_column="image")
     images = paths.cast_column("image", datasets.Image())
     path = saved(tmp_path / "images", images)
-    with pytest.raises(
-        ValueError, match="no label column 'label' .*must be class labels, integers"
-    ):
-        HuggingFaceSource(path, label_column="label")
+    message = "no label column 'label' .*must be class labels, integers"
+    refused(path, message, label_column="label")
     labels = images.cast_column("label", datasets.Value("bool"))
     source = HuggingFaceSource(saved(tmp_path / "labels", labels))
     assert source.classes == ["False", "True"]
@@ -285,21 +268,18 @@ def test_labels_that_are_plain_values(
 
 
 @pytest.mark.parametrize(
-    ("feature", "values"),
+    ("feature", "hidden"),
     [
-        (datasets.ClassLabel(names=NAMES), [0, 1, -1]),
-        (datasets.ClassLabel(names=NAMES), [0, 1, None]),
-        (datasets.Value("int32"), [0, 1, -1]),
-        (datasets.Value("int32"), [0, 1, None]),
-        (datasets.Value("string"), ["a", "b", None]),
-        (datasets.Value("string"), ["a", "b", ""]),
+        *((datasets.ClassLabel(names=NAMES), label) for label in (-1, None)),
+        *((datasets.Value("int32"), label) for label in (-1, None)),
+        *((datasets.Value("string"), label) for label in ("", None)),
     ],
 )
-def test_hidden_labels(tmp_path: Path, feature: Any, values: list[Any]) -> None:
-    labels = [values[0], values[1], *[values[2]] * 5]
+def test_hidden_labels(tmp_path: Path, feature: Any, hidden: Any) -> None:
+    known = ["a", "b"] if feature.dtype == "string" else [0, 1]
+    labels = [*known, *[hidden] * 5]
     path = saved(tmp_path / "set", rows({"label": feature}, label=labels))
-    with pytest.raises(ValueError, match=r"column 'label': row 2 has no label \(.*, one of 5\)"):
-        HuggingFaceSource(path)
+    refused(path, r"column 'label': row 2 has no label \(.*, one of 5\)")
 
 
 def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
@@ -310,54 +290,40 @@ def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
         HuggingFaceSource(path, classes=["ant", "cat"])
 
 
-def test_what_is_wrong_with_a_data_set_is_said(tmp_path: Path) -> None:
-    def fails(path: Path, message: str) -> None:
-        with pytest.raises(ValueError, match=message) as caught:
-            HuggingFaceSource(path)
-        assert str(caught.value).startswith(str(path))
-        assert "\n" not in str(caught.value)
-
-    fails(tmp_path / "absent", "does not exist; name")
+def test_what_is_wrong_with_a_data_set_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(tmp_path / "absent", "does not exist; name")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")
-    fails(tmp_path / "bare", "is no dataset: neither a folder of save_to_disk nor")
-    fails(tmp_path / "bare" / "a.txt", "a.txt cannot be opened as a dataset .*; write or fetch it")
+    refused(tmp_path / "bare", "is no dataset: neither a folder of save_to_disk nor")
+    again = "cannot be opened as a dataset .*; write or fetch it again"
+    refused(tmp_path / "bare" / "a.txt", again)
     (file,) = saved(tmp_path / "none", rows()).glob("*.arrow")
     schema = pyarrow.ipc.open_stream(file.read_bytes()).schema
     pyarrow.ipc.new_stream(file, schema).close()
-    fails(tmp_path / "none", "has no rows; name another")
+    refused(tmp_path / "none", "has no rows; name another")
     rows().select([]).to_parquet(tmp_path / "none.parquet")
-    fails(tmp_path / "none.parquet", "none.parquet cannot be opened as a dataset .*no data")
+    refused(tmp_path / "none.parquet", "cannot be opened as a dataset .*no data")
     one = rows({"label": datasets.Value("int32")}, label=[5] * 7)
-    fails(saved(tmp_path / "one", one), "'label': every label is '5', at least 2 classes")
+    refused(saved(tmp_path / "one", one), "'label': every label is '5', at least 2 classes")
 
     torn = saved(tmp_path / "torn", rows())
     (file,) = torn.glob("*.arrow")
     file.write_bytes(file.read_bytes()[:1000])
-    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
+    refused(torn, again)
     file.unlink()
-    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
+    refused(torn, again)
     (torn / "state.json").write_text("{")
-    fails(torn, "torn cannot be opened as a dataset .*; write or fetch it again")
+    refused(torn, again)
 
     hub = on_hub(tmp_path / "hub")
     file = hub / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-300])
-    with pytest.raises(ValueError, match="hub cannot be opened as a dataset .*; write or fetch"):
-        HuggingFaceSource(hub, "train")
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub = on_hub(tmp_path / "hub")
+    refused(hub, "hub cannot be opened as a dataset .*; write or fetch", split="train")
     shutil.copytree(hub / "data", hub / "data" / "more")
     fail_to_list(monkeypatch, hub / "data" / "more")
-    with pytest.raises(ValueError, match=r"data/more/ cannot be listed \(Input/output error\)"):
-        HuggingFaceSource(hub, "train")
-
-
-def test_the_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(hub, r"data/more/ cannot be listed \(Input/output error\)", split="train")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install trex-models\[datasets\]"):
         HuggingFaceSource(tmp_path)
@@ -380,37 +346,23 @@ def test_the_digest_holds_images_and_labels_and_not_the_place(tmp_path: Path) ->
         assert HuggingFaceSource(saved(tmp_path / name, changed)).digest() != digest
 
 
-def test_labels_and_digest_decode_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = saved(tmp_path / "set", rows())
-    monkeypatch.setattr(Image, "open", None)
-    monkeypatch.setattr(datasets.Image, "decode_example", None)
-    source = HuggingFaceSource(path)
-    assert source.labels.tolist() == LABELS
-    assert source.digest()
-
-
-def test_a_saved_format_does_not_matter(tmp_path: Path) -> None:
-    check(HuggingFaceSource(saved(tmp_path / "set", rows().with_format("numpy", ["note"]))))
-    state = json.loads((tmp_path / "set" / "state.json").read_text())
-    assert state["_format_type"] == "numpy"
-
-
 def as_is(batch: Any) -> Any:
     return batch
 
 
 @pytest.mark.parametrize(
-    ("make", "split", "context"),
+    ("kind", "context"),
     [
-        (saved_rows, "", "fork"),
-        (on_hub, "train", "fork"),
-        pytest.param(on_hub, "train", "spawn", marks=pytest.mark.slow),
+        *(("saved", "fork"), ("parquet", "fork")),
+        pytest.param("parquet", "spawn", marks=pytest.mark.slow),
     ],
 )
-def test_worker_processes(
-    tmp_path: Path, make: Callable[[Path], Path], split: str, context: str
-) -> None:
-    source = HuggingFaceSource(make(tmp_path / "set"), split)
+def test_worker_processes(tmp_path: Path, kind: str, context: str) -> None:
+    path = tmp_path / "set"
+    if kind == "saved":
+        source = HuggingFaceSource(saved(path, rows()))
+    else:
+        source = HuggingFaceSource(on_hub(path), "train")
     data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_AUGMENTATION)], seed=0)
     keys = [[(0, 0), (0, 1)], [(0, 5), (0, 3)]]
     expected = [data.__getitems__(batch) for batch in keys]

@@ -84,9 +84,6 @@ def test_own_entries_do_not_count() -> None:
     assert torch.equal(votes, same_votes)
     counted, _ = LOOK(bank, TAU, 5)(z, labels, ids + 100)
     assert counted < 0.5 * after
-
-
-def test_a_bank_of_own_entries_alone_adds_no_loss() -> None:
     bank = make_bank()
     bank.ids.zero_()
     z, labels, ids = batch(images=1, crops=2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from scipy.stats import binomtest, ks_2samp, kstest
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 from benchmarks.augment import (
@@ -78,22 +78,16 @@ def test_each_part_of_the_jitter_matches_pil(part: int) -> None:
     assert abs(error.mean()) <= 0.01
 
 
-def test_hue_of_random_colors_matches_pil() -> None:
+def test_hue_strong_jitter_and_gray_images_match_pil() -> None:
     colors = np.random.default_rng(0).integers(0, 256, (4, 3, 200, 200), dtype=np.uint8)
     rows = keep(draw_rows(ALWAYS, 4), "jitter")
     rows[:, ph.FACTORS] = 1
     rows[:, ph.HUE] = (-0.5, -0.07, 0, 0.1)
     error = photometric_error(torch.from_numpy(colors), rows)
     assert error.any(axis=3).mean() <= 0.005  # pixels
-
-
-def test_strong_jitter_matches_pil() -> None:
     law = replace(ALWAYS, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
     error = photometric_error(crop(64, 32), keep(draw_rows(law, 32), "jitter"))
     assert np.abs(error).mean() <= 0.05
-
-
-def test_jitter_of_grey_images_is_pils_exactly() -> None:
     images = crop(64, 24)[:, :1].expand(-1, 3, -1, -1)
     assert not photometric_error(images, keep(draw_rows(ALWAYS, 24), "jitter")).any()
 
@@ -116,17 +110,13 @@ def test_tiny_images_match_pil(size: tuple[int, int]) -> None:
     ).any()
 
 
-def test_rows_of_zeros_change_nothing() -> None:
+def test_rows_of_zeros_change_nothing_and_inputs_are_left_alone() -> None:
     images = crop(40, 6)
     assert torch.equal(augment(images, np.zeros((6, ph.NUM_PARAMETERS), np.float32)), images)
     off = PhotometricAugmentation(flip=0, jitter=0, gray=0, blur=0, solarize=0)
     assert torch.equal(augment(images, draw_rows(off, 6)), images)
     assert augment(images[:0], draw_rows(off, 0)).shape == (0, 3, 40, 40)
-
-
-def test_inputs_are_left_alone() -> None:
-    images = crop(24, 8)
-    rows = torch.from_numpy(draw_rows(ALWAYS, 8))
+    rows = torch.from_numpy(draw_rows(ALWAYS, 6))
     before = images.clone(), rows.clone()
     apply(images, rows)
     assert torch.equal(images, before[0])
@@ -145,7 +135,7 @@ def test_an_image_does_not_depend_on_its_batch(size: int, monkeypatch: pytest.Mo
     assert torch.equal(augment(images, rows), whole)
 
 
-def test_memory_formats() -> None:
+def test_memory_formats_and_autocast_do_not_touch_the_pixels() -> None:
     images, rows = crop(24, 12), draw_rows(EVEN, 12)
     assert images.is_contiguous(memory_format=torch.channels_last)
     padded = torch.zeros(12, 3, 30, 40, dtype=torch.uint8)
@@ -157,6 +147,10 @@ def test_memory_formats() -> None:
         other = augment(same, rows)
         assert other.is_contiguous()
         assert torch.equal(other, result)
+    images, rows = crop(24, 12), draw_rows(EVEN, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = augment(images, rows)
+    assert torch.equal(inside, augment(images, rows))
 
 
 @pytest.mark.client
@@ -165,37 +159,6 @@ def test_compiled_arithmetic_gives_the_same_pixels() -> None:
     for count, seed in ((30, 0), (11, 1), (1, 2), (2, 3)):
         images, rows = crop(40, count), torch.from_numpy(draw_rows(LOCAL_AUGMENTATION, count, seed))
         assert torch.equal(apply(images, rows, compiled=True), apply(images, rows))
-
-
-def test_autocast_does_not_touch_the_pixels() -> None:
-    images, rows = crop(24, 12), draw_rows(EVEN, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = augment(images, rows)
-    assert torch.equal(inside, augment(images, rows))
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 13, 14, 40])
-def test_blur_matrices(size: int) -> None:
-    sigma = torch.tensor([0.1, 0.5, 1.0, 1.7, 2.0])
-    matrices = ph._blur_matrices(sigma, size, torch.device("cpu"))
-    assert (matrices.sum(2) == 1).all()
-    assert (matrices * 1024 == (matrices * 1024).round()).all()
-    for value, matrix in zip(sigma.tolist(), matrices, strict=True):
-        # Three passes over the full size, each pixel's taps replicated at the edges.
-        variance = value**2 / 3
-        whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
-        fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
-        fraction /= 6 * (variance - (whole + 1) ** 2)
-        box = np.zeros((size, size))
-        for pixel in range(size):
-            for offset in range(-whole - 1, whole + 2):
-                weight = fraction if abs(offset) == whole + 1 else 1
-                box[pixel, min(max(pixel + offset, 0), size - 1)] += weight
-        box /= 2 * (whole + fraction) + 1
-        np.testing.assert_allclose(matrix.numpy(), box @ box @ box, atol=0.004)
-        if size == 40:
-            spread = (matrix[20] * (torch.arange(40) - 20) ** 2).sum()
-            assert spread == pytest.approx(value**2, abs=0.06)
 
 
 def test_normalize() -> None:
@@ -210,8 +173,9 @@ def test_normalize() -> None:
     assert torch.allclose(normalize(images, (0, 0, 0), (1, 1, 1)), images / 255)
 
 
-def test_impossible_laws_are_refused() -> None:
-    impossible: dict[str, tuple[Any, ...]] = {
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
         "flip": (-0.1, 1.1, math.nan),
         "jitter": (2.0,),
         "gray": (-1.0,),
@@ -223,11 +187,12 @@ def test_impossible_laws_are_refused() -> None:
         "hue": (0.6, -0.1),
         "sigma": ((0.0, 1.0), (2.0, 1.0)),
         "threshold": (-1, 300),
-    }
-    for name, values in impossible.items():
-        for value in values:
-            with pytest.raises(ValueError, match=name):
-                replace(GLOBAL_AUGMENTATION, **{name: value})
+    }.items(),
+)
+def test_impossible_laws_are_refused(name: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            replace(GLOBAL_AUGMENTATION, **{name: value})
 
 
 def test_unfit_tensors_are_refused() -> None:
@@ -248,39 +213,15 @@ def test_the_recipes_laws() -> None:
 
 
 def test_draws_follow_from_the_generator() -> None:
-    assert (
-        draw_rows(GLOBAL_AUGMENTATION, 10, seed=3) == draw_rows(GLOBAL_AUGMENTATION, 10, seed=3)
-    ).all()
-    assert (
-        draw_rows(GLOBAL_AUGMENTATION, 10, seed=3) != draw_rows(GLOBAL_AUGMENTATION, 10, seed=4)
-    ).any()
+    first, again, other = (draw_rows(GLOBAL_AUGMENTATION, 10, seed=seed) for seed in (3, 3, 4))
+    assert (first == again).all()
+    assert (first != other).any()
 
 
-@pytest.mark.parametrize("law", [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION])
-def test_probabilities(law: PhotometricAugmentation) -> None:
-    rows = draw_rows(law, 5000)
-    for column, probability in {
-        ph.FLIP: law.flip,
-        ph.JITTER: law.jitter,
-        ph.GRAY: law.gray,
-        ph.SIGMA: law.blur,
-        ph.SOLARIZE: law.solarize,
-    }.items():
-        hits = int((rows[:, column] > 0).sum())
-        assert binomtest(hits, len(rows), probability).pvalue > SIGNIFICANCE
-        if probability:
-            assert binomtest(hits, len(rows), probability + 0.04).pvalue < SIGNIFICANCE
-    flags = (rows[:, [ph.FLIP, ph.JITTER, ph.GRAY, ph.SIGMA]] > 0).astype(float)
-    independent = np.corrcoef(flags.T) - np.eye(4)
-    assert np.abs(independent).max() < 3.5 / math.sqrt(len(rows))
-
-
-def test_blur_strengths_are_uniform() -> None:
-    sigma = draw_rows(LOCAL_AUGMENTATION, 5000)[:, ph.SIGMA]
-    sigma = sigma[sigma > 0]
-    low, high = LOCAL_AUGMENTATION.sigma
-    assert kstest(sigma, "uniform", (low, high - low)).pvalue > SIGNIFICANCE
-    assert kstest(sigma, "uniform", (0, high)).pvalue < SIGNIFICANCE
+def test_flags_are_independent() -> None:
+    rows = draw_rows(EVEN, 5000)
+    flags = (rows[:, [ph.FLIP, ph.JITTER, ph.GRAY, ph.SIGMA, ph.SOLARIZE]] > 0).astype(float)
+    assert np.abs(np.corrcoef(flags.T) - np.eye(5)).max() < 3.5 / math.sqrt(len(rows))
 
 
 LAWS = [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, replace(EVEN, brightness=1.5, hue=0.5)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,23 +26,17 @@ Make = Callable[..., Path]
 
 def lines(count: int, every: int = 20) -> list[Line]:
     """What a run with everything on reports."""
-    rng = np.random.default_rng(0)
-    found = []
-    for index in range(1, count + 1):
-        line: Line = {"step": index * every, "epoch": index / 10}
-        line |= {"loss": 7 / index + 0.1 * rng.random(), "accuracy": 1 - 1 / index}
-        line |= {
-            "learning_rate": 0.1,
-            "seconds": 2.0,
-            "images_per_second": 1000.0,
-            "waiting_for_data": 0.02,
-        }
-        line |= {"bank_classes": 0.9, "bank_age": 16.0, "bank_initial": 1 / index}
-        line |= {"empty_prototypes": 3, "prototype_change": 0.5**index, "unreadable": 0}
-        if index % 10 == 0:
-            line |= {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25}
-        found.append(line)
-    return found
+    constant = {"learning_rate": 0.1, "seconds": 2.0, "images_per_second": 1000.0}
+    constant |= {"waiting_for_data": 0.02, "bank_classes": 0.9, "bank_age": 16.0}
+    constant |= {"empty_prototypes": 3, "unreadable": 0}
+    validated = {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25}
+    return [
+        constant
+        | {"step": index * every, "epoch": index / 10, "loss": 7 / index + 0.1 * (index % 2)}
+        | {"accuracy": 1 - 1 / index, "bank_initial": 1 / index, "prototype_change": 0.5**index}
+        | (validated if index % 10 == 0 else {})
+        for index in range(1, count + 1)
+    ]
 
 
 @pytest.fixture
@@ -64,7 +60,7 @@ def test_one_run_is_drawn_into_its_folder(
     make_run: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_run("first", lines(40))
-    assert plot.main([str(folder)]) == 0
+    assert plot.main([str(folder), str(folder) + os.sep]) == 0  # twice the same
     with Image.open(folder / "curves.png") as picture:
         assert picture.width >= 1400
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100
@@ -80,7 +76,7 @@ def test_one_run_is_drawn_into_its_folder(
     ]
 
 
-def test_panels_are_of_what_any_run_has(make_run: Make) -> None:
+def test_panels_and_their_curves(make_run: Make) -> None:
     full = plot.read_run(make_run("full", lines(40)))
     bare = [{"step": 1, "epoch": 0.1, "loss": 2.0}, {"step": 2, "epoch": 0.2, "loss": 1.0}]
     small = plot.read_run(make_run("small", bare))
@@ -88,10 +84,7 @@ def test_panels_are_of_what_any_run_has(make_run: Make) -> None:
     assert titles(plot.draw([full])) == expected
     assert titles(plot.draw([small, full])) == expected
     assert titles(plot.draw([small])) == ["training loss"]
-
-
-def test_the_second_curve_of_a_panel_is_dashed(make_run: Make) -> None:
-    figure = plot.draw([plot.read_run(make_run("full", lines(40)))])
+    figure = plot.draw([full])
     for axis, panel in zip(figure.axes, plot.LARGE + plot.RATES + plot.HEAD, strict=True):
         styles = [line.get_linestyle() for line in axis.lines]
         assert styles == ["-", "--"][: len(panel.keys)]
@@ -137,18 +130,17 @@ def test_the_suffix_chooses_the_format(
 
 
 def test_a_picture_that_fails_leaves_the_old_one(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch
+    make_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from matplotlib.figure import Figure
-
     folder = make_run("run", lines(3))
     (folder / "curves.png").write_text("old")
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", full)
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=error))
     assert plot.main([str(folder)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(folder)]) == 2
+    assert "pip install trex-models[train]" in capsys.readouterr().err
     assert (folder / "curves.png").read_text() == "old"
     assert len(list(folder.iterdir())) == 3
 
@@ -166,9 +158,6 @@ def test_long_runs_are_thinned_and_smoothed(make_run: Make) -> None:
     assert np.std(raw.get_ydata()) > 0.9
     assert np.std(smooth.get_ydata()) < 0.1
     assert np.mean(smooth.get_ydata()) == pytest.approx(3, abs=0.02)
-
-
-def test_running_mean() -> None:
     values = np.array([1.0, 2.0, 6.0, 3.0, 8.0])
     np.testing.assert_allclose(plot.smoothed(values, 3), [1.5, 3, 11 / 3, 17 / 3, 5.5])
     np.testing.assert_allclose(plot.smoothed(values, 100), [4] * 5)
@@ -176,14 +165,9 @@ def test_running_mean() -> None:
 
 def test_unfinished_resumed_and_torn(make_run: Make) -> None:
     """A line being written is left out; what was done anew replaces what was there."""
-    metrics: list[Line] = [
-        {"step": 10, "epoch": 0.1, "loss": 5.0},
-        {"step": 20, "epoch": 0.2, "loss": 4.0},
-        {"step": 30, "epoch": 0.3, "loss": 3.0},
-        {"step": 20, "epoch": 0.2, "loss": 4.5},
-        {"step": 25, "epoch": 0.25, "val_top1": 0.5},
-        {"step": 30, "epoch": 0.3, "loss": float("nan")},
-    ]
+    losses = ((10, 5.0), (20, 4.0), (30, 3.0), (20, 4.5), (30, math.nan))
+    metrics = [{"step": step, "epoch": step / 100, "loss": loss} for step, loss in losses]
+    metrics.insert(4, {"step": 25, "epoch": 0.25, "val_top1": 0.5})
     folder = make_run("run", metrics)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "epo')
@@ -196,24 +180,19 @@ def test_unfinished_resumed_and_torn(make_run: Make) -> None:
     plot.draw([run])
 
 
-def test_hours_are_those_of_training(make_run: Make) -> None:
+def test_axis_and_its_hours_are_those_of_training(make_run: Make) -> None:
     metrics: list[Line] = [
         {"step": 1000, "epoch": 1, "loss": 1.0, "images_per_second": 256},
         {"step": 4600, "epoch": 2, "loss": 1.0, "images_per_second": 512},
     ]
     run = plot.read_run(make_run("run", metrics))
     np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
+    for unit in get_args(plot.Unit):
+        assert plot.draw([run], unit).axes[0].get_xlabel() == unit
     folder = make_run("other", lines(2))
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="the hours of .*other are not known.*use --x step"):
         plot.read_run(folder).x("hours")
-
-
-@pytest.mark.parametrize("unit", ["epoch", "step", "hours"])
-def test_axis_is_named(make_run: Make, unit: plot.Unit) -> None:
-    run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "images_per_second": 2.0}]))
-    (axis,) = plot.draw([run], unit).axes
-    assert axis.get_xlabel() == unit
 
 
 def test_labels_are_distinct(tmp_path: Path) -> None:
@@ -238,12 +217,6 @@ def test_headline_says_what_differs(make_run: Make) -> None:
     text = plot.headline([first, other, second])
     assert text.startswith("data.source: folder | fractals      model.backbone: resnet50 | resnet")
     assert text.endswith(" more")
-
-
-def test_a_run_given_twice_counts_once(make_run: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_run("run", [{"step": 1, "epoch": 0.1, "loss": 2.0}])
-    assert plot.main([str(folder), str(folder) + os.sep]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
@@ -290,12 +263,3 @@ def test_errors_are_one_line_that_helps(
     with pytest.raises(ValueError, match=message):
         raise ValueError(line)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_matplotlib_may_be_missing(
-    make_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = make_run("run", lines(1))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.main([str(folder)]) == 2
-    assert "pip install trex-models[train]" in capsys.readouterr().err

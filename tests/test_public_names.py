@@ -62,24 +62,6 @@ NAMES = {
     ),
 }
 # Where each part of the method is from: papers, and equations of t-ReX.
-SOURCES = {
-    "Projector": ("2206.15369", "section 3.1"),
-    "CosineClassifier": ("2206.15369", "quation 1"),
-    "CosineSoftmax": ("2206.15369", "quation 1"),
-    "OnlineClassMeans": ("2206.15369", "quation 2"),
-    "TReX": ("2206.15369", "section 3"),
-    "Encoder": ("t-ReX section 3.1",),
-    "MemoryBank": ("2206.15369", "section 3.2", "1911.05722"),
-    "MomentumEncoder": ("1911.05722", "Eq. 2"),
-    "LOOK": ("2110.06014", "reconstruction"),
-    "MultiCrop": ("2206.15369", "2006.09882"),
-    "MultiCropDataset": ("2206.15369", "2006.09882"),
-    "PhotometricAugmentation": ("2104.14294",),
-    "build_sgd": ("2206.15369",),
-    "learning_rates": ("2206.15369",),
-    "knn_accuracy": ("1805.01978", "2104.14294"),
-    "knn_votes": ("1805.01978",),
-}
 PUBLIC: dict[str, Any] = {
     name: getattr(sys.modules[module], name)
     for module, names in NAMES.items()
@@ -111,11 +93,7 @@ def test_the_page_has_all_names() -> None:
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_help_tells_arguments_results_errors_and_shapes(name: str) -> None:
     found = DOCUMENTED[name]
-    lacks = what_help_lacks(found)
-    assert not lacks
-    text = inspect.getdoc(found) or ""
-    for source in SOURCES.get(name, ()):
-        assert source in text
+    assert what_help_lacks(found) == []
     if inspect.isclass(found):
         for method, function in vars(found).items():
             if inspect.isfunction(function) and not method.startswith("_"):
@@ -218,6 +196,7 @@ def test_the_loop_of_the_page_learns(
     backbone.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True))
 
 
+BANK = MemoryBank(8, 4, 3)
 SPECS = [
     CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
     CropSpec(3, 16, (0.05, 0.25), LOCAL_AUGMENTATION),
@@ -240,8 +219,7 @@ def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> N
         loss.backward()
         method.update_bank(crops, labels)
         optimizer.step()
-    moved = [not torch.equal(*pair) for pair in zip(before, method.encoder.parameters())]  # noqa: B905
-    assert all(moved)
+    assert not any(map(torch.equal, before, method.encoder.parameters()))
     bank = method.objective.bank
     assert bank is not None
     assert bank.batches == 3
@@ -288,44 +266,10 @@ def test_pil_images_are_converted_as_files_are() -> None:
         assert all(map(torch.equal, *crops))
 
 
-def test_crops_in_a_list_are_those_of_a_resolution_together() -> None:
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AvgPool2d(6), nn.Flatten())
-    encoder = Encoder(backbone, nn.Identity())
-    crops = [torch.randn(2, 3, 8, 8) for _ in range(3)]
-    together = encoder(torch.cat(crops))
-    assert torch.equal(encoder(crops), together)
-    assert torch.equal(encoder([torch.cat(crops)]), together)
-
-
 def test_a_backbone_that_does_not_pool_is_named() -> None:
     encoder = Encoder(nn.Conv2d(3, 8, 3), Projector(8))
     with pytest.raises(ValueError, match=r"into \(8, 6, 6\), not a vector.*num_classes=0"):
         encoder(torch.randn(2, 3, 8, 8))
-
-
-def test_momentum_encoder_is_of_any_module() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 2)
-    teacher = MomentumEncoder(model, 0.5)
-    old = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.add_(2)
-    teacher.update(model)
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(teacher(x), x @ (old + 1).T + model.bias)
-    assert not teacher(x).requires_grad
-
-
-def test_without_ids_no_neighbour_is_left_out() -> None:
-    torch.manual_seed(0)
-    bank = MemoryBank(6, 4, 3)
-    embeddings, labels, ids = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.arange(3)
-    bank.enqueue(embeddings, labels, ids)
-    criterion = LOOK(bank, neighbors=2)
-    without, _ = criterion(embeddings, labels)
-    assert torch.equal(without, criterion(embeddings, labels, ids + 3)[0])
-    assert without < criterion(embeddings, labels, ids)[0]
 
 
 def test_accuracy_of_neighbours_is_that_of_their_votes() -> None:
@@ -347,22 +291,13 @@ def test_accuracy_of_neighbours_is_that_of_their_votes() -> None:
     ("call", "message"),
     [
         (lambda: MemoryBank(0, 4, 3), "at least 1, got size=0"),
-        (
-            lambda: MemoryBank(8, 4, 3).enqueue(torch.randn(2, 5), torch.zeros(2)),
-            r"\(B, 4\).*\(2, 5\)",
-        ),
-        (
-            lambda: MemoryBank(8, 4, 3).enqueue(torch.randn(2, 4), torch.zeros(3)),
-            r"got \(2, 4\) and",
-        ),
+        (lambda: BANK.enqueue(torch.randn(2, 5), torch.zeros(2)), r"\(B, 4\).*\(2, 5\)"),
+        (lambda: BANK.enqueue(torch.randn(2, 4), torch.zeros(3)), r"got \(2, 4\) and"),
         (lambda: MomentumEncoder(nn.Linear(2, 2), 1.5), r"in \[0, 1\], got 1.5"),
-        (
-            lambda: OnlineClassMeans(MemoryBank(8, 4, 3), 0.0),
-            "temperature must be above 0, got 0.0",
-        ),
+        (lambda: OnlineClassMeans(BANK, 0.0), "temperature must be above 0, got 0.0"),
         (lambda: CosineSoftmax(4, 3, -1.0), "temperature must be above 0, got -1.0"),
-        (lambda: LOOK(MemoryBank(8, 4, 3), temperature=0.0), "temperature must be above 0"),
-        (lambda: LOOK(MemoryBank(8, 4, 3), neighbors=0), "neighbors must be at least 1, got 0"),
+        (lambda: LOOK(BANK, temperature=0.0), "temperature must be above 0"),
+        (lambda: LOOK(BANK, neighbors=0), "neighbors must be at least 1, got 0"),
         (lambda: CropSpec(0, 24, (0.1, 1.0), GLOBAL_AUGMENTATION), "at least 1, got 0 and 24"),
         (lambda: MultiCrop(SPECS)(np.zeros((9, 9), np.uint8)), "image must be uint8"),
         (lambda: MultiCrop(SPECS)(Image.new("F", (9, 9))), "no defined range"),

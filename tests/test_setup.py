@@ -23,51 +23,27 @@ from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.distributed import Process
 from trex_models.method import LOOK, CosineSoftmax, MomentumEncoder, OnlineClassMeans
 from trex_models.train import checkpointing, loop
-from trex_models.train.config import (
-    Config,
-    CropsConfig,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    SystemConfig,
-    ValidationConfig,
-)
+from trex_models.train.__main__ import parse
+from trex_models.train.config import Config, ValidationConfig
 from trex_models.train.setup import build_run, setup_run
 from trex_models.train.step import training_step
 
 # No value is a default or equals another one that it could be mistaken for.
-CONFIG = Config(
-    output="unused",
-    data=DataConfig(source="fractals", num_classes=3, images_per_class=9, image_size=44),
-    crops=CropsConfig(
-        global_crops=2,
-        global_size=40,
-        global_scale=(0.3, 0.9),
-        local_crops=3,
-        local_size=24,
-        local_scale=(0.07, 0.2),
-    ),
-    model=ModelConfig(
-        backbone="resnet10t",
-        backbone_args=("channels=(8, 8, 16, 20)",),
-        hidden_layers=2,
-        hidden_dim=12,
-        embedding_dim=7,
-    ),
-    objective=ObjectiveConfig(temperature=0.25, bank_size=18, neighbors=5, ema_momentum=0.75),
-    optim=OptimConfig(
-        epochs=5,
-        batch_size=6,
-        base_lr=0.7,
-        final_lr=0.003,
-        warmup_epochs=2,
-        sgd_momentum=0.6,
-        weight_decay=0.02,
-    ),
-    validation=ValidationConfig(every=2, images_per_class=2, neighbors=4, neighbors_among=8),
-    system=SystemConfig(device="cpu", workers=0, log_every=3, save_minutes=1),
-    seed=11,
+CONFIG = parse(
+    "smoke",
+    """--output unused --seed 11 --system.device cpu --system.workers 0
+    --system.log-every 3 --system.save-minutes 1 --system.save-steps 0
+    --data.source fractals --data.num-classes 3 --data.images-per-class 9 --data.image-size 44
+    --crops.global-crops 2 --crops.global-size 40 --crops.global-scale 0.3 0.9
+    --crops.local-crops 3 --crops.local-size 24 --crops.local-scale 0.07 0.2
+    --model.backbone resnet10t --model.backbone-args channels=(8,8,16,20)
+    --model.hidden-layers 2 --model.hidden-dim 12 --model.embedding-dim 7
+    --objective.temperature 0.25 --objective.bank-size 18 --objective.neighbors 5
+    --objective.ema-momentum 0.75
+    --optim.epochs 5 --optim.batch-size 6 --optim.base-lr 0.7 --optim.final-lr 0.003
+    --optim.warmup-epochs 2 --optim.sgd-momentum 0.6 --optim.weight-decay 0.02
+    --validation.every 2 --validation.images-per-class 2 --validation.neighbors 4
+    --validation.neighbors-among 8""".split(),
 )
 SPECS = [
     CropSpec(2, 40, (0.3, 0.9), GLOBAL_AUGMENTATION),
@@ -176,12 +152,13 @@ def test_initial_weights_are_a_function_of_the_seed() -> None:
 
 def test_other_objectives_follow_the_config() -> None:
     options = CONFIG.objective
-    look = build_run(
-        replace(CONFIG, objective=replace(options, name="look")), ALONE
-    ).method.objective
-    assert isinstance(look, LOOK)
-    assert (look.temperature, look.neighbors, len(look.bank.labels)) == (0.25, 5, 18)
-    cosine = build_run(replace(CONFIG, objective=replace(options, name="cosine")), ALONE).method
+    look, cosine = (
+        build_run(replace(CONFIG, objective=replace(options, name=name)), ALONE).method
+        for name in ("look", "cosine")
+    )
+    assert isinstance(look.objective, LOOK)
+    assert (look.objective.temperature, look.objective.neighbors) == (0.25, 5)
+    assert len(look.objective.bank.labels) == 18
     assert cosine.momentum_encoder is None
     assert isinstance(cosine.objective, CosineSoftmax)
     assert cosine.objective.classifier.weight.shape == (3, 7)
@@ -285,9 +262,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         ):
             value = tensor.data[0].clone()
             tensor.data[0] = torch.nan
-            with pytest.raises(
-                ValueError, match="no longer finite after step 4, and are not saved"
-            ):
+            with pytest.raises(ValueError, match="no longer finite after step 4, and are not sav"):
                 run.save(4)
             tensor.data[0] = value
         assert not checkpointing.files(run.folder)

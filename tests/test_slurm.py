@@ -49,20 +49,19 @@ else:
 """
 
 
-def command(folder: Path, name: str, code: str) -> None:
-    path = folder / name
-    path.write_text(f"#!{sys.executable}\n{code}")
-    path.chmod(0o755)
-
-
 @pytest.mark.slow
 def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
-    command(programs, "srun", SRUN)
-    command(programs, "scontrol", SCONTROL)
-    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (programs / "python").chmod(0o755)
+    python = f"#!{sys.executable}\n"
+    shell = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    for name, text in {
+        "srun": python + SRUN,
+        "scontrol": python + SCONTROL,
+        "python": shell,
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
     requeued = tmp_path / "requeued"
 
     def job(folder: Path, *overrides: str, warn: bool = False) -> subprocess.CompletedProcess[str]:
@@ -79,10 +78,10 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
             "REQUEUED": str(requeued),
             "WARN": str(int(warn)),
         }
-        arguments = ["smoke", "--output", str(folder), *TINY[: TINY.index("--system.workers")]]
-        arguments += [*TINY[TINY.index("--system.workers") + 2 :], "--optim.epochs", "6"]
+        workers = TINY.index("--system.workers")
+        arguments = ["smoke", "--output", str(folder), *TINY[:workers], *TINY[workers + 2 :]]
         return subprocess.run(
-            ["bash", str(SCRIPT), *arguments, *overrides],
+            ["bash", str(SCRIPT), *arguments, "--optim.epochs", "6", *overrides],
             env=environment,
             capture_output=True,
             text=True,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.processes import Clock
-from tests.runs import logged, run
+from tests.runs import logged, refused, run
 from trex_models.distributed import Process
 from trex_models.train import reporting
 from trex_models.train.reporting import Reporter, summarize
@@ -137,38 +137,45 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> Non
 
 def test_every_line_tells_the_heads_health(watched: Path) -> None:
     last = logged(watched)[-1]
-    assert last["bank_classes"] == 1
-    assert last["bank_initial"] == 0
-    assert last["bank_age"] == pytest.approx(1.5)  # 32 entries of batches of 8
-    assert last["bank_oldest"] == 3
-    assert last["empty_prototypes"] == 0
+    assert (
+        last.items()
+        >= {
+            "bank_classes": 1,
+            "bank_initial": 0,
+            "empty_prototypes": 0,
+            "bank_age": 1.5,
+            "bank_oldest": 3,  # 32 entries of batches of 8
+        }.items()
+    )
     assert 0 < last["prototype_change"] < 2
     assert {"val_top1", "val_top5", "val_knn"} <= last.keys()
     assert [line["bank_initial"] for line in logged(watched)] == [0.5, 0, 0, 0]
 
 
 def test_summary(watched: Path) -> None:
-    lines = summarize(watched, 8, [watched / "export/backbone", watched / "export/cls"])
-    text = "\n".join(lines)
+    folders = [watched / "export/backbone", watched / "export/cls"]
+    first, *rest = summarize(watched, 8, folders)
     assert re.match(
-        r"finished: 8 steps, 2 epochs, 64 images in 0:\d\d \(\d+ images/s, \d+% wai", text
+        r"finished: 8 steps, 2 epochs, 64 images in 0:\d\d \(\d+ images/s, \d+% wai", first
     )
     last = logged(watched)[-1]
-    assert f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}" in text
     best = max(line["val_top1"] for line in logged(watched) if "val_top1" in line)
-    assert f"top-1 {last['val_top1']:.1%} (best {best:.1%}" in text
-    assert f"k-NN {last['val_knn']:.1%}" in text
-    assert f"python -m trex_models.plot {watched}" in text
-    assert f'timm.create_model("local-dir:{watched / "export/backbone"}", pretrained=True)' in text
-    assert f"python -m hub build {watched / 'export/backbone'} --output" in text
+    for expected in (
+        f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}",
+        f"top-1 {last['val_top1']:.1%} (best {best:.1%}",
+        f"k-NN {last['val_knn']:.1%}",
+        f"python -m trex_models.plot {watched}",
+        f'timm.create_model("local-dir:{folders[0]}", pretrained=True)',
+        f"python -m hub build {folders[0]} --output",
+    ):
+        assert expected in "\n".join(rest)
 
 
 def test_tensorboard_is_asked_for_only_where_it_is_wanted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert run(tmp_path / "with", "--system.tensorboard") == 2
-    assert "pip install trex-models[train]" in capsys.readouterr().err
+    assert "pip install trex-models[train]" in refused(tmp_path / "with", "--system.tensorboard")
     assert not (tmp_path / "with").exists()
     assert run(tmp_path / "without", "--optim.epochs", "1") == 0
 
