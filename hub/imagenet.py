@@ -129,7 +129,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} holds no results ({error}); delete it, measure again") from error
 
 
-def table(results: dict[str, Any]) -> str:
+def format_results(results: dict[str, Any]) -> str:
     """Render the results next to the authors' figures."""
     lines = [f"{'top-1, %':<36}{'ours':>8}{'reported':>10}{'difference':>12}  within"]
     for name, found in results.items():

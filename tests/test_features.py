@@ -437,7 +437,7 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
 
-    monkeypatch.setattr("trex_models.features.images.find", missing)
+    monkeypatch.setattr("trex_models.features.images.find_images", missing)
     assert run(models, str(place / "images"), "--output", "f.npy") == 2
     assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
 

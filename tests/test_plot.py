@@ -85,13 +85,13 @@ def test_panels_are_of_what_any_run_has(make_run: Make) -> None:
     bare = [{"step": 1, "epoch": 0.1, "loss": 2.0}, {"step": 2, "epoch": 0.2, "loss": 1.0}]
     small = plot.read_run(make_run("small", bare))
     expected = [panel.title for panel in plot.LARGE + plot.RATES + plot.HEAD]
-    assert titles(plot.draw([full])) == expected
-    assert titles(plot.draw([small, full])) == expected
-    assert titles(plot.draw([small])) == ["training loss"]
+    assert titles(plot.draw_curves([full])) == expected
+    assert titles(plot.draw_curves([small, full])) == expected
+    assert titles(plot.draw_curves([small])) == ["training loss"]
 
 
 def test_the_second_curve_of_a_panel_is_dashed(make_run: Make) -> None:
-    figure = plot.draw([plot.read_run(make_run("full", lines(40)))])
+    figure = plot.draw_curves([plot.read_run(make_run("full", lines(40)))])
     for axis, panel in zip(figure.axes, plot.LARGE + plot.RATES + plot.HEAD, strict=True):
         styles = [line.get_linestyle() for line in axis.lines]
         assert styles == ["-", "--"][: len(panel.keys)]
@@ -106,7 +106,7 @@ def test_several_runs_have_one_colour_each_and_a_legend(
 ) -> None:
     names = ("a/_run", "b/_run", "$x$")
     folders = [make_run(name, lines(20)) for name in names]
-    figure = plot.draw([plot.read_run(folder) for folder in folders])
+    figure = plot.draw_curves([plot.read_run(folder) for folder in folders])
     for axis in figure.axes:
         assert {line.get_color() for line in axis.lines} == set(plotting.PALETTE[:3])
     (legend,) = figure.legends
@@ -120,7 +120,7 @@ def test_several_runs_have_one_colour_each_and_a_legend(
 def test_colours_stay_distinct(make_run: Make, count: int) -> None:
     run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
     runs = [replace(run, folder=Path(str(index))) for index in range(count)]
-    (axis,) = plot.draw(runs).axes
+    (axis,) = plot.draw_curves(runs).axes
     assert len({str(line.get_color()) for line in axis.lines}) == count
 
 
@@ -158,7 +158,7 @@ def test_long_runs_are_thinned_and_smoothed(make_run: Make) -> None:
     run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
     steps = np.arange(1.0, 50_001)
     columns = {"step": steps, "epoch": steps / 500, "loss": 3 + rng.normal(size=len(steps))}
-    (axis,) = plot.draw([replace(run, columns=columns)]).axes
+    (axis,) = plot.draw_curves([replace(run, columns=columns)]).axes
     raw, smooth = axis.lines
     for line in (raw, smooth):
         assert 1000 < len(line.get_xdata()) <= plot.DRAWN_POINTS
@@ -192,8 +192,8 @@ def test_unfinished_resumed_and_torn(make_run: Make) -> None:
     assert run.values("loss").tolist() == [5.0, 4.5]
     assert run.values("val_top1").tolist() == [0.5]
     assert run.values("accuracy").tolist() == []
-    assert "50.0%" in plot.table([run])
-    plot.draw([run])
+    assert "50.0%" in plot.format_summary([run])
+    plot.draw_curves([run])
 
 
 def test_hours_are_those_of_training(make_run: Make) -> None:
@@ -212,7 +212,7 @@ def test_hours_are_those_of_training(make_run: Make) -> None:
 @pytest.mark.parametrize("unit", ["epoch", "step", "hours"])
 def test_axis_is_named(make_run: Make, unit: plot.Unit) -> None:
     run = plot.read_run(make_run("run", [{"step": 9, "epoch": 1, "images_per_second": 2.0}]))
-    (axis,) = plot.draw([run], unit).axes
+    (axis,) = plot.draw_curves([run], unit).axes
     assert axis.get_xlabel() == unit
 
 

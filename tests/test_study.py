@@ -189,7 +189,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "core_seconds": 3600.0,
         }
         (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    )
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
@@ -207,7 +209,9 @@ def test_results_of_one_seed_make_no_claims(
 ) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    )
     printed = capsys.readouterr().out
     assert "nan" not in printed
     assert " to " not in printed
@@ -277,7 +281,7 @@ def test_a_damaged_result_is_named(text: str, tmp_path: Path) -> None:
 
 
 def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
 
 
@@ -406,7 +410,7 @@ def test_a_cell_is_named_twice_or_absent(
 def test_the_page_shows_the_recorded_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert study.main(["report", "--out", str(tmp_path)]) == 0
+    assert study.main(["report", "--output", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()
     assert len(lines) > 30

@@ -175,14 +175,9 @@ def fit_path(
 
 @torch.no_grad()
 def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
-    """Return the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
+    """Return orthonormal axes that span the centered features, (F, R).
 
-    Args:
-        features: Features, (N, F), which must be finite.
-        chunk: Number of samples at a time.
-
-    Returns:
-        Orthonormal axes that span the centered features, (F, R), R = min(N, F).
+    They are the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
     """
     require_finite("features", features, chunk)
     with full_float32(features.device):
@@ -327,16 +322,8 @@ class _Problem:
         """Find a step along a direction of descent that meets the strong Wolfe conditions.
 
         The objective is convex, so the step lies between any two whose slopes differ in sign.
-        Moves the logits, and leaves the loss and the residual of where it ends.
-
-        Args:
-            direction: Direction of the parameters, (K, R + 1).
-            change: Change of the logits along it, (N, K).
-            gradient: Gradient at the parameters, (K, R + 1).
-            strength: C.
-
-        Returns:
-            Length of the step; 0 if none is found or the direction does not descend.
+        Moves the logits by ``length * change``, and leaves the loss and the residual of where it
+        ends. Returns the length; 0 if none is found or the direction does not descend.
         """
         linear = _dot(self.penalty * self.parameters, direction)
         square = _dot(self.penalty * direction, direction)

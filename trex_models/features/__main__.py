@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trex_models import cli, plotting
 from trex_models.evaluation.extract import Extraction, feature_identity
@@ -73,7 +72,7 @@ def extract(
     cli.require_writable(output, *FORMATS)
     cli.require_at_least(1, batch_size=batch_size)
     cli.require_at_least(0, workers=workers)
-    found = images.find(paths)
+    found = images.find_images(paths)
     if found.repeated:
         print(f"{found.repeated:,} images are named more than once and count once")
     frozen = FrozenModel.load(
@@ -157,15 +156,14 @@ def find_neighbors(
         plotting.require_picture(output)
     rows = neighbors.find(found, query, k, model=model, file=file, root=root, device=device)
     if json:
-        entries: list[Any] = [{**asdict(row), "path": str(row.path)} for row in rows]
+        entries = [{**row._asdict(), "path": str(row.path)} for row in rows]
         print(dumps(entries, indent=2))
     else:
-        print(picture.table(rows))
+        print(picture.format_neighbors(rows))
     if output is not None:
         place = root or Path(found.metadata["root"])
         title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        plotting.save(picture.draw(rows, place, title), output)
+        plotting.save(picture.draw_neighbors(rows, place, title), output)
         print(f"wrote {output}", file=sys.stderr)
 
 

@@ -6,9 +6,8 @@ Shapes: N images of the file, M queries, F features, K neighbors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ from trex_models.features import images
 _DECISIVE = ("weights_sha256", "modules_sha256", "transform")
 
 
-@dataclass(frozen=True)
-class Neighbors:
+class Neighbors(NamedTuple):
     """Neighbors of one query."""
 
     query: str

@@ -19,7 +19,7 @@ _SIDE = 220  # pixels of a thumbnail
 _LINE, _LINES = 22, 3  # characters in a line, lines of a name
 
 
-def draw(found: Sequence[Neighbors], root: Path, title: str) -> Any:
+def draw_neighbors(found: Sequence[Neighbors], root: Path, title: str) -> Any:
     """Draw a row per query: the query in a frame, then its neighbors, which are below ``root``."""
     columns = 1 + max(len(row.names) for row in found)
     with plotting.drawing(_CELL * columns + 0.3, (_CELL + 0.75) * len(found) + 0.5) as figure:
@@ -41,7 +41,7 @@ def draw(found: Sequence[Neighbors], root: Path, title: str) -> Any:
     return figure
 
 
-def table(found: Sequence[Neighbors]) -> str:
+def format_neighbors(found: Sequence[Neighbors]) -> str:
     """Return the same as text: a query, then its neighbors, a line each."""
     lines = []
     for row in found:

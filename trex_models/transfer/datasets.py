@@ -200,9 +200,7 @@ GROUPS = {
 def select(text: str) -> list[Dataset]:
     """Return the datasets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
 
-    Args:
-        text: Names of datasets and of groups, and ``NAME=PATH`` for class folders at PATH, with
-            a backslash before each comma of PATH.
+    ``NAME=PATH`` stands for class folders at PATH, with a backslash before each comma of PATH.
 
     Raises:
         ValueError: A name is unknown, not allowed, or used for two paths.
@@ -224,14 +222,7 @@ def select(text: str) -> list[Dataset]:
 
 
 def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open a dataset and check all that can be checked without decoding an image.
-
-    Args:
-        dataset: Dataset to open.
-        root: Data root.
-
-    Returns:
-        The images to fit on and those to test on.
+    """Open the images to fit on and to test on; check them as far as that needs no decoding.
 
     Raises:
         ValueError: It is missing, damaged, or not what its name promises.

@@ -34,11 +34,8 @@ MEASURES = (
 def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     """Draw the paper's picture: accuracy on the training task against mean transfer score.
 
-    Models that lack one of the scores are named above the picture.
-
-    Args:
-        reports: One report per model.
-        published: Key of ``PUBLISHED``, whose points are drawn too; None for no others.
+    Models that lack one of the scores are named above the picture; ``published`` is a key of
+    ``PUBLISHED``, whose points are drawn too.
 
     Raises:
         ValueError: No report has both scores, reports differ in their training task or in the
@@ -162,9 +159,7 @@ def _rows(reports: Sequence[Report]) -> list[list[str]]:
 def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
     """Draw the spectra of one dataset's training features, and other measures of all datasets.
 
-    Args:
-        reports: One report per model; one without analyses leaves a gap.
-        dataset: Name of the dataset of the spectra; the first one by default.
+    A model without analyses leaves a gap. The spectra are by default those of the first dataset.
 
     Raises:
         ValueError: No report has analyses, or none has them of ``dataset``.

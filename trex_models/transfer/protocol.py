@@ -70,14 +70,12 @@ _REMEDY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Hyperparameters chosen with one seed, and their score."""
+    """Hyperparameters chosen with one seed on validation samples, and their score."""
 
     seed: int
     """Seed of the validation split and, by SGD, of the batches' order."""
     settings: dict[str, float]
-    """The best on the validation samples."""
     validation_top1: float
-    """Top-1 of these settings on the validation samples."""
     top1: float
     """Top-1 on the test samples, fitted to all training samples."""
     curve: list[float]
@@ -109,7 +107,7 @@ def logistic_scores(
         test_labels: Labels, (M,) integers.
         seeds: Seeds of the validation splits.
         Cs: Values to choose from, ascending.
-        device: Device that computes.
+        device: Device of the classifiers.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a test label has no training
@@ -138,16 +136,11 @@ def logistic_scores(
         # A path too, since large C converge far sooner from a similar C than from zero weights.
         finals = path(torch.ones_like(y, dtype=torch.bool), max(best) + 1)
         bar.update(len(Cs) - len(finals))
-    grid = [{"C": C} for C in Cs]
+    grid, chosen = [{"C": C} for C in Cs], [finals[index] for index in best]
+    scores = [_top1(fitted.logits(test_x), task.test_labels) for fitted in chosen]
     return [
-        _choice(
-            seed,
-            grid,
-            curve,
-            _top1(finals[index].logits(test_x), task.test_labels),
-            finals[index].converged,
-        )
-        for seed, curve, index in zip(seeds, curves, best, strict=True)
+        _choice(seed, grid, curve, top1, fitted.converged)
+        for seed, curve, top1, fitted in zip(seeds, curves, scores, chosen, strict=True)
     ]
 
 
@@ -237,8 +230,8 @@ class _Task:
         require_samples(train, train_labels, "training features")
         require_samples(test, test_labels, "test features", train.shape[1])
         self.train, self.test = as_tensor(train), as_tensor(test)
-        for part, features in (("training", self.train), ("test", self.test)):
-            require_finite(f"{part} features", features, remedy=_REMEDY)
+        require_finite("training features", self.train, remedy=_REMEDY)
+        require_finite("test features", self.test, remedy=_REMEDY)
         classes, labels = np.unique(train_labels, return_inverse=True)
         absent = np.setdiff1d(test_labels, classes)
         if len(absent):

@@ -78,10 +78,6 @@ PUBLISHED = {
 
 
 def reported(name: str) -> Point:
-    """Return the figures of the training that one of NAVER's models comes from.
-
-    Args:
-        name: Model and tag, such as trex_resnet50_cls.in1k_r2.
-    """
+    """Return the figures of a model of NAVER's, such as trex_resnet50_cls.in1k_r2."""
     model, _, tag = name.partition(".")
     return _RELEASED[model.partition("_")[0], tag]
