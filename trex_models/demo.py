@@ -1,4 +1,4 @@
-"""Train a small t-ReX, load it through timm, and measure what its features are worth."""
+"""Train, reload and evaluate a small t-ReX: ``python -m trex_models.demo``."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ HEAD = (
 )
 
 LAST, MEDIAN = itemgetter(-1), np.median
-# Columns of the table: header, key, number that stands for the run, and its format.
+# Columns of the table: header, key, number of the run, and its format.
 COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
     ("step", "step", LAST, "{:,.0f}"),
     ("epoch", "epoch", LAST, "{:.2f}"),
@@ -73,7 +73,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote."""
+    """Files of a training run."""
 
     folder: Path
     columns: dict[str, np.ndarray]
@@ -225,7 +225,7 @@ def format_summary(runs: Sequence[Run]) -> str:
 def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") -> None:
     """Draw the curves of training runs into one picture, and print a table of them.
 
-    A run may still be going on. Its hours are those of training: pauses of a run that was
+    A run may still be running. Its hours are those of training: pauses of a run that was
     interrupted do not count.
 
     Example: python -m trex_models.plot runs/softmax runs/ocm --output curves.png

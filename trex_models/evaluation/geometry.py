@@ -38,7 +38,6 @@ class Geometry:
     zero_images: int
     """Images left out, as features that are all zero have no direction."""
     num_features: int
-    """F."""
     num_classes: int
     """K, among the N images."""
     eps: float
@@ -52,7 +51,6 @@ class Geometry:
     axes_of_95_percent: int
     """Principal axes that hold 95 % of the variance; 0 as above."""
     threshold: float
-    """Threshold of the sparsity."""
     sparsity: float
     """Share of |z| <= threshold among all images and features."""
     dead_features: int

@@ -175,7 +175,7 @@ def settings_at_once(
 ) -> int:
     """Return for how many settings weights, velocities and logits fit in memory, at least one.
 
-    Memory is in bytes; None stands for 2 GB, and on CUDA for a quarter of the free memory.
+    Memory is in bytes; by default 2 GB, and on CUDA a quarter of the free memory.
     """
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 * 10**9

@@ -192,7 +192,7 @@ def objective(
     C: float,  # noqa: N803
     chunk: int = 16384,
 ) -> float:
-    """Return the objective of any weights, (K, F), and intercepts, (K,); on their device."""
+    """Return the objective of weights, (K, F), and intercepts, (K,), on their device."""
     total = 0.5 * weight.double().square().sum()
     for x, y in zip(features.split(chunk), labels.long().split(chunk), strict=True):
         logits = torch.addmm(intercept, x.to(weight), weight.T)
@@ -209,12 +209,7 @@ class _Problem:
     """
 
     def __init__(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        chunk: int,
-        axes: Tensor | None,
+        self, features: Tensor, labels: Tensor, num_classes: int, chunk: int, axes: Tensor | None
     ) -> None:
         self.features, self.labels, self.chunk = features, labels, chunk
         self.mean = _mean(features, chunk)
@@ -293,16 +288,10 @@ class _Problem:
         intercept = self.parameters[:, -1] - weight @ self.mean
         intercept -= intercept.mean()
         reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
-        return LogisticFit(
-            strength,
-            weight,
-            intercept,
-            reached,
-            gradient.norm().item(),
-            iterations,
-            # Far from the origin the intercept may be too coarse for features as they are.
-            converged and abs(reached - value) <= max(tolerance, 1e-4) * value,
-        )
+        # Far from the origin the intercept may be too coarse for features as they are.
+        converged &= abs(reached - value) <= max(tolerance, 1e-4) * value
+        norm = gradient.norm().item()
+        return LogisticFit(strength, weight, intercept, reached, norm, iterations, converged)
 
     def _differentiate(self) -> None:
         """Find the losses' gradient and the classes' mean p (1 - p) from the residual."""
@@ -312,7 +301,6 @@ class _Problem:
         self.spread = spread.clamp_min(1e-6)[:, None]
 
     def _pair(self, step: Tensor, change: Tensor, strength: float) -> _Pair:
-        """Return a pair of L-BFGS, of a step and the change of the losses' gradient."""
         change = (strength * change + self.penalty * step).flatten()
         return step.flatten(), change, step.flatten().dot(change)
 
@@ -408,10 +396,7 @@ def _mean(features: Tensor, chunk: int) -> Tensor:
 
 
 def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> Tensor:
-    """Return orthonormal axes, (F, R).
-
-    What rounding leaves uncertain are axes of hardly any variance; they stay orthonormal.
-    """
+    """Return orthonormal axes, (F, R); those of hardly any variance are uncertain by rounding."""
     narrow = len(features) < features.shape[1]
     span = torch.linalg.qr((features - mean).T).Q if narrow else None
     gram: Tensor = mean.new_zeros(())

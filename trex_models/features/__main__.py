@@ -13,7 +13,7 @@ from trex_models import cli, plotting
 from trex_models.evaluation.extract import Extraction, feature_identity
 from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
-from trex_models.features import images, neighbors, picture
+from trex_models.features import images, neighbors
 from trex_models.machine import free_cores
 from trex_models.precision import PrecisionName
 
@@ -159,11 +159,11 @@ def find_neighbors(
         entries = [{**row._asdict(), "path": str(row.path)} for row in rows]
         print(dumps(entries, indent=2))
     else:
-        print(picture.format_neighbors(rows))
+        print(neighbors.format_neighbors(rows))
     if output is not None:
         place = root or Path(found.metadata["root"])
         title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        plotting.save(picture.draw_neighbors(rows, place, title), output)
+        plotting.save(neighbors.draw_neighbors(rows, place, title), output)
         print(f"wrote {output}", file=sys.stderr)
 
 

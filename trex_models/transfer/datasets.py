@@ -39,13 +39,11 @@ class Dataset:
     """A dataset to classify on frozen features."""
 
     name: str
-    """Name in command lines and reports."""
     title: str
     """Name in tables and figures."""
     open: Callable[[Path], tuple[Source, Source]]
     """Maps the data root to the images to fit on and those to test on."""
     sizes: Sizes
-    """Sizes to check."""
     layout: str
     """Files that it needs below the data root."""
     home: str
@@ -200,7 +198,7 @@ GROUPS = {
 def select(text: str) -> list[Dataset]:
     """Return the datasets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
 
-    ``NAME=PATH`` stands for class folders at PATH, with a backslash before each comma of PATH.
+    ``NAME=PATH`` means class folders at PATH, with a backslash before each comma of PATH.
 
     Raises:
         ValueError: A name is unknown, not allowed, or used for two paths.

@@ -167,7 +167,7 @@ def _scores(task: Task, train: np.ndarray, test: np.ndarray, plan: Plan) -> dict
     samples = train, task.train.labels, test, task.test.labels
     fit = protocol.sgd_scores if task.classifier == "sgd" else protocol.logistic_scores
     started = time.monotonic()
-    choices = fit(*samples, range(plan.seeds), device=plan.device)
+    choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
     fitted = time.monotonic()
     knn = protocol.knn_score(*samples, device=plan.device)
     seconds = {"classifiers": fitted - started, "knn": time.monotonic() - fitted}
