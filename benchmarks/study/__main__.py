@@ -6,7 +6,7 @@
 The first command writes the images, searches a learning rate for each cell (short runs, top-1 on
 held-out images of the training classes), then trains and evaluates each cell with each seed: one
 JSON file a run. It does as many runs at once as there are cores, a thread each (on a GPU one), and
-goes on where it was interrupted; a run whose file is there is not done again. The second one draws
+continues where it was interrupted; a run whose file exists is skipped. The second one draws
 the figures and prints the tables.
 """
 
@@ -54,7 +54,7 @@ def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
     """Do tasks, several at once, and print what each returns, with the time left.
 
     Raises:
-        FailedError: Of the first task that raised it; the others were done all the same.
+        FailedError: A task failed; the first such error, after all other tasks.
     """
     waiting = list(tasks)
     failed: list[FailedError] = []

@@ -129,11 +129,7 @@ def _array(copy: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
 def feature_identity(
     model: FrozenModel, source: Source, require: bool = True, **further: str
 ) -> dict[str, str]:
-    """Return everything that features depend on, as strings, as in safetensors' metadata.
-
-    Raises:
-        ValueError: As ``images_digest``.
-    """
+    """Return everything that features depend on, as strings, as in safetensors' metadata."""
     images = {"num_images": len(source), "images_sha256": images_digest(source, require)}
     about = {**model.identity(), **further, **images}
     return {key: as_text(value) for key, value in about.items()}

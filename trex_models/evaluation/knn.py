@@ -130,11 +130,7 @@ def _voters(
 def vote(
     similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.07
 ) -> Tensor:
-    """Return the votes, (M, C), of known neighbors, (M, K), the nearest first.
-
-    Raises:
-        ValueError: The temperature is not positive.
-    """
+    """Return the votes, (M, C), of known neighbors, (M, K), the nearest first."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     weights = ((similarities - similarities[:, :1]) / temperature).exp()

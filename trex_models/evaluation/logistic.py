@@ -20,7 +20,7 @@ takes the place of the many iterations that unequal variances cost otherwise.
 
 Along a path of C each fit first searches along the line through the last two fits: W moves
 steadily with log C, and where classes are separable it grows with it. The logits along that line
-are known, so this step costs one product and stands for many. The pairs of L-BFGS are kept as
+are known, so this step costs one product and replaces many. The pairs of L-BFGS are kept as
 steps and changes of the losses' gradient, from which those of any C follow.
 
 Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
@@ -260,7 +260,7 @@ class _Problem:
             curvature = strength * self.spread * self.variances + self.penalty
             value = strength * self.loss
             value += 0.5 * _dot(self.penalty * self.parameters, self.parameters)
-            # Intercepts have no penalty; their own curvature stands in for it.
+            # Intercepts have no penalty; their own curvature takes its place.
             least = torch.where(self.penalty > 0, self.penalty, curvature)
             excess = 0.5 * _dot(gradient / least, gradient)
             if progress is not None:

@@ -63,7 +63,7 @@ def extract(
             the model's own configuration says (model).
         precision: Number formats of the model.
         dtype: Type of the features in the file. float16 halves it and rounds by up to 5e-4.
-        unreadable: Whether unreadable images are errors, or are skipped and listed.
+        unreadable: Unreadable images are errors, or are skipped and listed.
         overwrite: Replace a file that holds something else.
         device: Device of the model: auto, cpu, cuda, ...
         batch_size: Images per batch.
@@ -91,35 +91,40 @@ def extract(
         f"license of the weights: {frozen.facts['license']}",
         flush=True,
     )
+    skip = unreadable == "skip"
     try:
-        identity = feature_identity(
-            frozen, found.source, unreadable == "raise", output=features, dtype=dtype
-        )
+        identity = feature_identity(frozen, found.source, not skip, output=features, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{error}, or skip them with --unreadable skip") from error
-    about = {
-        "format": "trex_models.features 1",
-        "model": model,
-        "file": str(file.resolve()) if file else "",
-        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
-        "preprocessing": preprocessing,
-        "root": str(found.source.root),
-    }
     written = Extraction(
         model=frozen,
         source=found.source,
         path=output,
         identity=identity,
         names=found.names,
-        about=about,
+        about=_metadata(frozen, file, preprocessing, found.source.root),
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
-        skip=unreadable == "skip",
+        skip=skip,
         overwrite=overwrite,
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
     print(f"wrote {output}" if written else f"{output} is there already, of these images")
+
+
+def _metadata(
+    frozen: FrozenModel, file: Path | None, preprocessing: str, root: Path
+) -> dict[str, str]:
+    """Return the metadata by which ``neighbors`` finds the model and the images again."""
+    return {
+        "format": "trex_models.features 1",
+        "model": frozen.name,
+        "file": str(file.resolve()) if file else "",
+        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+        "preprocessing": preprocessing,
+        "root": str(root),
+    }
 
 
 def find_neighbors(

@@ -43,10 +43,6 @@ def find_images(arguments: Sequence[str]) -> Images:
 
     Arguments are folders, which are searched at any depth; patterns, which may hold ``**``; images;
     and .txt files with a path on each line, from their own folder. Hidden files do not count.
-
-    Raises:
-        ValueError: An argument names nothing, no image, or a file of another type, or a folder
-            cannot be listed.
     """
     if not arguments:
         raise ValueError("no images are named; name folders, patterns, images or .txt lists")

@@ -55,19 +55,8 @@ def find(
 ) -> list[Neighbors]:
     """Find the images nearest to queries; an image is not its own neighbor.
 
-    Args:
-        found: File of features, one vector an image.
-        queries: Names in the file, or paths of images. The file's model computes the features of
-            images that the file does not hold.
-        k: Number of neighbors; fewer if the file holds fewer.
-        model: That model, if it was moved.
-        file: Its weights, if they are a file and were moved.
-        root: Folder of the file's images, if they were moved.
-        device: Device of the model.
-
-    Raises:
-        ValueError: A query is neither, the model is not that of the file, or the features are maps
-            or not finite.
+    Queries are names in the file, or paths of images, whose features the file's model computes.
+    ``model``, its weights' ``file`` and the images' ``root`` are needed if they were moved.
     """
     if found.features.ndim != 2:
         raise ValueError(

@@ -42,11 +42,7 @@ class FeatureCache:
             model: Model that maps images to features.
             source: Images.
             title: Dataset and split, for the file's name and the progress bar.
-            identity: Result of ``feature_identity``, if it is known: it looks at every file.
-
-        Raises:
-            ValueError: As ``Extraction.run``.
-            OSError: The folder cannot be written.
+            identity: Result of ``feature_identity``, if it is known: it reads every file's size.
         """
         identity = identity or feature_identity(model, source)
         key = digest(as_text({**identity, "dtype": self.dtype}))

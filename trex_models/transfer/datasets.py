@@ -199,9 +199,6 @@ def select(text: str) -> list[Dataset]:
     """Return the datasets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
 
     ``NAME=PATH`` means class folders at PATH, with a backslash before each comma of PATH.
-
-    Raises:
-        ValueError: A name is unknown, not allowed, or used for two paths.
     """
     chosen: dict[str, Dataset] = {}
     places: dict[str, str] = {}
@@ -220,11 +217,7 @@ def select(text: str) -> list[Dataset]:
 
 
 def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open the images to fit on and to test on; check them as far as that needs no decoding.
-
-    Raises:
-        ValueError: It is missing, damaged, or not what its name promises.
-    """
+    """Open the images to fit on and to test on; check them as far as that needs no decoding."""
     try:
         train, test = dataset.open(root.expanduser())
         _check(train, test, dataset.sizes)

@@ -69,7 +69,7 @@ def evaluate(
     """Score a model on datasets; write the report after each of them, and return it.
 
     Args:
-        model: Model that maps images to features.
+        model: Model to score.
         tasks: Datasets.
         cache: Cache of features and scores.
         plan: Settings.

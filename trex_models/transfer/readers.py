@@ -64,9 +64,6 @@ def class_folders(path: Path) -> Parts:
     ``train/``, ``val/`` and ``test/`` of class folders, the first two of which are fitted on; or
     ``train/`` and one of the others, which is tested on; or only class folders, of each of which a
     fifth is held out to test on.
-
-    Raises:
-        ValueError: It holds something else.
     """
     found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
     if found == ["train", "val", "test"]:
@@ -164,10 +161,6 @@ def cog(root: Path, level: int) -> Parts:
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. Two
     lists, ``cog/levels.*`` and ``cog/splits.*``, JSON or pickles, name the concepts (WordNet ids)
     of the levels and the images of each concept, ``imagenet21k/<wnid>/<file>``.
-
-    Raises:
-        ValueError: A list is missing, has an unknown layout, or is a pickle of anything but
-            containers, strings and numbers.
     """
     (levels_file, levels), (splits_file, splits) = (
         _listing(root / "cog", stem) for stem in ("levels", "splits")

@@ -76,11 +76,7 @@ def environment() -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report.
-
-    Raises:
-        ValueError: The file is missing or no report.
-    """
+    """Read a report."""
     try:
         report = dict(json.loads(path.read_text()))
         known = report["format"]
@@ -99,11 +95,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Check that datasets of one name have the same images.
-
-    Raises:
-        ValueError: They differ; the message names the dataset.
-    """
+    """Check that datasets of one name have the same images."""
     first: dict[str, tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
@@ -118,11 +110,7 @@ def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
 
 
 def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of models as text or Markdown, a line for each dataset.
-
-    Raises:
-        ValueError: Reports have different images under one name.
-    """
+    """Return the scores of models as text or Markdown, a line for each dataset."""
     require_same_images(reports)
     rows, notes = _rows(reports), _notes(reports)
     if markdown:
