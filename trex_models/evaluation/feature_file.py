@@ -132,11 +132,7 @@ def ends(
     size = dtype.itemsize * math.prod(shape)
     tensors: dict[str, Any] = {
         "__metadata__": metadata,
-        "features": {
-            "dtype": f"F{8 * dtype.itemsize}",
-            "shape": shape,
-            "data_offsets": [0, size],
-        },
+        "features": {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [0, size]},
     }
     if names is None:
         return safetensors_header(tensors), b""
