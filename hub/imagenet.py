@@ -47,9 +47,6 @@ def measure(
         imagenet: Folder of ``val`` and, for backbones, ``train``: a folder of images per class.
         output: Folder of imagenet.json and the features.
         classes: Names of the class folders in the order of the labels.
-
-    Raises:
-        ValueError: The images are not those of the classes, or one cannot be read.
     """
     path = output / "imagenet.json"
     results = read_results(path) if path.exists() else {}
@@ -82,7 +79,7 @@ def measure(
             "tolerance": tolerance,
             "within_tolerance": abs(found["top1"] - figure) <= tolerance,
         }
-        results[name] = {**facts, **found, **compared}
+        results[name] = facts | found | compared
         write_whole(path, json.dumps(results, indent=2) + "\n")
     return results
 
@@ -129,7 +126,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} holds no results ({error}); delete it, measure again") from error
 
 
-def table(results: dict[str, Any]) -> str:
+def format_results(results: dict[str, Any]) -> str:
     """Render the results next to the authors' figures."""
     lines = [f"{'top-1, %':<36}{'ours':>8}{'reported':>10}{'difference':>12}  within"]
     for name, found in results.items():

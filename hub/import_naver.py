@@ -16,7 +16,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from convert.official import convert_official
-from hub.imagenet import measure, table
+from hub.imagenet import format_results, measure
 from trex_models.pretrained import checkpoints, naver
 from trex_models.pretrained.manifest import (
     WeightsError,
@@ -78,7 +78,7 @@ def import_naver(
     if imagenet is None:
         return agree
     results = measure(converted, imagenet, output)
-    print(f"\n{table(results)}")
+    print(f"\n{format_results(results)}")
     return agree and all(result["within_tolerance"] for result in results.values())
 
 

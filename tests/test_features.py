@@ -405,7 +405,7 @@ def test_missing_packages_and_maps_are_told(
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
 
-    monkeypatch.setattr("trex_models.features.images.find", missing)
+    monkeypatch.setattr("trex_models.features.images.find_images", missing)
     assert run(models, str(place / "images"), "--output", "f.npy") == 2
     assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
     monkeypatch.undo()

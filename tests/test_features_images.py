@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import fail_to_list, save_image
-from trex_models.features.images import find
+from trex_models.features.images import find_images
 
 FILES = ["b/2.png", "b/1.jpg", "a/deep/3.PNG", "a/.hidden.png", "top.jpeg"]
 
@@ -42,7 +42,7 @@ ALL = ["a/deep/3.PNG", "b/1.jpg", "b/2.png", "top.jpeg"]
 def test_images_are_found_in_order_with_names_below_what_was_named(
     place: Path, arguments: list[str], root: str, names: list[str]
 ) -> None:
-    found = find(arguments)
+    found = find_images(arguments)
     assert found.names == names
     assert found.source.root == place / root
     assert found.repeated == 0
@@ -55,24 +55,24 @@ def test_names_in_a_list_are_as_they_are(place: Path, monkeypatch: pytest.Monkey
     absolute = place / "images" / "a" / "deep" / "3.PNG"
     (place / "images" / "list.txt").write_text(f"b/2.png\n\ntop.jpeg\r\n{absolute}\n")
     monkeypatch.chdir("/")
-    found = find([str(place / "images" / "list.txt")])
+    found = find_images([str(place / "images" / "list.txt")])
     assert found.names == ["b/2.png", "top.jpeg", "a/deep/3.PNG"]
     names = [" first.png", "a\x0bb.png", "c\u2028d.png", "# 1.png"]
     for name in names:
         save_image(place / name)
     (place / "list.txt").write_text("\ufeff" + "\n".join(names), encoding="utf-8")
-    assert find([str(place / "list.txt")]).names == names
+    assert find_images([str(place / "list.txt")]).names == names
 
 
 def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = find(["images/b/2.png", "images", str(place / "images" / "b")])
+    found = find_images(["images/b/2.png", "images", str(place / "images" / "b")])
     assert found.names == ["b/2.png", "a/deep/3.PNG", "b/1.jpg", "top.jpeg"]
     assert found.repeated == 3
     save_image(place / "odd" / "x[1].png")
     save_image(place / "odd" / "x1.png")
-    assert find(["odd/x[1].png"]).names == ["x[1].png"]
+    assert find_images(["odd/x[1].png"]).names == ["x[1].png"]
     caplog.clear()
-    find(["images/a", "images/b", "images/**"])
+    find_images(["images/a", "images/b", "images/**"])
     assert caplog.messages == [f"{place}/images: 1 file(s) left out (1 ending in '.md')"]
 
 
@@ -98,7 +98,7 @@ def test_what_names_no_images_is_told(place: Path, argument: str, message: str) 
     (place / "blank-end.txt").write_text("top.jpeg \n")
     (place / "latin.txt").write_bytes(b"gr\xfcn.png\n")
     with pytest.raises(ValueError, match=message):
-        find(["images", argument])
+        find_images(["images", argument])
 
 
 @pytest.mark.parametrize("argument", ["images", "images/*", "images/**/*.jpg", "images/*/*.jpg"])
@@ -107,4 +107,4 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
 ) -> None:
     fail_to_list(monkeypatch, place / "images" / "b")
     with pytest.raises(ValueError, match=r"images/b/? cannot be listed \(Input/output error\)"):
-        find([argument])
+        find_images([argument])

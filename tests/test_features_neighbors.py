@@ -22,7 +22,7 @@ from tests.models import CHANNELS, edit_config, save_model
 from trex_models import plotting
 from trex_models.evaluation.feature_file import Features
 from trex_models.evaluation.knn import nearest_neighbors
-from trex_models.features import neighbors, picture
+from trex_models.features import neighbors
 from trex_models.features.__main__ import main
 from trex_models.features.neighbors import Neighbors, find
 
@@ -147,8 +147,8 @@ def test_names_that_are_not_utf8_are_drawn_and_printed(tmp_path: Path) -> None:
     name = os.fsdecode(b"gr\xfcn.png")
     save_image(tmp_path / name)
     row = Neighbors(name, tmp_path / name, [name], [0.5])
-    plotting.save(picture.draw([row], tmp_path, "title"), tmp_path / "p.png")
-    assert picture.table([row]).encode().count("gr\ufffdn.png".encode()) == 2
+    plotting.save(neighbors.draw_neighbors([row], tmp_path, "title"), tmp_path / "p.png")
+    assert neighbors.format_neighbors([row]).encode().count("gr\ufffdn.png".encode()) == 2
 
 
 @pytest.mark.usefixtures("place")
@@ -194,7 +194,7 @@ def test_names_are_whole_or_shortened_and_images_keep_their_shape(tmp_path: Path
     long = "x" * 90 + "/../wide.png"
     (tmp_path / ("x" * 90)).mkdir()
     row = Neighbors("wide.png", tmp_path / "wide.png", ["$high_.png", long], [0.5, 0.25])
-    figure = picture.draw([row], tmp_path, "title")
+    figure = neighbors.draw_neighbors([row], tmp_path, "title")
     axes = figure.axes
     assert len(axes) == 3
     assert axes[1].get_xlabel() == "0.500\n$high_.png"

@@ -832,7 +832,7 @@ def test_measured_top1_is_the_known_one(
     shapes = {(array.shape, str(array.dtype)) for array in found}
     assert shapes == {((20, 32), "float16"), ((16, 32), "float16"), ((16, 4), "float32")}
 
-    text = imagenet.table(results)
+    text = imagenet.format_results(results)
     assert re.search(r"trex_resnet50\.in1k +87\.50 +78\.0 +\+9\.50  NO \(0\.5\)", text)
     assert re.search(r"trex_resnet50_cls\.in1k_r2 \(\*\) +87\.50 +77\.9", text)
     assert "another protocol" in text

@@ -81,10 +81,10 @@ def test_panels_and_their_curves(make_run: Make) -> None:
     bare = [{"step": 1, "epoch": 0.1, "loss": 2.0}, {"step": 2, "epoch": 0.2, "loss": 1.0}]
     small = plot.read_run(make_run("small", bare))
     expected = [panel.title for panel in plot.LARGE + plot.RATES + plot.HEAD]
-    assert titles(plot.draw([full])) == expected
-    assert titles(plot.draw([small, full])) == expected
-    assert titles(plot.draw([small])) == ["training loss"]
-    figure = plot.draw([full])
+    assert titles(plot.draw_curves([full])) == expected
+    assert titles(plot.draw_curves([small, full])) == expected
+    assert titles(plot.draw_curves([small])) == ["training loss"]
+    figure = plot.draw_curves([full])
     for axis, panel in zip(figure.axes, plot.LARGE + plot.RATES + plot.HEAD, strict=True):
         styles = [line.get_linestyle() for line in axis.lines]
         assert styles == ["-", "--"][: len(panel.keys)]
@@ -99,7 +99,7 @@ def test_several_runs_have_one_colour_each_and_a_legend(
 ) -> None:
     names = ("a/_run", "b/_run", "$x$")
     folders = [make_run(name, lines(20)) for name in names]
-    figure = plot.draw([plot.read_run(folder) for folder in folders])
+    figure = plot.draw_curves([plot.read_run(folder) for folder in folders])
     for axis in figure.axes:
         assert {line.get_color() for line in axis.lines} == set(plotting.PALETTE[:3])
     (legend,) = figure.legends
@@ -113,7 +113,7 @@ def test_several_runs_have_one_colour_each_and_a_legend(
 def test_colours_stay_distinct(make_run: Make, count: int) -> None:
     run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
     runs = [replace(run, folder=Path(str(index))) for index in range(count)]
-    (axis,) = plot.draw(runs).axes
+    (axis,) = plot.draw_curves(runs).axes
     assert len({str(line.get_color()) for line in axis.lines}) == count
 
 
@@ -150,7 +150,7 @@ def test_long_runs_are_thinned_and_smoothed(make_run: Make) -> None:
     run = plot.read_run(make_run("run", [{"step": 1, "epoch": 1, "loss": 1.0}]))
     steps = np.arange(1.0, 50_001)
     columns = {"step": steps, "epoch": steps / 500, "loss": 3 + rng.normal(size=len(steps))}
-    (axis,) = plot.draw([replace(run, columns=columns)]).axes
+    (axis,) = plot.draw_curves([replace(run, columns=columns)]).axes
     raw, smooth = axis.lines
     for line in (raw, smooth):
         assert 1000 < len(line.get_xdata()) <= plot.DRAWN_POINTS
@@ -176,8 +176,8 @@ def test_unfinished_resumed_and_torn(make_run: Make) -> None:
     assert run.values("loss").tolist() == [5.0, 4.5]
     assert run.values("val_top1").tolist() == [0.5]
     assert run.values("accuracy").tolist() == []
-    assert "50.0%" in plot.table([run])
-    plot.draw([run])
+    assert "50.0%" in plot.format_summary([run])
+    plot.draw_curves([run])
 
 
 def test_axis_and_its_hours_are_those_of_training(make_run: Make) -> None:
@@ -188,7 +188,7 @@ def test_axis_and_its_hours_are_those_of_training(make_run: Make) -> None:
     run = plot.read_run(make_run("run", metrics))
     np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
     for unit in get_args(plot.Unit):
-        assert plot.draw([run], unit).axes[0].get_xlabel() == unit
+        assert plot.draw_curves([run], unit).axes[0].get_xlabel() == unit
     folder = make_run("other", lines(2))
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="the hours of .*other are not known.*use --x step"):

@@ -173,7 +173,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found |= {"top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6}}
     for cell in CELLS:
         (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    )
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
@@ -189,7 +191,9 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    )
     printed = capsys.readouterr().out
     assert "nan" not in printed
     assert " to " not in printed
@@ -378,7 +382,7 @@ def test_a_cell_is_named_twice_or_absent(
 
 
 def test_the_page_shows_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main(["report", "--out", str(tmp_path)]) == 0
+    assert study.main(["report", "--output", str(tmp_path)]) == 0
     page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
     lines = capsys.readouterr().out.split("wrote")[0].splitlines()
     assert len(lines) > 30

@@ -6,7 +6,6 @@ A command is a function: its keyword-only parameters are the options, those anno
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import io
@@ -255,27 +254,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# To be dropped once no command parses its arguments by argparse.
-def positive(text: str) -> int:
-    """Return an option's number, 1 at least."""
-    return _at_least(1, text)
-
-
-def natural(text: str) -> int:
-    """Return an option's number, 0 at least."""
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least {least}, not {text!r}"
-        )
-    return int(text)
-
-
-def default_device() -> str:
-    """Return cuda where there is such a device, otherwise cpu."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, whose first column is to the left, the others to the right."""
+    width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([first.ljust(width), *map(str.rjust, others, widths)]) for first, *others in rows
+    ]

@@ -1,4 +1,4 @@
-"""Train a small t-ReX, load it through timm, and measure what its features are worth."""
+"""Train, reload and evaluate a small t-ReX: ``python -m trex_models.demo``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trex_models.transfer import pictures
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import open_checked, select
 from trex_models.transfer.evaluate import Plan, Task, evaluate
-from trex_models.transfer.report import table
+from trex_models.transfer.report import format_table
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -34,11 +34,11 @@ def run(config: Config) -> list[dict[str, Any]]:
     folder = Path(config.output)
     train(config)
     reports = evaluate_offline(folder, config.seed)
-    print(f"\n{table(reports)}\n")
+    print(f"\n{format_table(reports)}\n")
     write_whole(folder / "demo.json", json.dumps({"reports": reports}, indent=2) + "\n")
     starts = [config.data.images_per_class * label for label in range(4)]  # an image per class
     sheet = crop_sheet(config, open_source(config.data), starts)
-    plotting.save(draw(plot.read_run(folder), sheet, reports), folder / "demo.png")
+    plotting.save(draw_demo(plot.read_run(folder), sheet, reports), folder / "demo.png")
     print(f"wrote {folder / 'demo.json'} and {folder / 'demo.png'}")
     return reports
 
@@ -85,7 +85,9 @@ def crop_sheet(config: Config, source: Source, indices: Sequence[int]) -> list[l
     return rows
 
 
-def draw(trained: plot.Run, sheet: list[list[np.ndarray]], reports: list[dict[str, Any]]) -> Any:
+def draw_demo(
+    trained: plot.Run, sheet: list[list[np.ndarray]], reports: list[dict[str, Any]]
+) -> Any:
     """Draw the training curves, the crops and the accuracies."""
     with plotting.drawing(14, 8.4) as figure:
         top, bottom = figure.subfigures(2, 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ ESSENTIALS = (
 )
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One curve, or two that share axes."""
 
     title: str
@@ -58,7 +57,7 @@ HEAD = (
 )
 
 LAST, MEDIAN = itemgetter(-1), np.median
-# Columns of the table: header, key, number that stands for the run, and its format.
+# Columns of the table: header, key, number of the run, and its format.
 COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
     ("step", "step", LAST, "{:,.0f}"),
     ("epoch", "epoch", LAST, "{:.2f}"),
@@ -74,7 +73,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote."""
+    """Files of a training run."""
 
     folder: Path
     columns: dict[str, np.ndarray]
@@ -172,7 +171,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def draw(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
+def draw_curves(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
     """Draw a panel for each thing that any run has measured."""
     found = {key for run in runs for key in run.columns if len(run.values(key))}
     panels = [[p for p in row if found & {*p.keys}] for row in (LARGE, RATES, HEAD)]
@@ -211,7 +210,7 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
         axis.set_ylim(-0.03 * (high or 1), 1.05 * (high or 1))
 
 
-def table(runs: Sequence[Run]) -> str:
+def format_summary(runs: Sequence[Run]) -> str:
     """Render the last, best and typical numbers of runs as text."""
     rows = [["", *(header for header, *_ in COLUMNS)]]
     for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
@@ -220,16 +219,13 @@ def table(runs: Sequence[Run]) -> str:
             for _, key, reduce, form in COLUMNS
         ]
         rows.append([name, *numbers])
-    width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join(
-        "  ".join([row[0].ljust(width), *map(str.rjust, row[1:], widths)]) for row in rows
-    )
+    return "\n".join(cli.align_columns(rows))
 
 
 def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") -> None:
     """Draw the curves of training runs into one picture, and print a table of them.
 
-    A run may still be going on. Its hours are those of training: pauses of a run that was
+    A run may still be running. Its hours are those of training: pauses of a run that was
     interrupted do not count.
 
     Example: python -m trex_models.plot runs/softmax runs/ocm --output curves.png
@@ -246,8 +242,8 @@ def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") 
     output = output or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
     plotting.require_picture(output)
     found = [read_run(folder) for folder in folders]
-    plotting.save(draw(found, x), output)
-    print(f"{table(found)}\nwrote {output}")
+    plotting.save(draw_curves(found, x), output)
+    print(f"{format_summary(found)}\nwrote {output}")
 
 
 def main(arguments: Sequence[str]) -> int:

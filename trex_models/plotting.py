@@ -35,17 +35,11 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
 }
-NAME_LENGTH = 60  # characters of a name in a legend
 
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """Create a matplotlib figure, and set the style while it is drawn.
-
-    Args:
-        width: Width in inches.
-        height: Height in inches.
-    """
+    """Create a matplotlib figure, in inches, and set the style while it is drawn."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -73,19 +67,13 @@ def shorten(text: str, length: int) -> str:
 
 
 def legend(figure: Any, names: Sequence[str], marks: Sequence[str] = ()) -> None:
-    """Name the colors of models or runs below all panels.
-
-    Args:
-        figure: A figure, or a part of one.
-        names: Names, in the order of `colors`.
-        marks: Names of the black marks on the bars.
-    """
+    """Name the colors of models or runs, and the black marks on bars, below all panels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [Patch(color=color) for color in colors(len(names))]
     handles += [Line2D([], [], color="black", lw=1.6) for _ in marks]
-    texts = [*(shorten(name, NAME_LENGTH) for name in names), *marks]
+    texts = [*(shorten(name, 60) for name in names), *marks]
     inches = figure.bbox.width / figure.dpi
     columns = int(13 * inches / (max(map(len, texts)) + 6))  # 13 characters per inch
     columns = min(max(columns, 1), len(texts))
@@ -95,20 +83,12 @@ def legend(figure: Any, names: Sequence[str], marks: Sequence[str] = ()) -> None
 
 
 def require_picture(output: Path) -> None:
-    """Check the name of ``--output``, and that its folder can be written, or created.
-
-    Raises:
-        ValueError: The suffix is not one of ``FORMATS``, or the file cannot be written.
-    """
+    """Check ``--output`` as ``cli.require_writable``, in upper case too."""
     cli.require_writable(output.with_suffix(output.suffix.lower()), *FORMATS)
 
 
 def save(figure: Any, output: Path) -> None:
-    """Write a picture; its suffix chooses the format. The file is complete or absent.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write a picture; its suffix chooses the format. The file is complete or absent."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as file, _without_glyph_warnings():
         figure.savefig(file, format=output.suffix.lower().removeprefix("."))

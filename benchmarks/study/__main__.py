@@ -1,18 +1,17 @@
 """The study: does our t-ReX do what the paper says? docs/study.md has what came out.
 
     python -m benchmarks.study run [--scale gpu]
-    python -m benchmarks.study report --out docs
+    python -m benchmarks.study report --output docs
 
 The first command writes the images, searches a learning rate for each cell (short runs, top-1 on
 held-out images of the training classes), then trains and evaluates each cell with each seed: one
 JSON file a run. It does as many runs at once as there are cores, a thread each (on a GPU one), and
-goes on where it was interrupted; a run whose file is there is not done again. The second one draws
+continues where it was interrupted; a run whose file exists is skipped. The second one draws
 the figures and prints the tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,6 +29,8 @@ from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
 from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
 from trex_models import cli
 from trex_models.machine import free_cores
+
+ScaleName = Literal["cpu", "gpu"]
 
 
 def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
@@ -52,7 +54,7 @@ def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
     """Do tasks, several at once, and print what each returns, with the time left.
 
     Raises:
-        FailedError: Of the first task that raised it; the others were done all the same.
+        FailedError: A task failed; the first such error, after all other tasks.
     """
     waiting = list(tasks)
     failed: list[FailedError] = []
@@ -123,8 +125,8 @@ def complete(run: Run, out: Path) -> str:
     )
 
 
-def _results(options: argparse.Namespace) -> Path:
-    return options.results or measure.RESULTS / f"study-{options.scale}"
+def _results(scale: str) -> Path:
+    return measure.RESULTS / f"study-{scale}"
 
 
 def _search_file(results: Path, name: str) -> Path:
@@ -176,98 +178,107 @@ def _search_all(
     return {name: _found_rate(out) for name, out in files.items()}
 
 
-def run_all(options: argparse.Namespace) -> None:
-    """Do all that is not done yet."""
-    scale = SCALES[options.scale]
-    cells = dict.fromkeys(options.cells or scale.cells)
-    if absent := cells.keys() - set(scale.cells):
-        raise ValueError(f"--scale {options.scale} has no cell {min(absent)}: leave it out")
-    folder = options.folder or Path("runs", f"study-{options.scale}")
-    results = _results(options)
-    folder.mkdir(parents=True, exist_ok=True)
+def run_all(
+    *,
+    scale: ScaleName = "cpu",
+    results: Path | None = None,
+    folder: Path | None = None,
+    cells: tuple[str, ...] = (),
+    seeds: int = 3,
+    jobs: int | None = None,
+) -> None:
+    """Train and evaluate; runs whose results exist are skipped.
+
+    Example: python -m benchmarks.study run --scale gpu
+
+    Args:
+        scale: Size of the study.
+        results: Folder of the JSON files. By default benchmarks/results/study-SCALE.
+        folder: Folder of images, runs and logs. By default runs/study-SCALE.
+        cells: Cells to run. By default all.
+        seeds: Number of runs of each cell.
+        jobs: Number of runs at once. By default one a core, or 1 on a GPU.
+    """
+    chosen = SCALES[scale]
+    names = dict.fromkeys(cells or chosen.cells)
+    if absent := names.keys() - set(chosen.cells):
+        raise ValueError(f"--scale {scale} has no cell {min(absent)}: leave it out")
+    folder = folder or Path("runs", f"study-{scale}")
+    results = results or _results(scale)
     # Several at once do not make a GPU faster.
-    jobs = options.jobs or (1 if torch.cuda.is_available() else free_cores())
+    jobs = (1 if torch.cuda.is_available() else free_cores()) if jobs is None else jobs
+    cli.require_at_least(1, seeds=seeds, jobs=jobs)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     try:
         with FileLock(folder / ".lock", timeout=0), sigterm_stops():
-            scale.images.write(folder / "images")
-            rates = _search_all(cells, scale, folder, results, jobs)
+            chosen.images.write(folder / "images")
+            rates = _search_all(names, chosen, folder, results, jobs)
             runs = {
                 _result_file(results, name, seed): Run(
                     name=name,
                     rate=rates[name],
                     seed=seed,
-                    epochs=scale.epochs,
-                    scale=scale,
+                    epochs=chosen.epochs,
+                    scale=chosen,
                     folder=folder,
                 )
-                for seed in range(options.seeds)
-                for name in cells
+                for seed in range(seeds)
+                for name in names
             }
             todo = {out: run for out, run in runs.items() if not run.is_done(out)}
-            seeds = dict.fromkeys(run.seed for run in todo.values())
-            in_parallel(_starts(seeds, scale, folder, results), jobs)
+            starting = dict.fromkeys(run.seed for run in todo.values())
+            in_parallel(_starts(starting, chosen, folder, results), jobs)
             in_parallel([partial(complete, run, out) for out, run in todo.items()], jobs)
             print(f"{len(runs)} runs are done: {results}")
     except Timeout:
         raise ValueError(f"another study runs in {folder}; name another --folder") from None
 
 
-def report(options: argparse.Namespace) -> None:
-    """Print the tables and draw the figures."""
+def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = None) -> None:
+    """Print the tables and draw the figures.
+
+    Example: python -m benchmarks.study report --output docs
+
+    Args:
+        output: Folder of the figures.
+        scale: Size of the study.
+        results: Folder of the JSON files. By default benchmarks/results/study-SCALE.
+    """
     from benchmarks.study import claims, pictures, tables
 
-    folder = _results(options)
-    results = claims.read_results(folder)
-    tested = claims.tested(results, claims.CLAIMS)
+    folder = results or _results(scale)
+    found = claims.read_results(folder)
+    tested = claims.tested(found, claims.CLAIMS)
     searches = {name: read(path) for name in CELLS if (path := _search_file(folder, name)).exists()}
-    print(tables.cells(results, ["task", "transfer"]), end="\n\n")
+    print(tables.cells(found, ["task", "transfer"]), end="\n\n")
     if tested:
         print(tables.claims(tested), end="\n\n")
-        print(tables.claims(claims.tested(results, claims.BUT_HUES)), end="\n\n")
-    print(tables.cells(results, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
-    print(tables.fit(results), end="\n\n")
-    print(tables.data_sets(results), end="\n\n")
-    if claims.found_effects(results):
-        print(tables.effects(results), end="\n\n")
+        print(tables.claims(claims.tested(found, claims.BUT_HUES)), end="\n\n")
+    print(tables.cells(found, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
+    print(tables.fit(found), end="\n\n")
+    print(tables.data_sets(found), end="\n\n")
+    if claims.found_effects(found):
+        print(tables.effects(found), end="\n\n")
     print(tables.search(searches), end="\n\n")
     starts = [read(path) for path in sorted(folder.glob("start-*.json"))]
-    trained = tables.core_hours(run for runs in results.values() for run in runs)
+    trained = tables.core_hours(run for runs in found.values() for run in runs)
     prepared = tables.core_hours([*searches.values(), *starts])
     what = "searches and starts" if starts else "searches"
     print(f"{trained:.1f} core hours of runs, {prepared:.1f} of {what}")
-    for path in pictures.draw_all(results, tested, options.out):
+    for path in pictures.draw_all(found, tested, output):
         print(f"wrote {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says."""
-    parser = argparse.ArgumentParser(
+    """Run the command; return its exit status, as `cli.main`."""
+    return cli.main(
+        {"run": run_all, "report": report},
+        sys.argv[1:] if arguments is None else arguments,
         prog="python -m benchmarks.study",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        extra="transfer",
     )
-    parts = parser.add_subparsers(required=True, metavar="run|report")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--scale", choices=SCALES, default="cpu", help="(cpu)")
-    shared.add_argument(
-        "--results", type=Path, help="folder of the JSON files (benchmarks/results/study-SCALE)"
-    )
-    part = parts.add_parser("run", parents=[shared], help="train and evaluate")
-    part.add_argument("--folder", type=Path, help="of images, runs and logs (runs/study-SCALE)")
-    part.add_argument("--cells", nargs="+", choices=CELLS, metavar="CELL", help="(all)")
-    part.add_argument("--seeds", type=cli.positive, default=3, help="runs of each cell (3)")
-    part.add_argument("--jobs", type=cli.positive, help="runs at once (one a core; 1 on a GPU)")
-    part.set_defaults(work=run_all)
-    part = parts.add_parser("report", parents=[shared], help="draw and print what was found")
-    part.add_argument("--out", type=Path, required=True, help="folder of the figures")
-    part.set_defaults(work=report)
-
-    def work(arguments: Sequence[str]) -> None:
-        options = parser.parse_args(arguments)
-        options.work(options)
-
-    return cli.run(work, sys.argv[1:] if arguments is None else arguments, "transfer")
 
 
 if __name__ == "__main__":

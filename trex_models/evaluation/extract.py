@@ -39,7 +39,7 @@ from trex_models.evaluation.feature_file import (
     names_path,
     read_metadata,
 )
-from trex_models.evaluation.frozen_model import FrozenModel, preprocessing
+from trex_models.evaluation.frozen_model import FrozenModel, device_of, preprocessing
 from trex_models.precision import Precision, PrecisionName
 
 _SPARE_BYTES = 64 << 20
@@ -76,7 +76,7 @@ def extract_features(
     """
     if not len(source):
         raise ValueError("there are no images to extract features of")
-    transform, device = transform or preprocessing(model), _device(model)
+    transform, device = transform or preprocessing(model), device_of(model)
     formats = Precision.from_name(precision, device.type) if precision else None
     images = image_batches(source, transform, batch_size, workers, device)
     features, done = np.empty((0, 0), np.float32), 0
@@ -94,10 +94,8 @@ def feature_batches(
 ) -> Iterator[np.ndarray]:
     """Yield a model's output in eval mode for batches of images, (<= batch_size, F) float32.
 
-    Args:
-        model: Any module. The modes of all its modules are restored at the end.
-        images: Batches on the model's device.
-        precision: Number formats; None leaves autocast and TF32 as they are.
+    The modes of all modules are restored; without ``precision``, autocast and TF32 stay as they
+    are.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -111,10 +109,8 @@ def feature_batches(
                 output = model(batch)
             output = output.float()
             copy = output.to("cpu", non_blocking=output.is_cuda)  # into page-locked memory
-            copied = (
-                torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
-            )
-            waiting.append((copy, copied))
+            stream = torch.cuda.current_stream(output.device) if output.is_cuda else None
+            waiting.append((copy, stream.record_event() if stream else None))
             if len(waiting) > 1:  # the device computes the next batch meanwhile
                 yield _array(*waiting.pop(0))
         for last in waiting:
@@ -130,24 +126,10 @@ def _array(copy: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
     return copy.numpy()
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def feature_identity(
     model: FrozenModel, source: Source, require: bool = True, **further: str
 ) -> dict[str, str]:
-    """Return everything that features depend on, as strings, as in safetensors' metadata.
-
-    Args:
-        model: The model.
-        source: The images.
-        require: As of ``images_digest``.
-        further: Further settings that the features depend on.
-
-    Raises:
-        ValueError: Files are missing or empty.
-    """
+    """Return everything that features depend on, as strings, as in safetensors' metadata."""
     images = {"num_images": len(source), "images_sha256": images_digest(source, require)}
     about = {**model.identity(), **further, **images}
     return {key: as_text(value) for key, value in about.items()}
@@ -159,12 +141,8 @@ def images_digest(source: Source, require: bool = True) -> str:
     It is the source's digest (paths and labels, or contents) and, if they are files, their sizes
     and times of change, which unpacking an archive restores.
 
-    Args:
-        source: The images.
-        require: Whether missing or empty files are errors.
-
     Raises:
-        ValueError: Files are missing or empty.
+        ValueError: Files are missing or empty, and ``require`` is set.
     """
     stats = [source.stats(require)[:, :2]] if isinstance(source, FileSource) else []
     return digest(source.digest(), *stats)
@@ -180,9 +158,7 @@ class Extraction:
     """Features of images in a file, which is written once and continues after interruptions."""
 
     model: FrozenModel
-    """The model."""
     source: Source
-    """The images."""
     path: Path
     """The file, .safetensors or .npy."""
     identity: Mapping[str, str]
@@ -196,9 +172,7 @@ class Extraction:
     dtype: str = "float32"
     """Type of the features in the file: a key of ``DTYPES``."""
     batch_size: int = 256
-    """Images per batch."""
     workers: int = 0
-    """Loader processes."""
     skip: bool = False
     """Whether to skip and list unreadable images; otherwise they are errors."""
     overwrite: bool = False
@@ -286,7 +260,7 @@ class Extraction:
             model.transform,
             self.batch_size,
             self.workers,
-            _device(model.model),
+            device_of(model.model),
             range(start, count),
             self._on_skip if self.skip else None,
         )
@@ -327,10 +301,9 @@ class Extraction:
             )
         listed = self.path.with_name(f"{self.path.name}.skipped.txt")
         listed.unlink(missing_ok=True)  # of an earlier attempt
-        reasons = [self.skipped[index] for index in sorted(self.skipped)]
-        if reasons:
-            for reason in reasons[:_SHOWN]:
-                print(f"skipped: {reason}")
+        if self.skipped:
+            reasons = [self.skipped[index] for index in sorted(self.skipped)]
+            print("\n".join(f"skipped: {reason}" for reason in reasons[:_SHOWN]))
             print(f"skipped {len(reasons)} of {len(self.source)} images, all listed in {listed}")
             with replacing(listed) as file:
                 file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))

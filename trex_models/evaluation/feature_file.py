@@ -57,8 +57,8 @@ def load(path: str | Path) -> Features:
         raise ValueError(f"{path}: files of features end in {' or '.join(FORMATS)}")
     try:
         if path.suffix == ".npy":
-            beside = json.loads(names_path(path).read_text())
-            found = Features(np.load(path, mmap_mode="r"), beside["names"], beside["metadata"])
+            about = json.loads(names_path(path).read_text())
+            found = Features(np.load(path, mmap_mode="r"), about["names"], about["metadata"])
         else:
             found = _read_safetensors(path)
         if len(found.names) not in (0, len(found.features)):
@@ -83,8 +83,8 @@ def _read_safetensors(path: Path) -> Features:
     end = header["names"]["data_offsets"][1] if "names" in header else size
     if path.stat().st_size != start + end:
         raise ValueError("incomplete")
-    kept = next(kept for kept in DTYPES.values() if _tensor_type(kept) == about["dtype"])
-    features = np.memmap(path, kept, "r", start, tuple(about["shape"]))
+    dtype = DTYPES[f"float{about['dtype'].removeprefix('F')}"]
+    features = np.memmap(path, dtype, "r", start, tuple(about["shape"]))
     with path.open("rb") as file:
         file.seek(start + size)
         return Features(features, json.loads(file.read() or b"[]"), header["__metadata__"])
@@ -121,13 +121,7 @@ def ends(
 ) -> tuple[bytes, bytes]:
     """Return the bytes before the features, and those after them (for .npy: of its JSON file).
 
-    Args:
-        path: The file; its suffix is the format.
-        shape: Shape of all features.
-        dtype: Type of the features.
-        metadata: Description of model, preprocessing and images.
-        names: Names of the images; None for no names.
-        length: Length of the first bytes; 0 for as many as they need, with names a few more.
+    The first ones are ``length`` bytes; if it is 0 as many as they need, with names a few more.
     """
     if path.suffix == ".npy":  # numpy leaves room for N to grow
         file = io.BytesIO()
@@ -138,7 +132,7 @@ def ends(
     size = dtype.itemsize * math.prod(shape)
     tensors: dict[str, Any] = {
         "__metadata__": metadata,
-        "features": {"dtype": _tensor_type(dtype), "shape": shape, "data_offsets": [0, size]},
+        "features": {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": [0, size]},
     }
     if names is None:
         return safetensors_header(tensors), b""
@@ -150,10 +144,6 @@ def ends(
     return len(header).to_bytes(8, "little") + header, listed
 
 
-def _tensor_type(dtype: np.dtype[Any]) -> str:
-    return f"F{8 * dtype.itemsize}"
-
-
 def names_path(path: Path) -> Path:
     """Return the path of the names and metadata of NAME.npy."""
     return path.with_name(f"{path.name}.json")
@@ -162,10 +152,7 @@ def names_path(path: Path) -> Path:
 class GrowingFile:
     """A file of rows that grows next to its path, with the number of rows that are on the disk.
 
-    Args:
-        path: The finished file's path.
-        header: Its first bytes; a part that begins otherwise is started again.
-        row_bytes: Size of a row.
+    A part of it that does not begin with ``header`` is started again.
 
     Attributes:
         rows: Number of rows; a lower number, set before ``writing``, drops the last ones.
@@ -176,18 +163,14 @@ class GrowingFile:
         self.path, self.header, self.row_bytes = path, header, row_bytes
         self.part = path.with_name(f".{path.name}.part")
         self.mark = path.with_name(f".{path.name}.rows")
-        self.rows, self.notes = self._done()
-
-    def _done(self) -> tuple[int, str]:
-        """Return how many rows an earlier attempt at the same file left, and its notes."""
-        if not (self.part.is_file() and self.mark.is_file()):
-            return 0, ""
-        with self.part.open("rb") as file:
-            if file.read(len(self.header)) != self.header:
-                return 0, ""
-        marked, _, notes = self.mark.read_bytes().partition(b"\n")
-        complete = (self.part.stat().st_size - len(self.header)) // self.row_bytes
-        return (min(int(marked), complete), notes.decode()) if marked.isdigit() else (0, "")
+        self.rows, self.notes = 0, ""
+        if self.part.is_file() and self.mark.is_file():  # of an earlier attempt
+            with self.part.open("rb") as file:
+                same = file.read(len(header)) == header
+            marked, _, notes = self.mark.read_bytes().partition(b"\n")
+            if same and marked.isdigit():
+                complete = (self.part.stat().st_size - len(header)) // row_bytes
+                self.rows, self.notes = min(int(marked), complete), notes.decode()
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[np.ndarray], None]]:
@@ -219,12 +202,7 @@ class GrowingFile:
                 keep()
 
     def finish(self, header: bytes, tail: bytes) -> None:
-        """Complete the file and move it to its path.
-
-        Args:
-            header: Final first bytes, as long as the first ones.
-            tail: Bytes after the rows, or of the JSON file next to them.
-        """
+        """Complete the file and move it to its path; ``header`` is as long as the first one."""
         if self.path.suffix == ".npy":
             self.path.unlink(missing_ok=True)  # names next to other features would mislead
             write_whole(names_path(self.path), tail.decode())

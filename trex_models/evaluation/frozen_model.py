@@ -48,11 +48,9 @@ class FrozenModel:
     """A model that maps images to features."""
 
     name: str
-    """Name that the user gave."""
     model: nn.Module
     """Module that maps (B, 3, S, S) to (B, *shape); on its device, in eval mode."""
     transform: CenterCrop
-    """Preprocessing of its images."""
     shape: tuple[int, ...]
     """Shape of one image's features."""
     precision: Precision = _FP32
@@ -87,7 +85,7 @@ class FrozenModel:
             precision: Number formats on the device.
             device: ``auto`` or a torch device name.
             file: Weights for an architecture of timm, in any form that the model reads.
-            untrained: Whether to give the architecture random weights, as a baseline.
+            untrained: Random weights of ``seed``, as a baseline.
             seed: Seed of random weights.
             hint: Remedy to report if there are no weights.
 
@@ -134,17 +132,11 @@ class FrozenModel:
         """Return the model with BatchNorm statistics of a dataset's images; changes it in place.
 
         Features of random weights with BatchNorm's initial statistics say nothing about training.
-        At most 2,048 images are taken, evenly over the source.
-
-        Args:
-            source: Training images.
-            title: Name of the dataset in reports.
-            workers: Loader processes.
+        At most 2,048 images are taken, evenly over the source, which ``title`` names in reports.
         """
         count = min(len(source), _CALIBRATION_IMAGES)
         indices = [index * len(source) // count for index in range(count)]
-        device = next(self.model.parameters()).device
-        images = image_batches(source, self.transform, 64, workers, device, indices)
+        images = image_batches(source, self.transform, 64, workers, device_of(self.model), indices)
         update_bn(images, self.model)
         self.model.eval()
         facts = {
@@ -171,6 +163,11 @@ def preprocessing(model: nn.Module) -> CenterCrop:
             "pass a transform, such as PROTOCOLS['transfer'] of trex_models.data.center_crop"
         )
     return CenterCrop.from_data_config(resolve_model_data_config(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters; the CPU if it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -206,7 +203,7 @@ def modules_digest(model: nn.Module) -> str:
 def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -229,11 +226,11 @@ def _create(
     # timm ignores the file for models from these places.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
         raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
-    options: dict[str, Any] = {} if classifier and not untrained else {"num_classes": 0}
-    if not untrained:
-        options |= {"pretrained": True}
+    options: dict[str, Any] = {} if untrained else {"pretrained": True}
+    if untrained or not classifier:
+        options["num_classes"] = 0
     if file:
-        options |= {"pretrained_cfg_overlay": {"file": str(file)}}
+        options["pretrained_cfg_overlay"] = {"file": str(file)}
     torch.manual_seed(seed)
     try:
         known = f"local-dir:{folder}" if folder else name
@@ -321,9 +318,8 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
             f"model of timm with classes; {name} has --features backbone"
         )
     if features == "dense":
-        if not hasattr(model, "forward_features") or "NHWC" in str(
-            getattr(model, "output_fmt", "")
-        ):
+        order = str(getattr(model, "output_fmt", ""))
+        if not hasattr(model, "forward_features") or "NHWC" in order:
             raise ValueError(
                 f"--features dense: {name} has no feature map (C, H, W); choose --features backbone"
             )
@@ -334,9 +330,8 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
 @torch.inference_mode()
 def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> tuple[int, ...]:
     """Return the shape of one image's features."""
-    device = next((p.device for p in model.parameters()), None)
     try:
-        output = model(torch.zeros(1, 3, *transform.size, device=device))
+        output = model(torch.zeros(1, 3, *transform.size, device=device_of(model)))
     except RuntimeError as error:
         raise ValueError(
             f"--model {name} takes no images of {transform.size} pixels ({first_line(error)})"

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trex_models.evaluation.inputs import require_samples
+from trex_models.evaluation.inputs import as_tensor, require_finite, require_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,6 @@ class Geometry:
     zero_images: int
     """Images left out, as features that are all zero have no direction."""
     num_features: int
-    """F."""
     num_classes: int
     """K, among the N images."""
     eps: float
@@ -52,7 +51,6 @@ class Geometry:
     axes_of_95_percent: int
     """Principal axes that hold 95 % of the variance; 0 as above."""
     threshold: float
-    """Threshold of the sparsity."""
     sparsity: float
     """Share of |z| <= threshold among all images and features."""
     dead_features: int
@@ -113,7 +111,7 @@ def analyze(
         eps: Distortion that the coding length allows, above 0.
         threshold: Largest |z| that counts as zero in the sparsity.
         chunk: Number of images at a time.
-        device: Device that computes; it must support float64.
+        device: Device; it must support float64.
         progress: Called after each chunk with its number of images.
 
     Raises:
@@ -125,12 +123,8 @@ def analyze(
     images, width = features.shape
     sums = _Sums(width, len(names), device)
     for start in range(0, images, chunk):
-        # A copy: torch warns of arrays that it may not write to, such as a mapped file's.
-        block = torch.from_numpy(np.array(features[start : start + chunk])).to(device).double()
-        finite = block.isfinite().all(1)
-        if not finite.all():
-            row = start + _count(finite.cumprod(0))
-            raise ValueError(f"features must be finite, but row {row} has a NaN or an infinity")
+        block = as_tensor(features[start : start + chunk]).to(device, torch.float64, copy=True)
+        require_finite("features", block, first=start)
         sums.add(block, torch.from_numpy(targets[start : start + chunk]).to(device), threshold)
         if progress is not None:
             progress(len(block))
@@ -183,24 +177,16 @@ def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
 
 
 def _distances(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Return the mean cosine distances within and between classes.
-
-    Args:
-        sums: Sums of the classes' rows of unit length, (K, F).
-        counts: Numbers of these rows, (K,), at least 1 each.
-    """
+    """Return mean cosine distances within and between classes, from sums of their unit rows."""
     squares = sums.square().sum(1)
     several = counts > 1
     cosines = (squares - counts)[several] / (counts * (counts - 1))[several]
     means = sums / counts[:, None]
     pairs = len(means) * (len(means) - 1)
     between = (means.sum(0).square().sum() - (squares / counts.square()).sum()) / pairs
-    return _distance(cosines.mean()), _distance(between)
-
-
-def _distance(cosine: Tensor) -> float:
-    distance = 1 - cosine.item()
-    return distance if distance > 1e-13 else 0.0  # rounding
+    distances = (1 - cosine.item() for cosine in (cosines.mean(), between))
+    within, apart = (distance if distance > 1e-13 else 0.0 for distance in distances)  # rounding
+    return within, apart
 
 
 def _count(mask: Tensor) -> int:

@@ -22,17 +22,7 @@ def require_samples(
     name: str = "features",
     width: int | None = None,
 ) -> None:
-    """Check shapes, and that labels given as a tensor are integers.
-
-    Args:
-        features: Features, (N, F).
-        labels: Labels, (N,); None if there are none.
-        name: Name of the features in messages.
-        width: F; None for any.
-
-    Raises:
-        ValueError: They are of other shapes, or empty, or the labels are floating point.
-    """
+    """Check shapes, F against ``width``, and that labels given as a tensor are integers."""
     shape = tuple(features.shape)
     if len(shape) != 2 or 0 in shape or width not in (None, shape[1]):
         raise ValueError(f"{name} must be of shape (N, {width or 'F'}) and not empty, got {shape}")
@@ -46,16 +36,14 @@ def require_samples(
         )
 
 
-def require_finite(name: str, features: Tensor, chunk: int = 4096, remedy: str = "") -> None:
-    """Check rows, (N, F), ``chunk`` at a time.
-
-    Raises:
-        ValueError: A value is not finite; the message has the row's index, and ends in ``remedy``.
-    """
+def require_finite(
+    name: str, features: Tensor, chunk: int = 4096, remedy: str = "", first: int = 0
+) -> None:
+    """Check rows, (N, F), ``chunk`` at a time; the error names a row, counted from ``first``."""
     for start in range(0, len(features), chunk):
         finite = features[start : start + chunk].isfinite().all(1)
         if not finite.all():
-            row = start + int((~finite).nonzero()[0])
+            row = first + start + int((~finite).nonzero()[0])
             raise ValueError(
                 f"{name} must be finite, but row {row} has a NaN or an infinity{remedy}"
             )

@@ -130,20 +130,7 @@ def _voters(
 def vote(
     similarities: Tensor, neighbor_labels: Tensor, num_classes: int, temperature: float = 0.07
 ) -> Tensor:
-    """Return the votes of neighbors that are already known, to try several k or T.
-
-    Args:
-        similarities: Similarities of each query's neighbors, (M, K), the nearest first.
-        neighbor_labels: Labels of these neighbors, (M, K), in [0, C).
-        num_classes: C.
-        temperature: T.
-
-    Returns:
-        (M, C), as ``knn_votes``.
-
-    Raises:
-        ValueError: The temperature is not positive.
-    """
+    """Return the votes, (M, C), of known neighbors, (M, K), the nearest first."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
@@ -159,12 +146,12 @@ def vote(
 def topk_correct(
     scores: Tensor, labels: Tensor, count: int = 5, missing_score: float = 0.0
 ) -> Tensor:
-    """Return whether each label is among the n classes of highest score, for n = 1 to ``count``.
+    """Return whether labels, (M,), are among the 1 to ``count`` classes of highest score.
 
     Args:
         scores: Votes or logits, (M, C), none below ``missing_score``.
         labels: Labels, (M,).
-        count: Largest n; C if it is larger.
+        count: Largest number of classes; C if it is larger.
         missing_score: Score of a class without votes, which is never correct.
 
     Returns:

@@ -82,17 +82,8 @@ def fit(
     """Train a layer of each setting, all at once, from zero weights.
 
     In float32, whatever autocast and TF32 say. A setting whose learning rate is too large may end
-    with weights that are not finite; the others are what they would be without it.
-
-    Args:
-        samples: Training samples.
-        settings: Settings, G of them.
-        num_classes: C.
-        device: Device of the layers.
-        epochs: Passes over the samples.
-        batch_size: Samples of a step; the last batch of an epoch may be smaller.
-        seed: Seed of the order.
-        progress: Called after each step with its number of samples.
+    with weights that are not finite; the others are what they would be without it. ``seed`` is
+    that of the order, and ``progress`` is called after each step with its number of samples.
     """
     layers = Layers(
         torch.zeros(len(settings), num_classes, samples.features.shape[1], device=device),
@@ -154,9 +145,9 @@ def fitted_accuracies(
 ) -> list[float]:
     """Return each setting's accuracy, from layers trained in groups that fit in memory.
 
-    Up to rounding the groups change nothing. Arguments are those of ``fit`` and
-    ``settings_at_once``; ``test`` may share its features with ``train``, and ``title`` is that of
-    the progress bar. In addition to ``memory``, this takes a few batches of features.
+    Up to rounding the groups change nothing. In addition to ``memory``, as in
+    ``settings_at_once``, this takes a few batches of features. ``test`` may share its features
+    with ``train``.
     """
     width = train.features.shape[1]
     at_once = settings_at_once(num_classes, width, batch_size, device, memory)
@@ -184,7 +175,7 @@ def settings_at_once(
 ) -> int:
     """Return for how many settings weights, velocities and logits fit in memory, at least one.
 
-    Memory is in bytes; None stands for 2 GB, and on CUDA for a quarter of the free memory.
+    Memory is in bytes; by default 2 GB, and on CUDA a quarter of the free memory.
     """
     if memory is None:
         memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 * 10**9

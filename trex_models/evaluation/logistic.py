@@ -20,7 +20,7 @@ takes the place of the many iterations that unequal variances cost otherwise.
 
 Along a path of C each fit first searches along the line through the last two fits: W moves
 steadily with log C, and where classes are separable it grows with it. The logits along that line
-are known, so this step costs one product and stands for many. The pairs of L-BFGS are kept as
+are known, so this step costs one product and replaces many. The pairs of L-BFGS are kept as
 steps and changes of the losses' gradient, from which those of any C follow.
 
 Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
@@ -175,14 +175,9 @@ def fit_path(
 
 @torch.no_grad()
 def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
-    """Return the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
+    """Return orthonormal axes that span the centered features, (F, R).
 
-    Args:
-        features: Features, (N, F), which must be finite.
-        chunk: Number of samples at a time.
-
-    Returns:
-        Orthonormal axes that span the centered features, (F, R), R = min(N, F).
+    They are the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
     """
     require_finite("features", features, chunk)
     with full_float32(features.device):
@@ -197,7 +192,7 @@ def objective(
     C: float,  # noqa: N803
     chunk: int = 16384,
 ) -> float:
-    """Return the objective of any weights, (K, F), and intercepts, (K,); on their device."""
+    """Return the objective of weights, (K, F), and intercepts, (K,), on their device."""
     total = 0.5 * weight.double().square().sum()
     for x, y in zip(features.split(chunk), labels.long().split(chunk), strict=True):
         logits = torch.addmm(intercept, x.to(weight), weight.T)
@@ -214,12 +209,7 @@ class _Problem:
     """
 
     def __init__(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        num_classes: int,
-        chunk: int,
-        axes: Tensor | None,
+        self, features: Tensor, labels: Tensor, num_classes: int, chunk: int, axes: Tensor | None
     ) -> None:
         self.features, self.labels, self.chunk = features, labels, chunk
         self.mean = _mean(features, chunk)
@@ -270,7 +260,7 @@ class _Problem:
             curvature = strength * self.spread * self.variances + self.penalty
             value = strength * self.loss
             value += 0.5 * _dot(self.penalty * self.parameters, self.parameters)
-            # Intercepts have no penalty; their own curvature stands in for it.
+            # Intercepts have no penalty; their own curvature takes its place.
             least = torch.where(self.penalty > 0, self.penalty, curvature)
             excess = 0.5 * _dot(gradient / least, gradient)
             if progress is not None:
@@ -298,16 +288,10 @@ class _Problem:
         intercept = self.parameters[:, -1] - weight @ self.mean
         intercept -= intercept.mean()
         reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
-        return LogisticFit(
-            strength,
-            weight,
-            intercept,
-            reached,
-            gradient.norm().item(),
-            iterations,
-            # Far from the origin the intercept may be too coarse for features as they are.
-            converged and abs(reached - value) <= max(tolerance, 1e-4) * value,
-        )
+        # Far from the origin the intercept may be too coarse for features as they are.
+        converged &= abs(reached - value) <= max(tolerance, 1e-4) * value
+        norm = gradient.norm().item()
+        return LogisticFit(strength, weight, intercept, reached, norm, iterations, converged)
 
     def _differentiate(self) -> None:
         """Find the losses' gradient and the classes' mean p (1 - p) from the residual."""
@@ -317,7 +301,6 @@ class _Problem:
         self.spread = spread.clamp_min(1e-6)[:, None]
 
     def _pair(self, step: Tensor, change: Tensor, strength: float) -> _Pair:
-        """Return a pair of L-BFGS, of a step and the change of the losses' gradient."""
         change = (strength * change + self.penalty * step).flatten()
         return step.flatten(), change, step.flatten().dot(change)
 
@@ -327,16 +310,8 @@ class _Problem:
         """Find a step along a direction of descent that meets the strong Wolfe conditions.
 
         The objective is convex, so the step lies between any two whose slopes differ in sign.
-        Moves the logits, and leaves the loss and the residual of where it ends.
-
-        Args:
-            direction: Direction of the parameters, (K, R + 1).
-            change: Change of the logits along it, (N, K).
-            gradient: Gradient at the parameters, (K, R + 1).
-            strength: C.
-
-        Returns:
-            Length of the step; 0 if none is found or the direction does not descend.
+        Moves the logits by ``length * change``, and leaves the loss and the residual of where it
+        ends. Returns the length; 0 if none is found or the direction does not descend.
         """
         linear = _dot(self.penalty * self.parameters, direction)
         square = _dot(self.penalty * direction, direction)
@@ -421,10 +396,7 @@ def _mean(features: Tensor, chunk: int) -> Tensor:
 
 
 def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> Tensor:
-    """Return orthonormal axes, (F, R).
-
-    What rounding leaves uncertain are axes of hardly any variance; they stay orthonormal.
-    """
+    """Return orthonormal axes, (F, R); those of hardly any variance are uncertain by rounding."""
     narrow = len(features) < features.shape[1]
     span = torch.linalg.qr((features - mean).T).Q if narrow else None
     gram: Tensor = mean.new_zeros(())

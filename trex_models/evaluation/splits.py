@@ -15,37 +15,18 @@ import numpy as np
 
 
 def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.ndarray:
-    """Return a random order of the keys: by the SHA-256 of ``seed/key``, some 1 us a key.
-
-    Args:
-        keys: Names of the samples; equal ones keep their order.
-        seed: Seed of the order.
-
-    Returns:
-        Indices into the keys, (N,) int64.
-    """
-    start = hashlib.sha256(f"{seed}/".encode())
-    digests = []
-    for key in keys:
-        digest = start.copy()
-        digest.update(key.encode() if isinstance(key, str) else key)
-        digests.append(digest.digest())
+    """Return a random order of names, (N,) int64: by the SHA-256 of ``seed/key``, 1 us a key."""
+    start = f"{seed}/".encode()
+    data = (key.encode() if isinstance(key, str) else key for key in keys)
+    digests = [hashlib.sha256(start + key).digest() for key in data]
     return np.array(sorted(range(len(digests)), key=digests.__getitem__), dtype=np.int64)
 
 
 def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarray:
-    """Return which samples are held out for choosing a setting.
+    """Return which samples are held out for choosing a setting, (N,) bool.
 
     A share of each class, rounded, at least one sample and not all. Which ones depends only on
     the class's label and its number of samples.
-
-    Args:
-        labels: Labels, (N,) integers.
-        share: Share of each class.
-        seed: Seed of the choice.
-
-    Returns:
-        (N,) bool.
 
     Raises:
         ValueError: A class has a single sample.

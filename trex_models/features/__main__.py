@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trex_models import cli, plotting
 from trex_models.evaluation.extract import Extraction, feature_identity
 from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
-from trex_models.features import images, neighbors, picture
+from trex_models.features import images, neighbors
 from trex_models.machine import free_cores
 from trex_models.precision import PrecisionName
 
@@ -64,7 +63,7 @@ def extract(
             the model's own configuration says (model).
         precision: Number formats of the model.
         dtype: Type of the features in the file. float16 halves it and rounds by up to 5e-4.
-        unreadable: Whether unreadable images are errors, or are skipped and listed.
+        unreadable: Unreadable images are errors, or are skipped and listed.
         overwrite: Replace a file that holds something else.
         device: Device of the model: auto, cpu, cuda, ...
         batch_size: Images per batch.
@@ -73,7 +72,7 @@ def extract(
     cli.require_writable(output, *FORMATS)
     cli.require_at_least(1, batch_size=batch_size)
     cli.require_at_least(0, workers=workers)
-    found = images.find(paths)
+    found = images.find_images(paths)
     if found.repeated:
         print(f"{found.repeated:,} images are named more than once and count once")
     frozen = FrozenModel.load(
@@ -92,35 +91,40 @@ def extract(
         f"license of the weights: {frozen.facts['license']}",
         flush=True,
     )
+    skip = unreadable == "skip"
     try:
-        identity = feature_identity(
-            frozen, found.source, unreadable == "raise", output=features, dtype=dtype
-        )
+        identity = feature_identity(frozen, found.source, not skip, output=features, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{error}, or skip them with --unreadable skip") from error
-    about = {
-        "format": "trex_models.features 1",
-        "model": model,
-        "file": str(file.resolve()) if file else "",
-        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
-        "preprocessing": preprocessing,
-        "root": str(found.source.root),
-    }
     written = Extraction(
         model=frozen,
         source=found.source,
         path=output,
         identity=identity,
         names=found.names,
-        about=about,
+        about=_metadata(frozen, file, preprocessing, found.source.root),
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
-        skip=unreadable == "skip",
+        skip=skip,
         overwrite=overwrite,
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
     print(f"wrote {output}" if written else f"{output} is there already, of these images")
+
+
+def _metadata(
+    frozen: FrozenModel, file: Path | None, preprocessing: str, root: Path
+) -> dict[str, str]:
+    """Return the metadata by which ``neighbors`` finds the model and the images again."""
+    return {
+        "format": "trex_models.features 1",
+        "model": frozen.name,
+        "file": str(file.resolve()) if file else "",
+        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+        "preprocessing": preprocessing,
+        "root": str(root),
+    }
 
 
 def find_neighbors(
@@ -157,15 +161,14 @@ def find_neighbors(
         plotting.require_picture(output)
     rows = neighbors.find(found, query, k, model=model, file=file, root=root, device=device)
     if json:
-        entries: list[Any] = [{**asdict(row), "path": str(row.path)} for row in rows]
+        entries = [{**row._asdict(), "path": str(row.path)} for row in rows]
         print(dumps(entries, indent=2))
     else:
-        print(picture.table(rows))
+        print(neighbors.format_neighbors(rows))
     if output is not None:
         place = root or Path(found.metadata["root"])
         title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        plotting.save(picture.draw(rows, place, title), output)
+        plotting.save(neighbors.draw_neighbors(rows, place, title), output)
         print(f"wrote {output}", file=sys.stderr)
 
 

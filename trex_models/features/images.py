@@ -38,17 +38,11 @@ class Images(NamedTuple):
         return [Path(os.fsdecode(path)).as_posix() for path in self.source.paths.tolist()]
 
 
-def find(arguments: Sequence[str]) -> Images:
+def find_images(arguments: Sequence[str]) -> Images:
     """Find the images that arguments name.
 
-    Args:
-        arguments: Folders, which are searched at any depth; patterns, which may hold ``**``;
-            images; and .txt files with a path on each line, from their own folder. Hidden files
-            do not count.
-
-    Raises:
-        ValueError: An argument names nothing, no image, or a file of another type, or a folder
-            cannot be listed.
+    Arguments are folders, which are searched at any depth; patterns, which may hold ``**``; images;
+    and .txt files with a path on each line, from their own folder. Hidden files do not count.
     """
     if not arguments:
         raise ValueError("no images are named; name folders, patterns, images or .txt lists")

@@ -1,18 +1,21 @@
-"""Nearest neighbors of images among those of a file of features, by cosine similarity.
+"""Nearest neighbors of images in a file of features, by cosine similarity, and their picture.
 
 Shapes: N images of the file, M queries, F features, K neighbors.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+from trex_models import plotting
+from trex_models.data.decode import read_image
 from trex_models.data.image_files import FileSource
 from trex_models.evaluation.extract import as_text, extract_features
 from trex_models.evaluation.feature_file import Features
@@ -22,10 +25,12 @@ from trex_models.evaluation.knn import nearest_neighbors
 from trex_models.features import images
 
 _DECISIVE = ("weights_sha256", "modules_sha256", "transform")
+_CELL = 1.5  # inches
+_SIDE = 220  # pixels of a thumbnail
+_LINE, _LINES = 22, 3  # characters in a line, lines of a name
 
 
-@dataclass(frozen=True)
-class Neighbors:
+class Neighbors(NamedTuple):
     """Neighbors of one query."""
 
     query: str
@@ -50,19 +55,8 @@ def find(
 ) -> list[Neighbors]:
     """Find the images nearest to queries; an image is not its own neighbor.
 
-    Args:
-        found: File of features, one vector an image.
-        queries: Names in the file, or paths of images. The file's model computes the features of
-            images that the file does not hold.
-        k: Number of neighbors; fewer if the file holds fewer.
-        model: That model, if it was moved.
-        file: Its weights, if they are a file and were moved.
-        root: Folder of the file's images, if they were moved.
-        device: Device of the model.
-
-    Raises:
-        ValueError: A query is neither, the model is not that of the file, or the features are maps
-            or not finite.
+    Queries are names in the file, or paths of images, whose features the file's model computes.
+    ``model``, its weights' ``file`` and the images' ``root`` are needed if they were moved.
     """
     if found.features.ndim != 2:
         raise ValueError(
@@ -134,3 +128,35 @@ def _compute(
         )
     source = FileSource(Path.cwd(), list(queries), [0] * len(queries), ["queries"])
     return extract_features(model.model, source, model.transform, precision=model.precision.name)
+
+
+def draw_neighbors(found: Sequence[Neighbors], root: Path, title: str) -> Any:
+    """Draw a row per query: the query in a frame, then its neighbors, which are below ``root``."""
+    columns = 1 + max(len(row.names) for row in found)
+    with plotting.drawing(_CELL * columns + 0.3, (_CELL + 0.75) * len(found) + 0.5) as figure:
+        figure.suptitle(plotting.shorten(title, 16 * columns), parse_math=False)
+        for number, row in enumerate(found):
+            nearest = zip(row.names, row.similarities, strict=True)
+            cells = [(row.query, row.path, "query")]
+            cells += [(name, root / name, f"{cosine:.3f}") for name, cosine in nearest]
+            for place, (name, path, heading) in enumerate(cells, 1):
+                axis = figure.add_subplot(len(found), columns, number * columns + place)
+                color = plotting.GRAY if place > 1 else plotting.PALETTE[0]
+                image = Image.fromarray(read_image(path))
+                axis.imshow(ImageOps.pad(image, (_SIDE, _SIDE), color="white"))
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set(visible=place == 1, color=color, linewidth=2)
+                text = plotting.shorten(images.shown(name), _LINE * _LINES)
+                text = textwrap.fill(text, _LINE, break_on_hyphens=False)
+                axis.set_xlabel(f"{heading}\n{text}", fontsize=7, color=color, parse_math=False)
+    return figure
+
+
+def format_neighbors(found: Sequence[Neighbors]) -> str:
+    """Return the same as text: a query, then its neighbors, a line each."""
+    lines = []
+    for row in found:
+        lines.append(images.shown(row.query))
+        nearest = zip(row.names, row.similarities, strict=True)
+        lines += [f"  {cosine:6.3f}  {images.shown(name)}" for name, cosine in nearest]
+    return "\n".join(lines)

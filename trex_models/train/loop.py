@@ -96,7 +96,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         done = step + 1
         last = done == sampler.total_steps
         reports = last or done % system.log_every == 0
-        # Class vectors before the step, to measure how far it moves them; C x D floats.
+        # To measure how far the step moves them.
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
@@ -109,7 +109,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 indices,
                 learning_rate,
             )
-        except NonFiniteLossError:  # raised before the weights change, so the step can be replayed
+        except NonFiniteLossError:  # before any weight changed: the step can be replayed
             raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
         # On the device: reading it here would wait for the step. The first B rows are the logits
         # of the first global crop.
@@ -138,8 +138,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
             with reporter.untimed():
                 run.save(done)
-        # A run that has just finished has nothing to stop: it exports.
-        if stop and not last:
+        if stop and not last:  # a run that has just finished exports
             flags.finish()  # an exchange under way would hang a rank that leaves
             raise StoppedBySignal(Signals(stop), done, sampler.total_steps)
     flags.finish()

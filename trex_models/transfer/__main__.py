@@ -10,10 +10,15 @@ from pathlib import Path
 from shlex import join
 from typing import Any, Literal
 
-from trex_models import cli
+from trex_models import cli, plotting
 from trex_models.evaluation.frozen_model import FrozenModel, Preprocessing
 from trex_models.machine import free_cores
 from trex_models.precision import PrecisionName, choose_device
+from trex_models.transfer import pictures
+from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.datasets import DATASETS, GROUPS, open_checked, select
+from trex_models.transfer.evaluate import Plan, Task, evaluate
+from trex_models.transfer.report import format_table, read_report, require_same_images
 
 # On a CPU, the cores compute the model.
 _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
@@ -22,7 +27,7 @@ _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
     return cli.main(
-        {"evaluate": evaluate, "table": print_table, "plot": plot, "list": list_datasets},
+        {"evaluate": evaluate_model, "table": print_table, "plot": plot, "list": list_datasets},
         arguments,
         prog="python -m trex_models.transfer",
         description=__doc__,
@@ -30,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     )
 
 
-def evaluate(
+def evaluate_model(
     *,
     model: str,
     datasets: str,
@@ -80,21 +85,8 @@ def evaluate(
     cli.require_at_least(0, workers=workers)
     place = choose_device(device)
     device = place.type if device == "auto" else device
-    from trex_models.transfer.cache import FeatureCache
-    from trex_models.transfer.datasets import open_checked, select
-    from trex_models.transfer.evaluate import Plan, Task
-    from trex_models.transfer.evaluate import evaluate as run
-    from trex_models.transfer.report import table
-
     chosen = select(datasets)
-    names = [dataset.name for dataset in chosen]
-    if training_task is None and "imagenet" in names:
-        training_task = "imagenet"
-    if training_task not in (None, *names):
-        raise ValueError(
-            f"--training-task {training_task} is not among the datasets ({', '.join(names)}); add "
-            "it to --datasets"
-        )
+    training_task = _training_task(training_task, [dataset.name for dataset in chosen])
     frozen = FrozenModel.load(
         model,
         preprocessing=preprocessing,
@@ -107,18 +99,35 @@ def evaluate(
     if untrained and frozen.facts["parameters"]:
         first = next((task for task in tasks if task.dataset.name == training_task), tasks[0])
         frozen = frozen.calibrated(first.train, first.dataset.name, workers)
-    root = _cache_folder(cache or output.parent / "features")
+    root = cache or output.parent / "features"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--cache {root} cannot be used ({error.strerror}); name a folder"
+        ) from error
     kept = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
     settings = Plan(seeds=seeds, training_task=training_task, analyses=analyses, device=device)
-    report = run(frozen, tasks, kept, settings, output, label, command)
-    print(f"\n{table([report])}\n")
+    report = evaluate(frozen, tasks, kept, settings, output, label, command)
+    print(f"\n{format_table([report])}\n")
     print(f"wrote {output} and {output.with_suffix('.md')}")
+
+
+def _training_task(name: str | None, datasets: Sequence[str]) -> str | None:
+    if name is None and "imagenet" in datasets:
+        return "imagenet"
+    if name not in (None, *datasets):
+        raise ValueError(
+            f"--training-task {name} is not among the datasets ({', '.join(datasets)}); add it to "
+            "--datasets"
+        )
+    return name
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
     """Return the command that repeats an evaluation, without options at their defaults."""
     words = ["python", "-m", "trex_models.transfer", "evaluate"]
-    for name, parameter in signature(evaluate).parameters.items():
+    for name, parameter in signature(evaluate_model).parameters.items():
         if options[name] != parameter.default:
             words.append(f"--{name.replace('_', '-')}")
             words += [] if options[name] is True else [str(options[name])]
@@ -134,9 +143,7 @@ def print_table(reports: list[Path], /, *, markdown: bool = False) -> None:
         reports: Reports of models.
         markdown: Print a Markdown table.
     """
-    from trex_models.transfer.report import read_report, table
-
-    print(table([read_report(path) for path in reports], markdown))
+    print(format_table([read_report(path) for path in reports], markdown))
 
 
 def plot(
@@ -159,10 +166,6 @@ def plot(
         dataset: Dataset whose spectra are drawn (geometry). By default the first that all have.
         published: Points that the authors published, drawn too (scatter).
     """
-    from trex_models import plotting
-    from trex_models.transfer import pictures
-    from trex_models.transfer.report import read_report, require_same_images
-
     found = [read_report(path) for path in reports]
     require_same_images(found)
     draw = {
@@ -170,7 +173,6 @@ def plot(
         "bars": partial(pictures.bars, found),
         "geometry": partial(pictures.geometry, found, dataset),
     }[kind]
-    output.parent.mkdir(parents=True, exist_ok=True)
     plotting.save(draw(), output)
     print(f"wrote {output}")
 
@@ -180,23 +182,11 @@ def list_datasets() -> None:
 
     Example: python -m trex_models.transfer list
     """
-    from trex_models.transfer.datasets import DATASETS, GROUPS
-
     for dataset in DATASETS.values():
         print(f"{dataset.name:<18}{dataset.title}; {dataset.layout}")
     print()
     for group, names in GROUPS.items():
         print(f"{group:<18}{', '.join(names)}")
-
-
-def _cache_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--cache {folder} cannot be used ({error.strerror}); name a folder"
-        ) from error
-    return folder
 
 
 if __name__ == "__main__":

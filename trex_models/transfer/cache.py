@@ -7,7 +7,6 @@ The names are for people: a file is used only if its metadata are those asked fo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.extract import Extraction, feature_identity
+from trex_models.evaluation.extract import Extraction, as_text, feature_identity
 from trex_models.evaluation.feature_file import load
 from trex_models.evaluation.frozen_model import FrozenModel
 
@@ -37,24 +36,17 @@ class FeatureCache:
         title: str,
         identity: Mapping[str, str] | None = None,
     ) -> np.ndarray:
-        """Return features of a source's images, extracting those that are missing.
+        """Return features, (N, F), mapped into memory, extracting them if they are missing.
 
         Args:
             model: Model that maps images to features.
-            source: Labelled images.
+            source: Images.
             title: Dataset and split, for the file's name and the progress bar.
-            identity: Result of ``feature_identity``, if it is known: it looks at every file.
-
-        Returns:
-            (N, F), mapped into memory, read-only.
-
-        Raises:
-            ValueError: As ``Extraction.run``.
-            OSError: The folder cannot be written.
+            identity: Result of ``feature_identity``, if it is known: it reads every file's size.
         """
         identity = identity or feature_identity(model, source)
-        name = f"{_slug(title)}-{_short({**identity, 'dtype': self.dtype})}.safetensors"
-        path = self.folder(model) / name
+        key = digest(as_text({**identity, "dtype": self.dtype}))
+        path = self.folder(model) / f"{_slug(title)}-{key[:12]}.safetensors"
         Extraction(
             model=model,
             source=source,
@@ -70,11 +62,7 @@ class FeatureCache:
     def folder(self, model: FrozenModel) -> Path:
         """Return the folder of a model's features."""
         name = _slug(str(model.facts["architecture"]))
-        return self.root / f"{name}-{_short(model.identity())}"
-
-
-def _short(identity: Mapping[str, object]) -> str:
-    return digest(json.dumps(identity, sort_keys=True))[:12]
+        return self.root / f"{name}-{digest(as_text(model.identity()))[:12]}"
 
 
 def _slug(name: str) -> str:

@@ -39,13 +39,11 @@ class Dataset:
     """A dataset to classify on frozen features."""
 
     name: str
-    """Name in command lines and reports."""
     title: str
     """Name in tables and figures."""
     open: Callable[[Path], tuple[Source, Source]]
     """Maps the data root to the images to fit on and those to test on."""
     sizes: Sizes
-    """Sizes to check."""
     layout: str
     """Files that it needs below the data root."""
     home: str
@@ -200,12 +198,7 @@ GROUPS = {
 def select(text: str) -> list[Dataset]:
     """Return the datasets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
 
-    Args:
-        text: Names of datasets and of groups, and ``NAME=PATH`` for class folders at PATH, with
-            a backslash before each comma of PATH.
-
-    Raises:
-        ValueError: A name is unknown, not allowed, or used for two paths.
+    ``NAME=PATH`` means class folders at PATH, with a backslash before each comma of PATH.
     """
     chosen: dict[str, Dataset] = {}
     places: dict[str, str] = {}
@@ -224,18 +217,7 @@ def select(text: str) -> list[Dataset]:
 
 
 def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open a dataset and check all that can be checked without decoding an image.
-
-    Args:
-        dataset: Dataset to open.
-        root: Data root.
-
-    Returns:
-        The images to fit on and those to test on.
-
-    Raises:
-        ValueError: It is missing, damaged, or not what its name promises.
-    """
+    """Open the images to fit on and to test on; check them as far as that needs no decoding."""
     try:
         train, test = dataset.open(root.expanduser())
         _check(train, test, dataset.sizes)

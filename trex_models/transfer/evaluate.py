@@ -10,28 +10,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trex_models.atomic import write_whole
 from trex_models.cli import progress_bar
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.extract import feature_identity
+from trex_models.evaluation.extract import as_text, feature_identity
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.evaluation.geometry import Geometry, analyze
+from trex_models.evaluation.geometry import analyze
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset
-from trex_models.transfer.report import environment, new_report, table, with_entry
+from trex_models.transfer.report import environment, format_table, new_report, with_entry
 from trex_models.transfer.scores import accuracy, knn_scores
 
 LARGE = 100_000
 """Training images above which a dataset of the user's own gets the SGD layer."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A dataset that has been opened and checked."""
 
     dataset: Dataset
@@ -41,8 +40,7 @@ class Task:
     @property
     def classifier(self) -> str:
         """Its classifier: logistic or sgd."""
-        by_size = "sgd" if len(self.train) > LARGE else "logistic"
-        return self.dataset.classifier or by_size
+        return self.dataset.classifier or ("sgd" if len(self.train) > LARGE else "logistic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +66,16 @@ def evaluate(
     label: str = "",
     command: str = "",
 ) -> dict[str, Any]:
-    """Score a model on datasets, and write the report after each of them.
+    """Score a model on datasets; write the report after each of them, and return it.
 
     Args:
-        model: Model that maps images to features.
+        model: Model to score.
         tasks: Datasets.
         cache: Cache of features and scores.
         plan: Settings.
         output: The report's file, JSON; a table in Markdown is written next to it.
         label: Name of the model in tables and pictures; empty for its own.
         command: Command line that repeats it.
-
-    Returns:
-        The report.
 
     Raises:
         ValueError: An image cannot be read, features are not finite, or a cached file holds
@@ -105,7 +100,7 @@ def evaluate(
         entry = score(model, task, cache, plan)
         report = with_entry(report, name, entry, complete=number == len(tasks))
         write_whole(output, json.dumps(report, indent=2) + "\n")
-        write_whole(output.with_suffix(".md"), table([report], markdown=True))
+        write_whole(output.with_suffix(".md"), format_table([report], markdown=True))
         print(
             f"      top-1 {100 * entry['top1']['mean']:.2f} %, "
             f"k-NN {100 * entry['knn']['top1']:.2f} %",
@@ -115,7 +110,7 @@ def evaluate(
 
 
 def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> dict[str, Any]:
-    """Return a dataset's entry of the report; arguments and errors as of ``evaluate``."""
+    """Return a dataset's entry of the report; errors are those of ``evaluate``."""
     name = task.dataset.name
     started = time.monotonic()
     identities = [feature_identity(model, source) for source in (task.train, task.test)]
@@ -137,7 +132,7 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         "device": plan.device,
         "versions": environment()["versions"],
     }
-    key = digest(json.dumps(asked, sort_keys=True))
+    key = digest(as_text(asked))
     path = cache.folder(model) / f"{name}-scores-{key[:12]}.json"
     scores = _read_scores(path, key)
     if scores is None:
@@ -150,17 +145,13 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
     entry = {**about, **scores}
     if plan.analyses:
         try:
-            found = _analysis(train, task.train.labels, plan.device)
+            with progress_bar(len(train), "analyses", " images") as bar:
+                found = analyze(train, task.train.labels, device=plan.device, progress=bar.update)
             entry["geometry"] = {"train": found.to_dict()}
         except ValueError as error:  # such as constant features
             print(f"      no analyses: {error}", flush=True)
             entry["geometry"] = {"train": None, "reason": str(error)}
     return entry
-
-
-def _analysis(features: np.ndarray, labels: np.ndarray, device: str) -> Geometry:
-    with progress_bar(len(features), "analyses", " images") as bar:
-        return analyze(features, labels, device=device, progress=bar.update)
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:
@@ -176,7 +167,7 @@ def _scores(task: Task, train: np.ndarray, test: np.ndarray, plan: Plan) -> dict
     samples = train, task.train.labels, test, task.test.labels
     fit = protocol.sgd_scores if task.classifier == "sgd" else protocol.logistic_scores
     started = time.monotonic()
-    choices = fit(*samples, range(plan.seeds), device=plan.device)
+    choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
     fitted = time.monotonic()
     knn = protocol.knn_score(*samples, device=plan.device)
     seconds = {"classifiers": fitted - started, "knn": time.monotonic() - fitted}

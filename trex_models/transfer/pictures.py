@@ -34,16 +34,8 @@ MEASURES = (
 def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     """Draw the paper's picture: accuracy on the training task against mean transfer score.
 
-    Models that lack one of the scores are named above the picture.
-
-    Args:
-        reports: One report per model.
-        published: Key of ``PUBLISHED``, whose points are drawn too; None for no others.
-
-    Raises:
-        ValueError: No report has both scores, reports differ in their training task or in the
-            datasets of their transfer scores, or ``published`` is unknown or of another training
-            task.
+    Models that lack one of the scores are named above the picture; ``published`` is a key of
+    ``PUBLISHED``, whose points are drawn too.
     """
     if published not in (None, *PUBLISHED):
         raise ValueError(f"published must be one of {', '.join(PUBLISHED)}, got {published!r}")
@@ -123,9 +115,6 @@ def bars(reports: Sequence[Report]) -> Any:
     """Draw top-1 accuracies on all datasets, and the k-NN classifier's as a mark on each bar.
 
     Datasets come in the order of the reports; a model that was not evaluated on one leaves a gap.
-
-    Raises:
-        ValueError: There is nothing to draw.
     """
     rows = _rows(reports)
     if not rows:
@@ -162,12 +151,7 @@ def _rows(reports: Sequence[Report]) -> list[list[str]]:
 def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
     """Draw the spectra of one dataset's training features, and other measures of all datasets.
 
-    Args:
-        reports: One report per model; one without analyses leaves a gap.
-        dataset: Name of the dataset of the spectra; the first one by default.
-
-    Raises:
-        ValueError: No report has analyses, or none has them of ``dataset``.
+    A model without analyses leaves a gap. The spectra are by default those of the first dataset.
     """
     titles = _titles(reports)
     names = [name for name in titles if any(_analysis(report, name) for report in reports)]

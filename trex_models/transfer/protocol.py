@@ -70,14 +70,12 @@ _REMEDY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Hyperparameters chosen with one seed, and their score."""
+    """Hyperparameters chosen with one seed on validation samples, and their score."""
 
     seed: int
     """Seed of the validation split and, by SGD, of the batches' order."""
     settings: dict[str, float]
-    """The best on the validation samples."""
     validation_top1: float
-    """Top-1 of these settings on the validation samples."""
     top1: float
     """Top-1 on the test samples, fitted to all training samples."""
     curve: list[float]
@@ -89,33 +87,28 @@ class Choice:
 
 
 def logistic_scores(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    *samples: np.ndarray,
     seeds: Sequence[int],
     Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
     device: torch.device | str = "cpu",
 ) -> list[Choice]:
     """Choose C, fit and score a logistic regression, once for each seed.
 
-    Of several C that are equally good the smallest is chosen. The features must fit in the
+    The smallest of several C that are equally good is chosen. The features must fit in the
     device's memory: see ``trex_models.evaluation.logistic.fit_path``.
 
     Args:
-        train: Training features, (N, F) float32 or float16; may be read-only or memory-mapped.
-        train_labels: Labels, (N,) integers.
-        test: Features to score on, (M, F).
-        test_labels: Labels, (M,) integers.
+        samples: Training features, (N, F) float32 or float16, which may be memory-mapped; their
+            labels, (N,) integers; test features, (M, F); and their labels.
         seeds: Seeds of the validation splits.
         Cs: Values to choose from, ascending.
-        device: Device that computes.
+        device: Device of the classifiers.
 
     Raises:
         ValueError: Shapes do not match, a feature is not finite, a test label has no training
             sample, a class has one training sample, or C is out of range or order.
     """
-    task = _Task(train, train_labels, test, test_labels, device)
+    task = _Task(*samples, device=device)
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
     axes = logistic.principal_axes(x)
     total = (len(seeds) + 1) * len(Cs)
@@ -130,7 +123,7 @@ def logistic_scores(
 
         curves = []
         for seed in seeds:
-            mask = torch.from_numpy(held_out(train_labels, VALIDATION_SHARE, seed)).to(task.device)
+            mask = torch.from_numpy(held_out(samples[1], VALIDATION_SHARE, seed)).to(task.device)
             fits = path(~mask, len(Cs))
             curves.append([_top1(tried.logits(x[mask]), y[mask]) for tried in fits])
             del fits
@@ -138,38 +131,29 @@ def logistic_scores(
         # A path too, since large C converge far sooner from a similar C than from zero weights.
         finals = path(torch.ones_like(y, dtype=torch.bool), max(best) + 1)
         bar.update(len(Cs) - len(finals))
-    grid = [{"C": C} for C in Cs]
+    grid, chosen = [{"C": C} for C in Cs], [finals[index] for index in best]
+    scores = [_top1(fitted.logits(test_x), task.test_labels) for fitted in chosen]
     return [
-        _choice(
-            seed,
-            grid,
-            curve,
-            _top1(finals[index].logits(test_x), task.test_labels),
-            finals[index].converged,
-        )
-        for seed, curve, index in zip(seeds, curves, best, strict=True)
+        _choice(seed, grid, curve, top1, fitted.converged)
+        for seed, curve, top1, fitted in zip(seeds, curves, scores, chosen, strict=True)
     ]
 
 
 def sgd_scores(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    *samples: np.ndarray,
     seeds: Sequence[int],
     settings: Sequence[Setting] = SGD_GRID,
     device: torch.device | str = "cpu",
-    *,
     epochs: int = linear.EPOCHS,
     batch_size: int = linear.BATCH,
 ) -> list[Choice]:
     """Choose learning rate and weight decay, train and score a linear layer, once for each seed.
 
-    Of several settings that are equally good the first is chosen. Memory is bounded by that of
+    The first of several settings that are equally good is chosen. Memory is bounded by that of
     the layers: features stay in their file, or move to a CUDA device if half of its free memory
     holds them. Other arguments and errors are those of ``logistic_scores``.
     """
-    task = _Task(train, train_labels, test, test_labels, device)
+    task = _Task(*samples, device=device)
     everything, tests = (
         Samples(task.placed(features), labels.to(task.device), torch.arange(len(labels)))
         for features, labels in ((task.train, task.labels), (task.test, task.test_labels))
@@ -177,7 +161,7 @@ def sgd_scores(
     grid = [setting._asdict() for setting in settings]
     choices = []
     for seed in seeds:
-        mask = torch.from_numpy(held_out(train_labels, VALIDATION_SHARE, seed))
+        mask = torch.from_numpy(held_out(samples[1], VALIDATION_SHARE, seed))
         fitted, held = (everything._replace(rows=m.nonzero().flatten()) for m in (~mask, mask))
         score = partial(
             linear.fitted_accuracies,
@@ -196,23 +180,19 @@ def sgd_scores(
 
 
 def knn_score(
-    train: np.ndarray,
-    train_labels: np.ndarray,
-    test: np.ndarray,
-    test_labels: np.ndarray,
+    *samples: np.ndarray,
     k: int = K,
     temperature: float = TEMPERATURE,
     device: torch.device | str = "cpu",
 ) -> float:
     """Return the top-1 accuracy of the k-NN classifier.
 
-    Memory is that of ``trex_models.evaluation.knn_accuracy``. It computes on the CPU if the
-    training features take more than half of a CUDA device's free memory. Other arguments and
-    errors are those of ``logistic_scores``.
+    On the CPU if the training features take more than half of a CUDA device's free memory. Other
+    arguments and errors are those of ``logistic_scores``.
     """
-    task = _Task(train, train_labels, test, test_labels, device)
+    task = _Task(*samples, device=device)
     references = task.placed(task.train)
-    with progress_bar(len(train) * len(test), "k-NN", " pairs") as bar:
+    with progress_bar(len(task.train) * len(task.test), "k-NN", " pairs") as bar:
         return knn_accuracy(
             references, task.labels, task.test, task.test_labels, k, temperature, bar.update
         )
@@ -232,13 +212,14 @@ class _Task:
         train_labels: np.ndarray,
         test: np.ndarray,
         test_labels: np.ndarray,
+        *,
         device: torch.device | str,
     ) -> None:
         require_samples(train, train_labels, "training features")
         require_samples(test, test_labels, "test features", train.shape[1])
         self.train, self.test = as_tensor(train), as_tensor(test)
-        for part, features in (("training", self.train), ("test", self.test)):
-            require_finite(f"{part} features", features, remedy=_REMEDY)
+        require_finite("training features", self.train, remedy=_REMEDY)
+        require_finite("test features", self.test, remedy=_REMEDY)
         classes, labels = np.unique(train_labels, return_inverse=True)
         absent = np.setdiff1d(test_labels, classes)
         if len(absent):

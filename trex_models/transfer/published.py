@@ -36,6 +36,14 @@ _RELEASED = {  # by variant and tag of the weights
     ("trexstar", "in1k_r2"): Point("t-ReX* (retrained)", 0.802, 0.8800),
 }
 
+
+def _by_crops(layers: str, top1: tuple[float, ...], mean_log_odds: tuple[float, ...]) -> Figures:
+    """Return the figures of models that were trained with 0, 2, 4, 6 and 8 local crops."""
+    rows = zip(range(0, 10, 2), top1, mean_log_odds, strict=True)
+    points = tuple(Point(f"{count} crops", *scores) for count, *scores in rows)
+    return Figures(f"local crops with {layers}; ImageNet-1K, 13 sets", 13, points)
+
+
 PUBLISHED = {
     "paper": Figures(
         "ImageNet-1K, 13 sets",
@@ -50,27 +58,15 @@ PUBLISHED = {
             Point("t-ReX*", 0.8019, 1.080),
         ),
     ),
-    "crops-1": Figures(
-        "local crops with 1 hidden layer; ImageNet-1K, 13 sets",
-        13,
-        (
-            Point("0 crops", 0.7634, 1.030),
-            Point("2 crops", 0.7892, 1.153),
-            Point("4 crops", 0.7933, 1.181),
-            Point("6 crops", 0.7954, 1.180),
-            Point("8 crops", 0.7945, 1.175),
-        ),
+    "crops-1": _by_crops(
+        "1 hidden layer",
+        (0.7634, 0.7892, 0.7933, 0.7954, 0.7945),
+        (1.030, 1.153, 1.181, 1.180, 1.175),
     ),
-    "crops-3": Figures(
-        "local crops with 3 hidden layers; ImageNet-1K, 13 sets",
-        13,
-        (
-            Point("0 crops", 0.7410, 1.145),
-            Point("2 crops", 0.7671, 1.281),
-            Point("4 crops", 0.7730, 1.320),
-            Point("6 crops", 0.7750, 1.332),
-            Point("8 crops", 0.7794, 1.349),
-        ),
+    "crops-3": _by_crops(
+        "3 hidden layers",
+        (0.7410, 0.7671, 0.7730, 0.7750, 0.7794),
+        (1.145, 1.281, 1.320, 1.332, 1.349),
     ),
     "released": Figures("ImageNet-1K, 15 sets", 15, tuple(_RELEASED.values())),
 }
@@ -78,10 +74,6 @@ PUBLISHED = {
 
 
 def reported(name: str) -> Point:
-    """Return the figures of the training that one of NAVER's models comes from.
-
-    Args:
-        name: Model and tag, such as trex_resnet50_cls.in1k_r2.
-    """
+    """Return the figures of a model of NAVER's, such as trex_resnet50_cls.in1k_r2."""
     model, _, tag = name.partition(".")
     return _RELEASED[model.partition("_")[0], tag]

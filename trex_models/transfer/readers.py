@@ -29,14 +29,7 @@ _LIST_SUFFIXES = (".json", ".pkl", ".pickle")
 def from_torchvision(
     kind: Any, folder: str, *train: str, **options: Any
 ) -> Callable[[Path], Parts]:
-    """Return the reader of a torchvision dataset.
-
-    Args:
-        kind: Class of the dataset.
-        folder: Folder of the images below the data root.
-        train: Splits to fit on.
-        options: Further arguments of ``kind``.
-    """
+    """Return the reader of a torchvision dataset: its class, image folder, and splits to fit on."""
 
     def read(root: Path) -> Parts:
         splits = *train, "test"
@@ -68,13 +61,9 @@ def eurosat(root: Path) -> Parts:
 def class_folders(path: Path) -> Parts:
     """Read any class folders, divided by their owner or by a hash.
 
-    Args:
-        path: Folder that holds ``train/``, ``val/`` and ``test/`` of class folders, the first two
-            of which are fitted on; or ``train/`` and one of the others, which is tested on; or
-            only class folders, of each of which a fifth is held out to test on.
-
-    Raises:
-        ValueError: It holds something else.
+    ``train/``, ``val/`` and ``test/`` of class folders, the first two of which are fitted on; or
+    ``train/`` and one of the others, which is tested on; or only class folders, of each of which a
+    fifth is held out to test on.
     """
     found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
     if found == ["train", "val", "test"]:
@@ -167,19 +156,11 @@ def inaturalist(root: Path, year: int) -> Parts:
 
 
 def cog(root: Path, level: int) -> Parts:
-    """Read a level of ImageNet-CoG: concepts of ImageNet-21K, ever farther from ImageNet-1K's.
+    """Read a level (1 to 5) of ImageNet-CoG: concepts of ImageNet-21K, ever farther from -1K's.
 
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. Two
-    lists, as JSON or as pickles, name the concepts (WordNet ids) of the levels and the images of
-    each concept.
-
-    Args:
-        root: Folder of ``imagenet21k/<wnid>/<file>``, ``cog/levels.*`` and ``cog/splits.*``.
-        level: 1 to 5.
-
-    Raises:
-        ValueError: A list is missing, has an unknown layout, or is a pickle of anything but
-            containers, strings and numbers.
+    lists, ``cog/levels.*`` and ``cog/splits.*``, JSON or pickles, name the concepts (WordNet ids)
+    of the levels and the images of each concept, ``imagenet21k/<wnid>/<file>``.
     """
     (levels_file, levels), (splits_file, splits) = (
         _listing(root / "cog", stem) for stem in ("levels", "splits")

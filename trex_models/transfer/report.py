@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 import trex_models
+from trex_models.cli import align_columns
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.machine import free_cores, processor
 from trex_models.transfer.scores import summary
@@ -27,14 +29,7 @@ _LABEL_WIDTH = 40  # characters of a model's name in a table
 
 
 def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
-    """Return a report without datasets.
-
-    Args:
-        model: Model to evaluate.
-        settings: Further entries: the ``protocol``; the ``training_task``, which does not count as
-            transfer; and others.
-        label: Name of the model in tables and pictures; by default its name.
-    """
+    """Return a report without datasets, with ``settings`` (``protocol`` and others) as entries."""
     return {
         "format": FORMAT,
         "complete": False,
@@ -67,10 +62,8 @@ def environment() -> dict[str, Any]:
     """Return versions and the machine, as far as results may depend on them."""
     versions = {"trex_models": trex_models.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     machine = {
         "system": platform.system(),
         "processor": processor(),
@@ -83,11 +76,7 @@ def environment() -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report.
-
-    Raises:
-        ValueError: The file is missing or no report.
-    """
+    """Read a report."""
     try:
         report = dict(json.loads(path.read_text()))
         known = report["format"]
@@ -106,11 +95,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Check that datasets of one name have the same images.
-
-    Raises:
-        ValueError: They differ; the message names the dataset.
-    """
+    """Check that datasets of one name have the same images."""
     first: dict[str, tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
@@ -124,30 +109,15 @@ def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of one model or several, a line for each dataset.
-
-    Args:
-        reports: A report of each model.
-        markdown: Return a Markdown table in place of columns of text.
-
-    Raises:
-        ValueError: Reports have different images under one name.
-    """
+def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """Return the scores of models as text or Markdown, a line for each dataset."""
     require_same_images(reports)
     rows, notes = _rows(reports), _notes(reports)
     if markdown:
         lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
         lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
         return "\n".join([*lines, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<" + ">" * (len(widths) - 1)
-    lines = [
-        "  ".join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
-        )
-        for row in rows
-    ]
+    lines = align_columns(rows)
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, "", *notes])
 

@@ -9,11 +9,7 @@ from typing import Any
 
 
 def accuracy(top1: Sequence[float], images: int) -> dict[str, Any]:
-    """Return a dataset's scores.
-
-    Args:
-        top1: Accuracy of each seed.
-        images: Number of test images.
+    """Return a dataset's scores, from the accuracy of each seed and the number of test images.
 
     Returns:
         ``top1``: the ``mean``, the ``seeds``, the 95 % ``interval`` of the mean over seeds (None
@@ -73,10 +69,7 @@ def wilson_interval(share: float, images: int) -> tuple[float, float]:
 
 
 def summary(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a model's score over datasets.
-
-    Args:
-        datasets: Entries of a report, of equally many seeds, without that of the training task.
+    """Return a model's score over datasets, entries of a report of equally many seeds each.
 
     Returns:
         ``mean_log_odds``, the same by seed (``seeds``), the 95 % ``interval`` over the seeds (None
