@@ -340,12 +340,12 @@ class Tormentor:
         if number is not None:
             life.send(number, victims)
         killed = number == signal.SIGKILL and bool(victims)
-        patience = _PEER_SECONDS if life.started() else _MEETING_SECONDS
-        statuses = life.end(patience if killed or not life.started() else _MOST_SECONDS)
+        patience = _PEER_SECONDS if killed else _MOST_SECONDS
+        statuses = life.end(_MEETING_SECONDS if victims and not life.started() else patience)
         self._orphans |= {process.pid or 0: time.monotonic() for process in life.processes}
         killed = killed and any(statuses[rank] == -signal.SIGKILL for rank in victims)
         self.kills += killed
-        if killed or any(statuses):
+        if killed or statuses != [0] * len(statuses):
             for rank, status in enumerate(statuses):
                 if not self._may_end(life, rank, status, victims, number, killed, all_saved):
                     self._note(f"{number} to {victims}: {rank} ended with {status}", life, rank)
