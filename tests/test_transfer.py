@@ -11,7 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -24,7 +24,8 @@ from trex_models.atomic import write_whole
 from trex_models.transfer import evaluate as evaluate_module
 from trex_models.transfer import protocol
 from trex_models.transfer import report as report_module
-from trex_models.transfer.__main__ import main
+from trex_models.transfer.__main__ import main, plot
+from trex_models.transfer.published import PUBLISHED
 from trex_models.transfer.report import read_report
 
 CLASSES = {"dark": 60, "grey": 120, "light": 180}
@@ -366,3 +367,8 @@ def test_other_files_are_refused(
     assert str(path) in err
     assert ("a report of format 1, this version reads 2; evaluate" in err) == ("format" in text)
     assert main(["table", str(tmp_path / "none.json")]) == 2
+
+
+def test_every_table_of_published_figures_can_be_drawn() -> None:
+    [choices, _] = get_args(get_type_hints(plot)["published"])
+    assert get_args(choices) == tuple(PUBLISHED)

@@ -153,7 +153,7 @@ def plot(
     output: Path,
     kind: Literal["scatter", "bars", "geometry"] = "scatter",
     dataset: str | None = None,
-    published: Literal["paper"] | None = None,
+    published: Literal["paper", "crops-1", "crops-3", "released"] | None = None,
 ) -> None:
     """Draw the scores of models.
 
@@ -164,7 +164,8 @@ def plot(
         output: The picture, .png, .svg or .pdf.
         kind: The paper's scatter plot, accuracies, or the geometry of features (--analyses).
         dataset: Dataset whose spectra are drawn (geometry). By default the first that all have.
-        published: Points that the authors published, drawn too (scatter).
+        published: Points that the authors published, drawn too (scatter): of the paper, by number
+            of local crops with 1 or 3 hidden layers, or of the released models.
     """
     found = [read_report(path) for path in reports]
     require_same_images(found)
