@@ -209,3 +209,46 @@ def test_release(release: Path) -> None:
         assert official_files.backbone_of(full).keys() == backbone.keys()
         for key, tensor in official_files.backbone_of(full).items():
             assert torch.equal(tensor, backbone[key]), key
+
+
+@pytest.mark.parametrize("name", ["trex", "learned"])
+def test_optimizer_state_is_of_the_online_parameters(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    checkpoint = request.getfixturevalue(name)
+    parameters = [
+        tensor
+        for key, tensor in checkpoint["model"].items()
+        if not key.startswith(("module.model_ema.", "module.memory."))
+        and key.rpartition(".")[2] in ("weight", "bias")
+    ]
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim == 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain}]
+    sgd = torch.optim.SGD(groups, lr=0.1)
+    sgd.load_state_dict(checkpoint["optimizer"])
+    for p in parameters:
+        assert sgd.state[p]["momentum_buffer"].shape == p.shape
+    assert [group["weight_decay"] for group in sgd.param_groups] == [1e-4, 0.0]
+
+
+def test_seed_decides_all_numbers(trexstar: dict[str, Any]) -> None:
+    def same(seed: int) -> bool:
+        other = official_files.full_checkpoint(1, bank_size=512, optimizer=False, seed=seed)
+        pairs = zip(trexstar["model"].values(), other["model"].values(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    assert same(0)
+    assert not same(1)
+
+
+def test_momentum_buffers_load_back(learned: dict[str, Any], tmp_path: Path) -> None:
+    official_files.write(learned, tmp_path / "full.pth")
+    allowed: list[Any] = [np.empty(0).__reduce__()[0], *SAFE.values()]
+    with torch.serialization.safe_globals(allowed):
+        loaded = torch.load(tmp_path / "full.pth", weights_only=True)["optimizer"]
+    assert loaded["param_groups"] == learned["optimizer"]["param_groups"]
+    buffers = learned["optimizer"]["state"]
+    assert loaded["state"].keys() == buffers.keys()
+    for index, state in loaded["state"].items():
+        assert torch.equal(state["momentum_buffer"], buffers[index]["momentum_buffer"])

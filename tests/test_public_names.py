@@ -62,6 +62,24 @@ NAMES = {
     ),
 }
 # Where each part of the method is from: papers, and equations of t-ReX.
+SOURCES = {
+    "Projector": ("2206.15369", "section 3.1"),
+    "CosineClassifier": ("2206.15369", "quation 1"),
+    "CosineSoftmax": ("2206.15369", "quation 1"),
+    "OnlineClassMeans": ("2206.15369", "quation 2"),
+    "TReX": ("2206.15369", "section 3"),
+    "Encoder": ("t-ReX section 3.1",),
+    "MemoryBank": ("2206.15369", "section 3.2", "1911.05722"),
+    "MomentumEncoder": ("1911.05722", "Eq. 2"),
+    "LOOK": ("2110.06014", "reconstruction"),
+    "MultiCrop": ("2206.15369", "2006.09882"),
+    "MultiCropDataset": ("2206.15369", "2006.09882"),
+    "PhotometricAugmentation": ("2104.14294",),
+    "build_sgd": ("2206.15369",),
+    "learning_rates": ("2206.15369",),
+    "knn_accuracy": ("1805.01978", "2104.14294"),
+    "knn_votes": ("1805.01978",),
+}
 PUBLIC: dict[str, Any] = {
     name: getattr(sys.modules[module], name)
     for module, names in NAMES.items()
@@ -94,6 +112,8 @@ def test_the_page_has_all_names() -> None:
 def test_help_tells_arguments_results_errors_and_shapes(name: str) -> None:
     found = DOCUMENTED[name]
     assert what_help_lacks(found) == []
+    text = inspect.getdoc(found) or ""
+    assert [source for source in SOURCES.get(name, ()) if source not in text] == []
     if inspect.isclass(found):
         for method, function in vars(found).items():
             if inspect.isfunction(function) and not method.startswith("_"):
