@@ -258,7 +258,7 @@ def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
 def test_damaged_or_no_results(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert study.main(["report", "--results", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
     (tmp_path / "ocm-1-0.json").write_text(text)
     with pytest.raises(ValueError, match=r"ocm-1-0\.json is damaged \(.*\): delete it"):
