@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trex_models.atomic import replacing, require_space
 from trex_models.cli import progress_bar
 from trex_models.data.center_crop import Transform, image_batches
+from trex_models.data.decode import log_skipped
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.feature_file import (
@@ -43,7 +44,6 @@ from trex_models.evaluation.frozen_model import FrozenModel, device_of, preproce
 from trex_models.precision import Precision, PrecisionName
 
 _SPARE_BYTES = 64 << 20
-_SHOWN = 5  # unreadable images to print; the list has all
 
 
 def extract_features(
@@ -303,7 +303,7 @@ class Extraction:
         listed.unlink(missing_ok=True)  # of an earlier attempt
         if self.skipped:
             reasons = [self.skipped[index] for index in sorted(self.skipped)]
-            print("\n".join(f"skipped: {reason}" for reason in reasons[:_SHOWN]))
+            log_skipped(reasons, listed, print)
             print(f"skipped {len(reasons)} of {len(self.source)} images, all listed in {listed}")
             with replacing(listed) as file:
                 file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))
