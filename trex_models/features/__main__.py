@@ -156,6 +156,8 @@ def find_neighbors(
         device: Device of the model: auto, cpu, cuda, ...
     """
     cli.require_at_least(1, k=k)
+    if not query:
+        raise ValueError("--query names nothing; give a name in the file, or an image")
     found = load(file_of_features)
     if output is not None:
         plotting.require_picture(output)

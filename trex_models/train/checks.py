@@ -160,6 +160,16 @@ def classes(source: Source) -> str | None:
     return None
 
 
+def tensorboard() -> None:
+    """Check that the package is there; a ValueError of one rank ends all, an ImportError not."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "system.tensorboard needs another package, tensorboard: pip install trex-models[train]"
+        ) from error
+
+
 def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:
     """Refuse a case in which bfloat16 gradients are wrong.
 

@@ -159,8 +159,6 @@ def _check(
     process: Process,
 ) -> list[str]:
     """Run the preflight checks that this configuration needs; return warnings."""
-    if process.is_main and config.system.tensorboard:
-        import torch.utils.tensorboard  # noqa: F401  # if missing, before the run is created
     specs, objective, folder = build.crop_specs(config.crops), config.objective, Path(config.output)
     held_out = [] if validation is None else [("validation", validation.source)]
     share = config.optim.batch_size // process.world_size
@@ -189,6 +187,8 @@ def _check(
     ]
     if size := objective.bank_entries:
         found.append(lambda: checks.bank(size, source.labels, len(source.classes)))
+    if process.is_main and config.system.tensorboard:
+        found.append(checks.tensorboard)
     if process.is_main and config.output:
         # One more than are kept: the next is written before the oldest is deleted.
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))

@@ -143,6 +143,8 @@ def print_table(reports: list[Path], /, *, markdown: bool = False) -> None:
         reports: Reports of models.
         markdown: Print a Markdown table.
     """
+    if not reports:
+        raise ValueError("no report is named; give the file of at least one")
     print(format_table([read_report(path) for path in reports], markdown))
 
 
