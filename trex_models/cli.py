@@ -16,7 +16,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from errno import EISDIR
 from functools import partial
@@ -92,7 +92,11 @@ def call(
 
     parse: Any = tyro.cli
     if isinstance(commands, Mapping):
-        parse, arguments = tyro.extras.subcommand_cli_from_dict, arguments or ["--help"]
+        parse = tyro.extras.subcommand_cli_from_dict
+        if not arguments:
+            with suppress(SystemExit):
+                call(commands, ["--help"], prog=prog, description=description)
+            raise SystemExit(2)
     for command in commands.values() if isinstance(commands, Mapping) else [commands]:
         _describe(command)
     options = {"config": (tyro.conf.FlagCreatePairsOff,), **options}
