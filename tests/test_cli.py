@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import convert.__main__ as convert
@@ -84,3 +85,31 @@ def test_a_run_is_not_written_where_its_export_cannot_be_read(tmp_path: Path) ->
     with pytest.raises(ValueError, match="is not valid UTF-8"), lock_run_dir(config):
         pass
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("main", [convert.main, features.main, hub.main, train.main, transfer.main])
+def test_no_command_prints_the_help_with_status_2(
+    main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "python -m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (transfer.main, "table", "no report is named"),
+        (features.main, "neighbors f.npy --query", "--query names nothing"),
+        (plot.main, "", "no run"),
+        (hub.main, "publish", "give one folder or more"),
+    ],
+)
+def test_an_empty_list_is_one_clear_line(
+    main: Main, arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "f.npy", np.ones((2, 3), np.float32))
+    assert main(arguments.replace("f.npy", str(tmp_path / "f.npy")).split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
