@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from trex_models.atomic import existing_folder
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -215,8 +217,7 @@ def require_writable(output: Path, *suffixes: str) -> None:
     if output.suffix not in suffixes:
         raise ValueError(f"--output {output}: give a file that ends in {' or '.join(suffixes)}")
     try:
-        folder = next(place for place in output.absolute().parents if place.exists())
-        with TemporaryFile(dir=folder):
+        with TemporaryFile(dir=existing_folder(output.parent)):
             pass
         if output.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,11 +87,9 @@ class Precision:
         dtype = _AUTOCAST.get(self.name)
         return torch.autocast(self.device_type, dtype, enabled=dtype is not None)
 
-    @contextmanager
-    def tf32(self) -> Iterator[None]:
+    def tf32(self) -> AbstractContextManager[None]:
         """Allow TF32 in float32 products and convolutions on CUDA, unless this is fp32."""
-        with tf32(self.name != "fp32"):
-            yield
+        return tf32(self.name != "fp32")
 
 
 @contextmanager

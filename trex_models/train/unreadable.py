@@ -73,10 +73,10 @@ class UnreadableImages:
         new = [reason for reason in reasons if reason not in self._listed]
         if writes:
             log_skipped(new, self.path, log)
-        if writes and reasons and set(reasons) != self._listed:
-            write_whole(self.path, "".join(f"{reason}\n" for reason in reasons))
-        elif writes and not reasons:
-            self.path.unlink(missing_ok=True)  # of an earlier start; they were fixed
+            if reasons and set(reasons) != self._listed:
+                write_whole(self.path, "".join(f"{reason}\n" for reason in reasons))
+            elif not reasons:
+                self.path.unlink(missing_ok=True)  # of an earlier start; they were fixed
         self._listed = set(reasons)
 
     def trouble(self) -> str:
