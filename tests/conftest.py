@@ -6,9 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.nn.functional as F
 from filelock import FileLock
+from torch import Tensor
 
 from tests import official_files
 from tests.loopback_hub import Hub, HubServer, serving
@@ -55,3 +58,17 @@ def hub() -> Hub:
 def server(hub: Hub) -> Iterator[HubServer]:
     with serving(hub) as server:
         yield server
+
+
+@pytest.fixture
+def resized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """What is resized, and what it becomes."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    resize = F.interpolate
+
+    def spy(patch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((patch, resize(patch, *args, **kwargs)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(F, "interpolate", spy)
+    return seen

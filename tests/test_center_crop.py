@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -128,20 +127,6 @@ def test_squashed_images_are_never_cut() -> None:
     image = np.zeros((4, 400, 3), np.uint8)
     image[:, :200] = 255
     assert (ours(crop, image)[0, :, :4] > 200).all()
-
-
-@pytest.fixture
-def resized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """What is resized, and what it becomes."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    resize = F.interpolate
-
-    def spy(patch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append((patch, resize(patch, *args, **kwargs)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(F, "interpolate", spy)
-    return seen
 
 
 @pytest.mark.parametrize("writeable", [True, False])
