@@ -131,7 +131,7 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     assert run(models, "images", "--output", "f.npy", model="other") == 2
     assert run(models, "images/a", "--output", "f.npy") == 2
     errors = capsys.readouterr().err
-    for words in ("something else (weights_sha256 differs)", "images_sha256", "--overwrite"):
+    for words in ("something else (other weights_sha256)", "images_sha256", "--overwrite"):
         assert words in errors
     assert Path("f.npy").read_bytes() == before
     assert run(models, "images", "--output", "f.npy", "--overwrite", model="other") == 0
@@ -149,7 +149,7 @@ def test_precision_and_type_make_other_features(
     np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
     for option, value in (("precision", "bf16"), ("dtype", "float16")):
         assert run(models, "images", "--output", "fp32.npy", f"--{option}", value) == 2
-        assert f"something else ({option} differs)" in capsys.readouterr().err
+        assert f"something else (other {option})" in capsys.readouterr().err
 
 
 def test_changed_images_with_the_same_names_are_extracted_again(
@@ -163,7 +163,7 @@ def test_changed_images_with_the_same_names_are_extracted_again(
     save_image(place / "images" / "a" / "0.png", 99)
     os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
     assert run(models, "images", "--output", "f.npy") == 2
-    assert "something else (images_sha256 differs)" in capsys.readouterr().err
+    assert "something else (other images_sha256)" in capsys.readouterr().err
     assert run(models, "images", "--output", "cut.npy") == 0
     assert "continuing" not in capsys.readouterr().out
     changed = (np.load("cut.npy") != before).any(1)
@@ -356,7 +356,7 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--features", "projector"], "has no projector; trex_resnet50_proj"),
+        (["--features", "projector"], "has no projector, as trex_resnet50_proj"),
         (["--features", "logits"], "has no classifier"),
         (["--output", "f.txt"], r"--output f.txt: give a file that ends in .safetensors or .npy"),
         (["--output", "images/a/0.png/f.npy"], "cannot be written"),

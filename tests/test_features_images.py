@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import fail_to_list, save_image
+from trex_models.features import images
 from trex_models.features.images import find_images
 
 FILES = ["b/2.png", "b/1.jpg", "a/deep/3.PNG", "a/.hidden.png", "top.jpeg"]
@@ -42,35 +43,34 @@ ALL = ["a/deep/3.PNG", "b/1.jpg", "b/2.png", "top.jpeg"]
 def test_images_are_found_in_order_with_names_below_what_was_named(
     place: Path, arguments: list[str], root: str, names: list[str]
 ) -> None:
-    found = find_images(arguments)
-    assert found.names == names
-    assert found.source.root == place / root
-    assert found.repeated == 0
-    assert [found.source.name(row) for row in range(len(names))] == [
-        str(place / root / name) for name in names
-    ]
+    source, repeated = find_images(arguments)
+    assert images.names(source) == names
+    assert source.root == place / root
+    assert repeated == 0
+    found = [source.name(row) for row in range(len(names))]
+    assert found == [str(place / root / name) for name in names]
 
 
 def test_names_in_a_list_are_as_they_are(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absolute = place / "images" / "a" / "deep" / "3.PNG"
     (place / "images" / "list.txt").write_text(f"b/2.png\n\ntop.jpeg\r\n{absolute}\n")
     monkeypatch.chdir("/")
-    found = find_images([str(place / "images" / "list.txt")])
-    assert found.names == ["b/2.png", "top.jpeg", "a/deep/3.PNG"]
+    found, _ = find_images([str(place / "images" / "list.txt")])
+    assert images.names(found) == ["b/2.png", "top.jpeg", "a/deep/3.PNG"]
     names = [" first.png", "a\x0bb.png", "c\u2028d.png", "# 1.png"]
     for name in names:
         save_image(place / name)
     (place / "list.txt").write_text("\ufeff" + "\n".join(names), encoding="utf-8")
-    assert find_images([str(place / "list.txt")]).names == names
+    assert images.names(find_images([str(place / "list.txt")])[0]) == names
 
 
 def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = find_images(["images/b/2.png", "images", str(place / "images" / "b")])
-    assert found.names == ["b/2.png", "a/deep/3.PNG", "b/1.jpg", "top.jpeg"]
-    assert found.repeated == 3
+    found, repeated = find_images(["images/b/2.png", "images", str(place / "images" / "b")])
+    assert images.names(found) == ["b/2.png", "a/deep/3.PNG", "b/1.jpg", "top.jpeg"]
+    assert repeated == 3
     save_image(place / "odd" / "x[1].png")
     save_image(place / "odd" / "x1.png")
-    assert find_images(["odd/x[1].png"]).names == ["x[1].png"]
+    assert images.names(find_images(["odd/x[1].png"])[0]) == ["x[1].png"]
     caplog.clear()
     find_images(["images/a", "images/b", "images/**"])
     assert caplog.messages == [f"{place}/images: 1 file(s) left out (1 ending in '.md')"]

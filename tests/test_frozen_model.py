@@ -141,7 +141,7 @@ def test_pixels_are_an_encoder() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet5O", "timm knows no model of this name; the nearest names are .*resnet50"),
+        ("resnet5O", "timm knows no model of this name; the nearest are .*resnet50"),
         ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
         ("./no/such/folder", "no such folder with a config.json"),
         ("no/such/folder", "no such folder with a config.json"),

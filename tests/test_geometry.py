@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def all_pairs(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 def scalars(geometry: Geometry) -> dict[str, float]:
     """All but the spectrum, and what is no number."""
-    return {name: x for name, x in geometry.to_dict().items() if isinstance(x, int | float)}
+    return {name: x for name, x in asdict(geometry).items() if isinstance(x, int | float)}
 
 
 def same(one: Geometry, two: Geometry, rel: float = 1e-10) -> None:
@@ -77,7 +77,7 @@ def test_numbers_equal_those_of_brute_force(images: int, eps: float) -> None:
     assert found.distance_ratio == pytest.approx(within / between, rel=1e-10)
     assert (found.num_images, found.num_features, found.num_classes) == (images, width, 4)
     assert (found.eps, found.threshold) == (eps, 1e-5)
-    as_json = found.to_dict()
+    as_json = asdict(found)
     assert json.loads(json.dumps(as_json, allow_nan=False)) == as_json
     assert as_json["normalization"] == "rows of unit length"
 
@@ -123,7 +123,7 @@ def test_collapsed_classes_and_one_direction() -> None:
     assert list(found.singular_values) == [0] * 5
     assert (found.effective_rank, found.axes_of_95_percent) == (0, 0)
     assert (found.within_class_distance, found.between_class_distance) == (0, 0)
-    assert found.to_dict()["distance_ratio"] is None
+    assert found.distance_ratio is None
     assert found.coding_length == pytest.approx(np.log(1 + 5 / 0.25) / 2)
 
 

@@ -35,7 +35,7 @@ def test_each_class_holds_out_its_own_share_for_ever() -> None:
     labels = np.repeat([0, 1, 2], (10, 2, 25))
     assert np.flatnonzero(held_out(labels)).tolist() == [4, 8, 11, 15, 22, 26, 29, 31]
     assert np.flatnonzero(held_out(labels, seed=1)).tolist() != [4, 8, 11, 15, 22, 26, 29, 31]
-    with pytest.raises(ValueError, match=r"class 5 has one sample; each needs two.*leave it out"):
+    with pytest.raises(ValueError, match=r"class 5 has one sample; two are needed.*leave it out"):
         held_out(np.array([1, 1, 5, 2, 2]))
 
 

@@ -90,9 +90,8 @@ def test_wrong_files_are_told_with_layout_and_home(tmp_path: Path, name: str) ->
     count = len(expected[0])
     for change, what in (
         ({"train": count + 1}, rf"{count} training images where {count + 1} are"),
-        ({"train": (1, count - 1)}, rf"where 1 to {count - 1} are expected: .*more"),
         ({"test": len(expected[1]) - 1}, "test images where .*remove what was"),
-        ({"classes": 1234}, "classes where 1234 are expected: it is incomplete"),
+        ({"classes": 1234}, "classes where 1234 are expected; unpack all of it"),
     ):
         wrong = replace(right, sizes=right.sizes._replace(**change))
         assert re.search(what, refused(wrong, tmp_path))
@@ -154,7 +153,7 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
         ("mine=/a,mine=/b", "mine is /a and /b; give one"),
         ("pets=/a", "pets=/a: 'pets' is taken or not allowed"),
         ("small=/a", "'small' is taken"),
-        ("a/b=/a", "'a/b' is taken or not allowed; choose one of letters"),
+        ("a/b=/a", "'a/b' is taken or not allowed; use letters"),
         ("=/a", "'' is taken or not allowed"),
         ("mine=", "mine= lacks the path"),
         (" , ", "no dataset is named; there are"),
@@ -222,9 +221,9 @@ def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: 
     assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
     assert message.endswith(f"or only {tmp_path}/absent/CLASS")
     folders(tmp_path, "train", 2)
-    assert "neither test/ nor val/: rename the folder" in refused(own(tmp_path), tmp_path)
+    assert "neither test/ nor val/; rename one" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "test", 2, ["ant", "bee", "dog"])
-    assert "(only one part has cow, dog)" in refused(own(tmp_path), tmp_path)
+    assert "only one has cow, dog" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "train", 1, ["dog", "emu"])
     folders(tmp_path, "test", 1, ["cow", "emu"])
     message = refused(own(tmp_path), tmp_path)

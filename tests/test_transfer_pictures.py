@@ -247,10 +247,8 @@ def test_what_does_not_compare_or_is_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="one and fewer differ in cars, flowers, pets: evaluate"):
         pictures.scatter([one, fewer])
     one["training_task"] = "cars"
-    with pytest.raises(ValueError, match="no report has both scores.*evaluate a model on the dat"):
+    with pytest.raises(ValueError, match="no report has both scores: evaluate a model on"):
         pictures.scatter([one])
-    with pytest.raises(ValueError, match="one of paper, crops-1, crops-3, released, got 'them'"):
-        pictures.scatter([report("one")], "them")
     bare: dict[str, Any] = {**report("one"), "datasets": {}}
     with pytest.raises(ValueError, match="no report has a dataset to draw"):
         pictures.bars([bare])

@@ -181,11 +181,11 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
     x, y, test_x, test_y = task
     broken = test_x.copy()
     broken[17, 2] = np.nan
-    extract = "a NaN.*delete it and extract them again"
+    extract = "a NaN.*delete their file and extract them again"
     for given, message in (
         ((x, y, broken, test_y), f"test features must be finite, but row 17 has {extract}"),
         ((broken, test_y, x, y), "training features must be finite, but row 17 has"),
-        ((x[y != 4], y[y != 4], test_x, test_y), "no training image has label 4, .*1 such lab"),
+        ((x[y != 4], y[y != 4], test_x, test_y), "label 4 has test images, but no training image"),
         ((x, y, test_x[:, :9], test_y), r"test features .*shape \(N, 64\) .*got \(599, 9\)"),
         ((x, y, test_x[:0], test_y[:0]), r"test features .*not empty, got \(0, 64\)"),
         ((x, y[1:], test_x, test_y), r"labels of the training features must be 300 .*\(299,\)"),

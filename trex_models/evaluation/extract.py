@@ -4,9 +4,8 @@ Workers decode, resize and crop; uint8 crops travel to the model's device and ar
 The host never waits for the current batch: it takes the features of one while the device computes
 the next.
 
-A file is identified by everything that its features depend on, not by its name: see
-``feature_identity``.
-It grows next to its path, and the same call continues it. docs/features.md describes the contents.
+A file is identified by everything that its features depend on (``feature_identity``), not by its
+name. It grows next to its path, and the same call continues it.
 
 Shapes: N images, F features, S side in pixels.
 """
@@ -94,8 +93,7 @@ def feature_batches(
 ) -> Iterator[np.ndarray]:
     """Yield a model's output in eval mode for batches of images, (<= batch_size, F) float32.
 
-    The modes of all modules are restored; without ``precision``, autocast and TF32 stay as they
-    are.
+    The modes of all modules are restored. Without ``precision`` autocast and TF32 stay as they are.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -107,8 +105,7 @@ def feature_batches(
                 precision.tf32() if precision else nullcontext(),
             ):
                 output = model(batch)
-            output = output.float()
-            copy = output.to("cpu", non_blocking=output.is_cuda)  # into page-locked memory
+            copy = output.float().to("cpu", non_blocking=output.is_cuda)  # into page-locked memory
             stream = torch.cuda.current_stream(output.device) if output.is_cuda else None
             waiting.append((copy, stream.record_event() if stream else None))
             if len(waiting) > 1:  # the device computes the next batch meanwhile
@@ -136,13 +133,9 @@ def feature_identity(
 
 
 def images_digest(source: Source, require: bool = True) -> str:
-    """Return the SHA-256 of what identifies a source's images.
+    """Return the SHA-256 of a source's digest and, if they are files, their sizes and times.
 
-    It is the source's digest (paths and labels, or contents) and, if they are files, their sizes
-    and times of change, which unpacking an archive restores.
-
-    Raises:
-        ValueError: Files are missing or empty, and ``require`` is set.
+    With ``require`` missing and empty files are errors. Unpacking an archive restores the times.
     """
     stats = [source.stats(require)[:, :2]] if isinstance(source, FileSource) else []
     return digest(source.digest(), *stats)
@@ -160,17 +153,14 @@ class Extraction:
     model: FrozenModel
     source: Source
     path: Path
-    """The file, .safetensors or .npy."""
     identity: Mapping[str, str]
     """Result of ``feature_identity``; metadata of the file."""
     title: str = "images"
-    """Name of the images in the progress bar."""
     names: Sequence[str] | None = None
     """Names of the images in the file; None for no names."""
     about: Mapping[str, str] = field(default_factory=dict)
     """Further metadata."""
     dtype: str = "float32"
-    """Type of the features in the file: a key of ``DTYPES``."""
     batch_size: int = 256
     workers: int = 0
     skip: bool = False
@@ -181,13 +171,7 @@ class Extraction:
     """What to do about such a file, for the message."""
 
     def run(self) -> bool:
-        """Write the file, unless it is there; return whether it was written.
-
-        Raises:
-            ValueError: The file holds something else, an image cannot be read or all are skipped,
-                features are not finite, or the disk has no room.
-            OSError: The file cannot be written.
-        """
+        """Write the file, unless it is there; return whether it was written."""
         if self._is_there():
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,13 +203,12 @@ class Extraction:
         if not self.skip and found.get("skipped", "0") != "0":
             names.append("skipped")
         if names:
-            verb = "differ" if len(names) > 1 else "differs"
-            return f"holds something else ({', '.join(names)} {verb})"
+            return f"it holds something else (other {', '.join(names)})"
         try:
-            dtype = load(self.path).features.dtype
+            load(self.path)
         except ValueError:
             return "it is damaged: cut short, or its names are not those of its features"
-        return "" if dtype == DTYPES[self.dtype] else "holds something else (dtype differs)"
+        return ""
 
     def _resume(self) -> None:
         """Continue what an earlier attempt at the same file left, and nothing else."""
@@ -273,10 +256,9 @@ class Extraction:
                 if not finite.all():
                     first = _image_of(part.rows + int(np.argmin(finite)), self.skipped)
                     raise ValueError(
-                        f"{model.name} gives features that are not finite for "
-                        f"{self.source.name(first)} ({model.precision.name}, kept as {rows.dtype}):"
-                        " use --precision fp32 and --dtype float32; if that changes nothing, the "
-                        "weights are damaged"
+                        f"features of {self.source.name(first)} are not finite "
+                        f"({model.precision.name}, kept as {rows.dtype}): use --precision fp32 and "
+                        "--dtype float32; if that changes nothing, the weights are damaged"
                     )
                 write(rows)
                 bar.update(part.rows + len(self.skipped) - bar.n)
@@ -295,16 +277,15 @@ class Extraction:
 
     def _finish(self) -> None:
         """List the skipped images, and complete the file."""
-        if len(self.skipped) == len(self.source):
-            raise ValueError(
-                f"none of {len(self.source)} images can be read, such as: {self.skipped[0]}"
-            )
+        count = len(self.source)
+        if len(self.skipped) == count:
+            raise ValueError(f"none of {count} images can be read, such as: {self.skipped[0]}")
         listed = self.path.with_name(f"{self.path.name}.skipped.txt")
         listed.unlink(missing_ok=True)  # of an earlier attempt
         if self.skipped:
             reasons = [self.skipped[index] for index in sorted(self.skipped)]
             log_skipped(reasons, listed, print)
-            print(f"skipped {len(reasons)} of {len(self.source)} images, all listed in {listed}")
+            print(f"skipped {len(reasons)} of {count} images, all listed in {listed}")
             with replacing(listed) as file:
                 file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))
         self.part.finish(*self._ends(len(self.part.header)))
@@ -313,7 +294,6 @@ class Extraction:
 def _image_of(row: int, skipped: Mapping[int, str]) -> int:
     """Return the index of the image that a row belongs, or will belong, to."""
     for index in sorted(skipped):
-        if index > row:
-            break
-        row += 1
+        if index <= row:
+            row += 1
     return row

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,17 +37,13 @@ class Features(NamedTuple):
     features: np.ndarray
     """(N, F) or (N, C, H, W), mapped into memory, read-only."""
     names: list[str]
-    """N names: paths of the images below ``metadata["root"]``, with slashes. Empty if the file has
-    none, as those of the transfer evaluation."""
+    """Paths of the images below ``metadata["root"]``, with slashes; N, or none."""
     metadata: dict[str, str]
     """Description of model, preprocessing and images; see docs/features.md."""
 
 
 def load(path: str | Path) -> Features:
-    """Read a file of features; it takes as much memory as the names need.
-
-    Args:
-        path: NAME.safetensors, or NAME.npy with NAME.npy.json next to it.
+    """Read NAME.safetensors, or NAME.npy with NAME.npy.json next to it; only names take memory.
 
     Raises:
         ValueError: The file is missing, incomplete, or not a file of features.
@@ -63,16 +59,9 @@ def load(path: str | Path) -> Features:
             found = _read_safetensors(path)
         if len(found.names) not in (0, len(found.features)):
             raise ValueError("its names are not those of its features")
-    except OSError as error:
-        raise ValueError(
-            f"{error.filename or path} cannot be read ({error.strerror}); name a file that "
-            "python -m trex_models.features extract wrote"
-        ) from error
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is no complete file of features; write it with python -m trex_models.features "
-            "extract"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "incomplete, or something else"
+        raise ValueError(f"{path} holds no features ({reason}); extract them again") from error
     return found
 
 
@@ -218,16 +207,11 @@ class GrowingFile:
         sync_folder(self.path.parent)
 
 
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Wait until no other process writes the same file."""
+def exclusive(path: Path) -> AbstractContextManager[object]:
+    """Wait until no other process writes the same file, and keep others waiting in the context."""
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that writes {path.name}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

@@ -72,26 +72,15 @@ class FrozenModel:
         seed: int = 0,
         hint: str = "",
     ) -> FrozenModel:
-        """Load a model by name.
+        """Load a timm model, a timm folder, a finished run (its backbone), or "pixels".
 
-        Args:
-            name: A timm model (with a tag or without, also ``hf-hub:OWNER/NAME``), a timm folder
-                (config.json and weights), the folder of a finished training run, or "pixels".
-            features: "backbone" (pooled, before any projector), "projector", "logits", or "dense"
-                (the last feature map); None for the model's output without its classifier.
-            preprocessing: "transfer" (resize the shorter side to the crop's, bicubic; the authors'
-                for transfer), "validation" (to 256 for 224, bilinear), or "model" (the model's
-                own). Crop size, mean and standard deviation are always the model's.
-            precision: Number formats on the device.
-            device: ``auto`` or a torch device name.
-            file: Weights for an architecture of timm, in any form that the model reads.
-            untrained: Random weights of ``seed``, as a baseline.
-            seed: Seed of random weights.
-            hint: Remedy to report if there are no weights.
-
-        Raises:
-            ValueError: The model, its weights or the device are not available, or the model does
-                not give these features.
+        Features are "backbone" (pooled, before any projector), "projector", "logits", or "dense"
+        (the last feature map); None is the model's output without its classifier. Preprocessing
+        resizes the shorter side to the crop's, bicubic ("transfer", the authors'), to 256 for 224,
+        bilinear ("validation"), or as the model's configuration says ("model"); crop size, mean
+        and standard deviation are always the model's. ``file`` holds weights for an architecture
+        of timm, ``untrained`` gives random ones of ``seed``, and ``hint`` is the remedy to report
+        if there are none.
         """
         place = choose_device("cpu" if name == PIXELS else device)
         formats = Precision.from_name(precision, place.type)
@@ -102,7 +91,7 @@ class FrozenModel:
             model = model.to(place).to(memory_format=torch.channels_last).eval()
             transform = _transform(model, preprocessing)
             facts = _facts(name, model, file) | {"preprocessing": preprocessing}
-            facts |= {"untrained": True, "seed": seed} if untrained else {"untrained": False}
+            facts |= {"untrained": untrained, **({"seed": seed} if untrained else {})}
         facts["weights_sha256"] = weights_digest(model)
         facts["parameters"] = sum(p.numel() for p in model.parameters())
         part = _select(name, model, features)
@@ -129,10 +118,10 @@ class FrozenModel:
         }
 
     def calibrated(self, source: Source, title: str, workers: int = 0) -> FrozenModel:
-        """Return the model with BatchNorm statistics of a dataset's images; changes it in place.
+        """Return the model with BatchNorm statistics of a source's images; changes it in place.
 
-        Features of random weights with BatchNorm's initial statistics say nothing about training.
-        At most 2,048 images are taken, evenly over the source, which ``title`` names in reports.
+        Random weights with BatchNorm's initial statistics are no baseline. At most 2,048 images are
+        taken, evenly over the source, which ``title`` names in reports.
         """
         count = min(len(source), _CALIBRATION_IMAGES)
         indices = [index * len(source) // count for index in range(count)]
@@ -158,10 +147,8 @@ def preprocessing(model: nn.Module) -> CenterCrop:
             ``CenterCrop`` does not support.
     """
     if not getattr(model, "pretrained_cfg", None):
-        raise ValueError(
-            f"{type(model).__name__} has no pretrained_cfg, which describes the preprocessing; "
-            "pass a transform, such as PROTOCOLS['transfer'] of trex_models.data.center_crop"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has no pretrained_cfg; pass a transform, such as CenterCrop()")
     return CenterCrop.from_data_config(resolve_model_data_config(model))
 
 
@@ -217,16 +204,13 @@ def _create(
 ) -> nn.Module:
     folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(
-            f"--model {name}: there is no such folder with a config.json; name a timm folder, the "
-            "folder of a finished run, or a model of timm"
-        )
+        raise ValueError(f"--model {name}: no such folder with a config.json; name another model")
     if file is not None and not file.is_file():
         raise ValueError(f"--file {file} is no file; name the weights of {name}")
     # timm ignores the file for models from these places.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
         raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
-    options: dict[str, Any] = {} if untrained else {"pretrained": True}
+    options: dict[str, Any] = {"pretrained": not untrained}
     if untrained or not classifier:
         options["num_classes"] = 0
     if file:
@@ -239,14 +223,11 @@ def _create(
                 return timm.create_model(known, zero_init_last=False, **options)
         return timm.create_model(known, **options)
     except Exception as error:  # timm, the Hub and safetensors let anything out
-        architecture = name.removeprefix("hf-hub:").partition(".")[0]
+        architecture = name.partition(".")[0]
         problem = f" cannot be loaded: {first_line(error)}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
-            problem = ": timm knows no model of this name"
-            hint = f"the nearest names are {near}" if near else ""
-        elif untrained:
-            hint = ""
+            problem, hint = ": timm knows no model of this name", near and f"the nearest are {near}"
         raise ValueError(f"--model {name}{problem}{hint and f'; {hint}'}") from error
 
 
@@ -307,22 +288,20 @@ class _Pooled(_Dense):
 def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
     """Return the part of a model that gives the features asked for."""
     projects = isinstance(getattr(model, "proj", None), Projector)
+    lacks = ""
     if features == "projector" and not projects:
+        lacks = "projector, as trex_resnet50_proj and DIR/export/cls of a run have"
+    elif features == "logits" and not getattr(model, "num_classes", 0):
+        lacks = "classifier, as trex_resnet50_cls has"
+    elif features == "dense" and (
+        not hasattr(model, "forward_features") or "NHWC" in str(getattr(model, "output_fmt", ""))
+    ):
+        lacks = "feature map (C, H, W)"
+    if lacks:
         raise ValueError(
-            f"--features projector: {name} has no projector; trex_resnet50_proj, the _cls models "
-            f"and DIR/export/cls of a run have one; {name} has --features backbone"
-        )
-    if features == "logits" and not getattr(model, "num_classes", 0):
-        raise ValueError(
-            f"--features logits: {name} has no classifier; trex_resnet50_cls has one, and any "
-            f"model of timm with classes; {name} has --features backbone"
+            f"--features {features}: {name} has no {lacks}; choose --features backbone"
         )
     if features == "dense":
-        order = str(getattr(model, "output_fmt", ""))
-        if not hasattr(model, "forward_features") or "NHWC" in order:
-            raise ValueError(
-                f"--features dense: {name} has no feature map (C, H, W); choose --features backbone"
-            )
         return _Dense(model)
     return _Pooled(model) if features == "backbone" and projects else model
 
@@ -338,12 +317,9 @@ def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> t
         ) from error
     shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
     if len(shape) != (3 if dense else 1):
+        wanted = "a map (C, H, W); choose --features backbone"
+        if not dense:
+            wanted = "a vector (F,); choose a model that pools its features"
         found = shape or type(output).__name__
-        raise ValueError(
-            f"--features dense: {name} gives {found} for an image, not a map (C, H, W); it is not "
-            "convolutional: choose --features backbone"
-            if dense
-            else f"--model {name} gives {found} for an image, not a vector (F,); choose a model "
-            "that pools its features"
-        )
+        raise ValueError(f"--model {name} gives {found} for an image, not {wanted}")
     return shape

@@ -1,13 +1,11 @@
 """Geometry of frozen features: coding length, spectrum, sparsity, distances of classes.
 
-All of it is of Z, the features with every row at unit length. With row z_i of label y_i:
+All of it is of Z, the features with every row z_i at unit length:
 
 - coding length, R(Z) = 1/2 logdet(I + F / (N eps^2) Z^T Z) in nats: MCR2 (Yu et al. 2020, arXiv
-  2006.08558, section 2.1), which also takes rows of unit length. The eps and normalization of the
-  t-ReX paper are unverified, so a result contains its own;
-- singular values of Z less its mean row, over sqrt(N): their squares are the variances along the
-  principal axes; and the effective rank, exp(entropy of sigma_i / sum_j sigma_j), Roy and
-  Vetterli 2007;
+  2006.08558, section 2.1). The t-ReX paper's eps and normalization are unverified;
+- singular values of Z less its mean row, over sqrt(N), and the effective rank, exp(entropy of
+  sigma_i / sum_j sigma_j), Roy and Vetterli 2007;
 - cosine distances 1 - z_i . z_j, over all pairs without listing them: a class of n_c rows with
   sum S_c has ||S_c||^2 - n_c = the sum of z_i . z_j over its ordered pairs i != j.
 
@@ -17,8 +15,7 @@ Shapes: N images, F features, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +29,6 @@ class Geometry:
     """Numbers of one set of features; those of different F do not compare."""
 
     normalization: str = "rows of unit length"
-    """Normalization of the features, before anything else."""
     num_images: int
     """N: images whose features are not all zero."""
     zero_images: int
@@ -44,7 +40,7 @@ class Geometry:
     """Distortion that the coding length allows for a row of unit length."""
     coding_length: float
     """R(Z) in nats; F / 2 log(1 + 1 / eps^2) where the features are the same in all directions."""
-    singular_values: tuple[float, ...]
+    singular_values: list[float]
     """Those of the centered features over sqrt(N), descending, (F,); 0 if only rounding is left."""
     effective_rank: float
     """From 1 to F; 0 where all images have the same direction."""
@@ -62,32 +58,6 @@ class Geometry:
     distance_ratio: float | None
     """Within over between; None if the distance between classes is 0."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers for JSON."""
-        return asdict(self) | {"singular_values": list(self.singular_values)}
-
-
-class _Sums:
-    """Sums over rows of unit length, (N, F): all that the numbers are computed from."""
-
-    def __init__(self, width: int, num_classes: int, device: str | torch.device) -> None:
-        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.classes = self.gram.new_zeros(num_classes, width)
-        self.alive = torch.zeros(width, dtype=torch.bool, device=device)
-        self.counts = torch.zeros(num_classes, dtype=torch.float64)
-        self.near_zero = 0
-
-    def add(self, block: Tensor, labels: Tensor, threshold: float) -> None:
-        """Add features in float64, which are normalized in place."""
-        norms = torch.linalg.vector_norm(block, dim=1, keepdim=True)
-        block /= norms.clamp_min(torch.finfo(torch.float64).tiny)  # zeros stay zeros
-        directed = norms[:, 0] > 0
-        self.counts += torch.bincount(labels[directed], minlength=len(self.counts)).cpu()
-        self.near_zero += _count(block.abs() <= threshold) - block.shape[1] * _count(~directed)
-        self.alive |= (block != 0).any(0)
-        self.gram.addmm_(block.T, block)
-        self.classes.index_add_(0, labels, block)
-
 
 @torch.no_grad()
 def analyze(
@@ -99,49 +69,51 @@ def analyze(
     device: str | torch.device = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> Geometry:
-    """Analyze features in one pass, in float64.
+    """Analyze features, (N, F), of labels, (N,), in one pass, in float64.
 
     Takes 2 N F^2 operations, and some F^3 at the end. Holds 8 (5 F^2 + 4 K F + 4 chunk F) bytes
     at most, whatever N: a memory-mapped array may be larger than the memory. On CUDA the last
-    digits may differ from one call to the next.
-
-    Args:
-        features: Features, (N, F), of any floating type.
-        labels: Labels, (N,), of any type that sorts.
-        eps: Distortion that the coding length allows, above 0.
-        threshold: Largest |z| that counts as zero in the sparsity.
-        chunk: Number of images at a time.
-        device: Device; it must support float64.
-        progress: Called after each chunk with its number of images.
+    digits may differ from one call to the next. ``progress`` is called after each chunk with its
+    number of images.
 
     Raises:
-        ValueError: Shapes do not match, a feature is not finite, or there are fewer than two
-            classes, or no class of two images, among the images whose features are not all zero.
+        ValueError: A feature is not finite, or there are fewer than two classes, or no class of
+            two images, among the images whose features are not all zero.
     """
     require_samples(features, labels)
     names, targets = np.unique(labels, return_inverse=True)
     images, width = features.shape
-    sums = _Sums(width, len(names), device)
+    gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+    sums, counts = gram.new_zeros(len(names), width), gram.new_zeros(len(names))
+    alive = torch.zeros(width, dtype=torch.bool, device=device)
+    near_zero = 0
     for start in range(0, images, chunk):
-        block = as_tensor(features[start : start + chunk]).to(device, torch.float64, copy=True)
-        require_finite("features", block, first=start)
-        sums.add(block, torch.from_numpy(targets[start : start + chunk]).to(device), threshold)
+        z = as_tensor(features[start : start + chunk]).to(device, torch.float64, copy=True)
+        require_finite("features", z, first=start)
+        norms = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        z /= norms.clamp_min(torch.finfo(torch.float64).tiny)  # zeros stay zeros
+        directed = norms[:, 0] > 0
+        members = torch.from_numpy(targets[start : start + chunk]).to(device)
+        counts += torch.bincount(members[directed], minlength=len(counts))
+        near_zero += _count(z.abs() <= threshold) - width * _count(~directed)
+        alive |= (z != 0).any(0)
+        gram.addmm_(z.T, z)
+        sums.index_add_(0, members, z)
         if progress is not None:
-            progress(len(block))
+            progress(len(z))
 
-    counts, gram = sums.counts, sums.gram
+    counts = counts.cpu()
     kept = counts > 0
     if kept.sum() < 2 or counts.max() < 2:
         raise ValueError(
-            "the geometry needs two classes and a class of two images; among the images whose "
-            f"features are not all zero there are {int(kept.sum())} classes, the largest of "
-            f"{int(counts.max())} images"
+            "the geometry needs two classes and a class of two images; without features of zeros "
+            f"there are {int(kept.sum())} classes, the largest of {int(counts.max())} images"
         )
     count = int(counts.sum())
     gram /= count
-    mean = sums.classes.sum(0) / count
+    mean = sums.sum(0) / count
     singular, rank, axes = _spectrum(gram - torch.outer(mean, mean))
-    within, between = _distances(sums.classes[kept.to(device)].cpu(), counts[kept])
+    within, between = _distances(sums[kept.to(device)].cpu(), counts[kept])
     inner = gram.mul_(width / eps**2)
     inner.diagonal().add_(1)
     return Geometry(
@@ -151,12 +123,12 @@ def analyze(
         num_classes=int(kept.sum()),
         eps=eps,
         coding_length=torch.linalg.cholesky(inner).diagonal().log().sum().item(),
-        singular_values=tuple(singular.tolist()),
+        singular_values=singular.tolist(),
         effective_rank=rank,
         axes_of_95_percent=axes,
         threshold=threshold,
-        sparsity=sums.near_zero / (count * width),
-        dead_features=_count(~sums.alive),
+        sparsity=near_zero / (count * width),
+        dead_features=_count(~alive),
         within_class_distance=within,
         between_class_distance=between,
         distance_ratio=within / between if between else None,

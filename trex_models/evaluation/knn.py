@@ -1,9 +1,8 @@
 """Weighted k-nearest-neighbor classification by cosine similarity, in bounded memory.
 
-Wu et al. 2018 (arXiv 1805.01978), section 3.4, as DINO (arXiv 2104.14294) uses it: among the k
-reference features nearest to a query, the i-th, of similarity s_i, votes for its class with
-exp(s_i / T). Here all votes of a query are divided by the first one's, exp(s_1 / T), which
-changes no ranking and keeps a small T from overflowing.
+Wu et al. 2018 (arXiv 1805.01978), section 3.4, as DINO (arXiv 2104.14294) uses it: the i-th of
+the k references nearest to a query, of similarity s_i, votes for its class with exp(s_i / T).
+Here a query's votes are divided by its first, exp(s_1 / T): a small T overflows nowhere.
 
 Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbors.
 """
@@ -146,16 +145,10 @@ def vote(
 def topk_correct(
     scores: Tensor, labels: Tensor, count: int = 5, missing_score: float = 0.0
 ) -> Tensor:
-    """Return whether labels, (M,), are among the 1 to ``count`` classes of highest score.
+    """Return whether labels, (M,), are among the 1 to ``count`` highest of scores, (M, C).
 
-    Args:
-        scores: Votes or logits, (M, C), none below ``missing_score``.
-        labels: Labels, (M,).
-        count: Largest number of classes; C if it is larger.
-        missing_score: Score of a class without votes, which is never correct.
-
-    Returns:
-        (M, count) bool: top-1 in the first column, top-5 in the last of five.
+    A column is a number of classes, (M, min(count, C)): top-1 is the first, top-5 the last of
+    five. A class without votes has ``missing_score``, the least one, and is never correct.
     """
     ranked = scores.topk(min(count, scores.shape[1]))
     found = ranked.indices == labels.to(scores.device)[:, None]

@@ -1,10 +1,9 @@
 """A linear layer by SGD on frozen features, with a grid of settings trained at once.
 
 Features are L2-normalized. Cross-entropy, momentum, one learning rate an epoch:
-lr / 2 (1 + cos(pi e / E)) in epoch e of E, so that epoch 0 alone has the full rate. Each layer is
-the one that torch.optim.SGD would train. The settings share batches and their order;
-so a step is two products of the batch, (B, F), with all weights as one matrix, (G C, F), and the
-features are read once for all settings that fit in memory together.
+lr / 2 (1 + cos(pi e / E)) in epoch e of E. Each layer is the one that torch.optim.SGD would train.
+The settings share batches and their order; so a step is two products of the batch, (B, F), with all
+weights as one matrix, (G C, F), and features are read once for all settings that fit in memory.
 
 Shapes: N samples, F features, C classes, G settings, B batch.
 """
@@ -38,8 +37,7 @@ class Samples(NamedTuple):
     """Labeled features, or some rows of them."""
 
     features: Tensor
-    """(N, F), of any floating type and on any device: a memory-mapped file is read in batches, and
-    on the layers' device no batch has to travel."""
+    """(N, F), of any floating type, on any device; a memory-mapped file is read in batches."""
     labels: Tensor
     """(N,) int64, in [0, C)."""
     rows: Tensor
@@ -79,11 +77,10 @@ def fit(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Layers:
-    """Train a layer of each setting, all at once, from zero weights.
+    """Train a layer of each setting, all at once, from zero weights, in float32.
 
-    In float32, whatever autocast and TF32 say. A setting whose learning rate is too large may end
-    with weights that are not finite; the others are what they would be without it. ``seed`` is
-    that of the order, and ``progress`` is called after each step with its number of samples.
+    Too large a learning rate may end with weights that are not finite; the other settings are
+    what they would be without it. ``progress`` is called after each step with its samples.
     """
     layers = Layers(
         torch.zeros(len(settings), num_classes, samples.features.shape[1], device=device),
@@ -117,10 +114,7 @@ def fit(
 
 @torch.no_grad()
 def accuracies(layers: Layers, samples: Samples, batch_size: int = BATCH) -> list[float]:
-    """Return each layer's share of samples whose highest logit is that of their label.
-
-    It is 0 for a layer whose weights are not all finite.
-    """
+    """Return each layer's top-1 accuracy; 0 for a layer whose weights are not all finite."""
     device = layers.weight.device
     correct = torch.zeros(len(layers.weight), dtype=torch.int64, device=device)
     with full_float32(device):
@@ -146,8 +140,7 @@ def fitted_accuracies(
     """Return each setting's accuracy, from layers trained in groups that fit in memory.
 
     Up to rounding the groups change nothing. In addition to ``memory``, as in
-    ``settings_at_once``, this takes a few batches of features. ``test`` may share its features
-    with ``train``.
+    ``settings_at_once``, this takes a few batches of features.
     """
     width = train.features.shape[1]
     at_once = settings_at_once(num_classes, width, batch_size, device, memory)

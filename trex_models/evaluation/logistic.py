@@ -5,23 +5,22 @@ The objective is scikit-learn's for three classes and more, of weights W and int
     C sum_i (logsumexp_k l_ik - l_i,y(i)) + ||W||^2 / 2,  l_ik = w_k . x_i + b_k
 
 Minimized by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with a
-search for the strong Wolfe conditions (section 3.5), arranged so that an iteration is two
-products of the size of the features whatever the search tries: logits are linear in the step, so
-one product gives the logits along the whole line, and one the gradient where the search ends.
-(torch.optim.LBFGS pays two for every trial.)
+search for the strong Wolfe conditions (section 3.5). Logits are linear in the step, so one product
+with the features gives the logits along the whole line, and one the gradient where the search
+ends. (torch.optim.LBFGS pays two for every trial.)
 
-Centering the features is made up for by the intercepts, and turning them into their principal
-axes leaves ||W|| as it is: neither changes the objective. On those axes the curvature is about
+Centering the features and turning them into their principal axes changes the objective by nothing
+that intercepts do not make up for. On those axes the curvature is about the diagonal
 
     C h_k lambda_j + 1,  h_k = mean_i p_ik (1 - p_ik)
 
-of variances (times N) lambda, a diagonal: the initial inverse Hessian of every iteration. It
-takes the place of the many iterations that unequal variances cost otherwise.
+of variances (times N) lambda, the initial inverse Hessian of every iteration: unequal variances
+would cost many.
 
-Along a path of C each fit first searches along the line through the last two fits: W moves
-steadily with log C, and where classes are separable it grows with it. The logits along that line
-are known, so this step costs one product and replaces many. The pairs of L-BFGS are kept as
-steps and changes of the losses' gradient, from which those of any C follow.
+Along a path of C each fit first searches along the line through the last two fits, since W moves
+steadily with log C. The logits along that line are known, so this costs one product and replaces
+many. The pairs of L-BFGS are kept as steps and changes of the losses' gradient, from which those
+of any C follow.
 
 Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
 """
@@ -32,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,13 +82,7 @@ def fit(
     features: Tensor,
     labels: Tensor,
     C: float,  # noqa: N803 - as in scikit-learn
-    start: LogisticFit | None = None,
-    *,
-    tolerance: float = 1e-5,
-    max_iterations: int = 1000,
-    chunk: int = 16384,
-    axes: Tensor | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> LogisticFit:
     """Fit one multinomial logistic regression, scikit-learn's objective, on any device.
 
@@ -97,17 +91,7 @@ def fit(
 
     Arguments, result and errors are those of ``fit_path`` with a single value of C.
     """
-    return fit_path(
-        features,
-        labels,
-        [C],
-        start,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        chunk=chunk,
-        axes=axes,
-        progress=progress,
-    )[0]
+    return fit_path(features, labels, [C], **options)[0]
 
 
 @torch.no_grad()
@@ -115,7 +99,6 @@ def fit_path(
     features: Tensor,
     labels: Tensor,
     Cs: Sequence[float],  # noqa: N803 - several C
-    start: LogisticFit | None = None,
     *,
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
@@ -123,33 +106,30 @@ def fit_path(
     axes: Tensor | None = None,
     progress: Progress | None = None,
 ) -> list[LogisticFit]:
-    """Fit classifiers along ascending values of C, each from where the last one ended.
+    """Fit classifiers along ascending values of C, each from the last one, the first from zeros.
 
         fits = logistic.fit_path(features, labels, [0.01, 0.1, 1.0, 10.0])
 
     Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
-    where the features are. Sums of losses are in float64. In addition to the features it holds
-    N (R + 5 K) numbers, 40 times K R, and some matrices of R x F while the principal axes are
-    found (R^3 operations). The same call on the same machine gives the same result.
+    where the features are. In addition to the features it holds N (R + 5 K) numbers, 40 times K R,
+    and some matrices of R x F while the principal axes are found (R^3 operations).
 
     The excess over the least objective is at most half the squared norm of the gradient by W,
     since the penalty alone has curvature 1; a fit ends where this is within ``tolerance`` of the
     objective. With C of 1000 and more on separable classes float32 or ``max_iterations`` may end
     it before; its ``converged`` is then False.
 
-    With K = 2 scikit-learn penalizes one vector, the difference of the two classes' weights: its
-    classifier of 2 C is this one of C.
+    With K = 2 scikit-learn penalizes the difference of the two classes' weights: its classifier
+    of 2 C is this one of C.
 
     Args:
         features: Features, (N, F); what is not floating point, or half precision, is widened.
         labels: Labels, (N,), integers; each of [0, K) must occur.
         Cs: Weights of the sum of the losses against the penalty ||W||^2 / 2, ascending.
-        start: Fit to begin at; by default zero weights, with the classes' shares as probabilities.
         tolerance: Allowed excess of the objective, relative.
         max_iterations: Limit for each C, of two products with the features each.
         chunk: Number of samples at a time where no complete matrix is needed.
-        axes: ``principal_axes`` of a set that these samples are from, (F, R): to find them only
-            once where several of its parts are fitted to.
+        axes: ``principal_axes`` of a set that these samples are from, (F, R).
         progress: Called once an iteration.
 
     Raises:
@@ -161,15 +141,12 @@ def fit_path(
             raise ValueError(f"C must be above 0 and finite, got {C}")
     for lower, upper in pairwise(Cs):
         if upper < lower:
-            raise ValueError(
-                "values of C must ascend, as each fit starts from the last one's: sort them, "
-                f"got {upper} after {lower}"
-            )
+            raise ValueError(f"values of C must ascend: sort them, got {upper} after {lower}")
     counts = _class_counts(features, labels, chunk)
     labels = labels.to(features.device, torch.int64)
     with full_float32(features.device):
-        problem = _Problem(features, labels, len(counts), chunk, axes)
-        problem.start(start, counts)
+        axes = principal_axes(features, chunk) if axes is None else axes
+        problem = _Problem(features, labels, counts, chunk, axes)
         return [problem.minimize(C, tolerance, max_iterations, progress) for C in Cs]
 
 
@@ -177,11 +154,22 @@ def fit_path(
 def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
     """Return orthonormal axes that span the centered features, (F, R).
 
-    They are the ``axes`` of ``fit`` and ``fit_path`` for these samples or parts of them.
+    They are the ``axes`` of ``fit_path`` for these samples or parts of them. Axes of hardly any
+    variance are uncertain by rounding.
     """
     require_finite("features", features, chunk)
     with full_float32(features.device):
-        return _principal_axes(features, _mean(features, chunk), chunk)
+        mean = _mean(features, chunk)
+        narrow = len(features) < features.shape[1]
+        span = torch.linalg.qr((features - mean).T).Q if narrow else None
+        gram: Tensor = mean.new_zeros(())
+        for block in features.split(chunk):
+            centered = block - mean
+            if span is not None:
+                centered = centered @ span
+            gram = gram + centered.T @ centered
+        axes = torch.linalg.eigh(gram).eigenvectors
+        return axes if span is None else span @ axes
 
 
 def objective(
@@ -203,46 +191,32 @@ def objective(
 class _Problem:
     """The samples on their principal axes, and where the fit to them has come.
 
-    Parameters are (K, R + 1), a class's weights on the axes and its intercept. ``line`` is how
-    they and the logits moved in the last fit, ``history`` the latest steps and changes of the
-    gradient of the losses, ``slopes``.
+    Parameters are (K, R + 1), weights on the axes and an intercept. ``line`` is how they and the
+    logits moved in the last fit, ``history`` the latest steps and changes of ``slopes``.
     """
 
     def __init__(
-        self, features: Tensor, labels: Tensor, num_classes: int, chunk: int, axes: Tensor | None
+        self, features: Tensor, labels: Tensor, counts: Tensor, chunk: int, axes: Tensor
     ) -> None:
-        self.features, self.labels, self.chunk = features, labels, chunk
+        self.features, self.labels, self.chunk, self.axes = features, labels, chunk, axes
         self.mean = _mean(features, chunk)
-        self.axes = _principal_axes(features, self.mean, chunk) if axes is None else axes
-        variances = self.mean.new_zeros(self.axes.shape[1])  # times N, along the axes
-        width = self.axes.shape[1]
+        width = axes.shape[1]
+        variances = self.mean.new_zeros(width)  # times N, along the axes
         # The intercept is the weight of one more feature that is 1.
         self.samples = self.mean.new_ones(len(features), width + 1)
         for rows, block in zip(self.samples.split(chunk), features.split(chunk), strict=True):
-            turned = (block - self.mean) @ self.axes
+            turned = (block - self.mean) @ axes
             rows[:, :width] = turned
             variances += turned.square().sum(0)
         one = variances.new_ones(1)
         self.variances = torch.cat([variances, one * len(features)])
         self.penalty = torch.cat([torch.ones_like(variances), one * 0])
-        self.residual = self.mean.new_empty(len(features), num_classes)
+        self.residual = self.mean.new_empty(len(features), len(counts))
         self.history: deque[tuple[Tensor, Tensor]] = deque(maxlen=_HISTORY)
-
-    def start(self, start: LogisticFit | None, counts: Tensor) -> None:
-        """Go to the parameters of a fit, or to the best ones whose weights are zero."""
-        shape = len(counts), self.features.shape[1]
-        if start is None:
-            weight, intercept = self.mean.new_zeros(shape), counts.double().log()
-        elif start.weight.shape != shape:
-            raise ValueError(
-                f"start must be of {shape[0]} classes and {shape[1]} features as the samples are, "
-                f"got weights of shape {tuple(start.weight.shape)}"
-            )
-        else:
-            weight = start.weight.to(self.mean)
-            intercept = start.intercept.to(self.mean) + weight @ self.mean
-        intercept = (intercept - intercept.mean()).to(self.mean)
-        self.parameters = torch.cat([weight @ self.axes, intercept[:, None]], 1)
+        # The best parameters whose weights are zero: the classes' shares as probabilities.
+        intercept = counts.double().log()
+        self.parameters = self.mean.new_zeros(len(counts), width + 1)
+        self.parameters[:, -1] = intercept - intercept.mean()
         self.logits = self.samples @ self.parameters.T
         self.line = torch.zeros_like(self.parameters), torch.zeros_like(self.logits)
         self.loss = self._evaluate(self.line[1], 0.0)[0]
@@ -340,10 +314,7 @@ class _Problem:
         return 0.0
 
     def _evaluate(self, change: Tensor, length: float) -> tuple[float, float]:
-        """Return the sum of losses at logits + length * change, and its slope there.
-
-        Leaves the gradient by the logits in ``residual``.
-        """
+        """Return losses and slope at logits + length * change, and leave ``residual`` there."""
         loss = slope = torch.zeros((), dtype=torch.float64, device=change.device)
         for start in range(0, len(change), self.chunk):
             rows = slice(start, start + self.chunk)
@@ -374,10 +345,7 @@ def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _descent(gradient: Tensor, history: Sequence[_Pair], curvature: Tensor) -> Tensor:
-    """Return minus the inverse Hessian times the gradient: the two-loop recursion.
-
-    It begins with a diagonal Hessian, ``curvature``; the latest pair is the last one.
-    """
+    """Return minus the inverse Hessian times the gradient by the two-loop recursion."""
     direction = -gradient.flatten()
     scales = []
     for step, change, product in reversed(history):
@@ -395,20 +363,6 @@ def _mean(features: Tensor, chunk: int) -> Tensor:
     return (sum(sums, torch.zeros((), device=features.device)) / len(features)).to(dtype)
 
 
-def _principal_axes(features: Tensor, mean: Tensor, chunk: int) -> Tensor:
-    """Return orthonormal axes, (F, R); those of hardly any variance are uncertain by rounding."""
-    narrow = len(features) < features.shape[1]
-    span = torch.linalg.qr((features - mean).T).Q if narrow else None
-    gram: Tensor = mean.new_zeros(())
-    for block in features.split(chunk):
-        centered = block - mean
-        if span is not None:
-            centered = centered @ span
-        gram = gram + centered.T @ centered
-    axes = torch.linalg.eigh(gram).eigenvectors
-    return axes if span is None else span @ axes
-
-
 def _dot(a: Tensor, b: Tensor) -> float:
     return (a * b).sum(1).sum(dtype=torch.float64).item()
 
@@ -420,9 +374,8 @@ def _class_counts(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
     low, high = int(classes[0]), int(classes[-1])
     if low != 0 or not 1 <= high == len(classes) - 1:
         raise ValueError(
-            "labels must be 0 to K - 1 of at least two classes, and each must occur, got "
-            f"{len(classes)} different labels from {low} to {high}: number the classes by "
-            "torch.unique(labels, return_inverse=True)"
+            "labels must be 0 to K - 1, K at least 2, and each must occur, got "
+            f"{len(classes)} different labels from {low} to {high}: use torch.unique's inverse"
         )
     require_finite("features", features, chunk)
     largest = max(abs(bound.item()) for bound in torch.aminmax(features))

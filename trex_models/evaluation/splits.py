@@ -2,8 +2,6 @@
 
 A SHA-256 is the same on every platform and in every version of numpy, and a sample's does not
 depend on the others: one tiny class, or one image more, changes nothing for the other classes.
-
-Shapes: N samples.
 """
 
 from __future__ import annotations
@@ -27,9 +25,6 @@ def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarra
 
     A share of each class, rounded, at least one sample and not all. Which ones depends only on
     the class's label and its number of samples.
-
-    Raises:
-        ValueError: A class has a single sample.
     """
     mask = np.zeros(len(labels), dtype=bool)
     by_class = np.argsort(labels, kind="stable")
@@ -37,8 +32,7 @@ def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarra
     for label, members in zip(classes.tolist(), np.split(by_class, starts[1:]), strict=False):
         if len(members) < 2:
             raise ValueError(
-                f"class {label} has one sample; each needs two at least, one to fit and one to "
-                "hold out: add samples of it or leave it out"
+                f"class {label} has one sample; two are needed: add samples of it or leave it out"
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
         order = hashed_order([f"{label}/{position}" for position in range(len(members))], seed)

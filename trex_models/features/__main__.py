@@ -72,9 +72,9 @@ def extract(
     cli.require_writable(output, *FORMATS)
     cli.require_at_least(1, batch_size=batch_size)
     cli.require_at_least(0, workers=workers)
-    found = images.find_images(paths)
-    if found.repeated:
-        print(f"{found.repeated:,} images are named more than once and count once")
+    source, repeated = images.find_images(paths)
+    if repeated:
+        print(f"{repeated:,} images are named more than once and count once")
     frozen = FrozenModel.load(
         model,
         features=features,
@@ -84,7 +84,7 @@ def extract(
         device=device,
         hint="" if file else "--file gives an architecture of timm weights of your own",
     )
-    count, size = len(found.source), DTYPES[dtype].itemsize * math.prod(frozen.shape)
+    count, size = len(source), DTYPES[dtype].itemsize * math.prod(frozen.shape)
     print(
         f"{count:,} images x {' x '.join(map(str, frozen.shape))} {dtype} ({features} of "
         f"{model}): {count * size / 1e6:,.2f} MB in {output}\n"
@@ -93,16 +93,23 @@ def extract(
     )
     skip = unreadable == "skip"
     try:
-        identity = feature_identity(frozen, found.source, not skip, output=features, dtype=dtype)
+        identity = feature_identity(frozen, source, not skip, output=features, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{error}, or skip them with --unreadable skip") from error
     written = Extraction(
         model=frozen,
-        source=found.source,
+        source=source,
         path=output,
         identity=identity,
-        names=found.names,
-        about=_metadata(frozen, file, preprocessing, found.source.root),
+        names=images.names(source),
+        about={  # by which neighbors finds the model and the images again
+            "format": "trex_models.features 1",
+            "model": frozen.name,
+            "file": str(file.resolve()) if file else "",
+            **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+            "preprocessing": preprocessing,
+            "root": str(source.root),
+        },
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
@@ -111,20 +118,6 @@ def extract(
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
     print(f"wrote {output}" if written else f"{output} is there already, of these images")
-
-
-def _metadata(
-    frozen: FrozenModel, file: Path | None, preprocessing: str, root: Path
-) -> dict[str, str]:
-    """Return the metadata by which ``neighbors`` finds the model and the images again."""
-    return {
-        "format": "trex_models.features 1",
-        "model": frozen.name,
-        "file": str(file.resolve()) if file else "",
-        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
-        "preprocessing": preprocessing,
-        "root": str(root),
-    }
 
 
 def find_neighbors(

@@ -1,7 +1,6 @@
 """Images that a command line names: folders, glob patterns, files and lists of files.
 
-A name is the image's path below the common folder of all that was named: of one folder, below it.
-Arguments count in their order, the images of each in that of their paths.
+A name is the image's path below the common folder of all that was named.
 """
 
 from __future__ import annotations
@@ -10,39 +9,17 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from trex_models.data.decode import IMAGE_ENDINGS, quoted
-from trex_models.data.image_files import (
-    FileSource,
-    list_folder,
-    log_left_out,
-    split_images,
-    walk,
-)
+from trex_models.data.image_files import FileSource, list_folder, log_left_out, split_images, walk
 
 _TYPES = f"(file types: {' '.join(IMAGE_ENDINGS)})"
 
 
-class Images(NamedTuple):
-    """Images that were found."""
+def find_images(arguments: Sequence[str]) -> tuple[FileSource, int]:
+    """Find images in folders, at any depth, by patterns, paths and .txt files of paths, in order.
 
-    source: FileSource
-    """All of one class: nothing here is labelled."""
-    repeated: int
-    """Number of files that were named again, and count once."""
-
-    @property
-    def names(self) -> list[str]:
-        """Paths below the root, with slashes."""
-        return [Path(os.fsdecode(path)).as_posix() for path in self.source.paths.tolist()]
-
-
-def find_images(arguments: Sequence[str]) -> Images:
-    """Find the images that arguments name.
-
-    Arguments are folders, which are searched at any depth; patterns, which may hold ``**``; images;
-    and .txt files with a path on each line, from their own folder. Hidden files do not count.
+    Hidden files do not count. Returns the images, all of one class, and how many were named again.
     """
     if not arguments:
         raise ValueError("no images are named; name folders, patterns, images or .txt lists")
@@ -54,7 +31,12 @@ def find_images(arguments: Sequence[str]) -> Images:
     once = list(dict.fromkeys(named))
     start = len(root.rstrip(os.sep)) + 1
     source = FileSource(root, [path[start:] for path in once], [0] * len(once), ["images"])
-    return Images(source, len(named) - len(once))
+    return source, len(named) - len(once)
+
+
+def names(source: FileSource) -> list[str]:
+    """Return the paths of images below their root, with slashes."""
+    return [Path(os.fsdecode(path)).as_posix() for path in source.paths.tolist()]
 
 
 def shown(text: str) -> str:
@@ -73,9 +55,7 @@ def _look(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
     if path.is_dir():
         found = _images_below(path, left_out)
         if not found:
-            raise ValueError(
-                f"{argument} holds no images {_TYPES}; name another folder, or convert them"
-            )
+            raise ValueError(f"{argument} holds no images {_TYPES}; name another folder")
         return absolute(path), found
     if path.suffix.lower() == ".txt" and path.is_file():
         return _look_into_list(path)
@@ -85,8 +65,8 @@ def _look(argument: str, left_out: set[str]) -> tuple[str, list[str]]:
     if glob.has_magic(argument):
         return _match(argument, path, left_out)
     raise ValueError(
-        f"{argument}: there is no such file or folder; name images, folders of them, a pattern in "
-        "quotes, or a .txt file that lists images"
+        f"{argument}: there is no such file or folder; name images, folders, a pattern in quotes, "
+        "or a .txt list of images"
     )
 
 

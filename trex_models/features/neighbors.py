@@ -36,11 +36,9 @@ class Neighbors(NamedTuple):
     query: str
     """Name in the file, or path of another image."""
     path: Path
-    """Path of the query's image."""
     names: list[str]
     """K names, the nearest first."""
     similarities: list[float]
-    """K cosines."""
 
 
 def find(
@@ -53,16 +51,13 @@ def find(
     root: Path | None = None,
     device: str = "cpu",
 ) -> list[Neighbors]:
-    """Find the images nearest to queries; an image is not its own neighbor.
+    """Find the images nearest to queries: names in the file, or images, which its model computes.
 
-    Queries are names in the file, or paths of images, whose features the file's model computes.
-    ``model``, its weights' ``file`` and the images' ``root`` are needed if they were moved.
+    An image is not its own neighbor. ``model``, its weights' ``file`` and the images' ``root`` are
+    needed if they were moved.
     """
     if found.features.ndim != 2:
-        raise ValueError(
-            f"neighbors need vectors, but the file holds maps {found.features.shape[1:]}; "
-            "extract --features backbone"
-        )
+        raise ValueError("neighbors need vectors, not maps: extract --features backbone")
     root = Path(images.absolute((root or Path(found.metadata["root"])).expanduser()))
     rows = {name: row for row, name in enumerate(found.names)}
     known = [_row(query, rows, root) for query in queries]
@@ -95,10 +90,8 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
         return rows[query]
     path = Path(query).expanduser()
     if not path.is_file():
-        raise ValueError(
-            f"--query {query} is neither a name in the file (such as {next(iter(rows))}) nor an "
-            "image; correct it"
-        )
+        example = next(iter(rows))
+        raise ValueError(f"--query {query} is neither a name (such as {example}) nor an image")
     placed = Path(images.absolute(path))
     return rows.get(placed.relative_to(root).as_posix()) if placed.is_relative_to(root) else None
 
@@ -122,9 +115,8 @@ def _compute(
     differing = [key for key in _DECISIVE if as_text(identity[key]) != about[key]]
     if differing:
         raise ValueError(
-            f"{model.name} is not the model that made the features (other "
-            f"{', '.join(differing)}); name theirs with --model, and with --file if its weights "
-            "are your own, or extract the features again"
+            f"{model.name} is not the model that made the features (other {', '.join(differing)}); "
+            "name theirs with --model and --file, or extract the features again"
         )
     source = FileSource(Path.cwd(), list(queries), [0] * len(queries), ["queries"])
     return extract_features(model.model, source, model.transform, precision=model.precision.name)

@@ -86,42 +86,32 @@ def evaluate_model(
     place = choose_device(device)
     device = place.type if device == "auto" else device
     chosen = select(datasets)
-    training_task = _training_task(training_task, [dataset.name for dataset in chosen])
+    names = [dataset.name for dataset in chosen]
+    if training_task is None and "imagenet" in names:
+        training_task = "imagenet"
+    if training_task not in (None, *names):
+        raise ValueError(f"--training-task {training_task} is not in --datasets {','.join(names)}")
     frozen = FrozenModel.load(
         model,
         preprocessing=preprocessing,
         precision=precision,
         untrained=untrained,
         device=device,
-        hint="--untrained evaluates the architecture without weights",
+        hint="" if untrained else "--untrained evaluates the architecture without weights",
     )
     tasks = [Task(dataset, *open_checked(dataset, data_root)) for dataset in chosen]
     if untrained and frozen.facts["parameters"]:
         first = next((task for task in tasks if task.dataset.name == training_task), tasks[0])
         frozen = frozen.calibrated(first.train, first.dataset.name, workers)
     root = cache or output.parent / "features"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--cache {root} cannot be used ({error.strerror}); name a folder"
-        ) from error
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"--cache {root} is no folder; name one")
+    output.parent.mkdir(parents=True, exist_ok=True)
     kept = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
     settings = Plan(seeds=seeds, training_task=training_task, analyses=analyses, device=device)
     report = evaluate(frozen, tasks, kept, settings, output, label, command)
     print(f"\n{format_table([report])}\n")
     print(f"wrote {output} and {output.with_suffix('.md')}")
-
-
-def _training_task(name: str | None, datasets: Sequence[str]) -> str | None:
-    if name is None and "imagenet" in datasets:
-        return "imagenet"
-    if name not in (None, *datasets):
-        raise ValueError(
-            f"--training-task {name} is not among the datasets ({', '.join(datasets)}); add it to "
-            "--datasets"
-        )
-    return name
 
 
 def _command_line(options: Mapping[str, Any]) -> str:

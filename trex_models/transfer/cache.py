@@ -38,11 +38,8 @@ class FeatureCache:
     ) -> np.ndarray:
         """Return features, (N, F), mapped into memory, extracting them if they are missing.
 
-        Args:
-            model: Model that maps images to features.
-            source: Images.
-            title: Dataset and split, for the file's name and the progress bar.
-            identity: Result of ``feature_identity``, if it is known: it reads every file's size.
+        ``title`` names dataset and split in the file's name and the progress bar; ``identity`` is
+        the result of ``feature_identity``, if it is known, since it reads every file's size.
         """
         identity = identity or feature_identity(model, source)
         key = digest(as_text({**identity, "dtype": self.dtype}))
@@ -66,5 +63,4 @@ class FeatureCache:
 
 
 def _slug(name: str) -> str:
-    """Return a name as part of a file's."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "model"

@@ -23,8 +23,8 @@ from trex_models.evaluation.geometry import analyze
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset
-from trex_models.transfer.report import environment, format_table, new_report, with_entry
-from trex_models.transfer.scores import accuracy, knn_scores
+from trex_models.transfer.report import environment, format_table, new_report
+from trex_models.transfer.scores import accuracy, knn_scores, summary
 
 LARGE = 100_000
 """Training images above which a dataset of the user's own gets the SGD layer."""
@@ -68,19 +68,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a model on datasets; write the report after each of them, and return it.
 
-    Args:
-        model: Model to score.
-        tasks: Datasets.
-        cache: Cache of features and scores.
-        plan: Settings.
-        output: The report's file, JSON; a table in Markdown is written next to it.
-        label: Name of the model in tables and pictures; empty for its own.
-        command: Command line that repeats it.
-
-    Raises:
-        ValueError: An image cannot be read, features are not finite, or a cached file holds
-            something else.
-        OSError: A file cannot be written.
+    ``output`` is JSON; a table in Markdown is written next to it. ``label`` is the model's name in
+    tables and pictures, empty for its own, and ``command`` the command line that repeats this.
     """
     settings = {
         "protocol": protocol.describe(range(plan.seeds)),
@@ -97,20 +86,19 @@ def evaluate(
             f"{len(task.test):,} test images of {len(task.train.classes):,} classes",
             flush=True,
         )
-        entry = score(model, task, cache, plan)
-        report = with_entry(report, name, entry, complete=number == len(tasks))
+        entry = report["datasets"][name] = score(model, task, cache, plan)
+        transfer = {k: v for k, v in report["datasets"].items() if k != plan.training_task}
+        report["transfer"] = summary(transfer) if transfer else None
+        report["complete"] = number == len(tasks)
         write_whole(output, json.dumps(report, indent=2) + "\n")
         write_whole(output.with_suffix(".md"), format_table([report], markdown=True))
-        print(
-            f"      top-1 {100 * entry['top1']['mean']:.2f} %, "
-            f"k-NN {100 * entry['knn']['top1']:.2f} %",
-            flush=True,
-        )
+        top1, knn = 100 * entry["top1"]["mean"], 100 * entry["knn"]["top1"]
+        print(f"      top-1 {top1:.2f} %, k-NN {knn:.2f} %", flush=True)
     return report
 
 
 def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> dict[str, Any]:
-    """Return a dataset's entry of the report; errors are those of ``evaluate``."""
+    """Return a dataset's entry of the report."""
     name = task.dataset.name
     started = time.monotonic()
     identities = [feature_identity(model, source) for source in (task.train, task.test)]
@@ -147,7 +135,7 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         try:
             with progress_bar(len(train), "analyses", " images") as bar:
                 found = analyze(train, task.train.labels, device=plan.device, progress=bar.update)
-            entry["geometry"] = {"train": found.to_dict()}
+            entry["geometry"] = {"train": asdict(found)}
         except ValueError as error:  # such as constant features
             print(f"      no analyses: {error}", flush=True)
             entry["geometry"] = {"train": None, "reason": str(error)}

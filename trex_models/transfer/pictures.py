@@ -1,8 +1,6 @@
 """Pictures of reports: the two scores of models, their accuracies, the geometry of their features.
 
-A report is what ``python -m trex_models.transfer`` writes about a model, as a dictionary. Its
-accuracies are shares, drawn in percent; its intervals cover 95 %. Models keep their order, and so
-their colors, in all pictures of the same reports.
+Accuracies are shares, drawn in percent. Models keep their order, and so their colors.
 """
 
 from __future__ import annotations
@@ -21,13 +19,11 @@ BARS_PER_ROW = 64
 VALUES_UP_TO = 24  # bars in a panel; more leave no room for numbers above them
 MARKERS = "s^dvP<>"  # one for each published point
 # Measures of `geometry`: title, keys of bars and marks, scale, and format of the numbers.
+DISTANCES = "cosine distance within classes; marks: between classes"
 MEASURES = (
     ("coding length, nats", "coding_length", "", 1, "{:.0f}"),
     ("values that are zero, % (sparsity)", "sparsity", "", 100, "{:.1f}"),
-    (
-        "cosine distance within classes; marks: between classes",
-        *("within_class_distance", "between_class_distance", 1, "{:.2f}"),
-    ),
+    (DISTANCES, "within_class_distance", "between_class_distance", 1, "{:.2f}"),
 )
 
 
@@ -37,8 +33,6 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     Models that lack one of the scores are named above the picture; ``published`` is a key of
     ``PUBLISHED``, whose points are drawn too.
     """
-    if published not in (None, *PUBLISHED):
-        raise ValueError(f"published must be one of {', '.join(PUBLISHED)}, got {published!r}")
     authors = PUBLISHED[published] if published else None
     missing = [_label(report) for report in reports if not _has_both_scores(report)]
     first = _first_comparable([report for report in reports if _has_both_scores(report)])
@@ -46,8 +40,8 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     count = len(first["transfer"]["datasets"])
     if authors and first["training_task"] != "imagenet":
         raise ValueError(
-            f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}: their "
-            "accuracies do not compare; draw the picture without the published points"
+            f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}; leave "
+            "--published out"
         )
     notes = ["lines: 95 % intervals, of x over test images, of y over seeds"]
     if missing:
@@ -55,10 +49,8 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     if authors:
         notes.append(f"hollow: the authors' figures ({authors.title})")
         if authors.num_datasets != count:
-            notes.append(
-                f"Means over {count} and over the authors' {authors.num_datasets} datasets do "
-                "not compare."
-            )
+            means = f"{count} and over the authors' {authors.num_datasets} datasets"
+            notes.append(f"Means over {means} do not compare.")
     with plotting.drawing(10.5, 6.2) as figure:
         axis = figure.add_subplot()
         axis.margins(0.1)
@@ -91,8 +83,7 @@ def _first_comparable(reports: Sequence[Report]) -> Report:
     """Return the first report that has both scores; all must be of the same datasets."""
     if not reports:
         raise ValueError(
-            "no report has both scores, on the training task and of transfer: evaluate a model on "
-            "the dataset that it was trained on too, and name that one by --training-task"
+            "no report has both scores: evaluate a model on its --training-task and on other data"
         )
     first = reports[0]
     for other in reports[1:]:
@@ -103,19 +94,16 @@ def _first_comparable(reports: Sequence[Report]) -> Report:
             )
         mine, theirs = (set(report["transfer"]["datasets"]) for report in (first, other))
         if mine != theirs:
+            differing = ", ".join(sorted(mine ^ theirs))
             raise ValueError(
-                f"mean scores over other datasets do not compare, but {_label(first)} and "
-                f"{_label(other)} differ in {', '.join(sorted(mine ^ theirs))}: evaluate all "
-                "models on the same ones"
+                f"{_label(first)} and {_label(other)} differ in {differing}: evaluate all models "
+                "on the same datasets"
             )
     return first
 
 
 def bars(reports: Sequence[Report]) -> Any:
-    """Draw top-1 accuracies on all datasets, and the k-NN classifier's as a mark on each bar.
-
-    Datasets come in the order of the reports; a model that was not evaluated on one leaves a gap.
-    """
+    """Draw top-1 accuracies on all datasets, and the k-NN classifier's as a mark on each bar."""
     rows = _rows(reports)
     if not rows:
         raise ValueError("no report has a dataset to draw")
@@ -149,10 +137,7 @@ def _rows(reports: Sequence[Report]) -> list[list[str]]:
 
 
 def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
-    """Draw the spectra of one dataset's training features, and other measures of all datasets.
-
-    A model without analyses leaves a gap. The spectra are by default those of the first dataset.
-    """
+    """Draw the spectra of one dataset's training features, and other measures of all datasets."""
     titles = _titles(reports)
     names = [name for name in titles if any(_analysis(report, name) for report in reports)]
     if not names:
@@ -176,7 +161,6 @@ def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
 
 
 def _analysis(report: Report, name: str) -> dict[str, Any] | None:
-    """Return the analysis of a dataset's training features, if there is one."""
     return ((report["datasets"].get(name) or {}).get("geometry") or {}).get("train")
 
 
@@ -194,10 +178,7 @@ def _draw_spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
 def _grouped_bars(
     axis: Any, titles: Sequence[str], heights: np.ndarray, marks: np.ndarray, form: str
 ) -> None:
-    """Draw groups of bars and marks across them, both (models, groups), NaN for none.
-
-    The numbers above the bars, where there is room for them, have the format ``form``.
-    """
+    """Draw groups of bars, numbered by ``form``, and marks, both (models, groups), NaN for none."""
     models = len(heights)
     near = 0.1 * np.nanmax(heights)  # a mark so close above a bar would cross its number
     for index, color in enumerate(plotting.colors(models)):
@@ -226,7 +207,6 @@ def _grouped_bars(
 
 
 def _width(groups: int, models: int) -> float:
-    """Return a width for groups of bars, in inches."""
     return float(np.clip(2 + groups * (0.5 + 0.28 * models), 8, 14))
 
 

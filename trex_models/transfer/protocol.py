@@ -2,11 +2,10 @@
 
 t-ReX (arXiv 2206.15369), section 4.1 and its appendix: on each dataset the hyperparameters of a
 linear classifier are chosen on a fifth of the training images, and it is fitted again to all of
-them. Small datasets get logistic regression, large ones a linear layer by SGD. The score of a
-model is the mean over datasets of the log-odds ln(p / (1 - p)) of its top-1 accuracy p. In
-addition to the paper, k-NN.
+them. Small datasets get logistic regression, large ones a linear layer by SGD. In addition, k-NN.
 
-Shapes: N training samples, M test samples, F features, C classes.
+The ``samples`` of each function are training features, (N, F) float32 or float16, which may be
+memory-mapped; their labels, (N,) integers; test features, (M, F); and their labels.
 """
 
 from __future__ import annotations
@@ -62,10 +61,7 @@ PROTOCOL: dict[str, Any] = {
     "score": "mean over datasets of ln(p / (1 - p)), p the top-1 accuracy on the test images",
 }
 """Description in reports."""
-_REMEDY = (
-    ": if they are cached in a file, delete it and extract them again; if they are the same again, "
-    "look at the image and the model's weights"
-)
+_REMEDY = ": delete their file and extract them again, or look at the image and the weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +88,10 @@ def logistic_scores(
     Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
     device: torch.device | str = "cpu",
 ) -> list[Choice]:
-    """Choose C, fit and score a logistic regression, once for each seed.
+    """Choose C, fit and score a logistic regression, once for each seed of a validation split.
 
     The smallest of several C that are equally good is chosen. The features must fit in the
     device's memory: see ``trex_models.evaluation.logistic.fit_path``.
-
-    Args:
-        samples: Training features, (N, F) float32 or float16, which may be memory-mapped; their
-            labels, (N,) integers; test features, (M, F); and their labels.
-        seeds: Seeds of the validation splits.
-        Cs: Values to choose from, ascending.
-        device: Device of the classifiers.
-
-    Raises:
-        ValueError: Shapes do not match, a feature is not finite, a test label has no training
-            sample, a class has one training sample, or C is out of range or order.
     """
     task = _Task(*samples, device=device)
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
@@ -150,8 +135,7 @@ def sgd_scores(
     """Choose learning rate and weight decay, train and score a linear layer, once for each seed.
 
     The first of several settings that are equally good is chosen. Memory is bounded by that of
-    the layers: features stay in their file, or move to a CUDA device if half of its free memory
-    holds them. Other arguments and errors are those of ``logistic_scores``.
+    the layers: features stay in their file, or move to CUDA if half of its free memory holds them.
     """
     task = _Task(*samples, device=device)
     everything, tests = (
@@ -187,8 +171,7 @@ def knn_score(
 ) -> float:
     """Return the top-1 accuracy of the k-NN classifier.
 
-    On the CPU if the training features take more than half of a CUDA device's free memory. Other
-    arguments and errors are those of ``logistic_scores``.
+    On the CPU if the training features take more than half of a CUDA device's free memory.
     """
     task = _Task(*samples, device=device)
     references = task.placed(task.train)
@@ -206,15 +189,8 @@ def describe(seeds: Sequence[int]) -> dict[str, Any]:
 class _Task:
     """Features and labels as tensors, classes numbered from 0."""
 
-    def __init__(
-        self,
-        train: np.ndarray,
-        train_labels: np.ndarray,
-        test: np.ndarray,
-        test_labels: np.ndarray,
-        *,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, *samples: np.ndarray, device: torch.device | str) -> None:
+        train, train_labels, test, test_labels = samples
         require_samples(train, train_labels, "training features")
         require_samples(test, test_labels, "test features", train.shape[1])
         self.train, self.test = as_tensor(train), as_tensor(test)
@@ -223,10 +199,7 @@ class _Task:
         classes, labels = np.unique(train_labels, return_inverse=True)
         absent = np.setdiff1d(test_labels, classes)
         if len(absent):
-            raise ValueError(
-                f"no training image has label {absent[0]}, but test images have ({len(absent)} "
-                f"such labels; {len(classes)} are trained): give both sets the same classes"
-            )
+            raise ValueError(f"label {absent[0]} has test images, but no training image; add some")
         self.device, self.num_classes = torch.device(device), len(classes)
         self.labels = torch.from_numpy(labels)
         self.test_labels = torch.from_numpy(np.searchsorted(classes, test_labels))

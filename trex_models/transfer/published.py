@@ -1,8 +1,8 @@
 """The authors' published figures of t-ReX and other models (ICLR 2023, arXiv 2206.15369).
 
 None was measured here. Those of the paper were read off its plots, to about 0.0002 in top-1 and
-0.003 in log-odds; those of the released models are in the release's own table. The means are over
-13 and over 15 transfer datasets, so figures of one do not compare with figures of the other.
+0.003 in log-odds; those of the released models are in the release's table. Means over 13 and over
+15 datasets do not compare.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ PUBLISHED = {
     ),
     "released": Figures("ImageNet-1K, 15 sets", 15, tuple(_RELEASED.values())),
 }
-"""By the names that ``trex_models.transfer.pictures.scatter`` takes."""
 
 
 def reported(name: str) -> Point:

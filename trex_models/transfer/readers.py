@@ -1,7 +1,6 @@
-"""Readers of datasets as they lie on a disk: lists of files, no pixels.
+"""Readers of datasets as they lie on a disk: lists of the images to fit on and of those to test on.
 
-Each returns the images to fit on (training and validation) and those to test on. Folders have the
-names that torchvision gives them. A damaged dataset may raise any error; `datasets.open_checked`
+Folders have torchvision's names. A damaged dataset may raise any error; `datasets.open_checked`
 adds what was expected.
 """
 
@@ -26,14 +25,12 @@ NUM_LEVELS = 5
 _LIST_SUFFIXES = (".json", ".pkl", ".pickle")
 
 
-def from_torchvision(
-    kind: Any, folder: str, *train: str, **options: Any
-) -> Callable[[Path], Parts]:
+def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
     """Return the reader of a torchvision dataset: its class, image folder, and splits to fit on."""
 
     def read(root: Path) -> Parts:
         splits = *train, "test"
-        *fitted, tested = (kind(root, split, loader=str, **options) for split in splits)
+        *fitted, tested = (kind(root, split, loader=str) for split in splits)
         classes = tested.classes
         if any(part.classes != classes for part in fitted):  # each numbers the classes it holds
             raise ValueError(f"its splits {', '.join(splits)} list different classes")
@@ -61,27 +58,23 @@ def eurosat(root: Path) -> Parts:
 def class_folders(path: Path) -> Parts:
     """Read any class folders, divided by their owner or by a hash.
 
-    ``train/``, ``val/`` and ``test/`` of class folders, the first two of which are fitted on; or
-    ``train/`` and one of the others, which is tested on; or only class folders, of each of which a
-    fifth is held out to test on.
+    ``train/`` and, if there are both ``val/`` and ``test/``, ``val/`` are fitted on. Of undivided
+    class folders a fifth is held out to test on.
     """
     found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
-    if found == ["train", "val", "test"]:
-        train, val, test = (FolderSource(path / name) for name in found)
-        if train.classes != val.classes:
-            raise ValueError(f"{path}/train and {path}/val hold different class folders")
-        files = [b"train/" + file for file in train.paths.tolist()]
-        files += [b"val/" + file for file in val.paths.tolist()]
-        labels = np.concatenate([train.labels, val.labels])
-        return FileSource(path, files, labels, train.classes), test
-    if len(found) == 2 and found[0] == "train":
-        return FolderSource(path / "train"), FolderSource(path / found[1])
-    if found == ["train"]:
-        raise ValueError(
-            f"{path} holds train/ and neither test/ nor val/: rename the folder to test on, or "
-            "train/ if it is a class"
-        )
-    return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
+    if "train" not in found:
+        return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
+    if len(found) == 1:
+        raise ValueError(f"{path} holds train/ and neither test/ nor val/; rename one")
+    train, *val, test = (FolderSource(path / name) for name in found)
+    if not val:
+        return train, test
+    if train.classes != val[0].classes:
+        raise ValueError(f"{path}/train and {path}/val hold different class folders")
+    files = [b"train/" + file for file in train.paths.tolist()]
+    files += [b"val/" + file for file in val[0].paths.tolist()]
+    labels = np.concatenate([train.labels, val[0].labels])
+    return FileSource(path, files, labels, train.classes), test
 
 
 def _divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
@@ -158,9 +151,7 @@ def inaturalist(root: Path, year: int) -> Parts:
 def cog(root: Path, level: int) -> Parts:
     """Read a level (1 to 5) of ImageNet-CoG: concepts of ImageNet-21K, ever farther from -1K's.
 
-    Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021. Two
-    lists, ``cog/levels.*`` and ``cog/splits.*``, JSON or pickles, name the concepts (WordNet ids)
-    of the levels and the images of each concept, ``imagenet21k/<wnid>/<file>``.
+    Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021.
     """
     (levels_file, levels), (splits_file, splits) = (
         _listing(root / "cog", stem) for stem in ("levels", "splits")
@@ -179,8 +170,7 @@ def cog(root: Path, level: int) -> Parts:
         )
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"{levels_file} or {splits_file} has an unknown layout ({error}); "
-            "docs/transfer_data.md shows those that are read"
+            f"{levels_file} or {splits_file} has an unknown layout ({error})"
         ) from error
     return train, test
 
@@ -189,10 +179,8 @@ def _listing(folder: Path, stem: str) -> tuple[Path, Any]:
     """Return a list's file and its content."""
     found = [path for suffix in _LIST_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
     if len(found) != 1:
-        raise ValueError(
-            f"{folder} holds {len(found) or 'no'} files {stem}.* ({', '.join(_LIST_SUFFIXES)}), "
-            "one is needed"
-        )
+        kinds = ", ".join(_LIST_SUFFIXES)
+        raise ValueError(f"{folder} holds {len(found) or 'no'} files {stem}.* ({kinds}), not one")
     (path,) = found
     if path.suffix == ".json":
         return path, _read_json(path)
@@ -200,9 +188,7 @@ def _listing(folder: Path, stem: str) -> tuple[Path, Any]:
         try:
             return path, PlainUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises anything
-            raise ValueError(
-                f"{path} cannot be read as lists of names ({error}); write it as JSON"
-            ) from error
+            raise ValueError(f"{path} cannot be read as lists of names ({error})") from error
 
 
 def _concepts(content: Any, path: Path) -> list[list[str]]:
@@ -235,7 +221,7 @@ def _images(content: Any, concept: str, path: Path) -> list[list[str]]:
     ]
 
 
-def _number(level: object, path: Path) -> int:
+def _number(level: Any, path: Path) -> int:
     """Return the number of a level called 3, "3", "L3" or "level3"."""
     digits = re.findall(r"\d+", _text(level))
     if len(digits) != 1:
@@ -243,10 +229,8 @@ def _number(level: object, path: Path) -> int:
     return int(digits[0])
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str | bytes | int):
-        raise ValueError(f"expected a name or a number in the lists of CoG, got {type(value)}")
-    return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, int) else os.fsdecode(value)
 
 
 def _read_json(path: Path) -> Any:

@@ -1,7 +1,4 @@
-"""The report of a model: a JSON document, and the tables that people read.
-
-Accuracies are shares in [0, 1]; tables show percent.
-"""
+"""The report of a model: JSON with accuracies in [0, 1], and the tables that people read."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ import trex_models
 from trex_models.cli import align_columns
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.machine import free_cores, processor
-from trex_models.transfer.scores import summary
 
 FORMAT = 2
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scipy")
@@ -41,20 +37,6 @@ def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "")
         "datasets": {},
         "transfer": None,
         **environment(),
-    }
-
-
-def with_entry(
-    report: Mapping[str, Any], name: str, entry: Mapping[str, Any], complete: bool
-) -> dict[str, Any]:
-    """Return a report with one more dataset, and with the mean scores of all its datasets."""
-    datasets = {**report["datasets"], name: dict(entry)}
-    transfer = {key: value for key, value in datasets.items() if key != report["training_task"]}
-    return {
-        **report,
-        "complete": complete,
-        "datasets": datasets,
-        "transfer": summary(transfer) if transfer else None,
     }
 
 
@@ -83,14 +65,10 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not the JSON of one"
         raise ValueError(
-            f"{path} cannot be read as a report ({reason}); give a report that "
-            "python -m trex_models.transfer evaluate wrote"
+            f"{path} cannot be read as a report ({reason}); give one of the command evaluate"
         ) from error
     if known != FORMAT:
-        raise ValueError(
-            f"{path} is a report of format {known}, this version reads {FORMAT}; evaluate the "
-            "model again"
-        )
+        raise ValueError(f"{path} is a report of format {known}, not {FORMAT}; evaluate again")
     return report
 
 
@@ -103,10 +81,8 @@ def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
             images = [entry[part]["sha256"] for part in ("train", "test")]
             other, known = first.setdefault(name, (label, images))
             if images != known:
-                raise ValueError(
-                    f"{name} has other images in the report of {label} than in that of {other}: "
-                    "their scores do not compare; evaluate both on one copy"
-                )
+                both = f"{label} and {other}"
+                raise ValueError(f"{name} has other images for {both}; evaluate them on one copy")
 
 
 def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -123,7 +99,6 @@ def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -
 
 
 def _escaped(text: str) -> str:
-    """Return a text as a cell of Markdown."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
@@ -134,47 +109,34 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for report in reports:
         name = f"{report['model']['label'][:_LABEL_WIDTH]}: " if several else ""
         head += [f"{name}top-1, %", "k-NN, %", "log-odds"]
-    names = list(dict.fromkeys(name for report in reports for name in report["datasets"]))
     rows = [head]
-    for name in names:
+    for name in dict.fromkeys(name for report in reports for name in report["datasets"]):
         entries = [report["datasets"].get(name) for report in reports]
         known = next(entry for entry in entries if entry)
         training = all(report["training_task"] == name for report in reports)
-        title = known["title"] + (" (training task)" if training else "")
-        row = [title, f"{known['test']['images']:,}"]
+        row = [known["title"] + " (training task)" * training, f"{known['test']['images']:,}"]
         for entry in entries:
-            row += _cells(entry) if entry else ["-"] * 3
+            if entry is None:
+                row += ["-"] * 3
+                continue
+            row.append(
+                _with_interval(entry["top1"]["mean"], entry["top1"]["test_interval"], 100, 1)
+            )
+            row += [f"{100 * entry['knn']['top1']:.1f}", f"{entry['log_odds']:.3f}"]
         rows.append(row)
     counts = {len(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     count = str(*counts) if len(counts) == 1 else "transfer"
     last = [f"mean log-odds of {count} set{'s' * (count != '1')}", ""]
-    for report in reports:
-        scores = report["transfer"]
-        last += [
-            "",
-            f"{scores['knn_mean_log_odds']:.3f}" if scores else "-",
-            _with_interval(scores["mean_log_odds"], scores["interval"], 1, 3) if scores else "-",
-        ]
+    for scores in (report["transfer"] for report in reports):
+        knn = f"{scores['knn_mean_log_odds']:.3f}" if scores else "-"
+        mean = _with_interval(scores["mean_log_odds"], scores["interval"], 1, 3) if scores else "-"
+        last += ["", knn, mean]
     return [*rows, last]
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
-    top1 = entry["top1"]
-    return [
-        _with_interval(top1["mean"], top1["test_interval"], 100, 1),
-        f"{100 * entry['knn']['top1']:.1f}",
-        f"{entry['log_odds']:.3f}",
-    ]
-
-
-def _with_interval(
-    value: float, interval: Sequence[float] | None, scale: float, digits: int
-) -> str:
-    text = f"{scale * value:.{digits}f}"
-    if interval:
-        low, high = (f"{scale * end:.{digits}f}" for end in interval)
-        text += f" ({low} to {high})"
-    return text
+def _with_interval(mean: float, interval: Sequence[float] | None, scale: float, digits: int) -> str:
+    text, *ends = (f"{scale * value:.{digits}f}" for value in (mean, *(interval or ())))
+    return f"{text} ({' to '.join(ends)})" if ends else text
 
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,10 +11,8 @@ from typing import Any
 def accuracy(top1: Sequence[float], images: int) -> dict[str, Any]:
     """Return a dataset's scores, from the accuracy of each seed and the number of test images.
 
-    Returns:
-        ``top1``: the ``mean``, the ``seeds``, the 95 % ``interval`` of the mean over seeds (None
-        for one), ``test_interval``, the uncertainty due to the number of test images, and
-        ``clipped``, whether an accuracy is 0 or 1. ``log_odds``: the mean over seeds.
+    ``interval`` is that of the mean over seeds, ``test_interval`` the uncertainty due to the
+    number of test images, both of 95 %; ``clipped`` says whether an accuracy is 0 or 1.
     """
     mean = statistics.fmean(top1)
     return {
@@ -35,11 +33,7 @@ def knn_scores(top1: float, images: int) -> dict[str, Any]:
 
 
 def log_odds(top1: float, images: int) -> float:
-    """Return ln(p / (1 - p)) of an accuracy p.
-
-    It is infinite if all or none of the test images are right: p is kept half an image away from 0
-    and 1, so that one perfect dataset leaves a mean finite.
-    """
+    """Return ln(p / (1 - p)) of an accuracy p, kept half an image away from 0 and 1."""
     p = min(max(top1, 0.5 / images), 1 - 0.5 / images)
     return math.log(p / (1 - p))
 
@@ -57,10 +51,7 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def wilson_interval(share: float, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share by Wilson's score, as the test set is finite.
-
-    E. B. Wilson, "Probable Inference", 1927. The share may be a mean of several.
-    """
+    """Return the 95 % interval of a share by Wilson's score ("Probable Inference", 1927)."""
     z = 1.959963984540054  # 95 % of a normal distribution lie within so many deviations
     center = share + z**2 / (2 * images)
     half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
@@ -69,12 +60,7 @@ def wilson_interval(share: float, images: int) -> tuple[float, float]:
 
 
 def summary(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a model's score over datasets, entries of a report of equally many seeds each.
-
-    Returns:
-        ``mean_log_odds``, the same by seed (``seeds``), the 95 % ``interval`` over the seeds (None
-        for one), ``knn_mean_log_odds`` and the names of the ``datasets``.
-    """
+    """Return a model's scores over datasets, entries of a report of equally many seeds each."""
     entries = datasets.values()
     odds = [
         [log_odds(p, entry["test"]["images"]) for p in entry["top1"]["seeds"]] for entry in entries
