@@ -158,15 +158,7 @@ def crop_error(
 
 
 def photometric_error(images: Tensor, rows: Rows) -> NDArray[np.int16]:
-    """Return the levels of our augmentation minus PIL's.
-
-    Args:
-        images: (B, 3, H, W) uint8 on any device.
-        rows: (B, NUM_PARAMETERS).
-
-    Returns:
-        (B, H, W, 3).
-    """
+    """Return the levels of our augmentation minus PIL's."""
     theirs = [reference_photometric(*pair) for pair in zip(_pil(images), rows, strict=True)]
     return _error(apply(images, torch.from_numpy(rows)), theirs)
 
@@ -230,17 +222,7 @@ def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
 
 
 def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Time ours on a device and PIL on one core, in turn.
-
-    Args:
-        device: Of ours.
-        batch: Images; each has the recipe's crops.
-        rounds: Measurements of each.
-        compiled: Whether torch.compile makes a variant of ours, too.
-
-    Returns:
-        Images a second by variant, and ours and the compiled over the reference.
-    """
+    """Time ours on a device and PIL on one core, in turn."""
     crops = [cut_crops(bundled(), s.size, s.count * batch, s.scale) for s in SPECS]
     rows = [
         [draw_rows(s.augmentation, s.count * batch, seed) for s in SPECS]
@@ -290,15 +272,7 @@ def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict
 
 
 def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
-    """Compare the pixels of each operation with the reference's.
-
-    Args:
-        device: Of the photometric half; crops are cut on the CPU.
-        count: Crops of each size, of the bundled photographs and of as many synthetic ones.
-
-    Returns:
-        By photographs, size and operation: a `Difference`, and whether it keeps to its limit.
-    """
+    """Compare the pixels of each operation with the reference's."""
     files = [io.BytesIO(jpeg(KINDS["standard"], index)) for index in range(len(bundled()))]
     synthetic = [np.array(Image.open(file, formats=["JPEG"])) for file in files]
     table = []

@@ -177,14 +177,7 @@ def _sampler(options: argparse.Namespace) -> EpochSampler:
 
 
 def _train(trainer: Trainer, steps: int, lead: int, device: torch.device) -> tuple[float, float]:
-    """Take steps; return their seconds, and those of waiting for batches.
-
-    Args:
-        trainer: What to start.
-        steps: That count.
-        lead: Steps before: as many batches are waiting when the first of them begins.
-        device: Of the steps.
-    """
+    """Take steps; return their seconds, and those of waiting for batches."""
     batches, waited = trainer.batches(), 0.0
     started = time.perf_counter()
     for number in range(lead + steps):

@@ -44,12 +44,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def reference_transform(crop: CenterCrop, normalize: bool = True) -> Callable[[Any], Tensor]:
-    """Return timm's evaluation transform, of PIL images to (3, H, W).
-
-    Args:
-        crop: What it is to do.
-        normalize: Whether it ends with normalised values, not with uint8 levels.
-    """
+    """Return timm's evaluation transform, of PIL images to (3, H, W)."""
     transform: Callable[[Any], Tensor] = create_transform(
         (3, *crop.size),
         interpolation=crop.interpolation,
@@ -68,17 +63,7 @@ def reference_images(root: Path, crop: CenterCrop) -> ImageFolder:
 
 
 def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
-    """Time what a worker does for a batch, in this process.
-
-    Args:
-        root: The folder of class folders.
-        protocol: A key of `PROTOCOLS`.
-        images: Of one measurement, a batch.
-        rounds: Measurements of each variant.
-
-    Returns:
-        Images a second of CPU time, ours and the reference's, and their ratio.
-    """
+    """Time what a worker does for a batch, in this process."""
     crop = PROTOCOLS[protocol]
     ours, reference = CenterCropDataset(FolderSource(root), crop), reference_images(root, crop)
 
@@ -118,20 +103,7 @@ def whole(
     rounds: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Time extraction from files to an array.
-
-    Args:
-        root: The folder of class folders.
-        network: A key of `NETWORKS`.
-        batch: Images at a time.
-        workers: Loader processes.
-        rounds: Measurements of each variant.
-        device: Where the network is.
-
-    Returns:
-        Images a second of wall time, ours and the reference's, and their ratio; and the greatest
-        distance between the two features of an image, relative to their length.
-    """
+    """Time extraction from files to an array."""
     torch.manual_seed(0)
     model = NETWORKS[network]().to(device).eval()
     source = FolderSource(root)

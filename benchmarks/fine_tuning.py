@@ -88,13 +88,7 @@ class Task:
 
 
 def task(name: str, per_class: int, cfg: Mapping[str, Any]) -> Task:
-    """Prepare a task.
-
-    Args:
-        name: "digits" or "photographs".
-        per_class: Number of training images of each class, at least 3.
-        cfg: The model's ``pretrained_cfg``.
-    """
+    """Prepare a task."""
     if name == "digits":
         train, test = (Images.of(source, cfg) for source in digits(_SIZE))
         taken, cut = train.of_each_class(0, per_class), round(per_class * 2 / 3)
@@ -110,17 +104,7 @@ def task(name: str, per_class: int, cfg: Mapping[str, Any]) -> Task:
 
 
 def build(backbone: Path, start: str, num_classes: int, seed: int) -> nn.Module:
-    """Return a run's network with a new classifier, with the run's weights or without.
-
-    Args:
-        backbone: Folder of an exported backbone (config.json, model.safetensors).
-        start: A key of ``STARTS``.
-        num_classes: C.
-        seed: Of all that is drawn.
-
-    Raises:
-        ValueError: There is no such export.
-    """
+    """Return a run's network with a new classifier, with the run's weights or without."""
     if not (backbone / "config.json").is_file():
         raise ValueError(
             f"{backbone} is no exported backbone: give a finished run, "
@@ -135,20 +119,7 @@ def build(backbone: Path, start: str, num_classes: int, seed: int) -> nn.Module:
 def learn(
     model: nn.Module, train: Images, test: Images, rate: float, steps: int, every: int, seed: int
 ) -> list[float]:
-    """Fine-tune all of a model, in place.
-
-    Args:
-        model: Maps (B, 3, S, S) to (B, C).
-        train: To train on; every other image is mirrored.
-        test: To measure on.
-        rate: Highest learning rate.
-        steps: Number of batches of 32.
-        every: Steps between two measurements.
-        seed: Of the batches.
-
-    Returns:
-        Top-1 on ``test`` before the first step, after every ``every`` steps and after the last.
-    """
+    """Fine-tune all of a model, in place."""
     optimizer = create_optimizer_v2(model, "adamw", lr=rate, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -184,21 +155,7 @@ def compare(
     seeds: int,
     rates: Sequence[float] = RATES,
 ) -> dict[str, Any]:
-    """Choose a learning rate for each start, then train it with every seed.
-
-    Args:
-        backbone: Folder of an exported backbone.
-        task: What to learn.
-        steps: Steps of every training.
-        every: Steps between two measurements.
-        seeds: Number of seeds.
-        rates: Learning rates to choose from.
-
-    Returns:
-        By start: the rate, top-1 on validation images by rate, and top-1 on test images by seed
-        and measurement (``curves``); and ``gain``, the difference after the last step, its mean
-        and 95 % interval over seeds.
-    """
+    """Choose a learning rate for each start, then train it with every seed."""
     num_classes = len(task.train.labels.unique())
     result: dict[str, Any] = {"task": task.name, "per_class": task.per_class}
     for start in STARTS:
@@ -273,12 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Make the comparison that a command line asks for.
-
-    Raises:
-        ValueError: A number is too small, or the run has no exported backbone.
-        OSError: The output cannot be written.
-    """
+    """Make the comparison that a command line asks for."""
     for name, least in (("seeds", 2), ("steps", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(options, name)}")
@@ -311,11 +263,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _named(text: str) -> tuple[str, int]:
-    """Return the name and the number of a task.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """Return the name and the number of a task."""
     name, _, number = text.partition(":")
     if name not in _MOST or not number.isdigit() or not 3 <= int(number) <= _MOST[name]:
         known = " and ".join(f"{name}:3 to {name}:{most}" for name, most in _MOST.items())

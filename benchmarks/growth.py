@@ -39,15 +39,7 @@ _LABELS = {"trainer_bytes": "trainer", "worker_bytes": "loader worker"}
 
 
 def sample(pid: int) -> dict[str, int]:
-    """Return what a training process holds at the moment.
-
-    Returns:
-        Resident bytes of the process (``trainer_bytes``) and of its eldest child, the loader
-        worker (``worker_bytes``); shared memory of both in bytes; their open file descriptors.
-
-    Raises:
-        OSError: There is no such process, or it has no child.
-    """
+    """Return what a training process holds at the moment."""
     children = sorted(_children(pid))
     if not children:
         raise FileNotFoundError(f"process {pid} has no child")
@@ -61,12 +53,7 @@ def sample(pid: int) -> dict[str, int]:
 
 
 def slope(steps: Sequence[int], values: Sequence[float]) -> dict[str, float]:
-    """Fit a line by least squares.
-
-    Returns:
-        Its slope in units a step (``per_step``), the slope's standard error, and the share of the
-        variance that the line explains (``r_squared``; 0 where nothing varies).
-    """
+    """Fit a line by least squares."""
     x, y = np.asarray(steps, float), np.asarray(values, float)
     x = x - x.mean()
     per_step = float(x @ y / (x @ x))
@@ -82,20 +69,7 @@ def slope(steps: Sequence[int], values: Sequence[float]) -> dict[str, float]:
 
 
 def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]], float]:
-    """Train for a number of steps and sample meanwhile.
-
-    Args:
-        steps: Rounded up to whole epochs of 50.
-        seconds: Between two samples.
-        folder: Where the run writes.
-
-    Returns:
-        The samples, each with the last ``step`` that was reported; and how long training took, in
-        seconds.
-
-    Raises:
-        RuntimeError: The run failed; the message is its output.
-    """
+    """Train for a number of steps and sample meanwhile."""
     epochs = math.ceil(steps / _STEPS_PER_EPOCH)
     command = [sys.executable, "-m", "trex_models.train", "smoke", *_RUN]
     command += ["--output", str(folder / "run"), "--optim.epochs", str(epochs)]

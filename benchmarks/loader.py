@@ -106,16 +106,7 @@ def one_thread() -> Iterator[None]:
 
 
 def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
-    """Time a worker's part in this process, by CPU and by wall time.
-
-    Args:
-        files: What to read.
-        images: Of one measurement, a batch.
-        rounds: Measurements of each variant.
-
-    Returns:
-        Images a second and their ratios, of whole items and of decoding alone.
-    """
+    """Time a worker's part in this process, by CPU and by wall time."""
 
     def timed(work: Callable[[Sequence[Key]], object]) -> Callable[[], Rate]:
         batches = files.keys(images)  # the same ones for every variant
@@ -136,19 +127,7 @@ def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
 
 
 def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
-    """Time the loaders with their worker processes, in the steady state.
-
-    Args:
-        files: What to read.
-        batch: Images a batch.
-        batches: To be timed; made a multiple of the workers, so that a measurement begins and ends
-            at the same point of their turns, with as many batches under way.
-        workers: Processes.
-        rounds: Measurements of each variant.
-
-    Returns:
-        Images a second of wall time and per CPU second of the workers, and their ratios.
-    """
+    """Time the loaders with their worker processes, in the steady state."""
     batches += -batches % workers
     lead = 2 * workers
     # One more for each worker: all are at work until the last batch that counts.
@@ -176,18 +155,7 @@ def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> 
 
 
 def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]]:
-    """Weigh one worker process and its batches, in MB.
-
-    Args:
-        files: What to read.
-        batch: Images a batch.
-        batches: That the worker makes.
-
-    Returns:
-        For ours and for the reference: ``peak_rss``, by how much the worker's resident set grew at
-        most; ``uss``, the most memory that it shared with no other process, after a batch;
-        ``batch``, the tensors.
-    """
+    """Weigh one worker process and its batches, in MB."""
     keys = list(islice(files.keys(batch), batches))
     found = {}
     for name, make in (("ours", files.make_ours), ("reference", files.make_reference)):

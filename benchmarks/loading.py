@@ -93,16 +93,7 @@ def imports(environment: Mapping[str, str], rounds: int) -> dict[str, Any]:
 
 
 def creation(file: Path, environment: Mapping[str, str], rounds: int) -> dict[str, Any]:
-    """Time and weigh ``create_model`` in each of its forms.
-
-    Args:
-        file: The weights.
-        environment: Of the processes.
-        rounds: Measurements of each variant.
-
-    Returns:
-        By variant, CPU and wall time in seconds and MB; the ratios of CPU time to timm's.
-    """
+    """Time and weigh ``create_model`` in each of its forms."""
     others: dict[str, dict[str, list[float]]] = {
         name: {"seconds": [], "megabytes": []} for name in _MODELS
     }

@@ -28,16 +28,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "s
 def alternate(
     variants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Measure variants in turn, in the opposite order every other round.
-
-    Args:
-        variants: By name, what measures once and returns a rate or a time.
-        rounds: How often.
-        warm_up: Rounds before, which do not count.
-
-    Returns:
-        By name, one measurement a round.
-    """
+    """Measure variants in turn, in the opposite order every other round."""
     measured: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warm_up, rounds):
         names = list(variants)

@@ -92,19 +92,7 @@ class Ledger(TorchDispatchMode):
 
 
 def account(config: Config, classes: int, batch: int) -> dict[str, int]:
-    """Count the bytes of a step on fake tensors.
-
-    Args:
-        config: What to train, with its precision resolved; on the CPU, as its types are CUDA's.
-        classes: C.
-        batch: Images.
-
-    Returns:
-        ``parameters`` (of what is trained), ``gradients``, ``optimizer`` (momentum), ``averages``
-        (momentum encoder, its buffers, the bank and BatchNorm's statistics), ``inputs`` (crops in
-        float32), ``activations`` (what the forward pass leaves for the backward pass), ``peak``
-        (of the whole step, all of these included as far as they live at once).
-    """
+    """Count the bytes of a step on fake tensors."""
     fake, method = FakeTensorMode(), _method(config, classes, "cpu")
     with FakeCopyMode(fake):
         method = copy.deepcopy(method)
@@ -145,13 +133,7 @@ def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
 
 
 def fits(rows: Sequence[Mapping[str, Any]], cards: Sequence[int] = _CARDS) -> list[dict[str, Any]]:
-    """Return the largest batch of each kind of row that fits into a card, a multiple of 8.
-
-    Args:
-        rows: Of ``main``, at least two batches of each kind. The peak is a line in the batch.
-        cards: Their memory in GiB. One GiB is left to the driver, the desktop and the CUDA
-            context, and 15 % to workspaces and to gaps between blocks.
-    """
+    """Return the largest batch of each kind of row that fits into a card, a multiple of 8."""
     found = []
     for name in dict.fromkeys(row["options"] for row in rows):
         first, *_, last = (row for row in rows if row["options"] == name)

@@ -45,17 +45,7 @@ KINDS = {
 
 
 def write_photographs(root: Path, count: int, kind: str, seed: int = 0) -> None:
-    """Write JPEG files in `NUM_CLASSES` class folders, all different.
-
-    Args:
-        root: Where the class folders go.
-        count: Files, at least one a class.
-        kind: A key of `KINDS`.
-        seed: The files are a function of this, the kind and their index.
-
-    Raises:
-        ValueError: Too few files for the classes.
-    """
+    """Write JPEG files in `NUM_CLASSES` class folders, all different."""
     if count < NUM_CLASSES:
         raise ValueError(f"{NUM_CLASSES} classes need as many photographs, not {count}")
     for index in range(count):
@@ -86,17 +76,7 @@ def jpeg(kind: Kind, index: int, seed: int = 0) -> bytes:
 def photograph(
     rng: np.random.Generator, width: int, height: int, falloff: float
 ) -> NDArray[np.uint8]:
-    """Draw the pixels of one photograph.
-
-    Args:
-        rng: Source of the draws.
-        width: Pixels.
-        height: Likewise.
-        falloff: See `Kind`.
-
-    Returns:
-        (height, width, 3) uint8 RGB.
-    """
+    """Draw the pixels of one photograph."""
     texture = _texture(rng, width, height, falloff)
     objects = Image.new("RGBA", (width, height))
     brush = ImageDraw.Draw(objects)

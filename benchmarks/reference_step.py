@@ -96,15 +96,7 @@ class Step:
         )
 
     def __call__(self, crops: Sequence[Tensor], labels: Tensor) -> tuple[float, float]:
-        """Take a step.
-
-        Args:
-            crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
-            labels: (B,).
-
-        Returns:
-            The loss, and the accuracy on the first crop.
-        """
+        """Take a step."""
         with self.autocast():
             embeddings = self.encoder(crops)
         one_hot = F.one_hot(self.bank_labels, self.num_classes).float()

@@ -253,12 +253,7 @@ def memory() -> dict[str, int]:
 
 
 def measured(part: str, setup: Setup) -> dict[str, Any]:
-    """Run a part in this process.
-
-    Returns:
-        ``imports_bytes``, the anonymous memory before; ``held_bytes`` and ``with_pages_bytes``
-        above it; ``promised_bytes``, ``seconds``, ``n``, and what the part itself says.
-    """
+    """Run a part in this process."""
     started = time.perf_counter()
     with Peak() as peak:
         found = PARTS[part][0](setup)

@@ -41,7 +41,7 @@ def test_neighbors(tmp_path: Path) -> None:
     assert result["seconds"]["ours"]["n"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(loading._MODELS, "untrained")  # each takes a process
     monkeypatch.setattr(measure, "alternate", partial(measure.alternate, warm_up=0))
@@ -56,20 +56,16 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_logistic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "logistic.json"
-    arguments = "--sizes 60x8x3 --rounds 2 --num-C 3 --compared 2 --tight-iterations 100"
+    arguments = "--sizes 60x8x3 --rounds 2 --num-C 3"
     logistic.main(["--out", str(out), *arguments.split()])
     (result,) = json.loads(out.read_text())["results"]
     assert result["size"] == "60x8x3"
     assert result["ratio"]["n"] == 2
-    assert 0 < result["share_of_products"] < 1
-    least, most = result["compared"]
-    assert (least["C"], most["C"]) == pytest.approx((1e-5, 1e6))
-    assert abs(least["relative_difference"]) < 1e-5
-    assert least["agreement_with_tight"] == 1
+    assert abs(result["excess"]) < 1e-4
     assert "60x8x3, 3 values of C: ratio" in capsys.readouterr().out
 
 
 def test_digits_are_real_features_of_ten_classes() -> None:
-    x, y, test = logistic.digit_features()
-    assert (x.shape, y.shape, test.shape) == ((1198, 512), (1198,), (599, 512))
+    x, y = logistic.digit_features()
+    assert (x.shape, y.shape) == ((1198, 512), (1198,))
     assert sorted(set(y.tolist())) == list(range(10))

@@ -93,7 +93,7 @@ def test_a_full_disk_is_told_first(
     assert "has 1.0 GB left, but features take 0.0 GB" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_a_run_records_each_part_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

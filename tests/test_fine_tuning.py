@@ -41,7 +41,7 @@ def new_model(num_classes: int) -> nn.Module:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.client
 def test_weights_that_know_such_images_beat_none_on_few(tmp_path: Path) -> None:
     train, test = patches()
     model = new_model(20)

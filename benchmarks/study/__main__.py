@@ -34,12 +34,7 @@ ScaleName = Literal["cpu", "gpu"]
 
 
 def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
-    """Search for the best learning rate by factors of 2: upwards, or else downwards.
-
-    Returns:
-        The scores of all rates that were tried, at least three; the best has a worse one (or an
-        equal one) on either side.
-    """
+    """Search for the best learning rate by factors of 2: upwards, or else downwards."""
     tried = {rate: score(rate) for rate in (first, 2 * first)}
     factor = 2.0 if tried[2 * first] > tried[first] else 0.5
     best = max(tried, key=lambda rate: tried[rate])
@@ -51,11 +46,7 @@ def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
 
 
 def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
-    """Do tasks, several at once, and print what each returns, with the time left.
-
-    Raises:
-        FailedError: A task failed; the first such error, after all other tasks.
-    """
+    """Do tasks, several at once, and print what each returns, with the time left."""
     waiting = list(tasks)
     failed: list[FailedError] = []
     started = time.monotonic()
@@ -99,11 +90,7 @@ def search(trial: Run, out: Path) -> str:
 
 
 def best_rate(trial: Run, out: Path) -> float | None:
-    """Return the learning rate that a search found; None if it is still to be done.
-
-    Raises:
-        ValueError: It was of other settings, or its file is damaged.
-    """
+    """Return the learning rate that a search found; None if it is still to be done."""
     if not out.exists():
         return None
     rate = _found_rate(out)

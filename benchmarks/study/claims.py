@@ -203,11 +203,7 @@ def list_data_sets(results: Results) -> list[str]:
 
 
 def read_results(folder: Path) -> Results:
-    """Read the results of all runs, in the order of ``CELLS`` and of the seeds.
-
-    Raises:
-        ValueError: There are none, one is damaged, or runs differ in what all share.
-    """
+    """Read the results of all runs, in the order of ``CELLS`` and of the seeds."""
     results = {
         name: sorted(
             (

@@ -88,12 +88,7 @@ class Images:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the parts that a folder lacks, each whole or not at all.
-
-        Raises:
-            OSError: A file cannot be written.
-            ValueError: The folder has other images.
-        """
+        """Write the parts that a folder lacks, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         described, drawn = folder / "images.json", asdict(self)
         if described.exists() and (known := json.loads(described.read_text())) != drawn:

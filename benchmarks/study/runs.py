@@ -135,13 +135,7 @@ class Run:
         return arguments
 
     def evaluation(self, sets: Sequence[str], out: Path, seeds: int) -> list[str]:
-        """Return the arguments of the transfer evaluation.
-
-        Args:
-            sets: Names of folders of the study, and of data sets.
-            out: The report.
-            seeds: Validation splits.
-        """
+        """Return the arguments of the transfer evaluation."""
         images = str(self.folder / "images").replace(",", "\\,")
         named = [name if name in REAL_SETS else f"{name}={images}/{name}" for name in sets]
         arguments = ["evaluate", "--model", str(self.output), "--datasets", ",".join(named)]
@@ -168,11 +162,7 @@ class Run:
         return float(json.loads(out.read_text())["datasets"]["held-out"]["top1"]["mean"])
 
     def is_done(self, result: Path) -> bool:
-        """Return whether there is a result of this run.
-
-        Raises:
-            ValueError: There is one of other settings, or a file that is no result.
-        """
+        """Return whether there is a result of this run."""
         if not result.exists():
             return False
         known = read(result)["settings"]
@@ -292,14 +282,7 @@ def sigterm_stops() -> Iterator[None]:
 def mean_head(
     known: np.ndarray, labels: np.ndarray, new: np.ndarray, new_labels: np.ndarray
 ) -> tuple[float, float]:
-    """Return top-1 by the nearest class mean of unit embeddings, on known and on new images.
-
-    Args:
-        known: (N, D), of the images that make the means; each is left out of its own class's.
-        labels: (N,), each class at least twice.
-        new: (M, D).
-        new_labels: (M,).
-    """
+    """Return top-1 by the nearest class mean of unit embeddings, on known and on new images."""
     known, new = _unit(known), _unit(new)
     sums = np.stack([known[labels == label].sum(0) for label in range(labels.max() + 1)])
     scores = known @ _unit(sums).T
@@ -313,11 +296,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the study.
-
-    Raises:
-        ValueError: It is damaged; the message says what to do.
-    """
+    """Read a JSON file of the study."""
     try:
         found = json.loads(path.read_text())
         if "optim.base-lr" not in found["settings"]:
