@@ -2,13 +2,13 @@
 
     OMP_WAIT_POLICY=passive python -m benchmarks.augment [--device cuda] [--compile]
 
-`ratio` and what stands beside it: flip, jitter, gray, blur, solarization and normalization of the
+`ratio`: flip, jitter, gray, blur, solarization and normalization of the
 crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
 drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
 
 `law`: our levels minus those of PIL and torchvision given the same parameters, by operation: mean
 of the absolute value, mean, greatest value, and percentage of pixels of which a channel is off by
-more than 4. `draws`: our draws beside torchvision's own, by quantity, and the p of a test that they
+more than 4. `draws`: our draws next to torchvision's own, by quantity, and the p of a test that they
 have one distribution. Takes three minutes on a CPU.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -63,14 +62,7 @@ _CUDA_REPEATS = 10
 
 
 class Difference(NamedTuple):
-    """Levels of ours minus the reference's, or limits of them.
-
-    Args:
-        mean: Of the absolute value.
-        bias: Mean; a limit is one of its absolute value.
-        most: Greatest absolute value.
-        percent_beyond_4: Of the pixels, those with a channel off by more than 4.
-    """
+    """Levels of ours minus the reference's, or limits of them."""
 
     mean: float
     bias: float
@@ -94,14 +86,7 @@ LIMITS = {
 
 
 class Comparison(NamedTuple):
-    """A test that two samples have the same distribution.
-
-    Args:
-        quantity: What was drawn.
-        test: Its name.
-        statistic: Of the test; of Fisher's, the difference of the shares.
-        p: How likely a statistic as great is if the distributions are the same.
-    """
+    """A test that two samples have the same distribution."""
 
     quantity: str
     test: str
@@ -253,16 +238,16 @@ def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict
         parameters = cycle(rows)  # the same ones for every variant
         return lambda: batch / seconds(partial(work, next(parameters)))
 
-    clock = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    clock = _cuda_seconds if device.type == "cuda" else measure.cpu_seconds
     variants = {
         "ours": timed(batched(_augment), clock),
-        "reference": timed(reference, _cpu_seconds),
+        "reference": timed(reference, measure.cpu_seconds),
     }
     if compiled:
         variants["compiled"] = timed(batched(partial(_augment, compiled=True)), clock)
     rates = measure.alternate(variants, rounds, warm_up=_BATCHES)
     return {
-        "images_per_second": {name: measure.spread(values) for name, values in rates.items()},
+        "images_per_second": measure.spreads(rates),
         "ratios": {
             name: measure.ratios(values, rates["reference"])
             for name, values in rates.items()
@@ -384,12 +369,6 @@ def _error(ours: Tensor, theirs: Sequence[Image.Image]) -> NDArray[np.int16]:
 def _kolmogorov(quantity: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Comparison:
     found = ks_2samp(ours, theirs, method="asymp")
     return Comparison(quantity, "Kolmogorov-Smirnov", float(found.statistic), float(found.pvalue))
-
-
-def _cpu_seconds(work: Callable[[], None]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def _cuda_seconds(work: Callable[[], None]) -> float:

@@ -39,12 +39,7 @@ from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
 
 @dataclass
 class Trainer:
-    """Batches, and what trains on one.
-
-    Args:
-        batches: Starts loading.
-        train: Takes a step.
-    """
+    """Batches, and what trains on one."""
 
     batches: Callable[[], Iterator[Any]]
     train: Callable[[Any], object]
@@ -119,7 +114,7 @@ def _measure(
     )
     return {
         "cores": cores,
-        "images_per_second": {name: measure.spread(values) for name, values in rates.items()},
+        "images_per_second": measure.spreads(rates),
         "waiting": {
             name: measure.spread(values[-options.rounds :]) for name, values in waiting.items()
         },
@@ -182,13 +177,13 @@ def _train(trainer: Trainer, steps: int, lead: int, device: torch.device) -> tup
     started = time.perf_counter()
     for number in range(lead + steps):
         if number == lead:
-            step.wait(device)
+            measure.wait(device)
             started, waited = time.perf_counter(), 0.0
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         trainer.train(batch)
-    step.wait(device)
+    measure.wait(device)
     return time.perf_counter() - started, waited
 
 

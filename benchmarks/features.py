@@ -13,7 +13,6 @@ sides' features (random weights) are apart. Takes five minutes on two cores.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,26 +56,19 @@ def reference_transform(crop: CenterCrop, normalize: bool = True) -> Callable[[A
     return transform
 
 
-def reference_images(root: Path, crop: CenterCrop) -> ImageFolder:
-    """Return the files through Pillow and timm's evaluation transform."""
-    return ImageFolder(str(root), reference_transform(crop))
-
-
 def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
     """Time what a worker does for a batch, in this process."""
     crop = PROTOCOLS[protocol]
-    ours, reference = CenterCropDataset(FolderSource(root), crop), reference_images(root, crop)
+    ours, reference = (
+        CenterCropDataset(FolderSource(root), crop),
+        ImageFolder(str(root), reference_transform(crop)),
+    )
 
     def timed(work: Callable[[], object]) -> Callable[[], float]:
-        def run() -> float:
-            start = time.process_time()
-            work()
-            return images / (time.process_time() - start)
-
-        return run
+        return lambda: images / measure.cpu_seconds(work)
 
     with one_thread():
-        return _compared(
+        return measure.compared(
             timed(lambda: ours.__getitems__(range(images))),
             timed(lambda: torch.stack([reference[index][0] for index in range(images)])),
             rounds,
@@ -88,7 +80,7 @@ def reference_features(
     model: nn.Module, root: Path, batch: int, workers: int, device: torch.device
 ) -> np.ndarray:
     """Return the features of all files by the usual loop, (images, F)."""
-    files = reference_images(root, PROTOCOLS["transfer"])
+    files = ImageFolder(str(root), reference_transform(PROTOCOLS["transfer"]))
     pin = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(files, batch, num_workers=workers, pin_memory=pin)
     rows: list[Tensor] = [model(pixels.to(device)).cpu() for pixels, _ in loader]
@@ -96,12 +88,7 @@ def reference_features(
 
 
 def whole(
-    root: Path,
-    network: str,
-    batch: int,
-    workers: int,
-    rounds: int,
-    device: torch.device,
+    root: Path, network: str, batch: int, workers: int, rounds: int, device: torch.device
 ) -> dict[str, Any]:
     """Time extraction from files to an array."""
     torch.manual_seed(0)
@@ -109,26 +96,21 @@ def whole(
     source = FolderSource(root)
     made: dict[str, np.ndarray] = {}
 
-    def timed(name: str, work: Callable[[], np.ndarray]) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            made[name] = work()
-            return len(source) / (time.perf_counter() - start)
+    def ours() -> None:
+        made["ours"] = extract_features(model, source, PROTOCOLS["transfer"], batch, workers)
 
-        return run
+    def reference() -> None:
+        made["reference"] = reference_features(model, root, batch, workers, device)
 
-    compared = _compared(
-        timed(
-            "ours",
-            lambda: extract_features(model, source, PROTOCOLS["transfer"], batch, workers),
-        ),
-        timed("reference", lambda: reference_features(model, root, batch, workers, device)),
-        rounds,
-    )
+    def timed(work: Callable[[], None]) -> Callable[[], float]:
+        return lambda: len(source) / measure.seconds(work)
+
+    compared = measure.compared(timed(ours), timed(reference), rounds)
     apart = np.linalg.norm(made["ours"] - made["reference"], axis=1)
     apart /= np.linalg.norm(made["reference"], axis=1)
+    distance = float(f"{apart.max():.2g}")
     facts = {"images": len(source), "batch": batch, "workers": workers}
-    return {**facts, **compared, "relative_distance": float(f"{apart.max():.2g}")}
+    return {**facts, "compared": compared, "relative_distance": distance}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -168,30 +150,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = {
         "machine": measure.machine(parsed.device),
         "ratio": cores["transfer"]["ratio"]["median"],
-        "ratio_whole": list(wholes.values())[-1]["ratio"]["median"],
+        "ratio_whole": list(wholes.values())[-1]["compared"]["ratio"]["median"],
         "core": cores,
         "whole": wholes,
     }
     for name, found in cores.items():
-        _print(f"one core, images a second of CPU time, protocol {name}", found)
+        measure.print_compared(f"one core, images a second of CPU time, protocol {name}", found)
     for name, found in wholes.items():
-        _print(f"whole extraction, images a second, {name}", found)
+        title = f"whole extraction, images a second, {name}"
+        measure.print_compared(title, found["compared"])
     print(f"{result['machine']}")
     measure.record(parsed.out, result)
-
-
-def _compared(
-    ours: Callable[[], float], reference: Callable[[], float], rounds: int
-) -> dict[str, Any]:
-    rates = measure.alternate({"ours": ours, "reference": reference}, rounds)
-    found = {name: measure.spread(values) for name, values in rates.items()}
-    return {**found, "ratio": measure.ratios(rates["ours"], rates["reference"])}
-
-
-def _print(title: str, found: dict[str, Any]) -> None:
-    print(title)
-    for name in ("ours", "reference", "ratio"):
-        print(f"  {name}: {measure.shown(found[name])}")
 
 
 if __name__ == "__main__":

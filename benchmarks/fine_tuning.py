@@ -4,7 +4,7 @@
     python -m benchmarks.fine_tuning --run runs/demo --output DIR
 
 The images are real and none that the run saw: handwritten digits and patches of 20 photographs
-(``trex_models.data.samples``), grey, 32 x 32; all of them to train on, and a tenth or a fifth. Both
+(``trex_models.data.samples``), gray, 32 x 32; all of them to train on, and a tenth or a fifth. Both
 starts have the same network, images, batches, schedule (AdamW, cosine) and seeds. The learning rate
 of each is chosen from the same list on held-out training images, never on test images; then it is
 trained on all. Writes fine_tuning.json and fine_tuning.png.
@@ -52,7 +52,7 @@ class Images:
     """Prepared images in memory: N images of C classes, S pixels a side."""
 
     pixels: Tensor
-    """(N, 3, S, S) float32, normalised."""
+    """(N, 3, S, S) float32, normalized."""
     labels: Tensor
     """(N,) int64."""
 

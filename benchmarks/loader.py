@@ -6,17 +6,16 @@ Both make the recipe's crops (1 x 224, 8 x 96) of the same JPEG files, in turn. 
 uint8 crops and the drawn parameters; the rest happens on the training device and is measured by
 `benchmarks.augment`. The reference (`benchmarks.reference_pipeline`) hands over float32 tensors.
 
-`core`: a worker's part in one process with one thread, by CPU and by wall time, on files of about
-30 KB, 100 KB and 500 KB; `decode` is reading and decoding alone. `whole`: worker processes, from a
+`core`: a worker's part in one process with one thread, by CPU time, on files of about 30 KB, 100 KB
+and 500 KB; `decode` is reading and decoding alone. `whole`: worker processes, by wall time, from a
 batch on which all of them are at work to a later one: starting them does not count. `memory`: what
 one worker takes beyond what it shared when it was forked. Takes four minutes on two cores.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -36,16 +35,9 @@ from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import LIVE_BATCHES, load_batches
 from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
 
-Rates = dict[str, list[float]]  # by variant, one a round
-Rate = tuple[float, float]  # images a second: of CPU time, of wall time
-
 
 class Files:
-    """A folder of photographs, as both sides see it.
-
-    Args:
-        root: The folder of class folders.
-    """
+    """A folder of photographs, as both sides see it."""
 
     def __init__(self, root: Path) -> None:
         self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
@@ -75,11 +67,7 @@ class Files:
 
 
 class Weighed:
-    """Makes batches, and beside each tells what memory the process takes, in MB.
-
-    Args:
-        make: What makes a batch.
-    """
+    """Makes batches, each with the memory that the process takes, in MB."""
 
     def __init__(self, make: Callable[[Sequence[Key]], Any]) -> None:
         self._make = make
@@ -106,52 +94,42 @@ def one_thread() -> Iterator[None]:
 
 
 def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
-    """Time a worker's part in this process, by CPU and by wall time."""
+    """Time a worker's part in this process, in images a second of CPU time."""
 
-    def timed(work: Callable[[Sequence[Key]], object]) -> Callable[[], Rate]:
+    def timed(work: Callable[[Sequence[Key]], object]) -> Callable[[], float]:
         batches = files.keys(images)  # the same ones for every variant
-
-        def run() -> Rate:
-            keys = next(batches)
-            wall, cpu = time.perf_counter(), time.process_time()
-            work(keys)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            return images / cpu, images / wall
-
-        return run
+        return lambda: images / measure.cpu_seconds(partial(work, next(batches)))
 
     with seeded(0):
-        items = _in_turn(timed(files.make_ours), timed(files.make_reference), rounds)
-        decode = _in_turn(timed(files.decode_ours), timed(files.decode_reference), rounds)
+        items = measure.compared(timed(files.make_ours), timed(files.make_reference), rounds)
+        decode = measure.compared(timed(files.decode_ours), timed(files.decode_reference), rounds)
     return {"images": images, "items": items, "decode": decode}
 
 
 def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
-    """Time the loaders with their worker processes, in the steady state."""
+    """Time the loaders with their worker processes, in the steady state, by wall time."""
     batches += -batches % workers
     lead = 2 * workers
     # One more for each worker: all are at work until the last batch that counts.
     keys = list(islice(files.keys(batch), lead + batches + workers))
 
-    def steady(loaded: Iterator[Any]) -> Rate:
+    def steady(loaded: Iterator[Any]) -> float:
         for _ in range(lead):
             next(loaded)
-        children = [child.pid for child in multiprocessing.active_children() if child.pid]
-        wall, cpu = time.perf_counter(), sum(map(_cpu_seconds, children))
+        start = time.perf_counter()
         for _ in range(batches):
             next(loaded)
-        wall, cpu = time.perf_counter() - wall, sum(map(_cpu_seconds, children)) - cpu
-        return batch * batches / cpu, batch * batches / wall
+        return batch * batches / (time.perf_counter() - start)
 
-    def ours() -> Rate:
+    def ours() -> float:
         return steady(load_batches(files.ours, keys, workers))
 
-    def reference() -> Rate:
+    def reference() -> float:
         order = [[index for _, index in part] for part in keys]
         return steady(iter(DataLoader(files.reference, batch_sampler=order, num_workers=workers)))
 
-    rates = _in_turn(ours, reference, rounds)
-    return {"batch": batch, "batches": batches, "workers": workers, **rates}
+    rates = measure.compared(ours, reference, rounds)
+    return {"batch": batch, "batches": batches, "workers": workers, "rates": rates}
 
 
 def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]]:
@@ -197,10 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         weights = memory(standard, batch, 4)
     result = {
         "machine": measure.machine(),
-        "ratio": measured["standard"]["items"]["cpu"]["ratio"]["median"],
-        "ratio_wall": measured["standard"]["items"]["wall"]["ratio"]["median"],
-        "ratio_whole": loaders["wall"]["ratio"]["median"],
-        "ratio_whole_cpu": loaders["cpu"]["ratio"]["median"],
+        "ratio": measured["standard"]["items"]["ratio"]["median"],
+        "ratio_whole": loaders["rates"]["ratio"]["median"],
         "core": measured,
         "whole": loaders,
         "memory_mb": weights,
@@ -208,58 +184,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, found in measured.items():
         print(f"\none core, {kind} files of about {KINDS[kind].kilobytes} KB")
         for what in ("items", "decode"):
-            for clock in ("cpu", "wall"):
-                _print(f"{what} by {clock} time", found[what][clock])
-    print(f"\n{parsed.workers} worker processes, batch {batch}, standard files")
-    for clock in ("wall", "cpu"):
-        _print(f"by {clock} time", loaders[clock])
+            measure.print_compared(f"{what}, images/s of CPU time", found[what])
+    title = f"{parsed.workers} worker processes, batch {batch}, standard files, images/s"
+    measure.print_compared(title, loaders["rates"])
     print("\nmemory in MB")
     for name, weight in weights.items():
         print(f"  {name}: " + ", ".join(f"{key} {value:g}" for key, value in weight.items()))
     print(f"\n{result['machine']}")
     measure.record(parsed.out, result)
-
-
-def _in_turn(
-    ours: Callable[[], Rate], reference: Callable[[], Rate], rounds: int
-) -> dict[str, Any]:
-    """Measure both in turn; return their rates and ratios by CPU and by wall time."""
-    by_wall: Rates = {"ours": [], "reference": []}
-
-    def by_cpu(name: str, run: Callable[[], Rate]) -> float:
-        cpu, wall = run()
-        by_wall[name].append(wall)
-        return cpu
-
-    rates = {
-        "cpu": measure.alternate(
-            {
-                "ours": partial(by_cpu, "ours", ours),
-                "reference": partial(by_cpu, "reference", reference),
-            },
-            rounds,
-        ),
-        "wall": {name: values[-rounds:] for name, values in by_wall.items()},
-    }
-    return {
-        clock: {
-            "ours": measure.spread(rate["ours"]),
-            "reference": measure.spread(rate["reference"]),
-            "ratio": measure.ratios(rate["ours"], rate["reference"]),
-        }
-        for clock, rate in rates.items()
-    }
-
-
-def _print(what: str, found: Mapping[str, Mapping[str, float | int]]) -> None:
-    print(f"  {what}, images/s:")
-    for name, values in found.items():
-        print(f"    {name:10} {measure.shown(values)}")
-
-
-def _cpu_seconds(process: int) -> float:
-    """Return the CPU time of a process and all its threads, by Linux's clock of that process."""
-    return time.clock_gettime(~process << 3 | 2)
 
 
 def _proc_megabytes(file: str, *names: str) -> float:

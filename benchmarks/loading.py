@@ -9,7 +9,7 @@ much resident memory grew at most (of 94 MB of weights, once in the model and on
     timm        resnet50 from a safetensors file
     file        trex_resnet50 from the same file (keys, shapes and finite values are checked)
     cache       trex_resnet50, pretrained=True, from the cache (and the SHA-256 is)
-    untrained   resnet50 without weights: its initialisation, a part of all the others
+    untrained   resnet50 without weights: its initialization, a part of all the others
 
 Takes four minutes on two cores.
 """
@@ -52,7 +52,7 @@ def megabytes(name):
 
 torch.set_num_threads({threads})
 before = megabytes("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 start, cpu = time.perf_counter(), time.process_time()
 model = timm.create_model({model})
 cpu, seconds = time.process_time() - cpu, time.perf_counter() - start

@@ -19,9 +19,9 @@ scikit-learn's, less 1, in float64.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,10 @@ def features(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Ten
     generator = torch.Generator().manual_seed(seed)
     deviations = torch.arange(1, width + 1) ** -0.6
     turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
-    centres = 0.6 * torch.randn(classes, width, generator=generator)
+    centers = 0.6 * torch.randn(classes, width, generator=generator)
     labels = torch.arange(samples) % classes
     noise = torch.randn(samples, width, generator=generator)
-    return torch.relu(2 * ((centres[labels] + noise) * deviations) @ turn + 0.1), labels
+    return torch.relu(2 * ((centers[labels] + noise) * deviations) @ turn + 0.1), labels
 
 
 def digit_features() -> tuple[Tensor, Tensor]:
@@ -85,32 +85,23 @@ def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, A
     fits: list[LogisticFit] = []
     models: list[LogisticRegression] = []
 
-    def time_ours() -> float:
-        start = time.perf_counter()
+    def fit_ours() -> None:
         fits[:] = fit_path(x, y, strengths)
-        return time.perf_counter() - start
 
-    def time_with_axes() -> float:
-        start = time.perf_counter()
-        fit_path(x, y, strengths, axes=axes)
-        return time.perf_counter() - start
-
-    def time_scikit_learn() -> float:
-        start = time.perf_counter()
+    def fit_theirs() -> None:
         models[:] = [fit_scikit_learn(x, y, strength) for strength in strengths]
-        return time.perf_counter() - start
 
     axes = principal_axes(x)
     variants = {
-        "ours": time_ours,
-        "ours, axes known": time_with_axes,
-        "scikit-learn": time_scikit_learn,
+        "ours": partial(measure.seconds, fit_ours),
+        "ours, axes known": partial(measure.seconds, partial(fit_path, x, y, strengths, axes=axes)),
+        "scikit-learn": partial(measure.seconds, fit_theirs),
     }
     seconds = measure.alternate(variants, rounds, warm_up=0)
     result: dict[str, Any] = {
         "size": size,
         "num_C": len(strengths),
-        "seconds": {name: measure.spread(values) for name, values in seconds.items()},
+        "seconds": measure.spreads(seconds),
         "ratio": measure.ratios(seconds["scikit-learn"], seconds["ours"]),
         "ratio_axes_known": measure.ratios(seconds["scikit-learn"], seconds["ours, axes known"]),
         "excess": max(excess(x, y, *pair) for pair in zip(fits, models, strict=True)),

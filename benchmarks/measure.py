@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from trex_models.machine import free_cores, processor, processor_facts
 
 RESULTS = Path(__file__).parent / "results"
+_CPU = torch.device("cpu")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scikit-learn")
 
 
@@ -42,6 +44,33 @@ def alternate(
     return measured
 
 
+def wait(device: torch.device) -> None:
+    """Wait until a device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(work: Callable[[], object], device: torch.device = _CPU) -> float:
+    """Return the wall time of a call."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU time of a call in this process."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def spreads(measured: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | int]]:
+    """Return the spread of each variant."""
+    return {name: spread(values) for name, values in measured.items()}
+
+
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """Return median, least and greatest value, and how many there are."""
     return {
@@ -55,6 +84,21 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float | int]:
     """Return the spread of the ratios within the rounds."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def compared(
+    ours: Callable[[], float], reference: Callable[[], float], rounds: int
+) -> dict[str, dict[str, float | int]]:
+    """Measure two rates in turn; return their spreads, and that of ours over the reference's."""
+    rates = alternate({"ours": ours, "reference": reference}, rounds)
+    return {**spreads(rates), "ratio": ratios(rates["ours"], rates["reference"])}
+
+
+def print_compared(title: str, found: Mapping[str, Mapping[str, float | int]]) -> None:
+    """Print the result of `compared`."""
+    print(title)
+    for name, values in found.items():
+        print(f"  {name}: {shown(values)}")
 
 
 def shown(values: Mapping[str, float | int], unit: str = "") -> str:

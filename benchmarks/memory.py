@@ -255,14 +255,14 @@ def _two_steps(
     live: Callable[[], int],
     peak: Callable[[], int],
 ) -> dict[str, int]:
-    """Take two steps (the first one makes the optimiser's state) and return the bytes by kind."""
+    """Take two steps (the first one makes the optimizer's state) and return the bytes by kind."""
     optimizer, inputs = _parts(config, method, batch, device)
     precision = Precision.from_name(config.precision, device)
     trained = [p for p in method.parameters() if p.requires_grad]
     after_forward = []
 
     def read_later(scalar: Tensor) -> Callable[[], float]:
-        """Stand in for the reading of the loss, which the step does right after its forward."""
+        """Replace the reading of the loss, which the step does right after its forward."""
         del scalar
         after_forward.append(live())
         return float

@@ -1,14 +1,13 @@
-"""Time k-nearest-neighbour votes against the bare matrix product and its top k.
+"""Time k-nearest-neighbor votes against the bare matrix product and its top k.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.neighbors
 
 `bare` is ``(queries @ references.T).topk(k)`` of unit vectors: the whole matrix at once, without
-normalising, checking and voting. `product` is the product alone. Takes two minutes on two cores.
+normalizing, checking and voting. `product` is the product alone. Takes two minutes on two cores.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,17 +18,6 @@ from benchmarks import measure
 from trex_models.evaluation.knn import knn_votes
 
 NUM_CLASSES = 1000
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the wall time of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "product": lambda: unit_queries @ unit_features.T,
     }
     times = measure.alternate(
-        {name: partial(seconds, work, device) for name, work in variants.items()},
+        {name: partial(measure.seconds, work, device) for name, work in variants.items()},
         parsed.rounds,
     )
-    found = {name: measure.spread(values) for name, values in times.items()}
+    found = measure.spreads(times)
     ratio = measure.ratios(times["ours"], times["bare"])
     for name, values in found.items():
         print(f"{name}: {measure.shown(values, ' s')}")

@@ -1,7 +1,7 @@
 """Photographs to measure with: synthetic ones with ImageNet's file sizes, and bundled real ones.
 
 The synthetic ones have what makes a photograph's file and its crops cost what they cost: a 1/f
-spectrum of colour, edges of objects before a shaded background, a sensor's noise. Each is drawn by
+spectrum of color, edges of objects before a shaded background, a sensor's noise. Each is drawn by
 itself: making one takes about as long (30 to 60 ms at 500 x 375) as anything that reads it.
 """
 
@@ -23,13 +23,7 @@ NUM_CLASSES = 8
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file.
-
-    Args:
-        sizes: Width and height by index modulo 10, pixels.
-        kilobytes: Of a file, within a tenth.
-        falloff: Of the amplitude spectrum: 1 over the frequency to this power.
-    """
+    """One kind of file."""
 
     sizes: tuple[tuple[int, int], ...]
     kilobytes: int
@@ -83,12 +77,12 @@ def photograph(
     for _ in range(rng.integers(3, 9)):
         x, y = rng.uniform(0, (width, height))
         corners = [(x + dx, y + dy) for dx, dy in rng.normal(0, height / 5, (5, 2))]
-        colour = tuple(rng.integers(0, 256, 3).tolist())
+        color = tuple(rng.integers(0, 256, 3).tolist())
         if rng.random() < 0.5:
-            brush.polygon(corners, (*colour, 255))
+            brush.polygon(corners, (*color, 255))
         else:
             radius = rng.uniform(height / 20, height / 4)
-            brush.ellipse((x - radius, y - radius, x + radius, y + radius), (*colour, 255))
+            brush.ellipse((x - radius, y - radius, x + radius, y + radius), (*color, 255))
     layer = np.asarray(objects).astype(np.float32)
     top, bottom = rng.uniform(60, 190, (2, 3)).astype(np.float32)
     shading = top + (bottom - top) * np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
@@ -101,7 +95,7 @@ def photograph(
 def _texture(
     rng: np.random.Generator, width: int, height: int, falloff: float
 ) -> NDArray[np.float32]:
-    """Draw a field of unit variance whose colours vary a third as much as its brightness."""
+    """Draw a field of unit variance whose colors vary a third as much as its brightness."""
     frequency = np.hypot(
         np.fft.fftfreq(height, 1 / height)[:, None], np.fft.rfftfreq(width, 1 / width)
     ).astype(np.float32)
@@ -117,7 +111,7 @@ def _texture(
 
 @cache
 def bundled() -> tuple[NDArray[np.uint8], ...]:
-    """Return colour photographs that scikit-learn and scikit-image bring along, (H, W, 3) each."""
+    """Return color photographs that scikit-learn and scikit-image bring along, (H, W, 3) each."""
     names = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry", "retina")
     images = load_sample_images().images + [getattr(skimage.data, name)() for name in names]
     return tuple(np.array(image) for image in images)

@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Backbone and projector.
-
-    Args:
-        backbone: Name of a ResNet of torchvision.
-        hidden_layers: L of the projector.
-        hidden_dim: Their width.
-        embedding_dim: D.
-    """
+    """Backbone and projector."""
 
     def __init__(
         self, backbone: str, hidden_layers: int, hidden_dim: int, embedding_dim: int
@@ -48,17 +41,7 @@ class Encoder(nn.Module):
 
 
 class Step:
-    """OCM's training step: forward, momentum encoder, bank, backward, optimiser.
-
-    Args:
-        encoder: On its device, in training mode.
-        num_classes: C.
-        bank_size: Q.
-        embedding_dim: D.
-        dtype: What autocast casts to; float32 for none, float16 with a loss scaler.
-        temperature: tau.
-        momentum: m of the momentum encoder.
-    """
+    """OCM's training step: forward, momentum encoder, bank, backward, optimiser."""
 
     def __init__(
         self,

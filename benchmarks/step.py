@@ -13,7 +13,6 @@ profile that follows says what the time of ours goes to.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -73,7 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compiled = our_step(options, device, compiled=True)
         steps["compile"] = lambda: compiled(last, labels, ids)
     seconds = measure.alternate(
-        {name: partial(_seconds, step, options.steps, device) for name, step in steps.items()},
+        {
+            name: partial(measure.seconds, partial(_several, step, options.steps), device)
+            for name, step in steps.items()
+        },
         options.rounds,
     )
     facts = measure.machine(options.device)
@@ -189,20 +191,9 @@ def _inputs(
     return crops, labels, torch.arange(options.batch, device=device)
 
 
-def _seconds(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """Return the time of some steps."""
-    wait(device)
-    started = time.perf_counter()
+def _several(step: Callable[[], object], count: int) -> None:
     for _ in range(count):
         step()
-    wait(device)
-    return time.perf_counter() - started
-
-
-def wait(device: torch.device) -> None:
-    """Wait until a device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _profile(step: Callable[[], object], device: torch.device) -> dict[str, float]:
@@ -211,7 +202,7 @@ def _profile(step: Callable[[], object], device: torch.device) -> dict[str, floa
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities, acc_events=True) as recorded:
         step()
-        wait(device)
+        measure.wait(device)
     spent: dict[str, float] = {}
     for event in recorded.key_averages():
         kind = next(

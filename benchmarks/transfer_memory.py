@@ -88,13 +88,7 @@ class Setup:
 
 
 class TinyImages:
-    """Images that are made when they are read: the class's own one plus noise.
-
-    Args:
-        count: N.
-        num_classes: C; the classes' own images are always the same.
-        seed: Of the noise.
-    """
+    """Images that are made when they are read: the class's own one plus noise."""
 
     def __init__(self, count: int, num_classes: int, seed: int) -> None:
         rng = np.random.default_rng(0)

@@ -27,7 +27,7 @@ def test_features(tmp_path: Path) -> None:
     result = recorded(out)
     assert result["ratio"] == result["core"]["transfer"]["ratio"]["median"] > 0
     assert set(result["core"]) == {"transfer", "validation"}
-    assert result["ratio_whole"] == result["whole"]["small"]["ratio"]["median"]
+    assert result["ratio_whole"] == result["whole"]["small"]["compared"]["ratio"]["median"]
     assert result["whole"]["small"]["relative_distance"] < 0.05
 
 

@@ -84,7 +84,7 @@ def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCapt
         ("images/*.gif", r"images/\*\.gif matches none"),
         ("images/b/*.md", r"matches 1 files and folders, none of them an image"),
         ("images/b/notes.md", "notes.md is no image by its name"),
-        ("list.csv", r"give its paths as a \.txt file"),
+        ("list.csv", r"lists of paths are \.txt"),
         ("blank.txt", "blank.txt lists no images"),
         ("bad.txt", "bad.txt, line 2: model.pt is no image"),
         ("latin.txt", "latin.txt cannot be read as a list"),

@@ -1,20 +1,15 @@
-"""Weighted k-NN against a full-matrix computation and scikit-learn."""
+"""Weighted k-NN against a full-matrix computation."""
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import Ledger
 from trex_models.evaluation.knn import knn_votes, nearest_neighbors, topk_correct
 
 
@@ -47,24 +42,6 @@ def test_votes_equal_those_of_the_full_matrix(chunk: int, k: int) -> None:
     expected = brute_force(features, labels, queries, 7, k, 0.07)
     assert votes.dtype == torch.float32
     torch.testing.assert_close(votes.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("k", [5, 20])
-def test_digits_as_scikit_learn_classifies_them(k: int) -> None:
-    pixels, digits = load_digits(return_X_y=True)
-    train, test = slice(0, 1200), slice(1200, None)
-    reference = KNeighborsClassifier(
-        k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-    ).fit(pixels[train], digits[train])
-    expected = torch.from_numpy(reference.predict_proba(pixels[test]))
-
-    x, y = torch.from_numpy(pixels).float(), torch.from_numpy(digits)
-    votes = knn_votes(x[train], y[train], x[test], 10, k, chunk=500)
-    shares = votes / votes.sum(1, keepdim=True)
-    torch.testing.assert_close(shares.double(), expected, rtol=1e-3, atol=1e-5)
-    top1, top5 = topk_correct(votes, y[test])[:, [0, -1]].float().mean(0).tolist()
-    assert top1 == pytest.approx(reference.score(pixels[test], digits[test]), abs=1e-6)
-    assert 0.9 < top1 < top5 <= 1
 
 
 def test_neighbors_are_the_nearest_in_order() -> None:
@@ -127,40 +104,18 @@ def test_extreme_temperatures_keep_every_neighbor_a_voter(temperature: float) ->
         assert torch.equal(votes.argmax(1), labels[nearest[:, 0]])
 
 
-class Memory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made and alive."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {storage._cdata for storage in _storages(args)}
-        for storage in _storages(out):
-            if storage._cdata not in given:
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def test_memory_is_bounded() -> None:
     """The full matrix would take 200 MB, and the widened features 51."""
     features, labels, queries = sample(50_000, 1_000, 256)
     features, block = features.half(), 512
-    with Memory() as memory:
+    with Ledger() as ledger:
+        ledger.enter(features, labels, queries)
+        given = ledger.live
         votes = knn_votes(features, labels, queries, 7, chunk=block)
-        assert memory.now == 4 * votes.numel()
+        assert ledger.live - given == pytest.approx(4 * votes.numel(), abs=512)
+    peak = ledger.peak - given
     blocks = 4 * block**2 + 20 * 256 * block + 60 * block * 20
-    assert 4 * block**2 < memory.peak <= blocks + 1_000 * (28 * 20 + 4 * 7)
+    assert 4 * block**2 < peak <= blocks + 1_000 * (28 * 20 + 4 * 7)
 
 
 @pytest.mark.parametrize(

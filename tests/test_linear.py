@@ -90,15 +90,16 @@ def test_first_two_epochs_differ_in_their_rate() -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4])
-def test_groups_change_nothing(at_once: int) -> None:
+def test_groups_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = sample()
     tests = samples._replace(rows=torch.arange(1, 6))
     layers = train(samples, SETTINGS)
     memory = at_once * 4 * 3 * (2 * 7 + 2 * 16)
-    assert settings_at_once(3, 6, 16, CPU, memory) == at_once
-    assert settings_at_once(3, 6, 16, CPU, memory - 1) == max(1, at_once - 1)
+    for size, expected in ((memory - 1, max(1, at_once - 1)), (memory, at_once)):
+        monkeypatch.setattr(linear, "_MEMORY", size)
+        assert settings_at_once(3, 6, 16, CPU) == expected
     scores = fitted_accuracies(
-        samples, tests, SETTINGS, num_classes=3, device=CPU, epochs=4, batch_size=16, memory=memory
+        samples, tests, SETTINGS, num_classes=3, device=CPU, epochs=4, batch_size=16
     )
     assert scores == accuracies(layers, tests)
     alone = train(samples, SETTINGS[2:3])
@@ -114,9 +115,9 @@ def test_no_group_is_larger_than_memory_allows(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(linear, "fit", watched)
     options: dict[str, Any] = {"num_classes": 3, "device": CPU, "epochs": 1, "batch_size": 16}
-    fitted_accuracies(sample(), sample(), SETTINGS, **options, memory=3 * 4 * 3 * 46)
-    fitted_accuracies(sample(), sample(), SETTINGS, **options, memory=1)
-    fitted_accuracies(sample(), sample(), SETTINGS, **options)
+    for memory in (3 * 4 * 3 * 46, 1, 2 * 10**9):
+        monkeypatch.setattr(linear, "_MEMORY", memory)
+        fitted_accuracies(sample(), sample(), SETTINGS, **options)
     assert sizes == [3, 1, 1, 1, 1, 1, 4]
     # ImageNet's 1000 classes and 2048 features: 24.6 MB a setting by 2 GB.
     assert settings_at_once(1000, 2048, 1024, CPU) == 2 * 10**9 // (4 * 1000 * 6146)

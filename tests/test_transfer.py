@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import t as student
 
 from tests.models import CHANNELS, save_model
 from trex_models.atomic import write_whole
@@ -28,6 +26,7 @@ from trex_models.transfer import report as report_module
 from trex_models.transfer.__main__ import main, plot
 from trex_models.transfer.published import PUBLISHED
 from trex_models.transfer.report import read_report
+from trex_models.transfer.scores import accuracy, knn_scores, summary
 
 CLASSES = {"dark": 60, "grey": 120, "light": 180}
 
@@ -91,29 +90,16 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert entry["geometry"]["train"]["num_images"] == 45
 
 
-def test_the_mean_is_over_log_odds_by_seed(report: dict[str, Any]) -> None:
-    by_seed = []
-    for seed in range(2):
-        easy, hard = (report["datasets"][name]["top1"]["seeds"][seed] for name in ("easy", "hard"))
-        assert easy == 1.0
-        odds = math.log(35.5 / 0.5), math.log(hard / (1 - hard))
-        by_seed.append(sum(odds) / 2)
-    transfer = report["transfer"]
-    assert transfer["datasets"] == ["easy", "hard"]
-    assert transfer["mean_log_odds"] == pytest.approx(np.mean(by_seed))
-    by_neighbors = [entry["knn"]["log_odds"] for entry in report["datasets"].values()]
-    assert transfer["knn_mean_log_odds"] == pytest.approx(np.mean(by_neighbors))
-    assert by_neighbors[0] == pytest.approx(math.log(35.5 / 0.5))
-    half = student.ppf(0.975, 1) * np.std(by_seed, ddof=1) / math.sqrt(2)
-    assert transfer["interval"] == pytest.approx([np.mean(by_seed) - half, np.mean(by_seed) + half])
+def test_scores_are_those_of_the_chosen_classifiers(report: dict[str, Any]) -> None:
+    assert report["transfer"] == json.loads(json.dumps(summary(report["datasets"])))
+    assert report["transfer"]["datasets"] == ["easy", "hard"]
+    for entry in report["datasets"].values():
+        seeds = [choice["top1"] for choice in entry["choices"]]
+        scores = accuracy(seeds, 36) | {"knn": knn_scores(entry["knn"]["top1"], 36)}
+        assert entry.items() >= json.loads(json.dumps(scores)).items()
     easy, hard = (report["datasets"][name]["top1"] for name in ("easy", "hard"))
-    assert easy["mean"] == 1.0
-    assert easy["clipped"]
+    assert (easy["seeds"], easy["clipped"]) == ([1.0, 1.0], True)
     assert 0.4 < hard["mean"] < 0.95
-    assert hard["test_interval"][0] < hard["mean"] < hard["test_interval"][1]
-    assert hard["mean"] == np.mean(hard["seeds"])
-    choices = report["datasets"]["hard"]["choices"]
-    assert [choice["top1"] for choice in choices] == hard["seeds"]
 
 
 def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:

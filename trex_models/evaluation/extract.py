@@ -159,7 +159,6 @@ class Extraction:
     names: Sequence[str] | None = None
     """Names of the images in the file; None for no names."""
     about: Mapping[str, str] = field(default_factory=dict)
-    """Further metadata."""
     dtype: str = "float32"
     batch_size: int = 256
     workers: int = 0
@@ -218,12 +217,10 @@ class Extraction:
         self.part = GrowingFile(self.path, header, row_bytes)
         self.key = digest(*self.identity.values())
         found = json.loads(self.part.notes or "{}")
-        if found.get("key", self.key) != self.key:  # .npy's header alone does not say
-            self.part.rows = 0
+        is_other = found.get("key", self.key) != self.key  # .npy's header alone does not say
+        if is_other or (found.get("skipped") and not self.skip):  # errors now, or readable
+            self.part.rows, found = 0, {}
         skipped = {int(index): reason for index, reason in found.get("skipped", {}).items()}
-        if skipped and not self.skip:  # they are errors now, or have become readable
-            self.part.rows = min(self.part.rows, min(skipped))
-            skipped = {}
         self.start = _image_of(self.part.rows, skipped) if self.part.rows else 0
         self._on_skip({i: reason for i, reason in skipped.items() if i < self.start})
         missing = (len(self.source) - self.start) * row_bytes + len(tail) + _SPARE_BYTES

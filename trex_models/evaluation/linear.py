@@ -24,6 +24,7 @@ from trex_models.precision import full_float32
 MOMENTUM = 0.9
 EPOCHS = 100
 BATCH = 1024
+_MEMORY = 2 * 10**9  # bytes on a CPU; on CUDA it is a quarter of the free memory
 
 
 class Setting(NamedTuple):
@@ -134,16 +135,13 @@ def fitted_accuracies(
     epochs: int = EPOCHS,
     batch_size: int = BATCH,
     seed: int = 0,
-    memory: int | None = None,
     title: str = "linear layer",
 ) -> list[float]:
     """Return each setting's accuracy, from layers trained in groups that fit in memory.
 
-    Up to rounding the groups change nothing. In addition to ``memory``, as in
-    ``settings_at_once``, this takes a few batches of features.
+    Up to rounding the groups change nothing.
     """
-    width = train.features.shape[1]
-    at_once = settings_at_once(num_classes, width, batch_size, device, memory)
+    at_once = settings_at_once(num_classes, train.features.shape[1], batch_size, device)
     groups = [settings[start : start + at_once] for start in range(0, len(settings), at_once)]
     found = []
     with progress_bar(len(groups) * epochs * len(train.rows), title, " samples") as bar:
@@ -163,14 +161,8 @@ def fitted_accuracies(
     return found
 
 
-def settings_at_once(
-    num_classes: int, width: int, batch_size: int, device: torch.device, memory: int | None = None
-) -> int:
-    """Return for how many settings weights, velocities and logits fit in memory, at least one.
-
-    Memory is in bytes; by default 2 GB, and on CUDA a quarter of the free memory.
-    """
-    if memory is None:
-        memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2 * 10**9
+def settings_at_once(num_classes: int, width: int, batch_size: int, device: torch.device) -> int:
+    """Return for how many settings weights, velocities and logits fit in memory, at least one."""
+    memory = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else _MEMORY
     floats = num_classes * (2 * (width + 1) + 2 * batch_size)  # softmax takes logits to others
     return max(1, memory // (4 * floats))

@@ -122,6 +122,4 @@ def _look_into_list(path: Path) -> tuple[str, list[str]]:
 
 def _require_image(path: str, called: str) -> None:
     if not path.lower().endswith(IMAGE_ENDINGS):
-        is_csv = path.lower().endswith(".csv")
-        remedy = "give its paths as a .txt file, one a line" if is_csv else "convert or remove it"
-        raise ValueError(f"{called} is no image by its name {_TYPES}; {remedy}")
+        raise ValueError(f"{called} is no image by its name {_TYPES}; lists of paths are .txt")
