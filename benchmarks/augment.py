@@ -8,7 +8,7 @@ drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
 
 `law`: our levels minus those of PIL and torchvision given the same parameters, by operation: mean
 of the absolute value, mean, greatest value, and percentage of pixels of which a channel is off by
-more than 4. `draws`: our draws next to torchvision's own, by quantity, and the p of a test that they
+more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a test that they
 have one distribution. Takes three minutes on a CPU.
 """
 
