@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import linregress
 
 from benchmarks import measure
 from trex_models import plotting
@@ -54,18 +55,9 @@ def sample(pid: int) -> dict[str, int]:
 
 def slope(steps: Sequence[int], values: Sequence[float]) -> dict[str, float]:
     """Fit a line by least squares."""
-    x, y = np.asarray(steps, float), np.asarray(values, float)
-    x = x - x.mean()
-    per_step = float(x @ y / (x @ x))
-    spread, left = (
-        float(((y - y.mean()) ** 2).sum()),
-        float(((y - y.mean() - per_step * x) ** 2).sum()),
-    )
-    return {
-        "per_step": per_step,
-        "standard_error": math.sqrt(left / (len(x) - 2) / float(x @ x)),
-        "r_squared": 1 - left / spread if spread else 0.0,
-    }
+    fit: Any = linregress(steps, values)
+    found = {"per_step": fit.slope, "standard_error": fit.stderr, "r_squared": fit.rvalue**2}
+    return {name: float(np.nan_to_num(value)) for name, value in found.items()}  # 0 if constant
 
 
 def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]], float]:

@@ -42,50 +42,20 @@ def reference_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
     )
 
 
-def reference_flip(image: Image.Image, row: Rows) -> Image.Image:
-    """Mirror left and right if the row, (NUM_PARAMETERS,), says so."""
-    return TF.hflip(image) if row[ph.FLIP] else image
-
-
-def reference_jitter(image: Image.Image, row: Rows) -> Image.Image:
-    """Jitter the colors if the row says so, in the row's order."""
-    if not row[ph.JITTER]:
-        return image
-    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-    values = (*row[ph.FACTORS].tolist(), float(row[ph.HUE]))
-    for part in row[ph.ORDER].astype(int):
-        image = adjust[part](image, values[part])
-    return image
-
-
-def reference_gray(image: Image.Image, row: Rows) -> Image.Image:
-    """Remove the colors if the row says so."""
-    return TF.to_grayscale(image, num_output_channels=3) if row[ph.GRAY] else image
-
-
-def reference_blur(image: Image.Image, row: Rows) -> Image.Image:
-    """Blur with the row's sigma, if it has one."""
-    if not row[ph.SIGMA]:
-        return image
-    return image.filter(ImageFilter.GaussianBlur(radius=float(row[ph.SIGMA])))
-
-
-def reference_solarize(image: Image.Image, row: Rows) -> Image.Image:
-    """Invert the levels from the row's threshold on, if it says so."""
-    return ImageOps.solarize(image, int(row[ph.THRESHOLD])) if row[ph.SOLARIZE] else image
-
-
 def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
-    """Apply all of a row, in the recipe's order."""
-    for step in (
-        reference_flip,
-        reference_jitter,
-        reference_gray,
-        reference_blur,
-        reference_solarize,
-    ):
-        image = step(image, row)
-    return image
+    """Apply what a row of parameters, (NUM_PARAMETERS,), says, in the recipe's order."""
+    if row[ph.FLIP]:
+        image = TF.hflip(image)
+    if row[ph.JITTER]:
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        values = (*row[ph.FACTORS].tolist(), float(row[ph.HUE]))
+        for part in row[ph.ORDER].astype(int):
+            image = adjust[part](image, values[part])
+    if row[ph.GRAY]:
+        image = TF.to_grayscale(image, num_output_channels=3)
+    if row[ph.SIGMA]:
+        image = image.filter(ImageFilter.GaussianBlur(radius=float(row[ph.SIGMA])))
+    return ImageOps.solarize(image, int(row[ph.THRESHOLD])) if row[ph.SOLARIZE] else image
 
 
 def reference_tensor(image: Image.Image) -> Tensor:

@@ -18,7 +18,6 @@ Shapes: N images, M queries, F features, C classes.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import threading
@@ -52,7 +51,6 @@ _SIDE = 8
 _CHUNK = 4096  # the default of k-NN
 _ANALYSED_CHUNK = 8192  # the default of analyses
 _VALIDATION_BATCHES = 4
-_SPARE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,13 +200,12 @@ def _at_once(setup: Setup) -> int:
     return min(most, len(protocol.SGD_GRID))
 
 
-PARTS: dict[str, tuple[Callable[[Setup], dict[str, Any]], float]] = {
-    "extraction": (extract, 190),
-    "k-NN": (vote, 190),
-    "SGD layers": (train, 110),
-    "analyses": (look, 470),
+PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
+    "extraction": extract,
+    "k-NN": vote,
+    "SGD layers": train,
+    "analyses": look,
 }
-"""What runs, and for how many seconds at the default sizes: for the time left."""
 
 
 class Peak:
@@ -250,7 +247,7 @@ def measured(part: str, setup: Setup) -> dict[str, Any]:
     """Run a part in this process."""
     started = time.perf_counter()
     with Peak() as peak:
-        found = PARTS[part][0](setup)
+        found = PARTS[part](setup)
     return {
         "imports_bytes": peak.before,
         "held_bytes": peak.held,
@@ -276,13 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not _STATUS.exists():
         parser.error("memory is read from /proc, which this system does not have: use Linux")
     sizes = {name: value for name, value in vars(options).items() if name != "out"}
-    free, needed = shutil.disk_usage(options.folder).free, Setup(**sizes).file_bytes
-    if needed + _SPARE_BYTES > free:
-        parser.error(
-            f"--folder {options.folder} has {free / 1e9:.1f} GB left, but features take "
-            f"{needed / 1e9:.1f} GB and 1 GB should stay: free some, choose another --folder, "
-            "--dtype float16 or fewer --images"
-        )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         setup = Setup(**sizes | {"folder": Path(folder)})
         parts = _parts(setup)
@@ -295,14 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parts(setup: Setup) -> dict[str, dict[str, Any]]:
     """Run each part in a process of its own, one after the other."""
     found: dict[str, dict[str, Any]] = {}
-    expected = {part: seconds for part, (_, seconds) in PARTS.items()}
     # Spawned: a forked process would count what this one holds.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for number, part in enumerate(PARTS, start=1):
-            done = sum(expected[earlier] for earlier in found)
-            pace = sum(row["seconds"] for row in found.values()) / done if done else 1.0
-            left = pace * (sum(expected.values()) - done)
-            print(f"[{number}/{len(PARTS)}] {part}, some {left:.0f} s left in all", file=sys.stderr)
+            print(f"[{number}/{len(PARTS)}] {part}", file=sys.stderr)
             found[part] = processes.submit(measured, part, setup).result()
     return found
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from tests.processes import run_python
 from trex_models.data.samples import digits
 from trex_models.evaluation import knn, logistic
 from trex_models.evaluation.linear import Samples, Setting, accuracies, fit
@@ -213,53 +212,3 @@ def test_a_terminal_sees_what_is_done(task: Task, monkeypatch: pytest.MonkeyPatc
             scores(*task)
             seen = stream.getvalue()
             assert ("100%" in seen and words in seen) if stream.isatty() else not seen
-
-
-MEMORY = """
-import sys, threading, time
-import numpy as np
-from trex_models.evaluation.linear import Setting
-from trex_models.transfer.protocol import knn_score, sgd_scores
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.005)
-
-x = np.load(sys.argv[1], mmap_mode="r")
-y = np.arange(len(x)) % 10
-task = x, y, x[:500], y[:500]
-settings = [Setting(rate, 1e-6) for rate in (0.1, 1.0, 10.0)]
-small = tuple(part[:200] for part in task)
-knn_score(*small), sgd_scores(*small, seeds=[0], settings=settings, epochs=1)
-peak = [0]
-before = anonymous()
-threading.Thread(target=watch, daemon=True).start()
-print(knn_score(*task, k=1))
-between, peak[0] = peak[0], 0
-print(sgd_scores(*task, seeds=[0], settings=settings, epochs=2)[0].top1)
-print(between - before, peak[0] - before)
-"""
-
-
-@pytest.mark.client
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_memory_is_bounded_at_the_size_of_a_large_set(tmp_path: Path) -> None:
-    """50,000 features of 2048 numbers: 205 MB as they are, 410 MB widened."""
-    rng = np.random.default_rng(0)
-    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float16, (50_000, 2048))
-    for start in range(0, len(x), 5000):
-        x[start : start + 5000] = rng.standard_normal((5000, 2048), dtype=np.float32)
-    x.flush()
-    out = run_python("-W", "ignore", "-c", MEMORY, tmp_path / "x.npy").stdout.split()
-    knn, sgd, knn_bytes, sgd_bytes = map(float, out)
-    assert knn == 1  # a query is its own neighbor
-    assert sgd > 0.12
-    # As nearest_neighbors states for blocks of 500 queries and 4096 references.
-    assert knn_bytes < 4 * 500 * 4096 + 20 * 2048 * 4096 + (48 << 20)
-    # Some batches of 1024 features as float32, 8 MB each.
-    assert sgd_bytes < 160e6

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from colorsys import rgb_to_hsv
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -109,23 +110,9 @@ class Images:
                 Image.fromarray(pixels).save(beside / label / f"{number:05d}.bmp")
             beside.rename(part)
 
-    def _draw(
-        self,
-        number: int,
-        image: int,
-        *,
-        turn: float | None = None,
-        individual: int | None = None,
-    ) -> Fractal:
+    def _draw(self, number: int, image: int, **options: Any) -> Fractal:
         """Draw an image of a class."""
-        return draw_fractal(
-            number,
-            image,
-            self.size,
-            variation=self.variation,
-            turn=turn,
-            individual=individual,
-        )
+        return draw_fractal(number, image, self.size, variation=self.variation, **options)
 
     def _classes(self, first_class: int, first_image: int, count: int) -> Part:
         """Yield images labelled by class."""
