@@ -18,8 +18,7 @@ def test_entry_points_are_the_zoo_and_explain_themselves() -> None:
     zoo = {name for name in default_cfgs if name != "trex_resnet"}  # which has no weights
     assert set(names["__all__"]) == zoo
     assert all(callable(names[name]) for name in zoo)
-    for name in zoo:
-        assert "t-ReX" in torch.hub.help(str(ROOT), name, source="local")
+    assert all("t-ReX" in names[name].__doc__ for name in zoo)  # which torch.hub.help shows
 
 
 def test_weights_load_as_by_timm(release: Path) -> None:
