@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train on two machines of four GPUs each, in pieces of a day, until it is finished:
+# Train on two machines with four GPUs each, in jobs of a day, until the run is finished:
 #
 #     sbatch docs/slurm.sh trex --data.path IMAGES --output DIR
 #
-# Five minutes before the time limit Slurm sends SIGUSR1; the run saves, stops with status 138, and
-# the job queues itself again. The same command then continues from the checkpoint, mid-epoch, bit
-# for bit. A run that failed (any other status) is not queued again. DIR needs to be visible to the
-# first machine alone, IMAGES to all of them. optim.batch_size is that of all processes together.
+# Five minutes before the time limit Slurm sends SIGUSR1; the run saves a checkpoint, stops with status
+# 138, and the job is queued again. The same command then resumes in the middle of the epoch. A run
+# that failed (any other status) is not queued again. DIR must be visible to the first machine, IMAGES
+# to all of them. optim.batch_size is that of all processes together.
 #SBATCH --job-name=trex
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

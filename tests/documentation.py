@@ -31,7 +31,7 @@ from trex_models.data import samples
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).parent / "pages"
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 LANGUAGES = ("python", "sh", "text", "json", "bibtex")
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INDENTED = re.compile(r"(?:\A|\n\n)((?: {4}.*\n)+)")

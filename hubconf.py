@@ -1,0 +1,26 @@
+"""Entry points for torch.hub.
+
+    model = torch.hub.load("PATH/TO/trex_models", "trex_resnet50", source="local", pretrained=True)
+
+Keyword arguments are those of ``timm.create_model``, such as ``num_classes`` and ``features_only``.
+The weights are NAVER's, license CC BY-NC-SA 4.0: not for commercial use.
+"""
+
+from trex_models.trex import (
+    trex_resnet50,
+    trex_resnet50_cls,
+    trex_resnet50_proj,
+    trexstar_resnet50,
+    trexstar_resnet50_cls,
+    trexstar_resnet50_proj,
+)
+
+__all__ = [
+    "trex_resnet50",
+    "trex_resnet50_cls",
+    "trex_resnet50_proj",
+    "trexstar_resnet50",
+    "trexstar_resnet50_cls",
+    "trexstar_resnet50_proj",
+]
+dependencies = ["huggingface_hub", "safetensors", "timm", "torch", "torchvision"]
