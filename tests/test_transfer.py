@@ -62,7 +62,7 @@ def run(place: Path, out: Path, *extra: str, model: str = "") -> int:
 
 @pytest.fixture(scope="module")
 def report(place: Path) -> dict[str, Any]:
-    assert run(place, place / "out" / "report.json", "--analyses", "--label", "Small") == 0
+    assert run(place, place / "out" / "report.json", "--geometry", "--label", "Small") == 0
     return read_report(place / "out" / "report.json")
 
 
@@ -79,7 +79,7 @@ def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> N
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
     command = shlex.split(report["command"])
     assert command[:5] == ["python", "-m", "trex_models.transfer", "evaluate", "--model"]
-    assert command[-7:] == [*"--label Small --seeds 2 --analyses --workers 0".split()]
+    assert command[-7:] == [*"--label Small --seeds 2 --geometry --workers 0".split()]
     assert report["cache_dtype"] == "float32"
     assert report["classifiers_device"] == "cpu"
     entry = report["datasets"]["hard"]
@@ -123,7 +123,7 @@ def test_the_same_command_takes_over_what_was_found(
 
     monkeypatch.setattr(protocol, "logistic_scores", never)
     out = place / "out" / "again.json"
-    assert run(place, out, "--analyses", "--label", "Small") == 0
+    assert run(place, out, "--geometry", "--label", "Small") == 0
     again = read_report(out)
     told_apart = {key: report[key] for key in ("created", "command")}
     assert again | told_apart == report
@@ -180,7 +180,7 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
             assert entry[key] == report["datasets"][name][key]
 
 
-def test_features_of_zeros_have_no_analyses(
+def test_features_of_zeros_have_no_geometry(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part, count in (("train", 5), ("test", 2)):
@@ -190,9 +190,9 @@ def test_features_of_zeros_have_no_analyses(
             Image.new("RGB", (9, 9)).save(path)
     out = tmp_path / "out" / "report.json"
     sets = f"black={tmp_path / 'black'}"
-    given = ["--model", "pixels", "--datasets", sets, "--output", str(out), "--analyses"]
+    given = ["--model", "pixels", "--datasets", sets, "--output", str(out), "--geometry"]
     assert main(["evaluate", *given, "--seeds", "1", "--workers", "0"]) == 0
-    assert "no analyses: " in capsys.readouterr().out
+    assert "no geometry: " in capsys.readouterr().out
     entry = read_report(out)["datasets"]["black"]
     assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
@@ -236,7 +236,7 @@ def test_cuda_scores_are_those_of_the_cpu(
     report: dict[str, Any], place: Path, tmp_path: Path, precision: str
 ) -> None:
     out = tmp_path / "report.json"
-    assert run(place, out, "--device", "cuda", "--precision", precision, "--analyses") == 0
+    assert run(place, out, "--device", "cuda", "--precision", precision, "--geometry") == 0
     found = read_report(out)
     assert found["classifiers_device"] == "cuda"
     for name, entry in found["datasets"].items():
@@ -276,7 +276,7 @@ def test_models_share_a_table_and_a_picture(
             assert image.width > 500
     asked = ["--kind", "geometry", "--dataset", "nowhere", "--output", str(picture)]
     assert main(["plot", one, *asked]) == 2
-    assert "no report has analyses of 'nowhere'" in capsys.readouterr().err
+    assert "no report has the geometry of 'nowhere'" in capsys.readouterr().err
     picture = tmp_path / "scatter.svg"
     assert main(["plot", other, "--output", str(picture)]) == 0
     assert picture.stat().st_size > 10_000

@@ -111,10 +111,15 @@ def test_authors_points_are_hollow_and_named(name: str) -> None:
     assert texts(figure) == ["ours", *(point.name for point in authors.points)]
     shapes = [line.get_marker() for line in figure.axes[0].lines[3:]]
     assert len(set(shapes)) == len(expected)
-    assert f"hollow: the authors' figures ({authors.title})" in notes(figure)
-    assert f"{authors.num_datasets} sets" in authors.title
+    reported = f"hollow: reported by the authors of t-ReX ({authors.title})"
+    assert reported in notes(figure)
+    assert f"{authors.num_datasets} transfer datasets" in authors.title
     note = f"Means over 3 and over the authors' {authors.num_datasets} datasets do not compare."
     assert note in notes(figure)
+    figure = pictures.scatter([], name)  # without models of ours
+    np.testing.assert_allclose(points(figure.axes[0], hollow=True), expected)
+    assert notes(figure) == [reported]
+    assert f"over {authors.num_datasets} datasets" in figure.axes[0].get_ylabel()
 
 
 def test_authors_figures_of_different_sets_stay_apart() -> None:
@@ -180,7 +185,7 @@ def test_missing_datasets_leave_gaps_and_many_bars_take_several_rows() -> None:
     assert len(colors) == 12
 
 
-def test_analyses_are_a_spectrum_and_three_panels() -> None:
+def test_geometry_are_a_spectrum_and_three_panels() -> None:
     figure = pictures.geometry([report("one", 1.0), report("two", 2.0)])
     spectrum, length, sparsity, distance = axes(figure)
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
@@ -198,7 +203,7 @@ def test_analyses_are_a_spectrum_and_three_panels() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
 
 
-def test_analyses_of_some_models_and_sets_alone() -> None:
+def test_geometry_of_some_models_and_sets_alone() -> None:
     one, two, three = report("one"), report("two"), report("three")
     for entry in (*one["datasets"].values(), *list(two["datasets"].values())[:2]):
         del entry["geometry"]
@@ -231,7 +236,7 @@ def test_what_does_not_compare_or_is_nothing_is_refused() -> None:
     bare: dict[str, Any] = {**report("one"), "datasets": {}}
     with pytest.raises(ValueError, match="no report has a dataset to draw"):
         pictures.bars([bare])
-    with pytest.raises(ValueError, match="no report has analyses to draw; make them with --analy"):
+    with pytest.raises(ValueError, match="no report has geometry to draw; add it with --geometry"):
         pictures.geometry([bare])
-    with pytest.raises(ValueError, match="of 'cars'; they are of digits, flowers, pets, imagenet"):
+    with pytest.raises(ValueError, match="of 'cars', only of digits, flowers, pets, imagenet"):
         pictures.geometry([report("one")], "cars")

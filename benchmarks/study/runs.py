@@ -178,7 +178,7 @@ class Run:
         """Train, evaluate on all sets, and write the result."""
         out = self.output / "transfer.json"
         self.train()
-        evaluation = [*self.evaluation(list(TITLES), out, _SEEDS), "--analyses"]
+        evaluation = [*self.evaluation(list(TITLES), out, _SEEDS), "--geometry"]
         self._do("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
         metrics = [

@@ -47,7 +47,7 @@ def evaluate_model(
     precision: PrecisionName = "fp32",
     untrained: bool = False,
     seeds: int = 5,
-    analyses: bool = False,
+    geometry: bool = False,
     cache: Path | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     device: str = "auto",
@@ -72,7 +72,7 @@ def evaluate_model(
         precision: Number formats of the model.
         untrained: Random weights, with BatchNorm statistics of the first images.
         seeds: Number of validation splits to average over.
-        analyses: Report coding length, spectrum, sparsity and distances, too.
+        geometry: Report coding length, spectrum, sparsity and distances of the features, too.
         cache: Folder of the features. By default features/ next to the report.
         dtype: Type of the features in their files. float16 halves them and rounds by up to 5e-4.
         device: Device of model and classifiers: auto, cpu, cuda, ...
@@ -108,7 +108,7 @@ def evaluate_model(
         raise ValueError(f"--cache {root} is no folder; name one")
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
-    settings = Plan(seeds=seeds, training_task=training_task, analyses=analyses, device=device)
+    settings = Plan(seeds=seeds, training_task=training_task, geometry=geometry, device=device)
     report = evaluate(frozen, tasks, kept, settings, output, label, command)
     print(f"\n{format_table([report])}\n")
     print(f"wrote {output} and {output.with_suffix('.md')}")
@@ -139,7 +139,7 @@ def print_table(reports: list[Path], /, *, markdown: bool = False) -> None:
 
 
 def plot(
-    reports: list[Path],
+    reports: tuple[Path, ...] = (),
     /,
     *,
     output: Path,
@@ -152,13 +152,15 @@ def plot(
     Example: python -m trex_models.transfer plot trex.json pixels.json --output scatter.png
 
     Args:
-        reports: Reports of models.
+        reports: Reports of models; may be omitted with --published.
         output: The picture, .png, .svg or .pdf.
-        kind: The paper's scatter plot, accuracies, or the geometry of features (--analyses).
+        kind: The paper's scatter plot, accuracies, or the geometry of features (--geometry).
         dataset: Dataset whose spectra are drawn (geometry). By default the first that all have.
         published: Points that the authors published, drawn too (scatter): of the paper, by number
             of local crops with 1 or 3 hidden layers, or of the released models.
     """
+    if not reports and (kind != "scatter" or not published):
+        raise ValueError("give one report or more, or --published for the authors' points only")
     found = [read_report(path) for path in reports]
     require_same_images(found)
     draw = {

@@ -51,8 +51,8 @@ class Plan:
     """Number of validation splits, from seed 0; for the SGD layer also orders of the samples."""
     training_task: str | None = None
     """Dataset that the model was trained on, which does not count as transfer."""
-    analyses: bool = False
-    """Whether to analyze the geometry of the training images' features."""
+    geometry: bool = False
+    """Whether to measure the geometry of the training images' features."""
     device: str = "cpu"
     """Device that fits the classifiers."""
 
@@ -131,13 +131,13 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         except OSError as error:  # the report has them in any case
             print(f"      the scores are not cached for other runs ({error})", flush=True)
     entry = {**about, **scores}
-    if plan.analyses:
+    if plan.geometry:
         try:
-            with progress_bar(len(train), "analyses", " images") as bar:
+            with progress_bar(len(train), "geometry", " images") as bar:
                 found = analyze(train, task.train.labels, device=plan.device, progress=bar.update)
             entry["geometry"] = {"train": asdict(found)}
         except ValueError as error:  # such as constant features
-            print(f"      no analyses: {error}", flush=True)
+            print(f"      no geometry: {error}", flush=True)
             entry["geometry"] = {"train": None, "reason": str(error)}
     return entry
 

@@ -30,24 +30,28 @@ MEASURES = (
 def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
     """Draw the paper's picture: accuracy on the training task against mean transfer score.
 
-    Models that lack one of the scores are named above the picture; ``published`` is a key of
-    ``PUBLISHED``, whose points are drawn too.
+    Models that lack one of the scores are named above the picture. ``published`` is a key of
+    ``PUBLISHED``, whose points are drawn, too, or only these if there are no reports.
     """
     authors = PUBLISHED[published] if published else None
     missing = [_label(report) for report in reports if not _has_both_scores(report)]
-    first = _first_comparable([report for report in reports if _has_both_scores(report)])
-    title = first["datasets"][first["training_task"]]["title"]
-    count = len(first["transfer"]["datasets"])
-    if authors and first["training_task"] != "imagenet":
-        raise ValueError(
-            f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}; leave "
-            "--published out"
-        )
-    notes = ["lines: 95 % intervals, of x over test images, of y over seeds"]
+    notes = []
+    if authors and not reports:
+        title, count = "ImageNet-1K", authors.num_datasets
+    else:
+        first = _first_comparable([report for report in reports if _has_both_scores(report)])
+        title = first["datasets"][first["training_task"]]["title"]
+        count = len(first["transfer"]["datasets"])
+        notes.append("lines: 95 % intervals, of x over test images, of y over seeds")
+        if authors and first["training_task"] != "imagenet":
+            raise ValueError(
+                f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}; "
+                "leave --published out"
+            )
     if missing:
         notes.append(plotting.shorten(f"Without one of the scores: {', '.join(missing)}", 110))
     if authors:
-        notes.append(f"hollow: the authors' figures ({authors.title})")
+        notes.append(f"hollow: reported by the authors of t-ReX ({authors.title})")
         if authors.num_datasets != count:
             means = f"{count} and over the authors' {authors.num_datasets} datasets"
             notes.append(f"Means over {means} do not compare.")
@@ -141,10 +145,10 @@ def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
     titles = _titles(reports)
     names = [name for name in titles if any(_analysis(report, name) for report in reports)]
     if not names:
-        raise ValueError("no report has analyses to draw; make them with --analyses")
+        raise ValueError("no report has geometry to draw; add it with --geometry")
     dataset = dataset or names[0]
     if dataset not in names:
-        raise ValueError(f"no report has analyses of {dataset!r}; they are of {', '.join(names)}")
+        raise ValueError(f"no report has the geometry of {dataset!r}, only of {', '.join(names)}")
     found = [[_analysis(report, name) for name in names] for report in reports]
     labels = [titles[name] for name in names]
     many = len(names) * len(reports) > BARS_PER_ROW // 2

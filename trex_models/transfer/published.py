@@ -41,12 +41,12 @@ def _by_crops(layers: str, top1: tuple[float, ...], mean_log_odds: tuple[float, 
     """Return the figures of models that were trained with 0, 2, 4, 6 and 8 local crops."""
     rows = zip(range(0, 10, 2), top1, mean_log_odds, strict=True)
     points = tuple(Point(f"{count} crops", *scores) for count, *scores in rows)
-    return Figures(f"local crops with {layers}; ImageNet-1K, 13 sets", 13, points)
+    return Figures(f"local crops with {layers}; ImageNet-1K, 13 transfer datasets", 13, points)
 
 
 PUBLISHED = {
     "paper": Figures(
-        "ImageNet-1K, 13 sets",
+        "ImageNet-1K, 13 transfer datasets",
         13,
         (
             Point("DINO", 0.7480, 1.256),
@@ -68,7 +68,7 @@ PUBLISHED = {
         (0.7410, 0.7671, 0.7730, 0.7750, 0.7794),
         (1.145, 1.281, 1.320, 1.332, 1.349),
     ),
-    "released": Figures("ImageNet-1K, 15 sets", 15, tuple(_RELEASED.values())),
+    "released": Figures("ImageNet-1K, 15 transfer datasets", 15, tuple(_RELEASED.values())),
 }
 
 
