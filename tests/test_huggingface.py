@@ -130,14 +130,9 @@ def test_a_saved_rearrangement(tmp_path: Path, rearrange: str) -> None:
     assert source.digest() == HuggingFaceSource(again).digest()
 
 
-def test_parquet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = on_hub(tmp_path / "set")
-    capfd.readouterr()
     check(HuggingFaceSource(path, "train"))
-    assert capfd.readouterr() == ("", "")
-    assert not datasets.are_progress_bars_disabled()
     card = "---\ndataset_info:\n  splits:\n"
     for name in ("train", "validation", "test"):  # of which one was not fetched
         card += f"  - name: {name}\n    num_bytes: 1\n    num_examples: 1000\n"
@@ -296,7 +291,9 @@ def test_what_is_wrong_with_a_data_set_is_said(
     refused(tmp_path / "absent", "does not exist; name")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")
-    refused(tmp_path / "bare", "is no dataset: neither a folder of save_to_disk nor")
+    refused(
+        tmp_path / "bare", "cannot be opened as a dataset .neither a folder of save_to_disk nor"
+    )
     again = "cannot be opened as a dataset .*; write or fetch it again"
     refused(tmp_path / "bare" / "a.txt", again)
     (file,) = saved(tmp_path / "none", rows()).glob("*.arrow")

@@ -256,7 +256,7 @@ def test_augmented_images_have_the_reference_pipelines_distribution() -> None:
     height, width, _ = photograph.shape
     boxes = draw_boxes(np.random.default_rng(0), count, height, width, scale)
     batch = torch.empty(count, size, size, 3, dtype=torch.uint8)
-    for box, out in zip(boxes.tolist(), batch, strict=True):
+    for box, out in zip(boxes, batch, strict=True):
         cut(photograph, box, size, out)
     ours = normalize(augment(batch.permute(0, 3, 1, 2), draw_rows(GLOBAL_AUGMENTATION, count)))
     with seeded(0):

@@ -30,8 +30,8 @@ def test_array_source() -> None:
         (np.zeros((2, 4, 4, 3), np.uint8), [0], "one label an image"),
         (np.zeros((1, 4, 4, 3), np.uint8), [1], "outside the 1 classes"),
         (np.zeros((1, 4, 4, 3), np.uint8), [-1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3)), [0], "image 0 is float64"),
-        (np.zeros((1, 4, 4), np.uint8), [0], "not uint8"),
+        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, not float64"),
+        (np.zeros((1, 4, 4), np.uint8), [0], "must be uint8"),
     ],
 )
 def test_array_source_refuses(images: np.ndarray, labels: list[int], message: str) -> None:

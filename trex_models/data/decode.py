@@ -104,18 +104,7 @@ def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], objec
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file.
-
-    Args:
-        path: File in one of ``FORMATS``, whatever its ending.
-
-    Returns:
-        (H, W, 3) uint8 RGB, as `decode_image` returns it.
-
-    Raises:
-        UnreadableImageError: The file is missing, not a regular file or not a whole image; the
-            message names it.
-    """
+    """Decode an image file by its content, as ``decode_image``, (H, W, 3) uint8 RGB."""
     try:
         data = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
@@ -139,21 +128,13 @@ def _open_nonblocking(path: str, flags: int) -> int:
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decode the content of an image file.
+    """Decode the content of a file in one of ``FORMATS``, (H, W, 3) uint8 RGB, writeable.
 
-    The pixels are converted as by ``rgb_pixels``. Only the first of several frames is decoded.
-    Metadata that cannot be read are ignored.
-
-    Args:
-        data: Content of a file in one of ``FORMATS``.
-        name: Name of the image in messages.
-
-    Returns:
-        (H, W, 3) uint8 RGB, writeable and contiguous.
+    Pixels are converted as by ``rgb_pixels``; only the first of several frames is decoded.
 
     Raises:
-        UnreadableImageError: It is not a whole image, has more pixels than Pillow's limit (twice
-            `PIL.Image.MAX_IMAGE_PIXELS`), or values of no defined range (floating point, 32 bits).
+        UnreadableImageError: It is not a complete image, has more pixels than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, or values of no defined range.
     """
     try:
         if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
@@ -213,16 +194,10 @@ def _is_essential(chunk: bytes) -> bool:
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """Convert a PIL image of any mode.
+    """Convert a PIL image of any mode, (H, W, 3) uint8 RGB, writeable and contiguous.
 
     EXIF orientation is applied, transparency is laid over white, and 16-bit gray is reduced to its
-    upper byte.
-
-    Returns:
-        (H, W, 3) uint8 RGB, writeable and contiguous.
-
-    Raises:
-        ValueError: The values have no defined range (floating point, 32 bits).
+    upper byte. ValueError: The values have no defined range (floating point, 32 bits).
     """
     image.load()  # before mode and EXIF are read: it may change them
     return _upright(_pixels(image), _orientation(image))
