@@ -1,4 +1,4 @@
-"""Centre crops against timm's evaluation transform."""
+"""Center crops against timm's evaluation transform."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trex_models.data.sources import ArraySource
 
 
 def reference(crop: CenterCrop, image: NDArray[np.uint8], normalize: bool = False) -> Tensor:
-    """timm's transform, (3, H, W): levels, or normalised."""
+    """timm's transform, (3, H, W): levels, or normalized."""
     return reference_transform(crop, normalize)(Image.fromarray(image))
 
 
@@ -94,7 +94,7 @@ def test_features_differ_little() -> None:
         assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 0.01
 
 
-def test_normalised_crops_are_timms() -> None:
+def test_normalized_crops_are_timms() -> None:
     crop = CenterCrop(
         crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.5, 0.2, 0.3)
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +37,6 @@ def test_images_labels_and_names(tmp_path: Path) -> None:
     assert source.name(1) == str(away)
     with pytest.raises(UnreadableImageError, match=r"images.absent\.png .*No such file"):
         source.read(2)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), pixels)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
@@ -64,9 +61,10 @@ def test_classes_sort_as_numbers_if_all_are(tmp_path: Path) -> None:
     source = CsvSource(write(tmp_path / "list.csv", "path , label\na.png, b \nc.png,d"))
     assert source.classes == ["b", "d"]  # spaces and an end without a line's do not count
     head = "path,label\n"
-    source = CsvSource(write(tmp_path / "list.csv", head + "a,10\nb,9\nc,-1\nd,9\n"))
+    rows = "a,10\nb,9\nc,-1\nd,9\na,10\n"  # a twice, alike
+    source = CsvSource(write(tmp_path / "list.csv", head + rows))
     assert source.classes == ["-1", "9", "10"]
-    assert source.labels.tolist() == [2, 1, 0, 1]
+    assert source.labels.tolist() == [2, 1, 0, 1, 2]
     source = CsvSource(write(tmp_path / "list.csv", head + "a,10\nb,9\nc,x\n"))
     assert source.classes == ["10", "9", "x"]
 
@@ -79,11 +77,6 @@ def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
     write(path, "path,label\na,dog\nb,emu\n")
     with pytest.raises(ValueError, match=r"list.csv: b has the label 'emu', none of the 2 cl"):
         CsvSource(path, classes=["cat", "dog"])
-
-
-def test_an_image_may_be_listed_twice_with_one_label(tmp_path: Path) -> None:
-    path = write(tmp_path / "list.csv", "path,label\na,x\nb,y\na,x\n")
-    assert CsvSource(path).labels.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -122,21 +115,9 @@ def test_what_is_no_csv_file_is_said(tmp_path: Path) -> None:
         CsvSource(tmp_path)
     path = write(tmp_path / "list.csv", "path,label\na,x\nb,stra\u00dfe\n", "latin-1")
     with pytest.raises(
-        ValueError, match=r"no UTF-8 text \(invalid continuation byte\); save it as UTF"
+        ValueError, match=r"no UTF-8: invalid continuation byte\); name a CSV file in UTF"
     ):
         CsvSource(path)
     write(path, "path,label\na,x\n", "utf-16")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="no UTF-8"):
         CsvSource(path)
-
-
-def test_the_digest_holds_rows_and_not_the_place(tmp_path: Path) -> None:
-    text = "path,label\na,x\nb,y\nc,x\n"
-    path = write(tmp_path / "one" / "list.csv", text)
-    digest = CsvSource(path).digest()
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert CsvSource(tmp_path / "two" / "list.csv").digest() == digest
-    assert CsvSource(path, classes=["x", "y"]).digest() == digest
-    assert CsvSource(path, classes=["x", "y", "z"]).digest() != digest
-    for rows in ("a,x\nb,y\nd,x", "a,x\nb,y\nc,y", "b,y\na,x\nc,x", "a,x\nb,z\nc,x"):
-        assert CsvSource(write(path, f"path,label\n{rows}\n")).digest() != digest

@@ -15,12 +15,6 @@ from trex_models.data.image_files import CsvSource, FileSource, FolderSource
 PATHS = ["b/\u732b.png", "a.png"]
 
 
-def save(root: Path) -> FileSource:
-    for seed, path in enumerate(PATHS):
-        save_image(root / path, seed)
-    return FileSource(root, PATHS, [1, 0], ["x", "y"])
-
-
 @pytest.mark.parametrize("kind", ["text", "bytes", "array"])
 def test_images_labels_and_names(tmp_path: Path, kind: str) -> None:
     pixels = save_image(tmp_path / PATHS[0], 3)
@@ -49,7 +43,7 @@ def test_the_digest_holds_paths_labels_and_classes_but_not_the_root() -> None:
 def test_digests_of_class_folders_and_csv_files_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run goes on only where its data set's digest is that of its start."""
+    """A run resumes only where its dataset has the digest of its start."""
     for name in ("zebra/b.png", "zebra/q/a.jpg", "zebra/q.png", "ant/c.JPEG"):
         save_image(tmp_path / name)
     (tmp_path / "list.csv").write_text("path,label\na.png,x\n./b,y\n/abs/c,x\n")
@@ -61,7 +55,9 @@ def test_digests_of_class_folders_and_csv_files_stay(
 
 
 def test_sizes_of_files_and_those_without(tmp_path: Path) -> None:
-    source = save(tmp_path)
+    for path in PATHS:
+        save_image(tmp_path / path)
+    source = FileSource(tmp_path, PATHS, [1, 0], ["x", "y"])
     found = [(tmp_path / path).stat() for path in PATHS]
     assert source.stats().tolist() == [
         [stat.st_size, int(stat.st_mtime), stat.st_dev, stat.st_ino] for stat in found
@@ -77,15 +73,6 @@ def test_sizes_of_files_and_those_without(tmp_path: Path) -> None:
     (tmp_path / PATHS[0]).unlink()
     with pytest.raises(ValueError, match="2 of 2 .*the first is .*\u732b.png; unpack or copy"):
         source.stats()
-
-
-def test_all_sources_of_files_have_sizes(tmp_path: Path) -> None:
-    for name in ("ant/a.png", "bee/b.png"):
-        save_image(tmp_path / name)
-    (tmp_path / "list.csv").write_text("path,label\nbee/b.png,x\nant/a.png,y\n")
-    sizes = [(tmp_path / name).stat().st_size for name in ("ant/a.png", "bee/b.png")]
-    assert FolderSource(tmp_path).stats()[:, 0].tolist() == sizes
-    assert CsvSource(tmp_path / "list.csv").stats()[:, 0].tolist() == sizes[::-1]
 
 
 def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:

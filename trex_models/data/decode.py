@@ -1,7 +1,4 @@
-"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest.
-
-Shapes: H, W height and width of the image, the right way up.
-"""
+"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest."""
 
 from __future__ import annotations
 
@@ -114,7 +111,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def _read_file(path: str | Path) -> bytes:
     # Checked when open: on a network file system, stat by path would cost another round trip.
-    with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+    with open(path, "rb", buffering=0, opener=_open) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
@@ -123,7 +120,7 @@ def _read_file(path: str | Path) -> bytes:
         return file.read()
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
+def _open(path: str, flags: int) -> int:
     return os.open(path, flags | _NONBLOCK)  # otherwise it waits for a FIFO's writer
 
 

@@ -91,8 +91,7 @@ class FractalSource:
 
     def read(self, index: int) -> np.ndarray:
         """Render one image, (S, S, 3) uint8 RGB."""
-        class_number, image_number = self._numbers(index)
-        return draw_fractal(class_number, image_number, self.size, self.seed, self.variation).image
+        return draw_fractal(*self._numbers(index), self.size, self.seed, self.variation).image
 
     def name(self, index: int) -> str:
         """Return the sample's name in messages, by its class and image numbers."""

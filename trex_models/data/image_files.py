@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import errno
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ _logger = logging.getLogger(__name__)
 
 _ENDINGS = tuple(map(os.fsencode, IMAGE_ENDINGS))
 _DELIMITERS = (",", "\t", ";")
-_KINDS = 6  # of files left out that are listed
 _THREADS, _BLOCK = 8, 4096
 _INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
 
@@ -205,22 +203,13 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(b"."):
-                    (folders if _is_folder(entry) else files).append(entry.name)
+                    (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
             f"{name} cannot be listed ({error.strerror}); name another folder, or fix this one"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False  # a link to itself, which cannot be read as an image either
 
 
 def walk(
@@ -261,7 +250,7 @@ def log_left_out(place: object, others: Iterable[bytes]) -> None:
     """Log in one line how many files were left out of a place, if any."""
     kinds = Counter(map(_kind, others))
     if kinds:
-        parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(_KINDS)]
+        parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(6)]
         _logger.warning("%s: %d file(s) left out (%s)", place, kinds.total(), ", ".join(parts))
 
 
@@ -285,51 +274,41 @@ def _stats(files: Sequence[bytes]) -> np.ndarray:
 
 def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
     """Yield line number, image and label of every row."""
-    rows = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header, delimiter = _csv_header(file.readline())
+            delimiter = max(_DELIMITERS, key=file.readline().count)
+            file.seek(0)
+            rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            header = [column.strip() for column in next(rows, [])]
             image = _csv_column(path, header, image_column, "--data.image-column")
             label = _csv_column(path, header, label_column, "--data.label-column")
-            rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             for row in rows:
                 if not any(field.strip() for field in row):
                     continue
-                line = rows.line_num + 1
+                line = rows.line_num
                 if len(row) != len(header):
                     raise ValueError(
-                        f"{path}, line {line}: {len(row)} fields, but the header has {len(header)};"
-                        f" correct the row (text that holds {delimiter!r} must be quoted)"
+                        f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}"
+                        f"; correct the row (text that holds {delimiter!r} must be quoted)"
                     )
                 for column, value in ((image_column, row[image]), (label_column, row[label])):
                     if not value.strip():
                         raise ValueError(f"{path}, line {line}: {column!r} is empty; fill it in")
                 yield line, row[image], row[label].strip()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name a CSV file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no UTF-8: {error.reason}"
+        raise ValueError(f"{path} cannot be read ({reason}); name a CSV file in UTF-8") from error
     except csv.Error as error:
-        line = 1 if rows is None else rows.line_num + 1
+        line = rows.line_num
         raise ValueError(f"{path}, line {line}: {error}; correct the row's quotes") from error
 
 
-def _csv_header(line: str) -> tuple[list[str], str]:
-    """Return the columns and the delimiter, the one that makes the most columns."""
-    choices = [
-        (next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []), delimiter)
-        for delimiter in _DELIMITERS
-    ]
-    columns, delimiter = max(choices, key=lambda choice: len(choice[0]))
-    return [column.strip() for column in columns], delimiter
-
-
-def _csv_column(path: Path, header: Collection[str], column: str, option: str) -> int:
-    found = [position for position, name in enumerate(header) if name == column]
-    if len(found) != 1:
-        remedy = "rename all but one" if found else f"add a header or give {option} NAME"
+def _csv_column(path: Path, header: list[str], column: str, option: str) -> int:
+    count = header.count(column)
+    if count != 1:
+        remedy = "rename all but one" if count else f"add a header or give {option} NAME"
         raise ValueError(
-            f"{path}: the first line names {len(found) or 'no'} columns {column!r} (it has "
+            f"{path}: the first line names {count or 'no'} columns {column!r} (it has "
             f"{', '.join(map(repr, header)) or 'nothing'}); {remedy}"
         )
-    return found[0]
+    return header.index(column)

@@ -1,10 +1,9 @@
 """Multi-crop batches: uint8 crops from workers, augmented in batch on the training device.
 
-Multi-crop is SwAV's (Caron et al. 2020, arXiv 2006.09882), the augmentations are DINO's; t-ReX
-(arXiv 2206.15369), section 3.1. Boxes follow torchvision's RandomResizedCrop. Resizing is
-antialiased bicubic by torch's uint8 kernel, which reads the box as a view of the decoded image,
-channels last, without a copy. A sample's randomness is a function of (seed, epoch, index) only, so
-that a run does not depend on the number of workers or processes, or on where it was interrupted.
+Boxes follow torchvision's RandomResizedCrop. Resizing is antialiased bicubic by torch's uint8
+kernel, which reads the box as a view of the decoded image, channels last, without a copy. A
+sample's randomness is a function of (seed, epoch, index) only, so that a run does not depend on the
+number of workers or processes, or on where it was interrupted.
 
 Shapes: B batch, N crops of one resolution, S their side in pixels, P photometric parameters; H, W
 height and width of an image.
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
@@ -27,12 +25,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from trex_models.data import photometric
 from trex_models.data.decode import UnreadableImageError, or_skip, rgb_pixels
 from trex_models.data.loading import to_device
-from trex_models.data.photometric import (
-    GLOBAL_AUGMENTATION,
-    LOCAL_AUGMENTATION,
-    NUM_DRAWS,
-    PhotometricAugmentation,
-)
+from trex_models.data.photometric import NUM_DRAWS, PhotometricAugmentation
 from trex_models.data.sources import Source, require_rgb
 
 Key = tuple[int, int]  # (epoch, index)
@@ -70,11 +63,7 @@ class CropSpec:
             raise ValueError(f"scale must be positive and ascending, got {self.scale}")
 
     def draw(
-        self,
-        rng: np.random.Generator,
-        image: NDArray[np.uint8],
-        out: Tensor,
-        draws: NDArray[np.float64],
+        self, rng: np.random.Generator, image: np.ndarray, out: Tensor, draws: np.ndarray
     ) -> None:
         """Write the crops of an image, (H, W, 3) uint8 RGB, and the draws for ``parameters``.
 
@@ -86,14 +75,14 @@ class CropSpec:
         for crop, box in zip(out, boxes, strict=True):
             cut(image, box, self.size, crop)
 
-    def parameters(self, draws: NDArray[np.float64]) -> Tensor:
+    def parameters(self, draws: np.ndarray) -> Tensor:
         """Return the parameters, (N * B, P) crop-major, of a batch's draws, (B, N, NUM_DRAWS)."""
         return self.augmentation.parameters(draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS))
 
 
 TREX_CROPS = (
-    CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION),
-    CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION),
+    CropSpec(1, 224, (0.25, 1.0), photometric.GLOBAL_AUGMENTATION),
+    CropSpec(8, 96, (0.05, 0.25), photometric.LOCAL_AUGMENTATION),
 )
 """One global crop of 224 pixels and eight local ones of 96: those of t-ReX, section 3.1."""
 
@@ -324,22 +313,17 @@ class MultiCrop:
         self.specs = list(specs)
 
     def __call__(self, image: Image.Image | np.ndarray) -> list[Tensor]:
-        """Return an image's crops, (3, S, S) float32 each, normalized as ImageNet's are.
+        """Return the crops, (3, S, S) float32 each, of a PIL image or a (H, W, 3) uint8 RGB array.
 
-        Args:
-            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (H, W, 3)
-                uint8 RGB.
-
-        Raises:
-            ValueError: An array is not of this shape and type, or the values of a PIL image have
-                no defined range (floating point, 32 bits).
+        They are normalized as ImageNet's are. PIL images are converted as image files are; one
+        whose values have no defined range (floating point, 32 bits) is a ValueError.
         """
         pixels = rgb_pixels(image) if isinstance(image, Image.Image) else image
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         crops: list[Tensor] = []
         for spec in self.specs:
             out = torch.empty(spec.count, spec.size, spec.size, 3, dtype=torch.uint8)
-            draws = np.empty((1, spec.count, photometric.NUM_DRAWS))
+            draws = np.empty((1, spec.count, NUM_DRAWS))
             spec.draw(rng, pixels, out, draws[0])
             images = photometric.apply(out.permute(0, 3, 1, 2), spec.parameters(draws))
             crops += photometric.normalize(images)
@@ -383,7 +367,7 @@ def _first_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def cut(image: NDArray[np.uint8], box: Box, size: int, out: Tensor) -> None:
+def cut(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
     """Resize a box of an image, (H, W, 3) uint8, into `out`, (S, S, 3), and see no other pixel."""
     top, left, height, width = box
     if not image.flags.writeable:  # torch accepts none of these

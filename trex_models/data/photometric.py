@@ -11,19 +11,6 @@ derives from the rows, on the CPU too, which images each operation touches; noth
 from the device, so nothing waits for it. All sums are exact in float32, also where matrix products
 run in TF32: an image comes out the same on every device and in every batch.
 
-A row holds, by column:
-    FLIP        1 to mirror left and right.
-    JITTER      1 to jitter the colors.
-    ORDER       4 columns: the jitter's parts in the order of execution, 0 brightness, 1 contrast,
-                2 saturation, 3 hue.
-    FACTORS     3 columns: brightness, contrast, saturation; 1 changes nothing.
-    HUE         shift in turns, in [-0.5, 0.5].
-    GRAY        1 to remove the colors.
-    SIGMA       of the blur, in pixels; 0 for none.
-    SOLARIZE    1 to invert the levels from THRESHOLD on.
-    THRESHOLD   in levels.
-A row of zeros leaves its image as it is.
-
 Shapes: B batch, H and W height and width, J images with jitter, n images that an operation touches.
 Inside, images are planes (3, B, H, W) of float32 levels.
 """
@@ -39,15 +26,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-FLIP = 0
-JITTER = 1
-ORDER = slice(2, 6)
-FACTORS = slice(6, 9)
-HUE = 9
-GRAY = 10
-SIGMA = 11
-SOLARIZE = 12
-THRESHOLD = 13
+# Columns of a row of parameters; one of zeros leaves its image as it is.
+FLIP = 0  # 1 to mirror left and right
+JITTER = 1  # 1 to jitter the colors
+ORDER = slice(2, 6)  # of the jitter's parts: 0 brightness, 1 contrast, 2 saturation, 3 hue
+FACTORS = slice(6, 9)  # of brightness, contrast, saturation; 1 changes nothing
+HUE = 9  # shift in turns, in [-0.5, 0.5]
+GRAY = 10  # 1 to remove the colors
+SIGMA = 11  # of the blur, in pixels; 0 for none
+SOLARIZE = 12  # 1 to invert the levels from THRESHOLD on
+THRESHOLD = 13  # a level
 NUM_PARAMETERS = 14
 
 NUM_DRAWS = 14  # that a row is made of
@@ -189,12 +177,7 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
     forward = places.argsort(stable=True)
     parameters = parameters[forward]
     ends = places.bincount(minlength=5).cumsum(0).tolist()
-    masks = (
-        parameters[:, FLIP] > 0,
-        parameters[:, GRAY] > 0,
-        parameters[:, SIGMA] > 0,
-        parameters[:, SOLARIZE] > 0,
-    )
+    masks = [parameters[:, column] > 0 for column in (FLIP, GRAY, SIGMA, SOLARIZE)]
     chosen = [mask.nonzero()[:, 0] for mask in masks]
     indices = _send(torch.cat([forward, forward.argsort(), *chosen]), device)
     forward, backward, flip, gray, blur, solar = indices.split(

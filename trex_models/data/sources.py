@@ -100,7 +100,7 @@ def encode_labels(
     names: Sequence[str],
     classes: Sequence[str] | None,
     where: str,
-    place: Callable[[int], str] = str,
+    place: Callable[[int], str],
 ) -> tuple[list[str], np.ndarray]:
     """Return the classes and the position in them of each class name, (N,) int64.
 
