@@ -58,11 +58,7 @@ def test_error_of_a_quantity(ours: object, recorded: object, expected: float) ->
 
 
 @pytest.mark.client
-@pytest.mark.parametrize(
-    "arch",
-    """resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d
-    resnext101_64x4d wide_resnet50_2 wide_resnet101_2""".split(),
-)
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_backbones_have_torchvisions_names_and_outputs(arch: str) -> None:
     with torch.device("meta"):  # drawing initial values takes longer than all the rest
         theirs = torchvision.models.get_model(arch).eval()
