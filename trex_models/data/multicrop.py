@@ -245,7 +245,7 @@ class EpochSampler(Sampler[list[Key]]):
         if rest or share < 2:
             raise ValueError(
                 f"optim.batch_size {batch_size} does not divide among {world_size} processes into "
-                "2 or more images for each, as BatchNorm needs; take another multiple"
+                "equal shares; BatchNorm needs at least 2 images in each"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size

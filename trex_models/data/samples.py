@@ -92,7 +92,8 @@ def _require(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; pip install trex-models[transfer]") from error
+        needs = "scikit-learn and scikit-image: pip install trex-models[transfer]"
+        raise ImportError(f"this set of images needs {needs}") from error
 
 
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:
