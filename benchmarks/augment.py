@@ -96,17 +96,15 @@ class Comparison(NamedTuple):
 
 def draw_rows(law: PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
     """Return parameters that our law draws, (count, NUM_PARAMETERS)."""
-    rng = np.random.default_rng(seed)
-    rows = np.full((count, ph.NUM_PARAMETERS), np.nan, dtype=np.float32)
-    law.draw(rng, rows)
-    return rows
+    draws = np.random.default_rng(seed).random((count, ph.NUM_DRAWS))
+    return law.parameters(draws).numpy()
 
 
 def our_boxes(
     height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
 ) -> NDArray[np.int64]:
     """Return boxes that our law draws, (count, 4): top, left, height, width."""
-    return draw_boxes(np.random.default_rng(seed), count, height, width, scale)
+    return np.array(draw_boxes(np.random.default_rng(seed), count, height, width, scale))
 
 
 def keep(rows: Rows, *operations: str) -> Rows:
@@ -354,7 +352,7 @@ def _boxes(
     for index in range(count):
         image = photographs[index % len(photographs)]
         height, width, _ = image.shape
-        yield image, draw_boxes(rng, 1, height, width, scale)[0].tolist()
+        yield image, draw_boxes(rng, 1, height, width, scale)[0]
 
 
 def _pil(images: Tensor) -> Iterator[Image.Image]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import socket
 import struct
 import warnings
@@ -91,28 +90,15 @@ def paletted() -> Image.Image:
     return image
 
 
-def tiff(
-    pixels: np.ndarray,
-    bits: int,
-    order: Literal["<", ">"] = "<",
-    photometric: int = 2,
-    palette: np.ndarray | None = None,
-) -> bytes:
-    """Write an uncompressed TIFF, (H, W, channels)."""
+def tiff_of_rgb16(pixels: np.ndarray, order: Literal["<", ">"]) -> bytes:
     height, width, channels = pixels.shape
-    body = pixels.astype(np.dtype(f"u{bits // 8}").newbyteorder(order)).tobytes()
-    extra = struct.pack(f"{order}{channels}H", *[bits] * channels)
-    fields: list[tuple[int, int, int, int]] = [
-        *((256, 4, 1, width), (257, 4, 1, height)),
-        (258, 3, channels, bits * 0x10001 if channels == 2 else 8 + len(body)),  # two fit inline
-        *((259, 4, 1, 1), (262, 4, 1, photometric), (273, 4, 1, 8), (277, 4, 1, channels)),
+    body = pixels.astype(np.dtype("u2").newbyteorder(order)).tobytes()
+    extra = struct.pack(f"{order}{channels}H", *[16] * channels)
+    fields = [
+        *((256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 8 + len(body))),
+        *((259, 4, 1, 1), (262, 4, 1, 2), (273, 4, 1, 8), (277, 4, 1, channels)),
         *((278, 4, 1, height), (279, 4, 1, len(body))),
     ]
-    if palette is not None:
-        table = np.zeros((3, 256), np.uint16)
-        table[:, : len(palette)] = palette.T.astype(np.uint16) * 257
-        fields += [(320, 3, 768, 8 + len(body) + len(extra)), (338, 4, 1, 2)]
-        extra += table.tobytes()
     directory = struct.pack(f"{order}H", len(fields))
     directory += b"".join(struct.pack(f"{order}HHII", *field) for field in fields)
     mark = b"II*\0" if order == "<" else b"MM\0*"
@@ -160,11 +146,6 @@ def cases() -> Iterator[tuple[str, bytes, np.ndarray, float]]:
     laid = over_white(PALETTE[INDICES], alpha[INDICES])
     data = encode(paletted(), "PNG", transparency=alpha.tobytes())
     yield "an opacity for each color", data, laid, 1
-    # Of the formats that Pillow reads as PA it writes none: a TIFF by hand.
-    data = tiff(np.stack([INDICES, alpha[INDICES]], axis=2), 8, photometric=3, palette=PALETTE)
-    with Image.open(io.BytesIO(data)) as opened:
-        assert opened.mode == "PA"
-    yield "palette and opacity", data, laid, 1
 
     pixels = picture(channels=4)
     for kind in ("PNG", "TIFF", "WEBP"):
@@ -204,7 +185,7 @@ def cases() -> Iterator[tuple[str, bytes, np.ndarray, float]]:
     expected = np.where(values == values[2, 2], 255, values // 256)
     yield "gray of 16 bits, one clear", data, expected[:, :, None].repeat(3, axis=2), 0
     pixels = np.stack([values, values[::-1], values[:, ::-1]], axis=2)
-    for data in (png_of_rgb16(pixels), tiff(pixels, 16), tiff(pixels, 16, ">")):
+    for data in (png_of_rgb16(pixels), tiff_of_rgb16(pixels, "<"), tiff_of_rgb16(pixels, ">")):
         yield f"RGB of 16 bits, {data[:4]!r}", data, pixels // 256, 0
 
 
@@ -379,15 +360,6 @@ def test_files_and_what_is_none(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnreadableImageError, match=message):
             read_image(tmp_path / name)
-
-
-def test_the_error_can_be_sent_to_another_process() -> None:
-    with pytest.raises(UnreadableImageError) as caught:
-        decode_image(b"", "x.img")
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert isinstance(copy, UnreadableImageError)
-    assert isinstance(copy, ValueError)
-    assert str(copy) == str(caught.value)
 
 
 @pytest.mark.timeout(60)

@@ -11,7 +11,7 @@ import timm
 import torch
 import torchvision
 
-from tests import golden, reference_method
+from tests import golden
 
 DATA = Path(__file__).parent / "data"
 ENTRIES = [
@@ -58,27 +58,7 @@ def test_error_of_a_quantity(ours: object, recorded: object, expected: float) ->
 
 
 @pytest.mark.client
-@pytest.mark.parametrize(("arch", "epochs"), [("resnet50", 2), ("resnext50_32x4d", 1)])
-def test_steps_of_a_deep_network(arch: str, epochs: int) -> None:
-    """Against plain formulas.
-
-    Deep networks amplify any difference in rounding, which no two processors share: after nine
-    steps of a ResNet-50 it may exceed the limit (1.5e-6), after six it is 3e-9.
-    """
-    torch.set_num_threads(1)
-    case = ENTRIES[0]["case"] | {"arch": arch, "lr": 1.6, "hidden_layers": 3, "epochs": epochs}
-    recorded = reference_method.train(case)
-    assert len(recorded["loss"]) == 3 * epochs
-    errors = golden.compare({"case": case, "world_size": 1, **recorded})
-    assert max(errors.values()) <= golden.LIMIT, errors
-
-
-@pytest.mark.client
-@pytest.mark.parametrize(
-    "arch",
-    """resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d
-    resnext101_64x4d wide_resnet50_2 wide_resnet101_2""".split(),
-)
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_backbones_have_torchvisions_names_and_outputs(arch: str) -> None:
     with torch.device("meta"):  # drawing initial values takes longer than all the rest
         theirs = torchvision.models.get_model(arch).eval()

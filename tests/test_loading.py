@@ -7,13 +7,10 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import dataloader
 from torch.utils.data._utils import signal_handling
 
+from tests.processes import run_python
 from trex_models.data import loading
 from trex_models.data.loading import GaveUpError, load_batches
 
@@ -34,7 +32,7 @@ pytestmark = pytest.mark.timeout(120)  # what breaks here hangs
 
 @pytest.fixture(autouse=True)
 def first_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let DataLoader set its handler of deaths anew, and look for deaths more often."""
+    """Let DataLoader set its handler of deaths again, and look for deaths more often."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     look = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(look, "__defaults__", (0.5,))
@@ -46,7 +44,7 @@ def first_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def workers_end() -> bool:
-    """Return whether all workers are gone; those of a fork server may be starting when told so."""
+    """Return whether all workers are gone; those of a fork server may still be starting."""
     for _ in range(100):
         if not multiprocessing.active_children():
             return True
@@ -182,10 +180,8 @@ def test_death_does_not_disturb_what_the_consumer_does(tmp_path: Path) -> None:
 def kill(process: int) -> None:
     """End a child and wait for its death, which is left for others to notice."""
     os.kill(process, signal.SIGKILL)
-    state = Path(f"/proc/{process}/stat")  # a fork server's workers are not ours to wait for
-    with suppress(FileNotFoundError, ProcessLookupError):
-        while state.read_text().rpartition(")")[2].split()[0] != "Z":
-            time.sleep(0.01)
+    while is_running(process):  # a fork server's workers are not ours to wait for
+        time.sleep(0.01)
 
 
 def test_handler_of_childrens_deaths_is_left_alone(tmp_path: Path) -> None:
@@ -280,9 +276,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, start_method: 
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    killed = subprocess.run(
-        [sys.executable, str(script), start_method], env=environment, stdout=subprocess.PIPE
-    )
+    killed = run_python(script, start_method, fails=True, env=environment)
     assert killed.returncode == -signal.SIGKILL
     workers = json.loads(killed.stdout)
     assert len(workers) == 2

@@ -1,4 +1,4 @@
-"""LOOK against plain loops, and against SNCA where its neighbours are the whole bank."""
+"""LOOK against plain loops, and against SNCA where its neighbors are the whole bank."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(k: int) -> None:
     assert ours.abs().sum() > 0
 
 
-def test_the_whole_bank_as_neighbours_is_snca() -> None:
+def test_the_whole_bank_as_neighbors_is_snca() -> None:
     """Wu, Efros, Yu 2018, Eq. 4 and 5: p_ij is a softmax over all but i; the loss -log sum p_ij."""
     bank = make_bank(size=12 * C)
     bank.ids.copy_(torch.arange(len(bank.ids)))
@@ -94,7 +94,7 @@ def test_own_entries_do_not_count() -> None:
     assert (votes == -math.inf).all()
 
 
-def test_votes_are_the_weighted_nearest_neighbours() -> None:
+def test_votes_are_the_weighted_nearest_neighbors() -> None:
     bank = make_bank()
     z, _, _ = batch(images=100)  # 300 rows: more than are compared at a time
     votes = LOOK(bank, TAU, 7).logits(z.detach())

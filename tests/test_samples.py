@@ -8,6 +8,7 @@ import pytest
 
 from tests.processes import Forked
 from trex_models.data import samples
+from trex_models.data.fractals import FractalSource
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import ArraySource, Source
 
@@ -30,13 +31,26 @@ def test_array_source() -> None:
         (np.zeros((2, 4, 4, 3), np.uint8), [0], "one label an image"),
         (np.zeros((1, 4, 4, 3), np.uint8), [1], "outside the 1 classes"),
         (np.zeros((1, 4, 4, 3), np.uint8), [-1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3)), [0], "image 0 is float64"),
-        (np.zeros((1, 4, 4), np.uint8), [0], "not uint8"),
+        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, not float64"),
+        (np.zeros((1, 4, 4), np.uint8), [0], "must be uint8"),
     ],
 )
 def test_array_source_refuses(images: np.ndarray, labels: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ArraySource(images, labels, ["only"])
+
+
+def hash_of_all_samples() -> str:
+    parts: list[Source] = [*photographs(24, 2, 1, seed=3), *digits(), FractalSource(3, 2, 32, 5)]
+    images = [part.read(index) for part in parts for index in range(len(part))]
+    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()
+
+
+def test_the_same_bytes_in_any_process() -> None:
+    script = "from tests.test_samples import *; print(hash_of_all_samples())"
+    elsewhere = Forked("-c", script)
+    assert elsewhere.end() == 0, elsewhere.err
+    assert elsewhere.out.strip() == hash_of_all_samples()
 
 
 class TestDigits:
@@ -60,18 +74,6 @@ class TestPhotographs:
         assert test.labels.tolist() == np.repeat(np.arange(20), 2).tolist()
         assert train.read(0).shape == (24, 24, 3)
         assert train.classes[train.labels[0]] == "astronaut"
-
-    def test_the_same_bytes_in_any_process(self) -> None:
-        script = (
-            "import hashlib; from trex_models.data.samples import digits, photographs\n"
-            "parts = [*photographs(24, 2, 1, seed=3), *digits()]\n"
-            "print(hashlib.sha256(b''.join(p.images.tobytes() for p in parts)).hexdigest())"
-        )
-        elsewhere = Forked("-c", script)
-        assert elsewhere.end() == 0, elsewhere.err
-        parts = [*photographs(24, 2, 1, seed=3), *digits()]
-        here = b"".join(np.asarray(part.images).tobytes() for part in parts)
-        assert elsewhere.out.strip() == hashlib.sha256(here).hexdigest()
 
     @pytest.mark.parametrize(("height", "width"), [(172, 448), (512, 512), (660, 550)])
     def test_tiles_do_not_overlap(self, height: int, width: int) -> None:
@@ -104,8 +106,8 @@ class TestPhotographs:
     def test_brightness_says_little_about_the_class(self) -> None:
         train, test = photographs(size=16)
         means = [np.asarray(part.images).mean((1, 2, 3)) for part in (train, test)]
-        centres = [means[0][train.labels == label].mean() for label in range(20)]
-        guess = np.abs(means[1][:, None] - np.array(centres)).argmin(1)
+        centers = [means[0][train.labels == label].mean() for label in range(20)]
+        guess = np.abs(means[1][:, None] - np.array(centers)).argmin(1)
         assert (guess == test.labels).mean() < 0.15  # chance 0.05
         assert all((image == image[..., :1]).all() for image in np.asarray(train.images))
 

@@ -56,13 +56,8 @@ class Process:
 def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Process]:
     """Join the process group, if there is one, for the duration of the block.
 
-    Args:
-        device: ``auto`` (CUDA where there is one, else the CPU) or a torch device name.
-        backend: ``nccl``, ``gloo``, or ``auto``: nccl on CUDA. What is on the CPU goes by gloo.
-
-    Raises:
-        ValueError: The device does not exist, or the processes cannot meet.
-        PeerError: Another process failed while this one waited for it.
+    Backend ``auto`` is nccl on CUDA; tensors on the CPU go by gloo in any case. An error of an
+    exchange with a process that failed becomes a PeerError.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), "--system.device")
@@ -91,7 +86,7 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         if not nccl:  # which would wait for the others
             dist.destroy_process_group()
         if is_peer_failure(error):
-            raise PeerError("another process failed; its own error tells why") from error
+            raise PeerError("another process failed; read its own error") from error
         raise
     dist.destroy_process_group()
 
@@ -106,11 +101,6 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
 
     Buffers (BatchNorm's running statistics, the bank) are not broadcast at each step: the bank is
     equal on all ranks already, and the statistics of rank 0 are the ones that are saved.
-
-    Args:
-        module: On the process's device.
-        process: This process.
-        sync_batchnorm: Share BatchNorm's batch statistics; torch does so on CUDA alone.
     """
     if process.world_size == 1:
         return module
@@ -119,10 +109,9 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
     # Newer torch has a new name for it and warns of the old one.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    devices = [process.device] if process.device.type == "cuda" else None
     options: dict[str, Any] = {name: False}
-    if process.device.type == "cuda":
-        options["device_ids"] = [process.device]
-    return DistributedDataParallel(module, **options)
+    return DistributedDataParallel(module, device_ids=devices, **options)
 
 
 def warm_up_ddp(model: nn.Module, *inputs: Any) -> None:
@@ -131,10 +120,6 @@ def warm_up_ddp(model: nn.Module, *inputs: Any) -> None:
     Otherwise the first step of a process's life would sum them in another order than later ones,
     which from three processes on changes the rounding: an interrupted run would not end bit for
     bit like an uninterrupted one. Parameters and buffers stay as they are.
-
-    Args:
-        model: Return value of ``data_parallel``; the first item of its output is the loss.
-        inputs: Inputs of the shapes to come.
     """
     if isinstance(model, DistributedDataParallel):
         with preserve_buffers(model):
@@ -156,7 +141,7 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def synchronizes(process: Process, sync_batchnorm: bool) -> bool:
-    """Return whether BatchNorm's statistics are those of the global batch."""
+    """Return whether BatchNorm's statistics are those of the global batch; torch needs CUDA."""
     return process.world_size == 1 or (sync_batchnorm and process.device.type == "cuda")
 
 
@@ -207,11 +192,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise an error of one process on all of them.
-
-    Raises:
-        SharedError: A process raised a ValueError or OSError; the message says which and why.
-    """
+    """Raise a ValueError or OSError of one process on all, as a SharedError that names it."""
     error: Exception | None = None
     try:
         yield
@@ -222,17 +203,12 @@ def raise_on_all_ranks() -> Iterator[None]:
             raise error
         return
     messages = gather_objects(None if error is None else str(error))
-    by_message: dict[str, list[int]] = {}
-    for rank, message in enumerate(messages):
-        if message is not None:
-            by_message.setdefault(message, []).append(rank)
-    if by_message:
-        alike = len(next(iter(by_message.values()))) == len(messages)
-        lines = [
-            line if alike else f"process {', '.join(map(str, ranks))}: {line}"
-            for message, ranks in by_message.items()
-            for line in message.splitlines()
-        ]
+    lines = []
+    for message in dict.fromkeys(messages):
+        ranks = [str(rank) for rank, other in enumerate(messages) if other == message]
+        where = "" if len(ranks) == len(messages) else f"process {', '.join(ranks)}: "
+        lines += [where + line for line in (message or "").splitlines()]
+    if any(message is not None for message in messages):
         raise SharedError("\n".join(lines)) from error
 
 
@@ -245,8 +221,8 @@ def barrier() -> None:
 class SharedFlags:
     """Small numbers that any process may raise and that all see at the same step: the largest.
 
-    With many processes the answer is one call old: the exchange goes on beside the step, between
-    the CPUs, so that nothing waits for the device.
+    With many processes the answer is one call old: the exchange takes place during the step,
+    between the CPUs, so that nothing waits for the device.
     """
 
     def __init__(self, count: int) -> None:
@@ -273,14 +249,7 @@ class SharedFlags:
 
 @torch.no_grad()
 def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
-    """Compare checksums of tensors that every process should hold alike.
-
-    Args:
-        parts: Tensors by the name of what they belong to.
-
-    Raises:
-        SharedError: They differ; the message names the parts and the processes.
-    """
+    """Raise a SharedError for named parts whose tensors are not equal on all processes."""
     if not dist.is_initialized():
         return
     own = torch.stack([_checksum(torch.stack([*map(_checksum, ts)])) for ts in parts.values()])

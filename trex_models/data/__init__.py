@@ -1,7 +1,4 @@
-"""Images: sources, decoding, multi-crop, photometric augmentation, loading.
-
-The names below are stable; docs/library.md shows their use.
-"""
+"""Images: sources, multi-crop, augmentation, loading; docs/library.md shows their use."""
 
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.decode import UnreadableImageError

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from trex_models.data import photometric
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import load_batches, to_device
 from trex_models.data.multicrop import resize
-from trex_models.data.sources import Source
+from trex_models.data.sources import Source, require_rgb
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
 _MODES = ("center", "squash")
@@ -64,10 +64,7 @@ class CenterCrop:
         if min(self.size) < 1:
             raise ValueError(f"size must be positive, not {self.size}")
         if not 0.01 <= self.crop_pct <= min(self.size):
-            raise ValueError(
-                f"crop_pct must lie in [0.01, {min(self.size)}] for size {self.size}, not "
-                f"{self.crop_pct}"
-            )
+            raise ValueError(f"crop_pct must lie in [0.01, {min(self.size)}], not {self.crop_pct}")
         for name, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", _MODES)):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -77,16 +74,12 @@ class CenterCrop:
 
     @classmethod
     def from_data_config(cls, config: Mapping[str, Any]) -> CenterCrop:
-        """Build from the result of timm's `resolve_data_config`.
-
-        Raises:
-            ValueError: As the class, or the images are not RGB.
-        """
-        channels, *size = config["input_size"]
+        """Build from the result of timm's `resolve_data_config`."""
+        channels, height, width = config["input_size"]
         if channels != 3:
             raise ValueError(f"images have 3 channels, and the model takes {channels}")
         return cls(
-            size=(size[0], size[1]),
+            size=(height, width),
             crop_pct=config["crop_pct"],
             interpolation=config["interpolation"],
             crop_mode=config["crop_mode"],
@@ -99,24 +92,13 @@ class CenterCrop:
         return torch.empty(count, *self.size, 3, dtype=torch.uint8)
 
     def cut(self, image: np.ndarray, out: Tensor) -> None:
-        """Resize an image and write its center into `out`.
-
-        Args:
-            image: (height, width, 3) uint8. A read-only array is copied, since torch accepts none.
-            out: (H, W, 3) uint8 on the CPU: one row of a batch.
-
-        Raises:
-            ValueError: The image is not uint8 (height, width, 3).
-        """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"image must be uint8 (height, width, 3), not {image.dtype} {image.shape}"
-            )
-        if not image.flags.writeable:
+        """Resize an image, (height, width, 3) uint8, and write its center into `out`, (H, W, 3)."""
+        require_rgb(image)
+        if not image.flags.writeable:  # torch accepts none of these
             image = image.copy()
         above, left = self._beyond(*image.shape[:2])
         height, width = image.shape[0] - 2 * above, image.shape[1] - 2 * left
-        # The batch axis goes on before anything is cut: only strides that still read as channels
+        # The batch axis is added before anything is cut: only strides that still read as channels
         # last give the fast kernel.
         middle = torch.from_numpy(image)[None, above : above + height, left : left + width]
         (resized,) = resize(
@@ -129,18 +111,11 @@ class CenterCrop:
         out[shown].copy_(resized.permute(1, 2, 0)[seen])
 
     def normalize(self, crops: Tensor) -> Tensor:
-        """Turn crops into a network's input, on the device that they are on.
-
-        Args:
-            crops: (B, H, W, 3) uint8.
-
-        Returns:
-            (B, 3, H, W) float32, in channels_last format.
-        """
+        """Turn crops, (B, H, W, 3) uint8, into input, (B, 3, H, W) float32, channels last."""
         return photometric.normalize(crops.permute(0, 3, 1, 2), self.mean, self.std)
 
     def _targets(self) -> tuple[int, int]:
-        """Return height and width that are resized to, before the aspect ratio counts."""
+        """Return the height and width to resize to, before the aspect ratio counts."""
         height, width = (math.floor(side / self.crop_pct) for side in self.size)
         return height, width
 
@@ -187,33 +162,16 @@ PROTOCOLS = {
 Transform = CenterCrop | Callable[[Image.Image], Tensor]
 
 
-@dataclass(frozen=True)
-class CropBatch:
-    """A batch from a worker.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        labels: (B,).
-        unreadable: Errors of the images that were skipped, by index.
-    """
+class CropBatch(NamedTuple):
+    """Crops, (B, H, W, 3) uint8, their labels, (B,), and errors of skipped images by index."""
 
     images: Tensor
     labels: Tensor
     unreadable: dict[int, str]
 
-    def pin_memory(self) -> CropBatch:
-        """Return the batch in page-locked memory."""
-        return CropBatch(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
-
 
 class CenterCropDataset:
-    """Center crops of a source's images, a complete batch at a time.
-
-    Args:
-        source: Labelled images.
-        crop: The transform.
-        skip: Whether to skip unreadable images.
-    """
+    """Center crops of a source's images, a complete batch at a time."""
 
     def __init__(self, source: Source, crop: CenterCrop, skip: bool = False) -> None:
         self.source = source
@@ -261,18 +219,8 @@ def image_batches(
 ) -> Iterator[Tensor]:
     """Yield transformed images in order, (<= batch_size, 3, H, W).
 
-    Args:
-        source: Labelled images.
-        transform: A center crop (fast), or a function from a PIL image to a tensor, (3, H, W).
-        batch_size: Images per batch.
-        workers: Loader processes.
-        device: Device of the result; None for the CPU.
-        indices: Images to take; None for all of the source, in its order.
-        on_skip: Callback that receives {index: error} of skipped images, for center crops; None
-            makes unreadable images errors.
-
-    Raises:
-        ValueError: An image cannot be read; the message names it.
+    ``on_skip`` receives {index: error} of unreadable images, of center crops; without it they are
+    errors.
     """
     images = range(len(source)) if indices is None else indices
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]

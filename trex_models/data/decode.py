@@ -1,7 +1,4 @@
-"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest.
-
-Shapes: H, W height and width of the image, the right way up.
-"""
+"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest."""
 
 from __future__ import annotations
 
@@ -104,18 +101,7 @@ def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], objec
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file.
-
-    Args:
-        path: File in one of ``FORMATS``, whatever its ending.
-
-    Returns:
-        (H, W, 3) uint8 RGB, as `decode_image` returns it.
-
-    Raises:
-        UnreadableImageError: The file is missing, not a regular file or not a whole image; the
-            message names it.
-    """
+    """Decode an image file by its content, as ``decode_image``, (H, W, 3) uint8 RGB."""
     try:
         data = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
@@ -125,7 +111,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def _read_file(path: str | Path) -> bytes:
     # Checked when open: on a network file system, stat by path would cost another round trip.
-    with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+    with open(path, "rb", buffering=0, opener=_open) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
@@ -134,26 +120,18 @@ def _read_file(path: str | Path) -> bytes:
         return file.read()
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
+def _open(path: str, flags: int) -> int:
     return os.open(path, flags | _NONBLOCK)  # otherwise it waits for a FIFO's writer
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decode the content of an image file.
+    """Decode the content of a file in one of ``FORMATS``, (H, W, 3) uint8 RGB, writeable.
 
-    The pixels are converted as by ``rgb_pixels``. Only the first of several frames is decoded.
-    Metadata that cannot be read are ignored.
-
-    Args:
-        data: Content of a file in one of ``FORMATS``.
-        name: Name of the image in messages.
-
-    Returns:
-        (H, W, 3) uint8 RGB, writeable and contiguous.
+    Pixels are converted as by ``rgb_pixels``; only the first of several frames is decoded.
 
     Raises:
-        UnreadableImageError: It is not a whole image, has more pixels than Pillow's limit (twice
-            `PIL.Image.MAX_IMAGE_PIXELS`), or values of no defined range (floating point, 32 bits).
+        UnreadableImageError: It is not a complete image, has more pixels than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, or values of no defined range.
     """
     try:
         if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
@@ -213,16 +191,10 @@ def _is_essential(chunk: bytes) -> bool:
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """Convert a PIL image of any mode.
+    """Convert a PIL image of any mode, (H, W, 3) uint8 RGB, writeable and contiguous.
 
     EXIF orientation is applied, transparency is laid over white, and 16-bit gray is reduced to its
-    upper byte.
-
-    Returns:
-        (H, W, 3) uint8 RGB, writeable and contiguous.
-
-    Raises:
-        ValueError: The values have no defined range (floating point, 32 bits).
+    upper byte. ValueError: The values have no defined range (floating point, 32 bits).
     """
     image.load()  # before mode and EXIF are read: it may change them
     return _upright(_pixels(image), _orientation(image))

@@ -72,12 +72,10 @@ class FractalSource:
         variation: float = 1.0,
     ) -> None:
         require_positive(num_classes=num_classes, images_per_class=images_per_class, size=size)
-        natural = {"seed": seed, "first_class": first_class, "first_image": first_image}
-        for argument, value in natural.items():
-            if value < 0:
-                raise ValueError(f"{argument} must not be negative, not {value}")
-        if not 0 <= variation < float("inf"):
-            raise ValueError(f"variation must be finite and not negative, not {variation}")
+        firsts = {"first_class": first_class, "first_image": first_image}
+        for argument, value in {"seed": seed, "variation": variation, **firsts}.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{argument} must be finite and not negative, not {value}")
         self.images_per_class = images_per_class
         self.size = size
         self.seed = seed
@@ -93,8 +91,7 @@ class FractalSource:
 
     def read(self, index: int) -> np.ndarray:
         """Render one image, (S, S, 3) uint8 RGB."""
-        class_number, image_number = self._numbers(index)
-        return draw_fractal(class_number, image_number, self.size, self.seed, self.variation).image
+        return draw_fractal(*self._numbers(index), self.size, self.seed, self.variation).image
 
     def name(self, index: int) -> str:
         """Return the sample's name in messages, by its class and image numbers."""
@@ -116,14 +113,10 @@ class FractalSource:
 class Fractal(NamedTuple):
     """An image, and its attributes that do not depend on its class."""
 
-    image: np.ndarray
-    """(S, S, 3) uint8 RGB."""
-    turn: float
-    """Rotation of the shape in radians, before mirroring."""
-    mirrored: bool
-    """Whether left and right are exchanged."""
-    color: tuple[float, float, float]
-    """Mean red, green and blue of the shape, in [0, 1], where it covers the background."""
+    image: np.ndarray  # (S, S, 3) uint8 RGB
+    turn: float  # rotation of the shape in radians, before mirroring
+    mirrored: bool  # left and right are exchanged
+    color: tuple[float, float, float]  # mean RGB of the shape, in [0, 1]
 
 
 def draw_fractal(
@@ -136,17 +129,11 @@ def draw_fractal(
     turn: float | None = None,
     individual: int | None = None,
 ) -> Fractal:
-    """Draw one image of a class: what ``FractalSource`` reads, or one whose pose is given.
+    """Draw one image of a class, as ``FractalSource`` reads it.
 
-    Args:
-        class_number: Number of the class; non-negative.
-        image_number: Number of the image in its class, or of the individual; non-negative.
-        size: S.
-        seed: Seed of everything.
-        variation: As for ``FractalSource``.
-        turn: Rotation in radians; drawn by default.
-        individual: Number of a variant of the class's shape, whose images differ in shape by a
-            fifth of ``variation``. By default each image has a shape of its own.
+    ``turn``, in radians, is drawn by default. ``individual`` is the number of a variant of the
+    class's shape, whose images differ in shape by a fifth of ``variation``; by default each image
+    has a shape of its own.
     """
     system = _system(seed, class_number)
     key: tuple[int, ...] = (_INSTANCE, seed, class_number, image_number)
@@ -203,15 +190,6 @@ def _perturbed(system: _System, variation: float, rng: np.random.Generator) -> _
     )
 
 
-def _affine(system: _System) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return linear parts (N, 2, 2), shifts (N, 2) and map probabilities (N,)."""
-    linear = (_rotation(system.theta) * system.scales[:, None, :]) @ _rotation(system.phi)
-    linear = linear * system.signs[:, None, :]
-    # By area, so that points cover the attractor evenly; the floor keeps thin maps in sight.
-    area = np.maximum(system.scales.prod(1), 0.02)
-    return linear, system.shift, area / area.sum()
-
-
 def _rotation(angle: np.ndarray | float) -> np.ndarray:
     """Return rotation matrices, (..., 2, 2)."""
     cos, sin = np.cos(angle), np.sin(angle)
@@ -245,20 +223,16 @@ class _Attractor(NamedTuple):
             + self.word_tones.astype(np.float32)[:, None],
         )
 
-    def seen(self, turn: np.ndarray, shift: np.ndarray) -> _Attractor:
-        """Return the attractor under x -> turn x + shift."""
-        return self._replace(linear=turn @ self.linear, shift=self.shift @ turn.T + shift)
-
 
 def _attractor(
     system: _System, num_points: int, map_tones: np.ndarray, rng: np.random.Generator
 ) -> _Attractor:
-    """Draw about ``num_points`` samples of a system's attractor.
-
-    ``map_tones``, (N,) in [0, 1], are the tones towards which the maps pull their points.
-    """
-    linear, shift, probability = _affine(system)
-    cumulative = probability.cumsum()
+    """Draw about ``num_points`` samples, pulled towards the tones of maps, (N,) in [0, 1]."""
+    linear = (_rotation(system.theta) * system.scales[:, None, :]) @ _rotation(system.phi)
+    linear = linear * system.signs[:, None, :]
+    # By area, so that points cover the attractor evenly; the floor keeps thin maps in sight.
+    area = np.maximum(system.scales.prod(1), 0.02)
+    cumulative = (area / area.sum()).cumsum()
     num_words = max(16, round(np.sqrt(num_points / 8)))
     num_points = -(-num_points // num_words)
 
@@ -272,7 +246,8 @@ def _attractor(
     x, y = rng.uniform(-1, 1, (2, num_points))
     tones = np.full(num_points, 0.5)
     for k in letters(_BURN_IN, num_points):
-        x, y = a[k] * x + b[k] * y + shift[k, 0], c[k] * x + d[k] * y + shift[k, 1]
+        across, down = system.shift[k].T
+        x, y = a[k] * x + b[k] * y + across, c[k] * x + d[k] * y + down
         tones = (tones + map_tones[k]) / 2
 
     words = np.broadcast_to(np.eye(2), (num_words, 2, 2))
@@ -280,16 +255,13 @@ def _attractor(
     word_tones = np.zeros(num_words)
     for k in letters(_WORD_LENGTH, num_words):
         words = linear[k] @ words
-        offsets = (linear[k] @ offsets[..., None])[..., 0] + shift[k]
+        offsets = (linear[k] @ offsets[..., None])[..., 0] + system.shift[k]
         word_tones = (word_tones + map_tones[k]) / 2
     return _Attractor(np.stack([x, y], 1), tones, words, offsets, word_tones)
 
 
 def _is_rich(system: _System, rng: np.random.Generator) -> bool:
-    """Return whether a system draws a shape, and no dust, stick or full blob.
-
-    It is bounded in any case: every map contracts, by its largest singular value.
-    """
+    """Return whether a system, which is always bounded, draws no dust, stick or full blob."""
     x, y, _ = _attractor(system, 6 * _PROBE**2, np.zeros(len(system.theta)), rng).spread()
     minor, major = np.linalg.eigvalsh(np.cov(x.ravel(), y.ravel()))
     if minor < 0.08 * major:
@@ -318,7 +290,10 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
     center = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    x, y, tone = attractor.seen(zoom * view, center - zoom * (low + high) / 2).spread()
+    turned, shift = zoom * view, center - zoom * (low + high) / 2
+    x, y, tone = attractor._replace(
+        linear=turned @ attractor.linear, shift=attractor.shift @ turned.T + shift
+    ).spread()
     width = fine + 2
     column = x.clip(0, width - 1).astype(np.int32)
     row = y.clip(0, width - 1).astype(np.int32)
@@ -344,11 +319,8 @@ def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
     """Sum a histogram's cells over each pixel, without its margin: (S, S)."""
     side = size * _OVERSAMPLING + 2
     inner = cells.reshape(side, side)[1:-1, 1:-1]
-    sums = np.zeros((size, size))
-    for row in range(_OVERSAMPLING):
-        for column in range(_OVERSAMPLING):
-            sums += inner[row::_OVERSAMPLING, column::_OVERSAMPLING]
-    return sums
+    parts = [inner[row::_OVERSAMPLING] for row in range(_OVERSAMPLING)]
+    return np.sum([p[:, c::_OVERSAMPLING] for p in parts for c in range(_OVERSAMPLING)], axis=0)
 
 
 def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:

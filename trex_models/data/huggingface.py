@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 
 from trex_models.data.decode import decode_image, read_image, unreadable
 from trex_models.data.image_files import walk
-from trex_models.data.sources import digest, sorted_classes
+from trex_models.data.sources import digest, encode_labels
 
 _REMEDIES = {
     "image": "images must be an Image feature or bytes: convert a column of paths with "
@@ -68,29 +66,22 @@ class HuggingFaceSource:
         self._where = f"{self.path}[{split}]" if split else str(self.path)
         if not len(rows):
             raise ValueError(f"{self._where} has no rows; name another split or dataset")
+        features = dict(rows.features)
+        images = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
+        others = [n for n, feature in features.items() if _holds_bytes(feature)]
         self._column = _choose(
-            self._where,
-            rows.features,
-            "image",
-            image_column,
-            lambda feature: isinstance(feature, datasets.Image) or _holds_bytes(feature),
-            lambda _, feature: isinstance(feature, datasets.Image),
-            lambda _, feature: _holds_bytes(feature),
+            self._where, features, "image", image_column, images + others, images or others
         )
+        labels = [n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        others = [n for n, feature in features.items() if n not in labels and _holds_names(feature)]
+        likely = ["label"] if "label" in labels + others else labels
         label_column = _choose(
-            self._where,
-            rows.features,
-            "label",
-            label_column,
-            lambda feature: isinstance(feature, datasets.ClassLabel) or _holds_names(feature),
-            lambda name, _: name == "label",
-            lambda _, feature: isinstance(feature, datasets.ClassLabel),
+            self._where, features, "label", label_column, labels + others, likely
         )
-        names = getattr(rows.features[label_column], "names", None)
         self.classes, self.labels = _labels(
             f"{self._where}, column {label_column!r}",
             rows.data.column(label_column),
-            names,
+            getattr(features[label_column], "names", None),
             classes,
         )
         rows = rows.with_format(None).select_columns([self._column])
@@ -145,63 +136,42 @@ def _open(path: Path, split: str) -> tuple[Any, str]:
 
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a dataset's folder or parquet file")
-    files = list(walk(path)) if path.is_dir() else []  # datasets leaves out what it cannot list
+    files = list(walk(path)) if path.is_dir() else []  # datasets ignores what it cannot list
     where = str(path.resolve())  # a relative one could be taken for the name of a format
     open_saved = partial(datasets.load_from_disk, keep_in_memory=False)
     splits: dict[str, Callable[[], Any]]
     try:
-        with _progress_on_terminals_only():
-            if path.is_file():
-                splits = {"": partial(datasets.Dataset.from_parquet, where)}
-            elif (path / "dataset_dict.json").is_file():
-                names = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-                splits = {name: partial(open_saved, f"{where}/{name}") for name in names}
-            elif (path / "state.json").is_file():
-                name = json.loads((path / "state.json").read_text("utf-8")).get("_split") or ""
-                splits = {name: partial(open_saved, where)}
-            elif any(file.endswith(b".parquet") for file in files):
-                builder = datasets.load_dataset_builder(where)
-                # A card may list more than the files that were fetched: no checks against it.
-                load = partial(datasets.load_dataset, where, verification_mode="no_checks")
-                splits = {str(n): partial(load, split=n) for n in builder.config.data_files or {}}
-            else:
-                splits = {}
-            if not split and len(splits) == 1:
-                split = next(iter(splits))
-            if split in splits:
-                return splits[split](), split
+        if path.is_file():
+            splits = {"": partial(datasets.Dataset.from_parquet, where)}
+        elif (path / "dataset_dict.json").is_file():
+            names = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+            splits = {name: partial(open_saved, f"{where}/{name}") for name in names}
+        elif (path / "state.json").is_file():
+            name = json.loads((path / "state.json").read_text("utf-8")).get("_split") or ""
+            splits = {name: partial(open_saved, where)}
+        elif any(file.endswith(b".parquet") for file in files):
+            builder = datasets.load_dataset_builder(where)
+            # A card may list more than the files that were fetched: no checks against it.
+            load = partial(datasets.load_dataset, where, verification_mode="no_checks")
+            splits = {str(n): partial(load, split=n) for n in builder.config.data_files or {}}
+        else:
+            raise ValueError("neither a folder of save_to_disk nor one of parquet files")
+        if not split and len(splits) == 1:
+            split = next(iter(splits))
+        if split in splits:
+            return splits[split](), split
     except Exception as error:  # pyarrow, datasets and json have many kinds
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{path} cannot be opened as a dataset ({reason}); write or fetch it again, or name "
-            "one of its parquet files"
+            "another folder or one of its parquet files"
         ) from error
-    if not splits:
-        raise ValueError(
-            f"{path} is no dataset: neither a folder of save_to_disk nor one of parquet files; "
-            " name another folder"
-        )
     if list(splits) == [""]:
         raise ValueError(f"{path} has no splits; leave out --data.split {split}")
     raise ValueError(
         f"{path} has the splits {', '.join(sorted(splits))}, and "
         f"{f'none called {split}' if split else 'one must be named'}; give --data.split NAME"
     )
-
-
-@contextmanager
-def _progress_on_terminals_only() -> Iterator[None]:
-    """Keep progress bars out of log files."""
-    import datasets
-
-    quiet = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if quiet:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if quiet:
-            datasets.enable_progress_bars()
 
 
 def _holds_bytes(feature: object) -> bool:
@@ -220,24 +190,15 @@ def _choose(
     features: Mapping[str, object],
     kind: str,
     column: str,
-    fits: Callable[[object], bool],
-    *guesses: Callable[[str, object], bool],
+    suitable: Sequence[str],
+    likely: Sequence[str],
 ) -> str:
-    """Return the column asked for, or the only one that a guess finds, the first guess first."""
-    suitable = {name: feature for name, feature in features.items() if fits(feature)}
+    """Return the column asked for, or else the likely one, if it is the only one."""
     if column in suitable:
         return column
-    if not column:
-        for guess in guesses:
-            found = [name for name, feature in suitable.items() if guess(name, feature)]
-            if len(found) == 1:
-                return found[0]
-            if found:
-                break
-    known = ", ".join(
-        f"{name} ({getattr(feature, 'dtype', '')} {type(feature).__name__})".replace("( ", "(")
-        for name, feature in features.items()
-    )
+    if not column and len(likely) == 1:
+        return likely[0]
+    known = ", ".join(f"{name} ({getattr(f, 'dtype', f)})" for name, f in features.items())
     problem = f"no {kind} column {column!r}" if column else f"not one obvious {kind} column"
     options = f"give --data.{kind}-column {' or '.join(suitable)}"
     remedy = options if suitable else _REMEDIES[kind]
@@ -247,10 +208,7 @@ def _choose(
 def _labels(
     where: str, column: Any, names: Sequence[str] | None, classes: Sequence[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return the classes and the labels, (N,) int64, of a pyarrow.ChunkedArray.
-
-    ``names`` are those of class labels; None if the values themselves are names.
-    """
+    """Return classes and labels, (N,) int64, of a pyarrow.ChunkedArray of names or numbers."""
     import pyarrow.compute as pc
 
     distinct = pc.unique(column)
@@ -263,18 +221,10 @@ def _labels(
                 f"{np.sum(codes == code)}); name a split whose labels are not hidden"
             )
     found = [str(value) if names is None else names[value] for value in values]
-    if classes is None:
-        classes = sorted_classes(found) if names is None else names
-    if len(classes) < 2:
-        raise ValueError(
-            f"{where}: every label is {classes[0]!r}, at least 2 classes are needed; "
-            "give --data.label-column NAME"
-        )
-    position = {name: label for label, name in enumerate(classes)}
-    for code, name in enumerate(found):
-        if name not in position:
-            raise ValueError(
-                f"{where}: row {np.argmax(codes == code)} has the label {name!r}, none of the "
-                f"{len(classes)} classes of the training set; correct it or remove its rows"
-            )
-    return list(classes), np.array([position[name] for name in found], dtype=np.int64)[codes]
+    classes, labels = encode_labels(
+        found,
+        names if classes is None else classes,
+        where,
+        lambda c: f"row {np.argmax(codes == c)}",
+    )
+    return classes, labels[codes]

@@ -1,17 +1,13 @@
-"""Image files as sources: listed by path, in a folder per class, or in a CSV file.
-
-Shapes: N images.
-"""
+"""Image files as sources: listed by path, in a folder per class, or in a CSV file."""
 
 from __future__ import annotations
 
 import csv
-import errno
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,29 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from trex_models.data.decode import IMAGE_ENDINGS, quoted, read_image
-from trex_models.data.sources import checked_labels, digest, sorted_classes
+from trex_models.data.sources import checked_labels, digest, encode_labels
 
 _logger = logging.getLogger(__name__)
 
 _ENDINGS = tuple(map(os.fsencode, IMAGE_ENDINGS))
 _DELIMITERS = (",", "\t", ";")
-_KINDS = 6  # of files left out that are listed
 _THREADS, _BLOCK = 8, 4096
 _INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
 
 
 class FileSource:
-    """Images in files, by index.
-
-    Args:
-        root: The folder that the paths are relative to.
-        paths: N paths below ``root``, text or file system bytes; an absolute path stays as it is.
-        labels: N labels in [0, len(classes)).
-        classes: Class names; a name's position is its label.
-
-    Raises:
-        ValueError: The lengths differ, or a label has no class.
-    """
+    """Images in files: N paths below ``root`` or absolute, text or bytes, and their labels."""
 
     def __init__(
         self,
@@ -80,18 +65,12 @@ class FileSource:
     def stats(self, require: bool = True) -> np.ndarray:
         """Return size in bytes, time of change in seconds, device and inode, (N, 4) int64.
 
-        Args:
-            require: Require every file; otherwise a missing one has zeros.
-
-        Raises:
-            ValueError: Files are missing or empty.
+        Missing files have zeros; if files are required and missing or empty, raise ValueError.
         """
-        files = self.files()
-        blocks = [files[start : start + _BLOCK] for start in range(0, len(files), _BLOCK)]
         # The threads wait for network file systems, where one look costs most of a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
-            stats = [stat for block in pool.map(_stats, blocks) for stat in block]
-        found = np.array(stats, dtype=np.int64).reshape(-1, 4)
+            blocks = pool.map(_stats, map(self.files, self._blocks()))
+            found = np.concatenate([np.empty((0, 4), np.int64), *blocks])
         absent = np.flatnonzero(found[:, 0] <= 0)
         if require and len(absent):
             raise ValueError(
@@ -102,11 +81,12 @@ class FileSource:
 
     def fingerprint(self) -> np.ndarray:
         """Return size and modification time of every file, modulo a prime, (N, 2) uint16."""
-        found = np.empty((len(self), 2), dtype=np.uint16)
-        for start in range(0, len(self), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            found[block] = np.array(_stats(self.files(block)), dtype=np.int64)[:, :2] % 65521
-        return found
+        # One block after the other: next to training, neither memory nor storage is its own.
+        blocks = [_stats(self.files(part))[:, :2] % 65521 for part in self._blocks()]
+        return np.concatenate(blocks, dtype=np.uint16, casting="unsafe")
+
+    def _blocks(self) -> list[slice]:
+        return [slice(start, start + _BLOCK) for start in range(0, len(self), _BLOCK)]
 
     def part(self, indices: np.ndarray) -> FileSource:
         """Return some of the images in the order of their indices, with all classes."""
@@ -144,13 +124,9 @@ class FolderSource(FileSource):
                 f"{root} holds {len(names)} class folders, at least {least} are needed: "
                 "put the images of each class into a folder of its own"
             )
-        code = {name: label for label, name in enumerate(names if classes is None else classes)}
-        unknown = [name for name in names if name not in code]
-        if unknown:
-            raise ValueError(
-                f"{root}: {len(unknown)} of {len(names)} class folders are none of the {len(code)} "
-                f"classes of the training set ({', '.join(unknown[:3])}); rename or remove them"
-            )
+        classes, codes = encode_labels(
+            names, names if classes is None else classes, str(root), lambda _: "a class folder"
+        )
         visited: dict[tuple[int, int], bytes] = {}
         files: list[list[bytes]] = []
         for name in names:
@@ -161,12 +137,12 @@ class FolderSource(FileSource):
         if empty:
             raise ValueError(
                 f"{root}: no images in {len(empty)} of {len(files)} class folders "
-                f"({', '.join(empty[:3])}{', ...' if len(empty) > 3 else ''}); "
-                f"fill or remove them (file types: {' '.join(IMAGE_ENDINGS)})"
+                f"({', '.join(empty[:3])}); fill or remove them "
+                f"(file types: {' '.join(IMAGE_ENDINGS)})"
             )
         log_left_out(root, others)
-        labels = np.repeat([code[name] for name in names], [len(found) for found in files])
-        super().__init__(root, [path for found in files for path in found], labels, list(code))
+        labels = np.repeat(codes, [len(found) for found in files])
+        super().__init__(root, [path for found in files for path in found], labels, classes)
 
     def digest(self) -> str:
         """Return a hash of the images' paths below the root, and so of their classes."""
@@ -199,15 +175,9 @@ class CsvSource(FileSource):
         classes: Sequence[str] | None = None,
     ) -> None:
         self.path = Path(path)
-        known = None if classes is None else frozenset(classes)
         label_of: dict[str, str] = {}
         paths, labels = [], []
         for line, image, label in _csv_rows(self.path, image_column, label_column):
-            if known is not None and label not in known:
-                raise ValueError(
-                    f"{self.path}, line {line}: the label {label!r} is none of the {len(known)} "
-                    "classes of the training set; correct it or remove the row"
-                )
             file = os.path.normpath(image) if "./" in image or "//" in image else image
             if label_of.setdefault(file, label) != label:
                 raise ValueError(
@@ -218,24 +188,14 @@ class CsvSource(FileSource):
             labels.append(sys.intern(label))
         if not labels:
             raise ValueError(f"{self.path} has a header and no rows; add a row for each image")
-        names = sorted_classes(labels) if classes is None else list(classes)
-        if len(names) < 2:
-            raise ValueError(
-                f"{self.path}: every label is {names[0]!r}, at least 2 classes are needed; "
-                "add images of another class"
-            )
-        code = {name: position for position, name in enumerate(names)}
-        super().__init__(self.path.parent, paths, [code[label] for label in labels], names)
+        classes, codes = encode_labels(
+            labels, classes, str(self.path), lambda row: quoted(paths[row])
+        )
+        super().__init__(self.path.parent, paths, codes, classes)
 
 
 def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes]]:
-    """Return a folder's device and inode, its folders and its other files, both sorted.
-
-    Names that begin with a dot are left out.
-
-    Raises:
-        ValueError: It cannot be listed.
-    """
+    """Return a folder's device and inode, and its folders and files that are not hidden, sorted."""
     folders: list[bytes] = []
     files: list[bytes] = []
     try:
@@ -243,23 +203,13 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(b"."):
-                    (folders if _is_folder(entry) else files).append(entry.name)
+                    (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
-            f"{name} cannot be listed ({error.strerror}); name another folder, or fix its "
-            "permissions or its storage"
+            f"{name} cannot be listed ({error.strerror}); name another folder, or fix this one"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False  # a link to itself, which cannot be read as an image either
 
 
 def walk(
@@ -267,11 +217,7 @@ def walk(
 ) -> Iterator[bytes]:
     """Yield the paths below ``root`` of a folder's files at any depth, folders in sorted order.
 
-    Names that begin with a dot are left out, and so are folders that were listed before, which
-    links can lead to; ``visited`` holds those of earlier classes.
-
-    Raises:
-        ValueError: A folder cannot be listed, or was listed for another class.
+    Links may lead to folders that were listed before; those of other classes are an error.
     """
     visited = {} if visited is None else visited
     top, of_class = os.fsencode(root), os.path.join(os.fsencode(folder), b"")  # noqa: PTH118
@@ -301,14 +247,10 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 
 def log_left_out(place: object, others: Iterable[bytes]) -> None:
-    """Log in one line how many files were left out of a place, if any.
-
-    Paths without a folder are of files next to class folders.
-    """
+    """Log in one line how many files were left out of a place, if any."""
     kinds = Counter(map(_kind, others))
     if kinds:
-        parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(_KINDS)]
-        parts += ["..."] if len(kinds) > _KINDS else []
+        parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(6)]
         _logger.warning("%s: %d file(s) left out (%s)", place, kinds.total(), ", ".join(parts))
 
 
@@ -320,76 +262,53 @@ def _kind(path: bytes) -> str:
     return f"ending in {ending!r}" if ending else "without an ending"
 
 
-def _stats(files: Sequence[bytes]) -> list[tuple[int, int, int, int]]:
-    """Return size, time of change, device and inode of each file, 0 if there is none."""
-    stats = [(0, 0, 0, 0)] * len(files)
-    for position, file in enumerate(files):
+def _stats(files: Sequence[bytes]) -> np.ndarray:
+    """Return size, time of change, device and inode of each file, or zeros, (N, 4) int64."""
+    stats = np.zeros((len(files), 4), dtype=np.int64)
+    for row, file in zip(stats, files, strict=True):
         with suppress(OSError):
             found = os.stat(file)  # noqa: PTH116 - bytes
-            times = found.st_size, int(found.st_mtime)
-            stats[position] = *times, found.st_dev, found.st_ino & _INT64
+            row[:] = found.st_size, int(found.st_mtime), found.st_dev, found.st_ino & _INT64
     return stats
 
 
 def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
     """Yield line number, image and label of every row."""
-    rows = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header, delimiter = _csv_header(file.readline())
-            image, label = (
-                _csv_column(path, header, column, option)
-                for column, option in (
-                    (image_column, "--data.image-column"),
-                    (label_column, "--data.label-column"),
-                )
-            )
+            delimiter = max(_DELIMITERS, key=file.readline().count)
+            file.seek(0)
             rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            header = [column.strip() for column in next(rows, [])]
+            image = _csv_column(path, header, image_column, "--data.image-column")
+            label = _csv_column(path, header, label_column, "--data.label-column")
             for row in rows:
                 if not any(field.strip() for field in row):
                     continue
+                line = rows.line_num
                 if len(row) != len(header):
                     raise ValueError(
-                        f"{path}, line {rows.line_num + 1}: {len(row)} fields, but the header has "
-                        f"{len(header)}; correct the row (text that holds {delimiter!r} must be "
-                        "quoted)"
+                        f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}"
+                        f"; correct the row (text that holds {delimiter!r} must be quoted)"
                     )
-                values = row[image], row[label].strip()
-                if not all(values):
-                    column = image_column if values[1] else label_column
-                    raise ValueError(
-                        f"{path}, line {rows.line_num + 1}: {column!r} is empty; fill it in or "
-                        "remove the row"
-                    )
-                yield rows.line_num + 1, *values
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name a CSV file") from error
-    except UnicodeDecodeError as error:
-        value = error.object[error.start]
-        raise ValueError(
-            f"{path} is no UTF-8 text (it holds a byte 0x{value:02x}); save it as UTF-8"
-        ) from error
+                for column, value in ((image_column, row[image]), (label_column, row[label])):
+                    if not value.strip():
+                        raise ValueError(f"{path}, line {line}: {column!r} is empty; fill it in")
+                yield line, row[image], row[label].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no UTF-8: {error.reason}"
+        raise ValueError(f"{path} cannot be read ({reason}); name a CSV file in UTF-8") from error
     except csv.Error as error:
-        line = 1 if rows is None else rows.line_num + 1
+        line = rows.line_num
         raise ValueError(f"{path}, line {line}: {error}; correct the row's quotes") from error
 
 
-def _csv_header(line: str) -> tuple[list[str], str]:
-    """Return the columns and the delimiter, the one that makes the most columns."""
-    choices = [
-        (next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), []), delimiter)
-        for delimiter in _DELIMITERS
-    ]
-    columns, delimiter = max(choices, key=lambda choice: len(choice[0]))
-    return [column.strip() for column in columns], delimiter
-
-
-def _csv_column(path: Path, header: Collection[str], column: str, option: str) -> int:
-    found = [position for position, name in enumerate(header) if name == column]
-    if len(found) != 1:
-        remedy = "rename all but one" if found else f"add a header or give {option} NAME"
+def _csv_column(path: Path, header: list[str], column: str, option: str) -> int:
+    count = header.count(column)
+    if count != 1:
+        remedy = "rename all but one" if count else f"add a header or give {option} NAME"
         raise ValueError(
-            f"{path}: the first line names {len(found) or 'no'} columns {column!r} (it has "
+            f"{path}: the first line names {count or 'no'} columns {column!r} (it has "
             f"{', '.join(map(repr, header)) or 'nothing'}); {remedy}"
         )
-    return found[0]
+    return header.index(column)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 _MOST_DEATHS = 3
 _LONG, _TOO_LONG = 60.0, 10.0  # seconds without a batch: to report, and to wait if asked to stop
 _PREFETCHED = 2  # batches that a worker is ahead by
-# A worker may write over a batch of its own when so many later ones have been begun: it is told to
-# begin the last of them when the batch that follows this one is handed out.
+# A worker may write over a batch of its own when so many later ones have been begun: the last of
+# them is asked of it when the batch that follows this one is handed out.
 LIVE_BATCHES = _PREFETCHED + 1
 
 
@@ -31,7 +31,7 @@ class GaveUpError(Exception):
 
 
 class BatchDataset(Protocol):
-    """A dataset that makes whole batches; a batch is a function of its keys."""
+    """A dataset that makes complete batches; a batch is a function of its keys."""
 
     def __getitems__(self, keys: Sequence[Any], /) -> Any:
         """Return the batch of some samples; ValueError names one that cannot be read."""
@@ -70,7 +70,7 @@ def load_batches(
     while True:
         loader: DataLoader[Any] = DataLoader(
             _Quoting(dataset),
-            batch_sampler=_Rest(batches, done),
+            batch_sampler=map(list, islice(batches, done, None)),
             num_workers=workers,
             prefetch_factor=_PREFETCHED if workers else None,
             collate_fn=_as_is,
@@ -179,11 +179,10 @@ class _Watch(threading.Thread):
 def _depend_on_parent(_: int) -> None:
     """Leave it to the parent when to stop, and end with it.
 
-    Signals that reach all processes of a job are ignored; SIGTERM is DataLoader's own means of
-    ending its workers. DataLoader's watch over the parent misses one that was killed before it
-    began, and one behind a fork server.
+    SIGTERM is DataLoader's own means of ending its workers. Its watch over the parent misses one
+    that was killed before it began, and one behind a fork server.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):  # which reach all processes of a job
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.excepthook = _without_parent
@@ -214,17 +213,6 @@ class _Quoting(Dataset[Any]):
             return self._dataset.__getitems__(keys)
         except ValueError as error:
             return ValueError(str(error))
-
-
-class _Rest:
-    """The batches from one on."""
-
-    def __init__(self, batches: Iterable[Sequence[Any]], start: int) -> None:
-        self._batches = batches
-        self._start = start
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return map(list, islice(self._batches, self._start, None))
 
 
 def _as_is(batch: Any) -> Any:

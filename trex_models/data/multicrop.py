@@ -1,10 +1,9 @@
 """Multi-crop batches: uint8 crops from workers, augmented in batch on the training device.
 
-Multi-crop is SwAV's (Caron et al. 2020, arXiv 2006.09882), the augmentations are DINO's; t-ReX
-(arXiv 2206.15369), section 3.1. Boxes follow torchvision's RandomResizedCrop. Resizing is
-antialiased bicubic by torch's uint8 kernel, which reads the box as a view of the decoded image,
-channels last, without a copy. A sample's randomness is a function of (seed, epoch, index) only, so
-that a run does not depend on the number of workers or processes, or on where it was interrupted.
+Boxes follow torchvision's RandomResizedCrop. Resizing is antialiased bicubic by torch's uint8
+kernel, which reads the box as a view of the decoded image, channels last, without a copy. A
+sample's randomness is a function of (seed, epoch, index) only, so that a run does not depend on the
+number of workers or processes, or on where it was interrupted.
 
 Shapes: B batch, N crops of one resolution, S their side in pixels, P photometric parameters; H, W
 height and width of an image.
@@ -19,7 +18,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
@@ -27,20 +25,14 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from trex_models.data import photometric
 from trex_models.data.decode import UnreadableImageError, or_skip, rgb_pixels
 from trex_models.data.loading import to_device
-from trex_models.data.photometric import (
-    GLOBAL_AUGMENTATION,
-    LOCAL_AUGMENTATION,
-    NUM_DRAWS,
-    NUM_PARAMETERS,
-    PhotometricAugmentation,
-)
-from trex_models.data.sources import Source
+from trex_models.data.photometric import NUM_DRAWS, PhotometricAugmentation
+from trex_models.data.sources import Source, require_rgb
 
 Key = tuple[int, int]  # (epoch, index)
-Box = tuple[int, int, int, int]
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 _ATTEMPTS = 10
-
+_RATIO = (3 / 4, 4 / 3)  # width / height of a box, log-uniform between them
 _SAMPLE, _ORDER, _SUBSTITUTE = 0, 1, 2  # separate random streams
 _MOST_SUBSTITUTES = 16
 
@@ -66,45 +58,31 @@ class CropSpec:
 
     def __post_init__(self) -> None:
         if min(self.count, self.size) < 1:
-            raise ValueError(
-                f"count and size of crops must be at least 1, got {self.count} and {self.size}"
-            )
+            raise ValueError(f"count and size must be at least 1, got {self.count} and {self.size}")
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale must be positive and ascending, got {self.scale}")
 
     def draw(
-        self,
-        rng: np.random.Generator,
-        image: NDArray[np.uint8],
-        out: Tensor,
-        draws: NDArray[np.float64],
+        self, rng: np.random.Generator, image: np.ndarray, out: Tensor, draws: np.ndarray
     ) -> None:
-        """Write an image's crops, and the draws for the augmentation still to be done.
+        """Write the crops of an image, (H, W, 3) uint8 RGB, and the draws for ``parameters``.
 
-        Args:
-            rng: Source of the draws.
-            image: (H, W, 3) uint8 RGB.
-            out: (N, S, S, 3) uint8, written in place.
-            draws: (N, NUM_DRAWS) float64, contiguous, written in place, for ``parameters``.
+        ``out`` is (N, S, S, 3) uint8, ``draws`` (N, NUM_DRAWS), contiguous.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        require_rgb(image)
         rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
-        for crop, box in enumerate(boxes.tolist()):
-            cut(image, box, self.size, out[crop])
+        for crop, box in zip(out, boxes, strict=True):
+            cut(image, box, self.size, crop)
 
-    def parameters(self, draws: NDArray[np.float64]) -> Tensor:
+    def parameters(self, draws: np.ndarray) -> Tensor:
         """Return the parameters, (N * B, P) crop-major, of a batch's draws, (B, N, NUM_DRAWS)."""
-        crop_major = draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS)
-        parameters = np.empty((len(crop_major), NUM_PARAMETERS), np.float32)
-        self.augmentation.fill(crop_major, parameters)
-        return torch.from_numpy(parameters)
+        return self.augmentation.parameters(draws.swapaxes(0, 1).reshape(-1, NUM_DRAWS))
 
 
 TREX_CROPS = (
-    CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION),
-    CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION),
+    CropSpec(1, 224, (0.25, 1.0), photometric.GLOBAL_AUGMENTATION),
+    CropSpec(8, 96, (0.05, 0.25), photometric.LOCAL_AUGMENTATION),
 )
 """One global crop of 224 pixels and eight local ones of 96: those of t-ReX, section 3.1."""
 
@@ -140,9 +118,9 @@ class Batch:
 class MultiCropDataset(Dataset[Batch]):
     """Cuts crops from a source, a whole batch at a time.
 
-    Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. The fast way:
-    workers hand over bytes, ``augment`` finishes them on the device of training. For torchvision's
-    datasets there is ``MultiCrop``.
+    Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1: workers hand
+    over bytes, ``augment`` finishes them on the device. For torchvision's datasets there is
+    ``MultiCrop``.
 
         dataset = MultiCropDataset(FolderSource("images"))
         for batch in load_batches(dataset, EpochSampler(len(dataset.source), 256, epochs=100)):
@@ -231,23 +209,22 @@ class MultiCropDataset(Dataset[Batch]):
 class EpochSampler(Sampler[list[Key]]):
     """All batches of a run, from any step: each epoch is one permutation, cut into batches.
 
-    A batch sampler of the (epoch, index) keys that ``MultiCropDataset`` takes.
-
-    Every process gets its block of each global batch, so the batches do not depend on how many
-    processes there are. The last batch of an epoch is dropped if it is not full.
+    A batch sampler of the (epoch, index) keys that ``MultiCropDataset`` takes. Every process gets
+    its block of each global batch, so the batches do not depend on how many processes there are.
+    The last batch of an epoch is dropped if it is not full.
 
     Args:
         num_samples: Number of images in the source.
         batch_size: Number of images per step, all processes together.
-        epochs: Number of passes over the data.
+        epochs: Number of epochs.
         seed: Seed of the permutations.
         rank: Rank of this process.
         world_size: Number of processes.
         start_step: First step to yield.
 
     Raises:
-        ValueError: A batch is larger than the dataset, or does not divide among the processes,
-            or leaves one of them a single image.
+        ValueError: A batch is larger than the dataset, or does not divide into 2 or more images
+            for each process.
     """
 
     def __init__(
@@ -262,12 +239,13 @@ class EpochSampler(Sampler[list[Key]]):
     ) -> None:
         if batch_size > num_samples:
             raise ValueError(
-                f"optim.batch_size {batch_size} exceeds the dataset's {num_samples} images; "
-                f"take at most {num_samples}"
+                f"optim.batch_size {batch_size} exceeds the dataset's {num_samples} images"
             )
-        if batch_size % world_size:
+        share, rest = divmod(batch_size, world_size)
+        if rest or share < 2:
             raise ValueError(
-                f"optim.batch_size {batch_size} does not divide among {world_size} processes"
+                f"optim.batch_size {batch_size} does not divide among {world_size} processes into "
+                "equal shares; BatchNorm needs at least 2 images in each"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -275,12 +253,6 @@ class EpochSampler(Sampler[list[Key]]):
         self.total_steps = epochs * self.steps_per_epoch
         self.seed = seed
         self.start_step = start_step
-        share = batch_size // world_size
-        if share < 2:
-            raise ValueError(
-                f"optim.batch_size {batch_size} on {world_size} processes leaves {share} image to "
-                "each; BatchNorm needs at least 2"
-            )
         self._own = slice(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:
@@ -341,22 +313,17 @@ class MultiCrop:
         self.specs = list(specs)
 
     def __call__(self, image: Image.Image | np.ndarray) -> list[Tensor]:
-        """Return an image's crops, (3, S, S) float32 each, normalized as ImageNet's are.
+        """Return the crops, (3, S, S) float32 each, of a PIL image or a (H, W, 3) uint8 RGB array.
 
-        Args:
-            image: PIL image, converted as image files are (``rgb_pixels``), or an array, (H, W, 3)
-                uint8 RGB.
-
-        Raises:
-            ValueError: An array is not of this shape and type, or the values of a PIL image have
-                no defined range (floating point, 32 bits).
+        They are normalized as ImageNet's are. PIL images are converted as image files are; one
+        whose values have no defined range (floating point, 32 bits) is a ValueError.
         """
         pixels = rgb_pixels(image) if isinstance(image, Image.Image) else image
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         crops: list[Tensor] = []
         for spec in self.specs:
             out = torch.empty(spec.count, spec.size, spec.size, 3, dtype=torch.uint8)
-            draws = np.empty((1, spec.count, photometric.NUM_DRAWS))
+            draws = np.empty((1, spec.count, NUM_DRAWS))
             spec.draw(rng, pixels, out, draws[0])
             images = photometric.apply(out.permute(0, 3, 1, 2), spec.parameters(draws))
             crops += photometric.normalize(images)
@@ -364,49 +331,25 @@ class MultiCrop:
 
 
 def draw_boxes(
-    rng: np.random.Generator,
-    count: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> NDArray[np.int64]:
+    rng: np.random.Generator, count: int, height: int, width: int, scale: tuple[float, float]
+) -> list[Box]:
     """Draw boxes with the distribution of torchvision's `RandomResizedCrop.get_params`.
 
     The number of draws from `rng` does not depend on their outcome.
-
-    Args:
-        rng: Source of the draws.
-        count: Number of boxes.
-        height: H.
-        width: W.
-        scale: Least and greatest share of the image's area.
-        ratio: Least and greatest width / height of a box; log-uniform between them.
-
-    Returns:
-        Top, left, height and width of each box, (count, 4); if ten boxes in a row do not fit into
-        the image, those of the largest central box.
     """
     draws = rng.random((4, count, _ATTEMPTS)).tolist()
-    boxes = [
-        _first_box(attempts, height, width, scale, ratio) for attempts in zip(*draws, strict=True)
-    ]
-    return np.array(boxes, np.int64).reshape(count, 4)
+    return [_first_box(attempts, height, width, scale) for attempts in zip(*draws, strict=True)]
 
 
 def _first_box(
-    attempts: Sequence[Sequence[float]],
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    attempts: Sequence[Sequence[float]], height: int, width: int, scale: tuple[float, float]
 ) -> Box:
     """Return the first box that fits into the image, or else the largest central one.
 
     Plain floats: arrays of so few numbers would take ten times as long. ``attempts`` are numbers in
     [0, 1) for area, ratio, top and left, each for every attempt.
     """
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    log_low, log_high = math.log(_RATIO[0]), math.log(_RATIO[1])
     for size, shape, down, right in zip(*attempts, strict=True):
         # By logarithms: sides are sqrt(area / aspect) and sqrt(area * aspect).
         area = math.log(height * width * (scale[0] + (scale[1] - scale[0]) * size))
@@ -416,50 +359,31 @@ def _first_box(
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(down * (height - box_height + 1))
             return top, int(right * (width - box_width + 1)), box_height, box_width
-    return _largest_box(height, width, ratio)
-
-
-def _largest_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
-    """Return the largest central box of an allowed ratio."""
     box_height, box_width = height, width
-    if width / height < ratio[0]:
-        box_height = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        box_width = round(height * ratio[1])
+    if width / height < _RATIO[0]:
+        box_height = round(width / _RATIO[0])
+    elif width / height > _RATIO[1]:
+        box_width = round(height * _RATIO[1])
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def cut(image: NDArray[np.uint8], box: Box, size: int, out: Tensor) -> None:
-    """Resize a box of an image into `out`, seeing no pixel outside of the box.
-
-    Args:
-        image: (H, W, 3) uint8. A writeable array is read in place; of any other the box is copied,
-            since torch accepts no read-only memory.
-        box: Top, left, height and width.
-        size: S.
-        out: (S, S, 3) uint8 on the CPU, contiguous: one row of a batch, written in place.
-    """
+def cut(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
+    """Resize a box of an image, (H, W, 3) uint8, into `out`, (S, S, 3), and see no other pixel."""
     top, left, height, width = box
-    if not image.flags.writeable:
+    if not image.flags.writeable:  # torch accepts none of these
         image, top, left = image[top : top + height, left : left + width].copy(), 0, 0
-    # The batch axis goes on before the box is cut: only strides that still read as channels last
+    # The batch axis is added before the box is cut: only strides that still read as channels last
     # give the fast kernel and the matching output (half the time).
     patch = torch.from_numpy(image)[None, top : top + height, left : left + width]
     out[None].permute(0, 3, 1, 2).copy_(resize(patch.permute(0, 3, 1, 2), size, size, "bicubic"))
 
 
 def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:
-    """Resize uint8 images, antialiased.
+    """Resize images, (B, 3, H, W) uint8, antialiased; fastest in channels_last format.
 
     Levels are rounded after each axis, so that their order shows (0.2 levels on average). Rows go
     first where Pillow 13 takes them first, for speed: where the height loses more than twice as
     many pixels as the width. (Earlier Pillows never did.)
-
-    Args:
-        images: (B, 3, H, W) uint8 on the CPU; fastest in channels_last format.
-        height: Height of the result, pixels.
-        width: Width of the result, pixels.
-        mode: "bilinear" or "bicubic".
     """
     lost = images.shape[2] - height
     if lost > max(0, 2 * (images.shape[3] - width)):

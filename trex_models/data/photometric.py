@@ -6,23 +6,10 @@ fixed point, and the blur is PIL.ImageFilter.GaussianBlur's three box passes (as
 per axis; PIL rounds after each of its passes, hence single levels of difference). The draws have
 the distributions of torchvision's ColorJitter and RandomApply.
 
-Randomness is drawn on the CPU, one row of parameters per image, beside the image's crop. `apply`
-derives from the rows, on the CPU too, which images each operation touches; the device is told but
-never asked, so nothing waits for it. All sums are exact in float32, also where matrix products run
-in TF32: an image comes out the same on every device and in every batch.
-
-A row holds, by column:
-    FLIP        1 to mirror left and right.
-    JITTER      1 to jitter the colors.
-    ORDER       4 columns: the jitter's parts in the order of execution, 0 brightness, 1 contrast,
-                2 saturation, 3 hue.
-    FACTORS     3 columns: brightness, contrast, saturation; 1 changes nothing.
-    HUE         shift in turns, in [-0.5, 0.5].
-    GRAY        1 to remove the colors.
-    SIGMA       of the blur, in pixels; 0 for none.
-    SOLARIZE    1 to invert the levels from THRESHOLD on.
-    THRESHOLD   in levels.
-A row of zeros leaves its image as it is.
+Randomness is drawn on the CPU, one row of parameters per image, next to the image's crop. `apply`
+derives from the rows, on the CPU too, which images each operation touches; nothing is read back
+from the device, so nothing waits for it. All sums are exact in float32, also where matrix products
+run in TF32: an image comes out the same on every device and in every batch.
 
 Shapes: B batch, H and W height and width, J images with jitter, n images that an operation touches.
 Inside, images are planes (3, B, H, W) of float32 levels.
@@ -39,15 +26,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-FLIP = 0
-JITTER = 1
-ORDER = slice(2, 6)
-FACTORS = slice(6, 9)
-HUE = 9
-GRAY = 10
-SIGMA = 11
-SOLARIZE = 12
-THRESHOLD = 13
+# Columns of a row of parameters; one of zeros leaves its image as it is.
+FLIP = 0  # 1 to mirror left and right
+JITTER = 1  # 1 to jitter the colors
+ORDER = slice(2, 6)  # of the jitter's parts: 0 brightness, 1 contrast, 2 saturation, 3 hue
+FACTORS = slice(6, 9)  # of brightness, contrast, saturation; 1 changes nothing
+HUE = 9  # shift in turns, in [-0.5, 0.5]
+GRAY = 10  # 1 to remove the colors
+SIGMA = 11  # of the blur, in pixels; 0 for none
+SOLARIZE = 12  # 1 to invert the levels from THRESHOLD on
+THRESHOLD = 13  # a level
 NUM_PARAMETERS = 14
 
 NUM_DRAWS = 14  # that a row is made of
@@ -68,8 +56,6 @@ class PhotometricAugmentation:
 
         augmentation = PhotometricAugmentation(blur=0.5, solarize=0.0)
         images = augmentation(images, np.random.default_rng(0))
-
-    ``draw`` and ``apply`` are its halves, for drawing beside the crops and computing elsewhere.
 
     Args:
         flip: Probability of a left-right flip.
@@ -101,36 +87,22 @@ class PhotometricAugmentation:
     threshold: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "gray", "blur", "solarize"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is a probability, not {value}")
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be at least 0, not {value}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue must lie in [0, 0.5], not {self.hue}")
+        limits = {"hue": 0.5, "threshold": 256}
+        limits |= dict.fromkeys(("flip", "jitter", "gray", "blur", "solarize"), 1)
+        limits |= dict.fromkeys(("brightness", "contrast", "saturation"), math.inf)
+        for name, most in limits.items():
+            if not 0 <= getattr(self, name) <= most or getattr(self, name) == math.inf:
+                raise ValueError(f"{name} must lie in [0, {most}], not {getattr(self, name)}")
         if not 0 < self.sigma[0] <= self.sigma[1] < math.inf:
             raise ValueError(f"sigma must be a positive ascending range, not {self.sigma}")
-        if not 0 <= self.threshold <= 256:
-            raise ValueError(f"threshold must lie in [0, 256], not {self.threshold}")
 
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
         """Augment each image in its own way, with draws from ``rng``; see ``apply``."""
-        parameters = np.empty((len(images), NUM_PARAMETERS), np.float32)
-        self.draw(rng, parameters)
-        return apply(images, torch.from_numpy(parameters))
+        return apply(images, self.parameters(rng.random((len(images), NUM_DRAWS))))
 
-    def draw(self, rng: np.random.Generator, out: NDArray[np.float32]) -> None:
-        """Draw rows of parameters, (N, NUM_PARAMETERS), in place; NUM_DRAWS draws a row."""
-        self.fill(rng.random((len(out), NUM_DRAWS)), out)
-
-    def fill(self, u: NDArray[np.float64], out: NDArray[np.float32]) -> None:
-        """Compute rows of parameters, (N, NUM_PARAMETERS), in place.
-
-        ``u`` holds the draws of a whole batch, (N, NUM_DRAWS), uniform in [0, 1).
-        """
+    def parameters(self, u: NDArray[np.float64]) -> Tensor:
+        """Return rows of parameters for uniform draws in [0, 1), (N, NUM_DRAWS)."""
+        out = np.empty((len(u), NUM_PARAMETERS), np.float32)
         out[:, FLIP] = u[:, 0] < self.flip
         out[:, JITTER] = u[:, 1] < self.jitter
         out[:, ORDER] = u[:, 2:6].argsort(1)
@@ -143,6 +115,7 @@ class PhotometricAugmentation:
         out[:, SIGMA] = (least + (most - least) * u[:, 12]) * (u[:, 11] < self.blur)
         out[:, SOLARIZE] = u[:, 13] < self.solarize
         out[:, THRESHOLD] = self.threshold
+        return torch.from_numpy(out)
 
 
 GLOBAL_AUGMENTATION = PhotometricAugmentation(blur=0.2, solarize=0.2)
@@ -150,30 +123,19 @@ LOCAL_AUGMENTATION = PhotometricAugmentation(blur=0.5, solarize=0.0)
 
 
 def apply(images: Tensor, parameters: Tensor, compiled: bool = False) -> Tensor:
-    """Augment each image by its row: flip, jitter, grayscale, blur, solarize, in this order.
+    """Augment each image, (3, H, W) uint8, by its row of parameters, which is on the CPU.
 
-    Args:
-        images: (B, 3, H, W) uint8 on any device, in any memory format.
-        parameters: (B, NUM_PARAMETERS) float32 on the CPU.
-        compiled: Fuse the jitter's arithmetic by torch.compile: far less memory traffic, after
-            half a minute's start. The same pixels on a CPU; CUDA's compiler may
-            join a product and a sum, which can be a level off.
-
-    Returns:
-        (B, 3, H, W) uint8, channels last if `images` is.
-
-    Raises:
-        ValueError: The images are not of this shape and type.
+    In this order: flip, jitter, grayscale, blur, solarize. The memory format stays. ``compiled``
+    fuses the jitter's arithmetic by torch.compile: far less memory traffic, after half a minute's
+    start. The pixels are the same on a CPU; CUDA's compiler may join a product and a sum, which can
+    be a level off.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be uint8 (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
-        )
+        shape = tuple(images.shape)
+        raise ValueError(f"images must be uint8 (B, 3, H, W), not {images.dtype} {shape}")
     channels_last = images.is_contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(
-        images,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty_like(images, memory_format=memory_format)
     count = len(images)
     if images.device.type == "cpu":
         count = max(1, _CPU_CHUNK // max(1, images[:1].numel()))
@@ -208,19 +170,14 @@ def _send(tensor: Tensor, device: torch.device) -> Tensor:
 def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
     """`apply` on one chunk; the memory format of the result is any."""
     device = images.device
-    # Images stand in the order of their hue's place among the jitter's parts: each place is then a
+    # Images are in the order of their hue's place among the jitter's parts: each place is then a
     # slice, and so are all images with jitter (place 4: none).
     order = parameters[:, ORDER]
     places = (order == _HUE).long().argmax(1).masked_fill(parameters[:, JITTER] == 0, 4)
     forward = places.argsort(stable=True)
     parameters = parameters[forward]
     ends = places.bincount(minlength=5).cumsum(0).tolist()
-    masks = (
-        parameters[:, FLIP] > 0,
-        parameters[:, GRAY] > 0,
-        parameters[:, SIGMA] > 0,
-        parameters[:, SOLARIZE] > 0,
-    )
+    masks = [parameters[:, column] > 0 for column in (FLIP, GRAY, SIGMA, SOLARIZE)]
     chosen = [mask.nonzero()[:, 0] for mask in masks]
     indices = _send(torch.cat([forward, forward.argsort(), *chosen]), device)
     forward, backward, flip, gray, blur, solar = indices.split(
@@ -247,12 +204,11 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool) -> Tensor:
 
 
 def _jitter(levels: Tensor, parameters: Tensor, ends: list[int], compiled: bool) -> None:
-    """Jitter the colors in place.
+    """Jitter the colors of (3, J, H, W) levels in place.
 
     Each image meets brightness, contrast and saturation in three rounds and hue at one of the four
-    places around them. The three are one operation, a blend with black, mean luma or luma. Rows of
-    (3, J, H, W) levels and their parameters are sorted by the place of hue; ``ends`` are the ends
-    of the places.
+    places around them. The three are one operation, a blend with black, mean luma or luma. Images
+    are sorted by the place of hue; ``ends`` are the ends of the places.
     """
     order = parameters[:, ORDER]
     blends = order[order != _HUE].view(-1, 3).long()

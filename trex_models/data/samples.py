@@ -28,6 +28,7 @@ _SHIPPED = {
 _PHOTOGRAPHS = dict(
     sorted((file, place) for place, files in _SHIPPED.items() for file in files.split())
 )
+_Square = tuple[int, int, int]
 _TILES = 3  # along a photograph's shorter side
 _FLAT = 6.0  # gray levels of standard deviation below which a patch shows nothing
 
@@ -35,35 +36,22 @@ _FLAT = 6.0  # gray levels of standard deviation below which a patch shows nothi
 def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
     """Return scikit-learn's 1797 handwritten digits, two thirds of each class to train on.
 
-    They are 8x8, so pixels alone classify them nearly perfectly: a set for checks, not claims.
-
-    Args:
-        size: Side in pixels to which they are interpolated (bicubic).
-
-    Returns:
-        Training and test images; the split is always the same.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: The size is not positive.
+    They are 8x8, so pixels alone classify them nearly perfectly: a set for checks, not claims. They
+    are interpolated (bicubic) to ``size``, their side in pixels. The split is always the same.
     """
     require_positive(size=size)
     bunch = _require("sklearn.datasets").load_digits()
-    images = [_resized(image, size) for image in (bunch.images * (255 / 16)).astype(np.uint8)]
-    labels = np.asarray(bunch.target)
+    levels = (bunch.images * (255 / 16)).astype(np.uint8)
+    images, labels = np.stack([_resized(image, size) for image in levels]), bunch.target
     rng = np.random.default_rng(0)
-    train: list[int] = []
-    test: list[int] = []
+    parts: tuple[list[int], list[int]] = [], []
     for label in range(10):
         members = rng.permutation(np.flatnonzero(labels == label)).tolist()
         cut = round(len(members) * 2 / 3)
-        train += members[:cut]
-        test += members[cut:]
-    names = [str(label) for label in range(10)]
-    return (
-        ArraySource(np.stack([images[i] for i in train]), labels[train], names),
-        ArraySource(np.stack([images[i] for i in test]), labels[test], names),
-    )
+        parts[0].extend(members[:cut])
+        parts[1].extend(members[cut:])
+    train, test = (ArraySource(images[part], labels[part], list("0123456789")) for part in parts)
+    return train, test
 
 
 def photographs(
@@ -77,24 +65,11 @@ def photographs(
 
     Each photograph is cut into square tiles, a third of which are for test patches; a patch lies
     within one tile, so no pixel is in both sets. Patches differ in place, scale and mirroring.
-    They are gray and their brightness and contrast are drawn at random, so that neither tells
-    the class.
+    They are gray and of random brightness and contrast, so that neither gives away the class. The
+    tiles' split does not depend on the seed.
 
-    Args:
-        size: Side of the patches in pixels.
-        train_per_class: Number of training patches of each photograph.
-        test_per_class: Number of test patches of each photograph.
-        seed: Seed of the patches; the tiles' split is always the same.
-        validation: Divide the training tiles only, half and half: the second set is then for
-            choosing settings, and shares no pixel with the test patches.
-
-    Returns:
-        Training and test patches.
-
-    Raises:
-        ImportError: scikit-learn or scikit-image is not installed.
-        FileNotFoundError: The installed version does not ship one of the photographs.
-        ValueError: The size or a number of patches is not positive.
+    With ``validation`` the training tiles alone are divided, half and half: the second set is then
+    for choosing settings, and shares no pixel with the test patches.
     """
     require_positive(size=size, train_per_class=train_per_class, test_per_class=test_per_class)
     names = [Path(file).stem for file in _PHOTOGRAPHS]
@@ -117,10 +92,8 @@ def _require(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        distribution = {"sklearn": "scikit-learn", "skimage": "scikit-image"}[module.split(".")[0]]
-        raise ImportError(
-            f"this set of images needs {distribution}: pip install trex-models[transfer]"
-        ) from error
+        needs = "scikit-learn and scikit-image: pip install trex-models[transfer]"
+        raise ImportError(f"this set of images needs {needs}") from error
 
 
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:
@@ -130,18 +103,16 @@ def _photograph(file: str, package: str, folder: str) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(
             f"{package} {module.__version__} does not ship {file} (looked for {path}); "
-            "install versions that do: pip install 'scikit-image>=0.24,<0.27' scikit-learn"
+            "pip install 'scikit-image>=0.24,<0.27' scikit-learn"
         )
     with Image.open(path, formats=("JPEG", "PNG")) as image:
         return np.asarray(image.convert("L"))
 
 
-def _tiles(
-    height: int, width: int, *, validation: bool = False
-) -> dict[str, list[tuple[int, int, int]]]:
+def _tiles(height: int, width: int, *, validation: bool = False) -> dict[str, list[_Square]]:
     """Return the (top, left, side) of a photograph's training tiles and test tiles."""
     side = min(height, width) // _TILES
-    tiles: dict[str, list[tuple[int, int, int]]] = {"train": [], "test": []}
+    tiles: dict[str, list[_Square]] = {"train": [], "test": []}
     parts = ("train", "test", None) if validation else ("train", "train", "test")
     for row in range(height // side):
         for column in range(width // side):
@@ -150,7 +121,7 @@ def _tiles(
     return tiles
 
 
-def _window(tiles: list[tuple[int, int, int]], rng: np.random.Generator) -> tuple[int, int, int]:
+def _window(tiles: list[_Square], rng: np.random.Generator) -> _Square:
     """Draw the (top, left, side) of a square within one of the tiles."""
     top, left, side = tiles[rng.integers(len(tiles))]
     extent = int(rng.integers(side // 2, side + 1))
@@ -159,10 +130,7 @@ def _window(tiles: list[tuple[int, int, int]], rng: np.random.Generator) -> tupl
 
 
 def _patch(
-    photograph: np.ndarray,
-    tiles: list[tuple[int, int, int]],
-    size: int,
-    rng: np.random.Generator,
+    photograph: np.ndarray, tiles: list[_Square], size: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Draw a patch that shows something from one of the tiles, (S, S, 3) uint8."""
     while True:
@@ -179,7 +147,6 @@ def _patch(
 
 def _resized(gray: np.ndarray, size: int) -> np.ndarray:
     """Interpolate a gray image to (S, S, 3) uint8."""
-    image = Image.fromarray(np.ascontiguousarray(gray)).resize(
-        (size, size), Image.Resampling.BICUBIC
-    )
-    return np.repeat(np.asarray(image)[..., None], 3, axis=2)
+    image = Image.fromarray(np.ascontiguousarray(gray))
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.repeat(np.asarray(resized)[..., None], 3, axis=2)

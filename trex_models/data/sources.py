@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
 
 class Source(Protocol):
@@ -63,10 +64,7 @@ class ArraySource:
         self.labels = checked_labels(labels, len(images), len(classes))
         self.classes = classes
         for index, image in enumerate(images):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(
-                    f"image {index} is {image.dtype} {image.shape}, not uint8 (H, W, 3)"
-                )
+            require_rgb(image, f"image {index}")
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -88,37 +86,59 @@ class ArraySource:
 def checked_labels(
     labels: Sequence[int] | np.ndarray, count: int, num_classes: int, where: str = ""
 ) -> np.ndarray:
-    """Return labels as (N,) int64.
-
-    Args:
-        labels: N labels in [0, num_classes).
-        count: Number of images, N.
-        num_classes: Number of classes.
-        where: Start of error messages.
-
-    Raises:
-        ValueError: The numbers differ, or a label has no class.
-    """
+    """Return labels as (N,) int64; raise a ValueError if one is missing or has no class."""
     checked = np.asarray(labels, dtype=np.int64)
     if checked.shape != (count,):
         raise ValueError(f"{where}need one label an image: {count} images, labels {checked.shape}")
     if count and not 0 <= checked.min() <= checked.max() < num_classes:
-        raise ValueError(
-            f"{where}labels span [{checked.min()}, {checked.max()}], outside the {num_classes} "
-            "classes"
-        )
+        span = f"[{checked.min()}, {checked.max()}]"
+        raise ValueError(f"{where}labels span {span}, outside the {num_classes} classes")
     return checked
 
 
-def require_positive(**arguments: int) -> None:
-    """Check arguments by name.
+def encode_labels(
+    names: Sequence[str],
+    classes: Sequence[str] | None,
+    where: str,
+    place: Callable[[int], str],
+) -> tuple[list[str], np.ndarray]:
+    """Return the classes and the position in them of each class name, (N,) int64.
+
+    By default the classes are the distinct names, sorted; as numbers if all are integers.
 
     Raises:
-        ValueError: One is below 1.
+        ValueError: There are fewer than 2 classes, or the name at a ``place`` is none of them.
     """
+    if classes is None:
+        classes = sorted(set(names))
+        with suppress(ValueError):
+            classes = sorted(classes, key=int)
+    if len(classes) < 2:
+        raise ValueError(
+            f"{where}: every label is {classes[0]!r}, at least 2 classes are needed; "
+            "add images of another class, or name another column of labels"
+        )
+    position = {name: label for label, name in enumerate(classes)}
+    for index, name in enumerate(names):
+        if name not in position:
+            raise ValueError(
+                f"{where}: {place(index)} has the label {name!r}, none of the {len(classes)} "
+                "classes of the training set; correct or remove it"
+            )
+    return list(classes), np.array([position[name] for name in names], dtype=np.int64)
+
+
+def require_positive(**arguments: int) -> None:
+    """Raise a ValueError for an argument below 1."""
     for argument, value in arguments.items():
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, not {value}")
+
+
+def require_rgb(image: np.ndarray, name: str = "image") -> None:
+    """Raise a ValueError for an array that is not (H, W, 3) uint8."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"{name} must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
 
 
 def digest(*parts: np.ndarray | bytes | str) -> str:
@@ -130,12 +150,3 @@ def digest(*parts: np.ndarray | bytes | str) -> str:
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)
     return found.hexdigest()
-
-
-def sorted_classes(labels: Iterable[str]) -> list[str]:
-    """Return the distinct labels in sorted order; as numbers if all are integers."""
-    names = sorted(set(labels))
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return names

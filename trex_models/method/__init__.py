@@ -1,8 +1,4 @@
-"""The reference trainer: ``python -m trex_models.train RECIPE --output DIR``.
-
-The names below are its parts, for training loops of your own; they are stable, and
-docs/library.md shows their use.
-"""
+"""The parts of t-ReX, for training loops of your own; docs/library.md shows their use."""
 
 from trex_models.method.backbone import build_backbone
 from trex_models.method.bank import MemoryBank

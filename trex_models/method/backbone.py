@@ -16,8 +16,6 @@ from torch import nn
 
 from trex_models.distributed import preserve_buffers
 
-_RECOMPUTES = "recomputes_activations"
-
 
 def build_backbone(
     name: str, args: Mapping[str, Any] | None = None, sizes: Sequence[int] = (224, 96)
@@ -49,12 +47,15 @@ def build_backbone(
 
 
 def full_args(name: str, args: Mapping[str, Any], global_size: int) -> dict[str, Any]:
-    """Add what training from scratch on several resolutions wants, where the model takes it.
-
-    Raises:
-        ValueError: timm has no such model, or it refuses the arguments.
-    """
-    _check_name(name)
+    """Add what training from scratch on several resolutions needs, where the model takes it."""
+    if ":" in name:
+        raise ValueError(
+            f"model.backbone: {name!r} is pretrained; training starts from random weights, so name "
+            "the architecture alone"
+        )
+    if not timm.is_model(name):
+        similar = ", ".join(timm.list_models(f"{name[:6]}*")[:5]) or "those of timm.list_models()"
+        raise ValueError(f"model.backbone: timm has no model {name!r}; take one of {similar}")
     full = dict(args)
     wanted: tuple[dict[str, Any], ...] = (
         {"zero_init_last": False},
@@ -67,19 +68,6 @@ def full_args(name: str, args: Mapping[str, Any], global_size: int) -> dict[str,
                 _create(name, more | full)
                 full = more | full
     return full
-
-
-def _check_name(name: str) -> None:
-    if timm.is_model(name):
-        return
-    if ":" in name:
-        raise ValueError(
-            f"model.backbone: {name!r} is pretrained; training starts from random weights, so name "
-            "the architecture alone"
-        )
-    similar = timm.list_models(f"{name[:6]}*")[:5]
-    hint = f"; similar names: {', '.join(similar)}" if similar else ""
-    raise ValueError(f"model.backbone: timm has no model {name!r}{hint}")
 
 
 def _create(name: str, args: Mapping[str, Any]) -> nn.Module:
@@ -95,39 +83,29 @@ def _feature_width(name: str, model: nn.Module, size: int) -> int:
     except Exception as error:  # each model fails in its own way
         raise ValueError(
             f"model.backbone: {name} does not take {size}-pixel crops ({error}); take a "
-            "convolutional network or a ViT with dynamic_img_size, or change the crop sizes"
+            "convolutional network or a ViT with dynamic_img_size, or other sizes"
         ) from error
     if len(shape) != 2:
-        raise ValueError(
-            f"model.backbone: {name} turns an image into {tuple(shape[1:])}, not a vector; "
-            "take one that pools"
-        )
+        found = f"{name} turns an image into {tuple(shape[1:])}, not a vector"
+        raise ValueError(f"model.backbone: {found}; take one that pools")
     return int(shape[1])
 
 
 def recompute_activations(backbone: nn.Module, name: str) -> None:
-    """Let a backbone recompute its activations in the backward pass.
+    """Let a timm model recompute its activations in the backward pass.
 
     Losses and gradients are bit-identical where kernels are deterministic, as on a CPU. The
     backward pass must run inside ``preserve_running_stats``.
-
-    Args:
-        backbone: A timm model.
-        name: Its name, for the message.
-
-    Raises:
-        ValueError: timm does not support it for this model.
     """
     model: Any = backbone
     try:
         model.set_grad_checkpointing(True)
     except AssertionError as error:
         raise ValueError(
-            f"system.checkpoint_activations: timm's {name} cannot recompute its activations; leave "
-            "the option out and lower optim.batch_size or crops.local_crops, or take another "
-            "backbone"
+            f"system.checkpoint_activations: timm's {name} cannot recompute its activations; lower "
+            "optim.batch_size or crops.local_crops instead, or take another backbone"
         ) from error
-    setattr(model, _RECOMPUTES, True)
+    model.recomputes_activations = True
 
 
 def preserve_running_stats(backbone: nn.Module) -> AbstractContextManager[None]:
@@ -137,4 +115,5 @@ def preserve_running_stats(backbone: nn.Module) -> AbstractContextManager[None]:
     restores them. It cannot run without them (``track_running_stats`` off), as it must save the
     tensors that the first one saved.
     """
-    return preserve_buffers(backbone) if hasattr(backbone, _RECOMPUTES) else nullcontext()
+    recomputes = hasattr(backbone, "recomputes_activations")
+    return preserve_buffers(backbone) if recomputes else nullcontext()

@@ -1,6 +1,5 @@
 """The memory bank: the last Q embeddings of the momentum encoder, first in first out.
 
-MoCo's queue (He et al. 2020) with labels, as t-ReX section 3.2 uses it.
 Shapes: B batch, D embedding, Q bank size, C classes.
 """
 
@@ -13,14 +12,9 @@ from trex_models.heads import class_means
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Check labels; those on a GPU for their type alone, as looking at them would wait for it.
+    """Raise a ValueError for labels that are no integers, or on the CPU not in [0, C).
 
-    Args:
-        labels: (B,).
-        num_classes: C.
-
-    Raises:
-        ValueError: They are no integers, or not in [0, C).
+    To look at those on a GPU would wait for it.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
@@ -28,13 +22,12 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     if type(labels) is Tensor and labels.device.type == "cpu" and labels.numel():
         lowest, highest = (int(bound) for bound in labels.aminmax())
         if not 0 <= lowest <= highest < num_classes:
-            raise ValueError(
-                f"labels must be in [0, {num_classes}), got {lowest if lowest < 0 else highest}"
-            )
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"labels must be in [0, {num_classes}), got {wrong}")
 
 
 class MemoryBank(nn.Module):
-    """FIFO of raw (not normalized) embeddings, their labels, and which samples they are of.
+    """FIFO of raw (not normalized) embeddings, their labels, and the indices of their samples.
 
     Take a multiple of the batch size for ``size``: a batch that crosses the end is cut there.
     Starts as N(0, 1) noise with uniform random labels, so that nearly every class has a
@@ -59,8 +52,8 @@ class MemoryBank(nn.Module):
         labels: (Q,).
         ids: Each entry's sample, (Q,); -1 where it is none of this run's.
         written: Number of the batch that wrote each entry, from 0 on, (Q,); -1 likewise.
-        pointer: Where the next batch goes.
-        batches: How many were enqueued.
+        pointer: Position of the next batch.
+        batches: Number of batches that were enqueued.
     """
 
     features: Tensor
@@ -89,11 +82,11 @@ class MemoryBank(nn.Module):
 
         Args:
             features: Embeddings on the bank's device, (B, D), of any floating type.
-            labels: (B,) integers in [0, C).
-            ids: Which samples they are of, (B,) integers from 0 on; None where no loss asks.
+            labels: Labels, (B,) integers in [0, C).
+            ids: Indices of the samples, (B,) integers from 0 on; only ``LOOK`` reads them.
 
         Raises:
-            ValueError: The shapes are not these, or ``labels`` not as ``check_labels`` wants them.
+            ValueError: The shapes are not these, or labels are not in [0, C).
         """
         size, dim = self.features.shape
         if features.shape != (len(labels), dim) or labels.ndim != 1:
@@ -119,7 +112,7 @@ class MemoryBank(nn.Module):
         return class_means(self.features, self.labels, self.num_classes)
 
     def get_extra_state(self) -> dict[str, int]:
-        """Return the counters, which belong to the state."""
+        """Return the counters."""
         return {"pointer": self.pointer, "batches": self.batches}
 
     def set_extra_state(self, state: dict[str, int]) -> None:

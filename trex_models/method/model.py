@@ -1,8 +1,5 @@
 """t-ReX as one module: encoder (backbone + projector), objective, momentum encoder.
 
-No optimizer and no files.
-
-Sariyildiz et al., ICLR 2023, arXiv 2206.15369, section 3.
 Shapes: B batch, N crops, S side in pixels, D embedding, C classes.
 """
 
@@ -103,9 +100,9 @@ class TReX(nn.Module):
         """Return the loss, a scalar, and the logits, (N * B, C), against the bank as it is.
 
         Args:
-            crops: As of ``Encoder``: one tensor per crop or per resolution, globals first.
-            labels: (B,) integers in [0, C).
-            ids: Which samples the images are, (B,); only ``LOOK`` asks.
+            crops: One tensor per crop or per resolution, as ``Encoder`` takes them.
+            labels: Labels, (B,) integers in [0, C).
+            ids: Indices of the samples, (B,); only ``LOOK`` reads them.
         """
         return self.objective(self.encoder(crops), labels, ids)
 
@@ -115,12 +112,8 @@ class TReX(nn.Module):
     ) -> None:
         """Update the momentum encoder and enqueue its embeddings, of all processes in rank order.
 
-        Belongs between ``forward`` and the optimizer's step. No-op without a bank.
-
-        Args:
-            crops: As of ``forward``; the first crop of every image counts, a global one.
-            labels: (B,).
-            ids: (B,), or None in all processes.
+        Belongs between ``forward``, whose arguments it takes, and the optimizer's step. Only the
+        first crop of every image counts, a global one. No-op without a bank.
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return

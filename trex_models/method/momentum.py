@@ -36,12 +36,7 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, online: nn.Module) -> None:
-        """Move the average towards the online encoder's parameters.
-
-        Args:
-            online: The module that this one began as a copy of, or a wrapper around it, such as
-                DistributedDataParallel; on the same device.
-        """
+        """Move the average towards the parameters of the online encoder, or of a wrapper."""
         average: list[Tensor] = list(self.encoder.parameters())
         current: list[Tensor] = list(online.parameters())
         if average[0].dtype != torch.float64:

@@ -1,8 +1,5 @@
 """The losses: softmax, cosine softmax, online class means (OCM) and LOOK, behind one interface.
 
-An objective turns the embeddings of all crops into the mean loss over all crops and into logits.
-t-ReX (arXiv 2206.15369), section 3.
-
 Shapes: B batch, N crops, D embedding, C classes, Q bank size.
 """
 
@@ -54,11 +51,8 @@ class Objective(nn.Module):
 
         Args:
             embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
-            labels: (B,) integers in [0, C), shared by all crops of an image.
-            ids: Which samples the images are, (B,); only ``LOOK`` asks.
-
-        Raises:
-            ValueError: ``labels`` are not as ``check_labels`` wants them.
+            labels: Labels, (B,) integers in [0, C), shared by all crops of an image.
+            ids: Indices of the samples, (B,); only ``LOOK`` reads them.
         """
         del ids  # only neighbors need to know their own
         logits = self.logits(embeddings)
@@ -193,11 +187,11 @@ class LOOK(Objective):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return the logarithm of each class's share of the vote, -inf for a class without one."""
-        bank = self._unit_features()
-        votes = [
-            self._votes(*self._nearest(self._scores(part, bank)))
-            for part in embeddings.split(_ROWS)
-        ]
+        bank = F.normalize(self.bank.features, dim=1)
+        votes = []
+        for part in embeddings.detach().split(_ROWS):
+            nearest, entries = self._scores(part, bank).topk(self.neighbors, dim=1)
+            votes.append(self._votes(nearest, entries))
         return torch.cat(votes)
 
     def forward(
@@ -205,18 +199,11 @@ class LOOK(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
-        Args:
-            embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
-            labels: (B,) integers in [0, C), shared by all crops of an image.
-            ids: Which samples the images are, (B,): entries of the same sample are left out.
-                None (or -1 of an image) leaves none out, which is right where the bank has no
-                entry of these images.
-
-        Raises:
-            ValueError: ``labels`` are not as ``check_labels`` wants them.
+        Takes what every objective takes. Entries of the same sample, by ``ids``, are left out; None
+        (or -1 of an image) leaves none out, which is right where the bank has no entry of it.
         """
         check_labels(labels, self.bank.num_classes)
-        bank = self._unit_features()
+        bank = F.normalize(self.bank.features, dim=1)
         own = torch.zeros_like(labels, dtype=torch.bool)[:, None]
         if ids is not None:
             own = (ids[:, None] == self.bank.ids) & (self.bank.ids >= 0)
@@ -229,19 +216,14 @@ class LOOK(Objective):
         return torch.cat(losses).mean(), torch.cat(votes)
 
     def _compare(self, scores: Tensor, own: Tensor, of_class: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss and the votes of one crop of every image.
+        """Return the losses, (B,), and the votes, (B, C), of one crop of every image.
 
-        Args:
-            scores: Similarity over temperature, (B, Q).
-            own: Which entries are of the image itself, (B, Q).
-            of_class: Which entries are of the image's class, (B, Q).
-
-        Returns:
-            (B,) and (B, C).
+        ``scores`` are similarities over temperature; ``own`` and ``of_class`` mark entries of the
+        image itself and of its class; (B, Q) each.
         """
         with torch.no_grad():
             others = scores.masked_fill(own, -math.inf)
-            nearest, entries = self._nearest(others)
+            nearest, entries = others.topk(self.neighbors, dim=1)
             votes = self._votes(nearest, entries)
             counts = nearest > -math.inf  # not its own, where k reaches that far
             alike = counts & of_class.gather(1, entries)
@@ -258,19 +240,10 @@ class LOOK(Objective):
         same = chosen.masked_fill(~alike, -math.inf).logsumexp(1)
         return every - same, votes
 
-    def _unit_features(self) -> Tensor:
-        """Return the bank's embeddings at unit length, once for all crops, (Q, D)."""
-        return F.normalize(self.bank.features, dim=1)
-
     def _scores(self, embeddings: Tensor, bank: Tensor) -> Tensor:
         """Return similarity over temperature, (B, Q), in float32 at least."""
         with without_autocast(embeddings.device.type):
             return F.linear(F.normalize(widen(embeddings), dim=1), bank) / self.temperature
-
-    def _nearest(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the k largest scores and their entries, (B, k) each."""
-        nearest, entries = scores.detach().topk(self.neighbors, dim=1)
-        return nearest, entries
 
     def _votes(self, nearest: Tensor, entries: Tensor) -> Tensor:
         """Return the logarithm of the classes' shares in exp(score), (B, C)."""

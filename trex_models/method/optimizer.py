@@ -16,7 +16,7 @@ def learning_rates(
 
     Args:
         peak: Highest learning rate.
-        final: Where the cosine ends (it would reach it one step after the last).
+        final: End of the cosine, which it would reach one step after the last.
         warmup_steps: Steps of the linear part.
         total_steps: Steps in all.
 
@@ -42,9 +42,9 @@ def build_sgd(
             group["lr"] = rate  # before each step, from learning_rates
 
     Args:
-        module: What is trained; parameters without gradient are left out.
-        momentum: Of the gradients' sum.
-        weight_decay: As torch's, of weights, not of biases and norms.
+        module: Module to train; parameters without gradient are left out.
+        momentum: Momentum of the gradients.
+        weight_decay: Weight decay, for weights, not for biases and norms.
         lr: Learning rate, where no step sets its own.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
