@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tyro.conf import Positional
 
@@ -353,12 +352,11 @@ def _staged(output: Path, names: list[str]) -> Iterator[tuple[Path, list[str]]]:
         output.mkdir(parents=True, exist_ok=True)
         with timm_folder.temporary_folder(output, names[-1]) as stage:
             yield stage, done
-    except (OSError, SafetensorError) as error:  # safetensors has its own for the disk's
+    except OSError as error:
+        missed = ", ".join(name for name in names if name not in done)
         raise OSError(
-            f"{output}: {getattr(error, 'strerror', None) or error}; written: "
-            f"{', '.join(done) or 'nothing'}; not written: "
-            f"{', '.join(name for name in names if name not in done)}; free some space or choose "
-            "another --output"
+            f"{output}: {error.strerror or error}; written: {', '.join(done) or 'nothing'}; "
+            f"not written: {missed}; free some space or choose another --output"
         ) from error
     finally:
         for folder in missing:

@@ -20,6 +20,7 @@ from hub.imagenet import format_results, measure
 from trex_models.pretrained import checkpoints, naver
 from trex_models.pretrained.manifest import (
     WeightsError,
+    check_sha256,
     load_manifest,
     manifest_path,
     save_manifest,
@@ -110,11 +111,9 @@ def _check(path: Path, file: str, manifest: Path) -> str:
         entries = recorded.naver | {file: digest}
         save_manifest(dataclasses.replace(recorded, naver=entries), manifest)
         print(f"{file}: all keys are as expected; recorded in {manifest}", flush=True)
-    elif digest != known:
-        raise WeightsError(
-            f"refused: the SHA-256 of {path} is {digest}, not {known} of {manifest}; delete "
-            "the file and try again; if NAVER has really replaced it, remove that line"
-        )
+    else:
+        source = f"{manifest}; delete the file; if NAVER has really replaced it, remove that line"
+        check_sha256(path, digest, known, source)
     return digest
 
 

@@ -263,11 +263,13 @@ def write(
 
 
 def write_release(folder: Path) -> None:
-    """Write the six files of the release, without momentum and with a short memory bank."""
+    """Write the six files of the release, without momentum (encoder too), with a short bank."""
     folder.mkdir(parents=True)
     releases = ("trex", 3, ()), ("trexstar", 1, (7,))  # a short bank may lack a class
     for seed, (name, depth, absent) in enumerate(releases):
         write(backbone_checkpoint(seed), folder / f"{name}.pth")
         full = full_checkpoint(depth, seed=seed + 2, bank_size=1024, absent=absent, optimizer=False)
+        for key in [key for key in full["model"] if key.startswith("module.model_ema.")]:
+            del full["model"][key]
         write(full, folder / f"{name}_2_checkpoint_full.pth")
         write(backbone_of(full), folder / f"{name}_2.pth")

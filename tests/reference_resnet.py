@@ -25,53 +25,43 @@ def outputs(
     checkpoint: Mapping[str, Any],
     images: Tensor,
     momentum: bool = False,
-    dtype: torch.dtype = torch.float64,
     num_classes: int = 1000,
 ) -> Outputs:
-    """Compute the outputs of a full checkpoint or of a backbone file in eval mode.
+    """Compute the outputs of a checkpoint in eval mode, in float64.
 
-    ``momentum`` is for the momentum encoder; ``dtype`` of all, the prototypes too.
+    ``momentum`` is for the momentum encoder of a full one.
     """
     if "model" not in checkpoint:
-        if momentum:
-            raise ValueError("a backbone file has no momentum encoder")
-        return Outputs(features(checkpoint, images, dtype), None, None)
+        return Outputs(features(checkpoint, images), None, None)
     model = checkpoint["model"]
     encoder = "module.model_ema." if momentum else "module.model."
-    x = features(under(model, f"{encoder}encoder."), images, dtype)
-    z = embeddings(under(model, f"{encoder}head.layers.", dtype), x)
+    x = features(under(model, f"{encoder}encoder."), images)
+    z = embeddings(under(model, f"{encoder}head.layers."), x)
     if "module.clf.fc.weight" in model:
-        weight = model["module.clf.fc.weight"].to(dtype)
+        weight = model["module.clf.fc.weight"].double()
         directions = weight / weight.norm(dim=1, keepdim=True)
     else:
         bank = under(model, "module.memory.")
-        directions = prototypes(bank["features"].to(dtype), bank["labels"], num_classes)
+        directions = prototypes(bank["features"].double(), bank["labels"], num_classes)
     return Outputs(x, z, z / z.norm(dim=1, keepdim=True) @ directions.T / 0.1)
 
 
-def under(
-    tensors: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names start with a prefix, without it."""
-    return {
-        name.removeprefix(prefix): tensor.to(dtype or tensor.dtype)
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def features(
-    backbone: Mapping[str, Tensor], images: Tensor, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def features(backbone: Mapping[str, Tensor], images: Tensor) -> Tensor:
     with torch.device("meta"):  # draws no random numbers
         resnet = torchvision.models.resnet50()
         resnet.fc = nn.Identity()
     resnet.load_state_dict(backbone, strict=True, assign=True)
-    return resnet.to(dtype).eval()(images.to(dtype))
+    return resnet.double().eval()(images.double())
 
 
 def embeddings(layers: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Apply the projector: L2 norm, hidden layers, bottleneck."""
+    layers = {name: tensor.double() for name, tensor in layers.items()}
     x = x / x.norm(dim=1, keepdim=True)
     i = 1
     while f"{i}.fc.weight" in layers:

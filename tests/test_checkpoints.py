@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ def saved(contents: object, folder: Path, name: str = "weights.pth") -> Path:
 def test_official_pickles(star: Contents, tmp_path: Path, numpy_names: Any, legacy: bool) -> None:
     path = tmp_path / "full.pth"
     official_files.write(star, path, numpy_names=numpy_names, legacy=legacy)
+    assert zipfile.is_zipfile(path) is not legacy
+    name = official_files.NUMPY_MODULES[numpy_names]
+    assert f"{name}\n_reconstruct".encode() in path.read_bytes()
     found, expected = read(path).state_dict(), split(star).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -139,7 +143,10 @@ BN = "module.model.encoder.bn1"
         (drop("memory.features"), "bank has no features"),
         (put("module.clf.fc.weight", torch.ones(1000, 256)), "both a memory bank and learned cl"),
         (put(3, torch.ones(1)), "the key 3 is no name"),
-        (put("module.extra", torch.ones(1)), "unexpected key 'module.extra' next to those of an"),
+        (
+            put("module.extra", torch.ones(1)),
+            "unexpected key 'module.extra' next to those of the o",
+        ),
         (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
         (put("model.encoder.conv1.weight", torch.ones(1)), "is in the file twice"),
         (put(CONV, "text"), "is a str, not a tensor"),
@@ -202,7 +209,7 @@ def test_other_networks(name: str, tmp_path: Path) -> None:
     state = timm.create_model(name).state_dict()
     message = r"not those of a resnet50: \d+ .*missing, \d+ .*un"
     if name == "resnet50":
-        message = "resnet50 with a linear classifier, not a t-ReX model"
+        message = "it is a linear resnet50 classifier, not a t-ReX model"
     with pytest.raises(CheckpointError, match=message):
         read(saved(state, tmp_path))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Variables by which what is not told where to look finds nothing."""
+    """Variables that lead every default to an empty place."""
     variables = {
         "TREX_MODELS_MANIFEST": str(tmp_path / "manifest.json"),
         "TREX_MODELS_NAVER_URL": "http://127.0.0.1:9/",
@@ -306,7 +307,7 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
         build_folders(official, tmp_path / "hub", license="mit")
     with pytest.raises(ValueError, match="--owner Ada: trexstar_resnet50"):
         build_folders(official, tmp_path / "hub", owner="Ada")
-    # The report of the conversion beside the folders is no model.
+    # The report of the conversion next to the folders is no model.
     built = build_folders(official, tmp_path / "hub")
     assert [path.name for path in built] == [
         f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")
@@ -423,7 +424,7 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
 
 
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:
-    """Run a card's examples as they stand, each by itself; ``bare`` without trex_models."""
+    """Run a card's examples unchanged, each by itself; ``bare`` without trex_models."""
     code = [
         f"exec(compile({block!r}, 'block {i}', 'exec'), {{}})" for i, block in enumerate(blocks)
     ]
@@ -444,7 +445,7 @@ def test_from_publication_to_the_examples_in_the_cards(
     backbone, cls = (build_folders(official / name, tmp_path / "official")[0] for name in names)
     published = desk.push(backbone, cls, *built.iterdir())
     assert len(published.models) == 4
-    assert verify(manifest=desk.manifest)
+    assert "and by its name" in desk.verify(backbone.name)
 
     blocks = {
         folder: python_blocks((folder / "README.md").read_text())
@@ -598,7 +599,7 @@ def test_errors_of_the_hub_are_one_line(
     assert "\n" not in str(error.value)
     assert not desk.manifest.exists()
     desk.server.faults.clear()
-    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it goes on
+    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it continues
 
 
 def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
@@ -638,31 +639,25 @@ def test_commands_publish_and_verify(desk: Desk) -> None:
 
 
 def test_bad_input_is_one_line_with_status_2(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    built: Path,
-    server: HubServer,
+    tmp_path: Path, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for arguments in (
-        ["build", tmp_path / "nothing", "--output", tmp_path / "out"],
-        ["publish", tmp_path / "nothing"],
-        ["verify", "--manifest", tmp_path / "nothing.json"],
-        ["import-naver", "other.pth", "--output", tmp_path / "out"],
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    desk.api.token = None
+    no_token = r"there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*"
+    for arguments, message in (
+        (["build", tmp_path / "nothing", "--output", tmp_path / "out"], ".*is no folder.*"),
+        (["publish", tmp_path / "nothing"], ".*nothing has no config.json.*"),
+        (["publish", desk.built / "small_trex"], no_token),
+        (["verify", "--manifest", tmp_path / "nothing.json"], ".*nothing.json is no manifest.*"),
+        (["import-naver", "other.pth", "--output", tmp_path / "out"], "NAVER has no file.*"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
-        assert re.fullmatch(r"error: [^\n]+\n", capsys.readouterr().err)
+        assert re.fullmatch(f"error: {message}\n", desk.capsys.readouterr().err)
+    assert desk.server.log == []
     monkeypatch.setenv("TREX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="is no folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
-    monkeypatch.delenv("TREX_TRACEBACK")
-    environ = environment(server.url, tmp_path / "home") | {"OMP_WAIT_POLICY": "passive"}
-    command = ["-m", "hub", "publish", str(built / "small_trex")]
-    done = run_python(*command, cwd=ROOT, env=environ, fails=True)
-    assert done.returncode == 2
-    message = r"error: there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*\n"
-    assert re.fullmatch(message, done.stderr)
-    assert server.log == []
 
 
 # verify
@@ -705,6 +700,11 @@ def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     desk.server.faults.clear()
     desk.record(revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
     assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in desk.verify()
+    save_manifest(Manifest(), desk.manifest)
+    with pytest.raises(ValueError, match="lists no model; publish some"):
+        desk.verify()
+    with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; it lists: none"):
+        desk.verify("trex_resnet50.in1k")
 
 
 def test_verify_loads_models_of_the_zoo_by_name(
@@ -738,14 +738,6 @@ def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
     other["extra"] = torch.zeros(1)
     assert "DIFFERS: 1 (bn1.bias) missing, 1 (extra) unexpected" in changed(config, other)
     assert "DIFFERS: it does not load" in changed(config | {"architecture": "resnet_9000"}, state)
-
-
-def test_verify_what_is_not_listed(desk: Desk) -> None:
-    save_manifest(Manifest(), desk.manifest)
-    with pytest.raises(ValueError, match="lists no model; publish some"):
-        desk.verify()
-    with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; it lists: none"):
-        desk.verify("trex_resnet50.in1k")
 
 
 def test_fixed_input_is_the_formula() -> None:
@@ -849,25 +841,19 @@ def test_measured_top1_is_the_known_one(
 
 
 @pytest.mark.usefixtures("few_settings")
-def test_as_many_other_images_are_measured_again(
-    rightful: Path, replica: Path, tmp_path: Path
+def test_other_images_and_weights_are_measured_again(
+    rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, features = tmp_path / "images", tmp_path / "features"
+    """The setting is chosen on a fifth of train, and the last layer fitted to all of it."""
+    root, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(replica, root)
-    imagenet.measure(rightful, root, tmp_path, SMALL)
+    imagenet.measure(rightful, root, out, SMALL)
     for file, kept in (("val/ant/val_0.png", 5), ("train/ant/train_0.png", 6)):
         picture(COLOURS["ant"], 7).save(root / file)
         os.utime(root / file, (10**9, 10**9))
-        found = imagenet.measure(rightful, root, tmp_path, SMALL)
+        found = imagenet.measure(rightful, root, out, SMALL)
         assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
-        assert len(list(features.rglob("*.safetensors"))) == kept
-
-
-@pytest.mark.usefixtures("few_settings")
-def test_other_weights_of_the_same_name_are_measured_again(
-    replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The setting is chosen on a fifth of train, and the last layer fitted to all of it."""
+        assert len(list((out / "features").rglob("*.safetensors"))) == kept
     sizes = []
 
     def noting(train: Samples, test: Samples, settings: Sequence[Setting], **options: Any) -> Any:
@@ -924,63 +910,71 @@ def test_backbones_need_train_and_images_must_be_readable(
 @pytest.fixture
 def files(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     """A server in NAVER's place, with some of the files; two hold the same backbone."""
-    names = "trex.pth", "trexstar_2.pth", "trexstar_2_checkpoint_full.pth"
+    names = "trexstar_2.pth", "trexstar_2_checkpoint_full.pth", "trex.pth"
     with FileServer({name: release / name for name in names}) as server:
         monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
         yield server
+
+
+STARS = [f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")]
 
 
 @pytest.mark.slow
 def test_import_fetches_converts_and_measures_once(
     files: FileServer,
     release: Path,
-    replica: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, path = tmp_path / "out", tmp_path / "manifest.json"
+    names = tuple(files.files)[:2]
     converted = out / "converted"
-    assert import_naver(tuple(files.files), output=out, manifest=path)
-    assert load_manifest(path).naver == {name: sha256(release / name) for name in files.files}
-    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(files.files)
-    stars = [f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")]
-    assert sorted(p.name for p in converted.iterdir() if p.is_dir()) == sorted(
-        ["trex_resnet50.in1k", *stars]
-    )
+    assert import_naver(names, output=out, manifest=path)
+    assert load_manifest(path).naver == {name: sha256(release / name) for name in names}
+    assert sorted(p.name for p in (out / "files").iterdir()) == sorted(names)
+    assert sorted(p.name for p in converted.iterdir() if p.is_dir()) == STARS
 
     files.log.clear()
     before = {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
-    assert import_naver(tuple(files.files), output=out, manifest=path)
-    printed = capsys.readouterr().out
-    for name in files.files:
-        assert f"{name}: here already" in printed
-        assert f"{name}: converted already" in printed
-    assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
-
-    for name in stars:
-        shutil.rmtree(converted / name)
-    once = partial(import_naver, ("trex.pth",), output=out, manifest=path)
-    small = partial(imagenet.measure, classes=SMALL)
-    monkeypatch.setattr("hub.import_naver.measure", small)
-    assert not once(imagenet=replica)  # it is not 78 %
-    assert "trex_resnet50.in1k " in capsys.readouterr().out
-    assert not once(imagenet=replica)
-    assert "trex_resnet50.in1k: measured already" in capsys.readouterr().out
-    # What is missing is made again.
-    shutil.rmtree(converted / "trex_resnet50.in1k")
+    result = {"top1": 80.0, "protocol": imagenet.LINEAR, "within_tolerance": False}
+    result |= {"reported_top1": 80.2, "tolerance": 0.5}
+    measure = Mock(return_value={STARS[0]: result})
+    monkeypatch.setattr("hub.import_naver.measure", measure)
+    (tmp_path / "val").mkdir()
+    once = partial(import_naver, names, output=out, manifest=path, imagenet=tmp_path)
+    assert not once()
+    result["within_tolerance"] = True
     assert once()
-    assert (converted / "trex_resnet50.in1k" / "config.json").exists()
+    assert measure.mock_calls == [call(converted, tmp_path, out)] * 2
+    printed = capsys.readouterr().out
+    assert re.search(r"trexstar_resnet50.in1k_r2 +80.00 +80.2 +-0.20  NO \(0.5\)", printed)
+    for name in names:
+        assert printed.count(f"{name}: here already") == 2
+        assert printed.count(f"{name}: converted already") == 2
+    assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
     assert files.log == []
 
+    # What is missing is made again.
+    convert = Mock(return_value=True)
+    monkeypatch.setattr("hub.import_naver._convert", convert)
+    for name in ("config.json", "model.safetensors"):
+        (converted / STARS[2] / name).unlink()
+        import_naver(names, output=out, manifest=path)
+    assert convert.mock_calls == [call(out / "files" / names[1], converted)] * 2
 
-def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: Path) -> None:
+
+def test_import_keeps_no_other_file(
+    files: FileServer, tmp_path: Path, release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "manifest.json"
     fetch = partial(import_naver, ("trex.pth",), output=tmp_path / "out", manifest=path)
     right = files.files["trex.pth"]
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 200_000_001)
     for content, message in (
         (b"<!doctype html><p>Not here any more", "it is a web page"),
-        (files.files["trexstar_2_checkpoint_full.pth"], "it has more than 200 MB: another"),
+        (tmp_path / "large", "it has more than 200 MB: another"),
     ):
         files.files["trex.pth"] = content
         with pytest.raises((ValueError, WeightsError), match=message):
@@ -993,6 +987,8 @@ def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: 
     files.files["trex.pth"] = right
     with pytest.raises(ValueError, match="NAVER has no file 'trex.zip'; choose from trex.pth"):
         import_naver(("trex.zip",), output=tmp_path / "out", manifest=path)
+    with pytest.raises(ValueError, match="has no folder val"):
+        fetch(imagenet=tmp_path)
     save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
     digest = sha256(release / "trex.pth")
     with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
@@ -1003,6 +999,7 @@ def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: 
     path.unlink()
     shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
     files.log.clear()
+    monkeypatch.setattr("hub.import_naver._convert", lambda *_: True)
     assert fetch()  # placed by hand
     assert files.log == []
     assert load_manifest(path).naver == {"trex.pth": digest}
@@ -1012,38 +1009,25 @@ def test_import_keeps_no_other_file(files: FileServer, tmp_path: Path, release: 
         fetch()
 
 
-def test_import_goes_on_and_makes_again_what_is_damaged(
+def test_import_goes_on_warns_and_makes_again_what_is_damaged(
     files: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "manifest.json", tmp_path / "out"
+    weights = out / "converted" / STARS[0] / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"other weights")  # as if the full file had given them
     files.faults.append(Fault("trex.pth", 404))
     with pytest.raises(WeightsError, match=r"1 of 2 files: .*404.*place it at .*trex\.pth by"):
         import_naver(("trex.pth", "trexstar_2.pth"), output=out, manifest=path)
-    weights = out / "converted" / "trexstar_resnet50.in1k_r2" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + b"x")
-    capsys.readouterr()
-    import_naver(("trexstar_2.pth",), output=out, manifest=path)
-    assert "converted already" not in capsys.readouterr().out
-    assert weights.read_bytes() == whole
-    assert import_naver(("trexstar_2.pth",), output=out, manifest=path)
-    assert "converted already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no folder val"):
-        import_naver(("trexstar_2.pth",), output=out, manifest=path, imagenet=tmp_path)
-
-
-@pytest.mark.usefixtures("files")
-def test_import_warns_where_files_differ(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # As if the full file had given other weights.
-    earlier = tmp_path / "out" / "converted" / "trexstar_resnet50.in1k_r2"
-    earlier.mkdir(parents=True)
-    (earlier / "model.safetensors").write_bytes(b"other weights")
-    path = tmp_path / "manifest.json"
-    assert not import_naver(("trexstar_2.pth",), output=tmp_path / "out", manifest=path)
     warning = (
         "WARNING: trexstar_resnet50.in1k_r2 from trexstar_2.pth is not what it was before, from "
         "trexstar_2_checkpoint_full.pth: find out"
     )
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
     assert warning in capsys.readouterr().out
+    assert not import_naver(("trexstar_2.pth",), output=out, manifest=path)
+    assert warning in capsys.readouterr().out
+    assert weights.read_bytes() == whole
+    assert import_naver(("trexstar_2.pth",), output=out, manifest=path)
+    assert "converted already" in capsys.readouterr().out

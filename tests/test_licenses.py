@@ -71,19 +71,18 @@ def test_a_license_is_read_from_metadata_and_configuration(tmp_path: Path) -> No
 
 
 def test_one_rule_for_every_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A renamed file of NAVER's, known by the SHA-256 that the cache recorded at first use."""
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TREX_MODELS_NO_NOTICE", raising=False)
     folder = tmp_path / "mine"
     weights_file = folder / "model.safetensors"
-    cfg = {
-        **vars(timm.create_model("resnet50"))["pretrained_cfg"],
-        "license": "mit",
-        "num_classes": 0,
-    }
-    model: Any = timm.create_model("resnet50", num_classes=0, pretrained_cfg=cfg).eval()
+    cfg = {**vars(timm.create_model("test_resnet"))["pretrained_cfg"], "license": "mit"}
+    model: Any = timm.create_model("test_resnet", num_classes=0, pretrained_cfg=cfg).eval()
     images = torch.zeros(1, 3, 32, 32)
     with torch.no_grad():
         timm_folder.write_timm_folder(model, folder, images, model(images))
@@ -93,17 +92,20 @@ def test_one_rule_for_every_command(
     record = {"sha256": "", "converted_sha256": sha256(weights_file)}
     (tmp_path / "cache/naver/trex.json").write_text(json.dumps(record))
     assert license_of(folder) == naver.LICENSE
-    assert export_model._facts("resnet50", model, weights_file)["license"].startswith(naver.LICENSE)
-    assert export_model._facts(str(folder), model, None)["license"].startswith(naver.LICENSE)
+    for name, file in (("test_resnet", weights_file), (str(folder), None)):
+        assert export_model._facts(name, model, file)["license"].startswith(naver.LICENSE)
     assert FrozenModel.load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
-    assert FrozenModel.load("resnet50", file=weights_file).facts["license"] == naver.LICENSE
+    assert FrozenModel.load("test_resnet", file=weights_file).facts["license"] == naver.LICENSE
     licenses.notice.cache_clear()
     overlay = {"file": str(weights_file), "license": "mit"}
-    timm.create_model("trex_resnet50", pretrained=True, pretrained_cfg_overlay=overlay)
+    small: dict[str, Any] = {"backbone": "test_resnet", "proj_dim": 0, "num_classes": 0}
+    timm.create_model("trex_resnet", pretrained=True, pretrained_cfg_overlay=overlay, **small)
     assert "not for commercial use" in caplog.text
     with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
         build_folders._license(inspect_folder(folder, "mine"), "me", "mit")
     command = "trex --data.source fractals --data.num-classes 2 --crops.local-crops 0".split()
+    command += "--objective.bank-size 64 --model.backbone test_resnet".split()
     command += ["--output", str(tmp_path / "run"), "--init-from", str(folder)]
     assert main([*command, "--license", "mit"]) == 2
+    assert "the run starts from weights under cc-by-nc-sa-4.0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

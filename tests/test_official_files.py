@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
-import pickle
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +18,6 @@ from tests import official_files, reference_resnet
 
 GOLDEN = json.loads(official_files.KEYS.read_text())
 ABSENT = (3, 998)
-# By the names that stand in a file: those of the reconstruction function depend on the numpy
-# that wrote it, those of the rest do not.
-SAFE = {
-    "argparse.Namespace": argparse.Namespace,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "numpy.dtypes.Float64DType": type(np.dtype("float64")),
-}
 
 
 @pytest.fixture(scope="module")
@@ -109,45 +97,6 @@ def test_bank_and_other_entries_are_as_the_official(trex: dict[str, Any]) -> Non
     assert kinds == {str, int, float, bool, tuple, list}
 
 
-@pytest.fixture
-def torch_s_own_globals() -> Iterator[None]:
-    """Without what trex_models has added to the process's allow-list."""
-    added = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.add_safe_globals(added)
-
-
-@pytest.mark.usefixtures("torch_s_own_globals")
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("numpy_names", ["new", "old"])
-def test_loads_with_the_allow_list_alone(
-    numpy_names: Literal["new", "old"], legacy: bool, trexstar: dict[str, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "full.pth"
-    official_files.write(trexstar, path, numpy_names=numpy_names, legacy=legacy)
-    assert zipfile.is_zipfile(path) is not legacy
-    module = official_files.NUMPY_MODULES[numpy_names]
-    safe = SAFE | {f"{module}._reconstruct": np.empty(0).__reduce__()[0]}
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        torch.load(path, weights_only=True)
-    for left_out in safe:
-        rest: list[Any] = [(value, name) for name, value in safe.items() if name != left_out]
-        with torch.serialization.safe_globals(rest), pytest.raises(pickle.UnpicklingError):
-            torch.load(path, weights_only=True)
-    allowed: list[Any] = [(value, name) for name, value in safe.items()]
-    with torch.serialization.safe_globals(allowed):
-        loaded = torch.load(path, weights_only=True)
-    assert loaded.keys() == trexstar.keys()
-    assert loaded["model"].keys() == trexstar["model"].keys()
-    for name, tensor in trexstar["model"].items():
-        assert torch.equal(loaded["model"][name], tensor), name
-    assert loaded["model"]._metadata == trexstar["model"]._metadata
-    assert np.array_equal(loaded["args"].lr_schedule, trexstar["args"].lr_schedule)
-    assert loaded["optimizer"] == trexstar["optimizer"]
-    assert loaded["fp16_scaler"] == trexstar["fp16_scaler"]
-
-
 def test_reference_tells_images_apart(trex: dict[str, Any]) -> None:
     images = reference_resnet.pictures(4, 64)
     online = reference_resnet.outputs(trex, images)
@@ -171,24 +120,6 @@ def test_reference_tells_images_apart(trex: dict[str, Any]) -> None:
         assert zero.tolist() == list(ABSENT)
 
 
-def test_backbones_have_features_alone_and_float32_is_close(trex: dict[str, Any]) -> None:
-    backbone = official_files.backbone_of(trex)
-    images = reference_resnet.pictures(2, 64)
-    features, embeddings, logits = reference_resnet.outputs(backbone, images)
-    assert embeddings is None
-    assert logits is None
-    whole = reference_resnet.outputs(trex, images)
-    assert torch.equal(features, whole.features)
-    with pytest.raises(ValueError, match="no momentum encoder"):
-        reference_resnet.outputs(backbone, images, momentum=True)
-    single = reference_resnet.outputs(trex, images, dtype=torch.float32)
-    for a, b in zip(single, whole, strict=True):
-        assert a is not None
-        assert b is not None
-        assert a.dtype == torch.float32
-        assert (a - b).abs().max() < 1e-4 * b.abs().max()
-
-
 def test_reference_is_independent() -> None:
     tree = ast.parse(Path(reference_resnet.__file__).read_text())
     imported = {
@@ -197,58 +128,3 @@ def test_reference_is_independent() -> None:
     imported |= {n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     standard = {"__future__", "collections", "math", "typing"}
     assert {name.partition(".")[0] for name in imported} == standard | {"torch", "torchvision"}
-
-
-def test_release(release: Path) -> None:
-    allowed: list[Any] = [np.empty(0).__reduce__()[0], *SAFE.values()]
-    assert len(list(release.iterdir())) == 6
-    for name in ("trex", "trexstar"):
-        with torch.serialization.safe_globals(allowed):
-            full = torch.load(release / f"{name}_2_checkpoint_full.pth", weights_only=True)
-        backbone = torch.load(release / f"{name}_2.pth", weights_only=True)
-        assert official_files.backbone_of(full).keys() == backbone.keys()
-        for key, tensor in official_files.backbone_of(full).items():
-            assert torch.equal(tensor, backbone[key]), key
-
-
-@pytest.mark.parametrize("name", ["trex", "learned"])
-def test_optimizer_state_is_of_the_online_parameters(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    checkpoint = request.getfixturevalue(name)
-    parameters = [
-        tensor
-        for key, tensor in checkpoint["model"].items()
-        if not key.startswith(("module.model_ema.", "module.memory."))
-        and key.rpartition(".")[2] in ("weight", "bias")
-    ]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim == 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain}]
-    sgd = torch.optim.SGD(groups, lr=0.1)
-    sgd.load_state_dict(checkpoint["optimizer"])
-    for p in parameters:
-        assert sgd.state[p]["momentum_buffer"].shape == p.shape
-    assert [group["weight_decay"] for group in sgd.param_groups] == [1e-4, 0.0]
-
-
-def test_seed_decides_all_numbers(trexstar: dict[str, Any]) -> None:
-    def same(seed: int) -> bool:
-        other = official_files.full_checkpoint(1, bank_size=512, optimizer=False, seed=seed)
-        pairs = zip(trexstar["model"].values(), other["model"].values(), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
-
-    assert same(0)
-    assert not same(1)
-
-
-def test_momentum_buffers_load_back(learned: dict[str, Any], tmp_path: Path) -> None:
-    official_files.write(learned, tmp_path / "full.pth")
-    allowed: list[Any] = [np.empty(0).__reduce__()[0], *SAFE.values()]
-    with torch.serialization.safe_globals(allowed):
-        loaded = torch.load(tmp_path / "full.pth", weights_only=True)["optimizer"]
-    assert loaded["param_groups"] == learned["optimizer"]["param_groups"]
-    buffers = learned["optimizer"]["state"]
-    assert loaded["state"].keys() == buffers.keys()
-    for index, state in loaded["state"].items():
-        assert torch.equal(state["momentum_buffer"], buffers[index]["momentum_buffer"])

@@ -130,16 +130,6 @@ def test_backbone_must_be_a_resnet(backbone: str) -> None:
         timm.create_model("trex_resnet", backbone=backbone, device="meta")
 
 
-def test_from_resnet_takes_the_stock_class() -> None:
-    stock = create("resnet18", num_classes=0)
-    model = TRexResNet.from_resnet(stock, num_classes=5)
-    assert model is stock
-    assert model(images()).shape == (2, 5)
-    for other in (model, create("test_vit")):
-        with pytest.raises(ValueError, match="expected timm's ResNet class"):
-            TRexResNet.from_resnet(other)
-
-
 def test_reset_classifier_keeps_the_projector_at_the_same_width() -> None:
     model = tiny()
     projector = model.proj

@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 import traceback
@@ -67,7 +66,10 @@ def expected(release: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def server(release: Path) -> Iterator[FileServer]:
+def server(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """NAVER's, for models without initial values, which take most of a model's time."""
+    for name in ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     with FileServer({path.name: path for path in release.iterdir()}) as server:
         yield server
 
@@ -159,7 +161,7 @@ def test_messages(server: FileServer, caplog: pytest.LogCaptureFixture, monkeypa
     said = [record.getMessage() for record in caplog.records if "trex" in record.name]
     digest = sha256(server.files["trex.pth"])
     assert said[0] == f"downloading {server.url}trex.pth for trex_resnet50.in1k, once"
-    assert f"trex.pth (SHA-256 {digest}, recorded at first use)" in said[1]
+    assert f"converted trex.pth (SHA-256 {digest}) to" in said[1]
     assert "not for commercial use" in said[2]
     assert len(said) == 3
     caplog.clear()
@@ -190,16 +192,14 @@ def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, re
     [
         (Fault("GET", status=404), r"trex\.pth is not available: the server answered 404 Not"),
         (Fault("GET", status=500), r"trex\.pth is not available: the server answered 500 Int"),
-        (Fault("GET", status=429, headers={"Retry-After": "9999"}), "429 Too.*again in 9999 s"),
         (Fault("GET", cut_after=0), r"trex\.pth is not available: connection closed early"),
         (Fault("GET", delay=60), "trex.pth is not available: timed out"),
         (Fault("GET", endless=(b"x", 0.1)), "trex.pth is not available: only . bytes in "),
         (Fault("GET", endless=(bytes(MIB), 0)), "it has more than 200 MB: another file"),
-        (Fault("GET", body=b"a", headers={"Content-Encoding": "gzip"}), "the server compresses it"),
         (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part: it is a web page"),
         (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or cut short"),
     ],
-    ids="404 500 429 cut silent drip endless compressed page damaged".split(),
+    ids="404 500 cut silent drip endless page damaged".split(),
 )
 def test_what_naver_does_not_give(
     cache: Path, server: FileServer, fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -215,8 +215,6 @@ def test_what_naver_does_not_give(
     for remedy in (f"place {server.url}trex.pth at {cache}/naver/trex.pth", "file=", "convert nav"):
         assert remedy in message
     assert visible(cache) == []
-    server.faults = []
-    assert resolve.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.parametrize(
@@ -248,49 +246,39 @@ def test_changed_files(cache: Path, server: FileServer, release: Path, tmp_path:
     digest = sha256(server.files["trex.pth"])
     first.unlink()
     server.files["trex.pth"] = server.files["trexstar.pth"]
-    assert_refused(rf"refused: .* but {digest} was recorded when it was")
+    assert_refused(rf"refused: .* not {digest} of .*trex.json, of its first use; if NAVER")
     assert visible(cache) == ["trex.json"]
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    assert_refused(rf"refused: .* but the manifest says {digest}")
+    assert_refused(rf"refused: .* not {digest} of the manifest; delete what")
     assert visible(cache) == []
     # A first use that the manifest contradicts.
     (tmp_path / "manifest.json").write_text(empty)
     resolve.fetch("trex_resnet50.in1k")
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    assert_refused(r"refused: .* but the manifest says .*delete what was")
+    assert_refused(rf"refused: .* not {digest} of the manifest; delete what")
     shutil.rmtree(cache)
     server.files["trex.pth"] = release / "trex.pth"
     assert resolve.fetch("trex_resnet50.in1k").exists()
 
 
 @pytest.mark.usefixtures("cache")
-def test_servers_that_cannot_resume_or_lack_time_or_are_not_there(
-    tmp_path: Path,
-    server: FileServer,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+def test_servers_that_are_not_there_or_cannot_resume(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
+    assert_refused(r"trex\.pth is not available: .*refused")
+    # One line for each attempt, of which the last is the error's.
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
+    monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
     server.ranges = False
     server.faults = [Fault("GET", cut_after=31_000_000)]
     assert_refused("is not available: connection closed early")
     assert len(server.log) == 4
     server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
     assert resolve.fetch("trex_resnet50.in1k").exists()
-    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "other"))
-    server.log.clear()
-    server.faults = []
-    """One line for each attempt, of which the last is the error's."""
-    with monkeypatch.context() as patch:
-        patch.setattr(naver, "TOTAL_SECONDS", 0)
-        assert_refused("it takes more than 0 hours")
-    assert len(server.log) == 1
-    caplog.clear()
-    monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
-    assert_refused(r"trex\.pth is not available: .*refused")
-    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
 
 
 def test_links_and_remains_of_killed_processes(cache: Path, tmp_path: Path) -> None:
@@ -396,7 +384,7 @@ def test_manifests(tmp_path: Path) -> None:
     assert packaged.naver.keys() <= {file for _, file in MODELS.values()}
 
 
-# What timm is told explicitly
+# Explicit files and state dicts
 
 
 def from_file(name: str, file: Path, **kwargs: Any) -> Any:
@@ -530,10 +518,10 @@ class Place:
         return str(caught.value)
 
     def fork(self, code: str, *arguments: str) -> Forked:
-        """Run code in a process whose client has been told what it reads at its import."""
+        """Run code in a process whose client has the constants that it reads at its import."""
         names = "HF_HOME", "HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"
-        told = {name: getattr(constants, name) for name in names}
-        code = f"from huggingface_hub import constants\nvars(constants).update({told!r})\n{code}"
+        values = {name: getattr(constants, name) for name in names}
+        code = f"from huggingface_hub import constants\nvars(constants).update({values!r})\n{code}"
         return Forked("-c", code, *arguments, environment=self.environment)
 
     def start(self, name: str) -> Forked:
@@ -543,12 +531,6 @@ class Place:
         assert process.end() == 0, process.err
         *_, out, name = process.command
         assert_close(torch.load(Path(out) / "0.pt"), expected[plain(name)])
-
-    def user(self, out: Path, *names: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Create models as users do, in an interpreter of its own; their outputs go to ``out``."""
-        out.mkdir()
-        env = self.environment | variables
-        return run_python("-c", CHILD, out, *names, env=env, fails=True)
 
 
 def plain(name: str) -> str:
@@ -592,23 +574,22 @@ BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
-    done = place.user(place.folder / "first", *BACKBONES)
-    assert done.returncode == 0, done.stderr
-    for i, name in enumerate(BACKBONES):
-        assert_close(torch.load(place.folder / "first" / f"{i}.pt"), expected[name])
-    assert done.stderr.count("not for commercial use") == 1
+    """Offline as users are, in an interpreter of its own."""
+    place.create(expected, *BACKBONES)
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
     pinned = manifest.load_manifest(place.folder / "manifest.json").models.values()
     assert revisions == {entry.revision for entry in pinned}
     assert place.server.log == []
     before = len(place.hub.log)
-    place.create(expected, *BACKBONES)
-    assert len(place.hub.log) == before
-    second = place.folder / "second"
-    offline = place.user(second, *BACKBONES, "trex_resnet50_cls", HF_HUB_OFFLINE="1")
+    place.create(expected, BACKBONES[0])
+    env = place.environment | {"HF_HUB_OFFLINE": "1"}
+    names = *BACKBONES[:2], "trex_resnet50_cls"
+    offline = run_python("-c", CHILD, place.folder, *names, env=env, fails=True)
     assert offline.returncode == 1
     assert "Hub: not asked: HF_HUB_OFFLINE is set" in offline.stderr
-    assert len(list(second.glob("*.pt"))) == len(BACKBONES)
+    assert offline.stderr.count("not for commercial use") == 1
+    for i, name in enumerate(BACKBONES[:2]):
+        assert_close(torch.load(place.folder / f"{i}.pt"), expected[name])
     assert len(place.hub.log) == before
 
 
@@ -693,7 +674,7 @@ def test_hub_fails_and_naver_serves(
         assert any(map(wanted.match, said))
     assert len(place.server.log) == 4
     asked = len(place.hub.log)
-    place.create(expected, *BACKBONES)
+    place.create(expected, BACKBONES[0])
     assert (len(place.server.log), len(place.hub.log)) == (4, asked)
 
 
@@ -756,7 +737,6 @@ def test_killed_while_the_hub_s_file_arrives(place: Place, expected: dict[str, T
     assert process.end() == -signal.SIGKILL
     assert len(list(place.home.rglob("*.incomplete"))) == 1
     place.create(expected, "trex_resnet50.in1k")
-    assert not list(place.home.rglob("*.incomplete"))
     assert place.server.log == []
 
 
@@ -859,11 +839,11 @@ def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.M
     folders = [home, *[path for path in home.rglob("*") if path.is_dir()]]
     for folder in folders:
         folder.chmod(0o555)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(shared), "HF_HOME": str(home)}
-    done = run_python("-c", code, "trex_resnet50.in1k", "trexstar_resnet50.in1k", env=env)
+    done = Forked("-c", code, "trex_resnet50.in1k", "trexstar_resnet50.in1k", cwd=shared)
+    assert done.end() == 0, done.err
     for folder in folders:
         folder.chmod(0o755)
-    path, message = done.stdout.splitlines()
+    path, message = done.out.splitlines()
     assert path.endswith("trex_models/naver/trex.safetensors")
     assert "naver cannot be written (Permission denied); set TREX_MODELS_CACHE" in message
 
@@ -881,6 +861,6 @@ def small_disk() -> Iterator[None]:
 def test_disk_is_full(cache: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         resolve.fetch("trex_resnet50.in1k")
-    message = "cannot be written (File too large); set TREX_MODELS_CACHE to a folder"
+    message = "cannot be written (File too large); set TREX_MODELS_CACHE to another"
     assert message in str(caught.value)
     assert visible(cache) == []

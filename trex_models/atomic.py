@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,25 +17,16 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file next to ``path`` that takes its place if the block ends without an error.
-
-    The bytes are on the disk before it does, and the new name is before the context ends.
-
-    Raises:
-        OSError: It cannot be written; what was at ``path`` is still there.
-    """
+    """Open a file next to ``path`` that takes its place, on the disk, unless there is an error."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        with open_new(beside) as file:
+        with _named_errors(path), open_new(beside) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
             if os.fstat(file.fileno()).st_ino != beside.stat().st_ino:
                 raise OSError(errno.EBUSY, "another process is writing it", str(path))
         beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise _named(error, path) from error
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
@@ -66,28 +57,17 @@ def safetensors_header(header: Mapping[str, object]) -> bytes:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file as a whole.
-
-    Raises:
-        OSError: As ``replacing``.
-    """
+    """Write a text file as a whole."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file, down to the disk.
-
-    Raises:
-        OSError: It cannot be written; a part of the text may have been.
-    """
-    try:
-        with path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _named(error, path) from error
+    """Add text to the end of a file, down to the disk."""
+    with _named_errors(path), path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def existing_folder(path: Path) -> Path:
@@ -96,22 +76,11 @@ def existing_folder(path: Path) -> Path:
 
 
 def require_space(folder: Path, size: int, option: str) -> None:
-    """Check that a disk has room for ``size`` more bytes.
-
-    Args:
-        folder: Folder to write to; it need not exist yet.
-        size: Number of bytes.
-        option: Option that chooses the folder, for the message.
-
-    Raises:
-        ValueError: There is less room.
-    """
+    """Raise ValueError unless the disk of a folder, of an ``option``, has room for more bytes."""
     free = shutil.disk_usage(existing_folder(folder)).free
     if free < size:
-        raise ValueError(
-            f"{folder} has {free / 1e6:.1f} MB of free space, {size / 1e6:.1f} MB are needed; free "
-            f"some, or choose another {option}"
-        )
+        room = f"{free / 1e6:.1f} MB of free space, {size / 1e6:.1f} MB are needed"
+        raise ValueError(f"{folder} has {room}; free some, or choose another {option}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -119,14 +88,17 @@ def sync_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with suppress(OSError):  # some network file systems refuse
         os.fsync(descriptor)
-    except OSError:  # some network file systems refuse
-        pass
-    finally:
-        os.close(descriptor)
+    os.close(descriptor)
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    """Return the error with the file's name, which a failed write does not know."""
-    return error if error.filename else OSError(error.errno, error.strerror, str(path))
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Add the file's name to errors, which a failed write does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

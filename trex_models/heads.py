@@ -27,17 +27,9 @@ def widen(x: Tensor) -> Tensor:
 
 
 def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Cosine similarity over temperature: cos(z, w_c) / tau.
+    """Return cos(z, w_c) / tau, (B, C), of z (B, D) and w (C, D), in float32 at least.
 
-    Computed in float32 at least, under autocast too.
-
-    Args:
-        embeddings: z, (B, D).
-        weight: One vector a class, (C, D). A zero vector gives logits of exactly 0.
-        temperature: tau > 0.
-
-    Returns:
-        Logits, (B, C).
+    Under autocast, too. A zero vector gives logits of exactly 0.
     """
     if torch.jit.is_scripting():  # TorchScript has no such context
         logits = _cosine_logits(embeddings, weight, temperature)
@@ -53,25 +45,15 @@ def _cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Te
 
 
 def require_temperature(temperature: float) -> None:
-    """Check a temperature.
-
-    Raises:
-        ValueError: It is not above 0.
-    """
+    """Raise ValueError unless a temperature is above 0."""
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return L2-normalized class means, the prototypes of t-ReX Eq. 2.
+    """Return L2-normalized class means of (Q, D), the prototypes of t-ReX Eq. 2, (C, D).
 
-    Args:
-        embeddings: (Q, D), not normalized.
-        labels: (Q,).
-        num_classes: C.
-
-    Returns:
-        (C, D); zero for a class without entries.
+    They are zero for a class without entries.
     """
     sums = embeddings.new_zeros(num_classes, embeddings.shape[1])
     sums.index_add_(0, labels, embeddings)
@@ -81,7 +63,7 @@ def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """Return a context in which a device's computations keep the types of their inputs."""
     # Only where it is on: an exported graph is simpler without it. Meta tensors have none, and
-    # torch 2.11 cannot trace the function that tells.
+    # torch 2.11 cannot trace the function that is asked.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
@@ -217,10 +199,7 @@ class CosineClassifier(nn.Module):
             self.reset_parameters()
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Return logits, (B, C), for embeddings, (B, D).
-
-        Their type is the weight's: float32 under autocast, bfloat16 in a bfloat16 model.
-        """
+        """Return logits, (B, C), for embeddings, (B, D), in the weight's type."""
         logits = cosine_logits(embeddings, self.weight, self.temperature)
         return logits.to(self.weight.dtype)
 

@@ -16,6 +16,7 @@ authors published their backbones alone. ``in1k_r2`` were retrained with the rel
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,7 @@ class TRexResNet(ResNet):
         temperature: tau of the cosine softmax.
         linear_classifier: Classify by a linear layer with bias, not by cosines.
         zero_init_last: Start the last BatchNorm of each residual block at 0. t-ReX does not.
-        device: Where to create the parameters.
-        dtype: Type of the parameters.
-        **kwargs: timm's ResNet takes them.
+        **kwargs: timm's ResNet takes them, such as ``device`` and ``dtype``.
 
     Raises:
         ValueError: A size of the head or the temperature is out of range.
@@ -81,8 +80,6 @@ class TRexResNet(ResNet):
         temperature: float = 0.1,
         linear_classifier: bool = False,
         zero_init_last: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -91,49 +88,20 @@ class TRexResNet(ResNet):
             num_classes=0,
             global_pool=global_pool,
             zero_init_last=zero_init_last,
-            device=device,
-            dtype=dtype,
             **kwargs,
         )
         self._add_head(
             num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature, linear_classifier
         )
 
-    @classmethod
-    def from_resnet(
-        cls,
-        model: ResNet,
+    def _add_head(
+        self,
         num_classes: int = 1000,
         proj_layers: int = 3,
         proj_hidden_dim: int = 2048,
         proj_dim: int = 256,
         temperature: float = 0.1,
         linear_classifier: bool = False,
-    ) -> TRexResNet:
-        """Turn a stock ResNet into a TRexResNet, in place; the arguments are the class's.
-
-        timm's entry points hold each architecture's arguments and build only the stock class.
-
-        Raises:
-            ValueError: ``model`` is not a stock ResNet, or as the class.
-        """
-        if type(model) is not ResNet:
-            raise ValueError(f"expected timm's ResNet class, got {type(model).__name__}")
-        model.__class__ = cls
-        assert isinstance(model, cls)
-        model._add_head(
-            num_classes, proj_layers, proj_hidden_dim, proj_dim, temperature, linear_classifier
-        )
-        return model
-
-    def _add_head(
-        self,
-        num_classes: int,
-        proj_layers: int,
-        proj_hidden_dim: int,
-        proj_dim: int,
-        temperature: float,
-        linear_classifier: bool,
     ) -> None:
         self.proj_layers = proj_layers
         self.proj_hidden_dim = proj_hidden_dim
@@ -144,36 +112,25 @@ class TRexResNet(ResNet):
         if proj_dim and self.global_pool.pool_type:
             self.proj = self._make_projector()
         # A deep stem is a sequence. timm reads this trait before the pretrained cfg.
-        self._traits = {
-            **getattr(self, "_traits", {}),
-            "first_conv": "conv1" if isinstance(self.conv1, nn.Conv2d) else "conv1.0",
-        }
+        first_conv = "conv1" if isinstance(self.conv1, nn.Conv2d) else "conv1.0"
+        self._traits = {**getattr(self, "_traits", {}), "first_conv": first_conv}
         self.reset_classifier(num_classes)
 
     def _make_projector(self) -> Projector:
-        return Projector(
-            self.num_features * self.global_pool.feat_mult(),
-            self.proj_layers,
-            self.proj_hidden_dim,
-            self.proj_dim,
-            **get_device_dtype(self),
-        )
+        width = self.num_features * self.global_pool.feat_mult()
+        sizes = width, self.proj_layers, self.proj_hidden_dim, self.proj_dim
+        return Projector(*sizes, **get_device_dtype(self))
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's patterns of layer groups: stem, blocks, then the projector as one."""
-        matcher = super().group_matcher(coarse=coarse)
-        return {**matcher, "proj": r"^proj"}
+        return {**super().group_matcher(coarse=coarse), "proj": r"^proj"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a fresh classifier.
+        """Make a fresh classifier of C classes, or none for 0; None keeps the pooling.
 
         The projector stays, with its weights. It is made afresh where the new pooling changes
-        its input's width, and dropped for good where the new pooling is none.
-
-        Args:
-            num_classes: C, or 0 for no classifier.
-            global_pool: New pooling, "" for none; None keeps the current one.
+        its input's width, and dropped for good where the new pooling is none ("").
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -200,12 +157,7 @@ class TRexResNet(ResNet):
             module.train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map feature maps, (B, num_features, H, W), to the model's output.
-
-        Args:
-            x: Output of ``forward_features``.
-            pre_logits: Return the embeddings, (B, head_hidden_size), not the logits.
-        """
+        """Map feature maps, (B, num_features, H, W), to logits, or embeddings if pre_logits."""
         x = self.proj(self.global_pool(x))
         if self.drop_rate:
             x = F.dropout(x, p=float(self.drop_rate), training=self.training)
@@ -217,9 +169,6 @@ def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
     The file of a whole model thus serves the smaller ones, too. timm loads without strictness where
     the number of classes changes, and would accept another architecture's file.
-
-    Raises:
-        RuntimeError: The weights are another architecture's.
     """
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
@@ -255,40 +204,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _naver(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(license=naver.LICENSE, origin_url="https://github.com/naver/trex", **kwargs)
+def _naver(name: str) -> dict[str, Any]:
+    return _cfg(
+        num_classes=1000 if "_cls" in name else 0,
+        license=naver.LICENSE,
+        origin_url="https://github.com/naver/trex",
+        hf_hub_id=f"trex-models/{name}",
+    )
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        # The paper's weights; the projectors and classifiers were not published.
-        "trex_resnet50.in1k": _naver(hf_hub_id="trex-models/trex_resnet50.in1k"),
-        "trexstar_resnet50.in1k": _naver(hf_hub_id="trex-models/trexstar_resnet50.in1k"),
-        # Retrained with the released code.
-        "trex_resnet50.in1k_r2": _naver(hf_hub_id="trex-models/trex_resnet50.in1k_r2"),
-        "trexstar_resnet50.in1k_r2": _naver(hf_hub_id="trex-models/trexstar_resnet50.in1k_r2"),
-        "trex_resnet50_proj.in1k_r2": _naver(hf_hub_id="trex-models/trex_resnet50_proj.in1k_r2"),
-        "trexstar_resnet50_proj.in1k_r2": _naver(
-            hf_hub_id="trex-models/trexstar_resnet50_proj.in1k_r2"
-        ),
-        "trex_resnet50_cls.in1k_r2": _naver(
-            hf_hub_id="trex-models/trex_resnet50_cls.in1k_r2", num_classes=1000
-        ),
-        "trexstar_resnet50_cls.in1k_r2": _naver(
-            hf_hub_id="trex-models/trexstar_resnet50_cls.in1k_r2", num_classes=1000
-        ),
-        "trex_resnet.untrained": _cfg(num_classes=1000),
-    }
-)
-
-
-# What timm is not told explicitly is fetched by these names.
-_BY_HUB_ID = {
-    cfg.hf_hub_id: f"{name}.{tag}"
-    for name, default in default_cfgs.items()
-    for tag, cfg in default.cfgs.items()
-    if cfg.hf_hub_id
-}
+_cfgs: dict[str, Any] = {name: _naver(name) for name in naver.FILES}
+default_cfgs = generate_default_cfgs({**_cfgs, "trex_resnet.untrained": _cfg(num_classes=1000)})
+# Weights without an explicit source are fetched by these names.
+_BY_HUB_ID = {f"trex-models/{name}": name for name in naver.FILES}
 
 
 def _create(
@@ -300,13 +228,7 @@ def _create(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build by timm, after finding and reading the weights.
-
-    Raises:
-        CheckpointError: The file that was named is damaged, unsafe, or no checkpoint.
-        RuntimeError: The weights are another architecture's.
-        WeightsError: Nobody named a file, and the model's own cannot be had.
-    """
+    """Build by timm, after finding and reading the weights."""
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     given: dict[str, Tensor] | None = None  # what timm is not to look for
@@ -353,7 +275,7 @@ def _create(
 
 
 def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of the file or the state dict that timm was told of, in our names.
+    """Return the weights of the file or the state dict that was given to timm, in our names.
 
     Writes into the overlay their number of classes, which decides whether timm keeps their
     classifier, and their license; unless it is unknown, for they may be NAVER's, saved again.
@@ -362,9 +284,9 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     if contents is None:
         contents = checkpoints.load_checkpoint(str(cfg.file))
     # Below 0 where timm's train.py is given a file: the head is to be new.
-    told = overlay.get("num_classes") if cfg.num_classes > 0 else 0
+    num_classes = overlay.get("num_classes") if cfg.num_classes > 0 else 0
     try:
-        checkpoint = checkpoints.split(contents, num_classes=told)
+        checkpoint = checkpoints.split(contents, num_classes=num_classes)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
     if cfg.num_classes and checkpoint.class_weights is not None:
@@ -379,76 +301,62 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     return checkpoint.state_dict()
 
 
-_RESNET50: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "zero_init_last": False}
+_TREX: dict[str, Any] = {"block": Bottleneck, "layers": (3, 4, 6, 3), "zero_init_last": False}
+_TREX_HEAD = _TREX | {"proj_layers": 3}
+_TREXSTAR_HEAD = _TREX | {"proj_layers": 1}
 
 
 @register_model
 def trex_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """t-ReX backbone, 2048-d features."""
-    return _create(ResNet, "trex_resnet50", pretrained, **(_RESNET50 | kwargs))
+    return _create(ResNet, "trex_resnet50", pretrained, **_TREX | kwargs)
 
 
 @register_model
 def trexstar_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """t-ReX* backbone, 2048-d features."""
-    return _create(ResNet, "trexstar_resnet50", pretrained, **(_RESNET50 | kwargs))
+    return _create(ResNet, "trexstar_resnet50", pretrained, **_TREX | kwargs)
 
 
 @register_model
 def trex_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
     """t-ReX backbone and projector, 256-d embeddings."""
-    model_args = {**_RESNET50, "proj_layers": 3}
-    return _create(TRexResNet, "trex_resnet50_proj", pretrained, **(model_args | kwargs))
+    return _create(TRexResNet, "trex_resnet50_proj", pretrained, **_TREX_HEAD | kwargs)
 
 
 @register_model
 def trexstar_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
     """t-ReX* backbone and projector, 256-d embeddings."""
-    model_args = {**_RESNET50, "proj_layers": 1}
-    return _create(TRexResNet, "trexstar_resnet50_proj", pretrained, **(model_args | kwargs))
+    return _create(TRexResNet, "trexstar_resnet50_proj", pretrained, **_TREXSTAR_HEAD | kwargs)
 
 
 @register_model
 def trex_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
     """t-ReX backbone, projector and class prototypes, 1000 cosine logits."""
-    model_args = {**_RESNET50, "proj_layers": 3}
-    return _create(TRexResNet, "trex_resnet50_cls", pretrained, **(model_args | kwargs))
+    return _create(TRexResNet, "trex_resnet50_cls", pretrained, **_TREX_HEAD | kwargs)
 
 
 @register_model
 def trexstar_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
     """t-ReX* backbone, projector and class prototypes, 1000 cosine logits."""
-    model_args = {**_RESNET50, "proj_layers": 1}
-    return _create(TRexResNet, "trexstar_resnet50_cls", pretrained, **(model_args | kwargs))
+    return _create(TRexResNet, "trexstar_resnet50_cls", pretrained, **_TREXSTAR_HEAD | kwargs)
 
 
 # timm's model files that build its ResNet class.
 RESNET_MODULES = ("resnet", "res2net", "resnest", "sknet")
 
 
-def _build_on(
-    backbone: str,
-    num_classes: int = 1000,
-    proj_layers: int = 3,
-    proj_hidden_dim: int = 2048,
-    proj_dim: int = 256,
-    temperature: float = 0.1,
-    linear_classifier: bool = False,
-    zero_init_last: bool = False,
-    **kwargs: Any,
-) -> TRexResNet:
+def _build_on(backbone: str, zero_init_last: bool = False, **kwargs: Any) -> TRexResNet:
     if not is_model_in_modules(backbone, RESNET_MODULES):
         raise ValueError(f"backbone {backbone!r} is not one of timm's ResNets")
-    stock = model_entrypoint(backbone)(num_classes=0, zero_init_last=zero_init_last, **kwargs)
-    return TRexResNet.from_resnet(
-        stock,
-        num_classes,
-        proj_layers,
-        proj_hidden_dim,
-        proj_dim,
-        temperature,
-        linear_classifier,
-    )
+    names = signature(TRexResNet._add_head).parameters.keys() & kwargs
+    head = {name: kwargs.pop(name) for name in names}
+    # timm's entry points hold each architecture's arguments, and build only the stock class.
+    model: Any = model_entrypoint(backbone)(num_classes=0, zero_init_last=zero_init_last, **kwargs)
+    model.__class__ = TRexResNet
+    assert isinstance(model, TRexResNet)
+    model._add_head(**head)
+    return model
 
 
 @register_model

@@ -76,29 +76,22 @@ TABLE = (
 
 # Entry of the weights in a training state, and the other entries, which are not weights.
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
+_TRAINER: dict[str, tuple[type, ...]] = {  # with their types, and those of their items
+    **dict.fromkeys(("config", "optimizer", "scaler"), (dict,)),
+    **dict.fromkeys(("images", "inherited_license"), (str,)),
+    **dict.fromkeys(("step", "batchnorm_groups", "process"), (int,)),
+    **dict.fromkeys(("meter", "labels", "ids"), (Tensor,)),
+    "classes": (list, str),
+    "unreadable": (list, int),
+    "crops": (list, Tensor),  # as process, labels and ids: of a step whose loss was not finite
+    "environment": (dict, int, str),
+    "files": (dict, Tensor),
+}
 CONTAINERS: dict[str, Collection[str]] = {
     "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
     "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
-    "method": {  # the types of the entries, and of their items
-        "config": (dict,),
-        "classes": (list, str),
-        "images": (str,),
-        "step": (int,),
-        "optimizer": (dict,),
-        "scaler": (dict,),
-        "meter": (Tensor,),
-        "environment": (dict, int, str),
-        "batchnorm_groups": (int,),
-        "unreadable": (list, int),
-        "inherited_license": (str,),
-        "files": (dict, Tensor),
-        # of a step whose loss was not finite
-        "process": (int,),
-        "crops": (list, Tensor),
-        "labels": (Tensor,),
-        "ids": (Tensor,),
-    },
+    "method": _TRAINER,
 }
 
 # Modules around a module: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
@@ -111,26 +104,15 @@ _INTEGERS = {"bank labels", "bank ids", "bank ages"}  # parts
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of a checkpoint, in the names of our models.
+    """The parts of a checkpoint, in the names of our models."""
 
-    Attributes:
-        form: "official" (full, with or without a bank), "trainer" or "model" (a backbone file or
-            an exported model).
-        backbone: State dict in timm's names.
-        projector: State dict of ``heads.Projector``; empty if the file has none.
-        class_weights: Prototypes of the bank (Eq. 2) or learned weights (Eq. 1), (C, D).
-        class_biases: Biases of a linear classifier, (C,).
-        absent_classes: Classes without an entry in the bank; their prototypes are zero.
-        fates: Fate of every key and entry of the file.
-    """
-
-    form: str
+    form: str  # official, trainer or model
     backbone: dict[str, Tensor]
     projector: dict[str, Tensor] = field(default_factory=dict)
-    class_weights: Tensor | None = None
-    class_biases: Tensor | None = None
-    absent_classes: tuple[int, ...] = ()
-    fates: dict[str, str] = field(default_factory=dict)
+    class_weights: Tensor | None = None  # prototypes (Eq. 2) or learned weights (Eq. 1), (C, D)
+    class_biases: Tensor | None = None  # (C,)
+    absent_classes: tuple[int, ...] = ()  # those without an entry in the bank have prototypes of 0
+    fates: dict[str, str] = field(default_factory=dict)  # of every key and entry of the file
 
     @property
     def proj_layers(self) -> int:
@@ -139,12 +121,9 @@ class Checkpoint:
 
     def head_args(self) -> dict[str, int]:
         """Return ``TRexResNet``'s arguments for this head: depth and widths."""
-        bottleneck = self.projector[f"{self.proj_layers + 1}.weight"]
-        return {
-            "proj_layers": self.proj_layers,
-            "proj_hidden_dim": bottleneck.shape[1],
-            "proj_dim": bottleneck.shape[0],
-        }
+        out_dim, hidden_dim = self.projector[f"{self.proj_layers + 1}.weight"].shape
+        widths = {"proj_hidden_dim": hidden_dim, "proj_dim": out_dim}
+        return {"proj_layers": self.proj_layers, **widths}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the complete model's state dict, contiguous: backbone, ``proj.*``, ``fc.*``."""
@@ -163,19 +142,7 @@ def read(
     num_classes: int | None = None,
     backbone: str | None = "resnet50",
 ) -> Checkpoint:
-    """Read a checkpoint and check that it is complete.
-
-    Args:
-        path: A .pth, .pt or .safetensors file, or a timm folder with model.safetensors.
-        momentum_encoder: Take the momentum encoder's weights, not the online encoder's.
-        num_classes: Number of classes of a bank, C; by default 1000 (ImageNet-1K), or that of a
-            trainer's checkpoint. 0 leaves the class weights out.
-        backbone: timm's name of the backbone that the file must hold; None for any.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, unsafe, or no t-ReX checkpoint; or its
-            backbone or projector has other keys, shapes or types, or values that are not finite.
-    """
+    """Read and split a file or a timm folder, and check it against timm's ``backbone``, if any."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -187,10 +154,7 @@ def read(
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
             _check_keys(checkpoint.backbone, expected, backbone)
             if checkpoint.class_biases is not None and not checkpoint.projector:
-                raise CheckpointError(
-                    f"it is a {backbone} with a linear classifier, not a t-ReX model; use the "
-                    "file of one"
-                )
+                raise CheckpointError(f"it is a linear {backbone} classifier, not a t-ReX model")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
@@ -199,16 +163,10 @@ def read(
 def split(
     contents: Mapping[str, Any], *, momentum_encoder: bool = False, num_classes: int | None = None
 ) -> Checkpoint:
-    """Split the contents of a file into the parts of our models, by ``TABLE``.
+    """Split a state dict, or a training state around one, into the parts of our models.
 
-    Args:
-        contents: A state dict, or a training state around one.
-        momentum_encoder: As for ``read``.
-        num_classes: As for ``read``.
-
-    Raises:
-        CheckpointError: The contents are not those of a checkpoint (`sort`), a needed part is
-            missing, shapes do not match, or values are not finite.
+    ``num_classes``, C, is that of a bank: by default 1000 (ImageNet-1K), or that of a trainer's
+    checkpoint; 0 leaves the class weights out.
     """
     form, parts, places = sort(contents)
     encoder = "momentum " if momentum_encoder else ""
@@ -216,7 +174,7 @@ def split(
     if not backbone:
         wanted = f"{encoder}encoder" if encoder else "backbone"
         raise CheckpointError(f"it holds no {wanted}, among {len(places)} keys; use another file")
-    if form != "model" and not projector and _had_projector(contents, form):
+    if form == "official" and not projector:
         raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
     check_finite(parts)
     width = _check_projector(projector)
@@ -228,10 +186,7 @@ def split(
         class_weights = class_biases = None
     elif parts["bank features"]:
         if class_weights is not None:
-            raise CheckpointError(
-                "it holds both a memory bank and learned class weights, which no run writes; use "
-                "the file that training wrote"
-            )
+            raise CheckpointError("it holds both a memory bank and learned class weights")
         class_weights, absent = _prototypes(parts, num_classes)
     _check_classifier(class_weights, class_biases, width)
     fates = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
@@ -239,26 +194,15 @@ def split(
 
 
 class Sorted(NamedTuple):
-    """Contents of a file by the parts of ``TABLE``.
+    """Contents of a file by the parts of ``TABLE``."""
 
-    Attributes:
-        form: official, trainer or model.
-        parts: Values of every part of the table, by name without the prefix.
-        places: Part and name there of every key and entry of the file.
-    """
-
-    form: str
-    parts: dict[str, dict[str, Any]]
-    places: dict[str, tuple[str, str]]
+    form: str  # official, trainer or model
+    parts: dict[str, dict[str, Any]]  # values of every part, by name without the prefix
+    places: dict[str, tuple[str, str]]  # part and name there of every key and entry of the file
 
 
 def sort(contents: Mapping[str, Any]) -> Sorted:
-    """Sort a state dict, or a training state around one, by ``TABLE``, and check its types.
-
-    Raises:
-        CheckpointError: A key or entry is unknown, occurs twice, or has another type; or the parts
-            of the memory bank do not match.
-    """
+    """Sort a state dict, or a training state around one, by ``TABLE``, and check its types."""
     state, others = _unwrap(contents)
     for key in state:
         if not isinstance(key, str):
@@ -266,26 +210,63 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
     names = {key: ".".join(s for s in key.split(".") if s not in WRAPPERS) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = next((row.form for row in rows.values() if row.form != "model"), "model")
-
     parts: dict[str, dict[str, Any]] = {row.part: {} for row in TABLE}
     places = dict.fromkeys(others, ("", ""))
     for key, row in rows.items():
         name = names[key].removeprefix(row.prefix)
         if row.form != form:
-            raise CheckpointError(
-                f"unexpected key {key!r} next to those of {_FORMS[form]}; if that is another "
-                "network's, load its own file"
-            )
+            raise CheckpointError(f"unexpected key {key!r} next to those of the {form} form")
         if name in parts[row.part]:
             raise CheckpointError(f"{names[key]!r} is in the file twice, once as {key!r}")
+        if row.part != "bank pointer":
+            _check_type(key, row.part, state[key])
         parts[row.part][name] = state[key]
         places[key] = row.part, name
-    for key, value in state.items():
-        if rows[key].part != "bank pointer":
-            _check_type(key, rows[key].part, value)
     if any(parts[part] for part in parts if part.startswith("bank")):
         _check_bank(parts, len(contents["classes"]) if "classes" in others else None)
     return Sorted(form, parts, places)
+
+
+def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the weights of a training state, and the names of its other entries."""
+    container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
+    if container is not None:
+        others = [name for name in contents if name != container]
+        expected = CONTAINERS[container]
+        if unknown := [name for name in others if name not in expected]:
+            listed = f"{_some(unknown)} next to {container!r}"
+            raise CheckpointError(f"unknown entries {listed}; expected only {sorted(expected)}")
+        if container == "method":
+            _check_entries(contents)
+        return contents[container], others
+    if not any(isinstance(value, Tensor) for value in contents.values()):
+        wanted = f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
+        raise CheckpointError(f"its entries are {_some(list(contents))}; expected {wanted}")
+    return contents, []
+
+
+def _check_entries(contents: Mapping[str, Any]) -> None:
+    """Require the types of a trainer's entries, and integers of 64 bits."""
+    for name, (kind, *of) in _TRAINER.items():
+        value = contents.get(name, kind())
+        items = value.values() if isinstance(value, Mapping) else value
+        items = list(items) if isinstance(value, list | Mapping) else [value]
+        if (
+            not isinstance(value, kind)
+            or (of and not all(isinstance(item, tuple(of)) for item in items))
+            or any(isinstance(item, int) and abs(item) >> 63 for item in items)
+        ):
+            names = " or ".join(item.__name__ for item in of)
+            expected = f"{kind.__name__}{f' of {names}' * bool(of)}"
+            raise CheckpointError(f"its entry {name!r} is not a {expected}; use another file")
+
+
+def _row(name: str) -> Row:
+    def matches(row: Row) -> bool:
+        is_start = not row.prefix or row.prefix.endswith(".")
+        return name.startswith(row.prefix) if is_start else name == row.prefix
+
+    return max(filter(matches, TABLE), key=lambda row: len(row.prefix))
 
 
 def _check_type(key: str, part: str, value: Any) -> None:
@@ -312,27 +293,26 @@ def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None)
         missing = "features" if features is None else "labels"
         raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
     if features.ndim != 2 or not len(features):
-        raise CheckpointError(
-            f"the bank's features are {tuple(features.shape)}; expected (Q, D): use another file"
-        )
+        raise CheckpointError(f"the bank's features are {tuple(features.shape)}; expected (Q, D)")
     for part in _INTEGERS:
         found = parts[part].get("", labels)
         if found.shape != features.shape[:1]:
-            raise CheckpointError(
-                f"the {part}, {tuple(found.shape)}, do not match its features, "
-                f"{tuple(features.shape)}"
-            )
-    low, high = (int(label) for label in labels.aminmax())
-    if low < 0 or high >= (num_classes or sys.maxsize):
-        raise CheckpointError(
-            f"the bank's labels run from {low} to {high}, outside {num_classes} classes"
-        )
+            shapes = f"{tuple(found.shape)} and {tuple(features.shape)}"
+            raise CheckpointError(f"the {part} do not match its features: {shapes}")
+    _check_labels(labels, num_classes, "use another file")
     if not 0 <= bank_pointer(parts) < len(labels):
         raise CheckpointError(f"the bank's pointer is outside its {len(labels)} entries")
 
 
+def _check_labels(labels: Tensor, num_classes: int | None, remedy: str) -> None:
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= (num_classes or sys.maxsize):
+        found = f"run from {low} to {high}, outside {num_classes} classes"
+        raise CheckpointError(f"the bank's labels {found}; {remedy}")
+
+
 def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
-    """Return the position where a memory bank is written next; CheckpointError if there is none."""
+    """Return the position where a memory bank is written next."""
     pointer = parts["bank pointer"].get("", 0)
     if isinstance(pointer, Mapping) and pointer.keys() == {"pointer", "batches"}:
         pointer = pointer["pointer"] if type(pointer["batches"]) is int else None
@@ -343,93 +323,22 @@ def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
     return pointer
 
 
-def _had_projector(contents: Mapping[str, Any], form: str) -> bool:
-    """Return whether a training state was one with a projector, as all official ones are."""
-    if form != "trainer":
-        return True
-    model = contents.get("config", {}).get("model", {})
-    return isinstance(model, Mapping) and model.get("projector", "none") != "none"
-
-
-_FORMS = {
-    "official": "an official training state",
-    "trainer": "a checkpoint of this trainer",
-    "model": "a model",
-}
-
-
-def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the weights of a training state, and its other entries."""
-    container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
-    if container is not None:
-        expected = CONTAINERS[container]
-        unknown = [name for name in contents if name not in expected and name != container]
-        if unknown:
-            raise CheckpointError(
-                f"unknown entries {_some(unknown)} next to {container!r}; expected only "
-                f"{sorted(expected)}"
-            )
-        if isinstance(expected, Mapping):
-            _check_entries(contents, expected)
-        return contents[container], [name for name in contents if name in expected]
-    if not any(isinstance(value, Tensor) for value in contents.values()):
-        raise CheckpointError(
-            f"it is no t-ReX checkpoint: its entries are {_some(list(contents))}; expected "
-            f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
-        )
-    return contents, []
-
-
-def _check_entries(contents: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
-    """Require the types of the entries of a training state, and of their items."""
-    for name, (kind, *of) in types.items():
-        value = contents.get(name, kind())
-        items = value.values() if isinstance(value, Mapping) else value
-        numbers = [value] if kind is int else items if int in of else []
-        if (
-            not isinstance(value, kind)
-            or (of and not all(isinstance(item, tuple(of)) for item in items))
-            or any(isinstance(number, int) and abs(number) >> 63 for number in numbers)
-        ):
-            names = " or ".join(item.__name__ for item in of)
-            raise CheckpointError(
-                f"its entry {name!r} is not a {kind.__name__}{f' of {names}' * bool(of)}; use the "
-                "file that training wrote"
-            )
-
-
-def _row(name: str) -> Row:
-    def matches(row: Row) -> bool:
-        is_start = not row.prefix or row.prefix.endswith(".")
-        return name.startswith(row.prefix) if is_start else name == row.prefix
-
-    return max(filter(matches, TABLE), key=lambda row: len(row.prefix))
-
-
-_FATES = {
-    "": "dropped: not weights",
-    "bank pointer": "dropped: where the bank would go on",
-    "bank ids": "dropped: which samples the bank holds, and since when",
-    "bank ages": "dropped: which samples the bank holds, and since when",
-    "bank features": "prototypes: L2-normalized class sums",
-    "bank labels": "prototypes: L2-normalized class sums",
-    "class weights": "fc.weight",
-    "class biases": "fc.bias",
-}
-
-
 def _fate(part: str, name: str, encoder: str) -> str:
-    if part in _FATES:
-        return _FATES[part]
+    """Return the converted model's key, or what else becomes of a key or an entry."""
+    if not part:
+        return "dropped: not weights"
+    if part in ("bank features", "bank labels"):
+        return "prototypes: L2-normalized class sums"
+    if part.startswith("bank "):
+        return "dropped: state of the bank"
+    if part.startswith("class "):
+        return "fc.weight" if part == "class weights" else "fc.bias"
     if part.startswith("momentum ") != bool(encoder):
         return f"dropped: {'online' if encoder else 'momentum'} encoder"
     return name if part.endswith("backbone") else f"proj.{name}"
 
 
-_REMEDY = (
-    "give the number of classes that the model was trained on (--num-classes, or num_classes in "
-    "pretrained_cfg_overlay)"
-)
+_REMEDY = "give --num-classes, or num_classes in pretrained_cfg_overlay"
 
 
 def _prototypes(
@@ -438,18 +347,12 @@ def _prototypes(
     """Return the bank's L2-normalized class sums, (C, D), and the classes without an entry."""
     features, labels = parts["bank features"][""], parts["bank labels"][""]
     num_classes = 1000 if given_classes is None else given_classes
-    low, high = (int(label) for label in labels.aminmax())
-    if high >= num_classes:
-        raise CheckpointError(
-            f"the bank's labels run from {low} to {high}, outside {num_classes} classes; {_REMEDY}"
-        )
+    _check_labels(labels, num_classes, _REMEDY)
     counts = torch.bincount(labels, minlength=num_classes)
     absent = tuple((counts == 0).nonzero().flatten().tolist())
     if given_classes is None and len(absent) > num_classes / 2:
-        raise CheckpointError(
-            f"the bank has entries of {num_classes - len(absent)} of {num_classes} classes only; "
-            f"{_REMEDY}"
-        )
+        found = f"{num_classes - len(absent)} of {num_classes} classes only"
+        raise CheckpointError(f"the bank has entries of {found}; {_REMEDY}")
     if num_classes * features.shape[1] > 1 << 28:
         raise CheckpointError(f"{num_classes} classes are too many for {features.shape[1]} numbers")
     prototypes = class_means(widen(features), labels, num_classes)
@@ -462,14 +365,10 @@ def _check_projector(projector: Mapping[str, Tensor]) -> int:
     if not projector:
         return 0
     layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
-    if len(layers) > 100:
-        raise CheckpointError(f"its projector has {len(layers)} layers; it is another network's")
     last = projector.get(f"{layers[-1]}.weight") if layers else None
     first = projector.get(f"{layers[0]}.fc.weight", last) if layers else None
     if last is None or first is None or last.ndim != 2 or first.ndim != 2:
-        raise CheckpointError(
-            f"its projector is incomplete: the last of layers {layers} must be a bias-free Linear"
-        )
+        raise CheckpointError(f"its projector is incomplete: it has parts of layers {layers}")
     with torch.device("meta"):
         expected = Projector(first.shape[1], len(layers) - 1, last.shape[1], last.shape[0])
     _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
@@ -482,28 +381,17 @@ def _check_classifier(weights: Tensor | None, biases: Tensor | None, width: int)
     if biases is not None and (weights is None or biases.shape != weights.shape[:1]):
         raise CheckpointError(f"its class biases, {tuple(biases.shape)}, do not match its weights")
     if weights is not None and width not in (0, weights.shape[1]):
-        raise CheckpointError(
-            f"its class weights, {tuple(weights.shape)}, do not match embeddings of {width}"
-        )
+        shape = tuple(weights.shape)
+        raise CheckpointError(f"its class weights, {shape}, do not match embeddings of {width}")
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
-    """Require exactly the expected keys, shapes and types."""
     if difference := mismatch(state, expected, exact=True):
-        raise CheckpointError(
-            f"its weights are not those of a {name}: {difference}; use a whole file of a t-ReX "
-            "model"
-        )
+        raise CheckpointError(f"its weights are not those of a {name}: {difference}")
 
 
 def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bool = False) -> str:
-    """Describe the first difference between the tensors of two states; empty if there is none.
-
-    Args:
-        state: The state found.
-        expected: The state to match in keys, shapes, and whether values are floats.
-        exact: Require the same types, too.
-    """
+    """Describe the first difference of two states, if any; ``exact`` compares types of floats."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
@@ -512,14 +400,10 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
         found = state[key]
         if not isinstance(tensor, Tensor):
             continue
-        both_floats = found.is_floating_point() and tensor.is_floating_point()
-        if found.shape != tensor.shape or (
-            found.dtype != tensor.dtype and (exact or not both_floats)
-        ):
-            return (
-                f"{key} is {tuple(found.shape)} {found.dtype}, expected {tuple(tensor.shape)} "
-                f"{tensor.dtype}"
-            )
+        floats = found.is_floating_point() and tensor.is_floating_point()
+        if found.shape != tensor.shape or (found.dtype != tensor.dtype and (exact or not floats)):
+            wanted = f"{tuple(tensor.shape)} {tensor.dtype}"
+            return f"{key} is {tuple(found.shape)} {found.dtype}, expected {wanted}"
     return ""
 
 
@@ -532,10 +416,9 @@ def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
             # A finite sum has finite terms, and takes a tenth of the time of looking at each.
             if tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
                 continue
-            count = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"{f'{part} {name}'.strip()} has {count} values that are not finite, of "
-                f"{tensor.numel()}; the file is damaged or its training diverged"
+                f"{f'{part} {name}'.strip()} has {int((~tensor.isfinite()).sum())} values that are "
+                f"not finite, of {tensor.numel()}; the file is damaged or its training diverged"
             )
 
 
@@ -545,12 +428,9 @@ def _some(keys: list[str]) -> str:
 
 
 def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
-    """Read a file's contents: a state dict or a training state, on the CPU.
+    """Read the contents of a .pth, .pt or .safetensors file; its first bytes decide which.
 
     Tensors stay in the file until they are used, where its format allows that.
-
-    Args:
-        path: A .pth, .pt or .safetensors file; the first bytes decide.
 
     Raises:
         DamagedError: The file is cut short, or its contents do not match its checksums or lengths.
@@ -567,14 +447,14 @@ def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
     if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
         raise CheckpointError(f"{path}: it is a web page, not weights; download the file again")
-    damaged = (
+    damaged = DamagedError(
         f"{path}: it is damaged or cut short ({status.st_size} bytes); download or copy it again, "
         "and compare sizes"
     )
     try:
         if start[8:9] == b"{":
             if int.from_bytes(start[:8], "little") > 4 << 20:
-                raise CheckpointError(f"{path}: its header exceeds 4 MiB; it is another network's")
+                raise RefusedError("its header exceeds 4 MiB; it is another network's")
             return safetensors.torch.load_file(path)
         if not start.startswith((b"PK\x03\x04", b"\x80")):
             raise DamagedError(
@@ -582,19 +462,17 @@ def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
                 f"{start[:16]!r}); download or copy it again"
             )
         contents = load_torch(path)
-    except (CheckpointError, MemoryError):
+    except (DamagedError, MemoryError):
         raise
     except RefusedError as error:
         raise CheckpointError(f"{path}: refused: {error}") from error
     except OSError as error:
         if error.errno == errno.EINVAL:  # a position before the file's start, from a wrong field
-            raise DamagedError(damaged) from error
+            raise damaged from error
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error})") from error
     except Exception as error:  # each library raises many kinds for a damaged file
-        raise DamagedError(damaged) from error
+        raise damaged from error
     if not isinstance(contents, Mapping):
-        raise CheckpointError(
-            f"{path}: it holds a {type(contents).__name__}, not a state dict; save "
-            "model.state_dict()"
-        )
+        kind = type(contents).__name__
+        raise CheckpointError(f"{path}: it holds a {kind}, not a state dict")
     return contents

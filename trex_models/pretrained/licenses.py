@@ -22,20 +22,13 @@ _logger = logging.getLogger(__name__)
 
 
 def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, form: str = "") -> str:
-    """Return the license of weights, such as cc-by-nc-sa-4.0; empty if nothing states it.
+    """Return the license of a file, a folder or contents; empty if nothing states it.
 
     NAVER's files are recognized by name, by the layout of their training states, and by SHA-256
     (the manifest's, and those recorded in the cache). Weights trained from them inherit their
     license. Other files are under what they state: the run's configuration in a trainer's
-    checkpoint, the metadata of a safetensors file, or config.json next to the weights.
-
-    Args:
-        path: The file, or a timm folder; None for weights in memory.
-        contents: What `checkpoints.load_checkpoint` returned, if the file was read already.
-        form: The form of the contents, if they were sorted already.
-
-    Raises:
-        WeightsError: The manifest, or a record in the cache, is damaged.
+    checkpoint, the metadata of a safetensors file, or config.json next to the weights. Contents
+    that were read, and sorted into their ``form``, are not again.
     """
     if path is not None and path.is_dir():
         path = path / "model.safetensors"
@@ -60,15 +53,14 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
 
 def _stated(path: Path) -> str:
     """Return the license in a safetensors file's metadata, or in config.json next to it."""
-    metadata: Any = None
-    config: Any = None
+    stated: list[Any] = []
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-        metadata = (file.metadata() or {}).get("license")
+        stated.append((file.metadata() or {}).get("license"))
     if path.name.startswith(("model.", "pytorch_model.")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            text = path.with_name("config.json").read_text()
-            config = json.loads(text)["pretrained_cfg"].get("license")
-    return _chosen(metadata, config)
+            config = json.loads(path.with_name("config.json").read_text())
+            stated.append(config["pretrained_cfg"].get("license"))
+    return _chosen(*stated)
 
 
 def _chosen(*stated: object) -> str:
@@ -79,11 +71,7 @@ def _chosen(*stated: object) -> str:
 
 
 def describe(path: Path, architecture: str) -> str:
-    """Return the license of a file or a timm folder for a report, "not stated" included.
-
-    Raises:
-        ValueError: The manifest, or a record in the cache, is damaged.
-    """
+    """Return the license of a file or a timm folder for a report, "not stated" included."""
     try:
         found = license_of(path)
     except WeightsError as error:
@@ -94,11 +82,7 @@ def describe(path: Path, architecture: str) -> str:
 
 
 def resolve_license(chosen: str, inherited: str) -> str:
-    """Return the license of weights trained from others: the owner's choice, or the inherited one.
-
-    Raises:
-        ValueError: The owner chose another license than NAVER's for weights derived from NAVER's.
-    """
+    """Return the license of weights trained from others: the choice, which NAVER's leave none."""
     if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
         raise ValueError(
             f"license: the run starts from weights under {naver.LICENSE}, and so is what is "

@@ -28,36 +28,31 @@ class WeightsError(RuntimeError):
 class Published:
     """A model's folder on the Hub."""
 
-    repository: str
-    """Organization and name."""
-    revision: str
-    """The commit, 40 hexadecimal digits."""
-    sha256: str
-    """SHA-256 of model.safetensors."""
-    outputs: tuple[float, ...] = ()
-    """First outputs for the fixed input of ``python -m hub verify``."""
+    repository: str  # organization and name
+    revision: str  # the commit, 40 hexadecimal digits
+    sha256: str  # of model.safetensors
+    outputs: tuple[float, ...] = ()  # the first for the fixed input of ``python -m hub verify``
 
     def __post_init__(self) -> None:
         # JSON has lists.
         object.__setattr__(self, "outputs", tuple(float(value) for value in self.outputs))
-        for name, pattern in (
-            ("repository", r"[\w.-]+/[\w.-]+"),
-            ("revision", r"[0-9a-f]{40}"),
-            ("sha256", r"[0-9a-f]{64}"),
+        for value, pattern in (
+            (self.repository, r"[\w.-]+/[\w.-]+"),
+            (self.revision, r"[0-9a-f]{40}"),
+            (self.sha256, r"[0-9a-f]{64}"),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not re.fullmatch(pattern, value):
-                raise ValueError(f"{name} is {value!r}")
+            if not re.fullmatch(pattern, value):
+                raise ValueError(f"{value!r} is not like {pattern}")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What is published."""
 
+    # By model and tag, such as trex_resnet50.in1k.
     models: dict[str, Published] = field(default_factory=dict)
-    """By model and tag, such as trex_resnet50.in1k."""
+    # SHA-256 of NAVER's files, by name, as the first maintainer who fetched them found it.
     naver: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of NAVER's files, by name, as the first maintainer who fetched them found it."""
 
 
 def manifest_path() -> Path:
@@ -66,11 +61,7 @@ def manifest_path() -> Path:
 
 
 def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Manifest:
-    """Read a manifest, of `manifest_path` by default.
-
-    Raises:
-        WeightsError: It is malformed, or missing and not ``missing_ok``, which gives an empty one.
-    """
+    """Read a manifest, of `manifest_path` by default; empty if missing and ``missing_ok``."""
     path = path or manifest_path()
     if missing_ok and not path.exists():
         return Manifest()
@@ -79,10 +70,8 @@ def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Mani
         models = {name: Published(**entry) for name, entry in contents["models"].items()}
         return Manifest(models, dict(contents["naver"]))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is no manifest of weights ({type(error).__name__}: {error}); correct it, "
-            "or name another one (TREX_MODELS_MANIFEST)"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is no manifest of weights ({reason}); correct it") from error
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
@@ -101,11 +90,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(path: Path, expected: str, source: str) -> None:
-    """Raise WeightsError if a file has another SHA-256 than ``expected``.
-
-    ``source`` ends the message: the place of the record, and the remedy.
-    """
-    found = sha256(path)
+def check_sha256(file: Path | str, found: str, expected: str, source: str) -> None:
+    """Require a file's SHA-256; ``source`` is the place of the record, and the remedy."""
     if found != expected:
-        raise WeightsError(f"refused: the SHA-256 of {path} is {found}, not {expected} of {source}")
+        raise WeightsError(f"refused: the SHA-256 of {file} is {found}, not {expected} of {source}")

@@ -17,9 +17,9 @@ import re
 import time
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from http.client import HTTPException, HTTPResponse, responses
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
@@ -38,7 +38,6 @@ BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"
 # A connection that brings fewer bytes in this time (10 kB/s) has stalled, and is made again.
 STALL_BYTES, STALL_SECONDS = 300_000, 30
 ATTEMPTS = 3  # connections in a row that bring fewer bytes
-TOTAL_SECONDS = 12 * 3600
 
 # The files that hold a model's weights, the smallest first. Full training states alone have the
 # projector and the class prototypes.
@@ -70,64 +69,43 @@ def _base() -> SplitResult:
         base = urlsplit(address)
         if re.fullmatch(r"https?://[!-~]+", address) and base.hostname and base.port != 0:
             return base
-    raise WeightsError(
-        "TREX_MODELS_NAVER_URL is not an http or https address; percent-encode special characters "
-        "of a password"
-    )
+    raise WeightsError("TREX_MODELS_NAVER_URL is not an http(s) address; percent-encode passwords")
 
 
 def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
-    """Return the converted weights of a model, ``name.tag``, if the cache has them.
-
-    Raises:
-        WeightsError: They have changed since they were written.
-    """
+    """Return the converted weights of a model, ``name.tag``, if the cache has them unchanged."""
     for file in FILES[name]:
         weights, record = _places(file, cache)
         if weights.exists() and record.exists():
-            _check_known(file, _recorded(record, "sha256"), manifest)
+            original, converted = _recorded(record)
+            _check_known(file, original, manifest)
             source = f"{record}; delete both, and they will be made again"
-            check_sha256(weights, _recorded(record, "converted_sha256"), source)
+            check_sha256(weights, sha256(weights), converted, source)
             return weights
     return None
 
 
 def known_hashes(cache: Path, manifest: Manifest) -> set[str]:
-    """Return the SHA-256 of NAVER's files and of their conversions that are known.
-
-    Raises:
-        WeightsError: A record in the cache is damaged.
-    """
+    """Return the SHA-256 of NAVER's files and of their conversions that are known."""
     records = sorted((cache / "naver").glob("*.json"))
-    first_used = {_recorded(r, name) for r in records for name in ("sha256", "converted_sha256")}
+    first_used = {digest for record in records for digest in _recorded(record)}
     return first_used | {m.sha256 for m in manifest.models.values()} | {*manifest.naver.values()}
 
 
 def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
-    """Convert a file of NAVER's, placed by hand or downloaded, into the cache; return the result.
-
-    Safe among processes: the first converts, the others wait and use the result.
-
-    Raises:
-        CheckpointError: The file is damaged, unsafe or another one.
-        WeightsError: It is not available, or its SHA-256 is not the recorded one.
-    """
+    """Convert a file of NAVER's, placed by hand or downloaded, into the cache; only one process."""
     folder = cache / "naver"
-    placed = [file for file in FILES[name] if (folder / file).exists()]
+    placed = next((file for file in FILES[name] if (folder / file).exists()), None)
     if constants.HF_HUB_OFFLINE and not placed:
         raise WeightsError("HF_HUB_OFFLINE is set")
-    file = placed[0] if placed else FILES[name][0]
-    original = folder / file
+    file = placed or FILES[name][0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / f".{file}.lock"):
-            for left in folder.glob(f".{Path(file).stem}.*"):  # of killed processes
-                if left.suffix in (".part", ".tmp"):
-                    left.unlink()
             if found := cached(name, cache, manifest):
                 return found
             if placed:
-                return _convert(original, file, cache, manifest)
+                return _convert(folder / file, file, cache, manifest)
             part = folder / f".{file}.part"
             try:
                 _logger.warning("downloading %s for %s, once", url(file), name)
@@ -136,32 +114,37 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
             finally:
                 part.unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsError(
-            f"{folder} cannot be written ({error.strerror or error}); set TREX_MODELS_CACHE to a "
-            "folder with room that can"
-        ) from error
+        reason = f"cannot be written ({error.strerror or error})"
+        raise WeightsError(f"{folder} {reason}; set TREX_MODELS_CACHE to another") from error
 
 
 class _BrokenConnectionError(Exception):
     """A connection broke or stalled; another one may bring the rest."""
 
 
+@contextmanager
+def _network_errors(file: str) -> Iterator[None]:
+    try:
+        yield
+    except HTTPError as error:
+        error.close()
+        raise _unavailable(file, f"the server answered {error.code} {error.reason}") from None
+    except (OSError, HTTPException) as error:
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        raise _BrokenConnectionError(reason) from None
+
+
 def download(file: str, path: Path) -> None:
     """Download one of NAVER's files with progress; resume where a connection broke.
 
     ``path`` is replaced if it exists, and a link is not followed.
-
-    Raises:
-        WeightsError: The file is not available, or larger than it can be.
-        OSError: ``path`` cannot be written.
     """
-    deadline = time.monotonic() + TOTAL_SECONDS
     failures = 0
     with open_new(path) as stream:
         while True:
             start = stream.tell()
             try:
-                _receive(file, stream, deadline)
+                _receive(file, stream)
                 break
             except _BrokenConnectionError as error:
                 failures = 0 if stream.tell() - start >= STALL_BYTES else failures + 1
@@ -173,7 +156,7 @@ def download(file: str, path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _receive(file: str, stream: BinaryIO, deadline: float) -> None:
+def _receive(file: str, stream: BinaryIO) -> None:
     """Append what one connection brings."""
     # Backbones have 94 MB, full training states 350 to 450 MB.
     limit = 1_000_000_000 if "full" in file else 200_000_000
@@ -185,15 +168,29 @@ def _receive(file: str, stream: BinaryIO, deadline: float) -> None:
         total = None if response.length is None else start + response.length
         units = {"unit": "B", "unit_scale": True, "disable": None}  # None: off without a terminal
         with tqdm(desc=file, total=total, initial=start, **units) as bar:  # type: ignore[no-untyped-call]
-            for piece in _pieces(response):
+            for piece in _pieces(file, response):
                 stream.write(piece)
                 bar.update(len(piece))
                 if max(total or 0, stream.tell()) > limit:
                     raise _unavailable(file, f"it has more than {limit // 10**6} MB: another file")
-                if time.monotonic() > deadline:
-                    raise _unavailable(file, f"it takes more than {TOTAL_SECONDS // 3600} hours")
         if total is not None and stream.tell() < total:
             raise _BrokenConnectionError("connection closed early")
+
+
+def _pieces(file: str, response: HTTPResponse) -> Iterator[bytes]:
+    """Yield a response's body as it arrives, unless it stalls."""
+    received, since = 0, time.monotonic()
+    while True:
+        with _network_errors(file):
+            piece = response.read1(1 << 20)
+        if not piece:
+            return
+        yield piece
+        received += len(piece)
+        if time.monotonic() > since + STALL_SECONDS:
+            if received < STALL_BYTES:
+                raise _BrokenConnectionError(f"only {received} bytes in {STALL_SECONDS} s")
+            received, since = 0, time.monotonic()
 
 
 def _open(file: str, start: int) -> HTTPResponse:
@@ -201,46 +198,17 @@ def _open(file: str, start: int) -> HTTPResponse:
     base = _base()
     request = Request(url(file) + (f"?{base.query}" if base.query else ""))
     request.add_header("User-Agent", "trex_models")
-    request.add_header("Accept-Encoding", "identity")
     if start:
         request.add_header("Range", f"bytes={start}-")
     if "@" in base.netloc:
         credentials = unquote(base.netloc.rpartition("@")[0]).encode()
         request.add_unredirected_header("Authorization", f"Basic {b64encode(credentials).decode()}")
-    try:
+    with _network_errors(file):
         response: HTTPResponse = urlopen(request, timeout=STALL_SECONDS)
-    except HTTPError as error:
-        error.close()
-        wait = error.headers.get("Retry-After", "")
-        reason = f"the server answered {error.code} {responses.get(error.code, '')}"
-        reason += f" (try again in {wait} s)" if wait.isdigit() else ""
-        raise _unavailable(file, reason) from None
-    except (OSError, HTTPException) as error:
-        raise _BrokenConnectionError(getattr(error, "reason", error)) from None
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        reason = "the server compresses it"
-    elif base.scheme == "https" and urlsplit(response.url).scheme != "https":
-        reason = "the server redirects from https to http"
-    else:
-        return response
-    response.close()
-    raise _unavailable(file, reason)
-
-
-def _pieces(response: HTTPResponse) -> Iterator[bytes]:
-    """Yield a response's body as it arrives, unless it stalls."""
-    received, since = 0, time.monotonic()
-    try:
-        while piece := response.read1(1 << 20):
-            yield piece
-            received += len(piece)
-            now = time.monotonic()
-            if now > since + STALL_SECONDS:
-                if received < STALL_BYTES:
-                    raise _BrokenConnectionError(f"only {received} bytes in {now - since:.0f} s")
-                received, since = 0, now
-    except (OSError, HTTPException) as error:
-        raise _BrokenConnectionError(str(error) or type(error).__name__) from None
+    if base.scheme == "https" and urlsplit(response.url).scheme != "https":
+        response.close()
+        raise _unavailable(file, "the server redirects from https to http")
+    return response
 
 
 def _unavailable(file: str, reason: object) -> WeightsError:
@@ -252,12 +220,8 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
     digest = sha256(path)
     _check_known(file, digest, manifest)
     if record.exists():
-        first = _recorded(record, "sha256")
-        if digest != first:
-            raise WeightsError(
-                f"refused: the SHA-256 of {file} is {digest}, but {first} was recorded when it "
-                f"was first used; if NAVER has really replaced it, delete {record}"
-            )
+        source = f"{record}, of its first use; if NAVER has really replaced it, delete the record"
+        check_sha256(file, digest, _recorded(record)[0], source)
     checkpoint = checkpoints.read(path)
     check_contents(checkpoint, file)
     with replacing(weights) as stream:
@@ -272,25 +236,18 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_whole(record, json.dumps(facts, indent=2) + "\n")
-    origin = "as the manifest says" if file in manifest.naver else "recorded at first use"
-    _logger.warning("converted %s (SHA-256 %s, %s) to %s", file, digest, origin, weights)
+    _logger.warning("converted %s (SHA-256 %s) to %s", file, digest, weights)
     return weights
 
 
 def _check_known(file: str, digest: str, manifest: Manifest) -> None:
-    known = manifest.naver.get(file)
-    if known not in (None, digest):
-        raise WeightsError(
-            f"refused: the SHA-256 of {file} is {digest}, but the manifest says {known}; delete "
-            "what was made of it from the cache, and download it again"
-        )
+    source = "the manifest; delete what was made of it from the cache, and download it again"
+    check_sha256(file, digest, manifest.naver.get(file, digest), source)
 
 
 def check_contents(checkpoint: checkpoints.Checkpoint, file: str) -> None:
     """Raise CheckpointError unless one of NAVER's files has the parts that its name promises."""
-    wanted = None
-    if "full" in file:
-        wanted = 1 if file.startswith("trexstar") else 3
+    wanted = (1 if file.startswith("trexstar") else 3) if "full" in file else None
     found = checkpoint.proj_layers if checkpoint.projector else None
     if found != wanted or (checkpoint.class_weights is None) != (wanted is None):
         raise checkpoints.CheckpointError(
@@ -308,11 +265,10 @@ def _places(file: str, cache: Path) -> tuple[Path, Path]:
     return weights, weights.with_suffix(".json")
 
 
-def _recorded(record: Path, field: str) -> str:
+def _recorded(record: Path) -> tuple[str, str]:
+    """Return the SHA-256 of the original and of its conversion."""
     try:
-        value = json.loads(record.read_text())[field]
-        if not isinstance(value, str):
-            raise TypeError(f"{field} is not a string")
+        facts = json.loads(record.read_text())
+        return str(facts["sha256"]), str(facts["converted_sha256"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{record} is damaged ({error}); delete it") from error
-    return value

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import (
@@ -33,14 +32,9 @@ _logger = logging.getLogger(__name__)
 
 
 def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
-    """Return a verified safetensors file of a model's weights, or of a model that contains it.
+    """Return a verified safetensors file of a model, by name and tag, or of one that contains it.
 
-    Args:
-        name: Model and tag, such as trex_resnet50.in1k.
-        cache_dir: Folder of the Hub's cache and ours; None for the default ones.
-
-    Raises:
-        WeightsError: They are not available, or not the expected ones.
+    ``cache_dir`` is the folder of the Hub's cache and ours; None for the default ones.
     """
     if name not in naver.FILES:
         raise WeightsError(f"no weights are known for {name!r}, only for {', '.join(naver.FILES)}")
@@ -50,9 +44,9 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
     try:
         path = _hub_cached(entry, cache_dir) or naver.cached(name, cache, published)
     except OSError as error:
+        reason = f"{error.filename} cannot be read ({error.strerror})"
         raise WeightsError(
-            f"{error.filename} cannot be read ({error.strerror}); make it readable, or set "
-            "TREX_MODELS_CACHE or HF_HOME to another folder"
+            f"{reason}; set TREX_MODELS_CACHE or HF_HOME to another folder"
         ) from error
     if path is not None:
         return path
@@ -70,16 +64,14 @@ def cache_folder(cache_dir: Path | str | None = None) -> Path:
 def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path | None:
     if entry is None:
         return None
-    found = try_to_load_from_cache(
-        entry.repository, _FILE, cache_dir=cache_dir, revision=entry.revision
-    )
+    found = try_to_load_from_cache(entry.repository, _FILE, cache_dir, entry.revision)
     return _verified(Path(found), entry) if isinstance(found, str) else None
 
 
 def _verified(path: Path, entry: Published) -> Path:
     source = f"the manifest for {entry.repository}@{entry.revision}; delete the file and try again"
     # The Hub's cache links to its files, and would link to a wrong one again.
-    manifest.check_sha256(path.resolve(), entry.sha256, source)
+    manifest.check_sha256(path.resolve(), manifest.sha256(path), entry.sha256, source)
     return path
 
 
@@ -98,10 +90,6 @@ def _from_hub(name: str, entry: Published | None, cache_dir: Path | str | None) 
             *(name, type(error).__name__, reason),
         )
         return None
-    blob = Path(found).resolve()
-    with suppress(OSError):  # huggingface_hub leaves what killed processes had received
-        for left in blob.parent.glob(f"{blob.name}*.incomplete"):
-            left.unlink()
     return _verified(Path(found), entry)
 
 

@@ -35,25 +35,15 @@ def find_timm_folder(name: str) -> Path | None:
 
 @torch.no_grad()
 def write_timm_folder(model: nn.Module, folder: Path, images: Tensor, expected: Tensor) -> Path:
-    """Save a model, reload the copy by ``timm.create_model("local-dir:...")``, and compare.
+    """Save a model of timm, reload the copy, and compare its outputs for (B, 3, S, S) images.
 
-    Args:
-        model: Model of ``timm.create_model``.
-        folder: Folder to write, and to return; an earlier one is replaced in one move.
-        images: Images, (B, 3, S, S).
-        expected: Outputs that the reloaded model must give for them.
-
-    Raises:
-        RuntimeError: The copy's outputs differ by more than 1e-4 of the largest; nothing is
-            written then.
-        OSError: The folder holds other files, or cannot be written.
+    An earlier folder is replaced in one move. Nothing is written if an output is off from the
+    expected one by more than 1e-4 of the largest.
     """
     others = {path.name for path in folder.glob("*")} - {"config.json", "model.safetensors"}
     if others:
-        raise FileExistsError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}), which an export would "
-            "replace; move them, or choose another folder"
-        )
+        listed = ", ".join(sorted(others)[:3])
+        raise FileExistsError(f"{folder} holds other files ({listed}); choose another folder")
     with replaced_folder(folder) as beside:
         try:
             save_for_hf(model, str(beside), safe_serialization=True)
@@ -61,7 +51,7 @@ def write_timm_folder(model: nn.Module, folder: Path, images: Tensor, expected: 
             raise OSError(f"{folder} cannot be written ({problem})") from problem
         config_path = beside / "config.json"
         config = json.loads(config_path.read_text())
-        # It is at the top level too, and transformers refuses to be told twice.
+        # It is at the top level too, and transformers refuses two of them.
         config.get("model_args", {}).pop("num_classes", None)
         config_path.write_text(json.dumps(config, indent=2) + "\n")
         _state_license(beside / "model.safetensors", config["pretrained_cfg"].get("license"))
@@ -85,11 +75,7 @@ def _state_license(weights: Path, license_: str | None) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Give a fresh folder next to ``folder``, which takes its place unless an error is raised.
-
-    Raises:
-        NotADirectoryError: ``folder`` is a file.
-    """
+    """Give a fresh folder next to ``folder``, which takes its place unless an error is raised."""
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; choose another folder")
     with temporary_folder(folder.parent, folder.name) as private:
@@ -105,25 +91,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """Give a hidden folder in ``parent`` for this process alone; delete those of killed ones."""
     for left in parent.glob(f".{name}.*.tmp"):
-        with suppress(OSError, AttributeError):  # another process is using it
-            os.close(_lock(left))
+        with suppress(OSError, AttributeError), _locked(left):  # no other process is using it
             shutil.rmtree(left)
-    prefix = f".{name}."
-    with (
-        TemporaryDirectory(prefix=prefix, suffix=".tmp", dir=parent) as private,
-        ExitStack() as end,
-    ):
+    with TemporaryDirectory(".tmp", f".{name}.", parent) as private, ExitStack() as end:
         with suppress(OSError, AttributeError):  # the file system has no locks
-            end.callback(os.close, _lock(Path(private)))
+            end.enter_context(_locked(Path(private)))
         yield Path(private)
 
 
-def _lock(folder: Path) -> int:
-    """Lock a folder until the descriptor that is returned is closed, or the process ends."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder, or raise OSError; the end of the process unlocks it, too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor

@@ -27,8 +27,8 @@ from torch import Tensor
 _LIMIT = 16 << 20  # bytes of a checkpoint's pickle; 100,000 class names take two million
 _CONTAINERS = {tuple, list, dict}
 _LONGEST_SHARED = 256  # characters of a string that a pickle may repeat by reference
-_MAGIC = 0x1950A86A20F9469CFC6C  # of torch.save before 1.6
-_LEGACY_VERSION = 1001
+_LEGACY = 0x1950A86A20F9469CFC6C, 1001  # magic number and version of torch.save before 1.6
+_Records = Mapping[str, tuple[int, int]]  # start and length of each storage in a file
 
 _STORAGES = {
     "torch.HalfStorage": torch.float16,
@@ -57,6 +57,14 @@ _IGNORED = {
 }
 
 
+# Opcodes that reserve any amount of memory, that repeat what the memo would limit, or that look up
+# objects of the process.
+_REFUSED = {
+    *(pickle.BYTEARRAY8, pickle.DUP, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
+    *(pickle.EXT1, pickle.EXT2, pickle.EXT4),
+}
+
+
 class RefusedError(ValueError):
     """A pickle asks for something that none of our files needs."""
 
@@ -77,22 +85,12 @@ class _Memo(dict[int, Any]):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Unpickler of dicts, lists, tuples, strings, bytes and numbers; sets become lists.
+    """Unpickler of dicts, lists, tuples, strings, bytes and numbers; sets become lists."""
 
-    Args:
-        file: Binary stream at the start of a pickle; read up to the pickle's end.
-    """
-
-    # Without opcodes that reserve any amount of memory, that repeat what the memo would limit, or
-    # that look up objects of the process.
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: load
         for code, load in pickle._Unpickler.dispatch.items()
-        if bytes([code])
-        not in (
-            *(pickle.BYTEARRAY8, pickle.DUP, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
-            *(pickle.EXT1, pickle.EXT2, pickle.EXT4),
-        )
+        if bytes([code]) not in _REFUSED
     }
     names: ClassVar[set[str]] = {
         "collections.OrderedDict",
@@ -192,24 +190,16 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Unpickler of tensors, whose values stay in the file.
-
-    ``records`` are start and length in bytes of each storage in ``data``, the mapped file; None to
-    read no tensors, only to collect ``itemsizes``, the bytes of an element of each storage.
-    """
+    """Unpickler of tensors, whose values stay in the file."""
 
     remedy = "no weights need that; instead of a whole model, save model.state_dict()"
     names: ClassVar = PlainUnpickler.names | _STORAGES.keys() | _REBUILD | _IGNORED
 
-    def __init__(
-        self,
-        file: io.BufferedIOBase,
-        data: mmap.mmap,
-        records: Mapping[str, tuple[int, int]] | None,
-    ) -> None:
+    def __init__(self, file: io.BytesIO, data: mmap.mmap, records: _Records | None) -> None:
         super().__init__(file)
-        self.data, self.records = data, records
-        self.itemsizes: dict[str, int] = {}
+        self.data = data  # the mapped file
+        self.records = records  # None to skip tensors
+        self.itemsizes: dict[str, int] = {}  # of the storages met, in bytes
         self.storages: dict[str, Tensor] = {}
         self.room = 2 * len(data) + _LIMIT
 
@@ -237,7 +227,6 @@ class _TensorUnpickler(PlainUnpickler):
         return torch.frombuffer(self.data, dtype=dtype, count=size // dtype.itemsize, offset=start)
 
     def call(self, name: str, args: tuple[Any, ...]) -> Any:
-        """Return a tensor; None for a call that is ignored."""
         if name in _IGNORED:
             return None
         if name not in _REBUILD:
@@ -251,16 +240,16 @@ class _TensorUnpickler(PlainUnpickler):
         return self.shared(storage.as_strided(size, stride, offset))
 
     def shared(self, value: Any) -> Any:
-        """Return the value; a tensor counts each time, since a copy may be made of each."""
         if not isinstance(value, Tensor):
             return super().shared(value)
+        # Each time, since a copy may be made of each.
         self.room -= value.numel() * value.itemsize
         if self.room < 0:
             raise RefusedError("its tensors share memory and need more than the file holds")
         return value
 
     def shared_container(self) -> None:
-        """Return None: entries that are not weights may repeat a list, which nobody reads."""
+        """Return None for a list that is used again, which only entries without weights do."""
 
 
 def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
@@ -278,12 +267,8 @@ def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
 def load_torch(path: Path) -> Any:
     """Read a file of ``torch.save``, on the CPU: a zip file, or one of torch before 1.6.
 
-    Tensors stay in the file until they are used; do not overwrite it before that.
-
-    Raises:
-        RefusedError: The file holds more than containers, strings, numbers and dense tensors.
-        OSError: The file cannot be read.
-        Exception: The file is damaged; the standard library and torch raise many kinds.
+    Tensors stay in the file until they are used; do not overwrite it before that. RefusedError is
+    for unsafe contents; for damaged ones the standard library and torch raise many kinds.
     """
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -297,18 +282,13 @@ def _load_zip(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
     infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     records = {}
     for name, info in infos.items():
-        method, name_length, extra_length = struct.unpack_from(
-            "<8xH16xHH", data, info.header_offset
-        )
+        method, *lengths = struct.unpack_from("<8xH16xHH", data, info.header_offset)
         if method and method == info.compress_type:
-            raise RefusedError(
-                f"its record {info.filename} is compressed, which torch.save never does; zip it "
-                "again without compression (zip -0)"
-            )
+            raise RefusedError(f"its record {info.filename} is compressed; zip it again (zip -0)")
         if info.compress_type or info.compress_size != info.file_size:
             raise ValueError(f"the headers of record {info.filename} differ")
         if name.startswith("data/"):
-            start = info.header_offset + 30 + name_length + extra_length
+            start = info.header_offset + 30 + sum(lengths)  # of the name and an extra field
             records[name.removeprefix("data/")] = start, info.file_size
     if len(infos) != len(archive.infolist()):
         raise ValueError("a record is there twice")
@@ -325,7 +305,7 @@ def _load_legacy(data: mmap.mmap) -> Any:
     """Read magic number, version, machine, contents and keys, all pickles, then the storages."""
     file = io.BytesIO(data[:_LIMIT])
     magic, version, machine = (PlainUnpickler(file).load() for _ in range(3))
-    if (magic, version) != (_MAGIC, _LEGACY_VERSION):
+    if (magic, version) != _LEGACY:
         raise RefusedError("it is a pickle, not a file of torch.save")
     _check_byteorder("little" if machine["little_endian"] else "big")
     contents = file.tell()
