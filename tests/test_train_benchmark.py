@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit):  # without it, the output is required
         main(["smoke", *TINY])
     assert len(asked) == 3
+
+
+def test_interrupted_it_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "build_run", Mock(side_effect=KeyboardInterrupt))
+    assert measure() == 130
+    assert capsys.readouterr().err == "interrupted; the same command starts again, or continues\n"
 
 
 def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
