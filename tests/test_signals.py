@@ -122,7 +122,7 @@ def test_stopped_says_where_and_how_to_go_on() -> None:
     assert (
         str(stopped) == "stopped by SIGUSR1 after step 7 of 20, saved; the same command continues"
     )
-    assert stopped.received is signal.SIGUSR1
+    assert stopped.status == 128 + signal.SIGUSR1
 
 
 def test_ignored_signals_stay_ignored() -> None:

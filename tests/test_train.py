@@ -214,7 +214,7 @@ def status_of(command: Callable[..., int], *arguments: Any) -> object:
             "does not take 16-pixel crops",
         ),
         ("--model.backbone trex_resnet50 --model.backbone-args", "trex_resnet50"),
-        ("--data.path images", "add --data.source folder"),
+        ("--data.path images", "it is for --data.source folder or csv or huggingface"),
         ("--precision fp16", "precision fp16 needs CUDA"),
         ("--system.device gpu", "not an available torch device"),
         ("--seed -1", "seed must be at least 0"),

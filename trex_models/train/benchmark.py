@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -25,7 +26,7 @@ from trex_models.cli import progress_bar
 from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
 from trex_models.machine import free_cores, processor
-from trex_models.train.build import build_sampler, local_processes
+from trex_models.train.build import build_sampler, own_cores
 from trex_models.train.config import Config
 from trex_models.train.reporting import duration
 from trex_models.train.run import Run
@@ -39,13 +40,9 @@ _PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 
 
 def benchmark(config: Config) -> None:
-    """Measure for about a minute; print a table, the bottleneck and its remedy.
+    """Measure for about a minute; rank 0 prints a table, the bottleneck and its remedy.
 
-    Every rank must call it; rank 0 prints.
-
-    Raises:
-        ValueError: The config or data is invalid.
-        PeerError: Another process failed.
+    Every rank must call it.
     """
     with distributed.process_group(config.system.device, config.system.backend) as process:
         run = build_run(config, process)
@@ -63,7 +60,7 @@ def benchmark(config: Config) -> None:
         loader = bench.loader()
         step = bench.step()
         both = bench.both(loader < step)
-        log("\n" + throughput_advice(loader, step, both, run.workers, _cores(), bench.is_cuda))
+        log("\n" + throughput_advice(loader, step, both, run.workers, own_cores(), bench.is_cuda))
         if bench.is_cuda:
             used = torch.cuda.max_memory_allocated(process.device) / 1e9
             total = torch.cuda.get_device_properties(process.device).total_memory / 1e9
@@ -82,13 +79,8 @@ def throughput_advice(
 ) -> str:
     """Name the bottleneck and what helps most, in one line.
 
-    Args:
-        loader: Images per second of the loader alone.
-        step: Images per second of augmentation and training step alone.
-        both: Images per second of training.
-        workers: Loader processes of each training process.
-        cores: Cores of each training process.
-        cuda: Training runs on CUDA.
+    The rates are images per second of the loader alone, of the step alone, and of both together;
+    workers and cores are those of each training process.
     """
     ratio = loader / step
     wanted = max(1, math.ceil(1.1 * max(workers, 1) / ratio))  # a little faster than the step
@@ -110,11 +102,9 @@ def throughput_advice(
 
 
 class _Bench:
-    """The measurements, in their order; every rank takes part in each.
+    """The measurements of a run, in their order; every rank takes part in each.
 
-    Args:
-        run: Run at its first step, with its model wrapped.
-        log: Receives lines to print.
+    Each returns images per second.
     """
 
     def __init__(self, run: Run, log: Callable[[str], object]) -> None:
@@ -127,8 +117,8 @@ class _Bench:
         self.is_cuda = run.process.device.type == "cuda"
 
     def loader(self) -> float:
-        """Measure the loader alone; return images per second."""
-        batches, workers = self._batches(), self._run.workers
+        """Measure the loader alone."""
+        batches, workers, world_size = self._batches(), self._run.workers, self._process.world_size
 
         def load() -> None:
             self._batch = next(batches)
@@ -136,34 +126,25 @@ class _Bench:
         # Batches that workers loaded while the first of them started do not count.
         self._repeat("loader: warming up", load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
         seconds = self._repeat("loader", load, SECONDS, max(_LEAST, workers))
-        own = self._batch_size / self._process.world_size / seconds
-        rate = sum(distributed.gather_objects(own))
-        each = f"{workers} worker{'s' * (workers != 1)} for each of {self._process.world_size}"
-        place = f"{each} process{'es' * (self._process.world_size != 1)}"
+        rate = sum(distributed.gather_objects(self._batch_size / world_size / seconds))
+        each = f"{workers} worker{'s' * (workers != 1)} for each of {world_size}"
+        place = f"{each} process{'es' * (world_size != 1)}"
         self._log_row("loader alone", rate, place if workers else "in the training process itself")
         return rate
 
     def step(self) -> float:
-        """Measure augmentation and step, on the same batch; return images per second."""
-
-        def train() -> None:
-            self._train(self._batch)
-
+        """Measure augmentation and step, on the same batch."""
+        train = partial(self._train, self._batch)
         self._repeat("step: warming up", train, SECONDS / 4, 2)
         seconds = self._repeat("step", train, SECONDS, _LEAST)
-        augmentation = self._repeat(
-            "augmentation", lambda: self._augment(self._batch), SECONDS / 4, _LEAST
-        )
+        only = partial(self._augment, self._batch)
+        share = self._repeat("augmentation", only, SECONDS / 4, _LEAST) / seconds
         rate = self._batch_size / seconds
-        self._log_row("step alone", rate, f"augmentation is {augmentation / seconds:.0%} of it")
+        self._log_row("step alone", rate, f"augmentation is {share:.0%} of it")
         return rate
 
     def both(self, loader_is_slower: bool) -> float:
-        """Measure training; return images per second.
-
-        Args:
-            loader_is_slower: Use up batches that were loaded ahead: no later step finds them.
-        """
+        """Measure training."""
         batches, waited = self._batches(), 0.0
 
         def train() -> None:
@@ -173,6 +154,7 @@ class _Bench:
             waited += time.monotonic() - started
             self._train(batch)
 
+        # Use up batches that a slower loader made ahead: no later step finds them.
         ahead = LIVE_BATCHES * self._run.workers if loader_is_slower else 0
         self._repeat("both: warming up", train, SECONDS / 4, max(2, ahead))
         waited, started = 0.0, time.monotonic()
@@ -197,9 +179,8 @@ class _Bench:
             yield batch
 
     def _train(self, batch: Batch) -> None:
-        run, device = self._run, self._process.device
-        crops = self._augment(batch)
-        labels, indices = to_device([batch.labels, batch.ids], device)
+        run, crops = self._run, self._augment(batch)
+        labels, indices = to_device([batch.labels, batch.ids], self._process.device)
         training_step(
             run.model, run.method, run.optimizer, run.precision, crops, labels, indices, 0.0
         )
@@ -210,8 +191,7 @@ class _Bench:
     def _repeat(self, name: str, act: Callable[[], object], seconds: float, least: int) -> float:
         """Repeat an action for some seconds, at least some times, equally often on all ranks.
 
-        Returns:
-            Mean duration of the action, in seconds.
+        Returns the action's mean duration in seconds.
         """
         flags, done, passed = distributed.SharedFlags(1), 0, 0.0
         with progress_bar(
@@ -245,11 +225,6 @@ class _Bench:
 def format_number(value: float) -> str:
     """Return a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cores() -> int:
-    """Return the number of cores of each training process."""
-    return max(1, free_cores() // local_processes())
 
 
 def _machine(device: torch.device) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,9 @@ _ZOO = {("resnet50", 3): "trex_resnet50", ("resnet50", 1): "trexstar_resnet50"}
 
 
 def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
-    """Export any checkpoint of the trainer, of a finished run or not.
+    """Export a checkpoint, or a run's last one, as ``export_method``; return the folders.
 
-    Args:
-        path: File of a run's checkpoints folder, or a run's folder for its last checkpoint.
-        folder: Output folder, as ``export_method``.
-        weights_license: License to state; None for the one that the run was started with.
-
-    Returns:
-        Exported folders.
+    Without ``weights_license`` the one is stated that the run was started with.
 
     Raises:
         ValueError: There is no valid checkpoint, or its license must not be changed.
@@ -68,9 +61,6 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
         config: Configuration that it was built from.
         classes: Names of the classes.
         folder: Output folder.
-
-    Returns:
-        Exported folders.
 
     Raises:
         ValueError: ``folder`` cannot be created.
@@ -156,17 +146,15 @@ def _whole_model(
 
 
 def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
-    """Load a step whose loss was not finite, as its process saw it.
+    """Load a step whose loss was not finite from the file that the error message named.
 
-    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass.
-
-    Args:
-        path: File that the error message of training named.
+    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass, as its
+    process saw it: the global generators are seeded as they were. Only BatchNorm's running
+    statistics are those after the forward pass.
 
     Returns:
         The method in training mode; its inputs (crops of each resolution, labels, sample
-        indices); the precision. On CUDA if available, else on the CPU. The global generators are
-        seeded as they were; only BatchNorm's running statistics are those after the forward pass.
+        indices); the precision. On CUDA if available, else on the CPU.
 
     Raises:
         ValueError: The file is not such a step, or its precision needs CUDA.
@@ -185,10 +173,7 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
 
 
 def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
-    """Build a checkpoint's method, on the CPU; return it and the contents of the file.
-
-    Args:
-        path: File, or a run's folder for its last checkpoint that is not damaged.
+    """Build the method of a checkpoint, or of a run's last one, on the CPU; return its state, too.
 
     Raises:
         ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
@@ -224,13 +209,7 @@ class _LimitedCalls(TorchFunctionMode):
         super().__init__()
         self.left, self.message = left, message
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
             raise ValueError(self.message)

@@ -21,12 +21,7 @@ from trex_models.train.validation import Validator
 def train(config: Config, exits: bool = False) -> list[Path]:
     """Train, or resume the run in ``config.output``, to the end; then export.
 
-    Args:
-        config: Configuration of the run.
-        exits: Whether the process exits afterwards, as ``StopSignals``.
-
-    Returns:
-        Exported folders, on rank 0; an empty list on other ranks.
+    Returns the exported folders on rank 0. With ``exits`` the process exits afterwards.
 
     Raises:
         ValueError: The config, data or output directory is invalid, a checkpoint cannot be
@@ -86,7 +81,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 if isinstance(error, GaveUpError) and signals.received:
                     raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
-        run.unreadable.add(batch.unreadable)  # of this rank; shared when the run reports
+        run.unreadable.training |= batch.unreadable  # of this rank; shared when the run reports
         # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
@@ -157,8 +152,8 @@ def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Vali
         log=reporter.log_from_any,
         asked_to_stop=signals.asked,
         with_progress=reporter.with_progress,
-        on_skip=run.unreadable.add_validation,
-        on_skip_reference=run.unreadable.add,
+        on_skip=run.unreadable.validation.update,
+        on_skip_reference=run.unreadable.training.update,
     )
 
 
@@ -166,9 +161,9 @@ def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float])
     """Report; end the run, after saving it, if too many images are unreadable."""
     run.exchange_unreadable(reporter.log)
     run.report_changed_files(reporter.log)
-    if run.unreadable:
-        measured["unreadable"] = len(run.unreadable)
+    if run.unreadable.training:
+        measured["unreadable"] = len(run.unreadable.training)
     reporter.report(done, measured)
-    if run.unreadable.too_many:
+    if trouble := run.unreadable.trouble():
         run.save(done)
-        raise distributed.SharedError(run.unreadable.trouble())
+        raise distributed.SharedError(trouble)

@@ -24,24 +24,14 @@ STOP_SIGNALS = [
 
 
 class StoppedBySignal(Stopped):
-    """A run stopped at a signal.
+    """A run stopped at a signal: after ``done`` steps of ``total``, saved, or within a step."""
 
-    Args:
-        received: Signal.
-        done: Number of steps done and saved; None if the stop came within a step.
-        total: Number of steps of the run.
-    """
-
-    def __init__(
-        self, received: signal.Signals, done: int | None = None, total: int | None = None
-    ) -> None:
-        where = f"after step {done} of {total}, saved; the same command continues"
-        if done is None:
-            where = "within a step; the same command continues from the last checkpoint"
-        saved = done is not None  # by all ranks at the same step
+    def __init__(self, received: signal.Signals, done: int = 0, total: int = 0) -> None:
+        where = "within a step; the same command continues from the last checkpoint"
+        if done:  # saved by all ranks
+            where = f"after step {done} of {total}, saved; the same command continues"
         message = f"stopped by {received.name} {where}"
-        super().__init__(message, 128 + received, on_all_ranks=saved)
-        self.received = received
+        super().__init__(message, 128 + received, on_all_ranks=bool(done))
 
 
 class Alarm:
