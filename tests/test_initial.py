@@ -332,7 +332,7 @@ def test_files_that_will_not_do(sources: dict[str, Path], tmp_path: Path) -> Non
         page: "web page",
         tmp_path / "nan.pth": "projector.1.fc.bias has 1 values that are not finite",
         tmp_path / "other.pth": r"its backbone is not the run's \(.* missing.*set model.backbone",
-        tmp_path / "empty": "holds no checkpoint yet",
+        tmp_path / "empty": "holds no checkpoint; name another run",
     }.items():
         err = refused(tmp_path / "run", "--init-from", str(path))
         assert re.search(reason, err), err

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from tests.images import save_classes, save_image
-from tests.runs import run
+from tests.runs import refused, run
+from trex_models.atomic import require_space
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.train import build, checkpointing, checks
@@ -118,30 +119,38 @@ def test_disk_space_is_that_of_the_checkpoints(
     module, size = tiny_method()
     assert checks.checkpoint_bytes(module) == size
     monkeypatch.chdir(tmp_path)
-    asked = set_free_space(monkeypatch, 3 * size)
+    asked = set_free_space(monkeypatch, size)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
-        checks.disk_space(folder, module, 3)
+        require_space(folder, size, "--output")
     assert asked == [tmp_path] * 3
-    set_free_space(monkeypatch, 3 * size - 1)
+    set_free_space(monkeypatch, size - 1)
     with pytest.raises(
         ValueError, match="^runs/mine has 0.0 MB of free space, .* are needed; .* another --outp"
     ):
-        checks.disk_space(Path("runs/mine"), module, 3)
-    checks.disk_space(tmp_path / "run", module, 2)
+        require_space(Path("runs/mine"), size, "--output")
 
 
 @pytest.mark.parametrize("objective", ["ocm", "cosine"])
 def test_size_of_a_checkpoint_and_of_a_bank(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    objective: str,
 ) -> None:
     """The estimate is that of a file that a run leaves, but for its index of names."""
-    options = f"--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1"
-    assert run(tmp_path / "run", *options.split(), "--objective.bank-size", "4") == 0
+    options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
+        --objective.bank-size 4""".split()
+    assert run(tmp_path / "run", *options) == 0
     warned = "warning: a bank of 4 leaves about " in capsys.readouterr().out
     assert warned == (objective == "ocm")
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
-    assert checks.checkpoint_bytes(method) == pytest.approx(path.stat().st_size, rel=0.1)
+    size = checks.checkpoint_bytes(method)
+    assert size == pytest.approx(path.stat().st_size, rel=0.1)
+    # Room for three: two are kept, and the next is written before the oldest is deleted.
+    set_free_space(monkeypatch, 3 * size - 1)
+    assert "another --output" in refused(tmp_path / "other", *options)
+    assert run(tmp_path / "run", *options) == 0
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from tests.processes import Clock
 from tests.runs import logged, refused, run
+from trex_models.data.multicrop import EpochSampler
 from trex_models.distributed import Process
 from trex_models.train import reporting
 from trex_models.train.reporting import Reporter, summarize
@@ -29,12 +30,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def reporter(folder: Path, **options: Any) -> Reporter:
-    plan = {"start_step": 0, "total_steps": 8, "steps_per_epoch": 4, "images_per_step": 16}
-    return Reporter(
-        folder / "metrics.jsonl",
-        **(plan | {"process": Process(0, 1, torch.device("cpu"))} | options),
-    )
+def reporter(folder: Path, start_step: int = 0, tensorboard: Path | None = None) -> Reporter:
+    sampler = EpochSampler(64, 16, epochs=2, start_step=start_step)
+    alone = Process(0, 1, torch.device("cpu"))
+    return Reporter(folder / "metrics.jsonl", sampler, 16, alone, tensorboard)
 
 
 def slow(clock: Clock, seconds: float) -> Iterator[int]:

@@ -8,21 +8,17 @@ The learning rate is 0, and nothing is saved or written; ``config.output`` may b
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from trex_models import distributed
-from trex_models.cli import progress_bar
 from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
 from trex_models.machine import free_cores, processor
@@ -36,7 +32,6 @@ from trex_models.train.step import training_step
 SECONDS = 12.0  # of each of the three measurements; a quarter of it to warm up
 _LEAST = 3  # steps, or batches, of a measurement
 _ENDLESS = 10**9  # epochs
-_PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 
 
 def benchmark(config: Config) -> None:
@@ -52,10 +47,13 @@ def benchmark(config: Config) -> None:
                 tqdm.write(line)
                 sys.stdout.flush()
 
-        for line in (_machine(process.device), *run.messages):
+        bench = _Bench(run, log)
+        if bench.is_cuda:
+            log(f"{torch.cuda.get_device_name(process.device)}, CUDA {torch.version.cuda}")
+        log(f"{processor()}, {free_cores()} cores; torch {torch.__version__}")
+        for line in run.messages:
             log(line)
         run.model = wrap_model(run)
-        bench = _Bench(run, log)
         log(f"\n{'':<14}{'images/s':>10}{'ms a batch':>12}")
         loader = bench.loader()
         step = bench.step()
@@ -124,8 +122,8 @@ class _Bench:
             self._batch = next(batches)
 
         # Batches that workers loaded while the first of them started do not count.
-        self._repeat("loader: warming up", load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
-        seconds = self._repeat("loader", load, SECONDS, max(_LEAST, workers))
+        self._repeat(load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
+        seconds = self._repeat(load, SECONDS, max(_LEAST, workers))
         rate = sum(distributed.gather_objects(self._batch_size / world_size / seconds))
         each = f"{workers} worker{'s' * (workers != 1)} for each of {world_size}"
         place = f"{each} process{'es' * (world_size != 1)}"
@@ -135,10 +133,10 @@ class _Bench:
     def step(self) -> float:
         """Measure augmentation and step, on the same batch."""
         train = partial(self._train, self._batch)
-        self._repeat("step: warming up", train, SECONDS / 4, 2)
-        seconds = self._repeat("step", train, SECONDS, _LEAST)
+        self._repeat(train, SECONDS / 4, 2)
+        seconds = self._repeat(train, SECONDS, _LEAST)
         only = partial(self._augment, self._batch)
-        share = self._repeat("augmentation", only, SECONDS / 4, _LEAST) / seconds
+        share = self._repeat(only, SECONDS / 4, _LEAST) / seconds
         rate = self._batch_size / seconds
         self._log_row("step alone", rate, f"augmentation is {share:.0%} of it")
         return rate
@@ -156,9 +154,9 @@ class _Bench:
 
         # Use up batches that a slower loader made ahead: no later step finds them.
         ahead = LIVE_BATCHES * self._run.workers if loader_is_slower else 0
-        self._repeat("both: warming up", train, SECONDS / 4, max(2, ahead))
+        self._repeat(train, SECONDS / 4, max(2, ahead))
         waited, started = 0.0, time.monotonic()
-        seconds = self._repeat("both", train, SECONDS, max(_LEAST, self._run.workers))
+        seconds = self._repeat(train, SECONDS, max(_LEAST, self._run.workers))
         share = waited / (time.monotonic() - started)
         rate = self._batch_size / seconds
         self._log_row("both", rate, f"{share:.0%} of the time waiting for data")
@@ -188,30 +186,21 @@ class _Bench:
     def _augment(self, batch: Batch) -> list[Tensor]:
         return augment(batch, self._process.device, self._run.config.system.compile)
 
-    def _repeat(self, name: str, act: Callable[[], object], seconds: float, least: int) -> float:
+    def _repeat(self, act: Callable[[], object], seconds: float, least: int) -> float:
         """Repeat an action for some seconds, at least some times, equally often on all ranks.
 
         Returns the action's mean duration in seconds.
         """
         flags, done, passed = distributed.SharedFlags(1), 0, 0.0
-        with progress_bar(
-            seconds,
-            name,
-            "s",
-            bar_format="{desc} {percentage:3.0f}%|{bar}|",
-            leave=False,
-            disable=not self._process.is_main or not sys.stderr.isatty(),
-        ) as bar:
-            self._synchronize()
-            started = time.monotonic()
-            while not any(flags.exchange(done >= least and passed >= seconds)):
-                act()
-                done += 1
-                passed = time.monotonic() - started
-                bar.update(min(passed, seconds) - bar.n)
-            flags.finish()
-            self._synchronize()
-            return (time.monotonic() - started) / done
+        self._synchronize()
+        started = time.monotonic()
+        while not any(flags.exchange(done >= least and passed >= seconds)):
+            act()
+            done += 1
+            passed = time.monotonic() - started
+        flags.finish()
+        self._synchronize()
+        return (time.monotonic() - started) / done
 
     def _synchronize(self) -> None:
         if self.is_cuda:
@@ -225,15 +214,3 @@ class _Bench:
 def format_number(value: float) -> str:
     """Return a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _machine(device: torch.device) -> str:
-    """Return processor, device and versions in a line."""
-    facts = [f"{processor()}, {free_cores()} cores"]
-    if device.type == "cuda":
-        facts.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
-    facts.append(f"python {platform.python_version()}")
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            facts.append(f"{package} {version(package)}")
-    return "; ".join(facts)

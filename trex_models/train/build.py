@@ -41,12 +41,6 @@ from trex_models.train.config import (
 )
 from trex_models.train.validation import Neighbors, ValidationDataset
 
-_PATHS = {
-    "folder": "the folder of class folders",
-    "csv": "the CSV file",
-    "huggingface": "the dataset's folder or parquet file",
-}
-
 
 def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Source:
     """Open the images that a configuration names; ``classes`` are in the order of the labels."""
@@ -56,8 +50,8 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
         )
     if not data.path:
         raise ValueError(
-            f"data.path is not set; name {_PATHS[data.source]} by --data.path, or train on "
-            "generated images by --data.source fractals"
+            "data.path is not set; name the images by --data.path, or train on generated images "
+            "by --data.source fractals"
         )
     if data.source == "csv":
         image_column, label_column = data.image_column or "path", data.label_column or "label"

@@ -165,6 +165,14 @@ def newest(
     return None
 
 
+def last(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the last checkpoint of a run that must have one, and change nothing."""
+    found = newest(folder, lambda _, error: print(error))
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint; name another run, or a checkpoint file")
+    return found
+
+
 def set_damaged_aside(path: Path, error: DamagedError) -> None:
     """Rename a corrupt checkpoint to ``*.damaged``: it is neither resumed from nor counted."""
     aside = path.replace(path.with_name(f"{path.name}.damaged"))

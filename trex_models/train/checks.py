@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
@@ -74,11 +73,6 @@ def _share_without_prototype(size: int, counts: np.ndarray) -> float:
     log -= np.array([math.lgamma(max(total - n - size, 0) + 1) for n in counts])
     log += math.lgamma(total - size + 1) - math.lgamma(total + 1)
     return float(np.where(total - counts < size, 0.0, np.exp(np.minimum(log, 0.0))).mean())
-
-
-def disk_space(folder: Path, module: nn.Module, files: int) -> None:
-    """Check that there is room for a number of further checkpoints of a module."""
-    require_space(folder, files * checkpoint_bytes(module), "--output")
 
 
 def checkpoint_bytes(module: nn.Module) -> int:

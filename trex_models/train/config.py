@@ -113,11 +113,9 @@ class CropsConfig:
     def __post_init__(self) -> None:
         _require_at_least(1, self, "crops", "global_crops")
         _require_at_least(0, self, "crops", "local_crops")
-        _require(
-            min(self.global_size, self.local_size) > 0
-            and max(self.global_size, self.local_size) <= 2048,
-            f"crop sizes must be 1 to 2048 pixels, got {self.global_size} and {self.local_size}",
-        )
+        sizes = self.global_size, self.local_size
+        in_range = min(sizes) > 0 and max(sizes) <= 2048
+        _require(in_range, f"crop sizes must be 1 to 2048 pixels, got {sizes[0]} and {sizes[1]}")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             _require(
@@ -351,17 +349,11 @@ def _build(hint: Any, value: Any, name: str) -> Any:
     """Return the value of a field, with tuples for JSON's lists."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         hints, prefix = get_type_hints(hint), f"{name}." if name else ""
-        unknown = [key for key in value if key not in hints]
-        missing = [
-            field.name
-            for field in dataclasses.fields(hint)
-            if field.name not in value and field.default is field.default_factory
-        ]
-        if unknown or missing:
-            raise ValueError(
-                f"not a configuration of this version: {prefix}{(unknown or missing)[0]} is "
-                f"{'unknown' if unknown else 'missing'}"
-            )
+        if unknown := [key for key in value if key not in hints]:
+            name = f"{prefix}{unknown[0]}"
+            raise ValueError(f"not a configuration of this version: {name} is unknown")
+        if hint is Config and "output" not in value:  # all others have defaults
+            raise ValueError("not a configuration of this version: output is missing")
         return hint(**{key: _build(hints[key], value[key], f"{prefix}{key}") for key in value})
     found = tuple(value) if isinstance(value, list) else value
     if not _has_type(found, hint):

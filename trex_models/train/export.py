@@ -54,13 +54,7 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
     its outputs are then the embeddings. It is a model of this package if the backbone is a ResNet,
     and of timm if a linear classifier follows the backbone directly. All load by
     ``timm.create_model("local-dir:...", pretrained=True)``, the backbone without this package.
-    Each folder replaces an earlier export in one move.
-
-    Args:
-        method: Trained method, on the CPU; set to eval mode.
-        config: Configuration that it was built from.
-        classes: Names of the classes.
-        folder: Output folder.
+    Each folder replaces an earlier export in one move. The method, on the CPU, is set to eval mode.
 
     Raises:
         ValueError: ``folder`` cannot be created.
@@ -148,13 +142,11 @@ def _whole_model(
 def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
     """Load a step whose loss was not finite from the file that the error message named.
 
+    Returns the method in training mode, its inputs (crops of each resolution, labels, sample
+    indices) and the precision, on CUDA if available, else on the CPU.
     ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass, as its
     process saw it: the global generators are seeded as they were. Only BatchNorm's running
     statistics are those after the forward pass.
-
-    Returns:
-        The method in training mode; its inputs (crops of each resolution, labels, sample
-        indices); the precision. On CUDA if available, else on the CPU.
 
     Raises:
         ValueError: The file is not such a step, or its precision needs CUDA.
@@ -178,13 +170,7 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     Raises:
         ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
     """
-    if path.is_dir():
-        newest = checkpointing.newest(path, lambda _, error: print(error))
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
-        path, state = newest
-    else:
-        state = checkpointing.load(path)
+    path, state = checkpointing.last(path) if path.is_dir() else (path, checkpointing.load(path))
     config, num_classes = from_dict(state["config"]), len(state["classes"])
     # First without memory: the configuration may ask for a network that the file cannot fill.
     too_large = "its configuration describes a larger network than its tensors"

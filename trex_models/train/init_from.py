@@ -41,27 +41,17 @@ class _File:
         """Return the only value of a part; None if the file has none."""
         return next(iter(self.parts[part].values()), None)
 
-    @property
-    def has_bank(self) -> bool:
-        """Whether the file has a memory bank."""
-        return self.value("bank features") is not None
-
 
 @torch.no_grad()
 def init_from(
     path: Path, method: TReX, classes: Sequence[str], images: str
 ) -> tuple[list[str], str]:
-    """Load the parts of a checkpoint that match a method.
+    """Load the parts of a checkpoint that match a method on the CPU, whose others stay random.
 
-    Args:
-        path: Checkpoint of any form, a timm folder, or a run for its last checkpoint.
-        method: Method with random weights, on the CPU; parts that do not match keep them.
-        classes: Names of the run's classes.
-        images: Digest of the run's images: the bank's sample indices are valid for these only.
-
-    Returns:
-        A line for each part: restored, or why not; and the license of the weights, empty if the
-        file does not state it.
+    ``path`` is a checkpoint of any form, a timm folder, or a run for its last checkpoint;
+    ``images`` is the digest of the run's: the bank's sample indices are valid for these only.
+    Returns a line for each part, restored or why not, and the license of the weights, empty if
+    the file does not state it.
 
     Raises:
         ValueError: The file is not readable, has no backbone or another one, or its weights are
@@ -81,10 +71,7 @@ def init_from(
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that a path stands for, and its contents."""
     if (path / "checkpoints").is_dir():
-        newest = checkpointing.newest(path, lambda _, error: print(error))
-        if newest is None:
-            raise CheckpointError("the run holds no checkpoint yet; name another one")
-        return newest
+        return checkpointing.last(path)
     if path.is_dir():
         path /= "model.safetensors"
         if not path.is_file():
@@ -176,33 +163,30 @@ def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]
 
 def _restore_head(objective: Objective, file: _File, lost: str, same_images: bool) -> list[str]:
     """Restore the bank or the class weights, unless ``lost`` says why not."""
+    has_bank = file.value("bank features") is not None
+    has_weights = file.value("class weights") is not None
     if objective.bank is None:
-        name = "class weights"
-        if file.has_bank:
-            name += ", from the bank's prototypes"
-        has_any = file.has_bank or file.value("class weights") is not None
-        misfit = "" if has_any else "the file has none"
+        name = "class weights" + (", from the bank's prototypes" if has_bank else "")
+        misfit = "" if has_bank or has_weights else "the file has none"
         misfit = misfit or lost or _restore_class_weights(objective, file)
         return [_line(name, misfit and f"random: {misfit}")]
-    lines = []
-    if file.value("class weights") is not None:
-        lines.append(_line("class weights", "not used: the objective has none"))
-    misfit = "" if file.has_bank else "the file has none"
+    unused = [_line("class weights", "not used: the objective has none")] if has_weights else []
+    misfit = "" if has_bank else "the file has none"
     misfit = misfit or lost or _restore_bank(objective.bank, file, same_images)
-    return [*lines, _line("memory bank", misfit and f"noise: {misfit}")]
+    return [*unused, _line("memory bank", misfit and f"noise: {misfit}")]
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
     """Copy the class weights; return why not, if they do not match."""
-    classifier, weights = objective.classifier, file.value("class weights")
-    biases = file.value("class biases")
-    if file.has_bank:
-        features, labels = file.value("bank features"), file.value("bank labels")
-        weights = class_means(features.float(), labels, len(classifier.weight))
+    classifier, biases = objective.classifier, file.value("class biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
         return "the file's are compared by cosine, without biases"
     if not isinstance(objective, LinearSoftmax) and biases is not None:
         return "the file's are of a linear classifier with biases"
+    features, weights = file.value("bank features"), file.value("class weights")
+    if features is not None:
+        labels = file.value("bank labels")
+        weights = class_means(features.float(), labels, len(classifier.weight))
     found = {"weight": weights} | ({} if biases is None else {"bias": biases})
     misfit = _misfit(classifier, found)
     if not misfit:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from trex_models.atomic import append, write_whole
 from trex_models.cli import progress_bar
+from trex_models.data.multicrop import EpochSampler
 from trex_models.distributed import Process, gather
 from trex_models.method.objectives import Objective
 
@@ -68,11 +69,8 @@ class Reporter:
     line per report. Only rank 0 prints and writes.
 
     Args:
-        path: File of the metrics; lines of steps after ``start_step``, left by an interrupted
-            run, are dropped.
-        start_step: First step since this start.
-        total_steps: Steps of the run.
-        steps_per_epoch: Steps of an epoch.
+        path: File of the metrics; lines of later steps, left by an interrupted run, are dropped.
+        sampler: Order of the batches, at the first step since this start.
         images_per_step: Global batch size.
         process: This process.
         tensorboard: Folder for TensorBoard's files; None for none.
@@ -81,23 +79,20 @@ class Reporter:
     def __init__(
         self,
         path: Path,
-        start_step: int,
-        total_steps: int,
-        steps_per_epoch: int,
+        sampler: EpochSampler,
         images_per_step: int,
         process: Process,
         tensorboard: Path | None = None,
     ) -> None:
         self._path = path
-        self._total = total_steps
-        self._steps_per_epoch = steps_per_epoch
+        self._sampler = sampler
         self._images_per_step = images_per_step
         self._process = process
         self._started = self._last_time = time.monotonic()
-        self._start_step = self._last_step = start_step
+        self._last_step = start_step = sampler.start_step
         self._waited = self._untimed = 0.0
         self._bar = progress_bar(
-            total_steps,
+            sampler.total_steps,
             "",
             "step",
             initial=start_step,
@@ -127,9 +122,8 @@ class Reporter:
         """Yield the batches; measure the time spent waiting for them."""
         while True:
             started = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            if batch is None:
                 return
             self._waited += time.monotonic() - started
             yield batch
@@ -163,10 +157,11 @@ class Reporter:
         training = max(now - self._last_time - self._untimed, 1e-9)
         rate = (done - self._last_step) * self._images_per_step / training
         waiting = self._waited / training
-        remaining = (now - self._started) / (done - self._start_step) * (self._total - done)
+        total, taken = self._sampler.total_steps, done - self._sampler.start_step
+        remaining = (now - self._started) / taken * (total - done)
         self._last_time, self._last_step = now, done
         self._waited = self._untimed = 0.0
-        epoch = done / self._steps_per_epoch
+        epoch = done / self._sampler.steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
         line |= {"images_per_second": float(f"{rate:.4g}"), "waiting_for_data": round(waiting, 4)}
         append(self._path, json.dumps(line) + "\n")
@@ -181,7 +176,7 @@ class Reporter:
         )
         speed = f"{rate:.0f} images/s, {waiting:.0%} waiting for data"
         if self._bar.disable:
-            progress = f"step {done}/{self._total} epoch {epoch:.2f} {trained}{validated}{speed}"
+            progress = f"step {done}/{total} epoch {epoch:.2f} {trained}{validated}{speed}"
             print(f"{progress}, {duration(remaining)} left", flush=True)
         else:
             if validated:

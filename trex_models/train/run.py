@@ -102,9 +102,8 @@ class Run:
         tensors = (*self.method.parameters(), *self.method.buffers())
         # One wait for the device for all tensors. A checkpoint with NaN would replace a good one.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise ValueError(
-                f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
-            )
+            trouble = f"weights are no longer finite after step {done}, and are not saved"
+            raise ValueError(f"{trouble}; {_REMEDY}")
         self.exchange_unreadable(print)
         # Every rank takes part in the gathering; rank 0 alone writes.
         state = self._state_after(done) | {"meter": self.meter.gathered()}
@@ -132,10 +131,8 @@ class Run:
             checkpointing.write(path, self._state_after(step) | inputs)
         except (OSError, ValueError) as error:
             return f"{trouble} ({error})"
-        return (
-            f"{trouble}. Its inputs and state: method, inputs, precision = "
-            f"trex_models.train.export.load_step({str(path)!r})"
-        )
+        call = f"trex_models.train.export.load_step({str(path)!r})"
+        return f"{trouble}. Its inputs and state: method, inputs, precision = {call}"
 
     def _shared_tensors(self) -> dict[str, Iterable[Tensor]]:
         """Return what every rank must hold identically: all but BatchNorm's running statistics."""

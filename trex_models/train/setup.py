@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trex_models import distributed
+from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import MultiCropDataset
@@ -43,11 +44,8 @@ from trex_models.train.validation import ValidationDataset
 def setup_run(config: Config, process: Process) -> Iterator[Run]:
     """Build a run, lock its directory and restore its last checkpoint.
 
-    Rank 0 alone reads and writes the directory; the other ranks need not see it.
-
-    Raises:
-        ValueError: The config, data, output directory or its checkpoint is invalid; one line for
-            each problem, on all ranks, before anything is written.
+    Rank 0 alone reads and writes the directory; the other ranks need not see it. What is invalid
+    is a ValueError on all ranks, with one line for each problem, before anything is written.
     """
     run = build_run(config, process)
     # The lock lives as long as the run: it ends with the block, or with the process.
@@ -129,9 +127,16 @@ def build_run(config: Config, process: Process) -> Run:
         ],
     )
     # Ranks that were started with other settings or other data would train on silently.
-    first = distributed.broadcast((to_json(run.config), run.data_fingerprint))
+    first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
-        _check_same_on_all_ranks(run, *first)
+        different = config_diff(json.loads(first), config)
+        if images != fingerprint:
+            different.append("the images")
+        if different:
+            raise ValueError(
+                f"this process and process 0 differ in {'; '.join(different)}; start all with the "
+                "same command and the same data"
+            )
     return run
 
 
@@ -142,9 +147,14 @@ def wrap_model(run: Run) -> nn.Module:
     if run.config.system.compile:
         run.method.encoder.compile()
     model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
+    share, device = run.config.optim.batch_size // run.process.world_size, run.process.device
+    shapes = [(spec.count * share, 3, spec.size, spec.size) for spec in run.dataset.specs]
+    layout = torch.channels_last
+    crops = [torch.zeros(shape, device=device).to(memory_format=layout) for shape in shapes]
+    labels, indices = torch.zeros(2, share, dtype=torch.int64, device=device)
     # Gradients must be of the type that the steps will have.
     with run.precision.autocast():
-        distributed.warm_up_ddp(model, *_blank_inputs(run))
+        distributed.warm_up_ddp(model, crops, labels, indices)
     return model
 
 
@@ -175,15 +185,16 @@ def _check(
     ]
     if validation is not None:
         found.append(partial(checks.samples, "validation", validation.source, skip))
-    if size := config.objective.bank_entries:
-        found.append(partial(checks.bank, size, source.labels, len(source.classes)))
+    if entries := config.objective.bank_entries:
+        found.append(partial(checks.bank, entries, source.labels, len(source.classes)))
     if process.is_main and config.system.tensorboard:
         found.append(checks.tensorboard)
     if process.is_main and config.output:
         # One more than are kept: the next is written before the oldest is deleted.
         folder = Path(config.output)
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
-        found.append(partial(checks.disk_space, folder, method, more))
+        size = more * checks.checkpoint_bytes(method)
+        found.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(found)
 
 
@@ -257,26 +268,6 @@ def _reread_unreadable(run: Run, indices: list[int]) -> None:
         trouble = run.unreadable.trouble()
         if run.config.data.skips_unreadable and trouble:
             raise ValueError(trouble)
-
-
-def _blank_inputs(run: Run) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return crops, labels and indices of the shapes of this process's steps."""
-    share, device = run.config.optim.batch_size // run.process.world_size, run.process.device
-    shapes = [(spec.count * share, 3, spec.size, spec.size) for spec in run.dataset.specs]
-    layout = torch.channels_last
-    crops = [torch.zeros(shape, device=device).to(memory_format=layout) for shape in shapes]
-    return crops, *torch.zeros(2, share, dtype=torch.int64, device=device)
-
-
-def _check_same_on_all_ranks(run: Run, config: str, fingerprint: dict[str, Any]) -> None:
-    different = config_diff(json.loads(config), run.config)
-    if fingerprint != run.data_fingerprint:
-        different.append("the images")
-    if different:
-        raise ValueError(
-            f"this process and process 0 differ in {'; '.join(different)}; start all with the same "
-            "command and the same data"
-        )
 
 
 def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:

@@ -18,12 +18,9 @@ from trex_models.distributed import gather_objects
 
 
 class UnreadableImages:
-    """Unreadable images that were skipped: counted, listed in a file, and limited.
+    """Unreadable images that were skipped: counted, listed in a file if there are any, limited.
 
-    Args:
-        path: File of the list, written if there are any.
-        num_images: Number of training images.
-        ceiling: Share of them that may be unreadable.
+    The ceiling is a share of the training images.
     """
 
     def __init__(self, path: Path, num_images: int, ceiling: float) -> None:
@@ -67,12 +64,8 @@ class ImageFiles:
     """Compares sizes and times of image files with those that a checkpoint was trained on.
 
     A thread reads them: 1.28 million local files take 4 seconds, network storage many minutes.
-    A checkpoint keeps 4 bytes a file.
-
-    Args:
-        sources: Images by purpose, such as training.
-        before: State in the checkpoint; empty if there is none.
-        checkpoint: The checkpoint, for messages.
+    A checkpoint keeps 4 bytes a file. Sources are by purpose, such as training; ``before`` is the
+    state in the checkpoint, if there is one.
     """
 
     def __init__(
@@ -99,8 +92,8 @@ class ImageFiles:
         if not self._now:
             return []
         before, self._before = self._before, {}
-        lines = [self._changes(name, pairs) for name, pairs in before.items() if name in self._now]
-        return [line for found in lines for line in found]
+        known = [name for name in before if name in self._now]
+        return [line for name in known for line in self._changes(name, before[name])]
 
     def _changes(self, name: str, before: Tensor) -> list[str]:
         source, now, since = self._sources[name], self._now[name], self._since

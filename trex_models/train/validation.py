@@ -59,17 +59,15 @@ class Neighbors:
 class Validator:
     """Measures a method in eval mode, with rank 0's BatchNorm statistics.
 
-    Nothing that training depends on is changed.
+    Nothing that training depends on is changed. Each process takes every world_size-th image.
 
     Args:
         dataset: Images to validate on.
-        process: This process; it takes every world_size-th image from its rank on.
+        process: This process.
         precision: Number formats of the computation.
         batch_size: Batch size of this process.
-        workers: Number of loader processes.
+        workers: Loader processes; ``log`` and ``asked_to_stop`` are as in ``load_batches``, too.
         neighbors: References of the k-NN classifier; None for none.
-        log: As ``load_batches``.
-        asked_to_stop: As ``load_batches``.
         with_progress: Wraps (batches, their number, a title) to show progress.
         on_skip: Callback that receives {index: reason} of skipped validation images.
         on_skip_reference: The same for the references of the k-NN classifier.
@@ -93,12 +91,8 @@ class Validator:
     def measure(self, method: TReX) -> dict[str, float]:
         """Measure the online encoder and the head; every rank must call it.
 
-        Returns:
-            val_top1 and val_top5, accuracies over the readable images; val_knn, accuracy of the
-            k-NN classifier.
-
-        Raises:
-            ValueError: An image is unreadable, or all are; on all ranks.
+        Returns val_top1 and val_top5, accuracies over the readable images, and val_knn, that of
+        the k-NN classifier. ValueError on all ranks: an image is unreadable, or all are.
         """
         was_training = method.training
         method.eval()
