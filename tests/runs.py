@@ -19,7 +19,7 @@ from trex_models.train.reporting import TIMINGS
 TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
     --optim.epochs 2 --optim.batch-size 8 --objective.bank-size 32 --system.workers 0
     --crops.local-crops 2 --model.hidden-dim 16 --model.embedding-dim 8
-    --model.backbone-args channels=(8,8,16,16)
+    --model.backbone-args channels=(8,8,16,16) --validation.images-per-class 1
     --system.log-every 2 --system.save-steps 4""".split()
 
 
