@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
 
 def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
     return main([recipe, "--output", str(output), *TINY, *overrides])
+
+
+def told(output: Path, *overrides: str) -> str:
+    """Run to the end; return what it printed."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert run(output, *overrides) == 0
+    return out.getvalue()
 
 
 def refused(output: Path, *overrides: str) -> str:

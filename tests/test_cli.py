@@ -14,6 +14,7 @@ import hub.__main__ as hub
 import trex_models.features.__main__ as features
 import trex_models.train.__main__ as train
 import trex_models.transfer.__main__ as transfer
+from tests.processes import captured
 from tests.runs import TINY
 from trex_models import cli, demo, plot
 from trex_models.train.checkpointing import lock_run_dir
@@ -51,18 +52,14 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_command_expands_home(
-    main: Main,
-    arguments: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    main: Main, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").touch()
-    assert main(arguments.split()) == 2
-    error = capsys.readouterr().err
+    status, _, error = captured(main, *arguments.split())
+    assert status == 2
     assert str(tmp_path / "home") in error
     assert "~" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["home"]

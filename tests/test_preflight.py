@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from tests.images import save_classes, save_image
-from tests.runs import refused, run
+from tests.processes import captured
+from tests.runs import refused, run, told
 from trex_models.atomic import require_space
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
@@ -105,43 +106,32 @@ def test_bank_larger_than_the_data_is_refused() -> None:
     assert checks.bank(100, labels_of([50, 50]), 2) is None
 
 
-def tiny_method() -> tuple[torch.nn.Module, int]:
-    """Return a module and its parameters' and buffers' bytes as counted by hand."""
-    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
-    module[0].weight.requires_grad_(False)
-    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
-    return module, frozen + 2 * trained + buffers
-
-
 def test_disk_space_is_that_of_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, size = tiny_method()
-    assert checks.checkpoint_bytes(module) == size
+    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
+    module[0].weight.requires_grad_(False)
+    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
+    assert checks.checkpoint_bytes(module) == frozen + 2 * trained + buffers
     monkeypatch.chdir(tmp_path)
-    asked = set_free_space(monkeypatch, size)
+    asked = set_free_space(monkeypatch, 1000)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
-        require_space(folder, size, "--output")
+        require_space(folder, 1000, "--output")
     assert asked == [tmp_path] * 3
-    set_free_space(monkeypatch, size - 1)
     with pytest.raises(
         ValueError, match="^runs/mine has 0.0 MB of free space, .* are needed; .* another --outp"
     ):
-        require_space(Path("runs/mine"), size, "--output")
+        require_space(Path("runs/mine"), 1001, "--output")
 
 
 @pytest.mark.parametrize("objective", ["ocm", "cosine"])
 def test_size_of_a_checkpoint_and_of_a_bank(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    objective: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
     """The estimate is that of a file that a run leaves, but for its index of names."""
     options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
         --objective.bank-size 4""".split()
-    assert run(tmp_path / "run", *options) == 0
-    warned = "warning: a bank of 4 leaves about " in capsys.readouterr().out
+    warned = "warning: a bank of 4 leaves about " in told(tmp_path / "run", *options)
     assert warned == (objective == "ocm")
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
@@ -226,19 +216,18 @@ def test_every_check_is_made() -> None:
 
 
 def test_each_trouble_has_a_line_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free_space(monkeypatch, 1000)
-    troubles = "--precision bf16 --objective.bank-size 33 --system.workers 2"
-    assert run(tmp_path / "run", *troubles.split()) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
+    troubles = "--precision bf16 --objective.bank-size 33 --system.workers 2".split()
+    status, out, err = captured(lambda options: run(tmp_path / "run", *options), *troubles)
+    assert (status, out) == (2, "")
+    lines = err.splitlines()
     remedies = ("use --precision fp32", "the dataset's 32 images", "--shm-size", "another --output")
     for remedy in remedies:
         assert sum(remedy in line for line in lines) == 1
     assert len(lines) == len(remedies)
     assert all(line.startswith("error: ") for line in lines)
-    assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
