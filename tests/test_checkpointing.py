@@ -201,7 +201,7 @@ def test_processes_that_normalize_other_parts_of_a_batch_are_refused(copied: Pat
     four = {"environment": state["environment"] | {"processes": 4}}
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
     assert "was saved by 4 processes, and BatchNorm saw 4 parts" in refused(copied, *MIDWAY)
-    checkpointing.write(path, state | four)  # synchronised
+    checkpointing.write(path, state | four)  # synchronized
     assert "warning: saved elsewhere (processes: 4 -> 1)" in told(copied, *MIDWAY)
 
 

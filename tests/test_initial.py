@@ -1,4 +1,4 @@
-"""Starting from a checkpoint: what is taken on, what is told, and the loss that it starts at."""
+"""Starting from a checkpoint: what is restored, what is reported, and the loss at the start."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_panels_and_their_curves(make_run: Make) -> None:
     assert validation.get_marker() == "o"
 
 
-def test_several_runs_have_one_colour_each_and_a_legend(
+def test_several_runs_have_one_color_each_and_a_legend(
     make_run: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     names = ("a/_run", "b/_run", "$x$")
@@ -162,7 +162,7 @@ def test_long_runs_are_thinned_and_smoothed(make_run: Make) -> None:
 
 
 def test_unfinished_resumed_and_torn(make_run: Make) -> None:
-    """A line being written is left out; what was done anew replaces what was there."""
+    """A line being written is left out; steps taken again replace what was there."""
     losses = ((10, 5.0), (20, 4.0), (30, 3.0), (20, 4.5), (30, math.nan))
     metrics = [{"step": step, "epoch": step / 100, "loss": loss} for step, loss in losses]
     metrics.insert(4, {"step": 25, "epoch": 0.25, "val_top1": 0.5})

@@ -79,7 +79,7 @@ def make_method(source: Source, offset: float = 0.0) -> TReX:
 
 
 def crop(source: Source, index: int, side: int) -> Tensor:
-    """Cut out the centre with torchvision: 224 of 256, in proportion."""
+    """Cut out the center with torchvision: 224 of 256, in proportion."""
     transform = transforms.Compose(
         [
             transforms.Resize(side * 256 // 224, transforms.InterpolationMode.BILINEAR),
@@ -141,7 +141,7 @@ def knn_by_hand(method: TReX, source: Source, references: Source, count: int) ->
     return right / len(source)
 
 
-def test_nearest_neighbours_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     source, references = Recording(37, 6), Recording(37, 6)
     method = make_method(source, offset=0.4)
     expected = knn_by_hand(method, source, references, 21)

@@ -89,7 +89,7 @@ def test_on_a_terminal_it_is_a_bar(
         report.report(1, {"loss": 2.5, "bank_age": 3.0})
         report.report(2, {"loss": 2.5, "val_top1": 0.5, "val_knn": 0.25})
     captured = capsys.readouterr()
-    # No line per report beside the bar, but one per validation.
+    # No line per report next to the bar, but one per validation.
     assert captured.out == "a message\nepoch 0.5: val_top1 0.5 val_knn 0.25\n"
     assert "validation" in captured.err
     bar = next(x for x in captured.err.split("\r") if "waiting" in x)
@@ -180,7 +180,7 @@ def test_tensorboard_is_asked_for_only_where_it_is_wanted(
 
 
 def test_time_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
-    """Between the report of step 2 and the checkpoint of step 3 no line tells the time."""
+    """Between the report of step 2 and the checkpoint of step 3 no line has the time."""
     lines = [
         {"step": 2, "epoch": 0.5, "images_per_second": 8.0, "waiting_for_data": 0.5},
         {"step": 6, "epoch": 1.5, "images_per_second": 4.0, "waiting_for_data": 0.0},

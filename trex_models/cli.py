@@ -34,10 +34,7 @@ Command = Callable[..., Any]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A command ended early, on request: its message goes to stdout.
-
-    With ``on_all_ranks`` all processes stop with this message, so that rank 0 alone prints it.
-    """
+    """A command ended early, on request: its message goes to stdout, once if on all ranks."""
 
     def __init__(self, message: str, status: int, on_all_ranks: bool = False) -> None:
         super().__init__(message)

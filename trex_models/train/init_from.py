@@ -69,7 +69,7 @@ def init_from(
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file that a path stands for, and its contents."""
+    """Return the file that a path names, and its contents."""
     if (path / "checkpoints").is_dir():
         return checkpointing.last(path)
     if path.is_dir():
@@ -100,7 +100,7 @@ def _sort(path: Path, contents: dict[str, Any]) -> _File:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{config} is no model's configuration ({type(error).__name__}: {error}); export the "
-            "model again, or name a file that stands alone"
+            "model again, or name another file"
         ) from error
     return _File(path, parts, stated, names)
 

@@ -66,7 +66,7 @@ def build_run(config: Config, process: Process) -> Run:
     """Build and check a run at its first step; nothing is locked, written or wrapped yet."""
     # A fault of one rank (its data, its memory) must end all: the others would wait for it.
     with raise_on_all_ranks():
-        # Precision and device first: the checks below depend on what "auto" stands for.
+        # Precision and device first: the checks below depend on what "auto" means.
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
