@@ -49,9 +49,10 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
             data.num_classes, data.images_per_class, data.image_size, variation=data.variation
         )
     if not data.path:
+        known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
         raise ValueError(
-            "data.path is not set; name the images by --data.path, or train on generated images "
-            "by --data.source fractals"
+            f"data.path is not set; name {known.get(data.source, 'the folder of class folders')} "
+            "by --data.path, or train on generated images by --data.source fractals"
         )
     if data.source == "csv":
         image_column, label_column = data.image_column or "path", data.label_column or "label"
