@@ -6,7 +6,7 @@ A tiny run is trained once undisturbed. Then the same command is started again a
 time ended at a random moment in start-up, steps, saving, export or exit: by SIGKILL, or by a signal
 that asks to stop. When it has finished, all that it left is compared with
 the undisturbed run: every value of the last checkpoint, metrics.jsonl without its speeds, the
-configuration and the export byte for byte, and the names of all files. Then it begins anew.
+configuration and the export byte for byte, and the names of all files. Then it begins again.
 
 Also checked at each end: exit status and output (no traceback; an error is one line), that loader
 workers whose parent was killed end by themselves, and that, of several processes, those that are
@@ -58,7 +58,7 @@ _NOT_MET = r"(?m)^error: .*this process cannot meet the others.*\n\Z"
 
 @dataclass(frozen=True)
 class Setting:
-    """A command of a run that takes seconds: three epochs of four steps unless told otherwise."""
+    """A command of a run that takes seconds: three epochs of four steps by default."""
 
     processes: int = 1
     workers: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,19 @@ from trex_models.train.reporting import TIMINGS
 TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
     --optim.epochs 2 --optim.batch-size 8 --objective.bank-size 32 --system.workers 0
     --crops.local-crops 2 --model.hidden-dim 16 --model.embedding-dim 8
-    --model.backbone-args channels=(8,8,16,16)
+    --model.backbone-args channels=(8,8,16,16) --validation.images-per-class 1
     --system.log-every 2 --system.save-steps 4""".split()
 
 
 def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
     return main([recipe, "--output", str(output), *TINY, *overrides])
+
+
+def told(output: Path, *overrides: str) -> str:
+    """Run to the end; return what it printed."""
+    with redirect_stdout(io.StringIO()) as out:
+        assert run(output, *overrides) == 0
+    return out.getvalue()
 
 
 def refused(output: Path, *overrides: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import shutil
-import subprocess
-import sys
 import textwrap
 import zipfile
 from collections.abc import Callable
@@ -18,7 +16,8 @@ import pytest
 import torch
 
 from tests.images import save_classes, save_image
-from tests.runs import assert_same_state, last_state, logged, refused, run
+from tests.processes import captured, run_python
+from tests.runs import assert_same_state, last_state, logged, refused, run, told
 from trex_models.pretrained.checkpoints import DamagedError
 from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
@@ -84,12 +83,11 @@ def test_damage_at_any_offset_is_noticed_or_harmless(
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(5000)])
 def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
-    copied: Path, finished: Path, capsys: pytest.CaptureFixture[str], content: bytes
+    copied: Path, finished: Path, content: bytes
 ) -> None:
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     (copied / "checkpoints/step_8.pt").write_bytes(content)
-    assert run(copied, *MIDWAY) == 0
-    out = capsys.readouterr().out
+    out = told(copied, *MIDWAY)
     assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is renamed to" in out
     assert f"continues from {copied}/checkpoints/step_6.pt" in out
     assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
@@ -124,16 +122,17 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
     assert names(copied) == ["step_6.pt", "step_8.pt"]
 
 
-def test_an_export_reads_without_changing_anything(
-    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_export_reads_without_changing_anything(copied: Path, tmp_path: Path) -> None:
     (copied / "checkpoints/step_8.pt").write_bytes(b"torn")
-    assert main(["export", str(copied), "--output", str(tmp_path / "out")]) == 0
-    assert "step_8.pt cannot be read as a checkpoint" in capsys.readouterr().out
+    command = ("export", copied, "--output", tmp_path / "out")
+    status, out, _ = captured(main, *command)
+    assert status == 0
+    assert "step_8.pt cannot be read as a checkpoint" in out
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     (tmp_path / "out/cls/thesis.txt").write_text("precious")
-    assert main(["export", str(copied), "--output", str(tmp_path / "out")]) == 2
-    assert "cls holds other files (thesis.txt)" in capsys.readouterr().err
+    status, _, err = captured(main, *command)
+    assert status == 2
+    assert "cls holds other files (thesis.txt)" in err
     assert (tmp_path / "out/cls/thesis.txt").read_text() == "precious"
 
 
@@ -168,56 +167,42 @@ def test_foreign_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
     assert names(copied) == ["step_12.pt", "step_6.pt", "step_8.pt"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        ("--seed 1", "seed: 0 -> 1"),
-        ("--precision bf16 --crops.local-size 24", "precision: fp32 -> bf16"),
-        ("--optim.epochs 3", "optim.epochs: 2 -> 3"),
-        ("--optim.base-lr 0.3", "(optim.base_lr: 0.8 -> 0.3)"),
-        ("--optim.batch-size 4", "optim.batch_size: 8 -> 4"),
-        ("--objective.temperature 0.2", "objective.temperature: 0.1 -> 0.2"),
-        ("--objective.bank-size 16", "objective.bank_size: 32 -> 16"),
-        ("--crops.local-crops 1", "crops.local_crops: 2 -> 1"),
-        ("--model.embedding-dim 16", "model.embedding_dim: 8 -> 16"),
-        ("--data.images-per-class 9", "data.images_per_class: 8 -> 9"),
-        ("--system.no-sync-batchnorm", "system.sync_batchnorm: True -> False"),
-    ],
-)
-def test_a_folder_with_other_settings_is_refused_by_their_names(
-    finished: Path, overrides: str, named: str
-) -> None:
+def test_a_folder_with_other_settings_is_refused_by_their_names(finished: Path) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    err = refused(finished, *MIDWAY, *overrides.split())
-    assert f"{finished} already holds another run (" in err
-    assert named in err
+    overrides = """--seed 1 --precision bf16 --crops.local-size 24 --optim.epochs 3
+        --optim.base-lr 0.3 --optim.batch-size 4 --objective.temperature 0.2
+        --objective.bank-size 16 --crops.local-crops 1 --model.embedding-dim 16
+        --data.images-per-class 9 --system.no-sync-batchnorm""".split()
+    named = (
+        "crops.local_crops: 2 -> 1; crops.local_size: 16 -> 24; data.images_per_class: 8 -> 9; "
+        "model.embedding_dim: 8 -> 16; objective.bank_size: 32 -> 16; "
+        "objective.temperature: 0.1 -> 0.2; optim.base_lr: 0.8 -> 0.3; optim.batch_size: 8 -> 4; "
+        "optim.epochs: 2 -> 3; precision: fp32 -> bf16; seed: 0 -> 1; "
+        "system.sync_batchnorm: True -> False"
+    )
+    err = refused(finished, *MIDWAY, *overrides)
+    assert f"{finished} already holds another run ({named})" in err
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 
-def test_what_does_not_change_the_result_may_change(
-    copied: Path, finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_change_the_result_may_change(copied: Path, finished: Path) -> None:
     checkpointing.files(copied)[-1].unlink()
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
-    assert run(copied, *free.split()) == 0
-    out = capsys.readouterr().out
+    out = told(copied, *free.split())
     assert "continues from" in out
     assert "warning: saved elsewhere (channels_last: True -> False)" in out
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert logged(copied)[-1].keys() == logged(finished)[-1].keys()
 
 
-def test_processes_that_normalise_other_parts_of_a_batch_are_refused(
-    copied: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_that_normalize_other_parts_of_a_batch_are_refused(copied: Path) -> None:
     path = checkpointing.files(copied)[-1]
     state = copy.deepcopy(checkpointing.load(path))
     four = {"environment": state["environment"] | {"processes": 4}}
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
     assert "was saved by 4 processes, and BatchNorm saw 4 parts" in refused(copied, *MIDWAY)
-    checkpointing.write(path, state | four)  # synchronised
-    assert run(copied, *MIDWAY) == 0
-    assert "warning: saved elsewhere (processes: 4 -> 1)" in capsys.readouterr().out
+    checkpointing.write(path, state | four)  # synchronized
+    assert "warning: saved elsewhere (processes: 4 -> 1)" in told(copied, *MIDWAY)
 
 
 def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
@@ -281,26 +266,20 @@ def test_drop_path_continues_exactly(tmp_path: Path) -> None:
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
-def test_moved_images_are_the_same_and_renamed_ones_are_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_moved_images_are_the_same_and_renamed_ones_are_not(tmp_path: Path) -> None:
     save_classes(tmp_path / "images", 8)
     folder = ["--system.save-steps", "2", "--objective.bank-size", "16"]
     folder += ["--data.source", "folder", "--data.path"]
     assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0
-    (tmp_path / "images").rename(tmp_path / "moved")
-    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 0
-    assert "the run is finished" in capsys.readouterr().out
+    moved = (tmp_path / "images").rename(tmp_path / "moved")
+    assert "the run is finished" in told(tmp_path / "run", *folder, str(moved))
     checkpointing.files(tmp_path / "run")[-1].unlink()
-    save_image(tmp_path / "moved/a/3.jpg", seed=9)
-    assert run(tmp_path / "run", *folder, str(tmp_path / "moved")) == 0
-    out = capsys.readouterr().out
+    save_image(moved / "a/3.jpg", seed=9)
+    out = told(tmp_path / "run", *folder, str(moved))
     assert out.count("warning: 1 of 16 training images have other ") == 1
-    assert f"such as {tmp_path}/moved/a/3.jpg" in out
-    (tmp_path / "moved/a/3.jpg").rename(tmp_path / "moved/a/9.jpg")
-    assert "was saved with other images" in refused(
-        tmp_path / "run", *folder, str(tmp_path / "moved")
-    )
+    assert f"such as {moved}/a/3.jpg" in out
+    (moved / "a/3.jpg").rename(moved / "a/9.jpg")
+    assert "was saved with other images" in refused(tmp_path / "run", *folder, str(moved))
 
 
 def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
@@ -314,8 +293,7 @@ def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Pa
         sys.argv = ["train", "smoke", "--output", "unused"]
         runpy._run_module_as_main("trex_models.train")
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_python("-c", textwrap.dedent(code), fails=True)
     assert result.returncode == 1
     assert "do not fit each other (operator torchvision::nms does not exist)" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import convert.__main__ as convert
@@ -15,6 +14,7 @@ import hub.__main__ as hub
 import trex_models.features.__main__ as features
 import trex_models.train.__main__ as train
 import trex_models.transfer.__main__ as transfer
+from tests.processes import captured
 from tests.runs import TINY
 from trex_models import cli, demo, plot
 from trex_models.train.checkpointing import lock_run_dir
@@ -52,18 +52,14 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_command_expands_home(
-    main: Main,
-    arguments: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    main: Main, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "file").touch()
-    assert main(arguments.split()) == 2
-    error = capsys.readouterr().err
+    status, _, error = captured(main, *arguments.split())
+    assert status == 2
     assert str(tmp_path / "home") in error
     assert "~" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
@@ -98,18 +94,25 @@ def test_no_command_prints_the_help_with_status_2(
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "message"),
+    ("main", "arguments", "metavar"),
     [
-        (transfer.main, "table", "no report is named"),
-        (features.main, "neighbors f.npy --query", "--query names nothing"),
-        (plot.main, "", "no run"),
-        (hub.main, "publish", "give one folder or more"),
+        (transfer.main, "table", "PATH"),
+        (transfer.main, "plot --output x.png", "PATH"),
+        (features.main, "neighbors f.npy --query", "STR"),
+        (plot.main, "", "PATH"),
+        (hub.main, "publish", "PATH"),
     ],
 )
-def test_an_empty_list_is_one_clear_line(
-    main: Main, arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_parser_requires_a_list_that_must_not_be_empty(
+    main: Main, arguments: str, metavar: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.save(tmp_path / "f.npy", np.ones((2, 3), np.float32))
-    assert main(arguments.replace("f.npy", str(tmp_path / "f.npy")).split()) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert message in line
+    for words, status, said in (
+        (arguments.split(), 2, "give one or more"),
+        ([*arguments.split()[:1], "--help"], 0, f"{metavar} [{metavar} ...]"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+        printed = "".join(capsys.readouterr())
+        assert said in printed
+        assert f"[{metavar} [{metavar} ...]]" not in printed

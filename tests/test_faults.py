@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGSTOP, SIGTERM, SIGUSR1, Signals
 
@@ -29,7 +30,7 @@ from trex_models.train.signals import STOP_SIGNALS
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
 # Saves at its end, and when it is asked to stop.
-LONG = Setting(epochs=10, log_every=1, save_steps=100)
+LONG = Setting(epochs=6, log_every=1, save_steps=100)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_signals_during_export_and_exit_change_nothing(tmp_path: Path, processes
 def test_stops_while_a_loader_worker_is_stopped(
     reference: Callable[[Setting], Path], tmp_path: Path
 ) -> None:
-    setting = Setting(workers=1, epochs=10, log_every=1, save_steps=100)
+    setting = replace(LONG, workers=1)
     life = Life(setting, tmp_path)
     assert life.await_(lambda: "step 2/" in life.out())
     leader = life.processes[0].pid or 0

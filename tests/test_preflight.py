@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from tests.images import save_classes, save_image
-from tests.runs import run
+from tests.processes import captured
+from tests.runs import refused, run, told
+from trex_models.atomic import require_space
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
 from trex_models.train import build, checkpointing, checks
@@ -48,8 +50,8 @@ def labels_of(counts: list[int]) -> np.ndarray:
 def exact_share(size: int, counts: list[int]) -> float:
     """Mean over classes of C(N - n, Q) / C(N, Q), in integers."""
     total = sum(counts)
-    absent = [math.comb(total - n, size) / math.comb(total, size) for n in counts]
-    return sum(absent) / len(absent)
+    absent = {n: math.comb(total - n, size) / math.comb(total, size) for n in set(counts)}
+    return sum(absent[n] for n in counts) / len(counts)
 
 
 @pytest.mark.parametrize(
@@ -104,44 +106,41 @@ def test_bank_larger_than_the_data_is_refused() -> None:
     assert checks.bank(100, labels_of([50, 50]), 2) is None
 
 
-def tiny_method() -> tuple[torch.nn.Module, int]:
-    """Return a module and its parameters' and buffers' bytes as counted by hand."""
-    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
-    module[0].weight.requires_grad_(False)
-    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
-    return module, frozen + 2 * trained + buffers
-
-
 def test_disk_space_is_that_of_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, size = tiny_method()
-    assert checks.checkpoint_bytes(module) == size
+    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
+    module[0].weight.requires_grad_(False)
+    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
+    assert checks.checkpoint_bytes(module) == frozen + 2 * trained + buffers
     monkeypatch.chdir(tmp_path)
-    asked = set_free_space(monkeypatch, 3 * size)
+    asked = set_free_space(monkeypatch, 1000)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
-        checks.disk_space(folder, module, 3)
+        require_space(folder, 1000, "--output")
     assert asked == [tmp_path] * 3
-    set_free_space(monkeypatch, 3 * size - 1)
     with pytest.raises(
         ValueError, match="^runs/mine has 0.0 MB of free space, .* are needed; .* another --outp"
     ):
-        checks.disk_space(Path("runs/mine"), module, 3)
-    checks.disk_space(tmp_path / "run", module, 2)
+        require_space(Path("runs/mine"), 1001, "--output")
 
 
 @pytest.mark.parametrize("objective", ["ocm", "cosine"])
 def test_size_of_a_checkpoint_and_of_a_bank(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
     """The estimate is that of a file that a run leaves, but for its index of names."""
-    options = f"--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1"
-    assert run(tmp_path / "run", *options.split(), "--objective.bank-size", "4") == 0
-    warned = "warning: a bank of 4 leaves about " in capsys.readouterr().out
+    options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
+        --objective.bank-size 4""".split()
+    warned = "warning: a bank of 4 leaves about " in told(tmp_path / "run", *options)
     assert warned == (objective == "ocm")
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
-    assert checks.checkpoint_bytes(method) == pytest.approx(path.stat().st_size, rel=0.1)
+    size = checks.checkpoint_bytes(method)
+    assert size == pytest.approx(path.stat().st_size, rel=0.1)
+    # Room for three: two are kept, and the next is written before the oldest is deleted.
+    set_free_space(monkeypatch, 3 * size - 1)
+    assert "another --output" in refused(tmp_path / "other", *options)
+    assert run(tmp_path / "run", *options) == 0
 
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -217,19 +216,18 @@ def test_every_check_is_made() -> None:
 
 
 def test_each_trouble_has_a_line_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_free_space(monkeypatch, 1000)
-    troubles = "--precision bf16 --objective.bank-size 33 --system.workers 2"
-    assert run(tmp_path / "run", *troubles.split()) == 2
-    captured = capsys.readouterr()
-    lines = captured.err.splitlines()
+    troubles = "--precision bf16 --objective.bank-size 33 --system.workers 2".split()
+    status, out, err = captured(lambda options: run(tmp_path / "run", *options), *troubles)
+    assert (status, out) == (2, "")
+    lines = err.splitlines()
     remedies = ("use --precision fp32", "the dataset's 32 images", "--shm-size", "another --output")
     for remedy in remedies:
         assert sum(remedy in line for line in lines) == 1
     assert len(lines) == len(remedies)
     assert all(line.startswith("error: ") for line in lines)
-    assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -252,7 +250,7 @@ def test_changed_image_files(
     for index in range(8):
         save_image(tmp_path / "ab"[index // 4] / f"{index % 4}.png", index)
     source = FolderSource(tmp_path)
-    before = ImageFiles({"training": source}).state(60)
+    before = ImageFiles({"training": source}, {}, None).state(60)
     assert before["training"].nbytes == 4 * len(source)
     for index in times:
         os.utime(source.name(index), (0, 1e9))
@@ -260,9 +258,8 @@ def test_changed_image_files(
         with Path(source.name(index)).open("ab") as file:
             file.write(b"more")
         os.utime(source.name(index), (0, 1e9))
-    files = ImageFiles({"training": source})
+    files = ImageFiles({"training": source}, before, Path("step_4.pt"))
     files.state(60)
-    files.compare_with(before, Path("step_4.pt"))
     found = files.warnings()
     assert len(found) == len(expected)
     assert all(map(re.match, expected, found))

@@ -81,7 +81,7 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
         workers = TINY.index("--system.workers")
         arguments = ["smoke", "--output", str(folder), *TINY[:workers], *TINY[workers + 2 :]]
         return subprocess.run(
-            ["bash", str(SCRIPT), *arguments, "--optim.epochs", "6", *overrides],
+            ["bash", str(SCRIPT), *arguments, "--optim.epochs", "4", *overrides],
             env=environment,
             capture_output=True,
             text=True,
@@ -91,16 +91,16 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
 
     first = job(tmp_path / "run", warn=True)
     assert first.returncode == 0, first.stderr
-    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 24, saved", first.stdout)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 16, saved", first.stdout)
     assert stopped is not None
-    assert last_state(tmp_path / "run")["step"] == int(stopped[1]) < 24
+    assert last_state(tmp_path / "run")["step"] == int(stopped[1]) < 16
     assert requeued.read_text() == f"requeue {os.getpid()}"
     assert "Traceback" not in first.stderr
     second = job(tmp_path / "run")
     assert second.returncode == 0, second.stderr
     assert f"continues from {tmp_path}/run/checkpoints/step_{stopped[1]}.pt" in second.stdout
-    assert last_state(tmp_path / "run")["step"] == 24
-    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(2, 25, 2))
+    assert last_state(tmp_path / "run")["step"] == 16
+    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(2, 17, 2))
 
     requeued.unlink()
     other = job(tmp_path / "run", "--seed", "3")

@@ -9,12 +9,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.images import save_classes
-from tests.processes import Forked, environments
+from tests.processes import Forked, captured, environments
 from tests.runs import TINY, run
 from trex_models.train import benchmark as module
 from trex_models.train.__main__ import main, parse
@@ -32,8 +33,9 @@ def images(tmp_path: Path) -> Path:
     return save_classes(tmp_path / "images", 8)
 
 
-def measure(*overrides: str) -> int:
-    return main(["smoke", *TINY, "--benchmark", *overrides])
+def measure(*overrides: str) -> tuple[int, str, str]:
+    """Return the status, and what is printed to each stream."""
+    return captured(main, "smoke", *TINY, "--benchmark", *overrides)
 
 
 def contents(folder: Path) -> dict[Path, bytes | None]:
@@ -42,16 +44,12 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_table_bottleneck_and_duration(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    workers: int,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert measure("--system.workers", str(workers)) == 0
-    out, err = capsys.readouterr()
-    assert not err
-    assert re.match(r".+, \d+ cores; python 3\.\d+\.\d+; torch 2\.", out)
+    status, out, err = measure("--system.workers", str(workers))
+    assert (status, err) == (0, "")
+    assert re.match(r".+, \d+ cores; torch 2\.", out)
     figure = r"[\d.,]+"
     for row in ("loader alone", "step alone", "both"):
         assert re.search(rf"^{row} +{figure} +{figure}  .+$", out, re.M), row
@@ -76,18 +74,17 @@ def test_more_steps_than_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "training_step", counting)
     monkeypatch.setattr(module, "_LEAST", 12)
-    assert measure() == 0
+    assert measure()[0] == 0
     assert len(weights) >= 2 + 12 + 2 + 12
     assert torch.equal(weights[0], weights[-1])
 
 
-def test_class_folder(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_folder(images: Path, tmp_path: Path) -> None:
     source = ["--data.source", "folder", "--data.path", str(images), "--objective.bank-size", "16"]
     source += ["--output", str(tmp_path / "run"), "--data.unreadable", "skip"]
     for _ in range(2):
         before = contents(tmp_path)
-        assert measure(*source) == 0
-        assert "16 images of 2 classes" in capsys.readouterr().out
+        assert "16 images of 2 classes" in measure(*source)[1]
         assert contents(tmp_path) == before
         (images / "a" / "3.jpg").write_bytes(b"torn")  # skipped, and not listed
 
@@ -100,7 +97,7 @@ def test_runs_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
     before = contents(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in before}
     for name in ("finished", "unfinished"):
-        assert measure("--output", str(tmp_path / name), "--seed", "3") == 0
+        assert measure("--output", str(tmp_path / name), "--seed", "3")[0] == 0
     assert contents(tmp_path) == before
     assert {path: path.stat().st_mtime_ns for path in before} == times
 
@@ -118,18 +115,13 @@ def test_runs_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_line(
-    images: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    overrides: str,
-    message: str,
+    images: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, message: str
 ) -> None:
     (images / "a" / "3.jpg").write_bytes(b"torn")
     monkeypatch.chdir(images.parent)
-    assert measure(*overrides.split()) == 2
-    err = capsys.readouterr().err
+    status, _, err = measure(*overrides.split())
+    assert (status, len(err.splitlines())) == (2, 1)
     assert message in err
-    assert len(err.splitlines()) == 1
 
 
 def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +131,7 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert main(["smoke", *TINY, "--benchmark", *output]) == 0
     assert main(["smoke", *TINY, *output, "--benchmark"]) == 0
     assert asked == [parse("smoke", [*TINY, *output])] * 2
-    assert measure() == 0
+    assert measure()[0] == 0
     assert asked[2] == replace(asked[0], output="")
     with pytest.raises(SystemExit):  # it is of recipes alone
         main(["export", str(tmp_path), *output, "--benchmark"])
@@ -148,21 +140,25 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(asked) == 3
 
 
+def test_interrupted_it_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "build_run", Mock(side_effect=KeyboardInterrupt))
+    assert measure() == (130, "", "interrupted; the same command starts again, or continues\n")
+
+
 def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--help"])
-    assert "--benchmark" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["smoke", "--help"])
-    assert "--benchmark" in capsys.readouterr().out
+    assert "\nWith --benchmark in addition" in capsys.readouterr().out
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_on_cuda(tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_on_cuda(tmp_path: Path, workers: str) -> None:
     output = ["--output", str(tmp_path / "run")]
-    assert measure("--system.device", "cuda:0", "--system.workers", workers, *output) == 0
-    assert re.search(r"^Device memory: [\d.]+ of \d+ GB$", capsys.readouterr().out, re.M)
+    status, out, _ = measure("--system.device", "cuda:0", "--system.workers", workers, *output)
+    assert status == 0
+    assert re.search(r"^Device memory: [\d.]+ of \d+ GB$", out, re.M)
     assert not (tmp_path / "run").exists()
 
 

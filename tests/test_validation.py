@@ -20,7 +20,7 @@ from torchvision import transforms
 from tests.images import picture, save_classes
 from tests.models import TinyBackbone
 from tests.processes import spawn
-from tests.runs import assert_same_state, last_state, logged, refused, run
+from tests.runs import assert_same_state, last_state, logged, refused, run, told
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource, Source
@@ -79,7 +79,7 @@ def make_method(source: Source, offset: float = 0.0) -> TReX:
 
 
 def crop(source: Source, index: int, side: int) -> Tensor:
-    """Cut out the centre with torchvision: 224 of 256, in proportion."""
+    """Cut out the center with torchvision: 224 of 256, in proportion."""
     transform = transforms.Compose(
         [
             transforms.Resize(side * 256 // 224, transforms.InterpolationMode.BILINEAR),
@@ -141,7 +141,7 @@ def knn_by_hand(method: TReX, source: Source, references: Source, count: int) ->
     return right / len(source)
 
 
-def test_nearest_neighbours_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     source, references = Recording(37, 6), Recording(37, 6)
     method = make_method(source, offset=0.4)
     expected = knn_by_hand(method, source, references, 21)
@@ -314,7 +314,7 @@ def test_validation_images_of_some_classes(
     assert set(dataset.source.labels.tolist()) == {1}
 
 
-def test_folder_of_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_held_out_images(tmp_path: Path) -> None:
     train, held_out = save_classes(tmp_path / "train", 8), tmp_path / "held_out"
     folders = ["--data.source", "folder", "--data.path", str(train), "--objective.bank-size", "16"]
     folders += ["--validation.path", str(held_out)]
@@ -325,8 +325,7 @@ def test_folder_of_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture
         assert not (tmp_path / "run").exists()
         shutil.rmtree(held_out)
     save_classes(held_out, 3, "b")
-    assert run(tmp_path / "run", *folders) == 0
-    assert "validation: 3 images of 1 of the 2 classes\n" in capsys.readouterr().out
+    assert "validation: 3 images of 1 of the 2 classes\n" in told(tmp_path / "run", *folders)
     method, _ = export.load_method(tmp_path / "run")
     expected = by_hand(method, FolderSource(held_out, "ab"), side=32)
     assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected

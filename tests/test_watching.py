@@ -15,6 +15,7 @@ import torch
 
 from tests.processes import Clock
 from tests.runs import logged, refused, run
+from trex_models.data.multicrop import EpochSampler
 from trex_models.distributed import Process
 from trex_models.train import reporting
 from trex_models.train.reporting import Reporter, summarize
@@ -29,12 +30,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def reporter(folder: Path, **options: Any) -> Reporter:
-    plan = {"start_step": 0, "total_steps": 8, "steps_per_epoch": 4, "images_per_step": 16}
-    return Reporter(
-        folder / "metrics.jsonl",
-        **(plan | {"process": Process(0, 1, torch.device("cpu"))} | options),
-    )
+def reporter(folder: Path, start_step: int = 0, tensorboard: Path | None = None) -> Reporter:
+    sampler = EpochSampler(64, 16, epochs=2, start_step=start_step)
+    alone = Process(0, 1, torch.device("cpu"))
+    return Reporter(folder / "metrics.jsonl", sampler, 16, alone, tensorboard)
 
 
 def slow(clock: Clock, seconds: float) -> Iterator[int]:
@@ -90,7 +89,7 @@ def test_on_a_terminal_it_is_a_bar(
         report.report(1, {"loss": 2.5, "bank_age": 3.0})
         report.report(2, {"loss": 2.5, "val_top1": 0.5, "val_knn": 0.25})
     captured = capsys.readouterr()
-    # No line per report beside the bar, but one per validation.
+    # No line per report next to the bar, but one per validation.
     assert captured.out == "a message\nepoch 0.5: val_top1 0.5 val_knn 0.25\n"
     assert "validation" in captured.err
     bar = next(x for x in captured.err.split("\r") if "waiting" in x)
@@ -181,7 +180,7 @@ def test_tensorboard_is_asked_for_only_where_it_is_wanted(
 
 
 def test_time_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
-    """Between the report of step 2 and the checkpoint of step 3 no line tells the time."""
+    """Between the report of step 2 and the checkpoint of step 3 no line has the time."""
     lines = [
         {"step": 2, "epoch": 0.5, "images_per_second": 8.0, "waiting_for_data": 0.5},
         {"step": 6, "epoch": 1.5, "images_per_second": 4.0, "waiting_for_data": 0.0},

@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from errno import EISDIR
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from trex_models.atomic import existing_folder
 
@@ -34,13 +34,7 @@ Command = Callable[..., Any]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A command ended early, on request: its message goes to stdout.
-
-    Args:
-        message: What to print.
-        status: Exit status.
-        on_all_ranks: Whether all processes stop with this message, so that one prints it.
-    """
+    """A command ended early, on request: its message goes to stdout, once if on all ranks."""
 
     def __init__(self, message: str, status: int, on_all_ranks: bool = False) -> None:
         super().__init__(message)
@@ -57,16 +51,7 @@ def main(
     extra: str,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Run one command, or one of several subcommands; return the exit status, as `run`.
-
-    Args:
-        commands: The command, or subcommands by name.
-        arguments: The command line.
-        prog: How the program is called, for its help.
-        description: Help of a program with subcommands; a command's own docstring otherwise.
-        extra: The extra of trex-models that the program needs.
-        errors: Further errors that a user can act on.
-    """
+    """Parse a command line as `call`, and run the command as `run`; return the exit status."""
     work = partial(call, commands, prog=prog, description=description)
     return run(work, arguments, extra, errors)
 
@@ -81,14 +66,9 @@ def call(
 ) -> Any:
     """Parse a command line with tyro and return what the command returns.
 
-    Prints help, or usage errors with status 2, by raising SystemExit.
-
-    Args:
-        commands: The command, or subcommands by name.
-        arguments: The command line.
-        prog: How the program is called, for its help.
-        description: Help of the program; None for the command's docstring.
-        options: Further arguments of ``tyro.cli``.
+    Prints help, or usage errors with status 2, by raising SystemExit. ``prog`` is how the program
+    is called, ``description`` the help of one with subcommands, and ``options`` are further
+    arguments of ``tyro.cli``.
     """
     import tyro
 
@@ -100,7 +80,7 @@ def call(
                 call(commands, ["--help"], prog=prog, description=description)
             raise SystemExit(2)
     for command in commands.values() if isinstance(commands, Mapping) else [commands]:
-        _describe(command)
+        _prepare(command)
     options = {"config": (tyro.conf.FlagCreatePairsOff,), **options}
     printed = io.StringIO()  # help alone: tyro does not wrap descriptions
     try:
@@ -114,23 +94,50 @@ def call(
             print(textwrap.fill(line, width) if len(line) > width else line.rstrip())
 
 
-def _describe(command: Any) -> None:
-    """Join the lines of each description, which tyro would break where the source does."""
-    if is_dataclass(command):
-        kind: Any = command
-        fields = {}
-        source: Any = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-        for field, text in pairwise(source.body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                fields[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
-        for section in get_type_hints(command).values():
-            if is_dataclass(section):
-                _describe(section)
-        entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
-        about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-        command.__doc__ = f"{about}\n\nArgs:{entries}"
-    elif command.__doc__:
+@cache
+def _prepare(command: Any) -> None:
+    """Change a command to what tyro needs: no line breaks in descriptions, no empty lists."""
+    if not is_dataclass(command):
         command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.getdoc(command) or "")
+        for name, parameter in inspect.signature(command).parameters.items():
+            if parameter.default is parameter.empty:
+                hint = get_type_hints(command, include_extras=True)[name]
+                command.__annotations__[name] = _one_or_more(hint)
+        return
+    kind: Any = command
+    fields = {}
+    source: Any = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    for field, text in pairwise(source.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            fields[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
+    for section in get_type_hints(command).values():
+        if is_dataclass(section):
+            _prepare(section)  # type: ignore[arg-type]  # it can be hashed
+    entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
+    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+    command.__doc__ = f"{about}\n\nArgs:{entries}"
+
+
+def _one_or_more(hint: Any) -> Any:
+    """Return the type hint of a parameter; if it is a list or tuple, one that must not be empty."""
+    from tyro import conf, constructors
+
+    bare = hint.__origin__ if get_origin(hint) is Annotated else hint
+    container: Any = get_origin(bare)
+    if container not in (list, tuple):
+        return hint
+    item = get_args(bare)[0]
+
+    def convert(texts: list[str]) -> Any:
+        if not texts:
+            raise ValueError("give one or more")
+        return container(map(item, texts))
+
+    metavar = "{0} [{0} ...]".format(item.__name__.upper())
+    spec = constructors.PrimitiveConstructorSpec(
+        "*", metavar, convert, lambda _: True, lambda items: [str(item) for item in items]
+    )
+    return Annotated[hint, spec, conf.arg(metavar=metavar, help_behavior_hint="(required)")]
 
 
 def run(
@@ -141,16 +148,11 @@ def run(
 ) -> int:
     """Run a command; return its exit status.
 
-    0; 1 if ``work`` returns False or another process failed; 2 with a short message on bad input;
-    130 on Ctrl-C. ``TREX_TRACEBACK=1`` shows where an error comes from.
-
-    Args:
-        work: The command, called with its arguments.
-        arguments: The command line.
-        extra: The extra of trex-models that the command needs.
-        errors: Further errors that a user can act on.
+    0; 1 if ``work`` returns False or another process failed; 2 with a short message on bad input,
+    which is a ValueError, OSError, ImportError or one of ``errors``; 130 on Ctrl-C.
+    ``TREX_TRACEBACK=1`` shows where an error comes from. ``extra`` is the extra of trex-models
+    that the command needs.
     """
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *errors)
     try:
         passed = work(prepare(arguments))
         sys.stdout.flush()
@@ -163,8 +165,9 @@ def run(
         return stopped.status
     except Exception as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
-        known = isinstance(error, expected) or hasattr(error, "exit_status") or out_of_memory
-        if os.environ.get("TREX_TRACEBACK") or not known:
+        known = isinstance(error, (ValueError, OSError, ImportError, *errors)) or out_of_memory
+        status = getattr(error, "exit_status", 2 if known else None)
+        if os.environ.get("TREX_TRACEBACK") or status is None:
             raise
         message, shared = str(error), getattr(error, "on_all_ranks", False)
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
@@ -175,10 +178,10 @@ def run(
         if not shared or not rank():
             for line in message.splitlines():
                 print(f"error: {'' if shared else this_process()}{line}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return status
     except KeyboardInterrupt:
         if not rank():
-            print("interrupted; run the same command again to continue", file=sys.stderr)
+            print("interrupted; the same command starts again, or continues", file=sys.stderr)
         return 128 + signal.SIGINT
     return 1 if passed is False else 0
 
@@ -198,22 +201,13 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     """Expand ``~`` in arguments, and make stdout escape characters that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does by itself
-    return [_expand_home(argument) for argument in arguments]
-
-
-def _expand_home(argument: str) -> str:
-    """Expand ``~`` where shells do not: --output=~/x, and quoted."""
-    named = argument.startswith("--")
-    option, equals, value = argument.partition("=") if named else ("", "", argument)
-    return f"{option}{equals}{os.path.expanduser(value)}"  # noqa: PTH111 - the rest of the text stays
+    # Shells do not expand --output=~/x, and what is quoted.
+    parts = [re.fullmatch(r"(--[^=]*=|)(.*)", text, re.S) for text in arguments]
+    return [part[1] + os.path.expanduser(part[2]) for part in parts if part]  # noqa: PTH111 - the rest stays
 
 
 def require_writable(output: Path, *suffixes: str) -> None:
-    """Check the name of ``--output``, and that its folder can be written, or created.
-
-    Raises:
-        ValueError: It ends in none of the suffixes, or cannot be written.
-    """
+    """Check that ``--output`` ends in one of the suffixes, and that it can be written."""
     if output.suffix not in suffixes:
         raise ValueError(f"--output {output}: give a file that ends in {' or '.join(suffixes)}")
     try:
@@ -228,11 +222,7 @@ def require_writable(output: Path, *suffixes: str) -> None:
 
 
 def require_at_least(least: int, **options: int) -> None:
-    """Check numbers of a command line, by the names of its parameters.
-
-    Raises:
-        ValueError: One is smaller.
-    """
+    """Check numbers of a command line, by the names of its parameters."""
     for name, value in options.items():
         if value < least:
             option = name.replace("_", "-")

@@ -237,8 +237,6 @@ def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") 
         x: Unit of the x axis.
     """
     folders = list({folder.resolve(): folder for folder in runs}.values())
-    if not folders:
-        raise ValueError("no run is named; give the folder of at least one")
     output = output or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
     plotting.require_picture(output)
     found = [read_run(folder) for folder in folders]

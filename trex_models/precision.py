@@ -16,15 +16,9 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(
     name: str = "auto", local_rank: int = 0, option: str = "--device"
 ) -> torch.device:
-    """Return the device that a user names.
+    """Return the device that a user names by ``option``: auto is CUDA if available, else the CPU.
 
-    Args:
-        name: ``auto`` (CUDA if available, else the CPU) or a torch device name.
-        local_rank: Rank of this process on its machine: the default index of a CUDA device.
-        option: Name of the setting in error messages.
-
-    Raises:
-        ValueError: It is not a device, or not available.
+    ``local_rank``, this process's on its machine, is the default index of a CUDA device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,24 +46,15 @@ class Precision:
     """Number formats of a computation: what autocast casts to, and whether TF32 is allowed.
 
     The parts that need float32 (norms, logits, prototypes, bank) switch autocast off themselves.
-
-    Attributes:
-        name: fp32, tf32, bf16 or fp16.
-        device_type: Type of the device.
-        scaler: Scaling of the loss, which fp16 needs and other formats pass through.
     """
 
     name: PrecisionName
     device_type: str
-    scaler: torch.amp.GradScaler
+    scaler: torch.amp.GradScaler  # of the loss, which fp16 needs and other formats pass through
 
     @classmethod
     def from_name(cls, name: PrecisionName, device_type: str) -> Precision:
-        """Build from fp32, tf32, bf16, fp16, or auto: bf16 on CUDA, fp32 elsewhere.
-
-        Raises:
-            ValueError: The device does not support it.
-        """
+        """Build from fp32, tf32, bf16, fp16, or auto: bf16 on CUDA, fp32 elsewhere."""
         if name == "auto":
             name = "bf16" if device_type == "cuda" else "fp32"
         elif name in ("tf32", "fp16") and device_type != "cuda":

@@ -34,12 +34,7 @@ are on this machine; it trains and writes nothing, and needs no --output.
 
 
 def main(arguments: Sequence[str], exits: bool = False) -> int:
-    """Run the command; return its exit status.
-
-    Args:
-        arguments: Command line.
-        exits: The process exits afterwards, as ``loop.train``.
-    """
+    """Run the command; return its exit status. With ``exits`` the process exits afterwards."""
     return cli.run(partial(_command, exits=exits), arguments, "train")
 
 
@@ -68,16 +63,7 @@ def _command(arguments: list[str], exits: bool) -> None:
 
 
 def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> Config:
-    """Apply command-line overrides to a recipe.
-
-    Args:
-        recipe: Name of the recipe.
-        arguments: Options that override its fields.
-        needs_output: ``--output`` must be given.
-
-    Raises:
-        SystemExit: With status 2 on a usage error, 0 after printing help.
-    """
+    """Apply command-line overrides to a recipe, as ``cli.call`` does."""
     import tyro
 
     with ExitStack() as stack:

@@ -8,24 +8,21 @@ The learning rate is 0, and nothing is saved or written; ``config.output`` may b
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from trex_models import distributed
-from trex_models.cli import progress_bar
 from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
 from trex_models.machine import free_cores, processor
-from trex_models.train.build import build_sampler, local_processes
+from trex_models.train.build import build_sampler, own_cores
 from trex_models.train.config import Config
 from trex_models.train.reporting import duration
 from trex_models.train.run import Run
@@ -35,17 +32,12 @@ from trex_models.train.step import training_step
 SECONDS = 12.0  # of each of the three measurements; a quarter of it to warm up
 _LEAST = 3  # steps, or batches, of a measurement
 _ENDLESS = 10**9  # epochs
-_PACKAGES = ("torch", "torchvision", "timm", "pillow", "simplejpeg")
 
 
 def benchmark(config: Config) -> None:
-    """Measure for about a minute; print a table, the bottleneck and its remedy.
+    """Measure for about a minute; rank 0 prints a table, the bottleneck and its remedy.
 
-    Every rank must call it; rank 0 prints.
-
-    Raises:
-        ValueError: The config or data is invalid.
-        PeerError: Another process failed.
+    Every rank must call it.
     """
     with distributed.process_group(config.system.device, config.system.backend) as process:
         run = build_run(config, process)
@@ -55,15 +47,18 @@ def benchmark(config: Config) -> None:
                 tqdm.write(line)
                 sys.stdout.flush()
 
-        for line in (_machine(process.device), *run.messages):
+        bench = _Bench(run, log)
+        if bench.is_cuda:
+            log(f"{torch.cuda.get_device_name(process.device)}, CUDA {torch.version.cuda}")
+        log(f"{processor()}, {free_cores()} cores; torch {torch.__version__}")
+        for line in run.messages:
             log(line)
         run.model = wrap_model(run)
-        bench = _Bench(run, log)
         log(f"\n{'':<14}{'images/s':>10}{'ms a batch':>12}")
         loader = bench.loader()
         step = bench.step()
         both = bench.both(loader < step)
-        log("\n" + throughput_advice(loader, step, both, run.workers, _cores(), bench.is_cuda))
+        log("\n" + throughput_advice(loader, step, both, run.workers, own_cores(), bench.is_cuda))
         if bench.is_cuda:
             used = torch.cuda.max_memory_allocated(process.device) / 1e9
             total = torch.cuda.get_device_properties(process.device).total_memory / 1e9
@@ -82,13 +77,8 @@ def throughput_advice(
 ) -> str:
     """Name the bottleneck and what helps most, in one line.
 
-    Args:
-        loader: Images per second of the loader alone.
-        step: Images per second of augmentation and training step alone.
-        both: Images per second of training.
-        workers: Loader processes of each training process.
-        cores: Cores of each training process.
-        cuda: Training runs on CUDA.
+    The rates are images per second of the loader alone, of the step alone, and of both together;
+    workers and cores are those of each training process.
     """
     ratio = loader / step
     wanted = max(1, math.ceil(1.1 * max(workers, 1) / ratio))  # a little faster than the step
@@ -110,11 +100,9 @@ def throughput_advice(
 
 
 class _Bench:
-    """The measurements, in their order; every rank takes part in each.
+    """The measurements of a run, in their order; every rank takes part in each.
 
-    Args:
-        run: Run at its first step, with its model wrapped.
-        log: Receives lines to print.
+    Each returns images per second.
     """
 
     def __init__(self, run: Run, log: Callable[[str], object]) -> None:
@@ -127,43 +115,34 @@ class _Bench:
         self.is_cuda = run.process.device.type == "cuda"
 
     def loader(self) -> float:
-        """Measure the loader alone; return images per second."""
-        batches, workers = self._batches(), self._run.workers
+        """Measure the loader alone."""
+        batches, workers, world_size = self._batches(), self._run.workers, self._process.world_size
 
         def load() -> None:
             self._batch = next(batches)
 
         # Batches that workers loaded while the first of them started do not count.
-        self._repeat("loader: warming up", load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
-        seconds = self._repeat("loader", load, SECONDS, max(_LEAST, workers))
-        own = self._batch_size / self._process.world_size / seconds
-        rate = sum(distributed.gather_objects(own))
-        each = f"{workers} worker{'s' * (workers != 1)} for each of {self._process.world_size}"
-        place = f"{each} process{'es' * (self._process.world_size != 1)}"
+        self._repeat(load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
+        seconds = self._repeat(load, SECONDS, max(_LEAST, workers))
+        rate = sum(distributed.gather_objects(self._batch_size / world_size / seconds))
+        each = f"{workers} worker{'s' * (workers != 1)} for each of {world_size}"
+        place = f"{each} process{'es' * (world_size != 1)}"
         self._log_row("loader alone", rate, place if workers else "in the training process itself")
         return rate
 
     def step(self) -> float:
-        """Measure augmentation and step, on the same batch; return images per second."""
-
-        def train() -> None:
-            self._train(self._batch)
-
-        self._repeat("step: warming up", train, SECONDS / 4, 2)
-        seconds = self._repeat("step", train, SECONDS, _LEAST)
-        augmentation = self._repeat(
-            "augmentation", lambda: self._augment(self._batch), SECONDS / 4, _LEAST
-        )
+        """Measure augmentation and step, on the same batch."""
+        train = partial(self._train, self._batch)
+        self._repeat(train, SECONDS / 4, 2)
+        seconds = self._repeat(train, SECONDS, _LEAST)
+        only = partial(self._augment, self._batch)
+        share = self._repeat(only, SECONDS / 4, _LEAST) / seconds
         rate = self._batch_size / seconds
-        self._log_row("step alone", rate, f"augmentation is {augmentation / seconds:.0%} of it")
+        self._log_row("step alone", rate, f"augmentation is {share:.0%} of it")
         return rate
 
     def both(self, loader_is_slower: bool) -> float:
-        """Measure training; return images per second.
-
-        Args:
-            loader_is_slower: Use up batches that were loaded ahead: no later step finds them.
-        """
+        """Measure training."""
         batches, waited = self._batches(), 0.0
 
         def train() -> None:
@@ -173,10 +152,11 @@ class _Bench:
             waited += time.monotonic() - started
             self._train(batch)
 
+        # Use up batches that a slower loader made ahead: no later step finds them.
         ahead = LIVE_BATCHES * self._run.workers if loader_is_slower else 0
-        self._repeat("both: warming up", train, SECONDS / 4, max(2, ahead))
+        self._repeat(train, SECONDS / 4, max(2, ahead))
         waited, started = 0.0, time.monotonic()
-        seconds = self._repeat("both", train, SECONDS, max(_LEAST, self._run.workers))
+        seconds = self._repeat(train, SECONDS, max(_LEAST, self._run.workers))
         share = waited / (time.monotonic() - started)
         rate = self._batch_size / seconds
         self._log_row("both", rate, f"{share:.0%} of the time waiting for data")
@@ -197,9 +177,8 @@ class _Bench:
             yield batch
 
     def _train(self, batch: Batch) -> None:
-        run, device = self._run, self._process.device
-        crops = self._augment(batch)
-        labels, indices = to_device([batch.labels, batch.ids], device)
+        run, crops = self._run, self._augment(batch)
+        labels, indices = to_device([batch.labels, batch.ids], self._process.device)
         training_step(
             run.model, run.method, run.optimizer, run.precision, crops, labels, indices, 0.0
         )
@@ -207,31 +186,21 @@ class _Bench:
     def _augment(self, batch: Batch) -> list[Tensor]:
         return augment(batch, self._process.device, self._run.config.system.compile)
 
-    def _repeat(self, name: str, act: Callable[[], object], seconds: float, least: int) -> float:
+    def _repeat(self, act: Callable[[], object], seconds: float, least: int) -> float:
         """Repeat an action for some seconds, at least some times, equally often on all ranks.
 
-        Returns:
-            Mean duration of the action, in seconds.
+        Returns the action's mean duration in seconds.
         """
         flags, done, passed = distributed.SharedFlags(1), 0, 0.0
-        with progress_bar(
-            seconds,
-            name,
-            "s",
-            bar_format="{desc} {percentage:3.0f}%|{bar}|",
-            leave=False,
-            disable=not self._process.is_main or not sys.stderr.isatty(),
-        ) as bar:
-            self._synchronize()
-            started = time.monotonic()
-            while not any(flags.exchange(done >= least and passed >= seconds)):
-                act()
-                done += 1
-                passed = time.monotonic() - started
-                bar.update(min(passed, seconds) - bar.n)
-            flags.finish()
-            self._synchronize()
-            return (time.monotonic() - started) / done
+        self._synchronize()
+        started = time.monotonic()
+        while not any(flags.exchange(done >= least and passed >= seconds)):
+            act()
+            done += 1
+            passed = time.monotonic() - started
+        flags.finish()
+        self._synchronize()
+        return (time.monotonic() - started) / done
 
     def _synchronize(self) -> None:
         if self.is_cuda:
@@ -245,20 +214,3 @@ class _Bench:
 def format_number(value: float) -> str:
     """Return a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cores() -> int:
-    """Return the number of cores of each training process."""
-    return max(1, free_cores() // local_processes())
-
-
-def _machine(device: torch.device) -> str:
-    """Return processor, device and versions in a line."""
-    facts = [f"{processor()}, {free_cores()} cores"]
-    if device.type == "cuda":
-        facts.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
-    facts.append(f"python {platform.python_version()}")
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            facts.append(f"{package} {version(package)}")
-    return "; ".join(facts)

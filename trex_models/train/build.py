@@ -41,31 +41,18 @@ from trex_models.train.config import (
 )
 from trex_models.train.validation import Neighbors, ValidationDataset
 
-_PATHS = {
-    "folder": "the folder of class folders",
-    "csv": "the CSV file",
-    "huggingface": "the dataset's folder or parquet file",
-}
-
 
 def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Source:
-    """Open the images that a configuration names.
-
-    Args:
-        data: Section data of the configuration.
-        classes: Class names in the order of the labels; None for the dataset's own.
-
-    Raises:
-        ValueError: There is no path, or no valid dataset at it.
-    """
+    """Open the images that a configuration names; ``classes`` are in the order of the labels."""
     if data.source == "fractals":
         return FractalSource(
             data.num_classes, data.images_per_class, data.image_size, variation=data.variation
         )
     if not data.path:
+        known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
         raise ValueError(
-            f"data.path is not set; name {_PATHS[data.source]} by --data.path, or train on "
-            "generated images by --data.source fractals"
+            f"data.path is not set; name {known.get(data.source, 'the folder of class folders')} "
+            "by --data.path, or train on generated images by --data.source fractals"
         )
     if data.source == "csv":
         image_column, label_column = data.image_column or "path", data.label_column or "label"
@@ -83,11 +70,7 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
 
 
 def open_validation(config: Config, source: Source) -> ValidationDataset | None:
-    """Open the images to validate on, if there are any.
-
-    Raises:
-        ValueError: The data is invalid, or has a class that the training images do not have.
-    """
+    """Open the images to validate on, of the training images' classes, if there are any."""
     data, validation = config.data, config.validation
     if data.source == "fractals":
         if not validation.images_per_class:
@@ -120,21 +103,14 @@ def build_neighbors(config: Config, source: Source) -> Neighbors | None:
 def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     """Return the crops of each resolution, globals first."""
     specs = [
-        CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_AUGMENTATION)
+        CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_AUGMENTATION),
+        CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_AUGMENTATION),
     ]
-    if crops.local_crops:
-        specs.append(
-            CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_AUGMENTATION)
-        )
-    return specs
+    return specs if crops.local_crops else specs[:1]
 
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
-    """Build the order of this process's batches.
-
-    Raises:
-        ValueError: The batch size does not match the data or the number of processes.
-    """
+    """Build the order of this process's batches; ValueError if the batch size does not match."""
     return EpochSampler(
         num_images, optim.batch_size, optim.epochs, seed, process.rank, process.world_size
     )
@@ -151,21 +127,16 @@ def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
 
 
 def build_method(config: Config, num_classes: int) -> TReX:
-    """Build the method on the CPU; its random weights depend on the seed alone.
-
-    Raises:
-        ValueError: The backbone is invalid, or cannot recompute its activations.
-    """
+    """Build the method on the CPU; its random weights depend on the seed alone."""
     torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
-    model, objective = config.model, config.objective
-    sizes = [spec.size for spec in crop_specs(config.crops)]
+    model, sizes = config.model, [spec.size for spec in crop_specs(config.crops)]
     backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
     projector: nn.Module = nn.Identity()
     if model.projector == "mlp":
         projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
         width = model.embedding_dim
-    loss = _build_objective(objective, width, num_classes)
-    method = TReX(Encoder(backbone, projector), loss, objective.ema_momentum)
+    objective = _build_objective(config.objective, width, num_classes)
+    method = TReX(Encoder(backbone, projector), objective, config.objective.ema_momentum)
     # After the momentum encoder copied the backbone: without gradients it keeps none anyway.
     if config.system.checkpoint_activations:
         recompute_activations(backbone, model.backbone)
@@ -185,9 +156,12 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Obj
 
 def num_workers(system: SystemConfig) -> int:
     """Return the number of loader processes of each training process."""
-    if system.workers is not None:
-        return system.workers
-    return min(8, max(1, free_cores() // local_processes()))
+    return min(8, own_cores()) if system.workers is None else system.workers
+
+
+def own_cores() -> int:
+    """Return the number of cores for each training process on this machine."""
+    return max(1, free_cores() // local_processes())
 
 
 def local_processes() -> int:

@@ -49,32 +49,29 @@ def lock_run_dir(config: Config) -> Iterator[None]:
         ValueError: The directory holds another run or other files, is in use by another process,
             or cannot be created; nothing is changed then.
     """
-    folder = Path(config.output)
+    folder, other = Path(config.output), "choose another --output"
     path = folder / "config.json"
     if config.output != config.output.encode(errors="replace").decode():
-        raise ValueError(
-            f"{folder} is not valid UTF-8, so safetensors could not read the export back; choose "
-            "another --output"
-        )
+        raise ValueError(f"{folder} is not valid UTF-8: its export cannot be read back; {other}")
     if path.exists():
         try:
             different = config_diff(json.loads(path.read_text()), config)
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not a configuration; choose another --output") from error
+            raise ValueError(f"{path} is not a configuration; {other}") from error
         if different:
             raise ValueError(
-                f"{folder} already holds another run ({'; '.join(different)}); choose another "
-                "--output, or the run's own settings to continue it"
+                f"{folder} already holds another run ({'; '.join(different)}); {other}, or the "
+                "run's own settings to continue it"
             )
     elif folder.is_file() or (folder.is_dir() and any(map(_foreign, folder.iterdir()))):
-        raise ValueError(f"{folder} is in use and holds no run; choose another --output")
+        raise ValueError(f"{folder} is in use and holds no run; {other}")
     make_folder(folder / "checkpoints")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"another process is training in {folder}; wait for its end, or choose another --output"
+            f"another process is training in {folder}; wait for its end, or {other}"
         ) from None
     except NotImplementedError:  # the file system has no locks
         pass
@@ -98,11 +95,7 @@ def _foreign(path: Path) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, if missing.
-
-    Raises:
-        ValueError: It cannot be created.
-    """
+    """Create a folder and its parents, if missing; ValueError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,21 +115,10 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def save(folder: Path, state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint, complete or not at all, and delete the oldest ones.
-
-    Args:
-        folder: Directory of the run.
-        state: Contents, as ``load`` returns them: config, step, method and more.
-
-    Raises:
-        ValueError: It cannot be written, for example because the disk is full; earlier
-            checkpoints stay.
-    """
-    path = folder / "checkpoints" / f"step_{state['step']}.pt"
-    write(path, state)
+def save(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint as ``write`` does, and delete the oldest ones."""
+    write(folder / "checkpoints" / f"step_{state['step']}.pt", state)
     prune(folder)
-    return path
 
 
 def prune(folder: Path) -> None:
@@ -146,11 +128,7 @@ def prune(folder: Path) -> None:
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file, complete or not at all.
-
-    Raises:
-        ValueError: It cannot be written.
-    """
+    """Write a state to a file, complete or not at all; ValueError if that is not possible."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
@@ -168,14 +146,9 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
 def newest(
     folder: Path, on_damaged: Callable[[Path, DamagedError], object]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Read the last checkpoint of a run that is not damaged.
+    """Read the last checkpoint of a run that is not damaged; None if the run has none yet.
 
-    Args:
-        folder: Directory of the run.
-        on_damaged: Callback for a damaged file, before an earlier one is read.
-
-    Returns:
-        The file and its contents; None if the run has no checkpoint yet.
+    ``on_damaged`` is called for a damaged file, before an earlier one is read.
 
     Raises:
         ValueError: A file is not a checkpoint of this trainer, or all are damaged.
@@ -190,6 +163,14 @@ def newest(
             f"all checkpoints of {folder} are damaged; delete its folder checkpoints to start again"
         )
     return None
+
+
+def last(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the last checkpoint of a run that must have one, and change nothing."""
+    found = newest(folder, lambda _, error: print(error))
+    if found is None:
+        raise ValueError(f"{folder} holds no checkpoint; name another run, or a checkpoint file")
+    return found
 
 
 def set_damaged_aside(path: Path, error: DamagedError) -> None:
@@ -252,29 +233,21 @@ def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
-    """Load a checkpoint's contents into the parts of a run.
-
-    Raises:
-        ValueError: A part does not match.
-    """
+    """Load a checkpoint's contents into the parts of a run; ValueError if one does not match."""
     for name, part in parts.items():
         try:
             if isinstance(part, nn.Module):  # load_state_dict would convert other types silently
-                _check_module(part, state[name])
+                difference = checkpoints.mismatch(state[name], part.state_dict())
+                if difference:
+                    raise ValueError(difference)
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
                 _check_optimizer(part)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = shorten(str(error), 200)  # torch lists every key
             raise ValueError(
-                f"the {name} in {path} does not match its configuration ({reason}); it belongs to "
-                "another architecture"
+                f"the {name} in {path} does not match its configuration ({reason})"
             ) from error
-
-
-def _check_module(module: nn.Module, state: Mapping[str, Any]) -> None:
-    if difference := checkpoints.mismatch(state, module.state_dict()):
-        raise ValueError(difference)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
@@ -26,19 +25,17 @@ _SAMPLES = 16
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def run_checks(checks: Iterable[Callable[[], object]]) -> list[str]:
+def run_checks(checks: Iterable[Callable[[], str | None]]) -> list[str]:
     """Run every check; return their warnings, or raise ValueError with a line for each failure."""
     failed, warnings = [], []
     for check in checks:
         try:
-            warning = check()
+            warnings.append(check())
         except (ValueError, OSError) as error:
             failed.append(str(error))
-        else:
-            warnings += [str(warning)] if warning else []
     if failed:
         raise ValueError("\n".join(failed))
-    return warnings
+    return [warning for warning in warnings if warning]
 
 
 def bank(size: int, labels: np.ndarray, num_classes: int) -> str | None:
@@ -48,66 +45,48 @@ def bank(size: int, labels: np.ndarray, num_classes: int) -> str | None:
     """
     counts = np.bincount(labels, minlength=num_classes)
     counts = counts[counts > 0]
-    num_classes = len(counts)
     if size > len(labels):
         raise ValueError(
             f"objective.bank_size {size} exceeds the dataset's {len(labels)} images, so that it "
             f"would hold images twice; use at most {len(labels)}"
         )
-    share = _share_without_prototype(size, counts)
-    wanted = min(_size_for(_TARGET, counts), len(labels))
+    share, wanted = _share_without_prototype(size, counts), 1
+    while _share_without_prototype(wanted, counts) > _TARGET:
+        wanted *= 2
+    wanted = min(wanted, len(labels))
     advice = f"{share:.1%} of the classes without a prototype; --objective.bank-size {wanted}"
     advice += f" leaves {_share_without_prototype(wanted, counts):.1%}"
-    if size < num_classes:
+    if size < len(counts):
         raise ValueError(
-            f"objective.bank_size {size} is below the {num_classes} classes and leaves {advice}"
+            f"objective.bank_size {size} is below the {len(counts)} classes and leaves {advice}"
         )
-    if share > _TOLERATED:
-        return f"a bank of {size} leaves about {advice}"
-    return None
+    return f"a bank of {size} leaves about {advice}" if share > _TOLERATED else None
 
 
 def _share_without_prototype(size: int, counts: np.ndarray) -> float:
     """Return the expected share of classes without an image among Q drawn at random."""
-    # In logarithms: the product over Q draws without replacement, of images not in the class.
     total = counts.sum()
     if size >= total:
         return 0.0
+    # In logarithms: the product over Q draws without replacement, of images not in the class.
     log = np.array([math.lgamma(total - n + 1) for n in counts])
     log -= np.array([math.lgamma(max(total - n - size, 0) + 1) for n in counts])
     log += math.lgamma(total - size + 1) - math.lgamma(total + 1)
     return float(np.where(total - counts < size, 0.0, np.exp(np.minimum(log, 0.0))).mean())
 
 
-def _size_for(share: float, counts: np.ndarray) -> int:
-    """Return the smallest power of two that leaves at most a share without a prototype."""
-    size = 1
-    while _share_without_prototype(size, counts) > share:
-        size *= 2
-    return size
-
-
-def disk_space(folder: Path, module: nn.Module, files: int) -> None:
-    """Check that there is room for a number of further checkpoints of a module."""
-    require_space(folder, files * checkpoint_bytes(module), "--output")
-
-
 def checkpoint_bytes(module: nn.Module) -> int:
     """Return the approximate size of a checkpoint in bytes."""
     state = [value for value in module.state_dict().values() if isinstance(value, torch.Tensor)]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*state, *trained])
+    return sum(tensor.nbytes for tensor in [*state, *trained])
 
 
 def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """Check that batches fit into the shared memory through which workers return them.
 
-    Otherwise a worker would end by a bus error.
-
-    Args:
-        batch_bytes: Size of one process's batch.
-        workers: Loader processes per training process.
-        processes: Training processes on this machine.
+    Otherwise a worker would end by a bus error. Each of the training processes on this machine has
+    so many workers.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
@@ -115,8 +94,8 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise ValueError(
-            f"{_SHARED_MEMORY} has {_megabytes(free)} left, batches on their way from "
-            f"{workers * processes} workers take {_megabytes(needed)}; enlarge it (docker run "
+            f"{_SHARED_MEMORY} has {free / 1e6:,.0f} MB left, batches on their way from "
+            f"{workers * processes} workers take {needed / 1e6:,.0f} MB; enlarge it (docker run "
             "--shm-size 8g) or lower --system.workers"
         )
 
@@ -140,15 +119,10 @@ def samples(name: str, source: Source, skip: bool = False) -> str | None:
             raise ValueError(
                 f"{source.name(index)} is {image.dtype} {image.shape}, not uint8 (H, W, 3)"
             )
+    count = f"of {len(indices)} {name} images"
     if len(reasons) == len(indices):
-        raise ValueError(
-            f"none of {len(indices)} {name} images is readable; the last: {reasons[-1]}"
-        )
-    if reasons:
-        return (
-            f"{len(reasons)} of {len(indices)} {name} images are unreadable, such as: {reasons[0]}"
-        )
-    return None
+        raise ValueError(f"none {count} is readable; the last: {reasons[-1]}")
+    return f"{len(reasons)} {count} are unreadable, such as: {reasons[0]}" if reasons else None
 
 
 def classes(source: Source) -> str | None:
@@ -181,7 +155,3 @@ def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> No
             "precision bf16 on a CPU has wrong gradients for crops of 16 pixels or fewer; use "
             "--precision fp32 or larger crops"
         )
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.0f} MB"

@@ -31,12 +31,16 @@ def _require_at_least(least: float, section: Any, prefix: str, *names: str) -> N
         )
 
 
+def _require_source(data: DataConfig, name: str, value: str, *sources: str) -> None:
+    """Refuse a value that no source but ``sources`` reads."""
+    _require(
+        not value or data.source in sources,
+        f"{name} is set, but data.source {data.source} has none; it is for --data.source "
+        f"{' or '.join(sources)}",
+    )
+
+
 _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of timm.create_model
-_SOURCES_WITH = {
-    "split": ("huggingface",),
-    "image_column": ("csv", "huggingface"),
-    "label_column": ("csv", "huggingface"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +80,10 @@ class DataConfig:
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
-        _require(
-            self.source != "fractals" or not self.path,
-            "data.path is set, but data.source is fractals; add --data.source folder, csv or "
-            "huggingface",
-        )
-        for name, sources in _SOURCES_WITH.items():
-            _require(
-                not getattr(self, name) or self.source in sources,
-                f"data.{name} is set, but data.source {self.source} has none; it is for "
-                f"{' and '.join(sources)}",
-            )
+        _require_source(self, "data.path", self.path, "folder", "csv", "huggingface")
+        _require_source(self, "data.split", self.split, "huggingface")
+        for name in ("image_column", "label_column"):
+            _require_source(self, f"data.{name}", getattr(self, name), "csv", "huggingface")
         _require(
             0 <= self.max_unreadable < 1,
             f"data.max_unreadable is a share in [0, 1), got {self.max_unreadable}",
@@ -116,11 +113,9 @@ class CropsConfig:
     def __post_init__(self) -> None:
         _require_at_least(1, self, "crops", "global_crops")
         _require_at_least(0, self, "crops", "local_crops")
-        _require(
-            min(self.global_size, self.local_size) > 0
-            and max(self.global_size, self.local_size) <= 2048,
-            f"crop sizes must be 1 to 2048 pixels, got {self.global_size} and {self.local_size}",
-        )
+        sizes = self.global_size, self.local_size
+        in_range = min(sizes) > 0 and max(sizes) <= 2048
+        _require(in_range, f"crop sizes must be 1 to 2048 pixels, got {sizes[0]} and {sizes[1]}")
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
             _require(
@@ -194,7 +189,7 @@ class ObjectiveConfig:
     def bank_entries(self) -> int:
         """Q, with its default; 0 for an objective without a bank."""
         default = {"ocm": 8192, "look": 65536}.get(self.name, 0)
-        return default if self.bank_size is None or not default else self.bank_size
+        return (self.bank_size or default) if default else 0
 
     def resolved(self) -> ObjectiveConfig:
         """Return a copy with the bank's size filled in, where there is a bank."""
@@ -319,16 +314,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
-        _require(
-            not self.validation.path or self.data.source != "fractals",
-            "validation.path is set, but data.source is fractals; set "
-            "validation.images_per_class, or data.source",
-        )
-        _require(
-            not self.validation.split or self.data.source == "huggingface",
-            f"validation.split is set, but data.source {self.data.source} has none; it is for "
-            "huggingface",
-        )
+        path, split = self.validation.path, self.validation.split
+        _require_source(self.data, "validation.path", path, "folder", "csv", "huggingface")
+        _require_source(self.data, "validation.split", split, "huggingface")
 
 
 # Fields that may change when a run is resumed, as they do not change what is learned. The place of
@@ -361,17 +349,11 @@ def _build(hint: Any, value: Any, name: str) -> Any:
     """Return the value of a field, with tuples for JSON's lists."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         hints, prefix = get_type_hints(hint), f"{name}." if name else ""
-        unknown = [key for key in value if key not in hints]
-        missing = [
-            field.name
-            for field in dataclasses.fields(hint)
-            if field.name not in value and field.default is field.default_factory
-        ]
-        if unknown or missing:
-            raise ValueError(
-                f"not a configuration of this version: {prefix}{(unknown or missing)[0]} is "
-                f"{'unknown' if unknown else 'missing'}"
-            )
+        if unknown := [key for key in value if key not in hints]:
+            name = f"{prefix}{unknown[0]}"
+            raise ValueError(f"not a configuration of this version: {name} is unknown")
+        if hint is Config and "output" not in value:  # all others have defaults
+            raise ValueError("not a configuration of this version: output is missing")
         return hint(**{key: _build(hints[key], value[key], f"{prefix}{key}") for key in value})
     found = tuple(value) if isinstance(value, list) else value
     if not _has_type(found, hint):
@@ -386,24 +368,17 @@ def _has_type(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_has_type(value, choice) for choice in of)
     if origin is tuple:
-        kinds = of[:1] * len(value) if of[-1] is ... and isinstance(value, tuple) else of
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(kinds)
-            and all(map(_has_type, value, kinds))
-        )
+        if not isinstance(value, tuple):
+            return False
+        kinds = of[:1] * len(value) if of[-1] is ... else of
+        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def config_diff(saved: Mapping[str, Any], config: Config) -> list[str]:
     """List the fields in which a saved configuration differs, as 'name: saved -> new'.
 
-    Fields that do not change what is learned (output, license, data.path, validation, most of
-    system) are not compared.
-
-    Args:
-        saved: Parsed config.json of a run.
-        config: New configuration.
+    Those that do not change what is learned are not compared.
     """
     old = flatten(saved)
     new = flatten(json.loads(to_json(config)))
@@ -418,9 +393,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of a tree of settings by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {prefix + key: value}
-        )
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,9 @@ _ZOO = {("resnet50", 3): "trex_resnet50", ("resnet50", 1): "trexstar_resnet50"}
 
 
 def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
-    """Export any checkpoint of the trainer, of a finished run or not.
+    """Export a checkpoint, or a run's last one, as ``export_method``; return the folders.
 
-    Args:
-        path: File of a run's checkpoints folder, or a run's folder for its last checkpoint.
-        folder: Output folder, as ``export_method``.
-        weights_license: License to state; None for the one that the run was started with.
-
-    Returns:
-        Exported folders.
+    Without ``weights_license`` the one is stated that the run was started with.
 
     Raises:
         ValueError: There is no valid checkpoint, or its license must not be changed.
@@ -61,16 +54,7 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
     its outputs are then the embeddings. It is a model of this package if the backbone is a ResNet,
     and of timm if a linear classifier follows the backbone directly. All load by
     ``timm.create_model("local-dir:...", pretrained=True)``, the backbone without this package.
-    Each folder replaces an earlier export in one move.
-
-    Args:
-        method: Trained method, on the CPU; set to eval mode.
-        config: Configuration that it was built from.
-        classes: Names of the classes.
-        folder: Output folder.
-
-    Returns:
-        Exported folders.
+    Each folder replaces an earlier export in one move. The method, on the CPU, is set to eval mode.
 
     Raises:
         ValueError: ``folder`` cannot be created.
@@ -156,17 +140,13 @@ def _whole_model(
 
 
 def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
-    """Load a step whose loss was not finite, as its process saw it.
+    """Load a step whose loss was not finite from the file that the error message named.
 
-    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass.
-
-    Args:
-        path: File that the error message of training named.
-
-    Returns:
-        The method in training mode; its inputs (crops of each resolution, labels, sample
-        indices); the precision. On CUDA if available, else on the CPU. The global generators are
-        seeded as they were; only BatchNorm's running statistics are those after the forward pass.
+    Returns the method in training mode, its inputs (crops of each resolution, labels, sample
+    indices) and the precision, on CUDA if available, else on the CPU.
+    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass, as its
+    process saw it: the global generators are seeded as they were. Only BatchNorm's running
+    statistics are those after the forward pass.
 
     Raises:
         ValueError: The file is not such a step, or its precision needs CUDA.
@@ -185,21 +165,12 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
 
 
 def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
-    """Build a checkpoint's method, on the CPU; return it and the contents of the file.
-
-    Args:
-        path: File, or a run's folder for its last checkpoint that is not damaged.
+    """Build the method of a checkpoint, or of a run's last one, on the CPU; return its state, too.
 
     Raises:
         ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
     """
-    if path.is_dir():
-        newest = checkpointing.newest(path, lambda _, error: print(error))
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoints; name a run's folder or a checkpoint")
-        path, state = newest
-    else:
-        state = checkpointing.load(path)
+    path, state = checkpointing.last(path) if path.is_dir() else (path, checkpointing.load(path))
     config, num_classes = from_dict(state["config"]), len(state["classes"])
     # First without memory: the configuration may ask for a network that the file cannot fill.
     too_large = "its configuration describes a larger network than its tensors"
@@ -224,13 +195,7 @@ class _LimitedCalls(TorchFunctionMode):
         super().__init__()
         self.left, self.message = left, message
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
             raise ValueError(self.message)

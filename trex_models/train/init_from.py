@@ -27,114 +27,82 @@ from trex_models.train import checkpointing
 
 @dataclass(frozen=True)
 class _File:
-    """Contents of a file.
-
-    Args:
-        path: Path of the file.
-        parts: Weights by the parts of ``checkpoints.TABLE``.
-        classes: Names of its classes, if known.
-        images: Digest of the images that it was trained on, if known.
-        license: License of the weights; empty if not stated.
-    """
+    """Weights of a file by the parts of ``checkpoints.TABLE``, and what else is known of them."""
 
     path: Path
     parts: dict[str, dict[str, Any]]
-    classes: list[str] | None
-    images: str | None
     license: str
+    """Empty if not stated."""
+    classes: list[str] | None
+    images: str | None = None
+    """Digest of the images that it was trained on."""
 
     def value(self, part: str) -> Any:
         """Return the only value of a part; None if the file has none."""
         return next(iter(self.parts[part].values()), None)
-
-    @property
-    def has_bank(self) -> bool:
-        """Whether the file has a memory bank."""
-        return self.value("bank features") is not None
 
 
 @torch.no_grad()
 def init_from(
     path: Path, method: TReX, classes: Sequence[str], images: str
 ) -> tuple[list[str], str]:
-    """Load the parts of a checkpoint that match a method.
+    """Load the parts of a checkpoint that match a method on the CPU, whose others stay random.
 
-    Args:
-        path: Checkpoint of any form, a timm folder, or a run for its last checkpoint.
-        method: Method with random weights, on the CPU; parts that do not match keep them.
-        classes: Names of the run's classes.
-        images: Digest of the run's images: the bank's sample indices are valid for these only.
-
-    Returns:
-        A line for each part: restored, or why not; and the license of the weights, empty if the
-        file does not state it.
+    ``path`` is a checkpoint of any form, a timm folder, or a run for its last checkpoint;
+    ``images`` is the digest of the run's: the bank's sample indices are valid for these only.
+    Returns a line for each part, restored or why not, and the license of the weights, empty if
+    the file does not state it.
 
     Raises:
         ValueError: The file is not readable, has no backbone or another one, or its weights are
             not finite.
     """
-    file = _open(path)
     try:
+        path, contents = _read(path)
+        file = _sort(path, contents)
         checkpoints.check_finite(file.parts)
-        lines = [f"from {file.path}:", *_restore(method, file, classes, images)]
-    except CheckpointError as error:
-        raise ValueError(f"init_from: {file.path}: {error}") from error
+        lines = [f"from {path}:", *_restore(method, file, classes, images)]
+    except (CheckpointError, WeightsError) as error:
+        named = "" if str(path) in str(error) else f"{path}: "
+        raise ValueError(f"init_from: {named}{error}") from error
     return lines, file.license
 
 
-def _open(path: Path) -> _File:
-    """Read a file of any form.
-
-    Raises:
-        ValueError: It is missing, damaged, or not a checkpoint.
-    """
-    try:
-        if (path / "checkpoints").is_dir():
-            newest = checkpointing.newest(path, lambda _, error: print(error))
-            if newest is None:
-                raise CheckpointError(f"{path} holds no checkpoint yet; name another one")
-            path, contents = newest
-        elif path.is_dir() and not (path / "model.safetensors").is_file():
+def _read(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that a path names, and its contents."""
+    if (path / "checkpoints").is_dir():
+        return checkpointing.last(path)
+    if path.is_dir():
+        path /= "model.safetensors"
+        if not path.is_file():
             raise CheckpointError(
-                f"{path} is neither a run's folder nor a timm folder with model.safetensors; name "
-                "one of these, or a checkpoint file"
+                f"{path.parent} is neither a run's folder nor a timm folder with {path.name}; "
+                "name one of these, or a checkpoint file"
             )
-        elif not path.exists():
-            raise CheckpointError(f"{path} does not exist; name a checkpoint, or a run")
-        else:
-            path = path / "model.safetensors" if path.is_dir() else path
-            contents = dict(checkpoints.load_checkpoint(path))
-    except CheckpointError as error:
-        raise ValueError(f"init_from: {error}") from error
-    try:
-        form, parts, _ = checkpoints.sort(contents)
-        stated = license_of(path, contents, form)
-    except (CheckpointError, WeightsError) as error:
-        raise ValueError(f"init_from: {path}: {error}") from error
+    if not path.exists():
+        raise CheckpointError("the file does not exist; name a checkpoint, or a run")
+    return path, dict(checkpoints.load_checkpoint(path))
+
+
+def _sort(path: Path, contents: dict[str, Any]) -> _File:
+    """Sort the contents of a file by parts."""
+    form, parts, _ = checkpoints.sort(contents)
+    stated = license_of(path, contents, form)
     if form == "trainer":
-        return _File(path, parts, contents.get("classes"), contents.get("images"), stated)
-    return _File(path, parts, _label_names(path), None, stated)
-
-
-def _label_names(path: Path) -> list[str] | None:
-    """Return the class names in timm's config.json next to a model.safetensors, if there are any.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+        return _File(path, parts, stated, contents.get("classes"), contents.get("images"))
     config = path.with_name("config.json")
     if path.name != "model.safetensors" or not config.is_file():
-        return None
+        return _File(path, parts, stated, None)
     try:
         names = dict(json.loads(config.read_text())["pretrained_cfg"]).get("label_names")
         if names is not None and not all(isinstance(name, str) for name in names):
             raise TypeError("label_names is not a list of strings")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"init_from: {config} is no model's configuration ({type(error).__name__}: {error}); "
-            "export the model again, or name a file that stands alone"
+        raise CheckpointError(
+            f"{config} is no model's configuration ({type(error).__name__}: {error}); export the "
+            "model again, or name another file"
         ) from error
-    return names
+    return _File(path, parts, stated, names)
 
 
 def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> list[str]:
@@ -145,9 +113,8 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
         raise CheckpointError("it holds no backbone; name another file")
     misfit = _misfit(encoder.backbone, file.parts["backbone"])
     if misfit:
-        raise CheckpointError(
-            f"its backbone is not the run's ({misfit}); set model.backbone to the file's"
-        )
+        reason = f"its backbone is not the run's ({misfit})"
+        raise CheckpointError(f"{reason}; set model.backbone to the file's")
     encoder.backbone.load_state_dict(file.parts["backbone"])
     lines = [_line("backbone")]
 
@@ -162,9 +129,9 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
     lost = lost or _other_classes(file, classes)
     lines += _restore_head(method.objective, file, lost, file.images == images)
     if lines[-1].endswith(": restored") and file.classes is None:
+        count = len(classes)
         lines.append(
-            f"  classes: the file does not name them; they must be the run's {len(classes)} in "
-            "their order"
+            f"  classes: the file does not name them; they must be the run's {count} in their order"
         )
     return lines
 
@@ -196,33 +163,30 @@ def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]
 
 def _restore_head(objective: Objective, file: _File, lost: str, same_images: bool) -> list[str]:
     """Restore the bank or the class weights, unless ``lost`` says why not."""
+    has_bank = file.value("bank features") is not None
+    has_weights = file.value("class weights") is not None
     if objective.bank is None:
-        name = "class weights"
-        if file.has_bank:
-            name += ", from the bank's prototypes"
-        has_any = file.has_bank or file.value("class weights") is not None
-        misfit = "" if has_any else "the file has none"
+        name = "class weights" + (", from the bank's prototypes" if has_bank else "")
+        misfit = "" if has_bank or has_weights else "the file has none"
         misfit = misfit or lost or _restore_class_weights(objective, file)
         return [_line(name, misfit and f"random: {misfit}")]
-    lines = []
-    if file.value("class weights") is not None:
-        lines.append(_line("class weights", "not used: the objective has none"))
-    misfit = "" if file.has_bank else "the file has none"
+    unused = [_line("class weights", "not used: the objective has none")] if has_weights else []
+    misfit = "" if has_bank else "the file has none"
     misfit = misfit or lost or _restore_bank(objective.bank, file, same_images)
-    return [*lines, _line("memory bank", misfit and f"noise: {misfit}")]
+    return [*unused, _line("memory bank", misfit and f"noise: {misfit}")]
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
     """Copy the class weights; return why not, if they do not match."""
-    classifier, weights = objective.classifier, file.value("class weights")
-    biases = file.value("class biases")
-    if file.has_bank:
-        features, labels = file.value("bank features"), file.value("bank labels")
-        weights = class_means(features.float(), labels, len(classifier.weight))
+    classifier, biases = objective.classifier, file.value("class biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
         return "the file's are compared by cosine, without biases"
     if not isinstance(objective, LinearSoftmax) and biases is not None:
         return "the file's are of a linear classifier with biases"
+    features, weights = file.value("bank features"), file.value("class weights")
+    if features is not None:
+        labels = file.value("bank labels")
+        weights = class_means(features.float(), labels, len(classifier.weight))
     found = {"weight": weights} | ({} if biases is None else {"bias": biases})
     misfit = _misfit(classifier, found)
     if not misfit:
@@ -232,15 +196,12 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
 
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
     """Copy the bank; return why not, if it does not match."""
-    features, labels = file.value("bank features"), file.value("bank labels")
+    features, ids = file.value("bank features"), file.value("bank ids")
     if features.shape != bank.features.shape:
-        return (
-            f"the file's is {tuple(features.shape)}, the run's {tuple(bank.features.shape)}; see "
-            "objective.bank_size"
-        )
+        own, files = tuple(bank.features.shape), tuple(features.shape)
+        return f"the file's is {files}, the run's {own}; see objective.bank_size"
     bank.features.copy_(features)
-    bank.labels.copy_(labels)
-    ids = file.value("bank ids")
+    bank.labels.copy_(file.value("bank labels"))
     if same_images and ids is not None:  # otherwise -1: samples of other images
         bank.ids.copy_(ids)
     bank.pointer = checkpoints.bank_pointer(file.parts)
@@ -250,13 +211,11 @@ def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
 def _other_classes(file: _File, classes: Sequence[str]) -> str:
     """Return how the file's classes differ from the run's, as far as the file states them."""
     if file.classes is not None:
+        if list(file.classes) == list(classes):
+            return ""
         odd = sorted(set(file.classes) ^ set(classes))
-        if odd or list(file.classes) != list(classes):
-            example = f", such as {odd[0]}" if odd else ": in another order"
-            return (
-                f"the file's {len(file.classes)} classes are not the run's {len(classes)}{example}"
-            )
-        return ""
+        example = f", such as {odd[0]}" if odd else ": in another order"
+        return f"the file's {len(file.classes)} classes are not the run's {len(classes)}{example}"
     weights, labels = file.value("class weights"), file.value("bank labels")
     if weights is not None and weights.shape[:1] != (len(classes),):
         return f"the file's are {tuple(weights.shape)}, the run has {len(classes)} classes"

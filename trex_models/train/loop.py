@@ -21,12 +21,7 @@ from trex_models.train.validation import Validator
 def train(config: Config, exits: bool = False) -> list[Path]:
     """Train, or resume the run in ``config.output``, to the end; then export.
 
-    Args:
-        config: Configuration of the run.
-        exits: Whether the process exits afterwards, as ``StopSignals``.
-
-    Returns:
-        Exported folders, on rank 0; an empty list on other ranks.
+    Returns the exported folders on rank 0. With ``exits`` the process exits afterwards.
 
     Raises:
         ValueError: The config, data or output directory is invalid, a checkpoint cannot be
@@ -40,12 +35,10 @@ def train(config: Config, exits: bool = False) -> list[Path]:
         setup_run(config, process) as run,
         Reporter(
             run.folder / "metrics.jsonl",
-            start_step=run.sampler.start_step,
-            total_steps=run.sampler.total_steps,
-            steps_per_epoch=run.sampler.steps_per_epoch,
-            images_per_step=config.optim.batch_size,
-            process=process,
-            tensorboard=run.folder / "tensorboard" if config.system.tensorboard else None,
+            run.sampler,
+            config.optim.batch_size,
+            process,
+            run.folder / "tensorboard" if config.system.tensorboard else None,
         ) as reporter,
     ):
         # Kept until now: the bar would cover lines that are printed before it.
@@ -71,11 +64,8 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     steps_between_validations = run.config.validation.every * sampler.steps_per_epoch
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
     pinned = process.device.type == "cuda"  # page-locked batches are copied next to the step
-    batches = reporter.timed(
-        load_batches(
-            run.dataset, sampler, run.workers, pinned, reporter.log_from_any, signals.asked
-        )
-    )
+    log, asked = reporter.log_from_any, lambda: signals.received
+    batches = reporter.timed(load_batches(run.dataset, sampler, run.workers, pinned, log, asked))
 
     for step in range(sampler.start_step, sampler.total_steps):
         try:
@@ -86,12 +76,12 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 if isinstance(error, GaveUpError) and signals.received:
                     raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
-        run.unreadable.add(batch.unreadable)  # of this rank; shared when the run reports
+        run.unreadable.training |= batch.unreadable  # of this rank; shared when the run reports
         # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
         labels, indices = to_device([batch.labels, batch.ids], process.device)
-        learning_rate = float(run.lr_schedule[step])
+        rate = float(run.lr_schedule[step])
 
         done = step + 1
         last = done == sampler.total_steps
@@ -100,14 +90,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
-                run.model,
-                run.method,
-                run.optimizer,
-                run.precision,
-                crops,
-                labels,
-                indices,
-                learning_rate,
+                run.model, run.method, run.optimizer, run.precision, crops, labels, indices, rate
             )
         except NonFiniteLossError:  # before any weight changed: the step can be replayed
             raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
@@ -118,7 +101,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
 
         measured: dict[str, float] = {}
         if reports:  # the only wait for the device but for the loss's own check
-            measured |= run.meter.read() | {"learning_rate": learning_rate}
+            measured |= run.meter.read() | {"learning_rate": rate}
             measured |= head_health(run.method.objective, before)
         if validator and (last or done % steps_between_validations == 0):
             try:
@@ -155,10 +138,10 @@ def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Vali
         run.workers,
         neighbors=run.neighbors,
         log=reporter.log_from_any,
-        asked_to_stop=signals.asked,
+        asked_to_stop=lambda: signals.received,
         with_progress=reporter.with_progress,
-        on_skip=run.unreadable.add_validation,
-        on_skip_reference=run.unreadable.add,
+        on_skip=run.unreadable.validation.update,
+        on_skip_reference=run.unreadable.training.update,
     )
 
 
@@ -166,9 +149,9 @@ def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float])
     """Report; end the run, after saving it, if too many images are unreadable."""
     run.exchange_unreadable(reporter.log)
     run.report_changed_files(reporter.log)
-    if run.unreadable:
-        measured["unreadable"] = len(run.unreadable)
+    if run.unreadable.training:
+        measured["unreadable"] = len(run.unreadable.training)
     reporter.report(done, measured)
-    if run.unreadable.too_many:
+    if trouble := run.unreadable.trouble():
         run.save(done)
-        raise distributed.SharedError(run.unreadable.trouble())
+        raise distributed.SharedError(trouble)

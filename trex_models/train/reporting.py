@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from trex_models.atomic import append, write_whole
 from trex_models.cli import progress_bar
+from trex_models.data.multicrop import EpochSampler
 from trex_models.distributed import Process, gather
-from trex_models.method.bank import MemoryBank
 from trex_models.method.objectives import Objective
 
 T = TypeVar("T")
@@ -34,25 +34,14 @@ _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining
 
 
 class Meter:
-    """Mean loss and accuracy since the last reading, kept on the device until they are read.
-
-    Args:
-        process: This process; losses and logits are on its device.
-    """
+    """Mean loss and accuracy since the last reading, kept on the device until they are read."""
 
     def __init__(self, process: Process) -> None:
-        self._rank = process.rank
-        self._world_size = process.world_size
+        self._process = process
         self._sums = torch.zeros(3, device=process.device)  # loss, accuracy, steps
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a step.
-
-        Args:
-            loss: Loss of the step, a scalar.
-            logits: Logits of the first global crop, (B, C).
-            labels: Class labels, (B,).
-        """
+        """Add a step: its loss, the logits of the first global crop, (B, C), and labels, (B,)."""
         correct = (logits.argmax(1) == labels).float().mean()
         self._sums += torch.stack([loss.float(), correct, torch.ones_like(correct)])
 
@@ -68,8 +57,9 @@ class Meter:
 
     def load_state_dict(self, sums: Tensor) -> None:
         """Restore this rank's part of ``gathered``; the mean if the number of ranks changed."""
-        own = sums[self._rank] if len(sums) == self._world_size else sums.mean(0)
-        self._sums.copy_(own)
+        process = self._process
+        same = len(sums) == process.world_size
+        self._sums.copy_(sums[process.rank] if same else sums.mean(0))
 
 
 class Reporter:
@@ -79,11 +69,8 @@ class Reporter:
     line per report. Only rank 0 prints and writes.
 
     Args:
-        path: File of the metrics; lines of steps after ``start_step``, left by an interrupted
-            run, are dropped.
-        start_step: First step since this start.
-        total_steps: Steps of the run.
-        steps_per_epoch: Steps of an epoch.
+        path: File of the metrics; lines of later steps, left by an interrupted run, are dropped.
+        sampler: Order of the batches, at the first step since this start.
         images_per_step: Global batch size.
         process: This process.
         tensorboard: Folder for TensorBoard's files; None for none.
@@ -92,53 +79,51 @@ class Reporter:
     def __init__(
         self,
         path: Path,
-        start_step: int,
-        total_steps: int,
-        steps_per_epoch: int,
+        sampler: EpochSampler,
         images_per_step: int,
         process: Process,
         tensorboard: Path | None = None,
     ) -> None:
         self._path = path
-        self._total = total_steps
-        self._steps_per_epoch = steps_per_epoch
+        self._sampler = sampler
         self._images_per_step = images_per_step
         self._process = process
-        self._enabled = enabled = process.is_main
         self._started = self._last_time = time.monotonic()
-        self._start_step = self._last_step = start_step
+        self._last_step = start_step = sampler.start_step
         self._waited = self._untimed = 0.0
         self._bar = progress_bar(
-            total_steps,
+            sampler.total_steps,
             "",
             "step",
             initial=start_step,
             bar_format=_BAR,
-            disable=not enabled or not sys.stderr.isatty(),
+            disable=not process.is_main or not sys.stderr.isatty(),
         )
         self._writer: Any = None
-        if enabled:
-            if tensorboard is not None:
-                self._writer = _tensorboard_writer(tensorboard, start_step)
+        if process.is_main and tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+            # It hides what an interrupted run wrote of later steps.
+            self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
+        if process.is_main:
             _truncate(path, start_step)
 
     def log(self, message: str) -> None:
         """Print one line above the progress bar."""
-        if self._enabled:
+        if self._process.is_main:
             tqdm.write(message)
 
     def log_from_any(self, message: str) -> None:
         """Print one line of this rank, whichever it is, above the progress bar."""
-        rank = "" if self._enabled else f"process {self._process.rank}: "
+        rank = "" if self._process.is_main else f"process {self._process.rank}: "
         tqdm.write(rank + message)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the batches; measure the time spent waiting for them."""
         while True:
             started = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            if batch is None:
                 return
             self._waited += time.monotonic() - started
             yield batch
@@ -154,9 +139,8 @@ class Reporter:
 
     def with_progress(self, batches: Iterator[T], count: int, name: str) -> Iterator[T]:
         """Yield the batches under a second progress bar, which disappears at the end."""
-        with progress_bar(
-            count, name, "batch", leave=False, disable=bool(self._bar.disable)
-        ) as bar:
+        hidden = bool(self._bar.disable)
+        with progress_bar(count, name, "batch", leave=False, disable=hidden) as bar:
             for batch in batches:
                 yield batch
                 bar.update()
@@ -167,17 +151,17 @@ class Reporter:
 
     def report(self, done: int, metrics: dict[str, float]) -> None:
         """Print and record metrics, numbers by name, after ``done`` steps of the run."""
-        if not self._enabled:
+        if not self._process.is_main:
             return
         now = time.monotonic()
-        seconds = max(now - self._last_time, 1e-9)
-        training = max(seconds - self._untimed, 1e-9)
+        training = max(now - self._last_time - self._untimed, 1e-9)
         rate = (done - self._last_step) * self._images_per_step / training
         waiting = self._waited / training
-        remaining = (now - self._started) / (done - self._start_step) * (self._total - done)
+        total, taken = self._sampler.total_steps, done - self._sampler.start_step
+        remaining = (now - self._started) / taken * (total - done)
         self._last_time, self._last_step = now, done
         self._waited = self._untimed = 0.0
-        epoch = done / self._steps_per_epoch
+        epoch = done / self._sampler.steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
         line |= {"images_per_second": float(f"{rate:.4g}"), "waiting_for_data": round(waiting, 4)}
         append(self._path, json.dumps(line) + "\n")
@@ -186,14 +170,14 @@ class Reporter:
                 if name != "step":
                     self._writer.add_scalar(name, value, done)
             self._writer.flush()
-        trained, validated = (_format(metrics, names) for names in (_TRAINED, _VALIDATED))
+        trained, validated = (
+            "".join(f"{name} {metrics[name]:.4g} " for name in names if name in metrics)
+            for names in (_TRAINED, _VALIDATED)
+        )
         speed = f"{rate:.0f} images/s, {waiting:.0%} waiting for data"
         if self._bar.disable:
-            print(
-                f"step {done}/{self._total} epoch {epoch:.2f} {trained}{validated}{speed}, "
-                f"{duration(remaining)} left",
-                flush=True,
-            )
+            progress = f"step {done}/{total} epoch {epoch:.2f} {trained}{validated}{speed}"
+            print(f"{progress}, {duration(remaining)} left", flush=True)
         else:
             if validated:
                 self.log(f"epoch {epoch:g}: {validated.rstrip()}")
@@ -210,17 +194,6 @@ class Reporter:
         self.finish()
         if self._writer is not None:
             self._writer.close()
-
-
-def _format(metrics: dict[str, float], names: Sequence[str]) -> str:
-    return "".join(f"{name} {metrics[name]:.4g} " for name in names if name in metrics)
-
-
-def _tensorboard_writer(folder: Path, start_step: int) -> Any:
-    """Open a writer that hides what an interrupted run wrote of later steps."""
-    from torch.utils.tensorboard import SummaryWriter  # takes seconds
-
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 def _truncate(path: Path, start_step: int) -> None:
@@ -251,103 +224,70 @@ def class_directions(objective: Objective) -> Tensor | None:
 
 
 def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]:
-    """Diagnostics of the head after a step: prototype drift and bank coverage.
+    """Diagnostics of the head after a step; waits for the device. docs/training.md explains them.
 
-    t-ReX section 5 compares the drift of prototypes (Eq. 2) and of learned weights (Eq. 1). Waits
-    for the device.
-
-    Args:
-        objective: Objective with its bank or its learned weights.
-        before: ``class_directions`` before the step.
-
-    Returns:
-        If classes have vectors, prototype_change, the mean length of the change of their unit
-        vectors in the step, and empty_prototypes, the number of zero vectors. If there is a bank,
-        bank_classes, the share of classes with an entry written by this run; bank_age and
-        bank_oldest, the mean and largest age of these entries in steps; and bank_initial, the
-        share of entries of the initial bank (noise, or the bank of ``init_from``).
+    ``before`` is what ``class_directions`` returned before the step: t-ReX section 5 compares the
+    drift of prototypes (Eq. 2) and of learned weights (Eq. 1).
     """
     measured: dict[str, float] = {}
     after = class_directions(objective)
     if before is not None and after is not None:
         measured["prototype_change"] = (after - before).norm(dim=1).mean().item()
         measured["empty_prototypes"] = int((~after.any(1)).sum())
-    if objective.bank is not None:
-        measured |= _bank_health(objective.bank)
+    bank = objective.bank
+    if bank is not None:
+        own = bank.written >= 0  # written by this run: not the initial entries
+        ages = bank.batches - 1 - bank.written[own]
+        measured |= {
+            "bank_classes": len(bank.labels[own].unique()) / bank.num_classes,
+            "bank_age": ages.double().mean().item() if len(ages) else 0.0,
+            "bank_oldest": int(ages.max()) if len(ages) else 0,
+            "bank_initial": 1 - len(ages) / len(own),
+        }
     return measured
 
 
-def _bank_health(bank: MemoryBank) -> dict[str, float]:
-    own = bank.written >= 0
-    ages = bank.batches - 1 - bank.written[own]
-    classes = bank.labels[own].unique()
-    return {
-        "bank_classes": len(classes) / bank.num_classes,
-        "bank_age": ages.double().mean().item() if len(ages) else 0.0,
-        "bank_oldest": int(ages.max()) if len(ages) else 0,
-        "bank_initial": 1 - len(ages) / len(own),
-    }
-
-
 def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> list[str]:
-    """Return a summary of a finished run: time, rates, last and best metrics, what to do next.
+    """Return the lines that sum up a finished run: time, rates, metrics, what to do next.
 
     Time and rates are those of training, without validation and checkpoints, over all starts.
-
-    Args:
-        folder: Directory of the run.
-        images_per_step: Global batch size.
-        exported: Exported folders.
     """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = []
     if metrics:
-        images = [line["step"] * images_per_step for line in metrics]
         # From the rates: the time that an interruption cost does not count.
-        spans = [
-            (after - before) / line["images_per_second"]
-            for before, after, line in zip([0, *images], images, metrics, strict=False)
-        ]
-        waited = sum(
-            span * line["waiting_for_data"] for span, line in zip(spans, metrics, strict=True)
-        )
+        seconds = waited = 0.0
+        images = 0
+        for line in metrics:
+            before, images = images, line["step"] * images_per_step
+            span = (images - before) / line["images_per_second"]
+            seconds += span
+            waited += span * line["waiting_for_data"]
         lines.append(
             f"finished: {metrics[-1]['step']} steps, {metrics[-1]['epoch']:g} epochs, "
-            f"{images[-1]:,} images in {duration(sum(spans))} ({images[-1] / sum(spans):.0f} "
-            f"images/s, {waited / sum(spans):.0%} waiting for data)"
+            f"{images:,} images in {duration(seconds)} ({images / seconds:.0f} images/s, "
+            f"{waited / seconds:.0%} waiting for data)"
         )
-        lines += _figures(metrics)
-    listed = folder / "unreadable.txt"
-    if listed.exists():
-        count = len(listed.read_text().splitlines())
-        lines.append(f"{count} unreadable images were skipped, listed in {listed}")
-    lines.append(f"curves: python -m trex_models.plot {folder}")
-    lines += [f"exported {path}" for path in exported]
-    backbone = exported[0]
-    lines.append(f'use it: timm.create_model("local-dir:{backbone}", pretrained=True)')
-    lines.append(
-        f"for the Hub, in a checkout: python -m hub build {backbone} --output HUB --name NAME "
-        "--owner YOU --namespace YOU [--license ID]"
-    )
-    return lines
-
-
-def _figures(metrics: list[dict[str, Any]]) -> list[str]:
-    """Return the last loss and accuracy, and the last and best validation."""
-    trained = [line for line in metrics if "loss" in line]
-    validated = [line for line in metrics if "val_top1" in line]
-    lines = []
-    if trained:
-        last = trained[-1]
-        lines.append(
-            f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%} (global crop)"
-        )
-    if validated:
-        last = validated[-1]
-        best = max(validated, key=lambda line: line["val_top1"])
+    if trained := [line for line in metrics if "loss" in line]:
+        loss, accuracy = trained[-1]["loss"], trained[-1]["accuracy"]
+        lines.append(f"training: loss {loss:.4g}, accuracy {accuracy:.1%} (global crop)")
+    if validated := [line for line in metrics if "val_top1" in line]:
+        last, best = validated[-1], max(validated, key=lambda line: line["val_top1"])
         nearest = f", k-NN {last['val_knn']:.1%}" if "val_knn" in last else ""
         lines.append(
             f"validation: top-1 {last['val_top1']:.1%} (best {best['val_top1']:.1%} at epoch "
             f"{best['epoch']:g}), top-5 {last['val_top5']:.1%}{nearest}"
         )
-    return lines
+    listed = folder / "unreadable.txt"
+    if listed.exists():
+        count = len(listed.read_text().splitlines())
+        lines.append(f"{count} unreadable images were skipped, listed in {listed}")
+    backbone = exported[0]
+    return [
+        *lines,
+        f"curves: python -m trex_models.plot {folder}",
+        *(f"exported {path}" for path in exported),
+        f'use it: timm.create_model("local-dir:{backbone}", pretrained=True)',
+        f"for the Hub, in a checkout: python -m hub build {backbone} --output HUB --name NAME "
+        "--owner YOU --namespace YOU [--license ID]",
+    ]

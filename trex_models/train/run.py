@@ -28,47 +28,26 @@ _REMEDY = "lower optim.base_lr, lengthen optim.warmup_epochs, or use --precision
 
 @dataclass
 class Run:
-    """The parts of a run, at step ``sampler.start_step``.
+    """The parts of a run, at step ``sampler.start_step``."""
 
-    Attributes:
-        config: Configuration with its precision resolved.
-        process: This process.
-        precision: Number formats of the computation.
-        dataset: Crops of the training images.
-        validation: Images to validate on; None for no validation.
-        neighbors: References of the k-NN classifier; None for none.
-        sampler: Order of the batches.
-        lr_schedule: Learning rate of every step, (steps,).
-        method: The method, on the device and in training mode.
-        model: The method, wrapped for several processes.
-        optimizer: Optimizer of the encoder and the objective.
-        meter: Loss and accuracy since the last report.
-        unreadable: Images that were skipped.
-        workers: Number of loader processes.
-        data_fingerprint: Class names and digest of the images, kept in checkpoints.
-        inherited_license: License of the weights that the run started from; empty for none.
-        messages: Lines to print before the first step.
-        files: State of the image files; rank 0 only.
-    """
-
-    config: Config
+    config: Config  # with its precision resolved
     process: Process
     precision: Precision
     dataset: MultiCropDataset
     validation: ValidationDataset | None
-    neighbors: Neighbors | None
+    neighbors: Neighbors | None  # references of the k-NN classifier
     sampler: EpochSampler
-    lr_schedule: np.ndarray
-    method: TReX
-    model: nn.Module
+    lr_schedule: np.ndarray  # of every step, (steps,)
+    method: TReX  # on the device and in training mode
+    model: nn.Module  # the method, wrapped for several processes
     optimizer: torch.optim.Optimizer
     meter: Meter
     unreadable: UnreadableImages
-    workers: int
-    data_fingerprint: dict[str, Any]
-    inherited_license: str
-    messages: list[str]
-    files: ImageFiles | None = None
+    workers: int  # of this process
+    data_fingerprint: dict[str, Any]  # class names and digest of the images
+    inherited_license: str  # of the weights that the run started from; empty for none
+    messages: list[str]  # to print before the first step
+    files: ImageFiles | None = None  # on rank 0
 
     @property
     def folder(self) -> Path:
@@ -117,19 +96,14 @@ class Run:
         """Save the state after ``done`` steps, if all ranks agree on it and it is finite.
 
         Every rank must call it.
-
-        Raises:
-            SharedError: The ranks hold different weights, or different banks.
-            ValueError: Weights are not finite, or the checkpoint cannot be written.
         """
         # A faulty device or link would otherwise spread into every later checkpoint.
         distributed.check_identical(self._shared_tensors())
         tensors = (*self.method.parameters(), *self.method.buffers())
         # One wait for the device for all tensors. A checkpoint with NaN would replace a good one.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            raise ValueError(
-                f"weights are no longer finite after step {done}, and are not saved; {_REMEDY}"
-            )
+            trouble = f"weights are no longer finite after step {done}, and are not saved"
+            raise ValueError(f"{trouble}; {_REMEDY}")
         self.exchange_unreadable(print)
         # Every rank takes part in the gathering; rank 0 alone writes.
         state = self._state_after(done) | {"meter": self.meter.gathered()}
@@ -157,10 +131,8 @@ class Run:
             checkpointing.write(path, self._state_after(step) | inputs)
         except (OSError, ValueError) as error:
             return f"{trouble} ({error})"
-        return (
-            f"{trouble}. Its inputs and state: method, inputs, precision = "
-            f"trex_models.train.export.load_step({str(path)!r})"
-        )
+        call = f"trex_models.train.export.load_step({str(path)!r})"
+        return f"{trouble}. Its inputs and state: method, inputs, precision = {call}"
 
     def _shared_tensors(self) -> dict[str, Iterable[Tensor]]:
         """Return what every rank must hold identically: all but BatchNorm's running statistics."""
@@ -181,7 +153,7 @@ class Run:
             **state,
             **self.data_fingerprint,
             "inherited_license": self.inherited_license,
-            "unreadable": self.unreadable.indices,
+            "unreadable": sorted(self.unreadable.training),
             "config": json.loads(to_json(self.config)),  # plain values, which load without pickle
             "step": steps,
             "environment": self.environment,

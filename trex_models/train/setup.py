@@ -10,14 +10,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trex_models import distributed
+from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.multicrop import MultiCropDataset
@@ -42,11 +44,8 @@ from trex_models.train.validation import ValidationDataset
 def setup_run(config: Config, process: Process) -> Iterator[Run]:
     """Build a run, lock its directory and restore its last checkpoint.
 
-    Rank 0 alone reads and writes the directory; the other ranks need not see it.
-
-    Raises:
-        ValueError: The config, data, output directory or its checkpoint is invalid; one line for
-            each problem, on all ranks, before anything is written.
+    Rank 0 alone reads and writes the directory; the other ranks need not see it. What is invalid
+    is a ValueError on all ranks, with one line for each problem, before anything is written.
     """
     run = build_run(config, process)
     # The lock lives as long as the run: it ends with the block, or with the process.
@@ -64,14 +63,10 @@ def setup_run(config: Config, process: Process) -> Iterator[Run]:
 
 
 def build_run(config: Config, process: Process) -> Run:
-    """Build and check a run at its first step; nothing is locked, written or wrapped yet.
-
-    Raises:
-        ValueError: The config or data is invalid; one line for each problem.
-    """
+    """Build and check a run at its first step; nothing is locked, written or wrapped yet."""
     # A fault of one rank (its data, its memory) must end all: the others would wait for it.
     with raise_on_all_ranks():
-        # Precision and device first: the checks below depend on what "auto" stands for.
+        # Precision and device first: the checks below depend on what "auto" means.
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
@@ -132,9 +127,16 @@ def build_run(config: Config, process: Process) -> Run:
         ],
     )
     # Ranks that were started with other settings or other data would train on silently.
-    first = distributed.broadcast((to_json(run.config), run.data_fingerprint))
+    first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
-        _check_same_on_all_ranks(run, *first)
+        different = config_diff(json.loads(first), config)
+        if images != fingerprint:
+            different.append("the images")
+        if different:
+            raise ValueError(
+                f"this process and process 0 differ in {'; '.join(different)}; start all with the "
+                "same command and the same data"
+            )
     return run
 
 
@@ -145,9 +147,14 @@ def wrap_model(run: Run) -> nn.Module:
     if run.config.system.compile:
         run.method.encoder.compile()
     model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
+    share, device = run.config.optim.batch_size // run.process.world_size, run.process.device
+    shapes = [(spec.count * share, 3, spec.size, spec.size) for spec in run.dataset.specs]
+    layout = torch.channels_last
+    crops = [torch.zeros(shape, device=device).to(memory_format=layout) for shape in shapes]
+    labels, indices = torch.zeros(2, share, dtype=torch.int64, device=device)
     # Gradients must be of the type that the steps will have.
     with run.precision.autocast():
-        distributed.warm_up_ddp(model, *_blank_inputs(run))
+        distributed.warm_up_ddp(model, crops, labels, indices)
     return model
 
 
@@ -159,8 +166,7 @@ def _check(
     process: Process,
 ) -> list[str]:
     """Run the preflight checks that this configuration needs; return warnings."""
-    specs, objective, folder = build.crop_specs(config.crops), config.objective, Path(config.output)
-    held_out = [] if validation is None else [("validation", validation.source)]
+    specs, workers = build.crop_specs(config.crops), build.num_workers(config.system)
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
     if validation is not None:  # its batches wait next to the crops
@@ -170,29 +176,25 @@ def _check(
             "validation.neighbors is set, but there are no images to validate on; name them by "
             "validation.path, validation.split or validation.images_per_class"
         )
+    smallest, skip = min(spec.size for spec in specs), config.data.skips_unreadable
     found: list[Callable[[], str | None]] = [
-        *(
-            lambda name=name, images=images: checks.samples(
-                name, images, config.data.skips_unreadable
-            )
-            for name, images in [("training", source), *held_out]
-        ),
-        lambda: checks.classes(source),
-        lambda: checks.shared_memory(
-            batch_bytes, build.num_workers(config.system), build.local_processes()
-        ),
-        lambda: checks.cpu_bfloat16(
-            config.precision, process.device, min(spec.size for spec in specs)
-        ),
+        partial(checks.samples, "training", source, skip),
+        partial(checks.classes, source),
+        partial(checks.shared_memory, batch_bytes, workers, build.local_processes()),
+        partial(checks.cpu_bfloat16, config.precision, process.device, smallest),
     ]
-    if size := objective.bank_entries:
-        found.append(lambda: checks.bank(size, source.labels, len(source.classes)))
+    if validation is not None:
+        found.append(partial(checks.samples, "validation", validation.source, skip))
+    if entries := config.objective.bank_entries:
+        found.append(partial(checks.bank, entries, source.labels, len(source.classes)))
     if process.is_main and config.system.tensorboard:
         found.append(checks.tensorboard)
     if process.is_main and config.output:
         # One more than are kept: the next is written before the oldest is deleted.
+        folder = Path(config.output)
         more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
-        found.append(lambda: checks.disk_space(folder, method, more))
+        size = more * checks.checkpoint_bytes(method)
+        found.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(found)
 
 
@@ -201,16 +203,13 @@ def _warm_start(
 ) -> tuple[list[str], str]:
     """Load the weights of ``config.init_from``, unless the run has a checkpoint of its own.
 
-    Returns:
-        Lines that report each part, and the license of these weights; empty if nothing was read.
-
-    Raises:
-        ValueError: The file is invalid, or its license forbids the one that was chosen.
+    Returns lines that report each part, and the license of these weights; empty if nothing was
+    read.
     """
-    if not distributed.broadcast(bool(config.init_from) and begins):  # rank 0 sees the directory
-        return [], ""
     lines: list[str] = []
     inherited = ""
+    if not distributed.broadcast(bool(config.init_from) and begins):  # rank 0 sees the directory
+        return lines, inherited
     with raise_on_all_ranks():
         if process.is_main:
             lines, inherited = init_from(
@@ -230,15 +229,17 @@ def _resume(run: Run) -> None:
     saved = None
     with raise_on_all_ranks():
         if run.process.is_main:
-            sources = {"training": run.dataset.source}
-            if run.validation is not None:
-                sources["validation"] = run.validation.source
-            run.files = ImageFiles(sources)
             saved = checkpointing.newest(run.folder, checkpointing.set_damaged_aside)
             if saved is not None:
                 checkpointing.check_belongs(*saved, run.config, run.data_fingerprint)
                 _check_environment(run, *saved)
                 checkpointing.prune(run.folder)
+            # The images may have been replaced since: a thread looks at their sizes and times.
+            sources = {"training": run.dataset.source}
+            if run.validation is not None:
+                sources["validation"] = run.validation.source
+            path, state = saved or (None, {})
+            run.files = ImageFiles(sources, state.get("files", {}), path)
     saved = distributed.broadcast(saved)
     if saved is None:
         return
@@ -248,9 +249,6 @@ def _resume(run: Run) -> None:
     run.inherited_license = state["inherited_license"]
     chosen = resolve_license(run.config.license, run.inherited_license)
     run.config = replace(run.config, license=chosen)
-    # The images may have been replaced since; a thread is looking at their sizes and times.
-    if run.files:
-        run.files.compare_with(state.get("files", {}), path)
     _reread_unreadable(run, state["unreadable"])
     run.sampler.start_step = state["step"]
     finished = state["step"] == run.sampler.total_steps
@@ -266,47 +264,24 @@ def _reread_unreadable(run: Run, indices: list[int]) -> None:
             try:
                 run.dataset.source.read(index)
             except UnreadableImageError as error:
-                run.unreadable.add({index: str(error)})
-        if run.config.data.skips_unreadable and run.unreadable.too_many:
-            raise ValueError(run.unreadable.trouble())
-
-
-def _blank_inputs(run: Run) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return crops, labels and indices of the shapes of this process's steps."""
-    share = run.config.optim.batch_size // run.process.world_size
-    device = run.process.device
-    crops = [
-        torch.zeros(spec.count * share, 3, spec.size, spec.size, device=device).to(
-            memory_format=torch.channels_last
-        )
-        for spec in run.dataset.specs
-    ]
-    return crops, *torch.zeros(2, share, dtype=torch.int64, device=device)
-
-
-def _check_same_on_all_ranks(run: Run, config: str, fingerprint: dict[str, Any]) -> None:
-    different = config_diff(json.loads(config), run.config)
-    if fingerprint != run.data_fingerprint:
-        different.append("the images")
-    if different:
-        raise ValueError(
-            f"this process and process 0 differ in {'; '.join(different)}; start all with the same "
-            "command and the same data"
-        )
+                run.unreadable.training[index] = str(error)
+        trouble = run.unreadable.trouble()
+        if run.config.data.skips_unreadable and trouble:
+            raise ValueError(trouble)
 
 
 def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
-    before, now = state["environment"], run.environment
-    if state["batchnorm_groups"] != run.batchnorm_groups:
+    before, now, groups = state["environment"], run.environment, state["batchnorm_groups"]
+    if groups != run.batchnorm_groups:
+        processes = before.get("processes")
         raise ValueError(
-            f"{path} was saved by {before.get('processes')} processes, and BatchNorm saw "
-            f"{state['batchnorm_groups']} parts of each batch; with {now['processes']} it would "
-            f"see {run.batchnorm_groups}: start {before.get('processes')}"
+            f"{path} was saved by {processes} processes, and BatchNorm saw {groups} parts of each "
+            f"batch; now it would see {run.batchnorm_groups}: start {processes} processes"
         )
     changed = [
-        f"{name}: {before.get(name)} -> {now[name]}"
-        for name in now
-        if before.get(name) != now[name]
+        f"{name}: {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
     if changed:
         run.messages.append(
@@ -318,17 +293,14 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
 def _describe(
     config: Config, source: Source, validation: ValidationDataset | None, process: Process
 ) -> list[str]:
-    model = config.model
+    model, classes = config.model, f"{len(source.classes)} classes"
     layers = f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}"
     projector = f"projector with {layers}" if model.projector == "mlp" else "no projector"
     lines = [
-        f"{len(source)} images of {len(source.classes)} classes; {model.backbone}, {projector}, "
+        f"{len(source)} images of {classes}; {model.backbone}, {projector}, "
         f"{config.objective.name}; {config.precision} on {process.world_size} x {process.device}"
     ]
     if validation is not None:
-        present = len(np.unique(validation.source.labels))
-        lines.append(
-            f"validation: {len(validation.source)} images of {present} of the "
-            f"{len(source.classes)} classes"
-        )
+        images, present = len(validation.source), len(np.unique(validation.source.labels))
+        lines.append(f"validation: {images} images of {present} of the {classes}")
     return lines

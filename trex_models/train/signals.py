@@ -24,24 +24,14 @@ STOP_SIGNALS = [
 
 
 class StoppedBySignal(Stopped):
-    """A run stopped at a signal.
+    """A run stopped at a signal: after ``done`` steps of ``total``, saved, or within a step."""
 
-    Args:
-        received: Signal.
-        done: Number of steps done and saved; None if the stop came within a step.
-        total: Number of steps of the run.
-    """
-
-    def __init__(
-        self, received: signal.Signals, done: int | None = None, total: int | None = None
-    ) -> None:
-        where = f"after step {done} of {total}, saved; the same command continues"
-        if done is None:
-            where = "within a step; the same command continues from the last checkpoint"
-        saved = done is not None  # by all ranks at the same step
+    def __init__(self, received: signal.Signals, done: int = 0, total: int = 0) -> None:
+        where = "within a step; the same command continues from the last checkpoint"
+        if done:  # saved by all ranks
+            where = f"after step {done} of {total}, saved; the same command continues"
         message = f"stopped by {received.name} {where}"
-        super().__init__(message, 128 + received, on_all_ranks=saved)
-        self.received = received
+        super().__init__(message, 128 + received, on_all_ranks=bool(done))
 
 
 class Alarm:
@@ -68,12 +58,10 @@ class StopSignals:
 
     A signal that the process ignores (as under nohup) stays ignored. Repeated signals have no
     effect (torchrun and Slurm send them twice), except a second Ctrl-C at least a second after the
-    first, which ends the process at once.
+    first, which ends the process at once. The first signal is announced by a line.
 
-    Args:
-        announce: Print a line when the first signal arrives.
-        exits: The process exits after the block. Signals are then ignored from its end on, as
-            one of them would make a finished run look like a failed one.
+    If the process ``exits`` after the block, signals are ignored from its end on: one of them would
+    make a finished run look like a failed one.
     """
 
     def __init__(self, announce: bool = True, exits: bool = False) -> None:
@@ -97,10 +85,6 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if ended else handler)
         if self.received and (isinstance(error, GaveUpError) or is_peer_failure(error)):
             raise StoppedBySignal(self.received) from error
-
-    def asked(self) -> bool:
-        """Return whether a signal came."""
-        return self.received is not None
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is None:

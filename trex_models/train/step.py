@@ -31,18 +31,9 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one step: forward, backward, fill the bank, update the weights.
 
-    Args:
-        model: ``method``, or DistributedDataParallel around it.
-        method: The method.
-        optimizer: Optimizer of the encoder and the objective.
-        precision: Number formats of the computation.
-        crops: One tensor per resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first.
-        labels: Class labels, (B,).
-        indices: Sample indices, (B,). Only LOOK reads them.
-        learning_rate: Learning rate of this step.
-
-    Returns:
-        The loss before the optimizer's step, and the logits, (N * B, C); both detached.
+    ``model`` is ``method``, or DistributedDataParallel around it. Crops are one tensor per
+    resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first; labels and sample indices, (B,).
+    Returns the loss before the optimizer's step, and the logits, (N * B, C); both detached.
 
     Raises:
         NonFiniteLossError: The loss of this process is not finite.

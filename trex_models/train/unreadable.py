@@ -18,72 +18,44 @@ from trex_models.distributed import gather_objects
 
 
 class UnreadableImages:
-    """Unreadable images that were skipped, and why: counted, listed in a file, and limited.
+    """Unreadable images that were skipped: counted, listed in a file if there are any, limited.
 
-    Args:
-        path: File of the list, written if there are any.
-        num_images: Number of training images.
-        ceiling: Share of them that may be unreadable.
+    The ceiling is a share of the training images.
     """
 
     def __init__(self, path: Path, num_images: int, ceiling: float) -> None:
-        self.path = path
+        self.training: dict[int, str] = {}
+        """Reasons by index, each of which names its image; after ``exchange`` of all ranks."""
+        self.validation: dict[int, str] = {}
+        self._path = path
         self._ceiling = int(num_images * ceiling + 1e-6)  # 0.29 * 100 is just below 29
-        self._of_training: dict[int, str] = {}
-        self._of_validation: dict[int, str] = {}
-        self._listed: set[str] = set()
-
-    def __len__(self) -> int:
-        """Number of training images that this rank knows of; after ``exchange``, of all ranks."""
-        return len(self._of_training)
-
-    @property
-    def indices(self) -> list[int]:
-        """Indices of the training images, for a checkpoint."""
-        return sorted(self._of_training)
-
-    @property
-    def too_many(self) -> bool:
-        """Whether more training images are unreadable than allowed."""
-        return len(self._of_training) > self._ceiling
-
-    def add(self, reasons: Mapping[int, str]) -> None:
-        """Add {index: reason} of training images; each reason names its image."""
-        self._of_training |= reasons
-
-    def add_validation(self, reasons: Mapping[int, str]) -> None:
-        """Add {index: reason} of validation images."""
-        self._of_validation |= reasons
+        self._listed: dict[str, None] = {}
 
     def exchange(self, writes: bool, log: Callable[[str], object]) -> None:
         """Share the images of all ranks; every rank must call it.
 
-        Args:
-            writes: Write the list, and log images that are new to it.
-            log: Receives lines to print.
+        With ``writes`` it writes the list, and logs the images that are new to it.
         """
-        for of_training, of_validation in gather_objects((self._of_training, self._of_validation)):
-            self._of_training |= of_training
-            self._of_validation |= of_validation
-        reasons = [
-            found[index]
-            for found in (self._of_training, self._of_validation)
-            for index in sorted(found)
-        ]
-        new = [reason for reason in reasons if reason not in self._listed]
+        for training, validation in gather_objects((self.training, self.validation)):
+            self.training |= training
+            self.validation |= validation
+        found = sorted(self.training.items()), sorted(self.validation.items())
+        reasons = dict.fromkeys(reason for part in found for _, reason in part)
         if writes:
-            log_skipped(new, self.path, log)
-            if reasons and set(reasons) != self._listed:
-                write_whole(self.path, "".join(f"{reason}\n" for reason in reasons))
-            elif not reasons:
-                self.path.unlink(missing_ok=True)  # of an earlier start; they were fixed
-        self._listed = set(reasons)
+            log_skipped([r for r in reasons if r not in self._listed], self._path, log)
+            if not reasons:
+                self._path.unlink(missing_ok=True)  # of an earlier start; they were fixed
+            elif reasons != self._listed:
+                write_whole(self._path, "".join(f"{reason}\n" for reason in reasons))
+        self._listed = reasons
 
     def trouble(self) -> str:
-        """Return the message of the error that ends a run."""
+        """Return the error that ends a run; empty unless too many training images are skipped."""
+        if len(self.training) <= self._ceiling:
+            return ""
         return (
-            f"{len(self)} training images are unreadable, {self._ceiling} may be "
-            f"(data.max_unreadable), such as: {next(iter(self._of_training.values()))}, or raise "
+            f"{len(self.training)} training images are unreadable, {self._ceiling} may be "
+            f"(data.max_unreadable), such as: {next(iter(self.training.values()))}, or raise "
             "--data.max-unreadable; then the same command continues"
         )
 
@@ -92,27 +64,23 @@ class ImageFiles:
     """Compares sizes and times of image files with those that a checkpoint was trained on.
 
     A thread reads them: 1.28 million local files take 4 seconds, network storage many minutes.
-    A checkpoint keeps 4 bytes a file.
-
-    Args:
-        sources: Images by purpose, such as training.
+    A checkpoint keeps 4 bytes a file. Sources are by purpose, such as training; ``before`` is the
+    state in the checkpoint, if there is one.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self, sources: Mapping[str, Source], before: Mapping[str, Tensor], checkpoint: Path | None
+    ) -> None:
         self._sources = {k: s for k, s in sources.items() if isinstance(s, FileSource)}
         self._now: dict[str, Tensor] = {}
-        self._before: Mapping[str, Tensor] = {}
-        self._checkpoint: Path | None = None
+        self._before = before
+        self._since = f"since {checkpoint} was saved"
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
         found = {k: source.fingerprint() for k, source in self._sources.items()}
         self._now = {k: torch.from_numpy(pairs.view(np.int16)) for k, pairs in found.items()}
-
-    def compare_with(self, state: Mapping[str, Tensor], checkpoint: Path) -> None:
-        """Compare the files with the state in a checkpoint."""
-        self._before, self._checkpoint = state, checkpoint
 
     def state(self, seconds: float = 1.0) -> dict[str, Tensor]:
         """Return the state for a checkpoint, (N, 2) int16 by purpose; empty if not yet known."""
@@ -124,12 +92,11 @@ class ImageFiles:
         if not self._now:
             return []
         before, self._before = self._before, {}
-        lines = [self._changes(name, pairs) for name, pairs in before.items() if name in self._now]
-        return [line for found in lines for line in found]
+        known = [name for name in before if name in self._now]
+        return [line for name in known for line in self._changes(name, before[name])]
 
     def _changes(self, name: str, before: Tensor) -> list[str]:
-        source, now = self._sources[name], self._now[name]
-        since = f"since {self._checkpoint} was saved"
+        source, now, since = self._sources[name], self._now[name], self._since
         if before.shape != now.shape:
             return [f"warning: {len(now):,} {name} images, {len(before):,} before: changed {since}"]
         sizes, times = (before != now).T
