@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from runpy import run_path
+from typing import Any
 
 import pytest
 import timm
@@ -24,7 +25,7 @@ def test_entry_points_are_the_zoo_and_explain_themselves() -> None:
 def test_weights_load_as_by_timm(release: Path) -> None:
     images = torch.rand(1, 3, 64, 64)
     overlay = {"file": str(release / "trex.pth")}
-    options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    options: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     model = torch.hub.load(str(ROOT), "trex_resnet50", source="local", **options).eval()
     expected = timm.create_model("trex_resnet50", **options).eval()
     with torch.inference_mode():
