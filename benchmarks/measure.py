@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trex_models.machine import free_cores, processor, processor_facts
+from trex_models.precision import free_cores, processor
 
 RESULTS = Path(__file__).parent / "results"
 _CPU = torch.device("cpu")
@@ -157,7 +157,8 @@ def record(out: Path, result: Mapping[str, Any]) -> None:
 
 def _instructions() -> str:
     """Return what torch's kernels use, and whether there are bfloat16 matrix instructions."""
-    flags = processor_facts("flags").split()
+    facts = Path("/proc/cpuinfo")
+    flags = facts.read_text().split() if facts.exists() else []
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 

@@ -22,11 +22,10 @@ from trex_models.atomic import write_whole
 from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.extract import images_digest
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.machine import free_cores
-from trex_models.precision import choose_device
+from trex_models.precision import choose_device, free_cores
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import sha256
-from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.evaluate import FeatureCache
 from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
 

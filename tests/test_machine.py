@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from trex_models.machine import free_cores, processor, processor_facts
+from trex_models.precision import free_cores, processor
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
@@ -20,6 +20,5 @@ def test_cores_are_those_of_this_process() -> None:
     assert free_cores() == len(before)
 
 
-def test_the_processor_has_a_name_and_unknown_facts_are_empty() -> None:
+def test_the_processor_has_a_name() -> None:
     assert processor()
-    assert processor_facts("no such fact") == ""

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "trex_models"
 
 # From the lowest to the highest: a part may import those of the lines above, and of its own line.
 ORDER = """
-    heads atomic machine cli
+    heads atomic cli
     precision plotting
     pretrained data
     distributed

@@ -178,19 +178,12 @@ def test_unfinished_resumed_and_torn(make_run: Make) -> None:
     plot.draw_curves([run])
 
 
-def test_axis_and_its_hours_are_those_of_training(make_run: Make) -> None:
-    metrics: list[Line] = [
-        {"step": 1000, "epoch": 1, "loss": 1.0, "images_per_second": 256},
-        {"step": 4600, "epoch": 2, "loss": 1.0, "images_per_second": 512},
-    ]
-    run = plot.read_run(make_run("run", metrics))
-    np.testing.assert_allclose(run.x("hours"), [1000 / 3600, 2800 / 3600])
+def test_axis_is_in_the_unit_asked_for(make_run: Make) -> None:
+    run = plot.read_run(make_run("run", lines(3)))
     for unit in get_args(plot.Unit):
-        assert plot.draw_curves([run], unit).axes[0].get_xlabel() == unit
-    folder = make_run("other", lines(2))
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="the hours of .*other are not known.*use --x step"):
-        plot.read_run(folder).x("hours")
+        axis = plot.draw_curves([run], unit).axes[0]
+        assert axis.get_xlabel() == unit
+        assert axis.lines[0].get_xdata().tolist() == run.columns[unit].tolist()
 
 
 def test_labels_are_distinct(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ from trex_models.transfer import protocol
 from trex_models.transfer import report as report_module
 from trex_models.transfer.__main__ import main, plot
 from trex_models.transfer.published import PUBLISHED
-from trex_models.transfer.report import read_report
-from trex_models.transfer.scores import accuracy, knn_scores, summary
+from trex_models.transfer.report import accuracy, knn_scores, read_report, summary
 
 CLASSES = {"dark": 60, "grey": 120, "light": 180}
 
@@ -295,7 +294,7 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--datasets", "imagenett"], "do you mean imagenet"),
+        (["--datasets", "imagenett"], "no dataset is called 'imagenett'"),
         (["--datasets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from trex_models.transfer.scores import (
+from trex_models.transfer.report import (
     accuracy,
     knn_scores,
     log_odds,

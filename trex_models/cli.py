@@ -47,7 +47,7 @@ def main(
     arguments: Sequence[str],
     *,
     prog: str,
-    description: str | None,
+    description: str | None = None,
     extra: str,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:

@@ -23,9 +23,8 @@ from trex_models.train.config import Config
 from trex_models.train.loop import train
 from trex_models.train.recipes import RECIPES
 from trex_models.transfer import pictures
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import open_checked, select
-from trex_models.transfer.evaluate import Plan, Task, evaluate
+from trex_models.transfer.evaluate import FeatureCache, Plan, Task, evaluate
 from trex_models.transfer.report import format_table
 
 
@@ -107,13 +106,11 @@ def draw_demo(
 
 
 def demo(*, output: Path = Path("runs/demo")) -> None:
-    """Train a small t-ReX, load it through timm, and measure what its features are worth.
+    """Train a small t-ReX, load it through timm, and evaluate its features.
 
-    Trains the recipe demo (a ResNet-10-T on fractals, the complete method, about five minutes on
-    two cores), reloads the export by timm.create_model and compares its features, by logistic
-    regression and k-NN, with those of the same network untrained and with plain pixels: on new
-    images of the training classes, on unseen classes, and on real images. Prints a table and
-    writes demo.json and demo.png. The same command continues a run that was interrupted.
+    Trains the recipe demo (a ResNet-10-T on fractals, about five minutes on two cores), and
+    compares its features with those of the untrained network and with pixels, on generated and on
+    real images. The same command continues an interrupted run.
 
     Example: python -m trex_models.demo --output runs/demo
 
@@ -125,8 +122,7 @@ def demo(*, output: Path = Path("runs/demo")) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status, as `cli.main`."""
-    prog = "python -m trex_models.demo"
-    return cli.main(demo, arguments, prog=prog, description=None, extra="transfer")
+    return cli.main(demo, arguments, prog="python -m trex_models.demo", extra="transfer")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from trex_models import cli, plotting
 from trex_models.train.config import flatten
 
-Unit = Literal["epoch", "step", "hours"]
+Unit = Literal["epoch", "step"]
 SMOOTH_FROM = 100  # points; a longer noisy curve is drawn pale, with its running mean on top
 DRAWN_POINTS = 1500  # points of a curve, about one per pixel
 # Settings that say where and how a run was carried out, not what was learned.
@@ -85,19 +85,6 @@ class Run:
         """Return the finite values of a key, if it has any."""
         column = self.columns.get(key, np.empty(0))
         return column[np.isfinite(column)]
-
-    def x(self, unit: Unit) -> np.ndarray:
-        """Return each line's place on the x axis; the hours are those of training alone."""
-        if unit != "hours":
-            return self.columns[unit]
-        steps, rates = self.columns["step"], self.values("images_per_second")
-        batch_size = self.config.get("optim.batch_size")
-        if not batch_size or len(rates) < len(steps) or not (rates > 0).all():
-            raise ValueError(
-                f"the hours of {self.folder} are not known (they need optim.batch_size in its "
-                "config and images_per_second in each line of its metrics); use --x step"
-            )
-        return np.cumsum(np.diff(steps, prepend=0) * batch_size / rates) / 3600
 
 
 def read_run(folder: Path) -> Run:
@@ -193,7 +180,7 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
     """Draw a panel's curves of all runs, one color per run."""
     for run, color in zip(runs, plotting.colors(len(runs)), strict=True):
         for key in (key for key in panel.keys if len(run.values(key))):
-            x, y = run.x(unit)[np.isfinite(run.columns[key])], panel.scale * run.values(key)
+            x, y = run.columns[unit][np.isfinite(run.columns[key])], panel.scale * run.values(key)
             few = np.unique(np.linspace(0, len(y) - 1, DRAWN_POINTS).round().astype(int))
             if panel.smooth and len(y) > SMOOTH_FROM:
                 axis.plot(x[few], y[few], color=color, lw=0.5, alpha=0.25, zorder=1)
@@ -223,10 +210,7 @@ def format_summary(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") -> None:
-    """Draw the curves of training runs into one picture, and print a table of them.
-
-    A run may still be running. Its hours are those of training: pauses of a run that was
-    interrupted do not count.
+    """Draw the curves of training runs, finished or not, and print a table of them.
 
     Example: python -m trex_models.plot runs/softmax runs/ocm --output curves.png
 
@@ -246,8 +230,7 @@ def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status, as `cli.main`."""
-    prog = "python -m trex_models.plot"
-    return cli.main(plot, arguments, prog=prog, description=None, extra="train")
+    return cli.main(plot, arguments, prog="python -m trex_models.plot", extra="train")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Where and in which number formats models compute: device, autocast, TF32, loss scaling."""
+"""Where and in which number formats models compute: cores, device, autocast, TF32, loss scaling."""
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -94,3 +98,18 @@ def full_float32(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 off: an error of 1e-3 in a product changes what is nearest."""
     with tf32(False), torch.autocast(device.type, enabled=False):
         yield
+
+
+def free_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    with suppress(OSError):  # only Linux has this file
+        if found := re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.M):
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -28,7 +28,7 @@ from benchmarks import measure
 from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
 from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
 from trex_models import cli
-from trex_models.machine import free_cores
+from trex_models.precision import free_cores
 
 ScaleName = Literal["cpu", "gpu"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,32 +130,23 @@ def fitted_accuracies(
     test: Samples,
     settings: Sequence[Setting],
     *,
-    num_classes: int,
-    device: torch.device,
     epochs: int = EPOCHS,
     batch_size: int = BATCH,
-    seed: int = 0,
     title: str = "linear layer",
+    **options: Any,
 ) -> list[float]:
-    """Return each setting's accuracy, from layers trained in groups that fit in memory.
+    """Return each setting's accuracy, from layers that ``fit`` trains in groups that fit in memory.
 
     Up to rounding the groups change nothing.
     """
-    at_once = settings_at_once(num_classes, train.features.shape[1], batch_size, device)
+    options |= {"epochs": epochs, "batch_size": batch_size}
+    width = train.features.shape[1]
+    at_once = settings_at_once(options["num_classes"], width, batch_size, options["device"])
     groups = [settings[start : start + at_once] for start in range(0, len(settings), at_once)]
     found = []
     with progress_bar(len(groups) * epochs * len(train.rows), title, " samples") as bar:
         for group in groups:
-            layers = fit(
-                train,
-                group,
-                num_classes=num_classes,
-                device=device,
-                epochs=epochs,
-                batch_size=batch_size,
-                seed=seed,
-                progress=bar.update,
-            )
+            layers = fit(train, group, progress=bar.update, **options)
             found += accuracies(layers, test, batch_size)
             del layers  # before the next group's are made
     return found

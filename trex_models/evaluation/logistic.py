@@ -58,10 +58,8 @@ class LogisticFit:
         weight: Weights, (K, F).
         intercept: Intercepts, (K,), of mean zero as scikit-learn's.
         objective: Objective of these weights on the features as they were given.
-        gradient_norm: Euclidean norm of the objective's gradient by weights and intercepts, of
-            centered features.
-        iterations: Iterations, of two products with the features each; the first after another C
-            needs one.
+        gradient_norm: Norm of the objective's gradient, of centered features.
+        iterations: Number of iterations, of two products with the features each.
         converged: Whether the excess over the least objective is within the tolerance.
     """
 

@@ -14,8 +14,7 @@ from trex_models.evaluation.extract import Extraction, feature_identity
 from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
 from trex_models.features import images, neighbors
-from trex_models.machine import free_cores
-from trex_models.precision import PrecisionName
+from trex_models.precision import PrecisionName, free_cores
 
 _WORKERS = min(free_cores(), 16)
 
@@ -102,7 +101,15 @@ def extract(
         path=output,
         identity=identity,
         names=images.names(source),
-        about=_describe(frozen, preprocessing, file, source.root),
+        # By which `neighbors` finds the model and the images again.
+        about={
+            "format": "trex_models.features 1",
+            "model": frozen.name,
+            "file": str(file.resolve()) if file else "",
+            **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+            "preprocessing": preprocessing,
+            "root": str(source.root),
+        },
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
@@ -111,20 +118,6 @@ def extract(
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
     print(f"wrote {output}" if written else f"{output} is there already, of these images")
-
-
-def _describe(
-    frozen: FrozenModel, preprocessing: str, file: Path | None, root: Path
-) -> dict[str, str]:
-    """Return the metadata by which ``neighbors`` finds the model and the images again."""
-    return {
-        "format": "trex_models.features 1",
-        "model": frozen.name,
-        "file": str(file.resolve()) if file else "",
-        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
-        "preprocessing": preprocessing,
-        "root": str(root),
-    }
 
 
 def find_neighbors(
@@ -156,8 +149,6 @@ def find_neighbors(
         device: Device of the model: auto, cpu, cuda, ...
     """
     cli.require_at_least(1, k=k)
-    if not query:
-        raise ValueError("--query names nothing; give a name in the file, or an image")
     found = load(file_of_features)
     if output is not None:
         plotting.require_picture(output)

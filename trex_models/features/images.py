@@ -21,8 +21,6 @@ def find_images(arguments: Sequence[str]) -> tuple[FileSource, int]:
 
     Hidden files do not count. Returns the images, all of one class, and how many were named again.
     """
-    if not arguments:
-        raise ValueError("no images are named; name folders, patterns, images or .txt lists")
     left_out: set[str] = set()
     found = [_look(argument, left_out) for argument in arguments]
     root = os.path.commonpath([folder for folder, _ in found])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from trex_models import distributed
 from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
-from trex_models.machine import free_cores, processor
+from trex_models.precision import free_cores, processor
 from trex_models.train.build import build_sampler, own_cores
 from trex_models.train.config import Config
 from trex_models.train.reporting import duration

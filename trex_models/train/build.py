@@ -19,7 +19,6 @@ from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
 from trex_models.distributed import Process
 from trex_models.heads import Projector
-from trex_models.machine import free_cores
 from trex_models.method.backbone import build_backbone, recompute_activations
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
@@ -31,6 +30,7 @@ from trex_models.method.objectives import (
     OnlineClassMeans,
 )
 from trex_models.method.optimizer import learning_rates
+from trex_models.precision import free_cores
 from trex_models.train.config import (
     Config,
     CropsConfig,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -129,19 +130,15 @@ def classes(source: Source) -> str | None:
     """Return a warning if classes have no images."""
     counts = np.bincount(source.labels, minlength=len(source.classes))
     empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
-    if empty:
-        return f"{len(empty)} of {len(counts)} classes have no images, such as {empty[0]}"
-    return None
+    found = f"{len(empty)} of {len(counts)} classes have no images, such as {', '.join(empty[:1])}"
+    return found if empty else None
 
 
 def tensorboard() -> None:
     """Check that the package is there; a ValueError of one rank ends all, an ImportError not."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "system.tensorboard needs another package, tensorboard: pip install trex-models[train]"
-        ) from error
+    if not find_spec("tensorboard"):
+        needs = "another package, tensorboard: pip install trex-models[train]"
+        raise ValueError(f"system.tensorboard needs {needs}")
 
 
 def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:

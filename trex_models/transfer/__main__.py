@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 from trex_models import cli, plotting
 from trex_models.evaluation.frozen_model import FrozenModel, Preprocessing
-from trex_models.machine import free_cores
-from trex_models.precision import PrecisionName, choose_device
+from trex_models.precision import PrecisionName, choose_device, free_cores
 from trex_models.transfer import pictures
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import DATASETS, GROUPS, open_checked, select
-from trex_models.transfer.evaluate import Plan, Task, evaluate
+from trex_models.transfer.evaluate import FeatureCache, Plan, Task, evaluate
 from trex_models.transfer.report import format_table, read_report, require_same_images
 
 # On a CPU, the cores compute the model.
@@ -133,8 +131,6 @@ def print_table(reports: list[Path], /, *, markdown: bool = False) -> None:
         reports: Reports of models.
         markdown: Print a Markdown table.
     """
-    if not reports:
-        raise ValueError("no report is named; give the file of at least one")
     print(format_table([read_report(path) for path in reports], markdown))
 
 
@@ -145,7 +141,7 @@ def plot(
     output: Path,
     kind: Literal["scatter", "bars", "geometry"] = "scatter",
     dataset: str | None = None,
-    published: Literal["paper", "crops-1", "crops-3", "released"] | None = None,
+    published: Literal["paper", "released"] | None = None,
 ) -> None:
     """Draw the scores of models.
 
@@ -156,8 +152,8 @@ def plot(
         output: The picture, .png, .svg or .pdf.
         kind: The paper's scatter plot, accuracies, or the geometry of features (--geometry).
         dataset: Dataset whose spectra are drawn (geometry). By default the first that all have.
-        published: Points that the authors published, drawn too (scatter): of the paper, by number
-            of local crops with 1 or 3 hidden layers, or of the released models.
+        published: Points that the authors published, drawn too (scatter): of the paper's figure,
+            over 13 datasets, or of the released models, over 15.
     """
     if not reports and (kind != "scatter" or not published):
         raise ValueError("give one report or more, or --published for the authors' points only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ _KNOWN = [
             f"CoG L{level}",
             partial(readers.cog, level=level),
             Sizes(1000, None, 50000),
-            "imagenet21k/WNID/*.JPEG, cog/levels.json and cog/splits.json (or .pkl; "
+            "imagenet21k/WNID/*.JPEG, cog/levels.json and cog/splits.json ("
             "docs/transfer_data.md has their form)",
             "https://image-net.org/download.php (images) and https://github.com/naver/cog (lists)",
             "sgd",
@@ -178,7 +177,10 @@ def select(text: str) -> list[Dataset]:
     for word in filter(None, words):
         name, is_own, place = word.partition("=")
         if not is_own:
-            chosen |= {member: _named(member) for member in GROUPS.get(name, (name,))}
+            members = GROUPS.get(name, (name,))
+            if not DATASETS.keys() >= set(members):
+                raise ValueError(f"no dataset is called {name!r}; {_KNOWN_NAMES}")
+            chosen |= {member: DATASETS[member] for member in members}
         elif places.setdefault(name, place) != place:
             raise ValueError(f"{name} is {places[name]} and {place}; give one of them another name")
         elif name not in chosen:
@@ -251,11 +253,3 @@ def _own(name: str, place: str) -> Dataset:
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )
     return Dataset(name, name, lambda _: readers.class_folders(path), Sizes(), layout, "", None)
-
-
-def _named(name: str) -> Dataset:
-    if name in DATASETS:
-        return DATASETS[name]
-    close = difflib.get_close_matches(name, [*DATASETS, *GROUPS])
-    meant = f" (do you mean {' or '.join(close)}?)" if close else ""
-    raise ValueError(f"no dataset is called {name!r}{meant}; {_KNOWN_NAMES}")

@@ -6,8 +6,9 @@ Scores are cached next to the features and reused by runs with identical setting
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +18,20 @@ import numpy as np
 from trex_models.atomic import write_whole
 from trex_models.cli import progress_bar
 from trex_models.data.sources import Source, digest
-from trex_models.evaluation.extract import as_text, feature_identity
+from trex_models.evaluation.extract import Extraction, as_text, feature_identity
+from trex_models.evaluation.feature_file import load
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.geometry import analyze
 from trex_models.transfer import protocol
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset
-from trex_models.transfer.report import environment, format_table, new_report
-from trex_models.transfer.scores import accuracy, knn_scores, summary
+from trex_models.transfer.report import (
+    accuracy,
+    environment,
+    format_table,
+    knn_scores,
+    new_report,
+    summary,
+)
 
 LARGE = 100_000
 """Training images above which a dataset of the user's own gets the SGD layer."""
@@ -41,6 +48,52 @@ class Task(NamedTuple):
     def classifier(self) -> str:
         """Its classifier: logistic or sgd."""
         return self.dataset.classifier or ("sgd" if len(self.train) > LARGE else "logistic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCache:
+    """A folder of features, ROOT/<architecture>-<hash>/<dataset>-<split>-<hash>.safetensors.
+
+    Its settings are those of ``Extraction``. The names are for people: a file is used only if its
+    metadata match.
+    """
+
+    root: Path
+    dtype: str = "float32"
+    batch_size: int = 256
+    workers: int = 0
+
+    def features(
+        self,
+        model: FrozenModel,
+        source: Source,
+        title: str,
+        identity: Mapping[str, str] | None = None,
+    ) -> np.ndarray:
+        """Return features, (N, F), mapped into memory, extracting them if they are missing.
+
+        ``title`` names dataset and split in the file's name and the progress bar; ``identity`` is
+        the result of ``feature_identity``, if it is known, since it reads every file's size.
+        """
+        identity = identity or feature_identity(model, source)
+        key = digest(as_text({**identity, "dtype": self.dtype}))
+        path = self.folder(model) / f"{_slug(title)}-{key[:12]}.safetensors"
+        Extraction(
+            model=model,
+            source=source,
+            path=path,
+            identity=identity,
+            title=title,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            workers=self.workers,
+        ).run()
+        return load(path).features
+
+    def folder(self, model: FrozenModel) -> Path:
+        """Return the folder of a model's features."""
+        name = _slug(str(model.facts["architecture"]))
+        return self.root / f"{name}-{digest(as_text(model.identity()))[:12]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +218,7 @@ def _scores(task: Task, train: np.ndarray, test: np.ndarray, plan: Plan) -> dict
         "knn": knn_scores(knn, len(task.test)),
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
     }
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[-60:] or "model"

@@ -21,11 +21,10 @@ class Point(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Points that compare with each other."""
+    """Points that compare with each other: means over the same number of transfer datasets."""
 
     title: str
     num_datasets: int
-    """Number of transfer datasets that the means are over."""
     points: tuple[Point, ...]
 
 
@@ -35,13 +34,6 @@ _RELEASED = {  # by variant and tag of the weights
     ("trex", "in1k_r2"): Point("t-ReX (retrained)", 0.779, 1.1664),
     ("trexstar", "in1k_r2"): Point("t-ReX* (retrained)", 0.802, 0.8800),
 }
-
-
-def _by_crops(layers: str, top1: tuple[float, ...], mean_log_odds: tuple[float, ...]) -> Figures:
-    """Return the figures of models that were trained with 0, 2, 4, 6 and 8 local crops."""
-    rows = zip(range(0, 10, 2), top1, mean_log_odds, strict=True)
-    points = tuple(Point(f"{count} crops", *scores) for count, *scores in rows)
-    return Figures(f"local crops with {layers}; ImageNet-1K, 13 transfer datasets", 13, points)
 
 
 PUBLISHED = {
@@ -57,16 +49,6 @@ PUBLISHED = {
             Point("t-ReX", 0.7800, 1.357),
             Point("t-ReX*", 0.8019, 1.080),
         ),
-    ),
-    "crops-1": _by_crops(
-        "1 hidden layer",
-        (0.7634, 0.7892, 0.7933, 0.7954, 0.7945),
-        (1.030, 1.153, 1.181, 1.180, 1.175),
-    ),
-    "crops-3": _by_crops(
-        "3 hidden layers",
-        (0.7410, 0.7671, 0.7730, 0.7750, 0.7794),
-        (1.145, 1.281, 1.320, 1.332, 1.349),
     ),
     "released": Figures("ImageNet-1K, 15 transfer datasets", 15, tuple(_RELEASED.values())),
 }

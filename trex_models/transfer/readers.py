@@ -7,9 +7,7 @@ adds what was expected.
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,10 @@ import numpy as np
 
 from trex_models.data.image_files import FileSource, FolderSource
 from trex_models.evaluation.splits import hashed_order
-from trex_models.pretrained.unpickling import PlainUnpickler
 
 Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # it comes undivided
 NUM_LEVELS = 5
-_LIST_SUFFIXES = (".json", ".pkl", ".pickle")
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
@@ -153,84 +149,26 @@ def cog(root: Path, level: int) -> Parts:
 
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021.
     """
-    (levels_file, levels), (splits_file, splits) = (
-        _listing(root / "cog", stem) for stem in ("levels", "splits")
-    )
+    levels_file, splits_file = (root / "cog" / f"{name}.json" for name in ("levels", "splits"))
+    levels, splits = _read_json(levels_file), _read_json(splits_file)
+    if len(levels) != NUM_LEVELS:
+        raise ValueError(f"{levels_file} has {len(levels)} levels; write a list of 5 lists")
+    concepts = sorted(levels[level - 1])
     try:
-        concepts = _concepts(levels, levels_file)[level - 1]
-        images = [_images(splits, concept, splits_file) for concept in concepts]
         train, test = (
             FileSource(
                 root / "imagenet21k",
-                [path for pair in images for path in pair[part]],
-                [label for label, pair in enumerate(images) for _ in pair[part]],
+                [f"{concept}/{name}" for concept in concepts for name in splits[concept][part]],
+                [label for label, concept in enumerate(concepts) for _ in splits[concept][part]],
                 concepts,
             )
-            for part in (0, 1)
+            for part in ("train", "test")
         )
-    except (AttributeError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{levels_file} or {splits_file} has an unknown layout ({error})"
+            f"{splits_file} has no lists of names of training and test images ({error})"
         ) from error
     return train, test
-
-
-def _listing(folder: Path, stem: str) -> tuple[Path, Any]:
-    """Return a list's file and its content."""
-    found = [path for suffix in _LIST_SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
-    if len(found) != 1:
-        kinds = ", ".join(_LIST_SUFFIXES)
-        raise ValueError(f"{folder} holds {len(found) or 'no'} files {stem}.* ({kinds}), not one")
-    (path,) = found
-    if path.suffix == ".json":
-        return path, _read_json(path)
-    with path.open("rb") as file:
-        try:
-            return path, PlainUnpickler(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise ValueError(f"{path} cannot be read as lists of names ({error})") from error
-
-
-def _concepts(content: Any, path: Path) -> list[list[str]]:
-    """Return the concepts of each level, sorted, from any of the known layouts."""
-    levels: dict[int, set[str]] = {}
-    rows = content.items() if isinstance(content, Mapping) else enumerate(content)
-    for key, value in rows:
-        if isinstance(value, str | bytes | int):  # concept -> level
-            levels.setdefault(_number(value, path), set()).add(_text(key))
-        else:  # level -> concepts
-            levels[_number(key, path)] = set(map(_text, value))
-    if len(levels) != NUM_LEVELS:
-        raise ValueError(f"{path} has {len(levels)} levels, not {NUM_LEVELS}: a list of 5 lists")
-    return [sorted(levels[number]) for number in sorted(levels)]
-
-
-def _images(content: Any, concept: str, path: Path) -> list[list[str]]:
-    """Return a concept's training and test images, from any of the known layouts."""
-    try:
-        by_part = "train" in content  # part -> concept -> images; else the concept comes first
-        parts = content if by_part else content[concept]
-        if isinstance(parts, Mapping):
-            parts = parts["train"], parts["test" if "test" in parts else "val"]
-        train, test = (part[concept] for part in parts) if by_part else parts
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} has no lists train and test of the concept {concept}") from error
-    return [
-        [name if "/" in name else f"{concept}/{name}" for name in map(_text, names)]
-        for names in (train, test)
-    ]
-
-
-def _number(level: Any, path: Path) -> int:
-    """Return the number of a level called 3, "3", "L3" or "level3"."""
-    digits = re.findall(r"\d+", _text(level))
-    if len(digits) != 1:
-        raise ValueError(f"{path}: {level!r} names no level; call them 1 to {NUM_LEVELS}")
-    return int(digits[0])
-
-
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, int) else os.fsdecode(value)
 
 
 def _read_json(path: Path) -> Any:
