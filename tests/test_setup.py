@@ -138,6 +138,8 @@ def test_every_part_of_a_run_follows_the_config() -> None:
     assert run.neighbors is not None
     drawn = np.random.default_rng(11).permutation(27)[:8].tolist()
     assert (run.neighbors.k, list(run.neighbors.indices)) == (4, drawn)
+    global_only = replace(CONFIG, crops=replace(CONFIG.crops, local_crops=0))
+    assert build_run(global_only, ALONE).dataset.specs == SPECS[:1]
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:

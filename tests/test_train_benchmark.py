@@ -142,7 +142,7 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_interrupted_it_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build_run", Mock(side_effect=KeyboardInterrupt))
-    assert measure() == (130, "", "interrupted; the same command starts again, or continues\n")
+    assert measure() == (130, "", "interrupted; run the same command again\n")
 
 
 def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,7 +181,7 @@ def run(
         return status
     except KeyboardInterrupt:
         if not rank():
-            print("interrupted; the same command starts again, or continues", file=sys.stderr)
+            print("interrupted; run the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
     return 1 if passed is False else 0
 

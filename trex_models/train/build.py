@@ -102,11 +102,10 @@ def build_neighbors(config: Config, source: Source) -> Neighbors | None:
 
 def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     """Return the crops of each resolution, globals first."""
-    specs = [
-        CropSpec(crops.global_crops, crops.global_size, crops.global_scale, GLOBAL_AUGMENTATION),
-        CropSpec(crops.local_crops, crops.local_size, crops.local_scale, LOCAL_AUGMENTATION),
-    ]
-    return specs if crops.local_crops else specs[:1]
+    large = crops.global_crops, crops.global_size, crops.global_scale
+    small = crops.local_crops, crops.local_size, crops.local_scale
+    specs = [CropSpec(*large, GLOBAL_AUGMENTATION)]
+    return [*specs, CropSpec(*small, LOCAL_AUGMENTATION)] if crops.local_crops else specs
 
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
