@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_chosen_classifiers(report: dict[str, Any]) -> N
 def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:
     text = (place / "out" / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["dataset", "easy", "hard", "mean log-odds of 2 sets"]
+    assert [row[0] for row in rows] == ["dataset", "easy", "hard", "mean log-odds of 2 datasets"]
     hard = report["datasets"]["hard"]
     mean, *ends = (100 * value for value in (hard["top1"]["mean"], *hard["top1"]["test_interval"]))
     assert rows[2][2] == f"{mean:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"

@@ -128,7 +128,7 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         rows.append(row)
     counts = {len(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     count = str(*counts) if len(counts) == 1 else "transfer"
-    last = [f"mean log-odds of {count} set{'s' * (count != '1')}", ""]
+    last = [f"mean log-odds of {count} dataset{'s' * (count != '1')}", ""]
     for scores in (report["transfer"] for report in reports):
         knn = f"{scores['knn_mean_log_odds']:.3f}" if scores else "-"
         mean = _with_interval(scores["mean_log_odds"], scores["interval"], 1, 3) if scores else "-"
