@@ -6,9 +6,9 @@
 crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
 drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
 
-`law`: our levels minus those of PIL and torchvision given the same parameters, by operation: mean
-of the absolute value, mean, greatest value, and percentage of pixels of which a channel is off by
-more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a test that they
+`differences`: our levels minus those of PIL and torchvision given the same parameters, by operation:
+mean of the absolute value, mean, largest value, and percentage of pixels with a channel that differs
+by more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a test that they
 have one distribution. Takes three minutes on a CPU.
 """
 
@@ -94,16 +94,16 @@ class Comparison(NamedTuple):
     p: float
 
 
-def draw_rows(law: PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
-    """Return parameters that our law draws, (count, NUM_PARAMETERS)."""
+def draw_rows(augmentation: PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
+    """Return drawn parameters, (count, NUM_PARAMETERS)."""
     draws = np.random.default_rng(seed).random((count, ph.NUM_DRAWS))
-    return law.parameters(draws).numpy()
+    return augmentation.parameters(draws).numpy()
 
 
 def our_boxes(
     height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
 ) -> NDArray[np.int64]:
-    """Return boxes that our law draws, (count, 4): top, left, height, width."""
+    """Return drawn boxes, (count, 4): top, left, height, width."""
     return np.array(draw_boxes(np.random.default_rng(seed), count, height, width, scale))
 
 
@@ -169,8 +169,8 @@ def compare_boxes(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> list[Co
             "width": width,
             "area": height * width,
             "aspect": width / height,
-            "centre row": top + height / 2,
-            "centre column": left + width / 2,
+            "center row": top + height / 2,
+            "center column": left + width / 2,
         }
 
     found = quantities(theirs)
@@ -315,9 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:10} {measure.shown(values)} images/s")
     for name, values in timed["ratios"].items():
         print(f"{name} over the reference: {measure.shown(values)}")
-    law = differences(device, parsed.crops)
-    print("\n" + "  ".join(f"{name:>16}" for name in law[0]))
-    for row in law:
+    pixels = differences(device, parsed.crops)
+    print("\n" + "  ".join(f"{name:>16}" for name in pixels[0]))
+    for row in pixels:
         print("  ".join(f"{value!s:>16}" for value in row.values()))
     drawn = draws(parsed.draws)
     print()
@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch": parsed.batch,
         "speed": timed,
         "crops": parsed.crops,
-        "law": law,
+        "differences": pixels,
         "samples": parsed.draws,
         "draws": drawn,
     }

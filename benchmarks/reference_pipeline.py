@@ -90,17 +90,17 @@ class RandomBlur:
 
 
 def random_pipeline(
-    size: int, scale: tuple[float, float], law: ph.PhotometricAugmentation
+    size: int, scale: tuple[float, float], augmentation: ph.PhotometricAugmentation
 ) -> Callable[[Image.Image], Tensor]:
     """Return crop, photometric augmentation and normalization by torchvision, all drawn inside."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale, _RATIO, T.InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(law.flip),
-            T.RandomApply([_jitter(law)], law.jitter),
-            T.RandomGrayscale(law.gray),
-            T.RandomApply([RandomBlur(law.sigma)], law.blur),
-            T.RandomSolarize(law.threshold, law.solarize),
+            T.RandomHorizontalFlip(augmentation.flip),
+            T.RandomApply([_jitter(augmentation)], augmentation.jitter),
+            T.RandomGrayscale(augmentation.gray),
+            T.RandomApply([RandomBlur(augmentation.sigma)], augmentation.blur),
+            T.RandomSolarize(augmentation.threshold, augmentation.solarize),
             T.ToTensor(),
             T.Normalize(ph.IMAGENET_MEAN, ph.IMAGENET_STD),
         ]
@@ -139,21 +139,21 @@ def random_boxes(
         )
 
 
-def random_rows(law: ph.PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
+def random_rows(augmentation: ph.PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
     """Return parameters that torchvision's transforms draw.
 
-    Whether a transform acts is seen by what becomes of two pixels.
+    Two pixels show whether a transform was applied.
     """
-    jitter, blur = _jitter(law), RandomBlur(law.sigma)
+    jitter, blur = _jitter(augmentation), RandomBlur(augmentation.sigma)
     probe = Image.new("RGB", (2, 1))
     probe.putdata([(255, 200, 150), (200, 255, 150)])
     flip, gray, solarize = (
-        T.RandomHorizontalFlip(law.flip),
-        T.RandomGrayscale(law.gray),
-        T.RandomSolarize(law.threshold, law.solarize),
+        T.RandomHorizontalFlip(augmentation.flip),
+        T.RandomGrayscale(augmentation.gray),
+        T.RandomSolarize(augmentation.threshold, augmentation.solarize),
     )
-    jitters = T.RandomApply([lambda _: None], law.jitter)
-    sigma = T.RandomApply([lambda _: blur.draw()], law.blur)
+    jitters = T.RandomApply([lambda _: None], augmentation.jitter)
+    sigma = T.RandomApply([lambda _: blur.draw()], augmentation.blur)
     rows = np.zeros((count, ph.NUM_PARAMETERS), np.float32)
     with seeded(seed):
         for row in rows:
@@ -167,9 +167,11 @@ def random_rows(law: ph.PhotometricAugmentation, count: int, seed: int = 0) -> R
             row[ph.GRAY] = gray(probe) != probe
             row[ph.SIGMA] = sigma(0)
             row[ph.SOLARIZE] = solarize(probe) != probe
-            row[ph.THRESHOLD] = law.threshold
+            row[ph.THRESHOLD] = augmentation.threshold
     return rows
 
 
-def _jitter(law: ph.PhotometricAugmentation) -> T.ColorJitter:
-    return T.ColorJitter(law.brightness, law.contrast, law.saturation, law.hue)
+def _jitter(augmentation: ph.PhotometricAugmentation) -> T.ColorJitter:
+    return T.ColorJitter(
+        augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue
+    )

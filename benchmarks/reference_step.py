@@ -1,6 +1,6 @@
 """The training step as most people write it: what ours is measured against.
 
-The same computation in plain PyTorch: NCHW, torchvision's ResNet-50, torch's default optimiser,
+The same computation in plain PyTorch: NCHW, torchvision's ResNet-50, torch's default optimizer,
 parameters averaged one by one, class means by a one-hot product, metrics read at every step.
 """
 
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 
 class Step:
-    """OCM's training step: forward, momentum encoder, bank, backward, optimiser."""
+    """OCM's training step: forward, momentum encoder, bank, backward, optimizer."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ _KINDS = {
     "convolution": ("convolution", "conv_depthwise", "cudnn_conv", "mkldnn_conv"),
     "batch norm": ("batch_norm",),
     "matrix products": ("addmm", "mm", "linear", "matmul"),
-    "optimiser": ("sgd",),
+    "optimizer": ("sgd",),
     "momentum encoder's average": ("foreach", "lerp"),
     "activation, sum, pooling": ("relu", "threshold", "gelu", "add", "pool", "mean"),
     "casts and copies": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),

@@ -1,17 +1,16 @@
-"""What the transfer evaluation holds in memory at a million images.
+"""Memory of the transfer evaluation at a million images.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.transfer_memory
 
-Took 16 minutes on two shared cores, and takes 4.1 GB of disk, which it gives back. Linux alone:
-memory is read from /proc. Each part runs in a process of its own, through the functions of the
-evaluation: extraction into the cache, from tiny images made on the fly and a trivial network; k-NN
-of some queries; the SGD layers of the whole grid, over some batches drawn from all of the file;
-analyses.
+Takes 16 minutes on two shared cores, and 4.1 GB of disk, which are freed. Linux only: memory is read
+from /proc. Each part runs in a separate process, by the functions of the evaluation: extraction into
+the cache, from tiny images made on the fly and a trivial network; k-NN of some queries; the SGD
+layers of the complete grid, over some batches drawn from the complete file; geometry.
 
-Two peaks are told, each above what the process held after its imports. *Held* is anonymous memory
-(RssAnon, read every 20 ms): what the part must have. *With pages* also counts pages of the mapped
-file (VmHWM); the kernel leaves them there while memory is free and takes them back when it is not.
-*Promised* is what the docstrings say of these sizes, where they give a formula.
+Two peaks are reported, each above the memory of the process after its imports. *Held* is anonymous
+memory (RssAnon, read every 20 ms). *With pages* also counts pages of the mapped file (VmHWM), which
+the kernel can reclaim. *Promised* is what the docstrings state for these sizes, if they give a
+formula.
 
 Shapes: N images, M queries, F features, C classes.
 """
@@ -49,7 +48,7 @@ from trex_models.transfer.evaluate import FeatureCache
 _STATUS = Path("/proc/self/status")
 _SIDE = 8
 _CHUNK = 4096  # the default of k-NN
-_ANALYSED_CHUNK = 8192  # the default of analyses
+_GEOMETRY_CHUNK = 8192  # the default of analyze
 _VALIDATION_BATCHES = 4
 
 
@@ -90,7 +89,7 @@ class TinyImages:
 
     def __init__(self, count: int, num_classes: int, seed: int) -> None:
         rng = np.random.default_rng(0)
-        self.centres = rng.integers(0, 96, (num_classes, _SIDE, _SIDE, 3), dtype=np.uint8)
+        self.centers = rng.integers(0, 96, (num_classes, _SIDE, _SIDE, 3), dtype=np.uint8)
         self.classes = [str(label) for label in range(num_classes)]
         self.labels = np.arange(count) % num_classes
         self.seed = seed
@@ -101,9 +100,9 @@ class TinyImages:
 
     def read(self, index: int) -> np.ndarray:
         """Return one image, (8, 8, 3) uint8 RGB."""
-        centre = self.centres[self.labels[index]]
+        center = self.centers[self.labels[index]]
         rng = np.random.default_rng((self.seed, index))
-        return centre + rng.integers(0, 160, centre.shape, dtype=np.uint8)
+        return center + rng.integers(0, 160, center.shape, dtype=np.uint8)
 
     def name(self, index: int) -> str:
         """Return the image's name in messages."""
@@ -111,7 +110,7 @@ class TinyImages:
 
     def digest(self) -> str:
         """Return a hash of what the images depend on."""
-        return digest(self.centres, self.labels, f"seed {self.seed}")
+        return digest(self.centers, self.labels, f"seed {self.seed}")
 
 
 def frozen_model(width: int) -> FrozenModel:
@@ -141,7 +140,7 @@ def vote(setup: Setup) -> dict[str, Any]:
 def train(setup: Setup) -> dict[str, Any]:
     """Train and score layers of the whole grid, as ``sgd_scores`` does, on a few batches.
 
-    What that does before its first step is done for all images: the check and the split.
+    The check and the split before the first step are done for all images.
     """
     array, labels = setup.samples("train")
     features = as_tensor(array)
@@ -174,8 +173,8 @@ def train(setup: Setup) -> dict[str, Any]:
 
 
 def look(setup: Setup) -> dict[str, Any]:
-    """Analyse the features of all images."""
-    found = analyze(*setup.samples("train"), chunk=_ANALYSED_CHUNK)
+    """Measure the geometry of the features of all images."""
+    found = analyze(*setup.samples("train"), chunk=_GEOMETRY_CHUNK)
     return {"coding_length": found.coding_length, "effective_rank": found.effective_rank}
 
 
@@ -189,8 +188,8 @@ def promised(part: str, setup: Setup) -> int | None:
         return search + 12 * setup.queries * k + votes
     if part == "SGD layers":
         return 4 * _at_once(setup) * classes * (2 * (width + 1) + 2 * linear.BATCH)
-    if part == "analyses":
-        return 8 * (5 * width**2 + 4 * classes * width + 4 * _ANALYSED_CHUNK * width)
+    if part == "geometry":
+        return 8 * (5 * width**2 + 4 * classes * width + 4 * _GEOMETRY_CHUNK * width)
     return None
 
 
@@ -204,7 +203,7 @@ PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "extraction": extract,
     "k-NN": vote,
     "SGD layers": train,
-    "analyses": look,
+    "geometry": look,
 }
 
 

@@ -86,8 +86,8 @@ def test_augment(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert_positive(result["ratio"])
     assert_positive(result["speed"])
-    assert len(result["law"]) == 2 * 2 * 7
-    bundled = [row for row in result["law"] if row["photographs"] == "bundled"]
+    assert len(result["differences"]) == 2 * 2 * 7
+    bundled = [row for row in result["differences"] if row["photographs"] == "bundled"]
     assert all(row["within_limit"] is not False for row in bundled)
     assert len(result["draws"]) == 2 * (2 * 8 + 11)
     for row in result["draws"]:

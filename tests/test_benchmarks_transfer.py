@@ -38,7 +38,7 @@ def test_parts_work_on_the_same_features(tmp_path: Path) -> None:
     assert (layers["settings"], layers["settings_at_once"]) == (30, 30)
     assert (layers["training_samples"], layers["validation_samples"]) == (480, 120)
     assert layers["best_top1"] > 0.25
-    assert 1 < found["analyses"]["effective_rank"] < 16
+    assert 1 < found["geometry"]["effective_rank"] < 16
     whole = setup(tmp_path, dtype="float32")
     assert whole.samples("train")[0].dtype == np.float32
     assert whole.file_bytes == 2 * setup(tmp_path).file_bytes
@@ -58,7 +58,7 @@ def test_images_repeat_and_promises_are_those_of_the_docstrings(tmp_path: Path) 
     species = promised("SGD layers", replace(real, classes=8142))
     assert species is not None
     assert 1.5e9 < species <= 2e9  # in groups: all 30 settings would be 6 GB
-    assert promised("analyses", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
+    assert promised("geometry", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
 
 
 def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path) -> None:
@@ -97,5 +97,5 @@ def test_a_run_records_each_part_and_no_part_holds_more_than_is_promised(
         # And some batches: of 1024 features as float32, 8 MB each, or of images.
         assert row["held_bytes"] < (row["promised_bytes"] or 0) + 96e6, name
     printed = capsys.readouterr()
-    assert "[4/4] analyses" in printed.err
-    assert printed.out.splitlines()[4].startswith("analyses")
+    assert "[4/4] geometry" in printed.err
+    assert printed.out.splitlines()[4].startswith("geometry")

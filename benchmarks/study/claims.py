@@ -1,9 +1,9 @@
-"""What the papers claim, as differences between cells, and what our runs say of it.
+"""The papers' claims as differences between cells, and the results of our runs.
 
-Intervals are of 95 %, over seeds and of one set of images. Runs of one seed share their start, so
-seeds are blocks: a difference is judged by the additive model of cells and seeds, whose residuals
-are pooled over all cells as if all varied alike. Beside it stand the paired interval of the two
-cells alone, and Welch's, which takes the runs for independent.
+Intervals are of 95 %, over seeds and for one set of images. Runs of one seed share their
+initialization, so seeds are blocks: a difference is judged by the additive model of cells and seeds,
+with residuals pooled over all cells as if their variances were equal. The paired interval of the two
+cells, and Welch's, which assumes independent runs, are reported next to it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ CLAIMS = [
 
 
 BUT_HUES = [replace(c, measure="but_hues") for c in CLAIMS if c.measure == "transfer"]
-"""The claims on transfer without the set that no cell tells from chance."""
+"""The claims on transfer without the dataset on which every cell is at chance."""
 LOCAL_CROPS, DEPTH = "Local crops", "Three hidden layers for one"
 EFFECTS = {
     LOCAL_CROPS: {
@@ -295,7 +295,7 @@ def contrast(results: Results, measure: Measure, weights: Mapping[str, float]) -
 def among_cells(results: Results, measure: Measure, cell: str) -> Estimate:
     """Return a cell's mean with the interval of its distance from the mean of all cells.
 
-    What a seed does to all cells alike is not in it.
+    It does not contain the effect of a seed on all cells.
     """
     names = [name for name, runs in results.items() if values(runs, measure)]
     weights = {name: (name == cell) - 1 / len(names) for name in names}

@@ -1,7 +1,7 @@
-"""The study's images: fractals in class folders, for training and for what features are worth.
+"""The study's images: fractals in class folders, for training and for evaluation.
 
 Transfer is tried on classes that nobody trained on, and on what the training labels ignore: which
-variant of a class's shape an image shows, how far the shape is turned, its colours.
+variant of a class's shape an image shows, how far the shape is turned, its colors.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _MOST_NUMBERS = 1000  # of images that are looked at for one turn of a class
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """What is drawn.
+    """Sizes of the study's images.
 
     Args:
-        num_classes: Of the training task, and of those not trained on.
+        num_classes: Number of training classes, and of unseen ones.
         per_class: Training images of each class.
         size: Side in pixels.
-        variation: As of ``draw_fractal``: how much the images of a class differ.
+        variation: Difference between the images of a class, as for ``draw_fractal``.
         few_classes: Training classes of the sets whose labels are a class and something else.
         held_out: Further images of each training class, to choose settings by.
         new: Further images of each class, to test on.

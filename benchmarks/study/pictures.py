@@ -45,7 +45,7 @@ _LEAST = 1e-12  # that has a logarithm
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Return how a cell is drawn: colour by objective, filled by local crops, shape by depth."""
+    """Return how a cell is drawn: color by objective, filled by local crops, shape by depth."""
     cell = CELLS[name]
     color = COLORS[cell.objective]
     marks = {None: "o", 0: "v", 1: "s", 2: "D", 3: "^"}

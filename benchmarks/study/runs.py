@@ -1,6 +1,6 @@
-"""One run of the study: the trainer's command, the evaluation's command, and what they found.
+"""One run of the study: the commands of trainer and evaluation, and their results.
 
-A run that was interrupted goes on where it was; its result is one JSON file.
+An interrupted run resumes; its result is one JSON file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Run:
     """A training and its evaluation.
 
     Raises:
-        FailedError: Of all that runs a command: it failed; the message names its log.
+        FailedError: A command failed; the message names its log.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Run:
         return self.folder / "runs" / named
 
     def _beside(self, kind: str) -> Path:
-        """Return a file beside the run's folder; its name has dots that are no suffix."""
+        """Return a file next to the run's folder, whose name has dots that are no suffix."""
         return self.output.with_name(f"{self.output.name}.{kind}")
 
     def settings(self) -> dict[str, Field]:
@@ -148,7 +148,7 @@ class Run:
         return self.output / "export" / "backbone"
 
     def train(self) -> None:
-        """Train, or go on where it was interrupted."""
+        """Train, or resume training."""
         self._do("trex_models.train", self.training())
 
     def search(self) -> float:
@@ -202,9 +202,9 @@ class Run:
         write(result, found)
 
     def core_seconds(self) -> float:
-        """Return the processor time of the run's commands, those included that were interrupted.
+        """Return the processor time of the run's commands, including interrupted ones.
 
-        Not of one whose study was killed beside it, nor of the heads' accuracy.
+        It lacks commands that were killed together with the study, and the heads' accuracy.
         """
         costs = self._beside("cost")
         return sum(map(float, costs.read_text().split())) if costs.exists() else 0.0
@@ -234,11 +234,11 @@ class Run:
         return {**shares, **dict(zip(("means_train", "means_test"), means, strict=True))}
 
     def _do(self, module: str, arguments: list[str]) -> None:
-        """Run a module on one thread; its output goes to a log beside the run's folder."""
+        """Run a module on one thread; its output goes to a log next to the run's folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         log = self._beside("log")
         if _stopped.is_set():
-            raise FailedError(f"{module} was not begun: the study was told to stop")
+            raise FailedError(f"{module} was not started: the study was asked to stop")
         with log.open("ab") as file:
             begun = file.tell()
             child = subprocess.Popen(
@@ -329,7 +329,7 @@ def rounded(value: Any) -> Any:
     return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
-_ANALYSES = (
+_GEOMETRY = (
     "coding_length",
     "effective_rank",
     "singular_values",
@@ -339,12 +339,12 @@ _ANALYSES = (
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a result keeps of a data set's entry in a report."""
-    analyses = entry["geometry"]["train"]
+    """Return the part of a dataset's entry in a report that a result keeps."""
+    geometry = entry["geometry"]["train"]
     return {
         "top1": entry["top1"]["mean"],
         "log_odds": entry["log_odds"],
         "knn": entry["knn"]["top1"],
         "test_images": entry["test"]["images"],
-        "analyses": {key: analyses[key] for key in _ANALYSES} if analyses else None,
+        "analyses": {key: geometry[key] for key in _GEOMETRY} if geometry else None,
     }
