@@ -6,10 +6,10 @@
 crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
 drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
 
-`differences`: our levels minus those of PIL and torchvision given the same parameters, by operation:
-mean of the absolute value, mean, largest value, and percentage of pixels with a channel that differs
-by more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a test that they
-have one distribution. Takes three minutes on a CPU.
+`differences`: our levels minus those of PIL and torchvision given the same parameters, by
+operation: mean of the absolute value, mean, largest value, and percentage of pixels with a channel
+that differs by more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a
+test that they have one distribution. Takes three minutes on a CPU.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     OMP_WAIT_POLICY=passive python -m benchmarks.transfer_memory
 
-Takes 16 minutes on two shared cores, and 4.1 GB of disk, which are freed. Linux only: memory is read
-from /proc. Each part runs in a separate process, by the functions of the evaluation: extraction into
-the cache, from tiny images made on the fly and a trivial network; k-NN of some queries; the SGD
-layers of the complete grid, over some batches drawn from the complete file; geometry.
+Takes 16 minutes on two shared cores, and 4.1 GB of disk, which are freed. Linux only: memory is
+read from /proc. Each part runs in a separate process, by the functions of the evaluation:
+extraction into the cache, from tiny images made on the fly and a trivial network; k-NN of some
+queries; the SGD layers of the complete grid, over some batches drawn from the complete file;
+geometry.
 
 Two peaks are reported, each above the memory of the process after its imports. *Held* is anonymous
 memory (RssAnon, read every 20 ms). *With pages* also counts pages of the mapped file (VmHWM), which

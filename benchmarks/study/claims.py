@@ -1,9 +1,9 @@
 """The papers' claims as differences between cells, and the results of our runs.
 
 Intervals are of 95 %, over seeds and for one set of images. Runs of one seed share their
-initialization, so seeds are blocks: a difference is judged by the additive model of cells and seeds,
-with residuals pooled over all cells as if their variances were equal. The paired interval of the two
-cells, and Welch's, which assumes independent runs, are reported next to it.
+initialization, so seeds are blocks: a difference is judged by the additive model of cells and
+seeds, with residuals pooled over all cells as if their variances were equal. The paired interval
+of the two cells, and Welch's, which assumes independent runs, are reported next to it.
 """
 
 from __future__ import annotations
