@@ -37,7 +37,7 @@ def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: s
 
 def test_ids_are_one_for_each_embedding() -> None:
     for ids in (torch.tensor([7]), torch.arange(3)):
-        with pytest.raises(ValueError, match=r"4 embeddings have ids \(.*\); one each"):
+        with pytest.raises(ValueError, match=r"ids must be \(4,\) like labels, got \(.*\)"):
             filled().enqueue(EMBEDDINGS, LABELS, ids)
 
 

@@ -216,7 +216,7 @@ def status_of(command: Callable[..., int], *arguments: Any) -> object:
         ("--system.device gpu", "not an available torch device"),
         ("--seed -1", "seed must be at least 0"),
         ("--optim.batch-size 1", "BatchNorm needs at least 2"),
-        ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name the architecture alone"),
+        ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name only the architecture"),
         ("--optim.epochs 0", "epochs must be at least 1"),
         ("--objective.bank-size -4", "bank_size must be at least 1"),
     ],

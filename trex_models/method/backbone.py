@@ -1,6 +1,6 @@
-"""Any timm backbone that pools to one vector, checked before training starts.
+"""Backbones: any timm model that pools to one vector, checked before training starts.
 
-Its activations may be recomputed in the backward pass (Chen et al., arXiv 1604.06174): only the
+Activations may be recomputed in the backward pass (Chen et al., arXiv 1604.06174): only the
 input of each block is kept, and its forward pass runs a second time.
 """
 
@@ -22,36 +22,36 @@ def build_backbone(
 ) -> tuple[nn.Module, int]:
     """Create a timm model without classifier, with random weights.
 
-    ViTs are made to take several resolutions (dynamic_img_size), and convolutional networks not to
-    start their last BatchNorms from zero, where timm has such arguments.
+    Where timm has these arguments, ViTs get ``dynamic_img_size``, for several resolutions, and
+    convolutional networks ``zero_init_last=False``.
 
         backbone, width = build_backbone("convnext_atto")
 
     Args:
         name: A timm model name.
-        args: Its further arguments.
-        sizes: The sides of the crops that it must take, in pixels, the global one first.
+        args: Further arguments of the model.
+        sizes: Sides of the crops in pixels, global crops first.
 
     Returns:
-        The model, and the width of the features that it returns.
+        The model, and the width of its features.
 
     Raises:
-        ValueError: timm has no such model, it refuses the arguments, or it cannot turn crops of
-            these sizes into one vector each.
+        ValueError: timm has no such model, it refuses the arguments, or it does not map crops of
+            these sizes to one vector each.
     """
     args = full_args(name, args or {}, sizes[0])
-    with torch.device("meta"):  # shapes alone: no memory, no time
+    with torch.device("meta"):  # only shapes: costs neither memory nor time
         probe = _create(name, args).eval()
         widths = [_feature_width(name, probe, size) for size in sizes]
     return _create(name, args), widths[0]
 
 
 def full_args(name: str, args: Mapping[str, Any], global_size: int) -> dict[str, Any]:
-    """Add what training from scratch on several resolutions needs, where the model takes it."""
+    """Add the arguments that training on several resolutions needs, if the model has them."""
     if ":" in name:
         raise ValueError(
-            f"model.backbone: {name!r} is pretrained; training starts from random weights, so name "
-            "the architecture alone"
+            f"model.backbone: {name!r} is pretrained; training starts from random weights; name "
+            "only the architecture"
         )
     if not timm.is_model(name):
         similar = ", ".join(timm.list_models(f"{name[:6]}*")[:5]) or "those of timm.list_models()"
@@ -82,12 +82,12 @@ def _feature_width(name: str, model: nn.Module, size: int) -> int:
         shape = model(torch.empty(2, 3, size, size)).shape
     except Exception as error:  # each model fails in its own way
         raise ValueError(
-            f"model.backbone: {name} does not take {size}-pixel crops ({error}); take a "
+            f"model.backbone: {name} does not take {size}-pixel crops ({error}); use a "
             "convolutional network or a ViT with dynamic_img_size, or other sizes"
         ) from error
     if len(shape) != 2:
         found = f"{name} turns an image into {tuple(shape[1:])}, not a vector"
-        raise ValueError(f"model.backbone: {found}; take one that pools")
+        raise ValueError(f"model.backbone: {found}; use one that pools")
     return int(shape[1])
 
 
@@ -103,7 +103,7 @@ def recompute_activations(backbone: nn.Module, name: str) -> None:
     except AssertionError as error:
         raise ValueError(
             f"system.checkpoint_activations: timm's {name} cannot recompute its activations; lower "
-            "optim.batch_size or crops.local_crops instead, or take another backbone"
+            "optim.batch_size or crops.local_crops instead, or use another backbone"
         ) from error
     model.recomputes_activations = True
 

@@ -1,4 +1,4 @@
-"""The memory bank: the last Q embeddings of the momentum encoder, first in first out.
+"""The memory bank: the last Q embeddings of the momentum encoder, first in, first out.
 
 Shapes: B batch, D embedding, Q bank size, C classes.
 """
@@ -12,13 +12,13 @@ from trex_models.heads import class_means
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise a ValueError for labels that are no integers, or on the CPU not in [0, C).
+    """Require integer labels and, on the CPU, labels in [0, C).
 
-    To look at those on a GPU would wait for it.
+    Values on a GPU are not checked, because reading them waits for the device.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    # A subclass, such as a fake tensor, need not have values.
+    # Subclasses, such as fake tensors, may have no values.
     if type(labels) is Tensor and labels.device.type == "cpu" and labels.numel():
         lowest, highest = (int(bound) for bound in labels.aminmax())
         if not 0 <= lowest <= highest < num_classes:
@@ -27,33 +27,32 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 class MemoryBank(nn.Module):
-    """FIFO of raw (not normalized) embeddings, their labels, and the indices of their samples.
+    """First-in, first-out store of embeddings (not normalized), labels and sample indices.
 
-    Take a multiple of the batch size for ``size``: a batch that crosses the end is cut there.
-    Starts as N(0, 1) noise with uniform random labels, so that nearly every class has a
-    prototype from the first step. All of it are buffers: ``to(device)`` moves them, ``state_dict``
-    holds them, no gradient reaches them. MoCo's queue (He et al. 2020, arXiv 1911.05722) with
-    labels; t-ReX (arXiv 2206.15369) section 3.2.
+    ``size`` should be a multiple of the batch size: a batch that crosses the end is truncated.
+    The bank starts with N(0, 1) noise and uniform random labels, so that nearly every class has a
+    prototype from the first step. All tensors are buffers without gradient. It is MoCo's queue
+    (He et al. 2020, arXiv 1911.05722) with labels; t-ReX (arXiv 2206.15369) section 3.2.
 
         bank = MemoryBank(8192, dim=256, num_classes=1000)
         bank.enqueue(embeddings, labels)
 
     Args:
-        size: Q; the paper's is 8192.
-        dim: D, width of the embeddings.
-        num_classes: C.
-        dtype: Type of the embeddings; float32 whatever the precision of training.
+        size: Number of entries, Q; 8192 in the paper.
+        dim: Embedding dimension, D.
+        num_classes: Number of classes, C. Random initial labels are drawn from it.
+        dtype: Type of the stored embeddings, regardless of the training precision.
 
     Raises:
         ValueError: A number is below 1.
 
     Attributes:
-        features: (Q, D).
-        labels: (Q,).
-        ids: Each entry's sample, (Q,); -1 where it is none of this run's.
-        written: Number of the batch that wrote each entry, from 0 on, (Q,); -1 likewise.
+        features: Embeddings, (Q, D).
+        labels: Class labels, (Q,).
+        ids: Sample indices, (Q,); -1 for unknown samples, such as those of the initial noise.
+        written: Number of the batch that wrote each entry, (Q,); -1 for initial entries.
         pointer: Position of the next batch.
-        batches: Number of batches that were enqueued.
+        batches: Number of batches enqueued so far.
     """
 
     features: Tensor
@@ -78,15 +77,15 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
-        """Write a batch at the pointer; what does not fit before the end is dropped.
+        """Overwrite the oldest entries; the part of a batch beyond the bank's end is dropped.
 
         Args:
-            features: Embeddings on the bank's device, (B, D), of any floating type.
-            labels: Labels, (B,) integers in [0, C).
-            ids: Indices of the samples, (B,) integers from 0 on; only ``LOOK`` reads them.
+            features: Embeddings, (B, D), on the bank's device.
+            labels: Class labels, (B,), integers in [0, C).
+            ids: Sample indices, (B,), integers from 0; only ``LOOK`` reads them.
 
         Raises:
-            ValueError: The shapes are not these, or labels are not in [0, C).
+            ValueError: Shapes do not match, or labels are not in [0, C).
         """
         size, dim = self.features.shape
         if features.shape != (len(labels), dim) or labels.ndim != 1:
@@ -95,7 +94,7 @@ class MemoryBank(nn.Module):
                 f"{tuple(features.shape)} and {tuple(labels.shape)}"
             )
         if ids is not None and ids.shape != labels.shape:
-            raise ValueError(f"{len(labels)} embeddings have ids {tuple(ids.shape)}; one each")
+            raise ValueError(f"ids must be ({len(labels)},) like labels, got {tuple(ids.shape)}")
         check_labels(labels, self.num_classes)
         count = min(len(labels), size - self.pointer)
         window = slice(self.pointer, self.pointer + count)

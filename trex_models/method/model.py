@@ -23,9 +23,9 @@ class Encoder(nn.Module):
         encoder = Encoder(backbone, Projector(backbone.num_features))
 
     Args:
-        backbone: Maps (B, 3, S, S) to (B, F): any module that pools to one vector an image, at
-            every resolution of the crops.
-        projector: Maps (B, F) to (B, D): a ``Projector``, or the identity.
+        backbone: Module that maps images of any crop resolution, (B, 3, S, S), to features, (B, F).
+        projector: Module that maps features, (B, F), to embeddings, (B, D): a ``Projector`` or the
+            identity.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
@@ -38,26 +38,26 @@ class Encoder(nn.Module):
 
         Args:
             crops: One tensor per crop, (B, 3, S, S), or per resolution, (N_r * B, 3, S_r, S_r),
-                crop-major; globals first. A tensor alone is one resolution.
+                crop-major, global crops first; or a single tensor.
 
         Returns:
             Embeddings, (N * B, D), in the order of the crops.
 
         Raises:
-            ValueError: The backbone does not return one vector an image.
+            ValueError: The backbone does not return one vector per image.
         """
         crops = [crops] if isinstance(crops, Tensor) else crops
         features = torch.cat([self.backbone(images) for images in _by_resolution(crops)])
         if features.ndim != 2:
             raise ValueError(
                 f"the backbone turns an image into {tuple(features.shape[1:])}, not a vector; "
-                "let it pool and take its classifier off (in timm: num_classes=0)"
+                "use one that pools and has no classifier (in timm: num_classes=0)"
             )
         return self.projector(widen(features))
 
 
 def _by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
-    """Join neighbors of equal size: BatchNorm's statistics are those of a resolution."""
+    """Join adjacent tensors of equal resolution, which share BatchNorm's statistics."""
     joined = [crops[0]]
     for images in crops[1:]:
         if images.shape[1:] == joined[-1].shape[1:]:
@@ -68,22 +68,22 @@ def _by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
 
 
 class TReX(nn.Module):
-    """The method as one module: ``forward`` gives the loss, ``update_bank`` fills the bank.
+    """The method as one module: ``forward`` returns the loss, ``update_bank`` fills the bank.
 
-    t-ReX (Sariyildiz et al., ICLR 2023, arXiv 2206.15369), section 3. One step is
+    t-ReX (Sariyildiz et al., ICLR 2023, arXiv 2206.15369), section 3. A training step:
 
         loss, _ = method(crops, labels)
         loss.backward()
         method.update_bank(crops, labels)
         optimizer.step()
 
-    On several processes wrap the method in DistributedDataParallel, with its buffers not
-    broadcast, to call ``forward``; ``update_bank`` gathers by itself what all of them have.
+    With several processes call ``forward`` through DistributedDataParallel (without broadcast of
+    buffers); ``update_bank`` gathers the embeddings of all processes itself.
 
     Args:
-        encoder: The online encoder; what is trained and exported.
-        objective: The loss.
-        ema_momentum: m of the momentum encoder, which exists where the objective has a bank.
+        encoder: Online encoder, which is trained and exported.
+        objective: Loss.
+        ema_momentum: Momentum of the momentum encoder, which exists if the objective has a bank.
     """
 
     def __init__(self, encoder: Encoder, objective: Objective, ema_momentum: float = 0.999) -> None:
@@ -97,12 +97,12 @@ class TReX(nn.Module):
     def forward(
         self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, a scalar, and the logits, (N * B, C), against the bank as it is.
+        """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
-            crops: One tensor per crop or per resolution, as ``Encoder`` takes them.
-            labels: Labels, (B,) integers in [0, C).
-            ids: Indices of the samples, (B,); only ``LOOK`` reads them.
+            crops: One tensor per crop or per resolution, as for ``Encoder``.
+            labels: Class labels, (B,), integers in [0, C).
+            ids: Sample indices, (B,); only ``LOOK`` reads them.
         """
         return self.objective(self.encoder(crops), labels, ids)
 
@@ -110,10 +110,10 @@ class TReX(nn.Module):
     def update_bank(
         self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
     ) -> None:
-        """Update the momentum encoder and enqueue its embeddings, of all processes in rank order.
+        """Update the momentum encoder and enqueue its embeddings of all processes, in rank order.
 
-        Belongs between ``forward``, whose arguments it takes, and the optimizer's step. Only the
-        first crop of every image counts, a global one. No-op without a bank.
+        Call it between ``forward``, with the same arguments, and the optimizer's step. It uses the
+        first crop of every image, a global one. No-op without a bank.
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return

@@ -1,4 +1,4 @@
-"""The momentum encoder: a moving average of the encoder that fills the bank (MoCo)."""
+"""Momentum encoder: an exponential moving average of the encoder, which fills the bank (MoCo)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class MomentumEncoder(nn.Module):
-    """ema = m * ema + (1 - m) * online, over parameters only.
+    """Exponential moving average of a module's parameters: ema = m * ema + (1 - m) * online.
 
-    BatchNorm normalizes by batch statistics here too (the copy is in train mode if the original
-    is); its running buffers follow this encoder's own batches and are never averaged. MoCo
+    BatchNorm uses batch statistics here, too (the copy is in training mode if the original is);
+    its running statistics are those of this encoder's batches, and are not averaged. MoCo
     (He et al. 2020, arXiv 1911.05722), Eq. 2.
 
         momentum_encoder = MomentumEncoder(encoder)
@@ -20,11 +20,11 @@ class MomentumEncoder(nn.Module):
         embeddings = momentum_encoder(images)
 
     Args:
-        encoder: The online encoder, any module, to start as a copy of.
-        momentum: m, from 0 (a copy at each update) to 1 (never changes).
+        encoder: Online encoder, any module; the average starts as a copy of it.
+        momentum: m, from 0 (copies at each update) to 1 (never changes).
 
     Raises:
-        ValueError: ``momentum`` is outside of [0, 1].
+        ValueError: ``momentum`` is outside [0, 1].
     """
 
     def __init__(self, encoder: nn.Module, momentum: float = 0.999) -> None:
@@ -42,12 +42,12 @@ class MomentumEncoder(nn.Module):
         if average[0].dtype != torch.float64:
             torch._foreach_lerp_(average, current, 1 - self.momentum)
             return
-        # Where runs are compared to the last bits, as written above: lerp rounds otherwise, and
-        # deep networks amplify that.
+        # In float64 runs are compared bit for bit: lerp rounds differently, which deep networks
+        # amplify.
         torch._foreach_mul_(average, self.momentum)
         torch._foreach_add_(average, torch._foreach_mul(current, 1 - self.momentum))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return what the encoder makes of images, (B, 3, H, W): embeddings, (B, D)."""
+        """Encode images without gradient, (B, 3, H, W) -> (B, D)."""
         return self.encoder(images)

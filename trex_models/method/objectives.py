@@ -1,4 +1,4 @@
-"""The losses: softmax, cosine softmax, online class means (OCM) and LOOK, behind one interface.
+"""Losses with one interface: softmax, cosine softmax, online class means (OCM) and LOOK.
 
 Shapes: B batch, N crops, D embedding, C classes, Q bank size.
 """
@@ -24,12 +24,12 @@ _ROWS = 256  # queries at a time: their similarities take 67 MB with a bank of 6
 
 
 class Objective(nn.Module):
-    """Base of the losses: mean cross-entropy over crops and batch of a subclass's logits.
+    """Base class of the losses: cross-entropy of a subclass's logits, averaged over all crops.
 
-    To train on a loss of your own, define ``logits`` (or ``forward``) and ``class_weights``.
+    For your own loss, define ``logits`` (or ``forward``) and ``class_weights``.
 
     Args:
-        bank: The memory bank, where the objective has one; ``TReX.update_bank`` fills it.
+        bank: Memory bank of objectives that have one; ``TReX.update_bank`` fills it.
     """
 
     def __init__(self, bank: MemoryBank | None = None) -> None:
@@ -41,7 +41,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def class_weights(self) -> Tensor | None:
-        """Return the vectors that classes are compared with, (C, D); None if there are none."""
+        """Return the class weights or prototypes, (C, D); None if there are none."""
         raise NotImplementedError
 
     def forward(
@@ -50,24 +50,24 @@ class Objective(nn.Module):
         """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
-            embeddings: (N * B, D), crop-major: the first crop of every image, then the second.
-            labels: Labels, (B,) integers in [0, C), shared by all crops of an image.
-            ids: Indices of the samples, (B,); only ``LOOK`` reads them.
+            embeddings: Embeddings, (N * B, D), crop-major: first crop of all images, then second.
+            labels: Class labels, (B,), integers in [0, C).
+            ids: Sample indices, (B,); only ``LOOK`` reads them.
         """
-        del ids  # only neighbors need to know their own
+        del ids  # only LOOK reads them
         logits = self.logits(embeddings)
         check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
 
 
 class LinearSoftmax(Objective):
-    """Softmax over a linear classifier with bias: the plain baseline. No temperature, no norm.
+    """Softmax of a linear classifier with bias: the baseline, without temperature or normalization.
 
         loss, logits = LinearSoftmax(2048, num_classes=1000)(features, labels)
 
     Args:
-        dim: D, width of the embeddings.
-        num_classes: C.
+        dim: Embedding dimension, D.
+        num_classes: Number of classes, C.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -85,16 +85,16 @@ class LinearSoftmax(Objective):
 
 
 class CosineSoftmax(Objective):
-    """Softmax over cosines with learned class weights: logits = cos(z, w_c) / tau.
+    """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
 
     Equation 1 of t-ReX (arXiv 2206.15369), around ``CosineClassifier``.
 
         loss, logits = CosineSoftmax(256, num_classes=1000)(embeddings, labels)
 
     Args:
-        dim: D, width of the embeddings.
-        num_classes: C.
-        temperature: tau.
+        dim: Embedding dimension, D.
+        num_classes: Number of classes, C.
+        temperature: Temperature, tau.
 
     Raises:
         ValueError: ``temperature`` is not above 0.
@@ -105,7 +105,7 @@ class CosineSoftmax(Objective):
         self.classifier = CosineClassifier(dim, num_classes, temperature)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return cosine logits against the learned weights."""
+        """Return cosine logits of the learned weights."""
         return self.classifier(embeddings)
 
     def class_weights(self) -> Tensor:
@@ -114,16 +114,16 @@ class CosineSoftmax(Objective):
 
 
 class OnlineClassMeans(Objective):
-    """Softmax over cosines with the class means of a memory bank, in place of learned weights.
+    """Cosine softmax with the class means of a memory bank instead of learned weights.
 
-    OCM, equation 2 of t-ReX (arXiv 2206.15369): logits = cos(z, mean of the bank's c) / tau.
+    OCM, equation 2 of t-ReX (arXiv 2206.15369): logits = cos(z, class mean of the bank) / tau.
 
         bank = MemoryBank(8192, dim=256, num_classes=1000)
         loss, logits = OnlineClassMeans(bank)(embeddings, labels)
 
     Args:
-        bank: The memory bank. No gradient flows through it; who trains fills it.
-        temperature: tau.
+        bank: Memory bank, without gradient; the training loop fills it by ``TReX.update_bank``.
+        temperature: Temperature, tau.
 
     Raises:
         ValueError: ``temperature`` is not above 0.
@@ -137,7 +137,7 @@ class OnlineClassMeans(Objective):
         self.temperature = temperature
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return cosine logits against the class means; 0 for a class without entries."""
+        """Return cosine logits of the class means; 0 for a class without entries."""
         return cosine_logits(embeddings, self.class_weights(), self.temperature)
 
     def class_weights(self) -> Tensor:
@@ -146,27 +146,27 @@ class OnlineClassMeans(Objective):
 
 
 class LOOK(Objective):
-    """Leave-one-out error of a k-NN classifier over a memory bank; logits are the weighted vote.
+    """Leave-one-out loss of a weighted k-NN classifier over a memory bank.
 
-    A reconstruction: of Feng et al., "Rethinking supervised pre-training for better downstream
-    transferring" (ICLR 2022, arXiv 2110.06014), only the abstract could be verified, and its code
-    is not public. An image need only share its label with most of its nearest neighbors, so that a
-    class may have several modes. With N_k(i) the k entries of the bank most similar to z_i, the
-    image's own entries left out, and s = cosine:
+    This is a reconstruction of Feng et al., "Rethinking supervised pre-training for better
+    downstream transferring" (ICLR 2022, arXiv 2110.06014): only the abstract could be verified, and
+    the code is not public. An image needs the label of most of its nearest neighbors only, so a
+    class may have several modes. With N_k(i) the k entries of the bank most similar to z_i, without
+    the image's own entries, and s = cosine:
 
         L_i = -log(sum_{j in N_k(i), y_j = y_i} exp(s_ij / tau) / sum_{j in N_k(i)} exp(s_ij / tau))
 
-    Ours: if none of the k has the image's label, the nearest entry that has joins them; if the
-    bank has none, the crop's loss is 0; and the defaults. With k = Q it is SNCA (Wu, Efros, Yu,
+    Our choices: if none of the k entries has the image's label, the nearest one that does is
+    added; if the bank has none, the loss is 0; the defaults. With k = Q it is SNCA (Wu et al.,
     ECCV 2018).
 
         bank = MemoryBank(65536, dim=256, num_classes=1000)
         loss, votes = LOOK(bank)(embeddings, labels, ids)
 
     Args:
-        bank: The memory bank. No gradient flows through it; who trains fills it.
-        temperature: tau.
-        neighbors: k; the whole bank if it is smaller.
+        bank: Memory bank, without gradient; the training loop fills it by ``TReX.update_bank``.
+        temperature: Temperature, tau.
+        neighbors: Number of neighbors, k; at most the size of the bank.
 
     Raises:
         ValueError: ``temperature`` is not above 0, or ``neighbors`` is below 1.
@@ -183,10 +183,10 @@ class LOOK(Objective):
         self.neighbors = min(neighbors, len(bank.labels))
 
     def class_weights(self) -> None:
-        """Return None: a class has no vector of its own."""
+        """Return None: classes have no vectors."""
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return the logarithm of each class's share of the vote, -inf for a class without one."""
+        """Return the logarithm of each class's share of the votes, -inf without votes."""
         bank = F.normalize(self.bank.features, dim=1)
         votes = []
         for part in embeddings.detach().split(_ROWS):
@@ -199,8 +199,8 @@ class LOOK(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
-        Takes what every objective takes. Entries of the same sample, by ``ids``, are left out; None
-        (or -1 of an image) leaves none out, which is right where the bank has no entry of it.
+        Arguments are those of ``Objective``. Entries with the index of the sample are excluded;
+        without ``ids`` (or with -1) none is, which is correct if the bank holds no such entry.
         """
         check_labels(labels, self.bank.num_classes)
         bank = F.normalize(self.bank.features, dim=1)
@@ -209,7 +209,9 @@ class LOOK(Objective):
             own = (ids[:, None] == self.bank.ids) & (self.bank.ids >= 0)
         of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
-        for crop in embeddings.split(len(labels)):  # one of every image: bounds the memory
+        for crop in embeddings.split(
+            len(labels)
+        ):  # one crop of each image at a time: bounds the memory
             loss, vote = self._compare(self._scores(crop, bank), own, of_class)
             losses.append(loss)
             votes.append(vote)
@@ -225,14 +227,14 @@ class LOOK(Objective):
             others = scores.masked_fill(own, -math.inf)
             nearest, entries = others.topk(self.neighbors, dim=1)
             votes = self._votes(nearest, entries)
-            counts = nearest > -math.inf  # not its own, where k reaches that far
+            counts = nearest > -math.inf  # own entries are -inf
             alike = counts & of_class.gather(1, entries)
             best, entry = others.masked_fill(~of_class, -math.inf).max(1)
             joins = (~alike.any(1) & (best > -math.inf))[:, None]
             entries = torch.cat([entries, entry[:, None]], 1)
             counts = torch.cat([counts, joins], 1)
             alike = torch.cat([alike, joins], 1)
-            # The bank has none of the class: both sums are then the same, and their ratio 1.
+            # If the bank has none of the class, both sums are equal, and the loss is 0.
             none = ~alike.any(1, keepdim=True)
             counts, alike = counts | none, alike | none
         chosen = scores.gather(1, entries)
@@ -247,6 +249,6 @@ class LOOK(Objective):
 
     def _votes(self, nearest: Tensor, entries: Tensor) -> Tensor:
         """Return the logarithm of the classes' shares in exp(score), (B, C)."""
-        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 where all entries are the image's own
+        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 if all entries are the image's own
         votes = shares.new_zeros(len(shares), self.bank.num_classes)
         return votes.scatter_add_(1, self.bank.labels[entries], shares).log()

@@ -10,18 +10,18 @@ from torch import nn
 def learning_rates(
     peak: float, final: float, warmup_steps: int, total_steps: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Linear warm-up from 0 to ``peak`` (both ends included), then a cosine down to ``final``.
+    """Compute the learning rate of every step: linear warm-up from 0, then cosine decay.
 
     The schedule of t-ReX (arXiv 2206.15369), whose peak is 0.1 per 256 images of a batch.
 
     Args:
-        peak: Highest learning rate.
-        final: End of the cosine, which it would reach one step after the last.
-        warmup_steps: Steps of the linear part.
-        total_steps: Steps in all.
+        peak: Learning rate at the end of the warm-up.
+        final: Learning rate that the cosine would reach one step after the last.
+        warmup_steps: Number of steps of the warm-up.
+        total_steps: Number of steps, warm-up included.
 
     Returns:
-        One learning rate a step, (total_steps,).
+        Learning rates, (total_steps,).
     """
     warmup = np.linspace(0, peak, warmup_steps)
     decay_steps = total_steps - warmup_steps
@@ -33,9 +33,9 @@ def learning_rates(
 def build_sgd(
     module: nn.Module, momentum: float = 0.9, weight_decay: float = 1e-4, lr: float = 0.1
 ) -> torch.optim.SGD:
-    """SGD without Nesterov; only parameters with more than one dimension decay.
+    """Build SGD with weight decay on parameters of more than one dimension only.
 
-    The optimizer of t-ReX (arXiv 2206.15369).
+    The optimizer of t-ReX (arXiv 2206.15369), without Nesterov momentum.
 
         optimizer = build_sgd(method)
         for group in optimizer.param_groups:
@@ -43,9 +43,9 @@ def build_sgd(
 
     Args:
         module: Module to train; parameters without gradient are left out.
-        momentum: Momentum of the gradients.
-        weight_decay: Weight decay, for weights, not for biases and norms.
-        lr: Learning rate, where no step sets its own.
+        momentum: Momentum.
+        weight_decay: Weight decay of weights; biases and norms have none.
+        lr: Initial learning rate.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -56,9 +56,9 @@ def build_sgd(
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Lay out a restored optimizer's buffers as its parameters are.
+    """Give a restored optimizer's buffers the memory format of their parameters.
 
-    Fused SGD walks both in memory order: with other strides it would mix up their elements.
+    Fused SGD reads both in memory order: with different strides it would mix up their elements.
     """
     for parameter, state in optimizer.state.items():
         buffer = state.get("momentum_buffer")
