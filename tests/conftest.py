@@ -1,4 +1,4 @@
-"""The order of the tests, and what several files of them stand on."""
+"""The order of the tests, and fixtures that several files use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
@@ -18,8 +19,11 @@ from tests.loopback_hub import Hub, HubServer, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest test by far, so that no worker waits for another at the end."""
+    """Skip what needs CUDA, and begin with the longest test: no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_timm_suite.py")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip("needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,6 @@ def test_no_command_prints_the_help_with_status_2(
     ("main", "arguments", "metavar"),
     [
         (transfer.main, "table", "PATH"),
-        (transfer.main, "plot --output x.png", "PATH"),
         (features.main, "neighbors f.npy --query", "STR"),
         (plot.main, "", "PATH"),
         (hub.main, "publish", "PATH"),

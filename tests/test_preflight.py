@@ -6,10 +6,10 @@ import math
 import os
 import re
 import shutil
-from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -27,17 +27,15 @@ from trex_models.train.config import from_dict
 from trex_models.train.recipes import RECIPES
 from trex_models.train.unreadable import ImageFiles
 
-Usage = namedtuple("Usage", "total used free")
-
 
 def set_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
     """Let every disk have so much space; return the paths that are asked for."""
     asked: list[Path] = []
 
-    def usage(path: Path) -> Usage:
+    def usage(path: Path) -> SimpleNamespace:
         asked.append(path)
         assert path.exists()
-        return Usage(10**15, 10**15 - free, free)
+        return SimpleNamespace(free=free)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     return asked
@@ -109,10 +107,6 @@ def test_bank_larger_than_the_data_is_refused() -> None:
 def test_disk_space_is_that_of_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
-    module[0].weight.requires_grad_(False)
-    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
-    assert checks.checkpoint_bytes(module) == frozen + 2 * trained + buffers
     monkeypatch.chdir(tmp_path)
     asked = set_free_space(monkeypatch, 1000)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
