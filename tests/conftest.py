@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from tests import official_files
+from tests.images import save_image
 from tests.loopback_hub import Hub, HubServer, serving
 
 
@@ -51,6 +52,15 @@ def naver_cache(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield cache
     shutil.rmtree(cache)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with eleven pictures in images/a and images/b."""
+    for number in range(11):
+        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -47,14 +47,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for number in range(11):
-        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(models: Path, *arguments: str, model: str = "backbone") -> int:
     fixed = ["--model", str(models / model), "--workers", "0", "--batch-size", "4"]
     return main(["extract", *arguments, *fixed])

@@ -37,13 +37,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for number in range(11):
-        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
-    monkeypatch.chdir(tmp_path)
+def place(place: Path, models: Path) -> Path:
     model = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "4"]
     assert main(["extract", "images", "--output", "f.npy", *model]) == 0
-    return tmp_path
+    return place
 
 
 def test_neighbors_are_the_nearest_by_cosine_and_not_the_query(place: Path) -> None:

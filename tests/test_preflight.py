@@ -107,6 +107,10 @@ def test_bank_larger_than_the_data_is_refused() -> None:
 def test_disk_space_is_that_of_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
+    module[0].weight.requires_grad_(False)
+    frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
+    assert checks.checkpoint_bytes(module) == frozen + 2 * trained + buffers
     monkeypatch.chdir(tmp_path)
     asked = set_free_space(monkeypatch, 1000)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
