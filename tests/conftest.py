@@ -1,4 +1,4 @@
-"""The order of the tests, and what several files of them stand on."""
+"""The order of the tests, and fixtures that several files use."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
 from tests import official_files
+from tests.images import save_image
 from tests.loopback_hub import Hub, HubServer, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest test by far, so that no worker waits for another at the end."""
+    """Skip what needs CUDA, and begin with the longest test: no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_timm_suite.py")
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip("needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +52,15 @@ def naver_cache(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         yield cache
     shutil.rmtree(cache)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with eleven pictures in images/a and images/b."""
+    for number in range(11):
+        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Pages of the documentation as programs: their blocks, run in order in a folder of their own.
 
-What a reader has or types otherwise than a test can bear stands in tests/pages/PAGE.toml:
+Where a test cannot have or run what a page says, tests/pages/PAGE.toml has other settings:
 
     slow = true                  # takes more than ten seconds
     [replace]                    # text of the page -> what is run; each must occur in a block
@@ -168,7 +168,7 @@ def furnish(folder: Path, release: Path) -> dict[str, str]:
 
 
 def run(page: Path, folder: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a page in a folder; its output tells the blocks apart."""
+    """Run a page in a folder; its output names the blocks."""
     plan = folder / f".{page.stem}.json"
     plan.write_text(json.dumps(program(page)))
     command = ["-c", _SESSION, plan, page.name]

@@ -3,23 +3,18 @@
     python -m tests.fault_injection [KILLS]
 
 A tiny run is trained once undisturbed. Then the same command is started again and again, and each
-time ended at a random moment in start-up, steps, saving, export or exit: by SIGKILL, or by a signal
-that asks to stop. When it has finished, all that it left is compared with
-the undisturbed run: every value of the last checkpoint, metrics.jsonl without its speeds, the
-configuration and the export byte for byte, and the names of all files. Then it begins again.
+time killed at a random moment in start-up, steps, saving, export or exit. What it has left when it
+finishes is compared with the undisturbed run: every value of the last checkpoint, metrics.jsonl
+without its speeds, and all other files byte for byte. Then it begins again.
 
-Also checked at each end: exit status and output (no traceback; an error is one line), that loader
-workers whose parent was killed end by themselves, and that, of several processes, those that are
-left do. (Before they have met, only a launcher such as torchrun can know it; here, we.) The exit
-status is 1 if anything differed or broke these rules.
-
-Times are those of a warm start: the runs are forked from a process that has imported everything.
-They are real processes all the same, and have sessions of their own.
+At each end the exit status and the output are checked (no traceback; an error is one line), and
+that loader workers whose parent was killed end, as do the other processes of a run. (Before they
+have met, only a launcher such as torchrun can know it; here, we.) The runs are real processes with
+sessions of their own, forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import os
 import random
@@ -34,15 +29,14 @@ from dataclasses import dataclass
 from multiprocessing import get_start_method, set_start_method
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from tests.processes import environments, forkserver, output_to
-from tests.runs import TINY, logged
+from tests.runs import TINY, assert_same_state, logged
 from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
-from trex_models.train.signals import STOP_SIGNALS
 
 _STEPS_PER_EPOCH = 4
 _MOST_SECONDS = 120.0  # of a life
@@ -91,18 +85,10 @@ class Setting:
 
 
 class Life:
-    """One start of the command, in ``folder``/run: a process for each rank, with its own logs.
+    """One start of the command, in ``folder``/run: a process for each rank, with its own logs."""
 
-    Args:
-        setting: What to run.
-        folder: Where; the logs of an earlier start are overwritten.
-        mounts: A process whose mounts to see; None for the usual ones.
-    """
-
-    def __init__(self, setting: Setting, folder: Path, mounts: int | None = None) -> None:
-        self.setting = setting
-        self.folder = folder
-        self.run = folder / "run" if mounts is None else Path(f"/proc/{mounts}/root{folder}/run")
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting, self.folder, self.run = setting, folder, folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "tmp", ignore_errors=True)
         (folder / "tmp").mkdir()
@@ -113,7 +99,7 @@ class Life:
                 (folder / f"{rank}.{name}").write_text("")
             process = forkserver.Process(
                 target=_live,
-                args=(folder, rank, setting.command, environment, get_start_method(), mounts),
+                args=(folder, rank, setting.command, environment, get_start_method()),
             )
             process.start()
             self.processes.append(process)
@@ -162,11 +148,9 @@ class Life:
             process.join()
         return [None if r in hanging else p.exitcode for r, p in enumerate(self.processes)]
 
-    def saving(self) -> str | None:
-        """Return the name of the checkpoint being written, or left half-written."""
-        folder = self.run / "checkpoints"
-        names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208  # polled
-        return next((name for name in names if name.endswith(".tmp")), None)
+    def saving(self) -> bool:
+        """Return whether a checkpoint is being written, or left half-written."""
+        return any((self.run / "checkpoints").glob("*.tmp"))
 
     def all_steps_saved(self) -> bool:
         return (self.run / "checkpoints" / f"step_{self.setting.total_steps}.pt").exists()
@@ -177,17 +161,10 @@ class Life:
 
 
 def _live(
-    folder: Path,
-    rank: int,
-    command: list[str],
-    environment: dict[str, str],
-    start_method: str,
-    mounts: int | None,
+    folder: Path, rank: int, command: list[str], environment: dict[str, str], start_method: str
 ) -> None:
     """Be a run: what ``python -m trex_models.train`` does, in a forked process."""
     set_start_method(start_method, force=True)  # of loader workers: the usual one, not ours
-    if mounts is not None:
-        _enter_namespaces(mounts)
     os.setsid()  # its loader workers can be found by it
     os.chdir(folder)
     os.environ.update(environment)
@@ -198,18 +175,6 @@ def _live(
     faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which has been read already
     sys.exit(train_main(command, exits=True))
-
-
-def _enter_namespaces(pid: int) -> None:
-    """Join the user and mount namespaces of a process; from Python 3.12 on it is os.setns."""
-    library = ctypes.CDLL(None, use_errno=True)
-    for kind in ("user", "mnt"):
-        path = Path(f"/proc/{pid}/ns/{kind}")
-        if path.readlink() == Path(f"/proc/self/ns/{kind}").readlink():
-            continue  # root needs no user namespace
-        with path.open() as namespace:
-            if library.setns(namespace.fileno(), 0):
-                raise OSError(ctypes.get_errno(), f"cannot enter {path}")
 
 
 def names_of_checkpoints(run: Path) -> frozenset[str]:
@@ -232,46 +197,29 @@ def members(session: int) -> list[int]:
 
 def compare(run: Path, reference: Path, total_steps: int) -> list[str]:
     """Return the names of what a finished run has other than another one; speeds may differ."""
-    ours, theirs = (_contents(folder, f"step_{total_steps}.pt") for folder in (run, reference))
+    ours, theirs = (_contents(folder) for folder in (run, reference))
     found = [
         name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
     ]
+    last = f"checkpoints/step_{total_steps}.pt"
+    try:
+        assert_same_state(checkpointing.load(run / last), checkpointing.load(reference / last))
+    except AssertionError as error:
+        found.append(str(error))
     names = sorted(names_of_checkpoints(run))
     strange = [name for name in names if not re.fullmatch(r"step_\d+\.pt", name)]
     return found + (names if strange or len(names) > checkpointing.KEPT else [])
 
 
-def _contents(run: Path, last: str) -> dict[str, object]:
-    """Return a run's files, its reports, and its last checkpoint part by part."""
-    files: dict[str, object] = {
-        str(path.relative_to(run)): path.read_bytes() if path.is_file() else b""
-        for path in run.rglob("*")
-        if path.parent.name != "checkpoints"
-    }
-    reports = {"metrics.jsonl": logged(run)}
-    return files | reports | _parts(checkpointing.load(run / "checkpoints" / last), last)
+def _contents(run: Path) -> dict[str, object]:
+    """Return a run's files and its reports, without the checkpoints."""
+    files = [path for path in run.rglob("*") if path.parent.name != "checkpoints"]
+    contents = {str(p.relative_to(run)): p.read_bytes() if p.is_file() else b"" for p in files}
+    return contents | {"metrics.jsonl": logged(run)}
 
 
-def _parts(value: Any, where: str) -> dict[str, object]:
-    """Return every part of a checkpoint by its name, to the bit; of a container, its keys."""
-    if isinstance(value, torch.Tensor):
-        bits = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        return {where: (value.dtype, value.shape, bits)}
-    if isinstance(value, list | tuple):
-        value, kind = dict(enumerate(value)), type(value)
-    elif isinstance(value, dict):
-        kind = dict
-    else:
-        return {where: repr(value)}
-    found: dict[str, object] = {where: (kind, list(value))}
-    for key, part in value.items():
-        found |= _parts(part, f"{where}.{key}")
-    return found
-
-
-@dataclass
-class Pace:
-    """How long the parts of an undisturbed run take, in seconds since its start."""
+class Pace(NamedTuple):
+    """When the parts of an undisturbed run end, in seconds since its start."""
 
     started: float
     saved: float
@@ -312,52 +260,38 @@ class Tormentor:
         self._pace = undisturbed(setting, self._reference)
         self._orphans: dict[int, float] = {}  # sessions, and when their leader was killed
 
-    def until(self, kills: int, signals: float = 0.15) -> None:
-        """Continue until so many kills are counted, and the run under way has finished.
-
-        ``signals`` is the share of lives that a signal ends that asks to stop.
-        """
+    def until(self, kills: int) -> None:
+        """Continue until so many kills are counted, and the run under way has finished."""
         while (self.kills < kills or self._folder.exists()) and len(self.wrong) < _MOST_WRONG:
-            number = signal.SIGKILL if self.kills < kills else None
-            if number and random.random() < signals:
-                number = random.choice(STOP_SIGNALS)
-            self._live_once(number)
+            self._live_once(kill=self.kills < kills)
         while self._orphans:
             self._check_orphans()
             time.sleep(0.1)
 
-    def _live_once(self, number: signal.Signals | None) -> None:
-        """Start the command, and end it by a signal unless it finishes before; check its end."""
-        before = names_of_checkpoints(self._folder / "run")
+    def _live_once(self, kill: bool) -> None:
+        """Start the command, and kill it unless it finishes before; check its end."""
+        saved = [int(path.stem[5:]) for path in checkpointing.files(self._folder / "run")]
         life = Life(self.setting, self._folder)
         victims: list[int] = []
-        if number is not None:
-            self._await_moment(life, self._share_left(before))
+        if kill:
+            self._await_moment(life, 1 - max(saved, default=0) / self.setting.total_steps)
             world = self.setting.processes
             victims = random.sample(range(world), random.randint(1, world))
-        victims = [rank for rank in victims if rank in life.ranks_alive()]
+            victims = [rank for rank in victims if rank in life.ranks_alive()]
         all_saved = life.all_steps_saved()
-        if number is not None:
-            life.send(number, victims)
-        killed = number == signal.SIGKILL and bool(victims)
-        patience = _PEER_SECONDS if killed else _MOST_SECONDS
+        life.send(signal.SIGKILL, victims)
+        patience = _PEER_SECONDS if victims else _MOST_SECONDS
         statuses = life.end(_MEETING_SECONDS if victims and not life.started() else patience)
         self._orphans |= {process.pid or 0: time.monotonic() for process in life.processes}
-        killed = killed and any(statuses[rank] == -signal.SIGKILL for rank in victims)
+        killed = any(statuses[rank] == -signal.SIGKILL for rank in victims)
         self.kills += killed
         if killed or statuses != [0] * len(statuses):
             for rank, status in enumerate(statuses):
-                if not self._may_end(life, rank, status, victims, number, killed, all_saved):
-                    self._note(f"{number} to {victims}: {rank} ended with {status}", life, rank)
+                if not killed or not self._may_end(life, rank, status, victims, all_saved):
+                    self._note(f"kill of {victims}: {rank} ended with {status}", life, rank)
         else:
             self._check_finished(life)
         self._check_orphans()
-
-    def _share_left(self, names: frozenset[str]) -> float:
-        steps = [
-            int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)\.pt", name))
-        ]
-        return 1 - max(steps, default=0) / self.setting.total_steps
 
     def _await_moment(self, life: Life, share: float) -> None:
         """Wait for a random moment: anywhere, or in a phase that is too short to be hit often."""
@@ -378,33 +312,20 @@ class Tormentor:
         life.await_(lambda: False, seconds)
 
     def _may_end(
-        self,
-        life: Life,
-        rank: int,
-        status: int | None,
-        victims: list[int],
-        number: signal.Signals | None,
-        killed: bool,
-        all_saved: bool,
+        self, life: Life, rank: int, status: int | None, victims: list[int], all_saved: bool
     ) -> bool:
-        """Return whether a process may end so, after a signal to some of them."""
+        """Return whether a process may end so, after some of them were killed."""
         err = life.err(rank)
         lost_another = bool(re.fullmatch(_PEER_FAILED, err))
-        if number is None or (number == signal.SIGKILL and not killed):
-            return False
-        if not killed and life.started():  # all stop together
-            said = re.search(r"stopped by .* after step (\d+) of \d+, saved; .*\n$", life.out())
-            saved = said and f"step_{said[1]}.pt" in names_of_checkpoints(life.run)
-            return bool(saved) and status == 128 + number and not err
-        if rank in victims and status in ((-number, 0) if killed else (-number, 128 + number)):
+        if rank in victims and status in (-signal.SIGKILL, 0):
             # Of several, each is killed a moment after the one before, and may see it end.
             saw_another = rank != victims[0] and lost_another
             # Orphaned workers may complain.
-            return not err or (killed and (saw_another or self.setting.workers > 0))
+            return not err or saw_another or self.setting.workers > 0
         if status is None:
             return "init_process_group" in err  # waits for one that had not yet come
         if status == 0:
-            return killed and all_saved
+            return all_saved
         if status == 1:
             return lost_another
         return status == 2 and not life.started() and bool(re.search(_NOT_MET, err))

@@ -10,12 +10,10 @@ import io
 import os
 import pickle
 import runpy
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context, get_start_method, set_start_method
@@ -78,13 +76,7 @@ def _member(rank: int, work: Work, variables: list[dict[str, str]], folder: Path
 
 
 class Forked:
-    """``python -c CODE ARGUMENTS`` or ``python -m MODULE ARGUMENTS``, forked.
-
-    Args:
-        command: What comes after ``python``.
-        environment: All variables; None for this process's.
-        cwd: The working directory; None for this process's.
-    """
+    """``python -c CODE ARGUMENTS`` or ``python -m MODULE ARGUMENTS``, forked."""
 
     def __init__(
         self,
@@ -106,13 +98,6 @@ class Forked:
         )
         self.process.start()
 
-    def await_line(self, line: str) -> None:
-        """Wait until it has printed a line."""
-        while line not in self._files[0].read_text().splitlines():
-            if not self.process.is_alive():
-                raise RuntimeError(f"{self.command} has ended: {self._files[1].read_text()}")
-            time.sleep(0.01)
-
     def end(self, seconds: float = 240) -> int:
         """Wait for its end; return its exit status, negative for a signal's number."""
         self.process.join(seconds)
@@ -128,13 +113,6 @@ class Forked:
     def send(self, number: int) -> None:
         assert self.process.pid
         os.kill(self.process.pid, number)
-
-
-def kill_when_ready(process: Forked) -> None:
-    """Kill a process once it has printed "ready"."""
-    process.await_line("ready")
-    process.send(signal.SIGKILL)
-    assert process.end() == -signal.SIGKILL
 
 
 def output_to(*files: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,21 @@ def refused(output: Path, *overrides: str) -> str:
     return line
 
 
+def status_of(command: Callable[..., int], *arguments: Any) -> object:
+    """Return the exit status of a command, be it returned or raised by the parser."""
+    try:
+        return command(*arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
 def last_state(folder: Path) -> dict[str, Any]:
     return checkpointing.load(checkpointing.files(folder)[-1])
 
 
 def assert_same_state(a: Any, b: Any, where: str = "state") -> None:
     if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
         assert torch.equal(a, b), where
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where

@@ -18,12 +18,6 @@ from benchmarks.reference_pipeline import SPECS, reference_dataset
 from trex_models.data.image_files import FolderSource
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    write_photographs(tmp_path, NUM_CLASSES + 2, "standard")
-    return tmp_path
-
-
 def assert_positive(value: Any) -> None:
     if isinstance(value, dict):
         for part in value.values():
@@ -44,21 +38,18 @@ def test_photographs_have_the_promised_sizes(kind: str, tmp_path: Path) -> None:
             assert image.size == size
             assert image.mode == "RGB"
     assert len(FolderSource(tmp_path).classes) == NUM_CLASSES
-
-
-def test_photographs_are_a_function_of_their_seed_and_one_a_class(tmp_path: Path) -> None:
-    assert jpeg(KINDS["small"], 1) == jpeg(KINDS["small"], 1)
-    assert jpeg(KINDS["small"], 1) != jpeg(KINDS["small"], 1, seed=1)
+    assert jpeg(KINDS[kind], 1) == jpeg(KINDS[kind], 1) != jpeg(KINDS[kind], 1, seed=1)
     with pytest.raises(ValueError, match="need as many photographs, not 3"):
-        write_photographs(tmp_path, 3, "small")
+        write_photographs(tmp_path, 3, kind)
 
 
-def test_reference_makes_the_recipes_crops(photographs: Path) -> None:
-    dataset = reference_dataset(photographs, SPECS)
+def test_reference_makes_the_recipes_crops(tmp_path: Path) -> None:
+    write_photographs(tmp_path, NUM_CLASSES + 2, "standard")
+    dataset = reference_dataset(tmp_path, SPECS)
     [(crops, labels)] = DataLoader(dataset, batch_size=3, sampler=[0, 1, 9])
     assert [crop.shape for crop in crops] == [(3, 3, 224, 224)] + [(3, 3, 96, 96)] * 8
     assert all(crop.dtype == torch.float32 for crop in crops)
-    assert labels.tolist() == FolderSource(photographs).labels[[0, 1, 9]].tolist()
+    assert labels.tolist() == FolderSource(tmp_path).labels[[0, 1, 9]].tolist()
 
 
 def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,7 @@ from trex_models.train.config import Config, CropsConfig, ModelConfig
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 STEP = Config(
     output="",
@@ -52,7 +49,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
         assert other == pytest.approx(line, rel=1e-3)
 
 
-def test_two_synchronised_processes_equal_one_of_the_double_batch(tmp_path: Path) -> None:
+def test_two_synchronized_processes_equal_one_of_the_double_batch(tmp_path: Path) -> None:
     """Both on the same GPU, which nccl refuses: by gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", "-m", "trex_models.train", "smoke", *TINY, *CUDA]
@@ -112,7 +109,7 @@ def test_look_is_that_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
-    """But for the event behind the loss, for which nothing stands idle."""
+    """Except for the event behind the loss, which nothing waits for."""
     device = torch.device("cuda:0")
     method = build.build_method(STEP, 5).train().to(device)
     method.to(memory_format=torch.channels_last)

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from tests.images import save_image
-from tests.runs import run
+from tests.runs import logged, run, status_of
 from trex_models.train.__main__ import parse
-from trex_models.train.build import open_source
+from trex_models.train.build import open_source, open_validation
 
 CLASSES = ["ant", "bee", "cat"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of unequal classes as a folder, a CSV file, a saved data set and a parquet file."""
+    """Images of unequal classes from each kind of source, and held-out ones of one class."""
     root = tmp_path_factory.mktemp("data")
     rows: list[tuple[Path, str]] = []
     for label, count in zip(CLASSES, (4, 8, 20), strict=True):
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path = root / "folder" / label / f"{number:02}.png"
             save_image(path, seed=len(rows))
             rows.append((path, label))
-    for part, chosen in {"train": rows, "held": rows[::3]}.items():
+    for part, chosen in {"train": rows, "held": rows[4:12]}.items():
         with (root / f"{part}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(
                 [("path", "label"), *((path.relative_to(root), label) for path, label in chosen)]
@@ -39,9 +39,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
     train = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    held = train.select(range(0, len(rows), 3))
+    held = train.select(range(4, 12))
     datasets.DatasetDict(train=train, held=held).save_to_disk(str(root / "saved"))
     train.to_parquet(str(root / "train.parquet"))
+    held.to_parquet(str(root / "held.parquet"))
     return root
 
 
@@ -71,14 +72,18 @@ def test_every_source_holds_the_same_images(
         np.testing.assert_array_equal(other.read(index), folder.read(index))
 
 
-@pytest.mark.parametrize("source", ["csv", "saved"])
-def test_validation_on_another_file_or_split(source: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["csv", "saved", "parquet"])
+def test_validation_images_may_be_of_some_classes(source: str, data: Path, tmp_path: Path) -> None:
     held = ["--validation.split", "held"]
-    if source == "csv":
-        held = ["--validation.path", str(data / "held.csv")]
+    if source != "saved":
+        held = ["--validation.path", str(data / f"held.{source}")]
+    config = parse("smoke", ["--output", "x", *options(data, source), *held])
+    dataset = open_validation(config, open_source(config.data))
+    assert dataset is not None
+    assert list(dataset.source.classes) == CLASSES
+    assert set(dataset.source.labels.tolist()) == {1}
     assert run(tmp_path / "run", *options(data, source), *held) == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert '"val_top1"' in lines[-1]
+    assert "val_top1" in logged(tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize(
@@ -105,11 +110,7 @@ def test_refused_in_one_line(
     wrong: str, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data.source", "folder", *wrong.format(data=data).split()]
-    try:
-        status = run(tmp_path / "run", *options)
-    except SystemExit as stop:  # of the command line's parser
-        status = int(str(stop.code))
+    assert status_of(run, tmp_path / "run", *options) == 2
     err = " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
-    assert status == 2
     assert re.search(message, err), err
     assert not (tmp_path / "run").exists()

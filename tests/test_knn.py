@@ -146,7 +146,6 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_in_full_precision_within_the_stated_memory() -> None:
     features, labels, queries = sample(50_000, 5_000, 256)
     expected = knn_votes(features, labels, queries, 7)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from trex_models.evaluation.logistic import (
@@ -25,15 +23,6 @@ from trex_models.evaluation.logistic import (
     objective,
     principal_axes,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products this small are slower by several threads, much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
@@ -58,7 +47,7 @@ def plain_objective(x: Tensor, y: Tensor, fitted: LogisticFit) -> Tensor:
 
 def scikit_learn(x: Tensor, y: Tensor, strength: float) -> LogisticRegression:
     """Fit by Newton's method, which ends at the optimum; its lbfgs does not where C is large."""
-    with threadpool_limits(1), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the last digits not reached
         model = LogisticRegression(C=strength, tol=1e-9, solver="newton-cholesky")
         return model.fit(x.double().numpy(), y.numpy())

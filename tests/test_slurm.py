@@ -1,4 +1,4 @@
-"""docs/slurm.sh, under commands that stand in for Slurm's own."""
+"""docs/slurm.sh, under commands that replace Slurm's own."""
 
 from __future__ import annotations
 
@@ -15,37 +15,25 @@ from tests.runs import TINY, last_state, logged
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 
 # Starts the tasks; sends SIGUSR1 to each, and to its loader workers, once the first line is logged.
-SRUN = """
-import os, pathlib, signal, subprocess, sys, time
-folder, warn = pathlib.Path(os.environ["RUN_FOLDER"]), bool(int(os.environ["WARN"]))
-options = [argument for argument in sys.argv[1:] if argument.startswith("--")][:3]
-assert options == ["--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=1"], options
-command = sys.argv[1 + len(options):]
-tasks = [
-    subprocess.Popen(
-        command,
-        env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        start_new_session=True,
-    )
-    for rank in range(int(os.environ["SLURM_NTASKS"]))
-]
-metrics = folder / "metrics.jsonl"
-while warn and all(task.poll() is None for task in tasks):
-    if metrics.exists() and metrics.read_text():
-        for task in tasks:
-            os.killpg(task.pid, signal.SIGUSR1)
-        break
-    time.sleep(0.02)
-sys.exit(max(task.wait() for task in tasks))
+SRUN = """#!/bin/bash
+[ "$1 $2 $3" = "--kill-on-bad-exit=0 --wait=300 --cpus-per-task=1" ] || exit 9
+shift 3
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank setsid "$@" &
+    tasks+=($!)
+done
+if [ "$WARN" = 1 ]; then
+    until [ -s "$RUN_FOLDER/metrics.jsonl" ]; do sleep 0.02; done
+    kill -USR1 -- "${tasks[@]/#/-}"
+fi
+status=0
+for task in "${tasks[@]}"; do wait "$task" || status=$?; done
+exit $status
 """
 
-SCONTROL = """
-import os, pathlib, sys
-if sys.argv[1:3] == ["show", "hostnames"]:
-    print("127.0.0.1")
-    print("another machine")
-else:
-    pathlib.Path(os.environ["REQUEUED"]).write_text(" ".join(sys.argv[1:]))
+SCONTROL = """#!/bin/bash
+[ "$1 $2" = "show hostnames" ] && exec printf '127.0.0.1\\nanother machine\\n'
+echo -n "$*" > "$REQUEUED"
 """
 
 
@@ -53,13 +41,8 @@ else:
 def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
     programs = tmp_path / "programs"
     programs.mkdir()
-    python = f"#!{sys.executable}\n"
-    shell = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-    for name, text in {
-        "srun": python + SRUN,
-        "scontrol": python + SCONTROL,
-        "python": shell,
-    }.items():
+    python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": python}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     requeued = tmp_path / "requeued"

@@ -173,9 +173,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found |= {"top1": {"0.4": 0.5, "0.8": 0.7, "1.6": 0.6}}
     for cell in CELLS:
         (tmp_path / f"search-{cell}.json").write_text(json.dumps(found))
-    assert (
-        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    )
+    command = ["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert study.main(command) == 0
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
@@ -191,9 +190,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
-    assert (
-        study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    )
+    command = ["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert study.main(command) == 0
     printed = capsys.readouterr().out
     assert "nan" not in printed
     assert " to " not in printed
@@ -271,7 +269,7 @@ def new_run(folder: Path, name: str = "ocm-1", **changes: Any) -> Run:
 
 
 def put_python(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Let a shell script stand for the interpreter."""
+    """Put a shell script in the place of the interpreter."""
     script = folder / "python"
     script.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     script.chmod(0o755)

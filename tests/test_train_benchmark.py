@@ -102,26 +102,12 @@ def test_runs_that_are_there_stay_as_they_are(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before} == times
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("--data.source folder", "data.path is not set"),
-        ("--precision tf32", "precision tf32 needs CUDA"),
-        ("--objective.bank-size 64", "bank_size 64 exceeds the dataset's 32 images"),
-        (
-            "--data.source folder --data.path images --objective.bank-size 16",
-            "3.jpg cannot be read as an image",
-        ),
-    ],
-)
-def test_errors_are_one_line(
-    images: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, message: str
-) -> None:
+def test_an_image_that_cannot_be_read_is_an_error_of_one_line(images: Path) -> None:
     (images / "a" / "3.jpg").write_bytes(b"torn")
-    monkeypatch.chdir(images.parent)
-    status, _, err = measure(*overrides.split())
+    source = ["--data.source", "folder", "--data.path", str(images), "--objective.bank-size", "16"]
+    status, _, err = measure(*source)
     assert (status, len(err.splitlines())) == (2, 1)
-    assert message in err
+    assert "3.jpg cannot be read as an image" in err
 
 
 def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +138,6 @@ def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_on_cuda(tmp_path: Path, workers: str) -> None:
     output = ["--output", str(tmp_path / "run")]

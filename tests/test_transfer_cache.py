@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,24 +85,12 @@ def test_features_are_those_of_the_model_and_extracted_once(cache: FeatureCache)
     assert path.name.startswith("set-train-")
 
 
-def test_a_cut_extraction_goes_on_where_it_was(cache: FeatureCache) -> None:
-    model, source = encoder(), cut_source()
-    with pytest.raises(ValueError, match="image 13 is torn"):
-        cache.features(model, source, "set-train")
-    assert not list(cache.root.glob("*/*.safetensors"))
-    source.whole, source.reads = True, 0
-    features = cache.features(model, source, "set-train")
-    assert source.reads == 23 - 8  # the third batch was still on its way
-    expected = extract_features(model.model, images(), model.transform, batch_size=4)
-    np.testing.assert_array_equal(features, expected)
-    assert not [path for path in cache.root.glob("*/.*") if path.suffix != ".lock"]
-
-
-@pytest.mark.parametrize("damage", ["no mark", "mark", "header", "short"])
-def test_what_a_cut_left_is_not_trusted_if_damaged(cache: FeatureCache, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["none", "no mark", "mark", "header", "short"])
+def test_what_a_cut_left_is_used_but_where_it_is_damaged(cache: FeatureCache, damage: str) -> None:
     model, source = encoder(), cut_source()
     with pytest.raises(ValueError, match="torn"):
         cache.features(model, source, "set-train")
+    assert not list(cache.root.glob("*/*.safetensors"))
     (part,), (mark,) = cache.root.glob("*/.*.part"), cache.root.glob("*/.*.rows")
     assert mark.read_text().startswith("8\n")
     if damage == "no mark":
@@ -110,13 +99,15 @@ def test_what_a_cut_left_is_not_trusted_if_damaged(cache: FeatureCache, damage: 
         mark.write_text("1x")
     elif damage == "header":
         part.write_bytes(part.read_bytes().replace(b"num_images", b"num_imagez"))
-    else:
+    elif damage == "short":
         part.write_bytes(part.read_bytes()[:-10])
     source.whole, source.reads = True, 0
     features = cache.features(model, source, "set-train")
-    assert source.reads == (23 - 7 if damage == "short" else 23)
+    # The third batch was still on its way.
+    assert source.reads == 23 - {"none": 8, "short": 7}.get(damage, 0)
     expected = extract_features(model.model, images(), model.transform, batch_size=4)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+    assert not [path for path in cache.root.glob("*/.*") if path.suffix != ".lock"]
 
 
 def variants() -> Iterator[tuple[str, FrozenModel, ArraySource]]:
@@ -124,11 +115,7 @@ def variants() -> Iterator[tuple[str, FrozenModel, ArraySource]]:
     yield "preprocessing", encoder(preprocessing="validation"), images()
     yield "precision", encoder(precision="bf16"), images()
     yield "images", encoder(), images(seed=1)
-    yield "number", encoder(), images(22)
-    plain = encoder()
-    modules = nn.Sequential(plain.model, nn.Tanh())
-    yield "modules", replace(plain, model=modules), images()
-    yield "device", replace(plain, precision=Precision.from_name("fp32", "cuda")), images()
+    yield "device", replace(encoder(), precision=Precision.from_name("fp32", "cuda")), images()
 
 
 @pytest.mark.parametrize("case", list(variants()), ids=lambda case: case[0])
@@ -233,14 +220,6 @@ def test_features_of_other_weights_under_this_name_are_refused(cache: FeatureCac
     shutil.copy(other, path)
     with pytest.raises(ValueError, match=r"something else .*other weights_sha256.* delete"):
         cache.features(encoder(), images(), "set-train")
-    path.write_bytes(b"no safetensors")
-    with pytest.raises(ValueError, match="it is no file of features; delete it"):
-        cache.features(encoder(), images(), "set-train")
-    path.unlink()
-    cache.features(encoder(), images(), "set-train")
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="it is damaged.*; delete it"):
-        cache.features(encoder(), images(), "set-train")
 
 
 def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
@@ -265,10 +244,7 @@ def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
 
 
 def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def almost_full(_: Path) -> Any:
-        return shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
-
-    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     source = cut_source()
     with pytest.raises(ValueError, match=r"1\.0 MB of free space, 67\.1 MB are needed; free some"):
         cache.features(encoder(), source, "set-train")

@@ -51,10 +51,6 @@ def texts(figure: Any) -> list[str]:
     return [text.get_text() for text in axis.texts] + legends
 
 
-def axes(figure: Any) -> list[Any]:
-    return list(figure.axes)
-
-
 def points(axis: Any, hollow: bool = False) -> list[tuple[float, float]]:
     return [
         (float(x), float(y))
@@ -73,7 +69,7 @@ def heights(axis: Any) -> list[float]:
 
 
 def marks(axis: Any) -> list[float]:
-    """Where the black marks stand, without their white edges."""
+    """Return the heights of the black marks, without their white edges."""
     return [
         float(segment[0, 1])
         for lines in axis.collections
@@ -85,7 +81,7 @@ def marks(axis: Any) -> list[float]:
 def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     one, two = report("one", 1.0), report("two $x_1$", -0.5)
     figure = pictures.scatter([one, two])
-    (axis,) = axes(figure)
+    (axis,) = figure.axes
     x = [100 * r["datasets"]["imagenet"]["top1"]["mean"] for r in (one, two)]
     np.testing.assert_allclose(points(axis), [(x[0], 1.0), (x[1], -0.5)])
     ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
@@ -96,7 +92,7 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     assert axis.get_xlabel() == "training task: top-1 accuracy on Imagenet, %"
     assert axis.get_ylabel() == "transfer: mean log-odds over 3 datasets"
     one["transfer"]["interval"] = None  # as of one seed
-    (axis,) = axes(pictures.scatter([one]))
+    (axis,) = pictures.scatter([one]).axes
     assert points(axis) == [(x[0], 1)]
     ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
     np.testing.assert_allclose(ends, [[[x[0] - 2, 1], [x[0] + 1, 1]], [[x[0], 1]] * 2])
@@ -136,7 +132,7 @@ def test_names_are_in_a_free_legend_or_noted_where_a_score_is_missing() -> None:
     reports = [report(f"model number {index} {'x' * 60}", 1 + 0.01 * index) for index in range(8)]
     figure: Any = pictures.scatter(reports, "paper")
     figure.draw_without_rendering()
-    (axis,), (legend,) = axes(figure), figure.legends
+    (axis,), (legend,) = figure.axes, figure.legends
     frame = axis.get_window_extent()
     box = legend.get_window_extent()
     assert frame.width > figure.bbox.width / 2
@@ -155,7 +151,7 @@ def test_names_are_in_a_free_legend_or_noted_where_a_score_is_missing() -> None:
 def test_bars_are_accuracies_and_marks_are_k_nn() -> None:
     one, two = report("one", 1.0), report("two", 2.0)
     figure = pictures.bars([one, two])
-    (axis,) = axes(figure)
+    (axis,) = figure.axes
     expected = [100 * d["top1"]["mean"] for r in (one, two) for d in r["datasets"].values()]
     assert heights(axis) == pytest.approx(expected)
     assert marks(axis) == pytest.approx([height - 10 for height in expected])
@@ -171,12 +167,12 @@ def test_missing_datasets_leave_gaps_and_many_bars_take_several_rows() -> None:
     one, two = report("one", sets=("digits",)), report("two", sets=("pets", "digits"))
     one["datasets"]["digits"]["knn"] = None
     figure = pictures.bars([one, two])
-    (axis,) = axes(figure)
+    (axis,) = figure.axes
     titles = ["Digits", "Imagenet\n(training task)", "Pets"]
     assert [text.get_text() for text in axis.get_xticklabels()] == titles
     assert (len(axis.patches), len(marks(axis))) == (5, 4)
-    centres = [round(bar.get_x() + bar.get_width() / 2) for bar in axis.patches]
-    assert centres == [0, 1, 0, 1, 2]
+    centers = [round(bar.get_x() + bar.get_width() / 2) for bar in axis.patches]
+    assert centers == [0, 1, 0, 1, 2]
     sets = tuple(f"set{index}" for index in range(15))
     figure = pictures.bars([report(str(index), sets=sets) for index in range(12)])
     assert [len(axis.patches) for axis in figure.axes] == [72, 60, 60]
@@ -187,7 +183,7 @@ def test_missing_datasets_leave_gaps_and_many_bars_take_several_rows() -> None:
 
 def test_geometry_are_a_spectrum_and_three_panels() -> None:
     figure = pictures.geometry([report("one", 1.0), report("two", 2.0)])
-    spectrum, length, sparsity, distance = axes(figure)
+    spectrum, length, sparsity, distance = figure.axes
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
         *("spectrum, Digits", "coding length, nats", "values that are zero, % (sparsity)"),
         "cosine distance within classes; marks: between classes",
