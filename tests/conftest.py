@@ -1,4 +1,4 @@
-"""The order of the tests, and what several files of them stand on."""
+"""The order of the tests, and fixtures of several files."""
 
 from __future__ import annotations
 
