@@ -19,7 +19,6 @@ from hub.build_folders import build_folders
 from hub.hub_folder import FILES
 from tests.documentation import python_blocks
 from tests.models import CFG, TINY, edit_config, tiny_classifier, write_folder
-from tests.processes import run_python
 from trex_models.pretrained import naver
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
@@ -152,15 +151,6 @@ def test_exports_of_other_architectures(
     assert f"Other sizes work if `{model['backbone']}` supports them" in words
     printed = run_here(folder, card, capsys)
     assert all(f" {name}\n" in printed for name in CLASSES) is (part == "cls")
-
-
-@pytest.mark.client
-def test_stock_classifier_needs_timm_alone(tmp_path: Path) -> None:
-    exported = export(tmp_path / "export", "softmax", "none", **VIT)
-    folder, card = own(exported / "cls", tmp_path / "hub")
-    blocks = [b.replace("hf-hub:ada/own", f"local-dir:{folder}") for b in python_blocks(card)]
-    code = "import sys\nsys.modules['trex_models'] = None\n" + "\n".join(blocks)
-    assert "torch.Size([1, 192])" in run_python("-c", code).stdout
 
 
 def test_long_lists_of_classes_and_naver_s_license(tmp_path: Path) -> None:
