@@ -36,7 +36,7 @@ from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
-from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
+from tests.models import CFG, COLORS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
 from tests.processes import run_python
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
@@ -438,7 +438,7 @@ def test_from_publication_to_the_examples_in_the_cards(
     for shape in ("[1, 2048]", "[2, 2048, 7, 7]", "[1, 256]", "[1, 16]"):
         assert f"torch.Size({shape})" in out
     assert out.count("32 torch.Size([2, 2048, 7, 7])") == 2
-    assert all(re.search(rf"^0\.\d+ {name}$", out, re.MULTILINE) for name in COLOURS)
+    assert all(re.search(rf"^0\.\d+ {name}$", out, re.MULTILINE) for name in COLORS)
 
     plain = [blocks[backbone][3], blocks[cls][3], *blocks[built / "small_trex"]]
     out = run_blocks(plain, environ, bare=True)
@@ -728,13 +728,13 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
-        for c, (name, color) in enumerate(COLOURS.items()):
+        for c, (name, color) in enumerate(COLORS.items()):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 picture(color, 100 * c + i).save(folder / f"{split}_{i}.png")
     for name, other in (("ant", "bee"), ("cat", "dog")):
-        picture(COLOURS[other], 999).save(root / "val" / name / "val_0.png")
+        picture(COLORS[other], 999).save(root / "val" / name / "val_0.png")
     return root
 
 
@@ -749,7 +749,7 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedder: Any = load_folder(tiny_classifier(folder / "first"))
     shutil.rmtree(folder / "first")
     embedder.reset_classifier(0)
-    colors = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colors = torch.tensor(list(COLORS.values())) / 127.5 - 1
     with torch.inference_mode():
         embeddings = embedder(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
     tiny_classifier(folder / "trex_resnet50_cls.in1k_r2", F.normalize(embeddings).clone())
@@ -757,7 +757,7 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = tuple(COLOURS)
+SMALL = tuple(COLORS)
 
 
 @pytest.fixture
@@ -814,7 +814,7 @@ def test_other_images_and_weights_are_measured_again(
     shutil.copytree(replica, root)
     imagenet.measure(rightful, root, out, SMALL)
     for file, kept in (("val/ant/val_0.png", 5), ("train/ant/train_0.png", 6)):
-        picture(COLOURS["ant"], 7).save(root / file)
+        picture(COLORS["ant"], 7).save(root / file)
         os.utime(root / file, (10**9, 10**9))
         found = imagenet.measure(rightful, root, out, SMALL)
         assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
