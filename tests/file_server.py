@@ -9,17 +9,12 @@ PREFIX = "/ComputerVision/trex_models/"
 
 
 class FileServer(Server):
-    """Serves files by name below a prefix.
+    """Serves files, bytes or paths, by name below a prefix."""
 
-    Args:
-        files: Bytes, or paths of files, which are streamed from disk.
-        ranges: Whether Range requests are answered (with 206), or ignored (200 and the whole file).
-    """
-
-    def __init__(self, files: Mapping[str, Content], *, ranges: bool = True) -> None:
+    def __init__(self, files: Mapping[str, Content]) -> None:
         super().__init__(FileHandler)
         self.files = dict(files)
-        self.ranges = ranges
+        self.ranges = True  # whether it can resume
 
     @property
     def url(self) -> str:
@@ -31,12 +26,8 @@ class FileHandler(Handler):
     server: FileServer
 
     def answer(self, path: str) -> None:
-        server = self.server
-        content = server.files.get(unquote(path).removeprefix(PREFIX))
-        if self.command not in ("GET", "HEAD"):
-            self.send(405, b"method not allowed\n")
-        elif content is None or not path.startswith(PREFIX):
-            self.send(404, b"not found\n")
+        content = self.server.files.get(unquote(path).removeprefix(PREFIX))
+        if content is None:
+            self.send(404)
         else:
-            headers = {"Content-Type": "application/octet-stream"}
-            self.send(200, content, headers, ranges=server.ranges)
+            self.send(200, content, ranges=self.server.ranges)

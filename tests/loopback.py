@@ -2,12 +2,9 @@
 
 import hashlib
 import re
-import socket
-import struct
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -29,20 +26,17 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests in whose "METHOD /path" the pattern is found.
+    """An error in the requests in whose "METHOD /path" the pattern is found.
 
     Attributes:
         pattern: Regular expression, searched for: r"^GET .*\\.safetensors$".
         status: Answer with this status; 0 ends the connection without an answer.
-        cut_after: End the connection after so many bytes of a body (a HEAD request has none and
-            does not count).
-        times: Go wrong so many times; None is always.
+        cut_after: End the connection after so many bytes of a body. A HEAD request has none.
+        times: Number of requests; None is all.
         delay: Seconds to wait before the answer.
         body: Send these bytes under the headers of the true content.
-        endless: Send this piece for ever, with so many seconds after each, and no Content-Length.
-        reset: Where the connection ends, end it by a reset (RST), not in good order (FIN).
-        headers: Headers to add, such as X-Error-Code or Retry-After.
-        hits: How many times it went wrong.
+        endless: Send this piece for ever, after so many seconds each, without Content-Length.
+        headers: Headers to add, such as Location.
     """
 
     pattern: str
@@ -52,55 +46,27 @@ class Fault:
     delay: float = 0
     body: bytes | None = None
     endless: tuple[bytes, float] | None = None
-    reset: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
-    hits: int = field(default=0, init=False)
 
     def applies(self, request: Request) -> bool:
-        if self.cut_after is not None and request.method == "HEAD":
+        if self.times == 0 or (self.cut_after is not None and request.method == "HEAD"):
             return False
-        left = self.times is None or self.hits < self.times
-        return left and re.search(self.pattern, f"{request.method} {request.path}") is not None
+        return re.search(self.pattern, f"{request.method} {request.path}") is not None
 
 
-def length(content: Content) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+def read(content: Content) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def sha256(content: Content) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def byte_span(value: str | None, size: int) -> range | None:
-    """The bytes that a Range header asks for; None: all of them, an empty range: status 416."""
-    match = re.fullmatch(r"bytes=(\d+)-(\d*)", value or "")
-    if match is None:  # others too, which a server may answer with the whole
-        return None
-    return range(int(match[1]), min(int(match[2] or size) + 1, size))
-
-
-def pieces(content: Content, span: range, piece: int = 1 << 20) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content[span.start : span.stop]
-        return
-    with content.open("rb") as file:
-        file.seek(span.start)
-        for start in range(span.start, span.stop, piece):
-            yield file.read(min(piece, span.stop - start))
+    return hashlib.sha256(read(content)).hexdigest()
 
 
 class Server(ThreadingTCPServer):
-    """A server in threads that leaves no thread and no socket behind.
-
-    Attributes:
-        log: The requests in the order of their arrival.
-        faults: What goes wrong; of several that apply, the first does.
-    """
+    """A server in threads, with a log of its requests; of several faults the first applies."""
 
     allow_reuse_address = True
+    daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, handler: "type[Handler]") -> None:
@@ -108,8 +74,6 @@ class Server(ThreadingTCPServer):
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.stopping = threading.Event()
-        self.resetting: set[socket.socket] = set()
-        self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
 
@@ -117,50 +81,26 @@ class Server(ThreadingTCPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def requests(self, pattern: str = "") -> list[Request]:
+    def requests(self, pattern: str) -> list[Request]:
         return [r for r in list(self.log) if re.search(pattern, f"{r.method} {r.path}")]
 
     def note(self, request: Request) -> Fault | None:
         with self._lock:
             self.log.append(request)
             fault = next((fault for fault in self.faults if fault.applies(request)), None)
-            if fault is not None:
-                fault.hits += 1
+            if fault is not None and fault.times is not None:
+                fault.times -= 1
             return fault
 
-    def start(self) -> Self:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.stopping.set()
         self.shutdown()
         self._thread.join()
-        self.stopping.set()
-        with self._lock:
-            for connection in self._connections:
-                with suppress(OSError):  # the client has ended it already
-                    connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._connections.discard(request)
-        if request in self.resetting:  # an orderly shutdown would send a FIN before the RST
-            self.resetting.discard(request)
-            self.close_request(request)
-        else:
-            super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # clients may hang up
@@ -174,14 +114,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # headers and body are two writes
     server: Server
     body: bytes
-    fault: Fault | None
+    fault: Fault
 
     def answer(self, path: str) -> None:
         """Answer a request for a path (quoted, without its query)."""
         raise NotImplementedError
-
-    def fail(self, status: int) -> None:
-        self.send(status, f"status {status}\n".encode())
 
     def send(
         self,
@@ -191,61 +128,43 @@ class Handler(BaseHTTPRequestHandler):
         *,
         ranges: bool = False,
     ) -> None:
-        fault = self.fault or Fault("")
-        if fault.body is not None:
-            content = fault.body
-        size = length(content)
-        fields = {**(headers or {}), **fault.headers}
-        span = None
-        if ranges:
-            fields["Accept-Ranges"] = "bytes"
-            if self.command == "GET":
-                span = byte_span(self.headers.get("Range"), size)
-        if span is not None and len(span) == 0:
-            status, fields["Content-Range"] = 416, f"bytes */{size}"
-        elif span is not None:
-            status, fields["Content-Range"] = 206, f"bytes {span.start}-{span.stop - 1}/{size}"
-        span = range(size) if span is None else span
+        data = memoryview(read(content) if self.fault.body is None else self.fault.body)
+        fields = {**(headers or {}), **self.fault.headers}
+        span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if ranges and span:
+            status, start = 206, int(span[1])
+            fields["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            data = data[start:]
+        if self.fault.endless is None:
+            fields["Content-Length"] = str(len(data))
         self.send_response(status)
-        if fault.endless is None:
-            fields["Content-Length"] = str(len(span))
         for name, value in fields.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault.endless is not None:
-            piece, seconds = fault.endless
+        if self.fault.endless is not None:
+            piece, seconds = self.fault.endless
             while not self.server.stopping.wait(seconds):  # until the client hangs up
                 self.wfile.write(piece)
-        for piece in pieces(content, span[: fault.cut_after]):
-            self.wfile.write(piece)
-        if fault.cut_after is not None:
-            self._hang_up(fault)
+        self.wfile.write(data[: self.fault.cut_after])
+        self.close_connection |= self.fault.cut_after is not None
 
     def _respond(self) -> None:
         path = urlsplit(self.path).path
         get = self.headers.get
         request = Request(self.command, unquote(path), get("Range"), get("Authorization"))
         self.body = self.rfile.read(int(get("Content-Length") or 0))
-        self.fault = self.server.note(request)
-        if self.fault is not None:
-            self.server.stopping.wait(self.fault.delay)
-            if self.fault.status == 0:
-                self._hang_up(self.fault)
-                return
-            if self.fault.status is not None:
-                self.fail(self.fault.status)
-                return
-        self.answer(path)
+        self.fault = self.server.note(request) or Fault("")
+        self.server.stopping.wait(self.fault.delay)
+        if self.fault.status == 0:
+            self.close_connection = True
+        elif self.fault.status is not None:
+            self.send(self.fault.status)
+        else:
+            self.answer(path)
 
     do_GET = do_HEAD = do_POST = do_PUT = _respond  # noqa: N815
-
-    def _hang_up(self, fault: Fault) -> None:
-        self.close_connection = True
-        if fault.reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.server.resetting.add(self.connection)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         pass

@@ -33,7 +33,7 @@ CFG = {
     "classifier": "fc",
 }
 TINY: Args = {"channels": (4, 8, 16, 32)}
-COLOURS = {"ant": (220, 30, 30), "bee": (30, 200, 30), "cat": (40, 40, 220), "dog": (230, 230, 40)}
+COLORS = {"ant": (220, 30, 30), "bee": (30, 200, 30), "cat": (40, 40, 220), "dog": (230, 230, 40)}
 SIDE = 64
 C, D = 5, 6  # classes and dimension of make_bank's entries
 
@@ -100,7 +100,7 @@ def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
     model: Any = timm.create_model(
         "trex_resnet",
         backbone="resnet10t",
-        pretrained_cfg=CFG | {"num_classes": 4, "label_names": tuple(COLOURS)},
+        pretrained_cfg=CFG | {"num_classes": 4, "label_names": tuple(COLORS)},
         num_classes=4,
         proj_layers=1,
         proj_hidden_dim=32,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 KEYS = Path(__file__).parent / "data" / "full_checkpoint_keys.json"
 BACKBONE = "module.model.encoder."
@@ -72,16 +72,10 @@ def full_checkpoint(
     absent: Sequence[int] = (),
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Build the content of a full checkpoint.
+    """Build the content of a full checkpoint, of 3 (t-ReX) or 1 (t-ReX*) hidden layers.
 
-    Args:
-        depth: Hidden layers of the projector: 3 is t-ReX, 1 is t-ReX*.
-        memory: Whether it has a bank and a momentum encoder, or learned class weights.
-        seed: Of all random numbers; the momentum encoder's are its own.
-        num_classes: Number of classes.
-        bank_size: Entries of the bank. Every class is present where they suffice.
-        absent: Classes without an entry in the bank.
-        optimizer: Whether the optimizer's state has its momentum buffers.
+    With ``memory`` it has a bank, which lacks the ``absent`` classes, and a momentum encoder;
+    without, learned class weights. With ``optimizer`` it has momentum buffers.
     """
     generator = torch.Generator().manual_seed(seed)
     names = layout(depth, memory, num_classes, bank_size)
@@ -90,7 +84,7 @@ def full_checkpoint(
         (name, bank[name] if name in bank else _draw(name, shape, generator))
         for name, (shape, _) in names.items()
     )
-    vars(model)["_metadata"] = _metadata(model)
+    vars(model)["_metadata"] = OrderedDict({"": {"version": 1}})  # as of state_dict()
     return {
         "model": model,
         "optimizer": _sgd_state(model, optimizer, generator),
@@ -146,7 +140,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         values = torch.randn(shape, generator=generator)
     if len(shape) > 1:
         values *= math.sqrt(2 / values[0].numel())
-        # ReLU's output has a mean that grows with depth and drowns what tells images apart:
+        # ReLU's output has a mean that grows with depth and drowns the differences of images:
         # filters that sum to zero do not see it.
         values -= values.flatten(1).mean(1).view(-1, *[1] * (len(shape) - 1))
     elif name.endswith("weight"):
@@ -177,40 +171,14 @@ def _bank(
     return {f"module.memory.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _metadata(model: OrderedDict[str, Tensor]) -> OrderedDict[str, dict[str, int]]:
-    """Versions of the modules, which ``state_dict()`` attaches to what it returns."""
-    versions = OrderedDict({"": {"version": 1}})
-    for name in model:
-        parts = name.split(".")[:-1]
-        for end in range(1, len(parts) + 1):
-            module = ".".join(parts[:end])
-            is_batch_norm = f"{module}.num_batches_tracked" in model
-            versions[module] = {"version": 2 if is_batch_norm else 1}
-    return versions
-
-
 def _sgd_state(
     model: OrderedDict[str, Tensor], momentum: bool, generator: torch.Generator
 ) -> dict[str, Any]:
-    online = [
-        nn.Parameter(tensor)
-        for name, tensor in model.items()
-        if name.startswith(("module.model.", "module.clf."))
-        and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    ]
-    sgd = torch.optim.SGD(
-        [
-            {"params": [p for p in online if p.ndim > 1], "weight_decay": 1e-4},
-            {"params": [p for p in online if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=1e-6,
-        momentum=0.9,
-    )
-    if momentum:
-        for p in online:
-            buffer = torch.randn(p.shape, generator=generator).mul_(1e-3)
-            sgd.state[p]["momentum_buffer"] = buffer
-    return sgd.state_dict()
+    online = [model[name] for name in model if name.startswith(("module.model.", "module.clf."))]
+    buffers = [torch.randn(tensor.shape, generator=generator) for tensor in online * momentum]
+    state = {index: {"momentum_buffer": buffer} for index, buffer in enumerate(buffers)}
+    group = {"lr": 1e-6, "momentum": 0.9, "params": list(range(len(online)))}
+    return {"state": state, "param_groups": [group]}
 
 
 def _arguments(depth: int, bank_size: int, num_classes: int, seed: int) -> argparse.Namespace:
@@ -238,14 +206,7 @@ def write(
     numpy_names: Literal["new", "old"] = "new",
     legacy: bool = False,
 ) -> None:
-    """Save a checkpoint as torch does.
-
-    Args:
-        obj: What to save.
-        path: The file.
-        numpy_names: Whether the pickle names numpy's module as numpy 2 or as numpy 1 does.
-        legacy: Whether to write the format that torch had before its zip files.
-    """
+    """Save a checkpoint as torch does, or did before its zip files, and name numpy's module."""
 
     class Pickler(pickle._Pickler):
         def save_global(self, obj: Any, name: str | None = None) -> None:

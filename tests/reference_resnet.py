@@ -74,7 +74,7 @@ def embeddings(layers: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the normalised sum of each class's features, zero where it has none."""
+    """Return the normalized sum of each class's features, zero where it has none."""
     sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype)
     for feature, label in zip(features, labels.tolist(), strict=True):
         sums[label] += feature
@@ -84,7 +84,7 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def pictures(count: int, side: int, seed: int = 0) -> Tensor:
-    """Smooth random images that differ from one another, as normalised images do."""
+    """Smooth random images that differ from one another, as normalized images do."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     return F.interpolate(coarse, size=(side, side), mode="bicubic", antialias=True)

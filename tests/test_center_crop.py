@@ -141,7 +141,7 @@ def test_image_is_read_in_place_by_the_channels_last_kernel(
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_timms_data_config_is_honoured() -> None:
+def test_timms_data_config_is_honored() -> None:
     names = "resnet50.a1_in1k vit_base_patch16_clip_224.openai convnext_tiny.in12k_ft_in1k_384"
     for name in names.split():
         cfg = timm.get_pretrained_cfg(name)

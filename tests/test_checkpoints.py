@@ -143,26 +143,16 @@ BN = "module.model.encoder.bn1"
         (drop("memory.features"), "bank has no features"),
         (put("module.clf.fc.weight", torch.ones(1000, 256)), "both a memory bank and learned cl"),
         (put(3, torch.ones(1)), "the key 3 is no name"),
-        (
-            put("module.extra", torch.ones(1)),
-            "unexpected key 'module.extra' next to those of the o",
-        ),
+        (put("module.extra", torch.ones(1)), "unexpected key 'module.extra' next to those of the"),
         (put("module.model.encoder.fc.bias", torch.ones(9)), r"1 \(fc\.bias\) unexpected"),
         (put("model.encoder.conv1.weight", torch.ones(1)), "is in the file twice"),
         (put(CONV, "text"), "is a str, not a tensor"),
-        (
-            put(CONV, torch.ones(64, 3, 3, 3)),
-            r"conv1\.weight is \(64, 3, 3, 3\) torch.float32, exp",
-        ),
+        (put(CONV, torch.ones(64, 3, 3, 3)), r"conv1\.weight is \(64, 3, 3, 3\) torch.float32, e"),
         (put(CONV, torch.ones(64, 3, 7, 7).half()), r"\(64, 3, 7, 7\) torch.float16, expected"),
         (fill(CONV, float("nan")), r"conv1\.weight has 1 values that are not finite"),
         (fill(f"{HEAD}2.weight", float("inf")), r"projector 2\.weight has 1 values that are not f"),
         (fill("module.memory.features", float("nan")), "bank features has 1 values that are not"),
         (put(CONV, torch.ones(64, 3, 7, 7).char()), "is torch.int8 .* if the model was quantized"),
-        (
-            put(CONV, torch.ones(64, 3, 7, 7).to(torch.cfloat)),
-            "is torch.complex64 .*expected dense floa",
-        ),
         (put(f"{BN}.running_mean", torch.ones(64).long()), "torch.int64 .*expected dense"),
         (put(f"{BN}.num_batches_tracked", torch.ones(())), "64-bit integers"),
         (put("module.memory.features", torch.ones(1200, 256).int()), "is torch.int32"),
@@ -242,7 +232,8 @@ def test_damaged_files(
         flipped[at] ^= 1
         refused(bytes(flipped), "damaged or cut short")
     refused(b"\n <!DOCTYPE html><html>Not Found</html>", "a web page, not weights; download")
-    refused(b"PNG....", "not a file of torch or safetensors")
+    refused(b"PNG....", r"not a file of torch or safetensors .*begins with b'PNG\.+'\); down")
+    refused(b"PK\x03\x04 cut", r"damaged or cut short \(8 bytes\); download or copy it again")
     refused(
         {"model": backbone, "args": Evil()},
         "refused: it wants to run __builtin__.print; .*state_dict",

@@ -12,26 +12,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import load_checkpoint, resume_checkpoint
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torch import Tensor, nn
 
-from tests import official_files
 from tests.images import save_colors
 from tests.models import NUM_CLASSES, SMALL, quick
 from tests.processes import run_python
 
 pytestmark = pytest.mark.client
 
-MODELS = timm.list_models("trex*_resnet50*")
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,32 +38,6 @@ def images(tmp_path: Path) -> Path:
     for split, count in (("train", 16), ("val", 10)):
         save_colors(tmp_path / "images" / split, count, 48)
     return tmp_path / "images"
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_learning_rate_falls_from_the_head_to_the_stem(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=10)
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.75)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scales: dict[str, float] = {}
-    for group in groups:
-        for parameter in group["params"]:
-            scales[names[id(parameter)]] = group["lr_scale"]
-            assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0)
-    assert len(scales) == sum(len(group["params"]) for group in groups) == len(names)
-
-    parts = ["conv1", *(f"layer{i}" for i in range(1, 5)), *(["proj"] * hasattr(model, "proj"))]
-    of_part = {
-        part: [scale for name, scale in scales.items() if name.startswith(f"{part}.")]
-        for part in [*parts, "fc"]
-    }
-    for lower, higher in zip(parts, [*parts[1:], "fc"], strict=True):
-        assert max(of_part[lower]) < min(of_part[higher])
-    assert set(of_part["fc"]) == {1.0}
-    assert scales["bn1.weight"] == scales["conv1.weight"] == min(scales.values())
-    blocks = [scales[f"layer3.{block}.conv1.weight"] for block in range(6)]
-    assert np.allclose(np.diff(np.log(blocks)), -np.log(0.75))
 
 
 def loaders(images: Path, model: nn.Module) -> tuple[Any, Any]:
@@ -152,21 +123,16 @@ def test_what_the_script_does_learns_resumes_and_validates(images: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("trex_resnet50", "backbone.pth"), ("trex_resnet50_proj", "full.pth")]
+    ("name", "file"),
+    [("trex_resnet50", "trex_2.pth"), ("trex_resnet50_proj", "trex_2_checkpoint_full.pth")],
 )
-def test_pretrained_path_takes_official_files(name: str, file: str, tmp_path: Path) -> None:
-    contents: Any = (
-        official_files.backbone_checkpoint()
-        if file == "backbone.pth"
-        else official_files.full_checkpoint(3, bank_size=1024, optimizer=False)
-    )
-    torch.save(contents, tmp_path / file)
+def test_pretrained_path_takes_official_files(name: str, file: str, release: Path) -> None:
     # What the script makes of --pretrained --pretrained-path FILE --num-classes 5.
-    overlay = {"file": str(tmp_path / file), "num_classes": -1}
+    overlay = {"file": str(release / file), "num_classes": -1}
     model: Any = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5
     )
-    backbone = contents if file == "backbone.pth" else official_files.backbone_of(contents)
+    backbone = torch.load(release / "trex_2.pth")
     torch.testing.assert_close(model.layer4[2].conv3.weight.data, backbone["layer4.2.conv3.weight"])
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 

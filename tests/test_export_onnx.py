@@ -62,7 +62,7 @@ def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path)
         images = torch.randn(shape)
         close(graph.run(None, {"images": images.numpy()})[0], model(images.double()))
 
-    assert list(tmp_path.iterdir()) == [path]  # no data beside it
+    assert list(tmp_path.iterdir()) == [path]  # no second file of data
     contents = onnx.load(path)
     facts = {entry.key: entry.value for entry in contents.metadata_props}
     assert [o.version for o in contents.opset_import if not o.domain] == [to_onnx.OPSET]

@@ -7,21 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models._manipulate import reinit_non_persistent_buffers
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from tests.reference_resnet import embeddings
 from trex_models import CosineClassifier, Projector
 from trex_models.heads import L2Norm, cosine_logits, widen
-
-
-def reference_projector(weights: dict[str, Tensor], x: Tensor, num_layers: int) -> Tensor:
-    """Evaluate the projector by its formulas, with running BatchNorm statistics."""
-    x = x / x.pow(2).sum(1, keepdim=True).sqrt()
-    for i in range(1, num_layers + 1):
-        x = x @ weights[f"{i}.fc.weight"].T + weights[f"{i}.fc.bias"]
-        mean, var = weights[f"{i}.bn.running_mean"], weights[f"{i}.bn.running_var"]
-        x = (x - mean) / (var + 1e-5).sqrt() * weights[f"{i}.bn.weight"] + weights[f"{i}.bn.bias"]
-        x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    return x @ weights[f"{num_layers + 1}.weight"].T
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
@@ -32,7 +22,7 @@ def test_projector_is_its_formulas(num_layers: int) -> None:
         projector(torch.randn(16, 12, dtype=torch.float64))
     projector.eval()
     x = torch.randn(4, 12, dtype=torch.float64)
-    expected = reference_projector(projector.state_dict(), x, num_layers)
+    expected = embeddings(projector.state_dict(), x)
     torch.testing.assert_close(projector(x), expected)
     torch.testing.assert_close(projector(3 * x), expected)  # it sees directions alone
 
@@ -62,16 +52,6 @@ def test_projector_initial_values() -> None:
 def test_values_out_of_range(make: Any, arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(*arguments)
-
-
-def test_device_and_dtype_reach_every_tensor() -> None:
-    modules = [
-        Projector(8, 2, 4, 3, device="meta", dtype=torch.float64),
-        CosineClassifier(3, 5, device="meta", dtype=torch.float64),
-    ]
-    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    assert all(tensor.is_meta for tensor in tensors)
-    assert {tensor.dtype for tensor in tensors} == {torch.float64, torch.int64}  # a counter
 
 
 def test_cosine_logits_are_scaled_cosines() -> None:

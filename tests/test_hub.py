@@ -36,7 +36,7 @@ from tests.documentation import python_blocks
 from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
-from tests.models import CFG, COLOURS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
+from tests.models import CFG, COLORS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
 from tests.processes import run_python
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
@@ -153,9 +153,7 @@ def desk(
 
 def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
     (folder,) = build_folders(tiny / "small_trex", tmp_path / "out", name="ada-trex", **OWNER)
-    assert folder == tmp_path / "out" / "ada-trex"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    assert [path.name for path in folder.parent.iterdir()] == ["ada-trex"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ada-trex"]
     config = json.loads((folder / "config.json").read_text())
     assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
     assert "SPDX-License-Identifier: CC-BY-4.0" in (folder / "LICENSE").read_text()
@@ -172,10 +170,8 @@ def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
     }
     for word in ("non-commercial", "not for commercial", "1.17", "78.0", "authors' figures"):
         assert word not in card.text
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert sum(p.sum() for p in model.parameters()) == sum(
-        p.sum() for p in load_folder(tiny / "small_trex").parameters()
-    )
+    weights_files = (path / "model.safetensors" for path in (folder, tiny / "small_trex"))
+    assert len(set(map(sha256, weights_files))) == 1
 
 
 def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_path: Path) -> None:
@@ -201,12 +197,6 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
     # A Hub folder can be built again; its license is known now.
     (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
     assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
-
-
-def own_folder(folder: Path, name: str, num_classes: int, **args: Any) -> Path:
-    cfg = CFG | {"num_classes": num_classes}
-    model = timm.create_model(name, num_classes=num_classes, pretrained_cfg=cfg, **args)
-    return write_folder(model, folder)
 
 
 def put(name: str, data: bytes | None) -> Callable[[Path], object]:
@@ -243,14 +233,9 @@ def configured(**values: Any) -> Callable[[Path], object]:
     ("spoil", "message"),
     [
         (put("pytorch_model.bin", b"\x80\x02."), r"pytorch_model.bin does not belong"),
-        (put("notes.txt", b""), r"notes.txt does not belong"),
         (put("config.json", None), "has no config.json"),
-        (put("model.safetensors", None), "has no model.safetensors"),
         (put("model.safetensors", b"\x80\x02."), "model.safetensors is no safetensors file"),
-        (
-            weights(lambda state: state["bn1.bias"][0].fill_(torch.nan)),
-            "bn1.bias has .* not finite",
-        ),
+        (weights(lambda state: state["bn1.bias"].fill_(torch.nan)), "bn1.bias has .* not finite"),
         (weights(lambda state: state.pop("layer1.0.conv1.weight")), "timm cannot load it"),
         (put("config.json", b"[1]"), "config.json is no model's configuration"),
         (put("config.json", b"{"), "config.json is no model's configuration"),
@@ -277,27 +262,25 @@ def test_unfit_folder_is_refused(
 
 def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
     naver_name = "trex_resnet50.in1k"
-    stock = own_folder(tmp_path / "stock", "resnet10t", 3, **TINY)
-    own = own_folder(tmp_path / "own", "resnet50", 0)
+    cfg = CFG | {"num_classes": 3}
+    model = timm.create_model("resnet10t", num_classes=3, pretrained_cfg=cfg, **TINY)
+    stock = write_folder(model, tmp_path / "stock")
+    model = timm.create_model("resnet50", num_classes=0, pretrained_cfg=CFG)
+    own = write_folder(model, tmp_path / "own")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
-    for folder, name, message in (
-        (stock, naver_name, "num_classes is 3; a backbone is published with 0"),
-        (stock, f"{naver_name}_r2", "num_classes is 3; a backbone is published with 0"),
-        (own, naver_name, "weights of NAVER's, which these are not"),
-        (tiny / "small_trex", naver_name, r"architecture of trex_resnet50.in1k is 'resnet10t', n"),
+    for folder, name, owner, message in (
+        (stock, naver_name, {}, "num_classes is 3; a backbone is published with 0"),
+        (own, naver_name, {}, "weights of NAVER's, which these are not"),
+        (tiny / "small_trex", naver_name, {}, r"architecture of trex_resnet50.in1k is 'resnet10t'"),
+        (tiny / "small_trex", "a/b", OWNER, "cannot be a repository's name"),
+        (tiny, "one", OWNER, "holds 2 models, but --name names one"),
+        (tmp_path / "run" / "checkpoints", None, OWNER, "holds no model; make some"),
+        (tmp_path / "run", None, OWNER, r"is a training run; give .*export/backbone or"),
+        (tmp_path / "nowhere", None, OWNER, "is no folder"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_folders(folder, tmp_path / "hub", name=name)
-    for folder, other, message in (
-        (tiny / "small_trex", "a/b", "cannot be a repository's name"),
-        (tiny, "one", "holds 2 models, but --name names one"),
-        (tmp_path / "run" / "checkpoints", None, "holds no model; make some"),
-        (tmp_path / "run", None, r"is a training run; give .*export/backbone or"),
-        (tmp_path / "nowhere", None, "is no folder"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build_folders(folder, tmp_path / "hub", name=other, **OWNER)
+            build_folders(folder, tmp_path / "hub", name=name, **owner)
     assert not (tmp_path / "hub").exists()
 
 
@@ -364,13 +347,8 @@ def test_card_of_naver_model(name: str) -> None:
 
     text = card.split("---\n", 2)[2]
     opening = text.split("## What it is")[0]
-    for words in (
-        "not for commercial use",
-        "keep this license",
-        "NAVER Corporation's",
-        "only conv",
-    ):
-        assert words in opening
+    said = "not for commercial use", "keep this license", "NAVER Corporation's", "only conv"
+    assert all(words in opening for words in said)
     assert not re.search(r"\{\{|\{%|(?<!\[)None|Undefined| +$|\n\n\n", card, re.MULTILINE)
     assert card.isascii()
 
@@ -378,7 +356,7 @@ def test_card_of_naver_model(name: str) -> None:
     shown = re.findall(r"^\| (\d.*) % \| (.*) \|$", card, re.MULTILINE)
     assert shown == [(f"{100 * own.top1:.1f}", f"{own.mean_log_odds:.4f}")]
     assert "**authors' figures**" in text
-    assert "**Measured here: nothing yet.**" in text
+    assert "**Not measured by us yet.**" in text
     assert f"**This is {'t-ReX*' if 'star' in name else 't-ReX'}.**" in text
 
     blocks = python_blocks(card)
@@ -388,7 +366,7 @@ def test_card_of_naver_model(name: str) -> None:
     assert ["import trex_models" in block for block in blocks] == [True, True, True, False]
     backbone = f"{name.partition('_')[0]}_resnet50.{name.partition('.')[2]}"
     assert f'"hf-hub:trex-models/{backbone}"' in blocks[3]
-    assert ("Plain timm cannot load this model" in text) is (backbone != name)
+    assert ("It needs the package trex_models" in text) is (backbone != name)
 
 
 def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -> None:
@@ -396,13 +374,13 @@ def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
     assert "top-1 77.35 % by a linear layer on the features" in card
-    assert "nothing yet" not in card
+    assert "Not measured" not in card
     card = render(
         naver_model("trex_resnet50_cls.in1k_r2"),
         measured=measured | {"protocol": imagenet.PROTOTYPES},
     )
     assert "top-1 77.35 % by its own prototypes" in card
-    assert "another protocol" in " ".join(card.split())
+    assert "This protocol differs from the authors' linear" in " ".join(card.split())
     assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
     assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
     for part in ("", "_proj", "_cls"):
@@ -460,7 +438,7 @@ def test_from_publication_to_the_examples_in_the_cards(
     for shape in ("[1, 2048]", "[2, 2048, 7, 7]", "[1, 256]", "[1, 16]"):
         assert f"torch.Size({shape})" in out
     assert out.count("32 torch.Size([2, 2048, 7, 7])") == 2
-    assert all(re.search(rf"^0\.\d+ {name}$", out, re.MULTILINE) for name in COLOURS)
+    assert all(re.search(rf"^0\.\d+ {name}$", out, re.MULTILINE) for name in COLORS)
 
     plain = [blocks[backbone][3], blocks[cls][3], *blocks[built / "small_trex"]]
     out = run_blocks(plain, environ, bare=True)
@@ -554,14 +532,9 @@ def test_dry_run_sends_nothing(desk: Desk) -> None:
     ("spoil", "message"),
     [
         (put("pytorch_model.bin", b""), r"pytorch_model.bin does not belong"),
-        (put("README.md", None), "has no README.md; make it"),
         (put("README.md", b"---\nlicense: [\n---\n"), r"README\.md is damaged .*; build the fol"),
         (put("NOTICE", None), "has no NOTICE; make it"),
-        (
-            put("README.md", b"---\nlicense: mit\n---\n"),
-            "license is 'mit', but should be 'cc-by-4.0'",
-        ),
-        (shutil.rmtree, "has no config.json; make it"),
+        (put("README.md", b"---\nlicense: mit\n---\n"), "license is 'mit', but should be 'cc-by-4"),
     ],
 )
 def test_unfit_hub_folder_is_not_published(
@@ -577,9 +550,7 @@ def test_unfit_hub_folder_is_not_published(
     ("fault", "message"),
     [
         (Fault("whoami", 401), "answered 401.*refuses the token; `hf auth login`"),
-        (Fault("repos/create", 403), "answered 403.*ask an owner of trex-models for write"),
         (Fault("POST .*commit", 409), "answered 409.*run the same command again"),
-        (Fault("POST .*commit", 412), "answered 412.*run the same command again"),
         (Fault("POST .*commit", 500), "answered 500.*a fault of its own; run the same"),
         (Fault("POST .*commit", 429), "answered 429.*wait some minutes"),
         (Fault("POST .*commit", 400), "answered 400.*correct the request"),
@@ -626,16 +597,6 @@ def test_interruption_leaves_a_correct_manifest(desk: Desk) -> None:
     desk.server.faults.clear()
     assert sorted(desk.push(*sources).models) == sources
     assert len(desk.commits()) == 2
-
-
-def test_commands_publish_and_verify(desk: Desk) -> None:
-    options = ["--manifest", str(desk.manifest)]
-    assert main(["publish", str(desk.built / "small_trex"), *options]) == 0
-    assert str(desk.api.token) not in "".join(desk.capsys.readouterr())
-    assert main(["verify", *options]) == 0
-    assert desk.printed().startswith("small_trex: good: ")
-    desk.record(outputs=(1.0,))
-    assert main(["verify", *options]) == 1
 
 
 def test_bad_input_is_one_line_with_status_2(
@@ -707,13 +668,17 @@ def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         desk.verify("trex_resnet50.in1k")
 
 
-def test_verify_loads_models_of_the_zoo_by_name(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    desk.push("small_trex")
-    assert "by its name" not in desk.verify()
+def test_commands_publish_and_verify(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--manifest", str(desk.manifest)]
+    assert main(["publish", str(desk.built / "small_trex"), *options]) == 0
+    assert str(desk.api.token) not in "".join(desk.capsys.readouterr())
+    assert main(["verify", *options]) == 0
+    printed = desk.printed()
+    assert printed.startswith("small_trex: good: ")
+    assert "by its name" not in printed
     monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
-    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.verify())
+    assert main(["verify", *options]) == 1
+    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.printed())
 
 
 def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
@@ -763,13 +728,13 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
-        for c, (name, color) in enumerate(COLOURS.items()):
+        for c, (name, color) in enumerate(COLORS.items()):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 picture(color, 100 * c + i).save(folder / f"{split}_{i}.png")
     for name, other in (("ant", "bee"), ("cat", "dog")):
-        picture(COLOURS[other], 999).save(root / "val" / name / "val_0.png")
+        picture(COLORS[other], 999).save(root / "val" / name / "val_0.png")
     return root
 
 
@@ -784,7 +749,7 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedder: Any = load_folder(tiny_classifier(folder / "first"))
     shutil.rmtree(folder / "first")
     embedder.reset_classifier(0)
-    colors = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colors = torch.tensor(list(COLORS.values())) / 127.5 - 1
     with torch.inference_mode():
         embeddings = embedder(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
     tiny_classifier(folder / "trex_resnet50_cls.in1k_r2", F.normalize(embeddings).clone())
@@ -792,7 +757,7 @@ def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = tuple(COLOURS)
+SMALL = tuple(COLORS)
 
 
 @pytest.fixture
@@ -849,7 +814,7 @@ def test_other_images_and_weights_are_measured_again(
     shutil.copytree(replica, root)
     imagenet.measure(rightful, root, out, SMALL)
     for file, kept in (("val/ant/val_0.png", 5), ("train/ant/train_0.png", 6)):
-        picture(COLOURS["ant"], 7).save(root / file)
+        picture(COLORS["ant"], 7).save(root / file)
         os.utime(root / file, (10**9, 10**9))
         found = imagenet.measure(rightful, root, out, SMALL)
         assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2

@@ -343,10 +343,8 @@ def test_the_digest_holds_images_and_labels_and_not_the_place(tmp_path: Path) ->
         assert HuggingFaceSource(saved(tmp_path / name, changed)).digest() != digest
 
 
-@pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_worker_processes(tmp_path: Path, kind: str) -> None:
-    path = saved(tmp_path / "set", rows()) if kind == "saved" else on_hub(tmp_path / "set")
-    source = HuggingFaceSource(path, "" if kind == "saved" else "train")
+def test_worker_processes(tmp_path: Path) -> None:
+    source = HuggingFaceSource(on_hub(tmp_path / "set"), "train")
     data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_AUGMENTATION)], seed=0)
     keys = [[(0, 0), (0, 1)], [(0, 5), (0, 3)]]
     expected = [data.__getitems__(batch) for batch in keys]

@@ -157,7 +157,7 @@ def test_restored_momentum_follows_the_parameters_layout(layout: torch.memory_fo
     torch.testing.assert_close(resumed.weight, model.weight)
 
 
-def test_synchronised_batchnorm_keeps_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_synchronized_batchnorm_keeps_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm's BatchNormAct2d holds an activation that torch's own conversion would drop."""
     model = timm.create_model("regnety_002", num_classes=0)
     converted: list[nn.Module] = []

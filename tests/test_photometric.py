@@ -81,16 +81,16 @@ def test_hue_strong_jitter_and_gray_images_match_pil() -> None:
     rows[:, ph.HUE] = (-0.5, -0.07, 0, 0.1)
     error = photometric_error(torch.from_numpy(colors), rows)
     assert error.any(axis=3).mean() <= 0.005  # pixels
-    law = replace(ALWAYS, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
-    error = photometric_error(crop(64, 32), keep(draw_rows(law, 32), "jitter"))
+    augmentation = replace(ALWAYS, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.5)
+    error = photometric_error(crop(64, 32), keep(draw_rows(augmentation, 32), "jitter"))
     assert np.abs(error).mean() <= 0.05
     images = crop(64, 24)[:, :1].expand(-1, 3, -1, -1)
     assert not photometric_error(images, keep(draw_rows(ALWAYS, 24), "jitter")).any()
 
 
-@pytest.mark.parametrize("law", [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION])
-def test_whole_augmentation_matches_pil(law: PhotometricAugmentation) -> None:
-    error = photometric_error(crop(96, 48), draw_rows(law, 48))
+@pytest.mark.parametrize("augmentation", [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION])
+def test_whole_augmentation_matches_pil(augmentation: PhotometricAugmentation) -> None:
+    error = photometric_error(crop(96, 48), draw_rows(augmentation, 48))
     assert np.abs(error).mean() <= 0.3
     assert abs(error.mean()) <= 0.05
 
@@ -202,10 +202,11 @@ def test_unfit_tensors_are_refused() -> None:
 def test_augmentations_of_the_recipes() -> None:
     assert (GLOBAL_AUGMENTATION.blur, GLOBAL_AUGMENTATION.solarize) == (0.2, 0.2)
     assert (LOCAL_AUGMENTATION.blur, LOCAL_AUGMENTATION.solarize) == (0.5, 0)
-    for law in (GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION):
-        assert (law.flip, law.jitter, law.gray) == (0.5, 0.8, 0.2)
-        assert (law.brightness, law.contrast, law.saturation, law.hue) == (0.4, 0.4, 0.2, 0.1)
-        assert (law.sigma, law.threshold) == ((0.1, 2.0), 128)
+    for found in (GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION):
+        assert (found.flip, found.jitter, found.gray) == (0.5, 0.8, 0.2)
+        jitter = found.brightness, found.contrast, found.saturation, found.hue
+        assert jitter == (0.4, 0.4, 0.2, 0.1)
+        assert (found.sigma, found.threshold) == ((0.1, 2.0), 128)
 
 
 def test_flags_are_independent() -> None:
@@ -217,9 +218,9 @@ def test_flags_are_independent() -> None:
 AUGMENTATIONS = [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, replace(EVEN, brightness=1.5, hue=0.5)]
 
 
-@pytest.mark.parametrize("law", AUGMENTATIONS)
-def test_draws_have_torchvisions_distribution(law: PhotometricAugmentation) -> None:
-    ours, theirs = draw_rows(law, 4000), random_rows(law, 4000)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_draws_have_torchvisions_distribution(augmentation: PhotometricAugmentation) -> None:
+    ours, theirs = draw_rows(augmentation, 4000), random_rows(augmentation, 4000)
     compared = compare_rows(ours, theirs)
     assert len(compared) == 11
     for found in compared:

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
@@ -153,20 +153,6 @@ def source(function: Callable[..., Any]) -> str:
         return ""
 
 
-def test_what_help_lacks_is_found() -> None:
-    def undocumented(features: Tensor, k: int) -> Tensor:
-        """Compute something.
-
-        Args:
-            k: Neighbors.
-        """
-        if not k:
-            raise ValueError(k)
-        return features
-
-    assert what_help_lacks(undocumented) == ["argument features", "result", "errors", "shapes"]
-
-
 def test_the_loop_of_the_page_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,8 +224,8 @@ def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> N
 
 def test_crops_of_the_transform_follow_torchs_generator_and_come_from_the_image() -> None:
     flat = np.full((50, 60, 3), (10, 200, 90), np.uint8)
-    law = trex_models.data.PhotometricAugmentation(flip=1, jitter=0, gray=0, blur=0, solarize=0)
-    crops = MultiCrop([CropSpec(2, 8, (0.1, 1.0), law)])(flat)
+    flip = trex_models.data.PhotometricAugmentation(flip=1, jitter=0, gray=0, blur=0, solarize=0)
+    crops = MultiCrop([CropSpec(2, 8, (0.1, 1.0), flip)])(flat)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (torch.tensor([10, 200, 90]) / 255 - mean) / std
     assert len(crops) == 2

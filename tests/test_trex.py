@@ -295,6 +295,7 @@ def test_device_and_dtype_arguments(name: str) -> None:
     model = timm.create_model(name, num_classes=3, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     assert all(b.is_meta for b in model.buffers())
+    assert {b.dtype for b in model.buffers()} == {torch.bfloat16, torch.int64}  # counters
 
 
 @pytest.mark.parametrize("name", ["trex_resnet", "trexstar_resnet50_proj"])
@@ -343,9 +344,9 @@ def test_one_training_step_moves_every_parameter() -> None:
     model = tiny(drop_path_rate=0.1).train()
     model.set_grad_checkpointing()
     before = copy.deepcopy(model.state_dict())
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     F.cross_entropy(model(images(4)), torch.arange(4)).backward()
-    optimiser.step()
+    optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert name.endswith("fc.bias") or not torch.equal(parameter, before[name]), name

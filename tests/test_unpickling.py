@@ -30,12 +30,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
-def changed(bench: Bench, name: str, data: bytes, form: str = "trainer") -> bytes:
-    contents = fuzz_checkpoints.records(bench.data[form])
-    contents[f"saved/{name}"] = data
-    return fuzz_checkpoints.zipped(iter(contents.items()))
-
-
 @pytest.fixture
 def own_globals() -> Iterator[list[Any]]:
     torch.serialization.add_safe_globals([random.Random])
@@ -64,10 +58,11 @@ def test_the_allow_list_of_the_process_is_not_touched(
 @pytest.mark.parametrize("name", GADGETS)
 def test_programs_are_not_run(bench: Bench, name: str, tmp_path: Path) -> None:
     """In an entry of a checkpoint; what is refused was not allocated before."""
-    pickled = fuzz_checkpoints.records(bench.data["trainer"])["saved/data.pkl"]
-    program = pickled[:-1] + fuzz_checkpoints.text("meter") + GADGETS[name] + b"s."
+    contents = fuzz_checkpoints.records(bench.data["trainer"])
+    program = fuzz_checkpoints.text("meter") + GADGETS[name] + b"s."
+    contents["saved/data.pkl"] = contents["saved/data.pkl"][:-1] + program
     path = tmp_path / "step_4.pt"
-    path.write_bytes(changed(bench, "data.pkl", program))
+    path.write_bytes(fuzz_checkpoints.zipped(iter(contents.items())))
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=r"step_4\.pt"):

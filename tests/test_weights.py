@@ -14,7 +14,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from email.utils import formatdate
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,15 +173,11 @@ def test_messages(server: FileServer, caplog: pytest.LogCaptureFixture, monkeypa
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("reset", [False, True])
-def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, reset: bool) -> None:
-    server.faults = [Fault("GET", cut_after=31_000_000, times=2, reset=reset)]
+def test_connection_that_breaks_is_resumed(server: FileServer, release: Path) -> None:
+    server.faults = [Fault("GET", cut_after=31_000_000, times=2)]
     found = load_file(resolve.fetch("trex_resnet50.in1k"))
     starts = [request.range for request in server.log]
-    if reset:  # it may take the last bytes away
-        assert len(starts) == 3
-    else:
-        assert starts == [None, "bytes=31000000-", "bytes=62000000-"]
+    assert starts == [None, "bytes=31000000-", "bytes=62000000-"]
     original = torch.load(release / "trex.pth", weights_only=True)
     assert all(torch.equal(found[key], original[key]) for key in original)
 
@@ -194,12 +189,13 @@ def test_connection_that_breaks_is_resumed(server: FileServer, release: Path, re
         (Fault("GET", status=500), r"trex\.pth is not available: the server answered 500 Int"),
         (Fault("GET", cut_after=0), r"trex\.pth is not available: connection closed early"),
         (Fault("GET", delay=60), "trex.pth is not available: timed out"),
+        (Fault("GET", endless=(b"x", 60)), "trex.pth is not available: timed out"),
         (Fault("GET", endless=(b"x", 0.1)), "trex.pth is not available: only . bytes in "),
         (Fault("GET", endless=(bytes(MIB), 0)), "it has more than 200 MB: another file"),
         (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part: it is a web page"),
         (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or cut short"),
     ],
-    ids="404 500 cut silent drip endless page damaged".split(),
+    ids="404 500 cut silent hang drip endless page damaged".split(),
 )
 def test_what_naver_does_not_give(
     cache: Path, server: FileServer, fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -517,15 +513,13 @@ class Place:
             timm.create_model(name, pretrained=True)
         return str(caught.value)
 
-    def fork(self, code: str, *arguments: str) -> Forked:
-        """Run code in a process whose client has the constants that it reads at its import."""
+    def start(self, name: str) -> Forked:
+        """Load a model in a process whose client has the constants of this one's."""
         names = "HF_HOME", "HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"
         values = {name: getattr(constants, name) for name in names}
-        code = f"from huggingface_hub import constants\nvars(constants).update({values!r})\n{code}"
-        return Forked("-c", code, *arguments, environment=self.environment)
-
-    def start(self, name: str) -> Forked:
-        return self.fork(CHILD, tempfile.mkdtemp(dir=self.folder, prefix="out"), name)
+        code = f"from huggingface_hub import constants\nvars(constants).update({values!r})\n{CHILD}"
+        out = tempfile.mkdtemp(dir=self.folder, prefix="out")
+        return Forked("-c", code, out, name, environment=self.environment)
 
     def finish(self, process: Forked, expected: dict[str, Tensor]) -> None:
         assert process.end() == 0, process.err
@@ -713,74 +707,6 @@ def test_token_of_the_hub_stays_there(
         assert {r.authorization for r in place.hub.log} == {"Bearer hf_secret"}
         assert [(r.method, r.authorization) for r in other.log] == [("GET", None)]
     assert place.server.log == []
-
-
-@pytest.mark.parametrize("time", [0, 2**32])
-def test_clock_that_is_wrong(place: Place, time: int) -> None:
-    date = {"Date": formatdate(time, usegmt=True)}
-    place.hub.faults = [Fault("", headers=date)]
-    found = resolve.fetch("trex_resnet50.in1k")
-    for path in place.home.rglob("*"):
-        os.utime(path, (time, time), follow_symlinks=False)
-    asked = len(place.hub.log)
-    assert resolve.fetch("trex_resnet50.in1k") == found
-    assert len(place.hub.log) == asked
-
-
-def test_killed_while_the_hub_s_file_arrives(place: Place, expected: dict[str, Tensor]) -> None:
-    place.hub.faults = [Fault(r"GET.*safetensors$", endless=(bytes(MIB), 0.01), times=1)]
-    process = place.start("trex_resnet50.in1k")
-    deadline = time.monotonic() + 60
-    while not any(place.home.rglob("*.incomplete")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send(signal.SIGKILL)
-    assert process.end() == -signal.SIGKILL
-    assert len(list(place.home.rglob("*.incomplete"))) == 1
-    place.create(expected, "trex_resnet50.in1k")
-    assert place.server.log == []
-
-
-EIGHT = """
-import os
-from trex_models.pretrained import resolve
-for _ in range(8):
-    if not os.fork():
-        os.write(1, f"{resolve.fetch('trex_resnet50.in1k')}\\n".encode())
-        os._exit(0)
-for _ in range(8):
-    os.wait()
-"""
-
-
-def test_eight_processes_at_the_hub(place: Place) -> None:
-    place.hub.faults = [Fault("GET", delay=1)]
-    eight = place.fork(EIGHT)
-    assert eight.end() == 0, eight.err
-    lines = eight.out.splitlines()
-    assert len(lines) == 8
-    (path,) = set(lines)
-    assert path.endswith("model.safetensors")
-    assert len(place.hub.requests("^GET .*/resolve/")) == 1
-    assert place.server.log == []
-
-
-def test_connection_to_the_hub_breaks_or_is_not_made(
-    place: Place, expected: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place.hub.faults = [Fault("GET.*model.safetensors", cut_after=30_000_000, times=1)]
-    place.create(expected, "trex_resnet50.in1k")
-    ranges = [request.range for request in place.hub.requests("^GET .*/resolve/")]
-    assert ranges == [None, f"bytes={20 * MIB}-"]
-    assert place.server.log == []
-    shutil.rmtree(place.home)
-    place.hub.log.clear()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("trex_resnet50", "trexstar_resnet50_cls"):
-        error = place.error(name)
-        assert error.startswith("no weights for trex")
-        assert "Hub: not asked: HF_HUB_OFFLINE is set" in error
-    assert place.hub.log == place.server.log == []
-    assert not (place.home / "trex_models").exists()
 
 
 def test_two_processes_at_once(place: Place, expected: dict[str, Tensor]) -> None:

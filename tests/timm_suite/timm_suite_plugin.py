@@ -1,4 +1,4 @@
-"""A pytest plugin that puts our models into timm's own tests, beside timm's ``resnet50``.
+"""A pytest plugin that puts our models into timm's own tests, next to its ``resnet50``.
 
 Loaded by tests/test_timm_suite.py in a pytest process over timm's source distribution. timm's
 tests name their models in three ways, and each gets ``resnet50`` and ours in place of its own:
@@ -6,10 +6,10 @@ tests name their models in three ways, and each gets ``resnet50`` and ours in pl
 - ``parametrize("model_name", list_models(...))``: where timm's list holds ``resnet50``.
 - ``parametrize("model_name", ["resnet18", ...])``: the rest of each row is kept, except that
   arguments meant for one architecture (dicts) are emptied.
-- ``create_model("resnet18")`` or ``"test_resnet"`` in the body: the name stands for each of ours.
+- ``create_model("resnet18")`` or ``"test_resnet"`` in the body: the name means each of ours.
 
 Many such tests are about other architectures. So ``resnet50`` runs first, and ours are skipped
-where it does not pass. Untrained weights stand in for those of the Hub.
+where it does not pass. Untrained weights take the place of those of the Hub.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ init.kaiming_normal_ = init.kaiming_uniform_ = kaiming
 
 @pytest.fixture
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the names of small ResNets in a test's body stand for the model under test."""
+    """Let the names of small ResNets in a test's body mean the model under test."""
 
     stood_in = []
 
