@@ -55,8 +55,11 @@ def assert_finishes_like(reference: Path, setting: Setting, folder: Path) -> Lif
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "kills"),
-    [(Setting(), 6), (Setting(workers=1, save_steps=2), 4), (Setting(processes=3), 5)],
-    ids=["one process", "with a loader worker", "three processes"],
+    [
+        pytest.param(Setting(), 6, id="one process"),
+        pytest.param(Setting(workers=1, save_steps=2), 4, id="with a loader worker"),
+        pytest.param(Setting(processes=3), 5, id="three processes", marks=pytest.mark.client),
+    ],
 )
 def test_killed_at_random_moments(tmp_path: Path, setting: Setting, kills: int) -> None:
     tormentor = Tormentor(setting, tmp_path)

@@ -146,7 +146,7 @@ def test_changed_images_with_the_same_names_are_extracted_again(
     with monkeypatch.context() as patch:
         interrupted_at(patch, "9.png")
         assert run(models, "images", "--output", "cut.npy") == 130
-    assert "interrupted; the same command starts again" in capsys.readouterr().err
+    assert "interrupted; run the same command again" in capsys.readouterr().err
     save_image(place / "images" / "a" / "0.png", 99)
     os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
     assert run(models, "images", "--output", "f.npy") == 2

@@ -37,6 +37,7 @@ echo -n "$*" > "$REQUEUED"
 """
 
 
+@pytest.mark.client
 @pytest.mark.slow
 def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
     programs = tmp_path / "programs"

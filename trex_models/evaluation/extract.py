@@ -59,7 +59,7 @@ def extract_features(
 
     Args:
         model: Any module that maps (B, 3, S, S), in channels_last format, to (B, F).
-        source: Labelled images.
+        source: Labeled images.
         transform: A center crop (fast), or a function from a PIL image to a tensor, (3, S, S).
             None for the center crop that the model itself asks for.
         batch_size: Images per batch.
@@ -91,10 +91,7 @@ def extract_features(
 def feature_batches(
     model: nn.Module, images: Iterable[Tensor], precision: Precision | None = None
 ) -> Iterator[np.ndarray]:
-    """Yield a model's output in eval mode for batches of images, (<= batch_size, F) float32.
-
-    The modes of all modules are restored. Without ``precision`` autocast and TF32 stay as they are.
-    """
+    """Yield a model's output in eval mode for batches of images, (<= batch_size, F) float32."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []

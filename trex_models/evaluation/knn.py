@@ -94,10 +94,8 @@ def knn_votes(
         chunk: As in ``nearest_neighbors``.
 
     Returns:
-        (M, C) float32 on the device of ``features``; 1 for a query's nearest reference, less for
-        the others, 0 for classes without a neighbor and everywhere for a query of zeros. In
-        addition to its 4 M C bytes, and the memory of ``nearest_neighbors``, this needs 16 M K
-        bytes.
+        Votes, (M, C) float32 on the device of ``features``: 1 for a query's nearest reference, less
+        for others, 0 for classes without a neighbor; all 0 for a query of zeros.
 
     Raises:
         ValueError: Shapes do not match, a set is empty, a feature is not finite, or a number is

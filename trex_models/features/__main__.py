@@ -101,15 +101,7 @@ def extract(
         path=output,
         identity=identity,
         names=images.names(source),
-        # By which `neighbors` finds the model and the images again.
-        about={
-            "format": "trex_models.features 1",
-            "model": frozen.name,
-            "file": str(file.resolve()) if file else "",
-            **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
-            "preprocessing": preprocessing,
-            "root": str(source.root),
-        },
+        about=_about(frozen, preprocessing, file, source.root),
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
@@ -118,6 +110,18 @@ def extract(
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
     print(f"wrote {output}" if written else f"{output} is there already, of these images")
+
+
+def _about(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) -> dict[str, str]:
+    """Return metadata, by which ``neighbors`` finds the model and the images again."""
+    return {
+        "format": "trex_models.features 1",
+        "model": frozen.name,
+        "file": str(file.resolve()) if file else "",
+        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+        "preprocessing": protocol,
+        "root": str(root),
+    }
 
 
 def find_neighbors(

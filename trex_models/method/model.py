@@ -24,8 +24,7 @@ class Encoder(nn.Module):
 
     Args:
         backbone: Module that maps images of any crop resolution, (B, 3, S, S), to features, (B, F).
-        projector: Module that maps features, (B, F), to embeddings, (B, D): a ``Projector`` or the
-            identity.
+        projector: Module that maps features, (B, F), to embeddings, (B, D), or ``nn.Identity``.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +135,11 @@ def classes(source: Source) -> str | None:
 
 def tensorboard() -> None:
     """Check that the package is there; a ValueError of one rank ends all, an ImportError not."""
-    if not find_spec("tensorboard"):
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
         needs = "another package, tensorboard: pip install trex-models[train]"
-        raise ValueError(f"system.tensorboard needs {needs}")
+        raise ValueError(f"system.tensorboard needs {needs}") from error
 
 
 def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:
