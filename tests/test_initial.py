@@ -168,9 +168,11 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"
     # And what is trained from that is under it again, continued or exported.
     checkpointing.files(tmp_path / "run")[-1].unlink()
+    left = checkpointing.files(tmp_path / "run")
     for more in (command, ["--init-from", str(tmp_path / "run")]):
         folder = tmp_path / ("run" if more is command else "next")
         assert "not under mit; leave --license out" in refused(folder, *more, "--license", "mit")
+        assert checkpointing.files(tmp_path / "run") == left  # refused before a step
     export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--license"]
     assert main([*export, "mit"]) == 2
     assert main([*export, "cc-by-nc-sa-4.0"]) == 0
