@@ -281,7 +281,14 @@ def test_models_share_a_table_and_a_picture(
     assert main(["plot", other, "--output", str(picture), "--published", "paper"]) == 2
     assert "trained on ImageNet-1K, pixels on easy" in capsys.readouterr().err
     assert main(["plot", "--output", str(picture)]) == 2
-    assert "give one report or more, or --published" in capsys.readouterr().err
+    assert "give reports, or --published with --kind scatter" in capsys.readouterr().err
+    for options, message in (
+        ("--published paper --kind bars --output x.png", "--published with --kind scatter"),
+        ("--published paper --output x.gif", "--output x.gif: give a file that ends in .png or"),
+        ("--published paper --output /proc/y/y.png", "--output /proc/y/y.png cannot be written"),
+    ):
+        assert main(["plot", *options.split()]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> None:

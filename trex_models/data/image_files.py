@@ -248,7 +248,7 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 def log_left_out(place: object, others: Iterable[bytes]) -> None:
     """Log in one line how many files were left out of a place, if any."""
-    kinds = Counter(map(_kind, others))
+    kinds = Counter(sorted(map(_kind, others)))  # ties in the order of names
     if kinds:
         parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(6)]
         _logger.warning("%s: %d file(s) left out (%s)", place, kinds.total(), ", ".join(parts))

@@ -155,8 +155,9 @@ def plot(
         published: Points that the authors published, drawn too (scatter): of the paper's figure,
             over 13 datasets, or of the released models, over 15.
     """
-    if not reports and (kind != "scatter" or not published):
-        raise ValueError("give one report or more, or --published for the authors' points only")
+    plotting.require_picture(output)
+    if not (published or reports) or (published and kind != "scatter"):
+        raise ValueError("give reports, or --published with --kind scatter for the authors' points")
     found = [read_report(path) for path in reports]
     require_same_images(found)
     draw = {
