@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_start_method, set_start_method
 from multiprocessing.context import ForkServerProcess
@@ -129,7 +130,8 @@ class Life:
             pid = self.processes[rank].pid
             assert pid is not None
             if self.processes[rank].is_alive():
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # a rank may have ended already
+                    os.kill(pid, number)
 
     def end(self, seconds: float = _MOST_SECONDS) -> list[int | None]:
         """Wait for all processes; return their exit statuses, None for one that had to be ended.
