@@ -129,8 +129,8 @@ def classes(source: Source) -> str | None:
     """Return a warning if classes have no images."""
     counts = np.bincount(source.labels, minlength=len(source.classes))
     empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
-    found = f"{len(empty)} of {len(counts)} classes have no images, such as {', '.join(empty[:1])}"
-    return found if empty else None
+    found = f"{len(empty)} of {len(counts)} classes have no images"
+    return f"{found}, such as {empty[0]}" if empty else None
 
 
 def tensorboard() -> None:
