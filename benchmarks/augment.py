@@ -312,9 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(parsed.device)
     timed = speed(device, parsed.batch, parsed.rounds, parsed.compile)
     for name, values in timed["images_per_second"].items():
-        print(f"{name:10} {measure.shown(values)} images/s")
+        print(f"{name:10} {measure.format_spread(values)} images/s")
     for name, values in timed["ratios"].items():
-        print(f"{name} over the reference: {measure.shown(values)}")
+        print(f"{name} over the reference: {measure.format_spread(values)}")
     pixels = differences(device, parsed.crops)
     print("\n" + "  ".join(f"{name:>16}" for name in pixels[0]))
     for row in pixels:
@@ -325,10 +325,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = f"{row['test']} {row['statistic']:.4g}, p {row['p']:.3g}"
         print(f"{row['of']}, {row['quantity']}: {found}")
     print(f"least of {len(drawn)} p: {min(row['p'] for row in drawn):.3g}")
-    facts = measure.machine(parsed.device)
-    print(f"\n{facts}")
+    machine = measure.machine(parsed.device)
+    print(f"\n{machine}")
     result = {
-        "machine": facts,
+        "machine": machine,
         "ratio": timed["ratios"]["ours"]["median"],
         "batch": parsed.batch,
         "speed": timed,

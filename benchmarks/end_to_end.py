@@ -55,20 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for count in options.cores:
             with _cores(every_core[:count]):
                 results.append(_measure(Path(folder), count, options, device))
-    facts = measure.machine(options.device)
-    print(f"{facts['processor']}, {facts.get('device', 'CPU')}, {options.backbone}")
+    machine = measure.machine(options.device)
+    print(f"{machine['processor']}, {machine.get('device', 'CPU')}, {options.backbone}")
     for result in results:
         for name in ("ours", "reference"):
             print(
                 f"{result['cores']} cores, {name:10}"
-                f"{measure.shown(result['images_per_second'][name], ' images/s')}, "
-                f"waiting {measure.shown(result['waiting'][name])}"
+                f"{measure.format_spread(result['images_per_second'][name], ' images/s')}, "
+                f"waiting {measure.format_spread(result['waiting'][name])}"
             )
-        print(f"{result['cores']} cores, ratio {measure.shown(result['ratios'])}")
+        print(f"{result['cores']} cores, ratio {measure.format_spread(result['ratios'])}")
     measure.record(
         options.out,
         {
-            "machine": facts,
+            "machine": machine,
             "backbone": options.backbone,
             "batch": options.batch,
             "dtype": options.dtype,
@@ -128,8 +128,8 @@ def _ours(root: Path, cores: int, options: argparse.Namespace, device: torch.dev
 
     def train(batch: Any) -> None:
         crops = augment(batch, device)
-        labels, ids = to_device([batch.labels, batch.ids], device)
-        take(crops, labels, ids)
+        labels, indices = to_device([batch.labels, batch.indices], device)
+        take(crops, labels, indices)
 
     def batches() -> Iterator[Any]:
         return load_batches(dataset, _sampler(options), cores, device.type == "cuda")

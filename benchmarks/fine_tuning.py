@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from trex_models import plotting
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.cli import run
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import Source
@@ -174,14 +174,14 @@ def compare(
         ]
         result[start] = {"rate": rate, "validation": validation, "curves": curves}
         title = f"{task.name}, {task.per_class} a class, {STARTS[start]}"
-        print(f"{title}: {shown(curves)} at rate {rate:g}", flush=True)
+        print(f"{title}: {format_curves(curves)} at rate {rate:g}", flush=True)
     pairs = zip(result["pretrained"]["curves"], result["scratch"]["curves"], strict=True)
     gains = [ours[-1] - theirs[-1] for ours, theirs in pairs]
     result["gain"] = {"mean": statistics.fmean(gains), "interval": student_interval(gains)}
     return result
 
 
-def shown(curves: Sequence[Sequence[float]]) -> str:
+def format_curves(curves: Sequence[Sequence[float]]) -> str:
     """Return the last values of curves as text, in percent: mean and 95 % interval."""
     last = [curve[-1] for curve in curves]
     low, high = student_interval(last) or (float("nan"), float("nan"))
@@ -191,7 +191,7 @@ def shown(curves: Sequence[Sequence[float]]) -> str:
 def draw(results: Sequence[Mapping[str, Any]], steps: Sequence[int], path: Path) -> None:
     """Draw accuracy by step, with 95 % intervals over seeds, a panel a number of images."""
     colors = dict(zip(STARTS, plotting.PALETTE, strict=False))
-    with plotting.drawing(3.2 * len(results) + 1, 3.4) as figure:
+    with plotting.new_figure(3.2 * len(results) + 1, 3.4) as figure:
         axes: Any = figure.subplots(1, len(results), sharey=True, squeeze=False)
         for axis, result in zip(axes[0], results, strict=True):
             for start, label in STARTS.items():
@@ -257,7 +257,7 @@ def report(options: argparse.Namespace) -> None:
         "steps": steps,
         "results": results,
     }
-    write_whole(options.output / "fine_tuning.json", json.dumps(record, indent=2) + "\n")
+    write_text_file(options.output / "fine_tuning.json", json.dumps(record, indent=2) + "\n")
     draw(results, steps, options.output / "fine_tuning.png")
     print(f"wrote {options.output / 'fine_tuning.json'} and {options.output / 'fine_tuning.png'}")
 
@@ -278,7 +278,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|",
     ]
     for result in results:
-        cells = [shown(result[start]["curves"]) for start in STARTS]
+        cells = [format_curves(result[start]["curves"]) for start in STARTS]
         gain = result["gain"]
         low, high = (100 * bound for bound in gain["interval"])
         cells.append(f"{100 * gain['mean']:+.1f} ({low:+.1f} to {high:+.1f})")

@@ -96,7 +96,7 @@ def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Pa
     """Draw memory and open files by step."""
     steps = np.array([s["step"] for s in samples])
     late = steps[_second_half(steps)]
-    with plotting.drawing(9, 3.2) as figure:
+    with plotting.new_figure(9, 3.2) as figure:
         memory, files = figure.subplots(1, 2)
         for key, label in _LABELS.items():
             values = np.array([s[key] for s in samples]) / 1e6

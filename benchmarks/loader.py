@@ -203,7 +203,7 @@ def _proc_megabytes(file: str, *names: str) -> float:
 def _megabytes(batch: Any) -> float:
     """Return the size of a batch's tensors."""
     if isinstance(batch, Batch):
-        batch = [*batch.crops, *batch.parameters, batch.labels, batch.ids]
+        batch = [*batch.crops, *batch.parameters, batch.labels, batch.indices]
     if isinstance(batch, Tensor):
         return batch.nbytes / 1e6
     return sum(map(_megabytes, batch))

@@ -143,13 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.save(weights, cache / "naver" / "trex.pth")  # converted in the round of warming up
         imported = imports(environment, parsed.rounds)
         created = creation(file, environment, parsed.rounds)
-    print(f"import timm: {measure.shown(imported['timm'], ' s')}")
-    print(f"and trex_models: {measure.shown(imported['ours'], ' s')}, {imported['added']}")
+    print(f"import timm: {measure.format_spread(imported['timm'], ' s')}")
+    print(f"and trex_models: {measure.format_spread(imported['ours'], ' s')}, {imported['added']}")
     for name in _MODELS:
         for key, unit in (("cpu", " s of CPU"), ("seconds", " s"), ("megabytes", " MB")):
-            print(f"{name}: {measure.shown(created[name][key], unit)}")
+            print(f"{name}: {measure.format_spread(created[name][key], unit)}")
     for name, ratio in created["ratios"].items():
-        print(f"{name} takes of timm's CPU time: {measure.shown(ratio)}")
+        print(f"{name} takes of timm's CPU time: {measure.format_spread(ratio)}")
     result = {
         "machine": measure.machine(),
         "import_ms": round(1000 * imported["ours"]["median"], 2),

@@ -112,12 +112,12 @@ def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, A
         },
     }
     print(
-        f"{size}, {len(strengths)} values of C: ratio {measure.shown(result['ratio'])}, "
-        f"axes known {measure.shown(result['ratio_axes_known'])}"
+        f"{size}, {len(strengths)} values of C: ratio {measure.format_spread(result['ratio'])}, "
+        f"axes known {measure.format_spread(result['ratio_axes_known'])}"
     )
     for name, values in result["seconds"].items():
         total = result["iterations"][name]
-        print(f"  {name}: {measure.shown(values, ' s')}, {total} iterations")
+        print(f"  {name}: {measure.format_spread(values, ' s')}, {total} iterations")
     print(f"  largest excess of our objective: {result['excess']:.1e}")
     return result
 

@@ -98,10 +98,10 @@ def print_compared(title: str, found: Mapping[str, Mapping[str, float | int]]) -
     """Print the result of `compared`."""
     print(title)
     for name, values in found.items():
-        print(f"  {name}: {shown(values)}")
+        print(f"  {name}: {format_spread(values)}")
 
 
-def shown(values: Mapping[str, float | int], unit: str = "") -> str:
+def format_spread(values: Mapping[str, float | int], unit: str = "") -> str:
     """Return a spread as text: median (least to greatest, n)."""
     return f"{values['median']:g}{unit} ({values['min']:g} to {values['max']:g}, n = {values['n']})"
 

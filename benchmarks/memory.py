@@ -243,8 +243,8 @@ def _parts(
         )
         for spec in build.crop_specs(config.crops)
     ]
-    labels, ids = torch.zeros(2, batch, dtype=torch.int64, device=device)
-    return optimizer, (crops, labels, ids)
+    labels, indices = torch.zeros(2, batch, dtype=torch.int64, device=device)
+    return optimizer, (crops, labels, indices)
 
 
 def _two_steps(

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure.spreads(times)
     ratio = measure.ratios(times["ours"], times["bare"])
     for name, values in found.items():
-        print(f"{name}: {measure.shown(values, ' s')}")
-    print(f"ours takes of the bare product's and top k's time: {measure.shown(ratio)}")
+        print(f"{name}: {measure.format_spread(values, ' s')}")
+    print(f"ours takes of the bare product's and top k's time: {measure.format_spread(ratio)}")
     result = {
         "machine": measure.machine(parsed.device),
         "ratio": measure.ratios(times["bare"], times["ours"])["median"],

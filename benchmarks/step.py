@@ -58,19 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time, print and record."""
     options = _options(arguments)
     device = torch.device(options.device)
-    crops, labels, ids = _inputs(options, device)
+    crops, labels, indices = _inputs(options, device)
     last = [images.contiguous(memory_format=torch.channels_last) for images in crops]
     ours, theirs = our_step(options, device), reference_step(options, device)
     steps: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours(last, labels, ids),
+        "ours": lambda: ours(last, labels, indices),
         "reference": lambda: theirs(crops, labels),
     }
     if "nchw" in options.also:
         plain = our_step(options, device, channels_last=False)
-        steps["nchw"] = lambda: plain(crops, labels, ids)
+        steps["nchw"] = lambda: plain(crops, labels, indices)
     if "compile" in options.also:
         compiled = our_step(options, device, compiled=True)
-        steps["compile"] = lambda: compiled(last, labels, ids)
+        steps["compile"] = lambda: compiled(last, labels, indices)
     seconds = measure.alternate(
         {
             name: partial(measure.seconds, partial(_several, step, options.steps), device)
@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         options.rounds,
     )
-    facts = measure.machine(options.device)
+    machine = measure.machine(options.device)
     result: dict[str, Any] = {
-        "machine": facts,
+        "machine": machine,
         "batch": options.batch,
         "dtype": options.dtype,
         "reference_dtype": options.reference_dtype or options.dtype,
@@ -95,10 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
     }
     result["ratio"] = result["ratios"]["ours"]["median"]
-    print(f"{facts['processor']} ({facts['instructions']}), {facts.get('device', 'CPU')}")
+    print(f"{machine['processor']} ({machine['instructions']}), {machine.get('device', 'CPU')}")
     for name in seconds:
         rate, ratio = result["images_per_second"][name], result["ratios"][name]
-        print(f"{name:10} {measure.shown(rate, ' images/s')}, ratio {measure.shown(ratio)}")
+        spreads = measure.format_spread(rate, " images/s"), measure.format_spread(ratio)
+        print(f"{name:10} {spreads[0]}, ratio {spreads[1]}")
     for name in ("ours", "reference"):
         result[f"profile_{name}"] = shares = _profile(steps[name], device)
         print(f"time of {name}: " + ", ".join(f"{kind} {s:.0%}" for kind, s in shares.items()))
@@ -125,7 +126,7 @@ def our_step(
     channels_last: bool = True,
     compiled: bool = False,
 ) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
-    """Return what takes a step as `train.loop` does, given crops, labels and ids."""
+    """Return what takes a step as `train.loop` does, given crops, labels and indices."""
     config = _config(options)
     method = build.build_method(config, options.classes).train().to(device)
     if channels_last:
@@ -137,9 +138,9 @@ def our_step(
     precision.apply()
     meter = Meter(Process(0, 1, device))
 
-    def step(crops: Sequence[Tensor], labels: Tensor, ids: Tensor) -> None:
+    def step(crops: Sequence[Tensor], labels: Tensor, indices: Tensor) -> None:
         loss, logits = training_step(
-            method, method, optimizer, precision, crops, labels, ids, _RATE
+            method, method, optimizer, precision, crops, labels, indices, _RATE
         )
         meter.update(loss, logits[: len(labels)], labels)
 
@@ -181,7 +182,7 @@ def _config(options: argparse.Namespace) -> Config:
 def _inputs(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return random crops, labels and ids."""
+    """Return random crops, labels and indices."""
     torch.manual_seed(0)
     crops = [
         torch.randn(count * options.batch, 3, size, size, device=device)

@@ -119,11 +119,13 @@ def frozen_model(width: int) -> FrozenModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIDE**2, width), nn.ReLU())
     crop = CenterCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
-    facts = {
+    metadata = {
         "architecture": "projection",
         "weights_sha256": weights_digest(model),
     }
-    return FrozenModel(name="projection", model=model, transform=crop, shape=(width,), facts=facts)
+    return FrozenModel(
+        name="projection", model=model, transform=crop, shape=(width,), metadata=metadata
+    )
 
 
 def extract(setup: Setup) -> dict[str, Any]:

@@ -90,11 +90,11 @@ def export_model(
     print(f"reading   {file or model}", flush=True)
     network = _load(model, file)
     cut = _cut(model, network, features)
-    facts = {**_facts(model, network, file), "output": OUTPUTS[cut]}
+    metadata = {**_metadata(model, network, file), "output": OUTPUTS[cut]}
     if to == "onnx":
-        exported = _to_onnx(model, network, facts, with_preprocessing, half)
+        exported = _to_onnx(model, network, metadata, with_preprocessing, half)
     else:
-        exported = _to_torchvision(model, network, facts, output)
+        exported = _to_torchvision(model, network, metadata, output)
     wrong = next((found for found in exported.differences if not found.is_small), None)
     if wrong:
         raise ValueError(
@@ -113,7 +113,7 @@ def export_model(
     for found in exported.differences:
         print(f"          {found}")
     print(f"written   {len(exported.data) / 1e6:.1f} MB  {', '.join(map(str, written))}")
-    print(f"license   {facts['license']}")
+    print(f"license   {metadata['license']}")
     print(f"time      {time.perf_counter() - started:.1f} s")
 
 
@@ -154,7 +154,7 @@ def _cut(name: str, model: Any, features: str | None) -> str:
     return features
 
 
-def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
+def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     """Return what a user of the export has to know, for its metadata."""
     cfg = model.pretrained_cfg
     stated, origin = cfg.get("license") or "not stated", cfg.get("origin_url") or "not stated"
@@ -176,8 +176,8 @@ def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     }
 
 
-def _as_texts(facts: dict[str, Any]) -> dict[str, str]:
-    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
+def _as_texts(metadata: dict[str, Any]) -> dict[str, str]:
+    return {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -210,24 +210,24 @@ def _size(model: nn.Module) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _to_torchvision(name: str, model: Any, facts: dict[str, Any], path: Path) -> Exported:
-    architecture = to_torchvision.architecture(name, model, facts["output"])
+def _to_torchvision(name: str, model: Any, metadata: dict[str, Any], path: Path) -> Exported:
+    architecture = to_torchvision.architecture(name, model, metadata["output"])
     classes = model.num_classes
-    facts |= {"load": to_torchvision.usage(path, architecture, classes)}
-    data = to_torchvision.serialize(model, path.suffix, _as_texts(facts))
+    metadata |= {"load": to_torchvision.usage(path, architecture, classes)}
+    data = to_torchvision.serialize(model, path.suffix, _as_texts(metadata))
     channels, height, width = _size(model)
     images = batches(channels, resolutions(height, width))
     return Exported(
         data,
         to_torchvision.compare_torchvision(data, path.suffix, architecture, model, images),
-        f"{facts['output']}, torchvision.models.{architecture}, "
+        f"{metadata['output']}, torchvision.models.{architecture}, "
         f"{f'fc of {classes} classes' if classes else 'fc = torch.nn.Identity()'}",
-        json.dumps(facts, indent=2) + "\n",
+        json.dumps(metadata, indent=2) + "\n",
     )
 
 
 def _to_onnx(
-    name: str, model: Any, facts: dict[str, Any], with_preprocessing: bool, half: bool
+    name: str, model: Any, metadata: dict[str, Any], with_preprocessing: bool, half: bool
 ) -> Exported:
     size = channels, height, width = _size(model)
     sizes = resolutions(height, width)
@@ -235,7 +235,7 @@ def _to_onnx(
         to_onnx.takes_other_sizes(model, (1, channels, *other))
         for other in (*sizes, (2 * height, 3 * width))
     )
-    values = facts["preprocessing"]
+    values = metadata["preprocessing"]
     if with_preprocessing and len(values["mean"]) != channels:
         raise ValueError(
             f"--with-preprocessing: {name} takes {channels} channels, and its configuration has "
@@ -250,8 +250,8 @@ def _to_onnx(
     kind = f"uint8, {colors}, B x H x W x {channels}"
     if not with_preprocessing:
         kind = f"float32, {colors}, B x {channels} x H x W"
-    facts |= {"images": f"{kind}{'' if with_preprocessing else ', normalized'}"}
-    proto = to_onnx.build_onnx(graph, facts["output"], size, any_size, _as_texts(facts))
+    metadata |= {"images": f"{kind}{'' if with_preprocessing else ', normalized'}"}
+    proto = to_onnx.build_onnx(graph, metadata["output"], size, any_size, _as_texts(metadata))
     data = proto.SerializeToString()
     sides = "any height and width" if any_size else f"{height} x {width} pixels"
     return Exported(
@@ -259,7 +259,7 @@ def _to_onnx(
         to_onnx.compare_onnx(
             data, graph, exact, batches(channels, sizes if any_size else [(height, width)] * 3)
         ),
-        f"{facts['output']}, opset {to_onnx.OPSET}; images {kind}: any batch, {sides}",
+        f"{metadata['output']}, opset {to_onnx.OPSET}; images {kind}: any batch, {sides}",
     )
 
 

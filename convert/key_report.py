@@ -53,10 +53,10 @@ def _kind(fate: str) -> str:
     return parts.get(fate.partition(".")[0], "backbone")
 
 
-def write_rows(path: Path, facts: Mapping[str, object], rows: Iterable[KeyRow]) -> None:
-    """Write a report, headed by facts about the file."""
+def write_rows(path: Path, metadata: Mapping[str, object], rows: Iterable[KeyRow]) -> None:
+    """Write a report, headed by metadata about the file."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, "excel-tab", lineterminator="\n")
-        writer.writerows((f"# {name}", value) for name, value in facts.items())
+        writer.writerows((f"# {name}", value) for name, value in metadata.items())
         writer.writerow(("key", "shape", "dtype", "sha256_16", "fate"))
         writer.writerows(rows)

@@ -97,9 +97,9 @@ def convert_official(
     expected = source.outputs(
         contents, images, momentum_encoder=momentum_encoder, num_classes=classes
     )
-    rows = key_report.rows(contents, checkpoint.fates)
+    rows = key_report.rows(contents, checkpoint.key_report)
     del contents
-    facts = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
+    metadata = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
 
     print("building the models and comparing them with the source", flush=True)
     models = _build(checkpoint, expected, family, tag)
@@ -114,7 +114,7 @@ def convert_official(
             print(f"writing {name}", flush=True)
             timm_folder.write_timm_folder(module, stage / name, images, wanted)
         written = {name: sha256(stage / name / "model.safetensors") for name in models}
-        key_report.write_rows(stage / report_name, facts | written, rows)
+        key_report.write_rows(stage / report_name, metadata | written, rows)
         for name in models:
             with timm_folder.replaced_folder(output / name) as beside:
                 (stage / name).replace(beside)
@@ -122,7 +122,7 @@ def convert_official(
         (stage / report_name).replace(output / report_name)
 
     print()
-    for key, value in facts.items():
+    for key, value in metadata.items():
         print(f"{key:<10}{value}")
     print(f"holds     {_holds(checkpoint, rows)}")
     if checkpoint.class_weights is not None:
@@ -224,7 +224,7 @@ def _identify_full(
             f"{path} holds neither a memory bank nor class weights; it is cut down: use the file "
             "that training wrote"
         )
-    learned = "fc.weight" in checkpoint.fates.values()
+    learned = "fc.weight" in checkpoint.key_report.values()
     classes = len(checkpoint.class_weights)
     if num_classes not in (None, classes):
         raise ValueError(

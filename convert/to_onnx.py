@@ -82,7 +82,11 @@ def takes_other_sizes(model: nn.Module, shape: Sequence[int]) -> bool:
 
 
 def build_onnx(
-    graph: Graph, output: str, size: tuple[int, int, int], any_size: bool, facts: Mapping[str, str]
+    graph: Graph,
+    output: str,
+    size: tuple[int, int, int],
+    any_size: bool,
+    metadata: Mapping[str, str],
 ) -> Any:
     """Return the onnx.ModelProto of a graph in eval mode, for any batch size.
 
@@ -91,7 +95,7 @@ def build_onnx(
         output: Name of the output.
         size: C, H and W of the model's own images.
         any_size: Leave height and width open.
-        facts: The file's metadata.
+        metadata: The file's metadata.
     """
     import onnx
 
@@ -127,7 +131,7 @@ def build_onnx(
         raise ValueError(f"torch cannot export this model ({first_line(error)})") from error
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, dict(facts))
+    onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model)
     return model
 

@@ -95,13 +95,13 @@ def _pattern(key: str) -> str:
     return re.sub(r"\d+\.\d+", "N", key, count=1) if key.startswith("layer") else key
 
 
-def serialize(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
-    """Return a model's state dict as the bytes of a file; ``facts`` are a safetensors file's."""
+def serialize(model: nn.Module, suffix: str, metadata: dict[str, Any]) -> bytes:
+    """Return a model's state dict as the bytes of a file; ``metadata`` are a safetensors file's."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     stream = io.BytesIO()
     if suffix == ".safetensors":
         # "format" is what other readers of such files look for.
-        write_safetensors(stream, state, {"format": "pt", **facts})
+        write_safetensors(stream, state, {"format": "pt", **metadata})
     else:
         torch.save(state, stream)
     return stream.getvalue()

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
-from hub import anatomy, notices
+from hub import notices, structure
 from hub.hub_folder import Model
 from trex_models.pretrained import naver
 from trex_models.transfer.published import reported
@@ -54,7 +54,7 @@ def render(
         num_features=model.config["num_features"],
         num_classes=model.config["num_classes"],
         embedding_dim=256,
-        own=None if model.is_naver else anatomy.examine(model),
+        own=None if model.is_naver else structure.inspect_model(model),
         classes=_classes(model),
         **_transform(model.config["pretrained_cfg"]),
         absent_classes=model.absent_classes,

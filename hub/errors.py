@@ -20,7 +20,7 @@ class HubError(RuntimeError):
 
 
 @contextmanager
-def explained(repository: str) -> Iterator[None]:
+def explain_errors(repository: str) -> Iterator[None]:
     """Raise the client's errors as ``HubError``, about a repository."""
     try:
         with _unwrapped():

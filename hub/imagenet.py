@@ -18,7 +18,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.extract import images_digest
 from trex_models.evaluation.frozen_model import FrozenModel
@@ -79,7 +79,7 @@ def measure(
             "within_tolerance": abs(found["top1"] - figure) <= tolerance,
         }
         results[name] = facts | found | compared
-        write_whole(path, json.dumps(results, indent=2) + "\n")
+        write_text_file(path, json.dumps(results, indent=2) + "\n")
     return results
 
 

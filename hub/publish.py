@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from hub import fixed_input
 from hub.build_folders import NAMESPACE
-from hub.errors import LOG_IN, HubError, explained
+from hub.errors import LOG_IN, HubError, explain_errors
 from hub.hub_folder import FILES, Model, inspect_folder, load_folder
 from trex_models.cli import first_line
 from trex_models.pretrained import naver
@@ -108,13 +108,13 @@ def _checked(folder: Path, namespace: str) -> Model:
 def _who(api: HfApi) -> str:
     if not (api.token or get_token()):
         raise HubError(f"there is no token for the Hub: {LOG_IN}")
-    with explained(without_credentials(api.endpoint)):
+    with explain_errors(without_credentials(api.endpoint)):
         return str(api.whoami()["name"])
 
 
 def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | None:
     """Make the repository hold the folder's files; return its commit, or None on a dry run."""
-    with explained(repository):
+    with explain_errors(repository):
         last, files = _read(repository, api)
     if foreign := sorted(files.keys() - {*FILES, ".gitattributes"}):
         raise ValueError(
@@ -131,7 +131,7 @@ def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | N
         print(f"  {shown} {file}, {path.stat().st_size} bytes, SHA-256 {sha256(path)}", flush=True)
     if dry_run:
         return None
-    with explained(repository):
+    with explain_errors(repository):
         if last is None:
             api.create_repo(repository, exist_ok=True)
         elif not changed:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tyro.conf import Positional
 
 from hub import fixed_input
-from hub.errors import HubError, explained
+from hub.errors import HubError, explain_errors
 from hub.hub_folder import FILES, TIMM_FILES, load_folder
 from trex_models.cli import first_line
 from trex_models.pretrained import naver
@@ -64,7 +64,7 @@ def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = N
 
 def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Path) -> str:
     """Return the first difference from the manifest; empty if there is none."""
-    with explained(entry.repository):
+    with explain_errors(entry.repository):
         # Asked once: the client tries for 23 seconds to download from where nothing answers.
         info = api.model_info(entry.repository, revision=entry.revision)
         download = partial(

@@ -210,7 +210,7 @@ def compare(run: Path, reference: Path, total_steps: int) -> list[str]:
         found.append(str(error))
     names = sorted(names_of_checkpoints(run))
     strange = [name for name in names if not re.fullmatch(r"step_\d+\.pt", name)]
-    return found + (names if strange or len(names) > checkpointing.KEPT else [])
+    return found + (names if strange or len(names) > checkpointing.MAX_CHECKPOINTS else [])
 
 
 def _contents(run: Path) -> dict[str, object]:

@@ -83,7 +83,7 @@ def build_objective(case: dict[str, Any]) -> Objective:
             cosine.classifier.weight.copy_(draw("clf.fc.weight", num_classes, dim))
         return cosine
     bank = MemoryBank(size, dim, num_classes, torch.float64)
-    bank.features.copy_(draw("memory.features", size, dim))
+    bank.embeddings.copy_(draw("memory.features", size, dim))
     bank.labels.copy_(torch.arange(size) % num_classes)
     return OnlineClassMeans(bank, case["tau"])
 

@@ -121,7 +121,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def make_bank(size: int = 40, seed: int = 0) -> MemoryBank:
     torch.manual_seed(seed)
     bank = MemoryBank(size, D, C, torch.float64)
-    bank.ids.copy_(torch.randint(0, 12, (size,)))  # several entries of a sample
+    bank.indices.copy_(torch.randint(0, 12, (size,)))  # several entries of a sample
     return bank
 
 

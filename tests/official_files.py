@@ -126,7 +126,7 @@ def official_form(method: dict[str, Any]) -> dict[str, Any]:
         name = key.removeprefix(prefix)
         if name == "_extra_state":
             weights["module.memory.ptr"] = torch.tensor([value["pointer"]])
-        elif name not in ("ids", "written"):
+        elif name not in ("indices", "written"):
             weights[_OFFICIAL_NAMES[prefix] + name] = value
     return {"model": weights, "epoch": 100, "optimizer": {}, "fp16_scaler": {}}
 

@@ -37,7 +37,7 @@ def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: s
 
 def test_ids_are_one_for_each_embedding() -> None:
     for ids in (torch.tensor([7]), torch.arange(3)):
-        with pytest.raises(ValueError, match=r"ids must be \(4,\) like labels, got \(.*\)"):
+        with pytest.raises(ValueError, match=r"indices must be \(4,\) like labels, got \(.*\)"):
             filled().enqueue(EMBEDDINGS, LABELS, ids)
 
 
@@ -58,6 +58,6 @@ def test_ids_of_overwritten_entries_are_forgotten() -> None:
     for first in range(0, 16, 4):
         bank.enqueue(EMBEDDINGS, LABELS, torch.arange(first, first + 4))
     bank.enqueue(EMBEDDINGS, LABELS)
-    assert bank.ids.tolist() == [-1] * 4 + list(range(4, 16))
+    assert bank.indices.tolist() == [-1] * 4 + list(range(4, 16))
     bank.enqueue(EMBEDDINGS, LABELS, torch.arange(20, 24))
-    assert bank.ids.tolist() == [-1] * 4 + list(range(20, 24)) + list(range(8, 16))
+    assert bank.indices.tolist() == [-1] * 4 + list(range(20, 24)) + list(range(8, 16))

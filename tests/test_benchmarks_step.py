@@ -33,7 +33,7 @@ def test_reference_takes_our_steps() -> None:
     for ours, theirs in zip(weights, encoder.parameters(), strict=True):
         theirs.data = ours.detach().clone()
     reference = reference_step.Step(encoder, CLASSES, 20, 16, torch.float32)
-    reference.bank = bank.features.clone()
+    reference.bank = bank.embeddings.clone()
     reference.bank_labels = bank.labels.clone()
     for group in reference.optimizer.param_groups:
         group["lr"] = RATE  # small, so that rounding does not grow
@@ -49,7 +49,7 @@ def test_reference_takes_our_steps() -> None:
         expected, accuracy = reference(crops, labels)
         assert loss.item() == pytest.approx(expected, rel=1e-3)
         assert (logits[:6].argmax(1) == labels).double().mean() == pytest.approx(accuracy)
-        torch.testing.assert_close(bank.features, reference.bank, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bank.embeddings, reference.bank, rtol=1e-4, atol=1e-5)
         assert torch.equal(bank.labels, reference.bank_labels)
 
 

@@ -91,7 +91,7 @@ def test_trainer_s_checkpoint(bank: bool, tmp_path: Path) -> None:
     checkpoint = read(path, backbone="resnet10t")
     assert checkpoint.form == "trainer"
     assert checkpoint.proj_layers == 2
-    assert set(checkpoint.fates) == set(method.state_dict()) | set(state) - {"method"}
+    assert set(checkpoint.key_report) == set(method.state_dict()) | set(state) - {"method"}
     if bank:
         momentum = read(path, momentum_encoder=True, backbone=None)
         assert torch.all(momentum.backbone["conv1.0.weight"] == 0.5)

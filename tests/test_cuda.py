@@ -123,7 +123,7 @@ def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
             pinned = dataset.__getitems__([(number, index) for index in range(8)]).pin_memory()
             torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
             crops = augment(pinned, device)
-            labels, ids = to_device([pinned.labels, pinned.ids], device)
+            labels, ids = to_device([pinned.labels, pinned.indices], device)
             loss, logits = training_step(method, method, optimizer, types, crops, labels, ids, 0.01)
             meter.update(loss, logits[: len(labels)], labels)
     finally:

@@ -13,13 +13,13 @@ import timm
 import torch
 from safetensors import safe_open
 
-from trex_models.atomic import append, open_new, replacing, write_safetensors, write_whole
+from trex_models.atomic import append, open_new, replacing, write_safetensors, write_text_file
 from trex_models.pretrained import timm_folder
 
 
 def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, "old")
+    write_text_file(path, "old")
     with replacing(path) as file:
         file.write(b"new")
         file.flush()
@@ -34,7 +34,7 @@ def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> No
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
 def test_an_error_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
-    write_whole(path, "old")
+    write_text_file(path, "old")
     with pytest.raises(error), replacing(path) as file:  # noqa: PT012
         file.write(b"half")
         raise error
@@ -50,15 +50,15 @@ def test_errors_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         append(full, "line")
     monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match=f"full: '{tmp_path}/file'"):
-        write_whole(tmp_path / "file", "text")
+        write_text_file(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="No such file or directory"):
-        write_whole(tmp_path / "absent" / "file", "text")
+        write_text_file(tmp_path / "absent" / "file", "text")
 
 
 def test_remains_of_killed_processes_and_links(tmp_path: Path) -> None:
     (tmp_path / ".file.tmp").symlink_to(tmp_path / "victim")
-    write_whole(tmp_path / "file", "new")
+    write_text_file(tmp_path / "file", "new")
     for name in (".folder.x1.tmp", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old").touch()

@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_loaded_without_its_classifier_and_normalized_its_own_way(folder: Path) -> None:
     encoder = load(str(folder))
     assert encoder.shape == (32,)
-    assert encoder.facts["architecture"] == "resnet10t"
-    assert encoder.facts["license"] == "apache-2.0"
+    assert encoder.metadata["architecture"] == "resnet10t"
+    assert encoder.metadata["license"] == "apache-2.0"
     assert encoder.transform.size == (48, 48)
     assert encoder.transform.mean == (0.1, 0.2, 0.3)
     assert encoder.transform.std == (0.4, 0.5, 0.6)
@@ -66,12 +66,12 @@ def test_runs_stand_for_backbones_and_files_have_own_licenses(folder: Path, tmp_
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
     encoder = load(str(tmp_path / "run"))
-    assert encoder.facts["source"] == str(tmp_path / "run" / "export" / "backbone")
+    assert encoder.metadata["source"] == str(tmp_path / "run" / "export" / "backbone")
     assert encoder.identity() == load(f"local-dir:{folder}").identity()
     model = timm.create_model("test_resnet")
     assert vars(model)["pretrained_cfg"]["license"]
     torch.save(model.state_dict(), tmp_path / "own.pth")
-    facts = load("test_resnet", file=tmp_path / "own.pth").facts
+    facts = load("test_resnet", file=tmp_path / "own.pth").metadata
     assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
@@ -86,7 +86,7 @@ def test_weights_are_told_apart_by_content_alone_and_random_ones_are_seeded(fold
     half, whole = (nn.ParameterDict({"a": torch.zeros(2, dtype=d)}) for d in (torch.bfloat16, None))
     assert weights_digest(half) != weights_digest(whole)
     first, again, other = (
-        load("resnet18", untrained=True, seed=seed).facts["weights_sha256"] for seed in (0, 0, 1)
+        load("resnet18", untrained=True, seed=seed).metadata["weights_sha256"] for seed in (0, 0, 1)
     )
     assert first == again != other
     model = load("resnet18", untrained=True).model
@@ -103,17 +103,17 @@ def test_calibration_gives_batchnorm_the_statistics_of_images_all_over_the_sourc
 ) -> None:
     monkeypatch.setattr(frozen_model, "_CALIBRATION_IMAGES", 32)
     encoder, source = load("test_resnet", untrained=True), noise(64)
-    after = encoder.calibrated(source, "dark noise")
-    digest = after.facts["weights_sha256"]
-    assert encoder.facts["weights_sha256"] != digest == weights_digest(after.model)
-    assert after.facts["batchnorm"] == "statistics of 32 training images of dark noise"
+    after = encoder.recalibrate_batchnorm(source, "dark noise")
+    digest = after.metadata["weights_sha256"]
+    assert encoder.metadata["weights_sha256"] != digest == weights_digest(after.model)
+    assert after.metadata["batchnorm"] == "statistics of 32 training images of dark noise"
     assert not after.model.training
     even = ArraySource(source.images[::2], source.labels[::2], source.classes)
     stem = extract_features(after.model.get_submodule("conv1"), even, after.transform)
     channels = torch.from_numpy(stem).transpose(0, 1).flatten(1)
     mean = after.model.get_buffer("bn1.running_mean")
     torch.testing.assert_close(mean, channels.mean(1), rtol=1e-3, atol=1e-3)
-    twin = load("test_resnet", untrained=True).calibrated(source, "dark noise")
+    twin = load("test_resnet", untrained=True).recalibrate_batchnorm(source, "dark noise")
     assert twin.identity() == after.identity()
 
 
@@ -125,8 +125,8 @@ def test_pixels_are_an_encoder() -> None:
     assert features.shape == (2, *encoder.shape)
     expected = image.transpose(2, 0, 1).reshape(-1) / 255
     np.testing.assert_allclose(features[0], expected, rtol=1e-6)
-    assert encoder.facts["parameters"] == 0
-    assert encoder.facts["license"] == "none: pixels are no weights"
+    assert encoder.metadata["parameters"] == 0
+    assert encoder.metadata["license"] == "none: pixels are no weights"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_bank_of_noise_then_of_entries() -> None:
     fill(bank, [1, 1, 1, 1])  # two fit
     fill(bank, [1, 1])
     assert bank.written.tolist() == [3, 3, 1, 1, 2, 2]
-    assert bank.ids.tolist() == [0, 1, 0, 1, 0, 1]
+    assert bank.indices.tolist() == [0, 1, 0, 1, 0, 1]
     health = head_health(objective, class_directions(objective))
     assert health["bank_classes"] == 3 / 4
     assert health["bank_age"] == pytest.approx((0 + 0 + 2 + 2 + 1 + 1) / 6)

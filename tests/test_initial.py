@@ -79,15 +79,15 @@ def test_every_part_of_the_same_method_is_restored(
     state = method.state_dict()
     if objective == "ocm":
         assert (state.pop("objective.bank.written") == -1).all()  # not by this run
-        ids = state.pop("objective.bank.ids")
-        expected = saved["method"]["objective.bank.ids"]
+        ids = state.pop("objective.bank.indices")
+        expected = saved["method"]["objective.bank.indices"]
         assert torch.equal(ids, torch.full_like(ids, -1) if official else expected)
         assert state.pop("objective.bank._extra_state") == {"pointer": 24, "batches": 0}
     assert_same_state(state, {key: saved["method"][key] for key in state})
     if objective == "ocm":  # from other images
         method = build.build_method(from_dict(saved["config"]), 4)
         init(path, method, saved["classes"], "others")
-        assert (method.state_dict()["objective.bank.ids"] == -1).all()
+        assert (method.state_dict()["objective.bank.indices"] == -1).all()
 
 
 DEEPER, PLAIN, FEW = "--model.hidden-layers 2", "--model.projector none", "--objective.bank-size 16"

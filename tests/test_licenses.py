@@ -93,9 +93,11 @@ def test_one_rule_for_every_command(
     (tmp_path / "cache/naver/trex.json").write_text(json.dumps(record))
     assert license_of(folder) == naver.LICENSE
     for name, file in (("test_resnet", weights_file), (str(folder), None)):
-        assert export_model._facts(name, model, file)["license"].startswith(naver.LICENSE)
-    assert FrozenModel.load(str(folder)).facts["license"] == naver.LICENSE  # features and transfer
-    assert FrozenModel.load("test_resnet", file=weights_file).facts["license"] == naver.LICENSE
+        assert export_model._metadata(name, model, file)["license"].startswith(naver.LICENSE)
+    assert (
+        FrozenModel.load(str(folder)).metadata["license"] == naver.LICENSE
+    )  # features and transfer
+    assert FrozenModel.load("test_resnet", file=weights_file).metadata["license"] == naver.LICENSE
     licenses.notice.cache_clear()
     overlay = {"file": str(weights_file), "license": "mit"}
     small: dict[str, Any] = {"backbone": "test_resnet", "proj_dim": 0, "num_classes": 0}

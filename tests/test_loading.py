@@ -23,7 +23,7 @@ from torch.utils.data._utils import signal_handling
 
 from tests.processes import run_python
 from trex_models.data import loading
-from trex_models.data.loading import GaveUpError, load_batches
+from trex_models.data.loading import LoaderStalledError, load_batches
 
 BATCHES = [[10 * batch + item for item in range(3)] for batch in range(8)]
 
@@ -229,7 +229,7 @@ def test_stopped_workers_are_reported_and_given_up(
     batches = load_batches(Numbers(tmp_path), BATCHES, 2, False, told.append, lambda: told)
     next(batches)
     workers = stop_workers()
-    with pytest.raises(GaveUpError):
+    with pytest.raises(LoaderStalledError):
         keys_of(batches)
     (line,) = told
     assert any(
@@ -254,7 +254,7 @@ ORPHANS = """
 import multiprocessing, os, signal, sys, warnings
 import torch
 from trex_models.data import loading
-from trex_models.data.loading import GaveUpError, load_batches
+from trex_models.data.loading import LoaderStalledError, load_batches
 
 class Zeros:
     def __getitems__(self, keys):

@@ -19,9 +19,9 @@ TAU = 0.1
 def loss_by_hand(bank: MemoryBank, z: Tensor, label: int, sample: int, k: int) -> Tensor:
     """The loss of one crop, from the formula."""
     scores = torch.stack(
-        [F.cosine_similarity(z, entry, dim=0) / TAU for entry in bank.features.unbind()]
+        [F.cosine_similarity(z, entry, dim=0) / TAU for entry in bank.embeddings.unbind()]
     )
-    others = [j for j in range(len(scores)) if bank.ids[j] != sample]
+    others = [j for j in range(len(scores)) if bank.indices[j] != sample]
     ranked = sorted(others, key=lambda j: -scores[j].item())
     neighbors, rest = ranked[:k], ranked[k:]
     if not any(bank.labels[j] == label for j in neighbors):
@@ -56,13 +56,13 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(k: int) -> None:
 def test_the_whole_bank_as_neighbors_is_snca() -> None:
     """Wu, Efros, Yu 2018, Eq. 4 and 5: p_ij is a softmax over all but i; the loss -log sum p_ij."""
     bank = make_bank(size=12 * C)
-    bank.ids.copy_(torch.arange(len(bank.ids)))
+    bank.indices.copy_(torch.arange(len(bank.indices)))
     images = torch.arange(8)
-    z = bank.features[images].clone().requires_grad_()  # as SNCA: queries are entries themselves
+    z = bank.embeddings[images].clone().requires_grad_()  # as SNCA: queries are entries themselves
     labels = bank.labels[images]
     loss, _ = LOOK(bank, TAU, len(bank.labels))(z, labels, images)
 
-    v = F.normalize(bank.features, dim=1)
+    v = F.normalize(bank.embeddings, dim=1)
     logits = F.normalize(z, dim=1) @ v.T / TAU
     logits = logits.masked_fill(torch.eye(len(v))[images].bool(), -math.inf)
     p = logits.softmax(dim=1)
@@ -76,8 +76,8 @@ def test_own_entries_do_not_count() -> None:
     bank = make_bank()
     z, labels, ids = batch(images=1, crops=1)
     before, votes = LOOK(bank, TAU, 5)(z, labels, ids)
-    own = bank.ids == 0
-    bank.features[own] = z.detach()  # nearest of all, of the right class, if they counted
+    own = bank.indices == 0
+    bank.embeddings[own] = z.detach()  # nearest of all, of the right class, if they counted
     bank.labels[own] = labels[0]
     after, same_votes = LOOK(bank, TAU, 5)(z, labels, ids)
     assert torch.equal(before, after)
@@ -85,7 +85,7 @@ def test_own_entries_do_not_count() -> None:
     counted, _ = LOOK(bank, TAU, 5)(z, labels, ids + 100)
     assert counted < 0.5 * after
     bank = make_bank()
-    bank.ids.zero_()
+    bank.indices.zero_()
     z, labels, ids = batch(images=1, crops=2)
     loss, votes = LOOK(bank, TAU, 3)(z, labels, ids)
     (gradient,) = torch.autograd.grad(loss, z)
@@ -99,7 +99,7 @@ def test_votes_are_the_weighted_nearest_neighbors() -> None:
     z, _, _ = batch(images=100)  # 300 rows: more than are compared at a time
     votes = LOOK(bank, TAU, 7).logits(z.detach())
     for row, query in zip(votes, z.detach(), strict=True):
-        scores = F.cosine_similarity(query[None], bank.features) / TAU
+        scores = F.cosine_similarity(query[None], bank.embeddings) / TAU
         nearest = scores.topk(7)
         expected = torch.zeros(C, dtype=torch.float64)
         for score, entry in zip(nearest.values, nearest.indices, strict=True):
@@ -116,4 +116,4 @@ def test_float32_under_autocast_and_no_gradient_to_the_bank() -> None:
     plain, _ = LOOK(bank, TAU, 4)(z, torch.tensor([0, 1, 2, 3]), torch.arange(4))
     assert loss.dtype == votes.dtype == torch.float32
     assert torch.equal(loss, plain)
-    assert not bank.features.requires_grad
+    assert not bank.embeddings.requires_grad

@@ -34,23 +34,23 @@ def test_bank() -> None:
     batch, labels = torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 2])
     bank.enqueue(batch, labels, labels)
     assert bank.pointer == 3
-    torch.testing.assert_close(bank.features[:3], batch)
+    torch.testing.assert_close(bank.embeddings[:3], batch)
     bank.enqueue(batch + 10, labels, labels)  # two of three fit
     assert bank.pointer == 0
-    torch.testing.assert_close(bank.features[3:], batch[:2] + 10)
+    torch.testing.assert_close(bank.embeddings[3:], batch[:2] + 10)
     assert bank.labels.tolist() == [0, 1, 2, 0, 1]
     bank.enqueue(batch + 20, labels, labels)
-    torch.testing.assert_close(bank.features[:3], batch + 20)
+    torch.testing.assert_close(bank.embeddings[:3], batch + 20)
     torch.manual_seed(0)
     bank = MemoryBank(4096, 4, 10)
-    assert abs(bank.features.mean().item()) < 0.05
-    assert bank.features.std().item() == pytest.approx(1, abs=0.05)
+    assert abs(bank.embeddings.mean().item()) < 0.05
+    assert bank.embeddings.std().item() == pytest.approx(1, abs=0.05)
     assert bank.labels.bincount(minlength=10).min() > 300
     bank.enqueue(torch.ones(7, 4), *torch.zeros(2, 7, dtype=torch.long))
     other = MemoryBank(4096, 4, 10)
     other.load_state_dict(bank.state_dict())
     assert other.pointer == 7
-    assert torch.equal(other.features, bank.features)
+    assert torch.equal(other.features, bank.embeddings)
 
 
 def test_ocm_logits_and_loss_by_hand() -> None:
@@ -60,7 +60,7 @@ def test_ocm_logits_and_loss_by_hand() -> None:
     z = torch.randn(4, 4, requires_grad=True)  # two images, two crops
     labels = torch.tensor([0, 1])
     loss, logits = OnlineClassMeans(bank, 0.1)(z, labels, labels)
-    means = torch.stack([bank.features[bank.labels == c].mean(0) for c in (0, 1)])
+    means = torch.stack([bank.embeddings[bank.labels == c].mean(0) for c in (0, 1)])
     torch.testing.assert_close(logits[:, :2], F.cosine_similarity(z[:, None], means, dim=2) / 0.1)
     assert torch.equal(logits[:, 2], torch.zeros(4))
     rows = torch.arange(4)
@@ -69,7 +69,7 @@ def test_ocm_logits_and_loss_by_hand() -> None:
     loss.backward()
     assert z.grad is not None
     assert z.grad.abs().sum() > 0
-    assert not bank.features.requires_grad
+    assert not bank.embeddings.requires_grad
 
 
 def test_cosine_softmax_learns_its_weights() -> None:
@@ -93,7 +93,7 @@ def test_float32_islands_under_autocast() -> None:
         loss, logits = method([torch.randn(4, 3, 8, 8)], labels, ids)
         method.update_bank(torch.randn(4, 3, 8, 8), labels, ids)
     assert method.objective.bank is not None
-    assert logits.dtype == loss.dtype == method.objective.bank.features.dtype == torch.float32
+    assert logits.dtype == loss.dtype == method.objective.bank.embeddings.dtype == torch.float32
 
 
 def test_encoder_runs_the_backbone_once_per_resolution() -> None:

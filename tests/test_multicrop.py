@@ -135,9 +135,9 @@ def test_stand_in_brings_its_own_label_and_id() -> None:
     keys = [(0, 2), (0, 5), (0, 7), (1, 2)]
     batch = MultiCropDataset(source, SPECS, 0, substitute=True).__getitems__(keys)
     assert sorted(batch.unreadable) == [2, 7]
-    assert batch.ids[1] == 5
-    assert not {2, 7} & {*batch.ids.tolist()}
-    assert batch.labels.tolist() == [index % 3 for index in batch.ids.tolist()]
+    assert batch.indices[1] == 5
+    assert not {2, 7} & {*batch.indices.tolist()}
+    assert batch.labels.tolist() == [index % 3 for index in batch.indices.tolist()]
     assert batch.labels[[0, 2, 3]].tolist() != [2 % 3, 7 % 3, 2 % 3]
     for spec, crops in zip(SPECS, batch.crops, strict=True):
-        assert (crops == 10 * batch.ids.repeat(spec.count)[:, None, None, None]).all()
+        assert (crops == 10 * batch.indices.repeat(spec.count)[:, None, None, None]).all()

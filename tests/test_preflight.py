@@ -78,10 +78,10 @@ def test_share_of_classes_without_a_prototype(
     if size < len(counts):
         below = f"bank_size {size} is below the {len(counts)} classes"
         with pytest.raises(ValueError, match=below) as caught:
-            checks.bank(size, labels_of(counts), len(counts))
+            checks.check_bank_size(size, labels_of(counts), len(counts))
         message = str(caught.value)
     else:
-        message = checks.bank(size, labels_of(counts), len(counts)) or ""
+        message = checks.check_bank_size(size, labels_of(counts), len(counts)) or ""
     if recommended is None:
         assert message == ""
         assert exact_share(size, counts) <= 0.01
@@ -100,8 +100,8 @@ def test_share_of_classes_without_a_prototype(
 
 def test_bank_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* use at most 100$"):
-        checks.bank(101, labels_of([50, 50]), 2)
-    assert checks.bank(100, labels_of([50, 50]), 2) is None
+        checks.check_bank_size(101, labels_of([50, 50]), 2)
+    assert checks.check_bank_size(100, labels_of([50, 50]), 2) is None
 
 
 def test_disk_space_is_that_of_the_checkpoints(
@@ -145,21 +145,21 @@ def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path)
     needed = 10**6 * 4 * 3 * 3  # that each worker keeps
     asked = set_free_space(monkeypatch, needed)
-    checks.shared_memory(10**6, workers=4, processes=3)
+    checks.check_shared_memory(10**6, workers=4, processes=3)
     assert asked == [tmp_path]
     set_free_space(monkeypatch, needed - 1)
     with pytest.raises(ValueError, match="from 12 workers take 36 MB; .* --system.workers"):
-        checks.shared_memory(10**6, workers=4, processes=3)
-    checks.shared_memory(10**6, workers=0, processes=3)  # needs none
+        checks.check_shared_memory(10**6, workers=4, processes=3)
+    checks.check_shared_memory(10**6, workers=0, processes=3)  # needs none
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path / "absent")  # macOS
-    checks.shared_memory(10**6, workers=4, processes=3)
+    checks.check_shared_memory(10**6, workers=4, processes=3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 1000])
 def test_samples_are_read_from_all_over(count: int) -> None:
     source = ArraySource(np.zeros((count, 2, 3, 3), np.uint8), [0] * count, ["a"])
     with patch.object(source, "read", wraps=source.read) as read:
-        checks.samples("training", source)
+        checks.check_samples("training", source)
     seen = [call.args[0] for call in read.call_args_list]
     assert len(seen) == len(set(seen)) == min(count, 16)
     assert (seen[0], seen[-1]) == (0, count - 1)
@@ -176,10 +176,10 @@ def test_sample_that_is_no_rgb_bytes(image: np.ndarray, tmp_path: Path) -> None:
     source.images = [*source.images[:4], image]
     message = f"^a image 4 is {re.escape(f'{image.dtype} {image.shape}')}, not uint8"
     with pytest.raises(ValueError, match=message):
-        checks.samples("training", source)
+        checks.check_samples("training", source)
     (save_classes(tmp_path, 2) / "b" / "1.jpg").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"b/1.jpg cannot be read as an image"):
-        checks.samples("training", FolderSource(tmp_path))
+        checks.check_samples("training", FolderSource(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_sample_that_is_no_rgb_bytes(image: np.ndarray, tmp_path: Path) -> None:
 def test_bfloat16_on_a_cpu(precision: str, device: str, size: int, refused: bool) -> None:
     message = "16 pixels or fewer; use --precision fp32"
     with pytest.raises(ValueError, match=message) if refused else nullcontext():
-        checks.cpu_bfloat16(precision, torch.device(device), size)
+        checks.check_cpu_bfloat16(precision, torch.device(device), size)
 
 
 def test_every_check_is_made() -> None:

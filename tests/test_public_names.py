@@ -218,7 +218,7 @@ def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> N
     bank = method.objective.bank
     assert bank is not None
     assert bank.batches == 3
-    assert bank.ids.tolist() == [-1] * 8
+    assert bank.indices.tolist() == [-1] * 8
     assert bank.written.tolist() == [2] * 4 + [1] * 4
 
 

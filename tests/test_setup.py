@@ -77,7 +77,7 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
 
     def recording(model: Any, method: Any, optimizer: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        seen = dict(zip(("precision", "crops", "labels", "ids", "rate"), args, strict=True))
+        seen = dict(zip(("precision", "crops", "labels", "indices", "rate"), args, strict=True))
         seen["seed"] = torch.initial_seed()
         seen["files"] = {path.name for path in checkpointing.files(Path(config.output))}
         loss, logits = training_step(model, method, optimizer, *args)
@@ -107,7 +107,7 @@ def test_every_part_of_a_run_follows_the_config() -> None:
     assert method.training
     assert isinstance(objective, OnlineClassMeans)
     assert objective.temperature == 0.25
-    assert objective.bank.features.shape == (18, 7)
+    assert objective.bank.embeddings.shape == (18, 7)
     assert objective.bank.num_classes == 3
     linear = [layer for layer in method.encoder.modules() if isinstance(layer, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [(20, 12), (12, 12), (12, 7)]
@@ -174,7 +174,7 @@ def test_steps_use_the_runs_rates_order_and_crops(trained: Trained) -> None:
     source = build_run(CONFIG, ALONE).dataset.source
     for step, seen in enumerate(steps):
         keys = batch_keys(step)
-        assert seen["ids"].tolist() == [index for _, index in keys]
+        assert seen["indices"].tolist() == [index for _, index in keys]
         assert seen["labels"].tolist() == [index // 9 for _, index in keys]
         batch = MultiCropDataset(source, SPECS, seed=11).__getitems__(keys)
         for crops, expected in zip(seen["crops"], augment(batch), strict=True):
@@ -218,7 +218,7 @@ def test_each_process_has_its_part_of_a_batch_and_its_own_seeds(tmp_path: Path) 
         assert len(steps) == 8
         for step, seen in enumerate(steps):
             own = batch_keys(step)[3 * rank : 3 * rank + 3]
-            assert seen["ids"].tolist() == [index for _, index in own]
+            assert seen["indices"].tolist() == [index for _, index in own]
         seeds[rank] = [seen["seed"] for seen in steps]
         assert seeds[rank] == [
             int(np.random.SeedSequence((11, step, rank)).generate_state(1)[0]) for step in range(8)
@@ -260,7 +260,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
             next(run.method.encoder.parameters()),
             next(run.method.momentum_encoder.parameters()),
             next(run.method.encoder.buffers()),
-            run.method.objective.bank.features,
+            run.method.objective.bank.embeddings,
         ):
             value = tensor.data[0].clone()
             tensor.data[0] = torch.nan

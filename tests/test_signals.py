@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.processes import Clock
-from trex_models.data.loading import GaveUpError
+from trex_models.data.loading import LoaderStalledError
 from trex_models.train import signals
 from trex_models.train.signals import STOP_SIGNALS, Alarm, StoppedBySignal, StopSignals
 
@@ -83,7 +83,7 @@ def test_signals_are_ignored_where_the_process_exits() -> None:
     assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
 
 
-@pytest.mark.parametrize("error", [GaveUpError(), RuntimeError("/gloo/transport")])
+@pytest.mark.parametrize("error", [LoaderStalledError(), RuntimeError("/gloo/transport")])
 def test_stop_within_a_step(error: Exception) -> None:
     def stop() -> None:
         signal.raise_signal(signal.SIGTERM)

@@ -136,9 +136,9 @@ HEAD = ("train", "test", "means_train", "means_test")
 
 def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng((len(cell), seed))
-    analyses = {"coding_length": 10.0 + seed, "effective_rank": 3.0 + seed}
+    geometry = {"coding_length": 10.0 + seed, "effective_rank": 3.0 + seed}
     entry: dict[str, Any] = {"log_odds": float(rng.normal()), "knn": 0.5}
-    entry |= {"test_images": 100, "analyses": {**analyses, "singular_values": [0.5, 0.2, 0.1]}}
+    entry |= {"test_images": 100, "geometry": {**geometry, "singular_values": [0.5, 0.2, 0.1]}}
     steps = [20.0 * (line + 1) for line in range(60)]
     curves = {"step": steps, "loss": [3.0] * 60, "accuracy": [0.1] * 60}
     head = None
@@ -151,7 +151,7 @@ def _result(cell: str, seed: int, **changes: Any) -> dict[str, Any]:
         "settings": {**CELLS[cell].settings(), "optim.base-lr": 0.8, "optim.epochs": 3},
         "task_top1": float(rng.uniform(0.5, 0.9)),
         "transfer_log_odds": float(rng.uniform(0, 1)),
-        "data_sets": {
+        "datasets": {
             name: {"top1": float(rng.uniform(0.2, 0.9)), **entry}
             for name in ("task", "unseen", "digits")
         },
@@ -181,7 +181,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has the least of 18 runs" in printed
     for claim in CLAIMS:
         assert f"| {claim.text} |" in printed
-    for name in ("tradeoff", "claims", "data_sets", "effects", "geometry", "change"):
+    for name in ("tradeoff", "claims", "datasets", "effects", "geometry", "change"):
         with Image.open(tmp_path / "out" / f"study_{name}.png") as picture:
             assert picture.width > 800
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
@@ -409,7 +409,7 @@ def test_a_study(
     start = folder / "runs" / "start-cosine-1-global-1-0.2-10000" / "export" / "backbone"
     assert f"--init-from {start} " in f"{ocm['commands']['train']} "
     assert str(start) in (folder / "runs" / "ocm-1-2-0.4-0.log").read_text()
-    assert list(ocm["data_sets"]) == list(TITLES)
+    assert list(ocm["datasets"]) == list(TITLES)
     assert set(ocm["head"]) == set(HEAD)
     assert len(ocm["curves"]["prototype_change"]) == len(ocm["curves"]["step"])
     assert ocm["core_seconds"] > 1

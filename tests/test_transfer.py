@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from tests.models import CHANNELS, save_model
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.transfer import evaluate as evaluate_module
 from trex_models.transfer import protocol
 from trex_models.transfer import report as report_module
@@ -166,9 +166,9 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
     def refuse(path: Path, text: str) -> None:
         if "-scores-" in path.name:
             raise OSError(30, "Read-only file system", str(path))
-        write_whole(path, text)
+        write_text_file(path, text)
 
-    monkeypatch.setattr(evaluate_module, "write_whole", refuse)
+    monkeypatch.setattr(evaluate_module, "write_text_file", refuse)
     assert run(place, tmp_path / "report.json") == 0
     assert "scores are not cached for other runs" in capsys.readouterr().out
     again = read_report(tmp_path / "report.json")

@@ -79,7 +79,7 @@ def test_features_are_those_of_the_model_and_extracted_once(cache: FeatureCache)
     assert source.reads == 23
     (path,) = cache.root.glob("*/*.safetensors")
     with safe_open(path, "np") as file:
-        assert file.metadata()["weights_sha256"] == model.facts["weights_sha256"]
+        assert file.metadata()["weights_sha256"] == model.metadata["weights_sha256"]
         assert json.loads(file.metadata()["transform"])["crop_pct"] == 1.0
         np.testing.assert_array_equal(file.get_tensor("features"), features)
     assert path.name.startswith("set-train-")
@@ -139,11 +139,11 @@ def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) ->
             "test_vit", num_classes=0, img_size=32, global_pool=pool, fc_norm=False
         ).eval()
         crop = replace(PROTOCOLS["transfer"], size=(32, 32))
-        facts = {**encoder().facts, "weights_sha256": weights_digest(model)}
-        pooled = FrozenModel(name=pool, model=model, transform=crop, shape=(64,), facts=facts)
+        facts = {**encoder().metadata, "weights_sha256": weights_digest(model)}
+        pooled = FrozenModel(name=pool, model=model, transform=crop, shape=(64,), metadata=facts)
         found.append((pooled, cache.features(pooled, images(), "set-train")))
     (token, one), (mean, other) = found
-    assert token.facts == mean.facts
+    assert token.metadata == mean.metadata
     assert repr(token.model) == repr(mean.model)
     assert not np.array_equal(one, other)
 

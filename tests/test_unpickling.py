@@ -66,7 +66,7 @@ def test_programs_are_not_run(bench: Bench, name: str, tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=r"step_4\.pt"):
-            checkpoints.sort(named(path))
+            checkpoints.sort_keys(named(path))
         assert tracemalloc.get_traced_memory()[1] < 64e6
     finally:
         tracemalloc.stop()
@@ -76,7 +76,7 @@ def named(path: Path) -> Any:
     """Read a file whose entries are of wrong types, with its name in the error of those."""
     contents = checkpoints.load_checkpoint(path)
     try:
-        checkpoints.sort(contents)
+        checkpoints.sort_keys(contents)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return contents
@@ -138,7 +138,7 @@ def test_old_files_shared_memory_pipes_and_large_keys(bench: Bench, tmp_path: Pa
 )
 def test_entries_have_their_types(bench: Bench, name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"its entry '{name}' is not a "):
-        checkpoints.sort({**bench.contents["trainer"], name: value})
+        checkpoints.sort_keys({**bench.contents["trainer"], name: value})
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def make_method(source: Source, offset: float = 0.0) -> TReX:
     with torch.no_grad():
         for _ in range(30):
             encoder([images])  # BatchNorm's running statistics become those of the images
-        bank.features.copy_(encoder.eval()([images]))
+        bank.embeddings.copy_(encoder.eval()([images]))
         bank.labels.copy_(torch.from_numpy(source.labels))
         for name, buffer in method.named_buffers():  # the momentum encoder's, too
             if name.endswith("running_var"):

@@ -56,7 +56,7 @@ def safetensors_header(header: Mapping[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_file(path: Path, text: str) -> None:
     """Write a text file as a whole."""
     with replacing(path) as file:
         file.write(text.encode())

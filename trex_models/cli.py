@@ -161,7 +161,7 @@ def run(
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
         if not stopped.on_all_ranks or not rank():
-            print(("" if stopped.on_all_ranks else this_process()) + str(stopped))
+            print(("" if stopped.on_all_ranks else process_prefix()) + str(stopped))
         return stopped.status
     except Exception as error:
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's
@@ -177,7 +177,7 @@ def run(
             message = f"{first_line(error)} Use a smaller batch size, or more processes"
         if not shared or not rank():
             for line in message.splitlines():
-                print(f"error: {'' if shared else this_process()}{line}", file=sys.stderr)
+                print(f"error: {'' if shared else process_prefix()}{line}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         if not rank():
@@ -191,7 +191,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def this_process() -> str:
+def process_prefix() -> str:
     """Return the start of a message of one process among several."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return f"process {rank()} of {processes}: " if processes > 1 else ""

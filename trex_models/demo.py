@@ -14,7 +14,7 @@ import timm
 import torch
 
 from trex_models import cli, plot, plotting
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import Source
 from trex_models.evaluation.frozen_model import PIXELS, FrozenModel
@@ -34,7 +34,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     train(config)
     reports = evaluate_offline(folder, config.seed)
     print(f"\n{format_table(reports)}\n")
-    write_whole(folder / "demo.json", json.dumps({"reports": reports}, indent=2) + "\n")
+    write_text_file(folder / "demo.json", json.dumps({"reports": reports}, indent=2) + "\n")
     starts = [config.data.images_per_class * label for label in range(4)]  # an image per class
     sheet = crop_sheet(config, open_source(config.data), starts)
     plotting.save(draw_demo(plot.read_run(folder), sheet, reports), folder / "demo.png")
@@ -56,7 +56,7 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
     untrained = FrozenModel.load(backbone, untrained=True, seed=seed)
     models = {
         "pixels": FrozenModel.load(PIXELS),
-        "untrained": untrained.calibrated(tasks[0].train, tasks[0].dataset.name),
+        "untrained": untrained.recalibrate_batchnorm(tasks[0].train, tasks[0].dataset.name),
         "t-ReX*": FrozenModel.load(backbone),
     }
     # One validation split: five, as in the protocol, would take minutes longer.
@@ -88,7 +88,7 @@ def draw_demo(
     trained: plot.Run, sheet: list[list[np.ndarray]], reports: list[dict[str, Any]]
 ) -> Any:
     """Draw the training curves, the crops and the accuracies."""
-    with plotting.drawing(14, 8.4) as figure:
+    with plotting.new_figure(14, 8.4) as figure:
         top, bottom = figure.subfigures(2, 1)
         curves, crops = top.subfigures(1, 2, width_ratios=(1.5, 1))
         for axis, panel in zip(curves.subplots(1, 2), plot.LARGE, strict=False):

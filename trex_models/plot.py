@@ -166,7 +166,7 @@ def draw_curves(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
     if not rows:
         raise ValueError(f"{runs[0].folder} has no values to draw in its metrics.jsonl")
     heights = [4.0 if row[0] in LARGE else 2.4 for row in rows]
-    with plotting.drawing(14, sum(heights) + 1) as figure:
+    with plotting.new_figure(14, sum(heights) + 1) as figure:
         parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, row in zip(parts, rows, strict=True):
             for axis, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):

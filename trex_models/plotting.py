@@ -38,7 +38,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(width: float, height: float) -> Iterator[Any]:
+def new_figure(width: float, height: float) -> Iterator[Any]:
     """Create a matplotlib figure, in inches, and set the style while it is drawn."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

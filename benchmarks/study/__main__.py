@@ -244,7 +244,7 @@ def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = Non
         print(tables.claims(claims.tested(found, claims.BUT_HUES)), end="\n\n")
     print(tables.cells(found, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
     print(tables.fit(found), end="\n\n")
-    print(tables.data_sets(found), end="\n\n")
+    print(tables.datasets(found), end="\n\n")
     if claims.found_effects(found):
         print(tables.effects(found), end="\n\n")
     print(tables.search(searches), end="\n\n")

@@ -68,7 +68,7 @@ def _head(known: str, less: str | None = None) -> Callable[[Mapping[str, Any]], 
 
 
 def _transfer_but_hues(result: Mapping[str, Any]) -> float:
-    sets = result["data_sets"].items()
+    sets = result["datasets"].items()
     return statistics.fmean(
         e["log_odds"] for name, e in sets if name not in (TRAINING_TASK, "hues")
     )
@@ -104,9 +104,9 @@ MEASURES = {
 }
 
 
-def accuracy(data_set: str) -> Measure:
-    """Return the measure of top-1 on a data set."""
-    return Measure("top-1, %", lambda run: float(run["data_sets"][data_set]["top1"]), ".1f", 100)
+def accuracy(dataset: str) -> Measure:
+    """Return the measure of top-1 on a dataset."""
+    return Measure("top-1, %", lambda run: float(run["datasets"][dataset]["top1"]), ".1f", 100)
 
 
 @dataclass(frozen=True)
@@ -190,16 +190,16 @@ def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
     return {title: pairs for title, pairs in found.items() if pairs}
 
 
-def by_data_set(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
-    """Return the difference of two cells in top-1 on each data set, with seeds as blocks."""
+def by_dataset(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
+    """Return the difference of two cells in top-1 on each dataset, with seeds as blocks."""
     with_it, without = pair
     weights = {with_it: 1.0, without: -1.0}
-    return {name: contrast(results, accuracy(name), weights) for name in list_data_sets(results)}
+    return {name: contrast(results, accuracy(name), weights) for name in list_datasets(results)}
 
 
-def list_data_sets(results: Results) -> list[str]:
-    """Return the names of the data sets, the training task first."""
-    return list(next(iter(results.values()))[0]["data_sets"])
+def list_datasets(results: Results) -> list[str]:
+    """Return the names of the datasets, the training task first."""
+    return list(next(iter(results.values()))[0]["datasets"])
 
 
 def read_results(folder: Path) -> Results:

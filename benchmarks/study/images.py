@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.data.fractals import Fractal, draw_fractal
 
 Part = Iterator[tuple[str, np.ndarray]]
@@ -96,7 +96,7 @@ class Images:
             raise ValueError(f"{folder} has images of {known}, not {drawn}: name another --folder")
         if not described.exists() and any((folder / name).exists() for name in self.parts()):
             raise ValueError(f"{folder} has images and no {described.name}: name another --folder")
-        write_whole(described, json.dumps(drawn) + "\n")
+        write_text_file(described, json.dumps(drawn) + "\n")
         for name, images in self.parts().items():
             part = folder / name
             if part.is_dir():

@@ -23,14 +23,14 @@ from benchmarks.study.claims import (
     Tested,
     accuracy,
     among_cells,
-    by_data_set,
+    by_dataset,
     estimate,
     found_effects,
-    list_data_sets,
+    list_datasets,
 )
 from benchmarks.study.images import TITLES
 from benchmarks.study.runs import TRAINING_TASK
-from trex_models.plotting import GRAY, PALETTE, drawing, save
+from trex_models.plotting import GRAY, PALETTE, new_figure, save
 
 COLORS = dict(zip(("softmax", "cosine", "ocm", "look"), PALETTE, strict=False))
 VERDICTS = {
@@ -123,7 +123,7 @@ def tradeoff(results: Results) -> Any:
         name: [_scaled(measure, among_cells(results, measure, name)) for measure in measures]
         for name in results
     }
-    with drawing(10.5, 6.2) as figure:
+    with new_figure(10.5, 6.2) as figure:
         axis = figure.add_subplot()
         axis.margins(0.08)
         for title, dashes in ((DEPTH, ":"), (LOCAL_CROPS, "--")):
@@ -137,9 +137,9 @@ def tradeoff(results: Results) -> Any:
             if x.has_interval:
                 _bar(axis, x, y.mean, color=style["color"], lw=1.2)
                 _bar(axis, y, x.mean, vertical=True, color=style["color"], lw=1.2)
-        sets = len(list_data_sets(results)) - 1
+        sets = len(list_datasets(results)) - 1
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
-        axis.set_ylabel(f"transfer: mean log-odds over {sets} data sets")
+        axis.set_ylabel(f"transfer: mean log-odds over {sets} datasets")
         axis.set_title(
             "What depth of the projector, local crops and objective are worth\n"
             "hollow: no local crops; dashed: they are added; dotted: from 1 to 3 hidden layers",
@@ -155,7 +155,7 @@ def differences(tested: Sequence[Tested]) -> Any:
 
     panels = {key: [test for test in tested if test.claim.measure == key] for key in MEASURES}
     panels = {key: rows for key, rows in panels.items() if rows}
-    with drawing(9.5, 1.6 + 0.34 * len(tested) + 0.5 * len(panels)) as figure:
+    with new_figure(9.5, 1.6 + 0.34 * len(tested) + 0.5 * len(panels)) as figure:
         axes = figure.subplots(
             len(panels), 1, height_ratios=[len(rows) + 0.6 for rows in panels.values()]
         )
@@ -175,13 +175,13 @@ def differences(tested: Sequence[Tested]) -> Any:
     return figure
 
 
-def data_sets(results: Results) -> Any:
-    """Draw accuracy on every data set, a panel each, a row a cell."""
-    names = list_data_sets(results)
+def datasets(results: Results) -> Any:
+    """Draw accuracy on every dataset, a panel each, a row a cell."""
+    names = list_datasets(results)
     cells = list(results)
     columns = 4
     rows = -(-len(names) // columns)
-    with drawing(13, 0.8 + rows * (0.9 + 0.26 * len(cells))) as figure:
+    with new_figure(13, 0.8 + rows * (0.9 + 0.26 * len(cells))) as figure:
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for axis, name in zip(axes, names, strict=False):
             for place, cell in enumerate(cells):
@@ -196,15 +196,15 @@ def data_sets(results: Results) -> Any:
 
 
 def effects(results: Results) -> Any:
-    """Draw what a change does to accuracy, a panel a change, a row a data set."""
-    names = list_data_sets(results)
+    """Draw what a change does to accuracy, a panel a change, a row a dataset."""
+    names = list_datasets(results)
     panels = found_effects(results)
-    with drawing(13, 1.2 + 0.42 * len(names)) as figure:
+    with new_figure(13, 1.2 + 0.42 * len(names)) as figure:
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (title, pairs) in zip(axes, panels.items(), strict=True):
             offsets = np.linspace(-0.2, 0.2, len(pairs)) if len(pairs) > 1 else [0.0]
             for offset, (kind, pair) in zip(offsets, pairs.items(), strict=True):
-                for row, (name, found) in enumerate(by_data_set(results, pair).items()):
+                for row, (name, found) in enumerate(by_dataset(results, pair).items()):
                     scaled = _scaled(accuracy(name), found)
                     label = None if row else kind
                     _interval(axis, scaled, row + offset, pair[0], label=label)
@@ -221,10 +221,10 @@ def geometry(results: Results) -> Any:
     """Draw coding length, effective rank and spectrum of the training images' features."""
     cells = list(results)
     found = {
-        cell: [run["data_sets"][TRAINING_TASK]["analyses"] for run in runs]
+        cell: [run["datasets"][TRAINING_TASK]["geometry"] for run in runs]
         for cell, runs in results.items()
     }
-    with drawing(13, 4.6) as figure:
+    with new_figure(13, 4.6) as figure:
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
         for axis, key, title in (
             (left, "coding_length", "coding length, nats (eps 0.5)"),
@@ -252,7 +252,7 @@ def geometry(results: Results) -> Any:
 
 def change(results: Results) -> Any:
     """Draw how much class vectors change a step, and how far the heads are from new images."""
-    with drawing(13, 4.4) as figure:
+    with new_figure(13, 4.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
         for name, runs in results.items():
             if "prototype_change" not in runs[0]["curves"]:
@@ -281,7 +281,7 @@ def draw_all(results: Results, tested: Sequence[Tested], folder: Path) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     figures: Mapping[str, Any] = {
         "tradeoff": tradeoff(results),
-        "data_sets": data_sets(results),
+        "datasets": datasets(results),
         "geometry": geometry(results),
         "change": change(results),
         **({"effects": effects(results)} if found_effects(results) else {}),

@@ -25,7 +25,7 @@ import torch
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
 from benchmarks.study.images import REAL_SETS, TITLES
-from trex_models.atomic import append, write_whole
+from trex_models.atomic import append, write_text_file
 from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.extract import extract_features
 
@@ -191,7 +191,7 @@ class Run:
             "commands": {"train": shlex.join(self.training()), "transfer": shlex.join(evaluation)},
             "task_top1": report["datasets"][TRAINING_TASK]["top1"]["mean"],
             "transfer_log_odds": report["transfer"]["mean_log_odds"],
-            "data_sets": {name: _entry(entry) for name, entry in report["datasets"].items()},
+            "datasets": {name: _entry(entry) for name, entry in report["datasets"].items()},
             "head": self._head(),
             "curves": {
                 key: [line[key] for line in metrics] for key in _CURVES if key in metrics[0]
@@ -309,7 +309,7 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """Write a JSON file of the study, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(rounded(found)) + "\n")
+    write_text_file(path, json.dumps(rounded(found)) + "\n")
 
 
 def differing(
@@ -346,5 +346,5 @@ def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
         "log_odds": entry["log_odds"],
         "knn": entry["knn"]["top1"],
         "test_images": entry["test"]["images"],
-        "analyses": {key: geometry[key] for key in _GEOMETRY} if geometry else None,
+        "geometry": {key: geometry[key] for key in _GEOMETRY} if geometry else None,
     }

@@ -13,10 +13,10 @@ from benchmarks.study.claims import (
     Tested,
     accuracy,
     among_cells,
-    by_data_set,
+    by_dataset,
     estimate,
     found_effects,
-    list_data_sets,
+    list_datasets,
     values,
 )
 from benchmarks.study.images import TITLES
@@ -44,9 +44,9 @@ def cells(results: Results, measured: Sequence[str]) -> str:
     return _table(["", "learning rate", "seeds", *(measure.title for measure in chosen)], rows)
 
 
-def data_sets(results: Results) -> str:
-    """Return top-1 on each data set in percent, with half the width of its interval among cells."""
-    names = list_data_sets(results)
+def datasets(results: Results) -> str:
+    """Return top-1 on each dataset in percent, with half the width of its interval among cells."""
+    names = list_datasets(results)
     rows = []
     for cell in results:
         shown = []
@@ -58,12 +58,12 @@ def data_sets(results: Results) -> str:
 
 
 def effects(results: Results) -> str:
-    """Return what a change does to top-1 on each data set, in points, with half the interval."""
-    names = list_data_sets(results)
+    """Return what a change does to top-1 on each dataset, in points, with half the interval."""
+    names = list_datasets(results)
     rows = []
     for title, pairs in found_effects(results).items():
         for kind, pair in pairs.items():
-            found = by_data_set(results, pair).values()
+            found = by_dataset(results, pair).values()
             shown = [f"{100 * e.mean:+.1f}{_half(e)}" for e in found]
             rows.append([f"{title}, {kind}", *shown])
     return _table(["difference in top-1, points", *(TITLES[name] for name in names)], rows)

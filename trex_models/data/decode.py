@@ -41,7 +41,7 @@ FORMATS = {
     "QOI": (".qoi",),
     "SGI": (".sgi",),
 }
-IMAGE_ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+IMAGE_EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"  # JPEG markers; EXIF and XMP are in AP
 # Comments and APPn, except APP1 and APP14, which says how CMYK is stored.
 _JPEG_METADATA = {0xE0, *range(0xE2, 0xEE), 0xEF, 0xFE}
 
-_TURNS = {  # by EXIF orientation; 1 is upright
+_TRANSPOSE = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -249,6 +249,6 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Return pixels turned and mirrored as an EXIF orientation asks for."""
-    turn = _TURNS.get(orientation)
+    turn = _TRANSPOSE.get(orientation)
     # Pillow turns 3-byte pixels more than twice as fast as numpy.
     return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))

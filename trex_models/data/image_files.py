@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trex_models.data.decode import IMAGE_ENDINGS, quoted, read_image
+from trex_models.data.decode import IMAGE_EXTENSIONS, quoted, read_image
 from trex_models.data.sources import checked_labels, digest, encode_labels
 
 _logger = logging.getLogger(__name__)
 
-_ENDINGS = tuple(map(os.fsencode, IMAGE_ENDINGS))
+_EXTENSIONS = tuple(map(os.fsencode, IMAGE_EXTENSIONS))
 _DELIMITERS = (",", "\t", ";")
 _THREADS, _BLOCK = 8, 4096
 _INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
@@ -98,7 +98,7 @@ class FolderSource(FileSource):
 
     Classes and files are in sorted order, so that an index means the same image everywhere. Names
     of folders and files that begin with a dot are ignored. Files without the ending of an
-    image (``decode.IMAGE_ENDINGS``) are left out and counted in a line of the log. Nothing is
+    image (``decode.IMAGE_EXTENSIONS``) are left out and counted in a line of the log. Nothing is
     decoded before ``read``.
 
         source = FolderSource("imagenet/train")
@@ -138,7 +138,7 @@ class FolderSource(FileSource):
             raise ValueError(
                 f"{root}: no images in {len(empty)} of {len(files)} class folders "
                 f"({', '.join(empty[:3])}); fill or remove them "
-                f"(file types: {' '.join(IMAGE_ENDINGS)})"
+                f"(file types: {' '.join(IMAGE_EXTENSIONS)})"
             )
         log_left_out(root, others)
         labels = np.repeat(codes, [len(found) for found in files])
@@ -242,7 +242,7 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     images: list[bytes] = []
     others: list[bytes] = []
     for path in paths:
-        (images if path.lower().endswith(_ENDINGS) else others).append(path)
+        (images if path.lower().endswith(_EXTENSIONS) else others).append(path)
     return sorted(images), others
 
 

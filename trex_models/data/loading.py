@@ -26,7 +26,7 @@ _PREFETCHED = 2  # batches that a worker is ahead by
 LIVE_BATCHES = _PREFETCHED + 1
 
 
-class GaveUpError(Exception):
+class LoaderStalledError(Exception):
     """No batch came for ten seconds, and ``load_batches`` was asked to stop."""
 
 
@@ -63,7 +63,7 @@ def load_batches(
         asked_to_stop: Returns whether to give up on a batch that takes longer than ten seconds.
 
     Raises:
-        GaveUpError: A batch took too long.
+        LoaderStalledError: A batch took too long.
         ValueError: A sample cannot be read, or workers keep dying on the same batch.
     """
     done, deaths = 0, 0
@@ -90,7 +90,7 @@ def load_batches(
             if not workers or str(error).startswith("Caught "):
                 raise
             if watch.gave_up:
-                raise GaveUpError from error
+                raise LoaderStalledError from error
             deaths += 1
             reason = f"{type(error).__name__}: {error}"
             if deaths == _MOST_DEATHS:

@@ -95,14 +95,14 @@ class Batch:
         crops: One tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
         parameters: One tensor per resolution, (N * B, P): the augmentation still to be done.
         labels: Class labels, (B,).
-        ids: Indices of the samples in the source, (B,).
+        indices: Indices of the samples in the source, (B,).
         unreadable: Reasons why samples were replaced by others, by index.
     """
 
     crops: list[Tensor]
     parameters: list[Tensor]
     labels: Tensor
-    ids: Tensor
+    indices: Tensor
     unreadable: dict[int, str]
 
     def pin_memory(self) -> Batch:
@@ -111,7 +111,7 @@ class Batch:
             self,
             crops=[crops.pin_memory() for crops in self.crops],
             labels=self.labels.pin_memory(),
-            ids=self.ids.pin_memory(),
+            indices=self.indices.pin_memory(),
         )
 
 
@@ -155,21 +155,21 @@ class MultiCropDataset(Dataset[Batch]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return the batch of some samples; ValueError names one that cannot be read."""
         size = len(keys)
-        ids: list[int] = []
+        indices: list[int] = []
         unreadable: dict[int, str] = {}
         crops = self._crops(size)
         draws = [np.empty((size, s.count, NUM_DRAWS)) for s in self.specs]
         for position, (epoch, index) in enumerate(keys):
             rng = np.random.default_rng((_SAMPLE, self.seed, epoch, index))
             image, found = self._read(epoch, index, unreadable)
-            ids.append(found)
+            indices.append(found)
             for spec, out, drawn in zip(self.specs, crops, draws, strict=True):
                 spec.draw(rng, image, out[:, position], drawn[position])
         return Batch(
             [c.flatten(0, 1) for c in crops],
             [s.parameters(drawn) for s, drawn in zip(self.specs, draws, strict=True)],
-            torch.from_numpy(self.source.labels[ids]),
-            torch.tensor(ids),
+            torch.from_numpy(self.source.labels[indices]),
+            torch.tensor(indices),
             unreadable,
         )
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from trex_models.atomic import open_new, safetensors_header, sync_folder, write_whole
+from trex_models.atomic import open_new, safetensors_header, sync_folder, write_text_file
 
 FORMATS = (".safetensors", ".npy")
 DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
@@ -174,7 +174,7 @@ class GrowingFile:
             def keep() -> None:
                 file.flush()
                 os.fsync(file.fileno())
-                write_whole(self.mark, f"{self.rows}\n{self.notes}")
+                write_text_file(self.mark, f"{self.rows}\n{self.notes}")
 
             def write(rows: np.ndarray) -> None:
                 nonlocal marked
@@ -194,7 +194,7 @@ class GrowingFile:
         """Complete the file and move it to its path; ``header`` is as long as the first one."""
         if self.path.suffix == ".npy":
             self.path.unlink(missing_ok=True)  # names next to other features would mislead
-            write_whole(names_path(self.path), tail.decode())
+            write_text_file(names_path(self.path), tail.decode())
             tail = b""
         with self.part.open("r+b") as file:
             file.write(header)

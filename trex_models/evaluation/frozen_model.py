@@ -55,7 +55,7 @@ class FrozenModel:
     """Shape of one image's features."""
     precision: Precision = _FP32
     """Number formats, and type of the device: the last digits of features depend on both."""
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     """Description for reports: architecture, hash of the weights, number of parameters."""
 
     @classmethod
@@ -85,20 +85,25 @@ class FrozenModel:
         place = choose_device("cpu" if name == PIXELS else device)
         formats = Precision.from_name(precision, place.type)
         if name == PIXELS and file is None:
-            model, transform, facts = _pixels()
+            model, transform, metadata = _pixels()
         else:
             model = _create(name, untrained, seed, file, features == "logits", hint)
             model = model.to(place).to(memory_format=torch.channels_last).eval()
             transform = _transform(model, preprocessing)
-            facts = _facts(name, model, file) | {"preprocessing": preprocessing}
-            facts |= {"untrained": untrained, **({"seed": seed} if untrained else {})}
-        facts["weights_sha256"] = weights_digest(model)
-        facts["parameters"] = sum(p.numel() for p in model.parameters())
+            metadata = _metadata(name, model, file) | {"preprocessing": preprocessing}
+            metadata |= {"untrained": untrained, **({"seed": seed} if untrained else {})}
+        metadata["weights_sha256"] = weights_digest(model)
+        metadata["parameters"] = sum(p.numel() for p in model.parameters())
         part = _select(name, model, features)
         shape = _shape(name, part, transform, features == "dense")
-        facts["num_features"] = shape[0]
+        metadata["num_features"] = shape[0]
         return cls(
-            name=name, model=part, transform=transform, shape=shape, precision=formats, facts=facts
+            name=name,
+            model=part,
+            transform=transform,
+            shape=shape,
+            precision=formats,
+            metadata=metadata,
         )
 
     @cached_property
@@ -109,7 +114,7 @@ class FrozenModel:
     def identity(self) -> dict[str, Any]:
         """Return what the features depend on, for JSON."""
         return {
-            "weights_sha256": self.facts["weights_sha256"],
+            "weights_sha256": self.metadata["weights_sha256"],
             "modules_sha256": self.modules_sha256,
             "transform": asdict(self.transform),
             "precision": self.precision.name,
@@ -117,7 +122,7 @@ class FrozenModel:
             "versions": {package: version(package) for package in _PACKAGES},
         }
 
-    def calibrated(self, source: Source, title: str, workers: int = 0) -> FrozenModel:
+    def recalibrate_batchnorm(self, source: Source, title: str, workers: int = 0) -> FrozenModel:
         """Return the model with BatchNorm statistics of a source's images; changes it in place.
 
         Random weights with BatchNorm's initial statistics are no baseline. At most 2,048 images are
@@ -128,12 +133,12 @@ class FrozenModel:
         images = image_batches(source, self.transform, 64, workers, device_of(self.model), indices)
         update_bn(images, self.model)
         self.model.eval()
-        facts = {
-            **self.facts,
+        metadata = {
+            **self.metadata,
             "batchnorm": f"statistics of {count} training images of {title}",
             "weights_sha256": weights_digest(self.model),
         }
-        return replace(self, facts=facts)
+        return replace(self, metadata=metadata)
 
 
 def preprocessing(model: nn.Module) -> CenterCrop:
@@ -240,7 +245,7 @@ def _transform(model: nn.Module, protocol: Preprocessing) -> CenterCrop:
     return replace(PROTOCOLS[protocol], size=(height, width), mean=mean, std=std)
 
 
-def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
+def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     cfg: Mapping[str, Any] = vars(model)["pretrained_cfg"]
     architecture = cfg.get("architecture") or type(model).__name__
     stated = cfg.get("license") or "not stated"
@@ -256,7 +261,7 @@ def _facts(name: str, model: Any, file: Path | None) -> dict[str, Any]:
 def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
-    facts = {
+    metadata = {
         "source": f"the pixels of the image at {_PIXEL_SIDE} x {_PIXEL_SIDE}, in [0, 1]",
         "architecture": PIXELS,
         "tag": "",
@@ -264,7 +269,7 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
         "untrained": True,
         "preprocessing": PIXELS,
     }
-    return nn.Flatten(), crop, facts
+    return nn.Flatten(), crop, metadata
 
 
 class _Dense(nn.Module):

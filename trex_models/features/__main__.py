@@ -87,7 +87,7 @@ def extract(
     print(
         f"{count:,} images x {' x '.join(map(str, frozen.shape))} {dtype} ({features} of "
         f"{model}): {count * size / 1e6:,.2f} MB in {output}\n"
-        f"license of the weights: {frozen.facts['license']}",
+        f"license of the weights: {frozen.metadata['license']}",
         flush=True,
     )
     skip = unreadable == "skip"
@@ -118,7 +118,7 @@ def _about(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) ->
         "format": "trex_models.features 1",
         "model": frozen.name,
         "file": str(file.resolve()) if file else "",
-        **{key: str(frozen.facts[key]) for key in ("architecture", "tag", "license")},
+        **{key: str(frozen.metadata[key]) for key in ("architecture", "tag", "license")},
         "preprocessing": protocol,
         "root": str(root),
     }

@@ -10,10 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from trex_models.data.decode import IMAGE_ENDINGS, quoted
+from trex_models.data.decode import IMAGE_EXTENSIONS, quoted
 from trex_models.data.image_files import FileSource, list_folder, log_left_out, split_images, walk
 
-_TYPES = f"(file types: {' '.join(IMAGE_ENDINGS)})"
+_TYPES = f"(file types: {' '.join(IMAGE_EXTENSIONS)})"
 
 
 def find_images(arguments: Sequence[str]) -> tuple[FileSource, int]:
@@ -37,7 +37,7 @@ def names(source: FileSource) -> list[str]:
     return [Path(os.fsdecode(path)).as_posix() for path in source.paths.tolist()]
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return a text with file names, which need not be UTF-8, so that it can be printed."""
     return os.fsencode(text).decode(errors="replace")
 
@@ -89,7 +89,7 @@ def _match(argument: str, pattern: Path, left_out: set[str]) -> tuple[str, list[
     for match in map(Path, matches):
         if match.is_dir():
             found += _images_below(match, left_out)
-        elif match.name.lower().endswith(IMAGE_ENDINGS):
+        elif match.name.lower().endswith(IMAGE_EXTENSIONS):
             found.append(absolute(match))
         else:
             left_out.add(absolute(match))
@@ -119,5 +119,5 @@ def _look_into_list(path: Path) -> tuple[str, list[str]]:
 
 
 def _require_image(path: str, called: str) -> None:
-    if not path.lower().endswith(IMAGE_ENDINGS):
+    if not path.lower().endswith(IMAGE_EXTENSIONS):
         raise ValueError(f"{called} is no image by its name {_TYPES}; lists of paths are .txt")

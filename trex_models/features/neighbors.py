@@ -125,7 +125,7 @@ def _compute(
 def draw_neighbors(found: Sequence[Neighbors], root: Path, title: str) -> Any:
     """Draw a row per query: the query in a frame, then its neighbors, which are below ``root``."""
     columns = 1 + max(len(row.names) for row in found)
-    with plotting.drawing(_CELL * columns + 0.3, (_CELL + 0.75) * len(found) + 0.5) as figure:
+    with plotting.new_figure(_CELL * columns + 0.3, (_CELL + 0.75) * len(found) + 0.5) as figure:
         figure.suptitle(plotting.shorten(title, 16 * columns), parse_math=False)
         for number, row in enumerate(found):
             nearest = zip(row.names, row.similarities, strict=True)
@@ -138,7 +138,7 @@ def draw_neighbors(found: Sequence[Neighbors], root: Path, title: str) -> Any:
                 axis.imshow(ImageOps.pad(image, (_SIDE, _SIDE), color="white"))
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set(visible=place == 1, color=color, linewidth=2)
-                text = plotting.shorten(images.shown(name), _LINE * _LINES)
+                text = plotting.shorten(images.printable(name), _LINE * _LINES)
                 text = textwrap.fill(text, _LINE, break_on_hyphens=False)
                 axis.set_xlabel(f"{heading}\n{text}", fontsize=7, color=color, parse_math=False)
     return figure
@@ -148,7 +148,7 @@ def format_neighbors(found: Sequence[Neighbors]) -> str:
     """Return the same as text: a query, then its neighbors, a line each."""
     lines = []
     for row in found:
-        lines.append(images.shown(row.query))
+        lines.append(images.printable(row.query))
         nearest = zip(row.names, row.similarities, strict=True)
-        lines += [f"  {cosine:6.3f}  {images.shown(name)}" for name, cosine in nearest]
+        lines += [f"  {cosine:6.3f}  {images.printable(name)}" for name, cosine in nearest]
     return "\n".join(lines)

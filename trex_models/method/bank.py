@@ -47,17 +47,17 @@ class MemoryBank(nn.Module):
         ValueError: A number is below 1.
 
     Attributes:
-        features: Embeddings, (Q, D).
+        embeddings: Embeddings, (Q, D); ``features`` in state dicts, as in the official release.
         labels: Class labels, (Q,).
-        ids: Sample indices, (Q,); -1 for unknown samples, such as those of the initial noise.
+        indices: Sample indices, (Q,); -1 for unknown samples, such as those of the initial noise.
         written: Number of the batch that wrote each entry, (Q,); -1 for initial entries.
-        pointer: Position of the next batch.
+        pointer: Position of the next entry to overwrite.
         batches: Number of batches enqueued so far.
     """
 
     features: Tensor
     labels: Tensor
-    ids: Tensor
+    indices: Tensor
     written: Tensor
 
     def __init__(
@@ -72,35 +72,42 @@ class MemoryBank(nn.Module):
         self.pointer = self.batches = 0  # Python ints: reading them must not wait for the device
         self.register_buffer("features", torch.randn(size, dim, dtype=dtype))
         self.register_buffer("labels", torch.randint(num_classes, (size,)))
-        self.register_buffer("ids", torch.full((size,), -1))
+        self.register_buffer("indices", torch.full((size,), -1))
         self.register_buffer("written", torch.full((size,), -1))
 
+    @property
+    def embeddings(self) -> Tensor:
+        """Embeddings, (Q, D)."""
+        return self.features
+
     @torch.no_grad()
-    def enqueue(self, features: Tensor, labels: Tensor, ids: Tensor | None = None) -> None:
+    def enqueue(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
         """Overwrite the oldest entries; the part of a batch beyond the bank's end is dropped.
 
         Args:
-            features: Embeddings, (B, D), on the bank's device.
+            embeddings: Momentum-encoder embeddings, (B, D), on the bank's device.
             labels: Class labels, (B,), integers in [0, C).
-            ids: Sample indices, (B,), integers from 0; only ``LOOK`` reads them.
+            indices: Sample indices, (B,), integers from 0; only ``LOOK`` reads them.
 
         Raises:
             ValueError: Shapes do not match, or labels are not in [0, C).
         """
-        size, dim = self.features.shape
-        if features.shape != (len(labels), dim) or labels.ndim != 1:
+        size, dim = self.embeddings.shape
+        if embeddings.shape != (len(labels), dim) or labels.ndim != 1:
             raise ValueError(
                 f"the bank takes embeddings (B, {dim}) with labels (B,), got "
-                f"{tuple(features.shape)} and {tuple(labels.shape)}"
+                f"{tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
-        if ids is not None and ids.shape != labels.shape:
-            raise ValueError(f"ids must be ({len(labels)},) like labels, got {tuple(ids.shape)}")
+        if indices is not None and indices.shape != labels.shape:
+            raise ValueError(
+                f"indices must be ({len(labels)},) like labels, got {tuple(indices.shape)}"
+            )
         check_labels(labels, self.num_classes)
         count = min(len(labels), size - self.pointer)
         window = slice(self.pointer, self.pointer + count)
-        self.features[window] = features[:count].to(self.features.dtype)
+        self.embeddings[window] = embeddings[:count].to(self.embeddings.dtype)
         self.labels[window] = labels[:count]
-        self.ids[window] = -1 if ids is None else ids[:count]
+        self.indices[window] = -1 if indices is None else indices[:count]
         self.written[window] = self.batches
         self.pointer = (self.pointer + count) % size
         self.batches += 1
@@ -108,7 +115,7 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def class_means(self) -> Tensor:
         """Return L2-normalized class means, (C, D); zero for a class without entries (Eq. 2)."""
-        return class_means(self.features, self.labels, self.num_classes)
+        return class_means(self.embeddings, self.labels, self.num_classes)
 
     def get_extra_state(self) -> dict[str, int]:
         """Return the counters."""

@@ -94,20 +94,20 @@ class TReX(nn.Module):
             self.momentum_encoder = MomentumEncoder(encoder, ema_momentum)
 
     def forward(
-        self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
+        self, crops: Tensor | Sequence[Tensor], labels: Tensor, indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
             crops: One tensor per crop or per resolution, as for ``Encoder``.
             labels: Class labels, (B,), integers in [0, C).
-            ids: Sample indices, (B,); only ``LOOK`` reads them.
+            indices: Sample indices, (B,); only ``LOOK`` reads them.
         """
-        return self.objective(self.encoder(crops), labels, ids)
+        return self.objective(self.encoder(crops), labels, indices)
 
     @torch.no_grad()
     def update_bank(
-        self, crops: Tensor | Sequence[Tensor], labels: Tensor, ids: Tensor | None = None
+        self, crops: Tensor | Sequence[Tensor], labels: Tensor, indices: Tensor | None = None
     ) -> None:
         """Update the momentum encoder and enqueue its embeddings of all processes, in rank order.
 
@@ -119,7 +119,7 @@ class TReX(nn.Module):
         self.momentum_encoder.update(self.encoder)
         first = crops if isinstance(crops, Tensor) else crops[0]
         embeddings = widen(self.momentum_encoder(first[: len(labels)]))
-        if ids is None:
-            ids = torch.full_like(labels, -1)
-        labels, ids = gather(torch.stack([labels, ids], 1)).unbind(1)
-        self.objective.bank.enqueue(gather(embeddings), labels, ids)
+        if indices is None:
+            indices = torch.full_like(labels, -1)
+        labels, indices = gather(torch.stack([labels, indices], 1)).unbind(1)
+        self.objective.bank.enqueue(gather(embeddings), labels, indices)

@@ -45,16 +45,16 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
             embeddings: Embeddings, (N * B, D), crop-major: first crop of all images, then second.
             labels: Class labels, (B,), integers in [0, C).
-            ids: Sample indices, (B,); only ``LOOK`` reads them.
+            indices: Sample indices, (B,); only ``LOOK`` reads them.
         """
-        del ids  # only LOOK reads them
+        del indices  # only LOOK reads them
         logits = self.logits(embeddings)
         check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
@@ -161,7 +161,7 @@ class LOOK(Objective):
     ECCV 2018).
 
         bank = MemoryBank(65536, dim=256, num_classes=1000)
-        loss, votes = LOOK(bank)(embeddings, labels, ids)
+        loss, votes = LOOK(bank)(embeddings, labels, indices)
 
     Args:
         bank: Memory bank, without gradient; the training loop fills it by ``TReX.update_bank``.
@@ -187,7 +187,7 @@ class LOOK(Objective):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return the logarithm of each class's share of the votes, -inf without votes."""
-        bank = F.normalize(self.bank.features, dim=1)
+        bank = F.normalize(self.bank.embeddings, dim=1)
         votes = []
         for part in embeddings.detach().split(_ROWS):
             nearest, entries = self._scores(part, bank).topk(self.neighbors, dim=1)
@@ -195,18 +195,18 @@ class LOOK(Objective):
         return torch.cat(votes)
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, ids: Tensor | None = None
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
         Arguments are those of ``Objective``. Entries with the index of the sample are excluded;
-        without ``ids`` (or with -1) none is, which is correct if the bank holds no such entry.
+        without ``indices`` (or with -1) none is, which is correct if the bank holds no such entry.
         """
         check_labels(labels, self.bank.num_classes)
-        bank = F.normalize(self.bank.features, dim=1)
+        bank = F.normalize(self.bank.embeddings, dim=1)
         own = torch.zeros_like(labels, dtype=torch.bool)[:, None]
-        if ids is not None:
-            own = (ids[:, None] == self.bank.ids) & (self.bank.ids >= 0)
+        if indices is not None:
+            own = (indices[:, None] == self.bank.indices) & (self.bank.indices >= 0)
         of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
         for crop in embeddings.split(

@@ -5,7 +5,7 @@ states (online encoder, momentum encoder, memory bank, optimizer, arguments), it
 without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
 Pickles run no code (``unpickling``). In a training state a key that the table below does not name
 is an error; in a model's file it is taken for the backbone's, and compared with it later. All
-commands read files by `load_checkpoint` and `sort`, so that all refuse the same contents.
+commands read files by `load_checkpoint` and `sort_keys`, so that all refuse the same contents.
 
 Shapes: C classes, D embedding, Q bank size.
 """
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 # The longest prefix that matches decides.
-TABLE = (
+KEY_TABLE = (
     Row("official", "model.encoder.", "backbone"),
     Row("official", "model.head.layers.", "projector"),
     Row("official", "model_ema.encoder.", "momentum backbone"),
@@ -63,7 +63,7 @@ TABLE = (
     Row("trainer", "momentum_encoder.encoder.projector.", "momentum projector"),
     Row("trainer", "objective.bank.features", "bank features"),
     Row("trainer", "objective.bank.labels", "bank labels"),
-    Row("trainer", "objective.bank.ids", "bank ids"),
+    Row("trainer", "objective.bank.indices", "bank indices"),
     Row("trainer", "objective.bank.written", "bank ages"),
     Row("trainer", "objective.bank._extra_state", "bank pointer"),
     Row("trainer", "objective.classifier.weight", "class weights"),
@@ -80,10 +80,10 @@ _TRAINER: dict[str, tuple[type, ...]] = {  # with their types, and those of thei
     **dict.fromkeys(("config", "optimizer", "scaler"), (dict,)),
     **dict.fromkeys(("images", "inherited_license"), (str,)),
     **dict.fromkeys(("step", "batchnorm_groups", "process"), (int,)),
-    **dict.fromkeys(("meter", "labels", "ids"), (Tensor,)),
+    **dict.fromkeys(("meter", "labels", "indices"), (Tensor,)),
     "classes": (list, str),
     "unreadable": (list, int),
-    "crops": (list, Tensor),  # as process, labels and ids: of a step whose loss was not finite
+    "crops": (list, Tensor),  # as process, labels and indices: of a step whose loss was not finite
     "environment": (dict, int, str),
     "files": (dict, Tensor),
 }
@@ -99,7 +99,7 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT_NAMES = (".weight", ".bias", ".running_mean", ".running_var")
-_INTEGERS = {"bank labels", "bank ids", "bank ages"}  # parts
+_INTEGERS = {"bank labels", "bank indices", "bank ages"}  # parts
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Checkpoint:
     class_weights: Tensor | None = None  # prototypes (Eq. 2) or learned weights (Eq. 1), (C, D)
     class_biases: Tensor | None = None  # (C,)
     absent_classes: tuple[int, ...] = ()  # those without an entry in the bank have prototypes of 0
-    fates: dict[str, str] = field(default_factory=dict)  # of every key and entry of the file
+    key_report: dict[str, str] = field(default_factory=dict)  # of every key and entry of the file
 
     @property
     def proj_layers(self) -> int:
@@ -168,7 +168,7 @@ def split(
     ``num_classes``, C, is that of a bank: by default 1000 (ImageNet-1K), or that of a trainer's
     checkpoint; 0 leaves the class weights out.
     """
-    form, parts, places = sort(contents)
+    form, parts, places = sort_keys(contents)
     encoder = "momentum " if momentum_encoder else ""
     backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
     if not backbone:
@@ -189,20 +189,20 @@ def split(
             raise CheckpointError("it holds both a memory bank and learned class weights")
         class_weights, absent = _prototypes(parts, num_classes)
     _check_classifier(class_weights, class_biases, width)
-    fates = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
-    return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, fates)
+    key_report = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
+    return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, key_report)
 
 
-class Sorted(NamedTuple):
-    """Contents of a file by the parts of ``TABLE``."""
+class SortedKeys(NamedTuple):
+    """Contents of a file by the parts of ``KEY_TABLE``."""
 
     form: str  # official, trainer or model
     parts: dict[str, dict[str, Any]]  # values of every part, by name without the prefix
     places: dict[str, tuple[str, str]]  # part and name there of every key and entry of the file
 
 
-def sort(contents: Mapping[str, Any]) -> Sorted:
-    """Sort a state dict, or a training state around one, by ``TABLE``, and check its types."""
+def sort_keys(contents: Mapping[str, Any]) -> SortedKeys:
+    """Sort a state dict, or a training state around one, by ``KEY_TABLE``, and check its types."""
     state, others = _unwrap(contents)
     for key in state:
         if not isinstance(key, str):
@@ -210,7 +210,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
     names = {key: ".".join(s for s in key.split(".") if s not in WRAPPERS) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = next((row.form for row in rows.values() if row.form != "model"), "model")
-    parts: dict[str, dict[str, Any]] = {row.part: {} for row in TABLE}
+    parts: dict[str, dict[str, Any]] = {row.part: {} for row in KEY_TABLE}
     places = dict.fromkeys(others, ("", ""))
     for key, row in rows.items():
         name = names[key].removeprefix(row.prefix)
@@ -224,7 +224,7 @@ def sort(contents: Mapping[str, Any]) -> Sorted:
         places[key] = row.part, name
     if any(parts[part] for part in parts if part.startswith("bank")):
         _check_bank(parts, len(contents["classes"]) if "classes" in others else None)
-    return Sorted(form, parts, places)
+    return SortedKeys(form, parts, places)
 
 
 def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
@@ -266,7 +266,7 @@ def _row(name: str) -> Row:
         is_start = not row.prefix or row.prefix.endswith(".")
         return name.startswith(row.prefix) if is_start else name == row.prefix
 
-    return max(filter(matches, TABLE), key=lambda row: len(row.prefix))
+    return max(filter(matches, KEY_TABLE), key=lambda row: len(row.prefix))
 
 
 def _check_type(key: str, part: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trex_models.pretrained import naver, resolve
-from trex_models.pretrained.checkpoints import CheckpointError, load_checkpoint, sort
+from trex_models.pretrained.checkpoints import CheckpointError, load_checkpoint, sort_keys
 from trex_models.pretrained.manifest import WeightsError, load_manifest, sha256
 
 _ARCHITECTURES = {name.partition(".")[0] for name in naver.FILES}
@@ -38,7 +38,7 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
         with suppress(CheckpointError):  # weights of another kind
             if contents is None and path is not None:
                 contents = load_checkpoint(path)
-            form = sort(contents or {}).form
+            form = sort_keys(contents or {}).form
     if form == "official":
         return naver.LICENSE
     if contents is not None and form == "trainer":

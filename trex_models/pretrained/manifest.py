@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 
 PACKAGED = Path(__file__).with_name("manifest.json")
 
@@ -76,7 +76,7 @@ def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Mani
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write a manifest."""
-    write_whole(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
+    write_text_file(path, json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n")
 
 
 def without_credentials(text: str) -> str:

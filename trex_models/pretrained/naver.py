@@ -29,7 +29,7 @@ from urllib.request import Request, urlopen
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
 
-from trex_models.atomic import open_new, replacing, write_safetensors, write_whole
+from trex_models.atomic import open_new, replacing, write_safetensors, write_text_file
 from trex_models.pretrained import checkpoints
 from trex_models.pretrained.manifest import Manifest, WeightsError, check_sha256, sha256
 
@@ -235,7 +235,7 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
             "converted_sha256": sha256(Path(stream.name)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_whole(record, json.dumps(facts, indent=2) + "\n")
+        write_text_file(record, json.dumps(facts, indent=2) + "\n")
     _logger.warning("converted %s (SHA-256 %s) to %s", file, digest, weights)
     return weights
 

@@ -100,7 +100,7 @@ def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:], exits=True)
-    if status and cli.this_process():
+    if status and cli.process_prefix():
         # Without a tidy end: nccl would wait for the other processes, and they for this one.
         sys.stdout.flush()
         sys.stderr.flush()

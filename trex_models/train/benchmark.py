@@ -22,7 +22,7 @@ from trex_models import distributed
 from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
 from trex_models.precision import free_cores, processor
-from trex_models.train.build import build_sampler, own_cores
+from trex_models.train.build import available_cores, build_sampler
 from trex_models.train.config import Config
 from trex_models.train.reporting import duration
 from trex_models.train.run import Run
@@ -58,7 +58,10 @@ def benchmark(config: Config) -> None:
         loader = bench.loader()
         step = bench.step()
         both = bench.both(loader < step)
-        log("\n" + throughput_advice(loader, step, both, run.workers, own_cores(), bench.is_cuda))
+        log(
+            "\n"
+            + throughput_advice(loader, step, both, run.workers, available_cores(), bench.is_cuda)
+        )
         if bench.is_cuda:
             used = torch.cuda.max_memory_allocated(process.device) / 1e9
             total = torch.cuda.get_device_properties(process.device).total_memory / 1e9
@@ -178,7 +181,7 @@ class _Bench:
 
     def _train(self, batch: Batch) -> None:
         run, crops = self._run, self._augment(batch)
-        labels, indices = to_device([batch.labels, batch.ids], self._process.device)
+        labels, indices = to_device([batch.labels, batch.indices], self._process.device)
         training_step(
             run.model, run.method, run.optimizer, run.precision, crops, labels, indices, 0.0
         )

@@ -155,10 +155,10 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Obj
 
 def num_workers(system: SystemConfig) -> int:
     """Return the number of loader processes of each training process."""
-    return min(8, own_cores()) if system.workers is None else system.workers
+    return min(8, available_cores()) if system.workers is None else system.workers
 
 
-def own_cores() -> int:
+def available_cores() -> int:
     """Return the number of cores for each training process on this machine."""
     return max(1, free_cores() // local_processes())
 

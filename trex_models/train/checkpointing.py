@@ -26,17 +26,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from trex_models.atomic import replacing, sync_folder, write_whole
+from trex_models.atomic import replacing, sync_folder, write_text_file
 from trex_models.pretrained import checkpoints
 from trex_models.pretrained.checkpoints import CheckpointError, DamagedError
 from trex_models.train.config import Config, config_diff, from_dict, to_json
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 _ENTRIES = {
     *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
-_STEP = {"process", "crops", "labels", "ids"}  # in the file of a step with a non-finite loss
+_STEP = {"process", "crops", "labels", "indices"}  # in the file of a step with a non-finite loss
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def lock_run_dir(config: Config) -> Iterator[None]:
         pass
     try:
         if not path.exists():
-            write_whole(path, to_json(config))
+            write_text_file(path, to_json(config))
         sync_folder(folder.parent)
         # Left by a process that was killed.
         for torn in folder.glob("checkpoints/.step_*.tmp"):
@@ -123,7 +123,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
 def prune(folder: Path) -> None:
     """Delete all but the last two checkpoints; a process that was killed may have left one more."""
-    for old in files(folder)[:-KEPT]:
+    for old in files(folder)[:-MAX_CHECKPOINTS]:
         old.unlink()
 
 
@@ -173,7 +173,7 @@ def last(folder: Path) -> tuple[Path, dict[str, Any]]:
     return found
 
 
-def set_damaged_aside(path: Path, error: DamagedError) -> None:
+def rename_damaged(path: Path, error: DamagedError) -> None:
     """Rename a corrupt checkpoint to ``*.damaged``: it is neither resumed from nor counted."""
     aside = path.replace(path.with_name(f"{path.name}.damaged"))
     print(f"{error}; it is renamed to {aside.name}")
@@ -197,7 +197,7 @@ def load(path: Path) -> dict[str, Any]:
     if not state.keys() >= _ENTRIES:
         raise ValueError(f"{path} is not a checkpoint of this trainer (no config, step and method)")
     try:
-        parts = checkpoints.sort(state).parts
+        parts = checkpoints.sort_keys(state).parts
         if not state.keys() >= _STEP:  # those may hold values that are not finite
             checkpoints.check_finite(parts)
         from_dict(state["config"])

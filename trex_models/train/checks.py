@@ -38,7 +38,7 @@ def run_checks(checks: Iterable[Callable[[], str | None]]) -> list[str]:
     return [warning for warning in warnings if warning]
 
 
-def bank(size: int, labels: np.ndarray, num_classes: int) -> str | None:
+def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | None:
     """Check that a bank of Q can hold every class, and none of the images, labels (N,), twice.
 
     Warns if many classes will have no prototype; their logits are then 0.
@@ -82,7 +82,7 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*state, *trained])
 
 
-def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
+def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """Check that batches fit into the shared memory through which workers return them.
 
     Otherwise a worker would end by a bus error. Each of the training processes on this machine has
@@ -100,7 +100,7 @@ def shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
         )
 
 
-def samples(name: str, source: Source, skip: bool = False) -> str | None:
+def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
     """Read a few images from all over a source: each is (H, W, 3) uint8, and readable.
 
     Warns if some are unreadable and will be skipped.
@@ -125,7 +125,7 @@ def samples(name: str, source: Source, skip: bool = False) -> str | None:
     return f"{len(reasons)} {count} are unreadable, such as: {reasons[0]}" if reasons else None
 
 
-def classes(source: Source) -> str | None:
+def check_classes(source: Source) -> str | None:
     """Return a warning if classes have no images."""
     counts = np.bincount(source.labels, minlength=len(source.classes))
     empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
@@ -133,7 +133,7 @@ def classes(source: Source) -> str | None:
     return f"{found}, such as {empty[0]}" if empty else None
 
 
-def tensorboard() -> None:
+def check_tensorboard() -> None:
     """Check that the package is there; a ValueError of one rank ends all, an ImportError not."""
     try:
         import torch.utils.tensorboard  # noqa: F401
@@ -142,7 +142,7 @@ def tensorboard() -> None:
         raise ValueError(f"system.tensorboard needs {needs}") from error
 
 
-def cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:
+def check_cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:
     """Refuse a case in which bfloat16 gradients are wrong.
 
     torch 2.15's weight gradient of a strided 3x3 convolution of a 1x1 input reads uninitialized

@@ -160,7 +160,7 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
     precision.apply()
     seed_step(state["config"]["seed"], state["step"], state["process"])
     crops = [images.to(device) for images in state["crops"]]
-    inputs = crops, state["labels"].to(device), state["ids"].to(device)
+    inputs = crops, state["labels"].to(device), state["indices"].to(device)
     return method.train().to(device), inputs, precision
 
 

@@ -27,7 +27,7 @@ from trex_models.train import checkpointing
 
 @dataclass(frozen=True)
 class _File:
-    """Weights of a file by the parts of ``checkpoints.TABLE``, and what else is known of them."""
+    """Weights of a file by the parts of ``checkpoints.KEY_TABLE``, and their origin."""
 
     path: Path
     parts: dict[str, dict[str, Any]]
@@ -86,7 +86,7 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def _sort(path: Path, contents: dict[str, Any]) -> _File:
     """Sort the contents of a file by parts."""
-    form, parts, _ = checkpoints.sort(contents)
+    form, parts, _ = checkpoints.sort_keys(contents)
     stated = license_of(path, contents, form)
     if form == "trainer":
         return _File(path, parts, stated, contents.get("classes"), contents.get("images"))
@@ -196,14 +196,14 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
 
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
     """Copy the bank; return why not, if it does not match."""
-    features, ids = file.value("bank features"), file.value("bank ids")
-    if features.shape != bank.features.shape:
-        own, files = tuple(bank.features.shape), tuple(features.shape)
+    features, indices = file.value("bank features"), file.value("bank indices")
+    if features.shape != bank.embeddings.shape:
+        own, files = tuple(bank.embeddings.shape), tuple(features.shape)
         return f"the file's is {files}, the run's {own}; see objective.bank_size"
-    bank.features.copy_(features)
+    bank.embeddings.copy_(features)
     bank.labels.copy_(file.value("bank labels"))
-    if same_images and ids is not None:  # otherwise -1: samples of other images
-        bank.ids.copy_(ids)
+    if same_images and indices is not None:  # otherwise -1: samples of other images
+        bank.indices.copy_(indices)
     bank.pointer = checkpoints.bank_pointer(file.parts)
     return ""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from signal import Signals
 
 from trex_models import distributed
-from trex_models.data.loading import GaveUpError, load_batches, to_device
+from trex_models.data.loading import LoaderStalledError, load_batches, to_device
 from trex_models.data.multicrop import augment
 from trex_models.train.config import Config
 from trex_models.train.export import export_checkpoint
@@ -70,17 +70,17 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     for step in range(sampler.start_step, sampler.total_steps):
         try:
             batch = next(batches)
-        except (ValueError, GaveUpError) as error:
+        except (ValueError, LoaderStalledError) as error:
             if process.world_size == 1 and step > sampler.start_step:
                 run.save(step)  # with several ranks, only this one is here: it cannot save
-                if isinstance(error, GaveUpError) and signals.received:
+                if isinstance(error, LoaderStalledError) and signals.received:
                     raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
         run.unreadable.training |= batch.unreadable  # of this rank; shared when the run reports
         # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
-        labels, indices = to_device([batch.labels, batch.ids], process.device)
+        labels, indices = to_device([batch.labels, batch.indices], process.device)
         rate = float(run.lr_schedule[step])
 
         done = step + 1
@@ -107,7 +107,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             try:
                 with reporter.untimed():
                     measured |= validator.measure(run.method)
-            except (ValueError, GaveUpError) as error:
+            except (ValueError, LoaderStalledError) as error:
                 # A ValueError is raised on all ranks: they can save together, before it ends them.
                 if isinstance(error, ValueError) or process.world_size == 1:
                     run.save(done)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from trex_models.atomic import append, write_whole
+from trex_models.atomic import append, write_text_file
 from trex_models.cli import progress_bar
 from trex_models.data.multicrop import EpochSampler
 from trex_models.distributed import Process, gather
@@ -206,7 +206,7 @@ def _truncate(path: Path, start_step: int) -> None:
                     kept.append(line + "\n")
             except (KeyError, TypeError, ValueError):
                 continue
-    write_whole(path, "".join(kept))
+    write_text_file(path, "".join(kept))
 
 
 def duration(seconds: float) -> str:

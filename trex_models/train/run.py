@@ -123,7 +123,7 @@ class Run:
             "process": rank,
             "crops": [c.cpu() for c in crops],  # after augmentation, as the model saw them
             "labels": labels.cpu(),
-            "ids": indices.cpu(),
+            "indices": indices.cpu(),
         }
         trouble = f"the loss of step {step} is no longer finite; {_REMEDY}"
         try:

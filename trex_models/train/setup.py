@@ -178,21 +178,21 @@ def _check(
         )
     smallest, skip = min(spec.size for spec in specs), config.data.skips_unreadable
     found: list[Callable[[], str | None]] = [
-        partial(checks.samples, "training", source, skip),
-        partial(checks.classes, source),
-        partial(checks.shared_memory, batch_bytes, workers, build.local_processes()),
-        partial(checks.cpu_bfloat16, config.precision, process.device, smallest),
+        partial(checks.check_samples, "training", source, skip),
+        partial(checks.check_classes, source),
+        partial(checks.check_shared_memory, batch_bytes, workers, build.local_processes()),
+        partial(checks.check_cpu_bfloat16, config.precision, process.device, smallest),
     ]
     if validation is not None:
-        found.append(partial(checks.samples, "validation", validation.source, skip))
+        found.append(partial(checks.check_samples, "validation", validation.source, skip))
     if entries := config.objective.bank_entries:
-        found.append(partial(checks.bank, entries, source.labels, len(source.classes)))
+        found.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
     if process.is_main and config.system.tensorboard:
-        found.append(checks.tensorboard)
+        found.append(checks.check_tensorboard)
     if process.is_main and config.output:
         # One more than are kept: the next is written before the oldest is deleted.
         folder = Path(config.output)
-        more = max(1, checkpointing.KEPT + 1 - len(checkpointing.files(folder)))
+        more = max(1, checkpointing.MAX_CHECKPOINTS + 1 - len(checkpointing.files(folder)))
         size = more * checks.checkpoint_bytes(method)
         found.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(found)
@@ -229,7 +229,7 @@ def _resume(run: Run) -> None:
     saved = None
     with raise_on_all_ranks():
         if run.process.is_main:
-            saved = checkpointing.newest(run.folder, checkpointing.set_damaged_aside)
+            saved = checkpointing.newest(run.folder, checkpointing.rename_damaged)
             if saved is not None:
                 checkpointing.check_belongs(*saved, run.config, run.data_fingerprint)
                 _check_environment(run, *saved)

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from trex_models.cli import Stopped
-from trex_models.data.loading import GaveUpError
+from trex_models.data.loading import LoaderStalledError
 from trex_models.distributed import is_peer_failure
 
 # Sent by schedulers before a time limit, by Ctrl-C, and by a terminal that closes. Windows lacks
@@ -83,7 +83,7 @@ class StopSignals:
         ended = self._exits and (error is None or isinstance(error, StoppedBySignal))
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if ended else handler)
-        if self.received and (isinstance(error, GaveUpError) or is_peer_failure(error)):
+        if self.received and (isinstance(error, LoaderStalledError) or is_peer_failure(error)):
             raise StoppedBySignal(self.received) from error
 
     def _note(self, number: int, _: FrameType | None) -> None:

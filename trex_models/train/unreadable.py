@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.data.decode import log_skipped
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
@@ -46,7 +46,7 @@ class UnreadableImages:
             if not reasons:
                 self._path.unlink(missing_ok=True)  # of an earlier start; they were fixed
             elif reasons != self._listed:
-                write_whole(self._path, "".join(f"{reason}\n" for reason in reasons))
+                write_text_file(self._path, "".join(f"{reason}\n" for reason in reasons))
         self._listed = reasons
 
     def trouble(self) -> str:

@@ -98,9 +98,9 @@ def evaluate_model(
         hint="" if untrained else "--untrained evaluates the architecture without weights",
     )
     tasks = [Task(dataset, *open_checked(dataset, data_root)) for dataset in chosen]
-    if untrained and frozen.facts["parameters"]:
+    if untrained and frozen.metadata["parameters"]:
         first = next((task for task in tasks if task.dataset.name == training_task), tasks[0])
-        frozen = frozen.calibrated(first.train, first.dataset.name, workers)
+        frozen = frozen.recalibrate_batchnorm(first.train, first.dataset.name, workers)
     root = cache or output.parent / "features"
     if root.exists() and not root.is_dir():
         raise ValueError(f"--cache {root} is no folder; name one")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trex_models.atomic import write_whole
+from trex_models.atomic import write_text_file
 from trex_models.cli import progress_bar
 from trex_models.data.sources import Source, digest
 from trex_models.evaluation.extract import Extraction, as_text, feature_identity
@@ -92,7 +92,7 @@ class FeatureCache:
 
     def folder(self, model: FrozenModel) -> Path:
         """Return the folder of a model's features."""
-        name = _slug(str(model.facts["architecture"]))
+        name = _slug(str(model.metadata["architecture"]))
         return self.root / f"{name}-{digest(as_text(model.identity()))[:12]}"
 
 
@@ -143,8 +143,8 @@ def evaluate(
         transfer = {k: v for k, v in report["datasets"].items() if k != plan.training_task}
         report["transfer"] = summary(transfer) if transfer else None
         report["complete"] = number == len(tasks)
-        write_whole(output, json.dumps(report, indent=2) + "\n")
-        write_whole(output.with_suffix(".md"), format_table([report], markdown=True))
+        write_text_file(output, json.dumps(report, indent=2) + "\n")
+        write_text_file(output.with_suffix(".md"), format_table([report], markdown=True))
         top1, knn = 100 * entry["top1"]["mean"], 100 * entry["knn"]["top1"]
         print(f"      top-1 {top1:.2f} %, k-NN {knn:.2f} %", flush=True)
     return report
@@ -180,7 +180,7 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         scores = _scores(task, train, test, plan)
         scores["seconds"]["features"] = round(seconds, 2)
         try:
-            write_whole(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
+            write_text_file(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
         except OSError as error:  # the report has them in any case
             print(f"      the scores are not cached for other runs ({error})", flush=True)
     entry = {**about, **scores}

@@ -55,7 +55,7 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
         if authors.num_datasets != count:
             means = f"{count} and over the authors' {authors.num_datasets} datasets"
             notes.append(f"Means over {means} do not compare.")
-    with plotting.drawing(10.5, 6.2) as figure:
+    with plotting.new_figure(10.5, 6.2) as figure:
         axis = figure.add_subplot()
         axis.margins(0.1)
         axis.set_xlabel(f"training task: top-1 accuracy on {title}, %", parse_math=False)
@@ -111,7 +111,7 @@ def bars(reports: Sequence[Report]) -> Any:
     rows = _rows(reports)
     if not rows:
         raise ValueError("no report has a dataset to draw")
-    with plotting.drawing(_width(len(rows[0]), len(reports)), 3.6 * len(rows) + 0.8) as figure:
+    with plotting.new_figure(_width(len(rows[0]), len(reports)), 3.6 * len(rows) + 0.8) as figure:
         draw_bars(figure, reports)
     return figure
 
@@ -153,7 +153,7 @@ def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
     labels = [titles[name] for name in names]
     many = len(names) * len(reports) > BARS_PER_ROW // 2
     shape, width = ((4, 1), _width(len(names), len(reports))) if many else ((2, 2), 13.0)
-    with plotting.drawing(width, 3.6 * shape[0] + 0.8) as figure:
+    with plotting.new_figure(width, 3.6 * shape[0] + 0.8) as figure:
         spectra, *panels = figure.subplots(*shape).flat
         _draw_spectra(spectra, [row[names.index(dataset)] for row in found])
         spectra.set_title(f"spectrum, {titles[dataset]}", parse_math=False)

@@ -65,7 +65,7 @@ _REMEDY = ": delete their file and extract them again, or look at the image and 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class SearchResult:
     """Hyperparameters chosen with one seed on validation samples, and their score."""
 
     seed: int
@@ -87,7 +87,7 @@ def logistic_scores(
     seeds: Sequence[int],
     Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
     device: torch.device | str = "cpu",
-) -> list[Choice]:
+) -> list[SearchResult]:
     """Choose C, fit and score a logistic regression, once for each seed of a validation split.
 
     The smallest of several C that are equally good is chosen. The features must fit in the
@@ -131,7 +131,7 @@ def sgd_scores(
     device: torch.device | str = "cpu",
     epochs: int = linear.EPOCHS,
     batch_size: int = linear.BATCH,
-) -> list[Choice]:
+) -> list[SearchResult]:
     """Choose learning rate and weight decay, train and score a linear layer, once for each seed.
 
     The first of several settings that are equally good is chosen. Memory is bounded by that of
@@ -214,10 +214,10 @@ class _Task:
 
 def _choice(
     seed: int, grid: Sequence[dict[str, float]], curve: list[float], top1: float, converged: bool
-) -> Choice:
+) -> SearchResult:
     best = int(np.argmax(curve))  # the first of the best
     values = {name: [settings[name] for settings in grid] for name in grid[best]}
-    return Choice(
+    return SearchResult(
         seed=seed,
         settings=grid[best],
         validation_top1=curve[best],

@@ -20,7 +20,7 @@ class Point(NamedTuple):
     """Mean over transfer datasets of ln(p / (1 - p)), p the top-1 accuracy."""
 
 
-class Figures(NamedTuple):
+class PublishedResults(NamedTuple):
     """Points that compare with each other: means over the same number of transfer datasets."""
 
     title: str
@@ -37,7 +37,7 @@ _RELEASED = {  # by variant and tag of the weights
 
 
 PUBLISHED = {
-    "paper": Figures(
+    "paper": PublishedResults(
         "ImageNet-1K, 13 transfer datasets",
         13,
         (
@@ -50,7 +50,9 @@ PUBLISHED = {
             Point("t-ReX*", 0.8019, 1.080),
         ),
     ),
-    "released": Figures("ImageNet-1K, 15 transfer datasets", 15, tuple(_RELEASED.values())),
+    "released": PublishedResults(
+        "ImageNet-1K, 15 transfer datasets", 15, tuple(_RELEASED.values())
+    ),
 }
 
 

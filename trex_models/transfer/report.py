@@ -32,7 +32,7 @@ def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "")
         "format": FORMAT,
         "complete": False,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": model.name, "label": label or model.name, **model.facts},
+        "model": {"name": model.name, "label": label or model.name, **model.metadata},
         "transform": asdict(model.transform),
         "precision": model.precision.name,
         **settings,

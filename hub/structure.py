@@ -17,7 +17,7 @@ from trex_models.heads import CosineClassifier, Projector
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """A model's parts."""
 
     backbone: str
@@ -36,7 +36,7 @@ class Anatomy:
 
 
 @torch.inference_mode()
-def examine(model: Model) -> Anatomy:
+def inspect_model(model: Model) -> ModelStructure:
     """Load a model and describe it.
 
     Raises:
@@ -62,7 +62,7 @@ def examine(model: Model) -> Anatomy:
     backbone = model.config["architecture"]
     if not model.is_stock:
         backbone = model.config.get("model_args", {}).get("backbone", "resnet50")
-    return Anatomy(
+    return ModelStructure(
         backbone=backbone,
         is_resnet=isinstance(network, ResNet),
         num_features=network.global_pool(maps).shape[1] if has_projector else width,
