@@ -263,7 +263,7 @@ def test_pil_images_are_converted_as_files_are() -> None:
 
 def test_a_backbone_that_does_not_pool_is_named() -> None:
     encoder = Encoder(nn.Conv2d(3, 8, 3), Projector(8))
-    with pytest.raises(ValueError, match=r"into \(8, 6, 6\), not a vector.*num_classes=0"):
+    with pytest.raises(ValueError, match=r"vector per image, not \(2, 8, 6, 6\).*num_classes=0"):
         encoder(torch.randn(2, 3, 8, 8))
 
 
@@ -289,9 +289,9 @@ def test_accuracy_of_neighbors_is_that_of_their_votes() -> None:
         (lambda: BANK.enqueue(torch.randn(2, 5), torch.zeros(2)), r"\(B, 4\).*\(2, 5\)"),
         (lambda: BANK.enqueue(torch.randn(2, 4), torch.zeros(3)), r"got \(2, 4\) and"),
         (lambda: MomentumEncoder(nn.Linear(2, 2), 1.5), r"in \[0, 1\], got 1.5"),
-        (lambda: OnlineClassMeans(BANK, 0.0), "temperature must be above 0, got 0.0"),
-        (lambda: CosineSoftmax(4, 3, -1.0), "temperature must be above 0, got -1.0"),
-        (lambda: LOOK(BANK, temperature=0.0), "temperature must be above 0"),
+        (lambda: OnlineClassMeans(BANK, 0.0), "temperature must be positive, got 0.0"),
+        (lambda: CosineSoftmax(4, 3, -1.0), "temperature must be positive, got -1.0"),
+        (lambda: LOOK(BANK, temperature=0.0), "temperature must be positive"),
         (lambda: LOOK(BANK, neighbors=0), "neighbors must be at least 1, got 0"),
         (lambda: CropSpec(0, 24, (0.1, 1.0), GLOBAL_AUGMENTATION), "at least 1, got 0 and 24"),
         (lambda: MultiCrop(SPECS)(Image.new("F", (9, 9))), "no defined range"),

@@ -1,4 +1,4 @@
-"""The parts behind the backbone: the projector and the cosine classifier.
+"""Heads on top of the backbone: projector and cosine classifier.
 
 t-ReX (Sariyildiz et al., "No Reason for No Supervision", ICLR 2023, arXiv 2206.15369),
 section 3: z = g(f(x)), logits = cos(z, w_c) / tau.
@@ -16,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-# Leaves of an FX graph: their code depends on the tensor's type and device, which a proxy hides.
+# Leaves of an FX graph: these functions branch on dtype and device, which a proxy does not have.
 fx.wrap("widen")
 fx.wrap("cosine_logits")
 
 
 def widen(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 if it is float16 or bfloat16, else unchanged."""
+    """Convert float16 and bfloat16 to float32; return other tensors unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Return cos(z, w_c) / tau, (B, C), of z (B, D) and w (C, D), in float32 at least.
+    """Return cos(z, w_c) / tau, (B, C), for z (B, D) and w (C, D), in float32 or wider.
 
-    Under autocast, too. A zero vector gives logits of exactly 0.
+    This holds under autocast, too. The logits of a zero vector are exactly 0.
     """
-    if torch.jit.is_scripting():  # TorchScript has no such context
+    if torch.jit.is_scripting():  # TorchScript does not support the context manager
         logits = _cosine_logits(embeddings, weight, temperature)
     else:
         with without_autocast(embeddings.device.type):
@@ -45,48 +45,49 @@ def _cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Te
 
 
 def require_temperature(temperature: float) -> None:
-    """Raise ValueError unless a temperature is above 0."""
+    """Raise ValueError unless the temperature is positive."""
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return L2-normalized class means of (Q, D), the prototypes of t-ReX Eq. 2, (C, D).
+    """Return L2-normalized class means, (C, D), of embeddings, (Q, D): the prototypes of Eq. 2.
 
-    They are zero for a class without entries.
+    The mean of a class without embeddings is zero.
     """
     sums = embeddings.new_zeros(num_classes, embeddings.shape[1])
     sums.index_add_(0, labels, embeddings)
-    return F.normalize(sums, dim=1)  # the sum and the mean share a direction
+    return F.normalize(sums, dim=1)  # sum and mean have the same direction
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Return a context in which a device's computations keep the types of their inputs."""
-    # Only where it is on: an exported graph is simpler without it. Meta tensors have none, and
-    # torch 2.11 cannot trace the function that is asked.
+    """Return a context manager that disables autocast for a type of device."""
+    # A no-op if autocast is off, which keeps exported graphs simple. torch 2.11 cannot trace
+    # is_autocast_enabled, and meta tensors have no autocast.
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 class Projector(nn.Sequential):
-    """MLP head g that training throws away: t-ReX (arXiv 2206.15369) section 3.1.
+    """MLP head g, used in training only: t-ReX (arXiv 2206.15369), section 3.1.
 
     L2-normalizes its input, then applies ``hidden_layers`` times
     [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck). Maps
-    features, (B, in_dim), to embeddings, (B, D), which are not normalized. In train mode
-    BatchNorm needs B of at least 2.
+    features, (B, in_dim), to embeddings, (B, D), which are not normalized. In training mode
+    BatchNorm requires B >= 2.
 
         projector = Projector(backbone.num_features)
         embeddings = projector(backbone(images))
 
     Args:
         in_dim: Width of the backbone's pooled features.
-        hidden_layers: L >= 0; 3 for t-ReX, 1 for t-ReX*. 0 leaves the bottleneck alone.
+        hidden_layers: Number of hidden layers, L: 3 for t-ReX, 1 for t-ReX*; with 0 only L2
+            normalization and bottleneck remain.
         hidden_dim: Width of the hidden layers.
-        out_dim: D, width of the embeddings.
-        device: Where to create the parameters.
-        dtype: Type of the parameters.
+        out_dim: Embedding dimension, D.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
 
     Raises:
         ValueError: A width is below 1 or ``hidden_layers`` is negative.
@@ -117,10 +118,10 @@ class Projector(nn.Sequential):
 
 
 class L2Norm(nn.Module):
-    """Scale every row to unit length, (B, D) -> (B, D); the norm is taken in float32 at least."""
+    """L2 normalization of rows, (B, D) -> (B, D), computed in float32 or wider."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` with unit rows, in the type of ``x``."""
+        """Return ``x`` with rows of unit length, in its own dtype."""
         return F.normalize(widen(x), dim=-1).to(x.dtype)
 
 
@@ -149,23 +150,23 @@ class HiddenLayer(nn.Module):
 class CosineClassifier(nn.Module):
     """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
 
-    Equation 1 of t-ReX (arXiv 2206.15369); ``weight``, (C, D), may equally hold the class
-    prototypes of Eq. 2. A drop-in for the last layer of a classifier:
+    Equation 1 of t-ReX (arXiv 2206.15369); ``weight``, (C, D), may also hold the class
+    prototypes of Eq. 2. A drop-in replacement for the last layer of a classifier:
 
         model.fc = CosineClassifier(model.num_features, num_classes=10)
 
-    It has an nn.Linear's attributes and initial weight, but is not a subclass: tools that adapt
-    or quantize Linear layers replace W x, which is not what this module computes.
+    It has the attributes and the initialization of nn.Linear, but is not a subclass: tools that
+    adapt or quantize linear layers replace W x, which this module does not compute.
 
     Args:
-        in_features: D, width of the embeddings.
-        num_classes: C.
-        temperature: tau > 0.
+        in_features: Embedding dimension, D.
+        num_classes: Number of classes, C.
+        temperature: Temperature, tau > 0.
         device: Device of the weight.
         dtype: Data type of the weight.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        ValueError: ``temperature`` is not positive.
     """
 
     def __init__(
@@ -187,22 +188,22 @@ class CosineClassifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from nn.Linear's default distribution."""
+        """Initialize the weight as nn.Linear does."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def init_non_persistent_buffers(self) -> None:
-        """Initialize a weight that transformers did not find in a file."""
-        # The only hook that transformers' TimmWrapper calls on modules it does not know. timm
-        # calls it on loaded models, too. Only transformers replaces the functions of torch.nn.init
-        # meanwhile, by ones that leave loaded weights unchanged.
+        """Initialize a weight that is missing from the file that transformers loads."""
+        # The only hook that transformers' TimmWrapper calls on unknown modules. timm calls it on
+        # loaded models, too, so that weights must not change there. transformers patches the
+        # functions of torch.nn.init during the call: its own leave loaded weights unchanged.
         if nn.init.kaiming_uniform_.__module__.startswith("transformers."):
             self.reset_parameters()
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Return logits, (B, C), for embeddings, (B, D), in the weight's type."""
+        """Return logits, (B, C), for embeddings, (B, D), in the dtype of the weight."""
         logits = cosine_logits(embeddings, self.weight, self.temperature)
         return logits.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
-        """Describe the sizes and the temperature."""
+        """Return sizes and temperature for ``repr``."""
         return f"{self.in_features}, {self.out_features}, temperature={self.temperature}"

@@ -1,17 +1,17 @@
-"""t-ReX ResNets: backbones, and whole models with projector and cosine classifier.
+"""t-ReX ResNets: backbones, and complete models with projector and cosine classifier.
 
 t-ReX (Sariyildiz et al., "No Reason for No Supervision: Improved Generalization in Supervised
 Models", ICLR 2023, arXiv 2206.15369): supervised pre-training with multi-crop augmentation, a
-projector that is thrown away afterwards, and a cosine softmax loss.
+projector that is discarded afterwards, and a cosine softmax loss.
 
-Three models of each of t-ReX (3 hidden layers in the projector) and t-ReX* (1 hidden layer):
+Three models for t-ReX (3 hidden layers in the projector); for t-ReX* (1 hidden layer) likewise:
 
-- ``trex_resnet50``: the backbone, stock timm ResNet, 2048-d features.
-- ``trex_resnet50_proj``: backbone and projector, 256-d embeddings.
-- ``trex_resnet50_cls``: backbone, projector and cosine classifier, 1000 logits.
+- ``trex_resnet50``: backbone only, a stock timm ResNet; 2048-d features.
+- ``trex_resnet50_proj``: backbone and projector; 256-d embeddings.
+- ``trex_resnet50_cls``: backbone, projector and cosine classifier; 1000 logits.
 
-and ``trex_resnet``, the same head on any ResNet of timm. Weights ``in1k`` are the paper's; the
-authors published their backbones alone. ``in1k_r2`` were retrained with the released code.
+``trex_resnet`` puts the same head on any timm ResNet. The tag ``in1k`` denotes the paper's weights
+(backbones only), ``in1k_r2`` weights that the authors retrained with their released code.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ class TRexResNet(ResNet):
     """ResNet with the projector as its pre-logits block and a cosine classifier.
 
     The state dict is the backbone's plus ``proj.*`` and ``fc.*``. Without pooling
-    (``global_pool=""``) there is no projector, for it maps pooled features.
+    (``global_pool=""``) there is no projector, because it requires pooled features.
 
     Args:
         block: Class of the residual blocks.
-        layers: Blocks of each stage.
-        num_classes: C, outputs of the cosine classifier. 0 for none: the model returns embeddings.
-        global_pool: timm's name of the pooling; "" for none.
-        proj_layers: L, hidden layers of the projector.
-        proj_hidden_dim: Width of these layers.
-        proj_dim: D, width of the embeddings. 0 for no projector.
-        temperature: tau of the cosine softmax.
-        linear_classifier: Classify by a linear layer with bias, not by cosines.
-        zero_init_last: Start the last BatchNorm of each residual block at 0. t-ReX does not.
-        **kwargs: timm's ResNet takes them, such as ``device`` and ``dtype``.
+        layers: Number of blocks in each stage.
+        num_classes: Number of classes, C; with 0 the model returns embeddings.
+        global_pool: Type of global pooling, as in timm; "" for none.
+        proj_layers: Number of hidden layers of the projector, L.
+        proj_hidden_dim: Width of the projector's hidden layers.
+        proj_dim: Embedding dimension, D; 0 for no projector.
+        temperature: Temperature of the cosine softmax, tau.
+        linear_classifier: Use a linear classifier with bias in place of the cosine classifier.
+        zero_init_last: Initialize the last BatchNorm weight of each residual block with 0.
+        **kwargs: Further arguments of timm's ResNet, such as ``device`` and ``dtype``.
 
     Raises:
         ValueError: A size of the head or the temperature is out of range.
@@ -111,7 +111,7 @@ class TRexResNet(ResNet):
         self.proj: nn.Module = nn.Identity()
         if proj_dim and self.global_pool.pool_type:
             self.proj = self._make_projector()
-        # A deep stem is a sequence. timm reads this trait before the pretrained cfg.
+        # A deep stem is an nn.Sequential. timm reads this trait before the pretrained cfg.
         first_conv = "conv1" if isinstance(self.conv1, nn.Conv2d) else "conv1.0"
         self._traits = {**getattr(self, "_traits", {}), "first_conv": first_conv}
         self.reset_classifier(num_classes)
@@ -123,14 +123,14 @@ class TRexResNet(ResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's patterns of layer groups: stem, blocks, then the projector as one."""
+        """Return regular expressions of layer groups: timm's, and the projector as one more."""
         return {**super().group_matcher(coarse=coarse), "proj": r"^proj"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Make a fresh classifier of C classes, or none for 0; None keeps the pooling.
+        """Create a new classifier (none for 0 classes), and new pooling unless it is None.
 
-        The projector stays, with its weights. It is made afresh where the new pooling changes
-        its input's width, and dropped for good where the new pooling is none ("").
+        The projector keeps its weights, unless the new pooling changes its input width: then it is
+        initialized again. With ``global_pool=""`` it is removed permanently.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -165,17 +165,17 @@ class TRexResNet(ResNet):
 
 
 def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Leave out the parts of the head that ``model`` lacks; check that the rest matches.
+    """Drop parts of the head that ``model`` lacks, and check that all other weights match.
 
-    The file of a whole model thus serves the smaller ones, too. timm loads without strictness where
-    the number of classes changes, and would accept another architecture's file.
+    The file of a complete model can thus initialize the smaller ones. The check is needed as timm
+    loads with strict=False if the number of classes changes, even another architecture's file.
     """
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
         if not any(key.startswith(part) for key in wanted):
             found = {k: v for k, v in found.items() if not k.startswith(part)}
-    # timm knows whether the classifier is to be loaded, and adapts the first layer to other numbers
-    # of input channels.
+    # timm decides whether to load the classifier, and adapts the first convolution to other numbers
+    # of input channels: neither is compared.
     body, expected = (
         {k: v for k, v in state.items() if not k.startswith("fc.")} for state in (found, wanted)
     )
@@ -215,7 +215,7 @@ def _naver(name: str) -> dict[str, Any]:
 
 _cfgs: dict[str, Any] = {name: _naver(name) for name in naver.FILES}
 default_cfgs = generate_default_cfgs({**_cfgs, "trex_resnet.untrained": _cfg(num_classes=1000)})
-# Weights without an explicit source are fetched by these names.
+# Hub ids whose weights come from pretrained.resolve, unless the user names another source.
 _BY_HUB_ID = {f"trex-models/{name}": name for name in naver.FILES}
 
 
@@ -228,16 +228,16 @@ def _create(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Build by timm, after finding and reading the weights."""
+    """Read the pretrained weights, if any, and build the model with timm."""
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    given: dict[str, Tensor] | None = None  # what timm is not to look for
+    given: dict[str, Tensor] | None = None  # weights that timm must not look up itself
     if pretrained and not cfg.source:
         if cfg.state_dict is not None or cfg.file is not None:
             given = _read(cfg, overlay)
         elif cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in _BY_HUB_ID:
             if cfg.url and "hf_hub_id" not in overlay:
-                overlay["hf_hub_id"] = None  # timm would prefer it to the url
+                overlay["hf_hub_id"] = None  # otherwise timm prefers it to the url
         else:
             found = load_file(resolve.fetch(_BY_HUB_ID[cfg.hf_hub_id], cache_dir))
             given = checkpoints.split(found).state_dict()
@@ -250,7 +250,7 @@ def _create(
         overlay |= {"state_dict": {"given": True}, "file": None}
 
     def filter_fn(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-        model.pretrained_cfg.pop("state_dict", None)  # it is the weights' no more
+        model.pretrained_cfg.pop("state_dict", None)  # a placeholder, set above
         if given is not None:
             found = given
         else:
@@ -275,15 +275,15 @@ def _create(
 
 
 def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of the file or the state dict that was given to timm, in our names.
+    """Return the weights of the file or state dict passed to timm, under our models' keys.
 
-    Writes into the overlay their number of classes, which decides whether timm keeps their
-    classifier, and their license; unless it is unknown, for they may be NAVER's, saved again.
+    Sets two entries of the overlay: the number of classes, by which timm decides whether to keep
+    the classifier, and the license if known (else the weights may be NAVER's, saved again).
     """
     contents: Any = cfg.state_dict
     if contents is None:
         contents = checkpoints.load_checkpoint(str(cfg.file))
-    # Below 0 where timm's train.py is given a file: the head is to be new.
+    # timm's train.py sets it below 0 with a file, to create a new head.
     num_classes = overlay.get("num_classes") if cfg.num_classes > 0 else 0
     try:
         checkpoint = checkpoints.split(contents, num_classes=num_classes)
@@ -308,50 +308,50 @@ _TREXSTAR_HEAD = _TREX | {"proj_layers": 1}
 
 @register_model
 def trex_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """t-ReX backbone, 2048-d features."""
+    """Build a t-ReX ResNet-50 backbone; 2048-d features."""
     return _create(ResNet, "trex_resnet50", pretrained, **_TREX | kwargs)
 
 
 @register_model
 def trexstar_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """t-ReX* backbone, 2048-d features."""
+    """Build a t-ReX* ResNet-50 backbone; 2048-d features."""
     return _create(ResNet, "trexstar_resnet50", pretrained, **_TREX | kwargs)
 
 
 @register_model
 def trex_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
-    """t-ReX backbone and projector, 256-d embeddings."""
+    """Build a t-ReX ResNet-50 with projector; 256-d embeddings."""
     return _create(TRexResNet, "trex_resnet50_proj", pretrained, **_TREX_HEAD | kwargs)
 
 
 @register_model
 def trexstar_resnet50_proj(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
-    """t-ReX* backbone and projector, 256-d embeddings."""
+    """Build a t-ReX* ResNet-50 with projector; 256-d embeddings."""
     return _create(TRexResNet, "trexstar_resnet50_proj", pretrained, **_TREXSTAR_HEAD | kwargs)
 
 
 @register_model
 def trex_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
-    """t-ReX backbone, projector and class prototypes, 1000 cosine logits."""
+    """Build a t-ReX ResNet-50 with projector and cosine classifier; 1000 logits."""
     return _create(TRexResNet, "trex_resnet50_cls", pretrained, **_TREX_HEAD | kwargs)
 
 
 @register_model
 def trexstar_resnet50_cls(pretrained: bool = False, **kwargs: Any) -> TRexResNet:
-    """t-ReX* backbone, projector and class prototypes, 1000 cosine logits."""
+    """Build a t-ReX* ResNet-50 with projector and cosine classifier; 1000 logits."""
     return _create(TRexResNet, "trexstar_resnet50_cls", pretrained, **_TREXSTAR_HEAD | kwargs)
 
 
-# timm's model files that build its ResNet class.
+# Modules of timm whose entry points build its ResNet class.
 RESNET_MODULES = ("resnet", "res2net", "resnest", "sknet")
 
 
 def _build_on(backbone: str, zero_init_last: bool = False, **kwargs: Any) -> TRexResNet:
     if not is_model_in_modules(backbone, RESNET_MODULES):
-        raise ValueError(f"backbone {backbone!r} is not one of timm's ResNets")
+        raise ValueError(f"backbone must be a timm ResNet, got {backbone!r}")
     names = signature(TRexResNet._add_head).parameters.keys() & kwargs
     head = {name: kwargs.pop(name) for name in names}
-    # timm's entry points hold each architecture's arguments, and build only the stock class.
+    # An entry point holds the architecture's arguments, but always builds timm's own class.
     model: Any = model_entrypoint(backbone)(num_classes=0, zero_init_last=zero_init_last, **kwargs)
     model.__class__ = TRexResNet
     assert isinstance(model, TRexResNet)
@@ -361,7 +361,7 @@ def _build_on(backbone: str, zero_init_last: bool = False, **kwargs: Any) -> TRe
 
 @register_model
 def trex_resnet(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> TRexResNet:
-    """t-ReX head on any ResNet of timm, such as ``backbone="resnext50_32x4d"``; no weights."""
+    """Build the t-ReX head on any timm ResNet, such as "resnext50_32x4d"; no weights."""
     model = _create(_build_on, "trex_resnet", pretrained, backbone=backbone, **kwargs)
     model.pretrained_cfg["first_conv"] = model._traits["first_conv"]
     return model

@@ -1,4 +1,4 @@
-"""The parts of t-ReX, for training loops of your own; docs/library.md shows their use."""
+"""Parts of t-ReX for custom training loops; docs/library.md has examples."""
 
 from trex_models.method.backbone import build_backbone
 from trex_models.method.bank import MemoryBank

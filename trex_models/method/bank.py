@@ -14,11 +14,11 @@ from trex_models.heads import class_means
 def check_labels(labels: Tensor, num_classes: int) -> None:
     """Require integer labels and, on the CPU, labels in [0, C).
 
-    Values on a GPU are not checked, because reading them waits for the device.
+    Values on a GPU are not checked, because reading them would synchronize the device.
     """
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
-    # Subclasses, such as fake tensors, may have no values.
+    # Subclasses such as FakeTensor may have no values.
     if type(labels) is Tensor and labels.device.type == "cpu" and labels.numel():
         lowest, highest = (int(bound) for bound in labels.aminmax())
         if not 0 <= lowest <= highest < num_classes:
@@ -30,9 +30,9 @@ class MemoryBank(nn.Module):
     """First-in, first-out store of embeddings (not normalized), labels and sample indices.
 
     ``size`` should be a multiple of the batch size: a batch that crosses the end is truncated.
-    The bank starts with N(0, 1) noise and uniform random labels, so that nearly every class has a
-    prototype from the first step. All tensors are buffers without gradient. It is MoCo's queue
-    (He et al. 2020, arXiv 1911.05722) with labels; t-ReX (arXiv 2206.15369) section 3.2.
+    Initial entries are N(0, 1) noise with uniform random labels, so that nearly every class has a
+    prototype from the first step. All tensors are buffers without gradient. This is MoCo's queue
+    (He et al. 2020, arXiv 1911.05722) with labels; t-ReX (arXiv 2206.15369), section 3.2.
 
         bank = MemoryBank(8192, dim=256, num_classes=1000)
         bank.enqueue(embeddings, labels)
@@ -41,10 +41,10 @@ class MemoryBank(nn.Module):
         size: Number of entries, Q; 8192 in the paper.
         dim: Embedding dimension, D.
         num_classes: Number of classes, C. Random initial labels are drawn from it.
-        dtype: Type of the stored embeddings, regardless of the training precision.
+        dtype: Data type of the stored embeddings, independent of the training precision.
 
     Raises:
-        ValueError: A number is below 1.
+        ValueError: ``size``, ``dim`` or ``num_classes`` is below 1.
 
     Attributes:
         embeddings: Embeddings, (Q, D); ``features`` in state dicts, as in the official release.
@@ -66,10 +66,10 @@ class MemoryBank(nn.Module):
         super().__init__()
         if min(size, dim, num_classes) < 1:
             raise ValueError(
-                f"the bank's numbers must be at least 1, got {size=}, {dim=}, {num_classes=}"
+                f"the bank's sizes must be at least 1, got {size=}, {dim=}, {num_classes=}"
             )
         self.num_classes = num_classes
-        self.pointer = self.batches = 0  # Python ints: reading them must not wait for the device
+        self.pointer = self.batches = 0  # Python ints: reading them must not synchronize
         self.register_buffer("features", torch.randn(size, dim, dtype=dtype))
         self.register_buffer("labels", torch.randint(num_classes, (size,)))
         self.register_buffer("indices", torch.full((size,), -1))
@@ -82,7 +82,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        """Overwrite the oldest entries; the part of a batch beyond the bank's end is dropped.
+        """Overwrite the oldest entries; a batch that crosses the end of the bank is truncated.
 
         Args:
             embeddings: Momentum-encoder embeddings, (B, D), on the bank's device.
@@ -95,7 +95,7 @@ class MemoryBank(nn.Module):
         size, dim = self.embeddings.shape
         if embeddings.shape != (len(labels), dim) or labels.ndim != 1:
             raise ValueError(
-                f"the bank takes embeddings (B, {dim}) with labels (B,), got "
+                f"expected embeddings (B, {dim}) and labels (B,), got "
                 f"{tuple(embeddings.shape)} and {tuple(labels.shape)}"
             )
         if indices is not None and indices.shape != labels.shape:

@@ -49,14 +49,14 @@ class Encoder(nn.Module):
         features = torch.cat([self.backbone(images) for images in _by_resolution(crops)])
         if features.ndim != 2:
             raise ValueError(
-                f"the backbone turns an image into {tuple(features.shape[1:])}, not a vector; "
-                "use one that pools and has no classifier (in timm: num_classes=0)"
+                f"the backbone must return one vector per image, not {tuple(features.shape)}; "
+                "use a model with global pooling and without classifier (in timm: num_classes=0)"
             )
         return self.projector(widen(features))
 
 
 def _by_resolution(crops: Sequence[Tensor]) -> list[Tensor]:
-    """Join adjacent tensors of equal resolution, which share BatchNorm's statistics."""
+    """Concatenate adjacent tensors of equal resolution, which share BatchNorm statistics."""
     joined = [crops[0]]
     for images in crops[1:]:
         if images.shape[1:] == joined[-1].shape[1:]:
@@ -76,13 +76,13 @@ class TReX(nn.Module):
         method.update_bank(crops, labels)
         optimizer.step()
 
-    With several processes call ``forward`` through DistributedDataParallel (without broadcast of
-    buffers); ``update_bank`` gathers the embeddings of all processes itself.
+    With several processes, call ``forward`` through DistributedDataParallel with
+    ``broadcast_buffers=False``; ``update_bank`` gathers the embeddings of all processes itself.
 
     Args:
-        encoder: Online encoder, which is trained and exported.
-        objective: Loss.
-        ema_momentum: Momentum of the momentum encoder, which exists if the objective has a bank.
+        encoder: Online encoder, to be trained.
+        objective: Loss, with its memory bank if it has one.
+        ema_momentum: Momentum of the momentum encoder; ignored without a bank.
     """
 
     def __init__(self, encoder: Encoder, objective: Objective, ema_momentum: float = 0.999) -> None:
@@ -111,8 +111,8 @@ class TReX(nn.Module):
     ) -> None:
         """Update the momentum encoder and enqueue its embeddings of all processes, in rank order.
 
-        Call it between ``forward``, with the same arguments, and the optimizer's step. It uses the
-        first crop of every image, a global one. No-op without a bank.
+        Call it after ``forward``, with the same arguments, and before the optimizer's step. It uses
+        the first crop of each image, a global crop. A no-op without a bank.
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return

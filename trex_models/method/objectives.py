@@ -20,16 +20,16 @@ from trex_models.heads import (
 )
 from trex_models.method.bank import MemoryBank, check_labels
 
-_ROWS = 256  # queries at a time: their similarities take 67 MB with a bank of 65536
+_ROWS = 256  # queries per chunk: 67 MB of similarities to a bank of 65536
 
 
 class Objective(nn.Module):
     """Base class of the losses: cross-entropy of a subclass's logits, averaged over all crops.
 
-    For your own loss, define ``logits`` (or ``forward``) and ``class_weights``.
+    To add a loss, override ``logits`` (or ``forward``) and ``class_weights``.
 
     Args:
-        bank: Memory bank of objectives that have one; ``TReX.update_bank`` fills it.
+        bank: Memory bank, if the objective has one; ``TReX.update_bank`` fills it.
     """
 
     def __init__(self, bank: MemoryBank | None = None) -> None:
@@ -50,11 +50,11 @@ class Objective(nn.Module):
         """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
-            embeddings: Embeddings, (N * B, D), crop-major: first crop of all images, then second.
+            embeddings: Embeddings, (N * B, D), crop-major: first crops of all images, then second.
             labels: Class labels, (B,), integers in [0, C).
             indices: Sample indices, (B,); only ``LOOK`` reads them.
         """
-        del indices  # only LOOK reads them
+        del indices
         logits = self.logits(embeddings)
         check_labels(labels, logits.shape[1])
         return F.cross_entropy(logits, labels.repeat(len(logits) // len(labels))), logits
@@ -75,19 +75,19 @@ class LinearSoftmax(Objective):
         self.classifier = nn.Linear(dim, num_classes)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return W z + b, in float32 at least."""
+        """Return W z + b, in float32 or wider."""
         with without_autocast(embeddings.device.type):
             return self.classifier(widen(embeddings))
 
     def class_weights(self) -> Tensor:
-        """Return the learned weights, without the bias."""
+        """Return the learned class weights, without the bias."""
         return self.classifier.weight
 
 
 class CosineSoftmax(Objective):
     """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
 
-    Equation 1 of t-ReX (arXiv 2206.15369), around ``CosineClassifier``.
+    Equation 1 of t-ReX (arXiv 2206.15369), computed by ``CosineClassifier``.
 
         loss, logits = CosineSoftmax(256, num_classes=1000)(embeddings, labels)
 
@@ -97,7 +97,7 @@ class CosineSoftmax(Objective):
         temperature: Temperature, tau.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        ValueError: ``temperature`` is not positive.
     """
 
     def __init__(self, dim: int, num_classes: int, temperature: float = 0.1) -> None:
@@ -105,11 +105,11 @@ class CosineSoftmax(Objective):
         self.classifier = CosineClassifier(dim, num_classes, temperature)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return cosine logits of the learned weights."""
+        """Return cosine logits for the learned class weights."""
         return self.classifier(embeddings)
 
     def class_weights(self) -> Tensor:
-        """Return the learned weights."""
+        """Return the learned class weights."""
         return self.classifier.weight
 
 
@@ -126,7 +126,7 @@ class OnlineClassMeans(Objective):
         temperature: Temperature, tau.
 
     Raises:
-        ValueError: ``temperature`` is not above 0.
+        ValueError: ``temperature`` is not positive.
     """
 
     bank: MemoryBank
@@ -137,11 +137,11 @@ class OnlineClassMeans(Objective):
         self.temperature = temperature
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return cosine logits of the class means; 0 for a class without entries."""
+        """Return cosine logits for the class means; 0 for a class without entries."""
         return cosine_logits(embeddings, self.class_weights(), self.temperature)
 
     def class_weights(self) -> Tensor:
-        """Return the bank's class means."""
+        """Return the class means of the memory bank."""
         return self.bank.class_means()
 
 
@@ -149,16 +149,16 @@ class LOOK(Objective):
     """Leave-one-out loss of a weighted k-NN classifier over a memory bank.
 
     This is a reconstruction of Feng et al., "Rethinking supervised pre-training for better
-    downstream transferring" (ICLR 2022, arXiv 2110.06014): only the abstract could be verified, and
-    the code is not public. An image needs the label of most of its nearest neighbors only, so a
-    class may have several modes. With N_k(i) the k entries of the bank most similar to z_i, without
-    the image's own entries, and s = cosine:
+    downstream transferring" (ICLR 2022, arXiv 2110.06014), from its abstract; the authors' code is
+    not public. An image must only share its label with most of its nearest neighbors, so that a
+    class may have several modes. Let N_k(i) be the k entries of the bank most similar to z_i,
+    excluding those of image i itself, and s_ij the cosine similarity:
 
         L_i = -log(sum_{j in N_k(i), y_j = y_i} exp(s_ij / tau) / sum_{j in N_k(i)} exp(s_ij / tau))
 
-    Our choices: if none of the k entries has the image's label, the nearest one that does is
-    added; if the bank has none, the loss is 0; the defaults. With k = Q it is SNCA (Wu et al.,
-    ECCV 2018).
+    Our own choices are the defaults and one rule: if no neighbor shares the image's label, the
+    nearest entry of the bank that does is added; if there is none, the loss is 0. k = Q is SNCA
+    (Wu et al., ECCV 2018).
 
         bank = MemoryBank(65536, dim=256, num_classes=1000)
         loss, votes = LOOK(bank)(embeddings, labels, indices)
@@ -169,7 +169,7 @@ class LOOK(Objective):
         neighbors: Number of neighbors, k; at most the size of the bank.
 
     Raises:
-        ValueError: ``temperature`` is not above 0, or ``neighbors`` is below 1.
+        ValueError: ``temperature`` is not positive, or ``neighbors`` is below 1.
     """
 
     bank: MemoryBank
@@ -183,10 +183,10 @@ class LOOK(Objective):
         self.neighbors = min(neighbors, len(bank.labels))
 
     def class_weights(self) -> None:
-        """Return None: classes have no vectors."""
+        """Return None: there are neither class weights nor prototypes."""
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return the logarithm of each class's share of the votes, -inf without votes."""
+        """Return the log of each class's share of the votes, (N * B, C); -inf without votes."""
         bank = F.normalize(self.bank.embeddings, dim=1)
         votes = []
         for part in embeddings.detach().split(_ROWS):
@@ -199,8 +199,8 @@ class LOOK(Objective):
     ) -> tuple[Tensor, Tensor]:
         """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
-        Arguments are those of ``Objective``. Entries with the index of the sample are excluded;
-        without ``indices`` (or with -1) none is, which is correct if the bank holds no such entry.
+        Arguments are those of ``Objective.forward``. Entries with the index of the sample are
+        excluded; without ``indices`` (or with -1) the bank must not contain the samples.
         """
         check_labels(labels, self.bank.num_classes)
         bank = F.normalize(self.bank.embeddings, dim=1)
@@ -209,32 +209,30 @@ class LOOK(Objective):
             own = (indices[:, None] == self.bank.indices) & (self.bank.indices >= 0)
         of_class = labels[:, None] == self.bank.labels
         losses, votes = [], []
-        for crop in embeddings.split(
-            len(labels)
-        ):  # one crop of each image at a time: bounds the memory
+        for crop in embeddings.split(len(labels)):  # one crop per image bounds the memory
             loss, vote = self._compare(self._scores(crop, bank), own, of_class)
             losses.append(loss)
             votes.append(vote)
         return torch.cat(losses).mean(), torch.cat(votes)
 
     def _compare(self, scores: Tensor, own: Tensor, of_class: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses, (B,), and the votes, (B, C), of one crop of every image.
+        """Return losses, (B,), and log-votes, (B, C), for one crop per image.
 
-        ``scores`` are similarities over temperature; ``own`` and ``of_class`` mark entries of the
-        image itself and of its class; (B, Q) each.
+        ``scores`` are similarities divided by temperature; ``own`` and ``of_class`` are masks of
+        the entries of the image itself and of its class. Each is (B, Q).
         """
         with torch.no_grad():
             others = scores.masked_fill(own, -math.inf)
             nearest, entries = others.topk(self.neighbors, dim=1)
             votes = self._votes(nearest, entries)
-            counts = nearest > -math.inf  # own entries are -inf
+            counts = nearest > -math.inf  # excludes own entries
             alike = counts & of_class.gather(1, entries)
             best, entry = others.masked_fill(~of_class, -math.inf).max(1)
             joins = (~alike.any(1) & (best > -math.inf))[:, None]
             entries = torch.cat([entries, entry[:, None]], 1)
             counts = torch.cat([counts, joins], 1)
             alike = torch.cat([alike, joins], 1)
-            # If the bank has none of the class, both sums are equal, and the loss is 0.
+            # If the bank has no entry of the class, both sums are equal, and the loss is 0.
             none = ~alike.any(1, keepdim=True)
             counts, alike = counts | none, alike | none
         chosen = scores.gather(1, entries)
@@ -243,12 +241,12 @@ class LOOK(Objective):
         return every - same, votes
 
     def _scores(self, embeddings: Tensor, bank: Tensor) -> Tensor:
-        """Return similarity over temperature, (B, Q), in float32 at least."""
+        """Return similarities divided by temperature, (B, Q), in float32 or wider."""
         with without_autocast(embeddings.device.type):
             return F.linear(F.normalize(widen(embeddings), dim=1), bank) / self.temperature
 
     def _votes(self, nearest: Tensor, entries: Tensor) -> Tensor:
-        """Return the logarithm of the classes' shares in exp(score), (B, C)."""
-        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 if all entries are the image's own
+        """Return the log of each class's share of the votes exp(score), (B, C)."""
+        shares = nearest.softmax(1).nan_to_num()  # 0 / 0 if all are the image's own entries
         votes = shares.new_zeros(len(shares), self.bank.num_classes)
         return votes.scatter_add_(1, self.bank.labels[entries], shares).log()

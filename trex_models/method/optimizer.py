@@ -12,13 +12,13 @@ def learning_rates(
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Compute the learning rate of every step: linear warm-up from 0, then cosine decay.
 
-    The schedule of t-ReX (arXiv 2206.15369), whose peak is 0.1 per 256 images of a batch.
+    The schedule of t-ReX (arXiv 2206.15369), with a peak of 0.1 per 256 images in a batch.
 
     Args:
         peak: Learning rate at the end of the warm-up.
-        final: Learning rate that the cosine would reach one step after the last.
+        final: Learning rate that the cosine decay would reach one step after the last one.
         warmup_steps: Number of steps of the warm-up.
-        total_steps: Number of steps, warm-up included.
+        total_steps: Number of steps, including the warm-up.
 
     Returns:
         Learning rates, (total_steps,).
@@ -33,7 +33,7 @@ def learning_rates(
 def build_sgd(
     module: nn.Module, momentum: float = 0.9, weight_decay: float = 1e-4, lr: float = 0.1
 ) -> torch.optim.SGD:
-    """Build SGD with weight decay on parameters of more than one dimension only.
+    """Build SGD with weight decay only on parameters of more than one dimension.
 
     The optimizer of t-ReX (arXiv 2206.15369), without Nesterov momentum.
 
@@ -42,9 +42,9 @@ def build_sgd(
             group["lr"] = rate  # before each step, from learning_rates
 
     Args:
-        module: Module to train; parameters without gradient are left out.
-        momentum: Momentum.
-        weight_decay: Weight decay of weights; biases and norms have none.
+        module: Module to train; parameters that do not require gradients are skipped.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of weights; biases and normalization layers have none.
         lr: Initial learning rate.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -56,9 +56,9 @@ def build_sgd(
 
 
 def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
-    """Give a restored optimizer's buffers the memory format of their parameters.
+    """Convert the buffers of a restored optimizer to the memory format of their parameters.
 
-    Fused SGD reads both in memory order: with different strides it would mix up their elements.
+    Fused SGD reads both in memory order: different strides would pair the wrong elements.
     """
     for parameter, state in optimizer.state.items():
         buffer = state.get("momentum_buffer")
