@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,3 +116,50 @@ def test_the_parser_requires_a_list_that_must_not_be_empty(
         printed = "".join(capsys.readouterr())
         assert said in printed
         assert f"[{metavar} [{metavar} ...]]" not in printed
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (
+            train.main,
+            "trex --optim.epoch 3 --output x",
+            "--optim.epoch, 3; Perhaps .*--optim.epochs",
+        ),
+        (train.main, "trex", "Missing from python -m trex_models.train trex: --output STR"),
+        (transfer.main, "table --markdwn", r"Unrecognized options: --markdwn"),
+        (
+            transfer.main,
+            "plot --kind pie --output x",
+            "'pie' for argument '--kind'. Expected one of",
+        ),
+        (convert.main, "export resnet18 --output", "Missing value for argument '--output'"),
+    ],
+)
+def test_usage_errors_are_one_line(
+    main: Main, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert re.fullmatch(rf"error: .*{message}.*; see python -m \S+.* --help\n", error)
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "shown"),
+    [
+        (train.main, "trex --help", r"--system.workers INT\n"),
+        (transfer.main, "plot --help", r"\[PATH \.\.\.\].*--published \{paper,released\}\n"),
+        (convert.main, "export --help", r"--features \{backbone,projector,logits\}\n"),
+    ],
+)
+def test_help_shows_no_empty_defaults(
+    main: Main, arguments: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    help_text = capsys.readouterr().out
+    assert re.search(shown, help_text, re.S)
+    assert not re.search(r"\{None|default:\s*(None|''|)\)", help_text)

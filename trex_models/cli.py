@@ -16,10 +16,10 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from errno import EISDIR
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -79,19 +79,49 @@ def call(
             with suppress(SystemExit):
                 call(commands, ["--help"], prog=prog, description=description)
             raise SystemExit(2)
-    for command in commands.values() if isinstance(commands, Mapping) else [commands]:
-        _prepare(command)
+        commands = {name: _deferred(command) for name, command in commands.items()}
+    else:
+        commands = _deferred(commands)
     options = {"config": (tyro.conf.FlagCreatePairsOff,), **options}
-    printed = io.StringIO()  # help alone: tyro does not wrap descriptions
+    printed, failed = io.StringIO(), io.StringIO()
     try:
-        with redirect_stdout(printed) if {"-h", "--help"} & set(arguments) else nullcontext():
-            return parse(
+        with redirect_stdout(printed), redirect_stderr(failed):
+            parsed = parse(
                 commands, args=list(arguments), prog=prog, description=description, **options
             )
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_usage_error(failed.getvalue())}", file=sys.stderr)
+        raise
     finally:
         width = shutil.get_terminal_size().columns
-        for line in printed.getvalue().splitlines():
+        help_text = re.sub(r"\s*\(default:\s*(None|''|)\)", "", printed.getvalue())
+        help_text = help_text.replace("{None,", "{")
+        help_text = re.sub(r"\[\[(\w+) \[\1\s+\.\.\.\]\]\]", r"[\1 ...]", help_text)
+        help_text = re.sub(r"\{None\}\|(\S+)", r"\1       ", help_text)
+        for line in help_text.splitlines():  # tyro does not wrap descriptions
             print(textwrap.fill(line, width) if len(line) > width else line.rstrip())
+    return parsed() if isinstance(parsed, partial) else parsed
+
+
+def _deferred(command: Command) -> Command:
+    """Let parsing return a call of the command, so that only tyro's own output is captured."""
+    _prepare(command)
+    if is_dataclass(command):
+        return command
+
+    @wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Any:
+        return partial(command, *args, **kwargs)
+
+    return bind
+
+
+def _usage_error(text: str) -> str:
+    """Return tyro's usage error, a title and sections, as one line without descriptions."""
+    sections = [part for part in re.split(r"\n +-{3,} *\n", text)[1:] if "helptext: " not in part]
+    lines = [" ".join(re.findall(r"^ {1,6}(\S.*?)[. ]*$", part, re.M)) for part in sections]
+    return re.sub("For full helptext, (run|see):?", "see", "; ".join(lines) or text)
 
 
 @cache
