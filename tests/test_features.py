@@ -26,7 +26,7 @@ from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
 from trex_models.evaluation import feature_file
 from trex_models.evaluation.extract import extract_features
-from trex_models.evaluation.feature_file import Features
+from trex_models.evaluation.feature_file import Features, header_and_tail
 from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.features.__main__ import main
 
@@ -392,8 +392,7 @@ def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
     names = [f"class_{row % 1000:04d}/image_{row:07d}.jpg" for row in range(100_000)]
     path = tmp_path / "f.safetensors"
     rows = np.zeros((len(names), 1), np.float16)
-    shape, dtype = rows.shape, rows.dtype
-    header, tail = feature_file.header_and_tail(path, shape, dtype, {"model": "x"}, names)
+    header, tail = header_and_tail(path, rows.shape, rows.dtype, {"model": "x"}, names)
     assert len(header) < 1000
     path.write_bytes(header + rows.tobytes() + tail)
     found = trex_models.features.load(path)

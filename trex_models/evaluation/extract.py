@@ -130,9 +130,9 @@ def feature_identity(
 
 
 def images_digest(source: Source, require: bool = True) -> str:
-    """Return the SHA-256 of a source's digest and, for files, their sizes and modification times.
+    """Return the SHA-256 of a source's digest and, for files, of their sizes and times.
 
-    ``require`` raises ValueError for missing and empty files. Archives preserve the times.
+    If ``require`` is True, missing and empty files raise ValueError. Archives preserve the times.
     """
     stats = [source.stats(require)[:, :2]] if isinstance(source, FileSource) else []
     return digest(source.digest(), *stats)
@@ -279,7 +279,7 @@ class Extraction:
         if self.skipped:
             reasons = [self.skipped[index] for index in sorted(self.skipped)]
             log_skipped(reasons, listed, print)
-            print(f"skipped {len(reasons)} of {count} images; {listed} lists all of them")
+            print(f"skipped {len(reasons)} of {count} images, listed in {listed}")
             with replacing(listed) as file:
                 file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))
         self.part.finish(*self._header_and_tail(len(self.part.header)))

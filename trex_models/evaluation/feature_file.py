@@ -139,7 +139,7 @@ def names_path(path: Path) -> Path:
 
 
 class GrowingFile:
-    """Partial file of rows next to the final path, and a record of how many rows are on the disk.
+    """Partial file of rows next to the final path, with a record of the rows on the disk.
 
     A partial file that does not begin with ``header`` is overwritten.
 

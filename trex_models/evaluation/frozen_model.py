@@ -148,7 +148,7 @@ def preprocessing(model: nn.Module) -> CenterCrop:
         model: Model from ``timm.create_model``.
 
     Raises:
-        ValueError: The model has no ``pretrained_cfg``, or ``CenterCrop`` does not support it.
+        ValueError: The model has no ``pretrained_cfg`` or one that is not supported.
     """
     if not getattr(model, "pretrained_cfg", None):
         name = type(model).__name__
@@ -226,7 +226,7 @@ def _create(
             with suppress(TypeError):  # most architectures have no such argument
                 return timm.create_model(source, zero_init_last=False, **options)
         return timm.create_model(source, **options)
-    except Exception as error:  # timm, the Hub and safetensors raise any type
+    except Exception as error:  # timm, the Hub and safetensors raise errors of any type
         architecture = name.partition(".")[0]
         problem = f" cannot be loaded: {first_line(error)}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
@@ -261,7 +261,7 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
     metadata = {
-        "source": f"the image's pixels, resized to {_PIXEL_SIDE} x {_PIXEL_SIDE}, in [0, 1]",
+        "source": f"image pixels in [0, 1], resized to {_PIXEL_SIDE} x {_PIXEL_SIDE}",
         "architecture": PIXELS,
         "tag": "",
         "license": "none (no weights)",
@@ -272,7 +272,7 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
 
 
 class _Dense(nn.Module):
-    """Model that returns its last feature map: (B, 3, S, S) -> (B, C, H, W)."""
+    """Wrapper that returns a model's last feature map: (B, 3, S, S) -> (B, C, H, W)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class _Dense(nn.Module):
 
 
 class _Pooled(_Dense):
-    """Model that returns its pooled features before the projector: (B, 3, S, S) -> (B, F)."""
+    """Wrapper that returns pooled features before the projector: (B, 3, S, S) -> (B, F)."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.global_pool(super().forward(images))

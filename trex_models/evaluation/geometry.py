@@ -71,7 +71,7 @@ def analyze(
 ) -> Geometry:
     """Measure the geometry of features, (N, F), with labels, (N,), in one pass in float64.
 
-    Needs 2 N F^2 operations, and a few F^3 at the end. Allocates at most 8 (5 F^2 + 4 K F +
+    Needs 2 N F^2 operations, and O(F^3) at the end. Allocates at most 8 (5 F^2 + 4 K F +
     4 chunk F) bytes for any N, so a memory-mapped array may be larger than the memory. On CUDA,
     the last digits may differ between calls. ``progress`` is called after each chunk with the
     number of images in it.

@@ -22,7 +22,7 @@ def require_samples(
     name: str = "features",
     width: int | None = None,
 ) -> None:
-    """Check the shapes, that F is ``width`` if passed, and that a tensor of labels is integral."""
+    """Check the shapes, that F is ``width`` if passed, and that tensor labels are integers."""
     shape = tuple(features.shape)
     if len(shape) != 2 or 0 in shape or width not in (None, shape[1]):
         raise ValueError(f"{name} must be of shape (N, {width or 'F'}) and not empty, got {shape}")

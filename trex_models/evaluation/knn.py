@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbor classification by cosine similarity, in bounded memory.
 
 Wu et al. 2018 (arXiv 1805.01978), section 3.4, as used by DINO (arXiv 2104.14294): each of a
-query's k nearest references votes for its class with exp(s_i / T), s_i being its similarity. Here
-all votes of a query are divided by the largest, exp(s_1 / T), so that a small T cannot overflow.
+query's k nearest references, with similarity s_i, votes for its class with exp(s_i / T). Here, all
+votes of a query are divided by the largest one, exp(s_1 / T), so that a small T cannot overflow.
 
 Shapes: N references, M queries, F features, C classes, K = min(k, N) neighbors.
 """
@@ -143,9 +143,9 @@ def vote(
 def topk_correct(
     scores: Tensor, labels: Tensor, count: int = 5, missing_score: float = 0.0
 ) -> Tensor:
-    """Return whether labels, (M,), are among the 1 to ``count`` highest of scores, (M, C).
+    """Return a mask of the labels, (M,), that are among the highest of scores, (M, C).
 
-    The result is a mask, (M, min(count, C)): its first column is top-1, its fifth top-5. A class
+    The mask has shape (M, min(count, C)): its first column is top-1, its fifth top-5. A class
     without votes has the lowest score, ``missing_score``, and is never correct.
     """
     ranked = scores.topk(min(count, scores.shape[1]))

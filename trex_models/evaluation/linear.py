@@ -1,4 +1,4 @@
-"""Linear layers trained by SGD on frozen features, one for each setting of a grid, in parallel.
+"""Linear layers trained by SGD on frozen features, one per setting of a grid, in parallel.
 
 Features are L2-normalized, the loss is cross-entropy, and the learning rate is constant within an
 epoch: lr / 2 (1 + cos(pi e / E)) in epoch e of E. Each layer equals the result of torch.optim.SGD.

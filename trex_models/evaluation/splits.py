@@ -1,4 +1,4 @@
-"""Random orders and splits computed from hashes of sample names, not by a random generator.
+"""Random orders and splits from hashes of sample names instead of a random generator.
 
 SHA-256 is the same on every platform and in every NumPy version, and the hash of a sample does not
 depend on other samples, so adding a class or an image does not change the split of other classes.

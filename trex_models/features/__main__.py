@@ -47,7 +47,7 @@ def extract(
     batch_size: int = 256,
     workers: int = _WORKERS,
 ) -> None:
-    """Extract image features into a file. To continue after an interruption, rerun the command.
+    """Extract image features into a file. The same command resumes an interrupted extraction.
 
     Example: python -m trex_models.features extract images --model trex_resnet50 --output f.npy
 

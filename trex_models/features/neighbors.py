@@ -51,7 +51,7 @@ def find(
     root: Path | None = None,
     device: str = "cpu",
 ) -> list[Neighbors]:
-    """Find the nearest neighbors of queries: names in the feature file, or paths of other images.
+    """Find nearest neighbors of queries, names in the feature file or paths of other images.
 
     An image is not its own neighbor. ``model``, ``file`` (its weights) and ``root`` (folder of the
     images) are only needed if they were moved.

@@ -52,7 +52,7 @@ def evaluate_model(
     batch_size: int = 256,
     workers: int = _WORKERS,
 ) -> None:
-    """Evaluate a model on datasets. To continue after an interruption, rerun the same command.
+    """Evaluate a model on datasets. The same command resumes an interrupted evaluation.
 
     Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
@@ -113,7 +113,7 @@ def evaluate_model(
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
-    """Return the command line that repeats an evaluation; options at their default are omitted."""
+    """Return the command line that repeats an evaluation, without options at their default."""
     words = ["python", "-m", "trex_models.transfer", "evaluate"]
     for name, parameter in signature(evaluate_model).parameters.items():
         if options[name] != parameter.default:

@@ -191,11 +191,11 @@ def select(text: str) -> list[Dataset]:
 
 
 def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open the training and test images; check everything that can be checked without decoding."""
+    """Open the training and test images; check all that needs no decoding."""
     try:
         train, test = dataset.open(root.expanduser())
         _check(train, test, dataset.sizes)
-    except Exception as error:  # torchvision and SciPy raise any type for damaged files
+    except Exception as error:  # torchvision and SciPy raise errors of any type
         needed = f"needed: {dataset.layout}"
         if dataset.home:
             needed = f"needed below {root}: {dataset.layout}; from {dataset.home}"

@@ -1,6 +1,6 @@
-"""Plots of reports: scatter plot of the two scores, bars of accuracies, geometry of features.
+"""Plots of reports: scatter plot of the two scores, bars of accuracies, and geometry.
 
-Accuracies are fractions in reports and percentages in plots. Each model has the same color in all.
+Accuracies are fractions in reports and percentages in plots. A model has one color in all plots.
 """
 
 from __future__ import annotations

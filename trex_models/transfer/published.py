@@ -1,8 +1,8 @@
-"""Results of t-ReX and other models, published by the authors (ICLR 2023, arXiv 2206.15369).
+"""Results of t-ReX and other models that the authors published (arXiv 2206.15369).
 
-We did not measure any of them. The paper's results were read from its plots, with errors of about
-0.0002 in top-1 and 0.003 in log-odds; those of the released models are from the table of the
-release. Means over 13 datasets are not comparable with means over 15.
+We did not measure any of them. Results of the paper (ICLR 2023) were read from its plots, with
+errors of about 0.0002 in top-1 and 0.003 in log-odds. Results of the released models are from the
+table in the release. Means over 13 datasets are not comparable with means over 15.
 """
 
 from __future__ import annotations

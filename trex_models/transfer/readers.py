@@ -22,7 +22,7 @@ NUM_LEVELS = 5
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
-    """Return a reader of a torchvision dataset, by its class, image folder and training splits."""
+    """Return a reader of a torchvision dataset: its class, image folder, training splits."""
 
     def read(root: Path) -> Parts:
         splits = *train, "test"
@@ -145,7 +145,7 @@ def inaturalist(root: Path, year: int) -> Parts:
 
 
 def cog(root: Path, level: int) -> Parts:
-    """Read ImageNet-CoG: ImageNet-21K concepts, farther from ImageNet-1K at each level (1 to 5).
+    """Read a level, 1 to 5, of ImageNet-CoG: concepts at growing distance from ImageNet-1K.
 
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021.
     """

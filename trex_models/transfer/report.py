@@ -225,7 +225,7 @@ def wilson_interval(share: float, images: int) -> tuple[float, float]:
 
 
 def summary(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean scores of a model over datasets, which must have the same number of seeds."""
+    """Return the mean scores over datasets, which must have the same number of seeds."""
     entries = datasets.values()
     odds = [
         [log_odds(p, entry["test"]["images"]) for p in entry["top1"]["seeds"]] for entry in entries
