@@ -1,4 +1,4 @@
-"""`python -m trex_models.features`: what it writes, how it continues, how it is read."""
+"""`python -m trex_models.features`: writing, resuming and reading feature files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource
 from trex_models.evaluation import feature_file
 from trex_models.evaluation.extract import extract_features
-from trex_models.evaluation.feature_file import Features
+from trex_models.evaluation.feature_file import Features, header_and_tail
 from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.features.__main__ import main
 
@@ -35,7 +35,7 @@ CFG: Args = {"input_size": [3, 64, 64], "license": "cc-by-nc-sa-4.0"}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, another one, and a whole model with projector and classifier."""
+    """Two backbones, and a model with projector and classifier."""
     root = tmp_path_factory.mktemp("models")
     head = {"proj_layers": 1, "proj_hidden_dim": 16, "proj_dim": 12}
     backbone: Args = {"name": "resnet10t", "num_classes": 0}
@@ -56,7 +56,7 @@ CROP = PROTOCOLS["transfer"].__class__(size=(64, 64), crop_pct=1.0, interpolatio
 
 
 def assert_right(found: Features, place: Path, models: Path) -> None:
-    """Compare with the features of the same images, extracted in one go."""
+    """Compare with features of the same images from ``extract_features``."""
     model = timm.create_model(f"local-dir:{models / 'backbone'}", pretrained=True)
     source = FileSource(place / "images", found.names, [0] * len(found.names), ["x"])
     expected = extract_features(model.to(memory_format=torch.channels_last), source, CROP)
@@ -120,7 +120,7 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     before = Path("f.npy").read_bytes()
     assert len(reads) == 11
     assert run(models, "images", "--output", "f.npy") == 0
-    assert "f.npy is there already" in capsys.readouterr().out
+    assert "f.npy already contains these features" in capsys.readouterr().out
     assert len(reads) == 11
     for arguments, model, other in (
         ("images", "other", "weights_sha256"),
@@ -130,7 +130,7 @@ def test_a_finished_file_is_kept_and_another_not_replaced_unasked(
     ):
         assert run(models, *arguments.split(), "--output", "f.npy", model=model) == 2
         errors = capsys.readouterr().err
-        assert re.search(rf"something else \(other .*{other}\).*--overwrite", errors)
+        assert re.search(rf"differs from the .* features in .*{other}.*--overwrite", errors)
     assert Path("f.npy").read_bytes() == before
     assert run(models, "images", "--output", "bf16.npy", "--precision", "bf16") == 0
     assert not np.array_equal(np.load("bf16.npy"), np.load("f.npy"))
@@ -150,7 +150,7 @@ def test_changed_images_with_the_same_names_are_extracted_again(
     save_image(place / "images" / "a" / "0.png", 99)
     os.utime(place / "images" / "a" / "0.png", (10**9, 10**9))
     assert run(models, "images", "--output", "f.npy") == 2
-    assert "something else (other images_sha256)" in capsys.readouterr().err
+    assert "differs from the requested features in images_sha256" in capsys.readouterr().err
     assert run(models, "images", "--output", "cut.npy") == 0
     assert "continuing" not in capsys.readouterr().out
     changed = (np.load("cut.npy") != before).any(1)
@@ -170,7 +170,7 @@ def test_other_files_are_not_replaced_unasked(
         for name, data in contents.items():
             Path(name).write_bytes(data)
         assert run(models, "images", "--output", out) == 2
-        assert f"error: {min(contents)} is there, and it is no file" in capsys.readouterr().err
+        assert f"{min(contents)} exists, but is not a feature file" in capsys.readouterr().err
         assert {name: Path(name).read_bytes() for name in contents} == contents
         assert run(models, "images", "--output", out, "--overwrite") == 0
         assert len(trex_models.features.load(out).names) == 11
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_not_taken_for_a_finished_one(
         np.save(out, np.zeros((10, 32), np.float32))
     assert run(models, "images", "--output", out) == 2
     error = capsys.readouterr().err
-    assert "it is damaged: cut short, or its names are not those of its features" in error
+    assert "is damaged: it is truncated, or its names do not match its features" in error
     assert "--overwrite" in error
     assert run(models, "images", "--output", out, "--overwrite") == 0
     assert Path(out).read_bytes() == data
@@ -207,7 +207,7 @@ def test_a_killed_command_continues(
 
     def killed(self: FileSource, index: int) -> np.ndarray:
         if index == 9:
-            shutil.copytree("out", "left")  # what is on the disk if the process is killed now
+            shutil.copytree("out", "left")  # files on disk if the process were killed now
             raise KeyboardInterrupt
         return read(self, index)
 
@@ -269,7 +269,7 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     torn[0].write_bytes(b"torn")
     assert run(models, "images", "--output", out) == 2
     assert f"error: {torn[0]} cannot be read as an image" in capsys.readouterr().err
-    torn[1].write_bytes(b"")  # found without reading
+    torn[1].write_bytes(b"")  # detected without reading
     assert run(models, "images", "--output", out) == 2
     errors = capsys.readouterr().err
     assert "1 of 11 image files are missing or empty" in errors
@@ -318,12 +318,12 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--features", "projector"], "has no projector, as trex_resnet50_proj"),
+        (["--features", "projector"], "has no projector (trex_resnet50_proj"),
         (["--features", "logits"], "has no classifier"),
         (["--output", "f.txt"], r"--output f.txt: give a file that ends in .safetensors or .npy"),
         (["--output", "images/a/0.png/f.npy"], "cannot be written"),
-        (["--file", "missing.pth"], "missing.pth is no file"),
-        (["--file", "images/a/0.png"], "--file goes with the name of an architecture"),
+        (["--file", "missing.pth"], "missing.pth is not a file"),
+        (["--file", "images/a/0.png"], "--file requires a timm architecture"),
         (["--output", "new/f.npy", "--features", "logits"], "has no classifier"),
         (["nothing"], "nothing: there is no such file or folder"),
     ],
@@ -357,7 +357,7 @@ def test_missing_packages_and_maps_are_told(
 ) -> None:
     dense = ["images", "--output", "f.npy", "--features", "dense"]
     assert run(models, *dense, model="vit") == 2
-    assert "not a map (C, H, W)" in capsys.readouterr().err
+    assert "expected (C, H, W)" in capsys.readouterr().err
     missing = ModuleNotFoundError("no simplejpeg", name="simplejpeg")
     monkeypatch.setattr("trex_models.features.images.find_images", Mock(side_effect=missing))
     assert run(models, *dense) == 2
@@ -374,7 +374,7 @@ def test_a_model_without_weights_is_told_with_what_this_command_has(
         error = capsys.readouterr().err
         assert "resnet200 cannot be loaded" in error
         assert "--untrained" not in error
-        assert ("--file gives an architecture of timm weights" in error) == (not own)
+        assert ("--file loads your own weights" in error) == (not own)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
@@ -388,13 +388,13 @@ def test_images_whose_names_are_not_utf8_are_skipped_and_told(
 
 
 def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
-    """A million names stay readable, as safetensors allows headers of 100 MB only."""
+    """A million names can be read, although safetensors limits headers to 100 MB."""
     names = [f"class_{row % 1000:04d}/image_{row:07d}.jpg" for row in range(100_000)]
     path = tmp_path / "f.safetensors"
     rows = np.zeros((len(names), 1), np.float16)
-    header, listed = feature_file.ends(path, rows.shape, rows.dtype, {"model": "x"}, names)
+    header, tail = header_and_tail(path, rows.shape, rows.dtype, {"model": "x"}, names)
     assert len(header) < 1000
-    path.write_bytes(header + rows.tobytes() + listed)
+    path.write_bytes(header + rows.tobytes() + tail)
     found = trex_models.features.load(path)
     assert found.names == names
     with safe_open(path, "np") as file:
@@ -412,5 +412,5 @@ def test_a_damaged_file_is_told(models: Path) -> None:
     Path("short.safetensors").write_bytes(path.read_bytes()[:-1])
     path.write_bytes(b"\xff" * 64)
     for name in (path, array, "f.bin", "short.safetensors", "missing.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}.*(features|wrote)"):
+        with pytest.raises(ValueError, match=f"{name}.*(feature|wrote)"):
             trex_models.features.load(name)

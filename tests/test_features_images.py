@@ -1,4 +1,4 @@
-"""Which images the arguments of `python -m trex_models.features` name."""
+"""Finding images from the arguments of `python -m trex_models.features`."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCapt
     ("argument", "message"),
     [
         ("nowhere", "nowhere: there is no such file or folder"),
-        ("images/empty", "images/empty holds no images"),
-        ("images/*.gif", r"images/\*\.gif matches none"),
-        ("images/b/*.md", r"matches 1 files and folders, none of them an image"),
-        ("images/b/notes.md", "notes.md is no image by its name"),
-        ("list.csv", r"lists of paths are \.txt"),
+        ("images/empty", "images/empty contains no images"),
+        ("images/*.gif", r"images/\*\.gif matches no files"),
+        ("images/b/*.md", r"matches 1 files and folders, but no images"),
+        ("images/b/notes.md", "notes.md has no image extension"),
+        ("list.csv", r"a list of paths must be \.txt"),
         ("blank.txt", "blank.txt lists no images"),
-        ("bad.txt", "bad.txt, line 2: model.pt is no image"),
+        ("bad.txt", "bad.txt, line 2: model.pt has no image extension"),
         ("latin.txt", "latin.txt cannot be read as a list"),
-        ("blank-end.txt", r"line 1: 'top.jpeg ' is no image by its name"),
+        ("blank-end.txt", r"line 1: 'top.jpeg ' has no image extension"),
     ],
 )
 def test_what_names_no_images_is_told(place: Path, argument: str, message: str) -> None:

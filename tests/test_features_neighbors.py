@@ -1,4 +1,4 @@
-"""Nearest neighbors of images in a file of features: found, printed and drawn."""
+"""Nearest neighbors of images in a feature file: search, text output and plot."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_model_must_be_that_of_the_file(
     shutil.copytree(models / ("backbone" if part else "other"), "model")
     if part:
         edit_config(Path("model"), lambda config: config[part].update({key: value}))
-    with pytest.raises(ValueError, match=rf"is not the model .* \(other {differing}\)"):
+    with pytest.raises(ValueError, match=f"differs from the model of the .* in {differing}"):
         find(trex_models.features.load("f.npy"), ["new.png"], model="model")
 
 
@@ -104,7 +104,7 @@ def test_weights_of_your_own_may_be_moved(place: Path, capsys: pytest.CaptureFix
     Path("own.safetensors").rename("moved.safetensors")
     asked = ["neighbors", "own.npy", "--query", "new.png"]
     assert main(asked) == 2
-    assert "own.safetensors is no file" in capsys.readouterr().err
+    assert "own.safetensors is not a file" in capsys.readouterr().err
     assert main([*asked, "--file", "moved.safetensors"]) == 0
     assert capsys.readouterr().out.splitlines()[1].endswith("b/5.png")
 
@@ -157,7 +157,7 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
     near = list(zip(entries[0]["similarities"], entries[0]["names"], strict=True))
     assert lines[1:4] == [f"  {cosine:6.3f}  {name}" for cosine, name in near]
 
-    Path("images").rename("moved")  # found by their root
+    Path("images").rename("moved")  # then --root is needed
     assert main([*given, "--output", "moved.png"]) == 2
     assert not Path("moved.png").exists()
     assert main([*given, "--output", "moved.png", "--root", "moved"]) == 0

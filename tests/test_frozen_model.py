@@ -1,4 +1,4 @@
-"""Models as encoders: found by name, prepared as asked, identified by their weights."""
+"""Frozen models: loading by name, preprocessing, and identity by weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ load = FrozenModel.load
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as a timm folder, with a classifier and a normalization of its own."""
+    """A timm folder of a model with a classifier and non-default normalization."""
     cfg = {
         "input_size": [3, 48, 48],
         "mean": [0.1, 0.2, 0.3],
@@ -126,15 +126,15 @@ def test_pixels_are_an_encoder() -> None:
     expected = image.transpose(2, 0, 1).reshape(-1) / 255
     np.testing.assert_allclose(features[0], expected, rtol=1e-6)
     assert encoder.metadata["parameters"] == 0
-    assert encoder.metadata["license"] == "none: pixels are no weights"
+    assert encoder.metadata["license"] == "none (no weights)"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet5O", "timm knows no model of this name; the nearest are .*resnet50"),
+        ("resnet5O", "is not a timm model; the most similar names are .*resnet50"),
         ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
-        ("no/such/folder", "no such folder with a config.json"),
+        ("no/such/folder", "is not a folder with a config.json"),
         ("resnet200", "resnet200 cannot be loaded: No pretrained .*; --untrained evaluates"),
     ],
 )
@@ -165,5 +165,5 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--device: there is no {device}"):
         load("test_resnet", untrained=True, device=device)
     (tmp_path / "w.pth").write_bytes(b"x")
-    with pytest.raises(ValueError, match="--file goes with the name of an architecture"):
+    with pytest.raises(ValueError, match="--file requires a timm architecture"):
         load("pixels", file=tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Geometry of features against brute force, and on features whose numbers are known."""
+"""Geometry compared with brute force and with values known in closed form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trex_models.evaluation.geometry import Geometry, analyze
 
 
 def sample(images: int = 90, width: int = 12, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Features as after a ReLU, of unequal scales, off the origin; classes of unequal sizes."""
+    """Return non-centered features as after a ReLU, with unequal scales and class sizes."""
     rng = np.random.default_rng(images)
     labels = rng.permutation(np.minimum(np.arange(images) % (classes + 3), classes - 1))
     centers = rng.normal(size=(classes, width))
@@ -28,7 +28,7 @@ def unit(features: np.ndarray) -> np.ndarray:
 
 
 def all_pairs(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean distances within and between classes, from the matrix of all cosines."""
+    """Return mean distances within and between classes, from the matrix of all cosines."""
     distances, classes = 1 - unit(features) @ unit(features).T, np.unique(labels)
     within = []
     for name in classes:
@@ -43,7 +43,7 @@ def all_pairs(features: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 
 def scalars(geometry: Geometry) -> dict[str, float]:
-    """All but the spectrum, and what is no number."""
+    """Return the fields that are single numbers."""
     return {name: x for name, x in asdict(geometry).items() if isinstance(x, int | float)}
 
 
@@ -59,7 +59,7 @@ def test_numbers_equal_those_of_brute_force(images: int, eps: float) -> None:
     z, width = unit(features), features.shape[1]
     found = analyze(features, labels, eps)
 
-    inner = np.eye(images) + width / (images * eps**2) * z @ z.T  # the other of the equal forms
+    inner = np.eye(images) + width / (images * eps**2) * z @ z.T  # equal to the (F, F) form
     assert found.coding_length == pytest.approx(np.linalg.slogdet(inner)[1] / 2, rel=1e-10)
     singular = np.linalg.svd((z - z.mean(0)) / np.sqrt(images), compute_uv=False)
     expected = np.zeros(width)
@@ -98,7 +98,7 @@ def test_chunks_types_and_lengths_do_not_change_the_result(tmp_path: Path) -> No
 
 
 def test_collapsed_classes_and_one_direction() -> None:
-    """Two orthogonal directions: one axis, and nothing within a class."""
+    """Two orthogonal directions: one principal axis, and no variance within classes."""
     found = analyze(np.repeat([[3.0, 0, 0], [0, 0.5, 0]], [4, 4], axis=0), np.repeat([0, 1], 4))
     assert (found.within_class_distance, found.between_class_distance) == (0, 1)
     assert found.distance_ratio == 0
@@ -124,13 +124,13 @@ def test_zeros_and_classes_of_one_image() -> None:
     found = analyze(more, np.insert(labels, [0, 50, 90], [0, 1, 9]))
     assert found.zero_images == 3
     same(replace(found, zero_images=0), analyze(features, labels))
-    labels[0] = 7  # counts between classes alone
+    labels[0] = 7  # a class of one image counts only between classes
     found = analyze(features, labels)
     expected = all_pairs(features, labels)
     assert (found.within_class_distance, found.between_class_distance) == pytest.approx(expected)
     features[:, [2, 5]] = 0
     assert analyze(features, labels, chunk=20).dead_features == 2
-    features[60, 5] = -1e-30  # alive once
+    features[60, 5] = -1e-30  # nonzero for one image
     assert analyze(features, labels, chunk=20).dead_features == 1
     features = np.array([[1.0, 0.01, 0], [0, 1, -1e-6]])
     labels = np.array(["a", "a"])

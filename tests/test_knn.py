@@ -1,4 +1,4 @@
-"""Weighted k-NN against a full-matrix computation."""
+"""Weighted k-NN compared with a computation on the full matrix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sample(
 def brute_force(
     features: Tensor, labels: Tensor, queries: Tensor, classes: int, k: int, temperature: float
 ) -> Tensor:
-    """Votes by the full matrix in float64, relative to each query's nearest reference."""
+    """Compute votes from the full matrix in float64, relative to each query's nearest neighbor."""
     cosines = F.normalize(queries.double(), dim=1) @ F.normalize(features.double(), dim=1).T
     best, order = cosines.sort(dim=1, descending=True)
     weights = (best[:, :k] / temperature).exp() / (best[:, :1] / temperature).exp()
@@ -105,7 +105,7 @@ def test_extreme_temperatures_keep_every_neighbor_a_voter(temperature: float) ->
 
 
 def test_memory_is_bounded() -> None:
-    """The full matrix would take 200 MB, and the widened features 51."""
+    """The full matrix would take 200 MB, and the features in float32 51 MB."""
     features, labels, queries = sample(50_000, 1_000, 256)
     features, block = features.half(), 512
     with Ledger() as ledger:
@@ -132,7 +132,7 @@ def test_memory_is_bounded() -> None:
         ),
         ({"labels": torch.zeros(9, dtype=torch.int64)}, r"203 integers.*got torch.int64.*\(9,\)"),
         ({"labels": torch.zeros(203)}, "203 integers.*got torch.float32"),
-        ({"num_classes": 6}, r"labels must lie in \[0, 6\), got 0 to 6"),
+        ({"num_classes": 6}, r"labels must be in \[0, 6\), got 0 to 6"),
         ({"labels": torch.full((203,), -1)}, "got -1 to -1"),
         ({"k": 0}, "k and chunk must be at least 1, got 0 and 40"),
         ({"chunk": 0}, "k and chunk must be at least 1, got 20 and 0"),

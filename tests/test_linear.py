@@ -1,4 +1,4 @@
-"""The grid of linear layers against torch.optim.SGD, setting by setting."""
+"""Linear layers of a grid, each compared with torch.optim.SGD."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ train: Any = partial(fit, num_classes=3, device=CPU, epochs=4, batch_size=16)
 
 
 def sample() -> Samples:
-    """50 features of different lengths, one of zeros, 45 of them to train on."""
+    """Return 50 features of different norms, one all zero; 45 are used for training."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(50, 6, generator=generator) * torch.arange(50).view(-1, 1)
     labels = torch.randint(3, (50,), generator=generator)
@@ -93,7 +93,7 @@ def test_groups_are_as_large_as_memory_allows_and_change_nothing(
         scores = fitted_accuracies(samples, tests, SETTINGS, **options)
         assert scores == accuracies(layers, tests)
     assert sizes == [3, 1, 2, 2, 1, 1, 1, 1, 4]
-    # ImageNet's 1000 classes and 2048 features: 24.6 MB a setting by 2 GB.
+    # ImageNet, 1000 classes and 2048 features: 24.6 MB per setting, with 2 GB.
     assert settings_at_once(1000, 2048, 1024, CPU) == 2 * 10**9 // (4 * 1000 * 6146)
 
 
@@ -107,7 +107,7 @@ def test_a_diverged_setting_scores_nothing_and_disturbs_no_other() -> None:
     scores = accuracies(layers, samples)
     assert scores[1] == scores[3] == 0
     assert min(scores[0], scores[2]) > 0.4
-    assert (samples.labels == 0).any()  # as which argmax of NaN would count
+    assert (samples.labels == 0).any()  # which argmax of NaN would predict
 
 
 def test_order_is_the_seeds_whatever_autocast_or_mapping(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression against scikit-learn, autograd and the plain formula."""
+"""Logistic regression compared with scikit-learn, autograd and the plain formula."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def plain_objective(x: Tensor, y: Tensor, fitted: LogisticFit) -> Tensor:
 
 
 def scikit_learn(x: Tensor, y: Tensor, strength: float) -> LogisticRegression:
-    """Fit by Newton's method, which ends at the optimum; its lbfgs does not where C is large."""
+    """Fit by Newton's method, which reaches the optimum; its lbfgs does not for large C."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the last digits not reached
+        warnings.simplefilter("ignore")  # about unreached last digits
         model = LogisticRegression(C=strength, tol=1e-9, solver="newton-cholesky")
         return model.fit(x.double().numpy(), y.numpy())
 
@@ -77,7 +77,7 @@ def test_float64_reaches_scikit_learns_weights() -> None:
     fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
     np.testing.assert_allclose(fitted.weight, reference.coef_, atol=1e-6)
     np.testing.assert_allclose(fitted.intercept, reference.intercept_, atol=1e-6)
-    x, y = clusters(classes=2)  # scikit-learn's at twice the C
+    x, y = clusters(classes=2)  # scikit-learn needs twice the C
     fitted = fit(x.double(), y, 0.5, tolerance=1e-14)
     reference = scikit_learn(x, y, 1.0)
     np.testing.assert_allclose(fitted.weight.diff(dim=0), reference.coef_, atol=1e-6)
@@ -131,7 +131,7 @@ def test_a_path_follows_the_line_through_its_last_two_fits() -> None:
     for strength, fitted in zip(strengths, path, strict=True):
         assert fitted.converged
         assert fitted.objective == pytest.approx(fit(x, y, strength).objective, rel=2e-5)
-    with pytest.raises(ValueError, match=r"ascend.* sort them, got 0.1 after 1.0"):
+    with pytest.raises(ValueError, match=r"ascend, got 0.1 after 1.0; sort them"):
         fit_path(x, y, [1.0, 0.1])
     assert fit_path(x, y, []) == []
 
@@ -227,7 +227,7 @@ NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
         ({"features": X[0]}, r"features must be of shape \(N, F\) .*got \(7,\)"),
         ({"features": X[:0], "labels": Y[:0]}, "not empty"),
         ({"features": NAN}, "features must be finite, but row 4"),
-        ({"features": X * 1e18}, "features reach .*e.18, too much for torch.float32: scale"),
+        ({"features": X * 1e18}, "features reach .*e.18, too large for torch.float32; scale"),
         ({"labels": Y[:-1]}, r"labels of the features must be 90 integers, .* of shape \(89,\)"),
         ({"labels": Y.float()}, "must be 90 integers, .* got torch.float32"),
         ({"labels": Y - 1}, "labels must be 0 to K - 1.*got 3 different labels from -1 to 1"),

@@ -1,4 +1,4 @@
-"""Orders and splits by hash."""
+"""Orders and splits derived from hashes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_each_class_holds_out_its_own_share_for_ever() -> None:
     labels = np.repeat([0, 1, 2], (10, 2, 25))
     assert np.flatnonzero(held_out(labels)).tolist() == [4, 8, 11, 15, 22, 26, 29, 31]
     assert np.flatnonzero(held_out(labels, seed=1)).tolist() != [4, 8, 11, 15, 22, 26, 29, 31]
-    with pytest.raises(ValueError, match=r"class 5 has one sample; two are needed.*leave it out"):
+    with pytest.raises(ValueError, match=r"class 5 has only one sample, but needs two.*remove"):
         held_out(np.array([1, 1, 5, 2, 2]))
 
 
@@ -52,6 +52,6 @@ def test_a_tiny_class_changes_nothing_for_the_others() -> None:
 def test_every_sample_is_equally_likely_and_classes_differ() -> None:
     labels = np.repeat(np.arange(2000), 10)
     drawn = held_out(labels).reshape(2000, 10)
-    # Binomial, 2000 draws of probability 0.2: a standard deviation of 18.
+    # Binomial, 2000 draws with probability 0.2: the standard deviation is 18.
     assert np.abs(drawn.sum(0) - 400).max() < 80
-    assert len(np.unique(drawn, axis=0)) == 45  # each pair of ten
+    assert len(np.unique(drawn, axis=0)) == 45  # number of pairs among ten

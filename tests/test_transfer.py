@@ -1,4 +1,4 @@
-"""`python -m trex_models.transfer` from the command line to report, table and picture."""
+"""`python -m trex_models.transfer`: evaluation, reports, tables and plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = {"dark": 60, "gray": 120, "light": 180}
 
 
 def write_images(root: Path, per_class: int, seed: int, noise: float) -> None:
-    """Write class folders of noisy squares whose brightness is their class's, more or less."""
+    """Write class folders of noisy squares; the mean brightness depends on the class."""
     rng = np.random.default_rng(seed)
     for name, level in CLASSES.items():
         (root / name).mkdir(parents=True)
@@ -42,7 +42,7 @@ def write_images(root: Path, per_class: int, seed: int, noise: float) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and two data sets, an easy and a hard one."""
+    """A model and two datasets, an easy and a hard one."""
     root = tmp_path_factory.mktemp("transfer")
     for number, (name, noise) in enumerate({"easy": 0.0, "hard": 40.0}.items()):
         write_images(root / name / "train", 15, 2 * number, noise)
@@ -108,7 +108,7 @@ def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -
     mean, *ends = (100 * value for value in (hard["top1"]["mean"], *hard["top1"]["test_interval"]))
     assert rows[2][2] == f"{mean:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"
     assert rows[3][-1].startswith(f"{report['transfer']['mean_log_odds']:.3f} (")
-    assert "counts as half a test image off" in text
+    assert "are clipped by half a test image" in text
     assert report["protocol"]["note"] in text
     assert "INCOMPLETE" not in text
 
@@ -153,7 +153,7 @@ def test_a_run_that_was_cut_leaves_a_report_that_says_so(
     assert "INCOMPLETE" in out.with_suffix(".md").read_text()
     assert run(place, out) == 0
     assert read_report(out)["complete"]
-    assert len(calls) == 3  # easy, the cut one, hard
+    assert len(calls) == 3  # easy, the interrupted one, hard
 
 
 def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
@@ -170,7 +170,7 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
 
     monkeypatch.setattr(evaluate_module, "write_text_file", refuse)
     assert run(place, tmp_path / "report.json") == 0
-    assert "scores are not cached for other runs" in capsys.readouterr().out
+    assert "cannot cache the scores for other runs" in capsys.readouterr().out
     again = read_report(tmp_path / "report.json")
     assert again["complete"]
     for name, entry in again["datasets"].items():
@@ -190,7 +190,7 @@ def test_features_of_zeros_have_no_geometry(
     sets = f"black={tmp_path / 'black'}"
     given = ["--model", "pixels", "--datasets", sets, "--output", str(out), "--geometry"]
     assert main(["evaluate", *given, "--seeds", "1", "--workers", "0"]) == 0
-    assert "no geometry: " in capsys.readouterr().out
+    assert "geometry is not available: " in capsys.readouterr().out
     entry = read_report(out)["datasets"]["black"]
     assert entry["geometry"]["train"] is None
     assert entry["top1"]["mean"] == 0.5
@@ -211,11 +211,11 @@ def test_what_does_not_compare_is_refused_or_said(
     capsys.readouterr()
     assert main(["table", one, two, "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert "not over the same datasets: they do not compare" in text
+    assert "not comparable: they are over different datasets" in text
     assert "a \\| b: top-1" in text
     for command in (["table"], ["plot", "--kind", "bars", "--output", str(tmp_path / "x.png")]):
         assert main([*command, one, other]) == 2
-        assert "easy has other images for pixels" in capsys.readouterr().err
+        assert "used different images" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("report")
@@ -224,7 +224,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(place: Path) -> None:
     os.close(reader)
     with open(writer, "w") as stream, redirect_stdout(stream):  # noqa: PTH123 - a descriptor
         status = main(["table", str(place / "out" / "report.json")])
-    assert status == 128 + signal.SIGPIPE  # and closing the stream raises nothing
+    assert status == 128 + signal.SIGPIPE  # and closing the stream raises no error
 
 
 @pytest.mark.cuda
@@ -273,7 +273,7 @@ def test_models_share_a_table_and_a_picture(
             assert image.width > 500
     asked = ["--kind", "geometry", "--dataset", "nowhere", "--output", str(picture)]
     assert main(["plot", one, *asked]) == 2
-    assert "no report has the geometry of 'nowhere'" in capsys.readouterr().err
+    assert "no report has geometry of 'nowhere'" in capsys.readouterr().err
     picture = tmp_path / "scatter.svg"
     assert main(["plot", other, "--output", str(picture)]) == 0
     assert picture.stat().st_size > 10_000
@@ -281,7 +281,7 @@ def test_models_share_a_table_and_a_picture(
     assert main(["plot", other, "--output", str(picture), "--published", "paper"]) == 2
     assert "trained on ImageNet-1K, pixels on easy" in capsys.readouterr().err
     assert main(["plot", "--output", str(picture)]) == 2
-    assert "give reports, or --published with --kind scatter" in capsys.readouterr().err
+    assert "reports, or use --published with --kind scatter" in capsys.readouterr().err
     for options, message in (
         ("--published paper --kind bars --output x.png", "--published with --kind scatter"),
         ("--published paper --output x.gif", "--output x.gif: give a file that ends in .png or"),
@@ -301,14 +301,14 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--datasets", "imagenett"], "no dataset is called 'imagenett'"),
+        (["--datasets", "imagenett"], "'imagenett' is not a known dataset"),
         (["--datasets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
         (["--training-task", "digits"], "--training-task digits is not in --datasets"),
-        (["--model", "resnet5O"], "timm knows no model of this name; .*resnet50"),
+        (["--model", "resnet5O"], "is not a timm model; .*resnet50"),
         (["--output", "report.txt"], "--output report.txt: give a file that ends in .json"),
-        (["--cache", "{place}/easy/test/gray/0.png"], "0.png is no folder; name one"),
+        (["--cache", "{place}/easy/test/gray/0.png"], "0.png is not a folder; pass a folder"),
         (["--output", "/proc/report.json"], "--output /proc/report.json cannot be written"),
     ],
 )
@@ -348,7 +348,7 @@ def test_other_files_are_refused(
     assert main(["table", str(path)]) == 2
     err = capsys.readouterr().err
     assert str(path) in err
-    assert ("a report of format 1, not 2; evaluate" in err) == ("format" in text)
+    assert ("report format 1, expected 2; evaluate" in err) == ("format" in text)
     assert main(["table", str(tmp_path / "none.json")]) == 2
 
 

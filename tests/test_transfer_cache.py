@@ -1,4 +1,4 @@
-"""Features that are extracted once: kept whole, resumed, and never mixed up."""
+"""Cached features: complete files, resumed extraction, and no confusion between models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def cache(tmp_path: Path) -> FeatureCache:
 
 
 class CutSource(ArraySource):
-    """Images of which one cannot be read until ``whole`` is set."""
+    """Images, one of which cannot be read until ``whole`` is set."""
 
     whole = False
     reads = 0
@@ -103,7 +103,7 @@ def test_what_a_cut_left_is_used_but_where_it_is_damaged(cache: FeatureCache, da
         part.write_bytes(part.read_bytes()[:-10])
     source.whole, source.reads = True, 0
     features = cache.features(model, source, "set-train")
-    # The third batch was still on its way.
+    # The third batch had not been written yet.
     assert source.reads == 23 - {"none": 8, "short": 7}.get(damage, 0)
     expected = extract_features(model.model, images(), model.transform, batch_size=4)
     np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
@@ -131,7 +131,7 @@ def test_other_features_have_other_files(
 
 
 def test_settings_that_no_weight_shows_tell_models_apart(cache: FeatureCache) -> None:
-    """A transformer's pooling is an attribute; neither its weights nor its modules differ."""
+    """The pooling of a ViT is an attribute: neither weights nor modules differ."""
     found = []
     for pool in ("token", "avg"):
         torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_half_precision_and_another_version_have_files_of_their_own(
 
 
 def folder_source(root: Path, side: int, written: int) -> FolderSource:
-    """Return two noisy images without compression: their sizes say nothing of their pixels."""
+    """Return two uncompressed noise images, whose file size is independent of the pixels."""
     for seed, name in enumerate("ab"):
         (root / name).mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng((seed, written))
@@ -218,7 +218,7 @@ def test_features_of_other_weights_under_this_name_are_refused(cache: FeatureCac
     cache.features(encoder(seed=1), images(), "set-train")
     (other,) = set(cache.root.glob("*/*.safetensors")) - {path}
     shutil.copy(other, path)
-    with pytest.raises(ValueError, match=r"something else .*other weights_sha256.* delete"):
+    with pytest.raises(ValueError, match=r"differs from .* in weights_sha256.* delete"):
         cache.features(encoder(), images(), "set-train")
 
 
@@ -237,7 +237,7 @@ def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
         ValueError, match=r"features of a image 2 are not finite \(fp32.*--precision fp32"
     ):
         cache.features(broken, images(), "set-train")
-    with pytest.raises(ValueError, match="kept as float16.*--dtype float32"):
+    with pytest.raises(ValueError, match="stored as float16.*--dtype float32"):
         replace(cache, dtype="float16").features(large, images(), "set-train")
     assert not list(cache.root.glob("*/*.safetensors"))
     assert np.isfinite(cache.features(large, images(), "set-train")).all()

@@ -1,4 +1,4 @@
-"""The transfer datasets, on small replicas of their layouts."""
+"""Transfer datasets, tested on small replicas of their layouts."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ ON_DISK = sorted(REPLICAS)
 @pytest.fixture(autouse=True)
 def _replicas_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "EUROSAT_TEST_PER_CLASS", 2)
-    # torchvision looks at the MD5 of the published lists of Flowers-102.
+    # torchvision checks the MD5 of the official lists of Flowers-102.
     monkeypatch.setattr(
         torchvision.datasets.flowers102, "check_integrity", lambda path, _md5: Path(path).exists()
     )
 
 
 def small(name: str, parts: Parts) -> Dataset:
-    """Return a dataset that promises the replica's sizes."""
+    """Return a dataset with the sizes of its replica."""
     train, test = parts
     return replace(DATASETS[name], sizes=Sizes(len(set(train.values())), len(train), len(test)))
 
 
 def files(source: Source, root: Path) -> Files:
-    """Return path below the data root -> class of all images of a source."""
+    """Return {path relative to the data root: class} for all images of a source."""
     names = [str(Path(source.name(i)).relative_to(root)) for i in range(len(source))]
     assert len(set(names)) == len(names)
     return {
@@ -70,7 +70,7 @@ def test_each_part_has_its_files_and_labels(tmp_path: Path, name: str) -> None:
     assert train.read(0).shape == (6, 8, 3)
     shutil.copytree(tmp_path, moved)
     digests = [part.digest() for part in open_checked(small(name, expected), moved)]
-    assert digests == [train.digest(), test.digest()]  # of the content, not of the place
+    assert digests == [train.digest(), test.digest()]  # independent of the location
     assert len(set(digests)) == 2
 
 
@@ -85,9 +85,9 @@ def test_wrong_files_are_told_with_layout_and_home(tmp_path: Path, name: str) ->
     right = small(name, expected)
     count = len(expected[0])
     for change, what in (
-        ({"train": count + 1}, rf"{count} training images where {count + 1} are"),
-        ({"test": len(expected[1]) - 1}, "test images where .*remove what was"),
-        ({"classes": 1234}, "classes where 1234 are expected; unpack all of it"),
+        ({"train": count + 1}, f"expected {count + 1} training images, got {count}"),
+        ({"test": len(expected[1]) - 1}, "test images, got .*remove the extra ones"),
+        ({"classes": 1234}, "expected 1234 classes, got .*; unpack the dataset"),
     ):
         wrong = replace(right, sizes=right.sizes._replace(**change))
         assert re.search(what, refused(wrong, tmp_path))
@@ -129,7 +129,7 @@ def test_published_numbers_add_up(name: str, total: int) -> None:
     assert sizes.train + sizes.test == total
 
 
-# What is chosen.
+# Selecting datasets.
 
 
 def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
@@ -144,15 +144,15 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pets,aircaft", "no dataset is called 'aircaft'; there are"),
-        ("xyz", "'xyz'; there are imagenet, .*groups paper, transfer, small, offline, and NAME="),
-        ("mine=/a,mine=/b", "mine is /a and /b; give one"),
-        ("pets=/a", "pets=/a: 'pets' is taken or not allowed"),
-        ("small=/a", "'small' is taken"),
-        ("a/b=/a", "'a/b' is taken or not allowed; use letters"),
-        ("=/a", "'' is taken or not allowed"),
-        ("mine=", "mine= lacks the path"),
-        (" , ", "no dataset is named; there are"),
+        ("pets,aircaft", "'aircaft' is not a known dataset; choose from"),
+        ("xyz", "choose from imagenet, .*groups paper, transfer, small, offline, and NAME="),
+        ("mine=/a,mine=/b", "mine is both /a and /b; rename"),
+        ("pets=/a", "pets=/a: 'pets' is reserved or invalid"),
+        ("small=/a", "'small' is reserved"),
+        ("a/b=/a", "'a/b' is reserved or invalid; use letters"),
+        ("=/a", "'' is reserved or invalid"),
+        ("mine=", "mine= has no path"),
+        (" , ", "--datasets is empty; choose from"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said(text: str, message: str) -> None:
@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_list_is_said(text: str, message: str) -> None:
         select(text)
 
 
-# Divisions that are ours.
+# Our own splits.
 
 
 def test_eurosats_division_of_a_class_does_not_depend_on_the_others(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_own_folders_in_three_parts_are_fitted_on_two(tmp_path: Path) -> None:
     found = open_checked(own(tmp_path), tmp_path)
     assert [files(part, tmp_path) for part in found] == [train, test]
     folders(tmp_path, "val", 1, ["dog", "emu"])
-    assert "hold different class folders" in refused(own(tmp_path), tmp_path)
+    assert "must contain the same class folders" in refused(own(tmp_path), tmp_path)
 
 
 def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: 
     assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
     assert message.endswith(f"or only {tmp_path}/absent/CLASS")
     folders(tmp_path, "train", 2)
-    assert "neither test/ nor val/; rename one" in refused(own(tmp_path), tmp_path)
+    assert "neither test/ nor val/; add one" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "test", 2, ["ant", "bee", "dog"])
     assert "only one has cow, dog" in refused(own(tmp_path), tmp_path)
     folders(tmp_path, "train", 1, ["dog", "emu"])
@@ -230,7 +230,7 @@ def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: 
     touch(tmp_path, ["imagenet/val/ILSVRC2012_val_00000001.JPEG"])
     message = refused(small("imagenet", expected), tmp_path)
     assert "0 class folders" in message
-    assert "torchvision.datasets.ImageNet(ROOT, 'val') sorts them" in message
+    assert "torchvision.datasets.ImageNet(ROOT, 'val') creates them" in message
 
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])
@@ -241,11 +241,11 @@ def test_a_link_to_the_training_images_is_told(tmp_path: Path, link: str) -> Non
     else:
         shutil.copytree(tmp_path / "train", tmp_path / "test", copy_function=os.link)
     message = refused(own(tmp_path), tmp_path)
-    assert "6 files are among the training and the test images (by name or by link)" in message
-    assert "list each once" in message
+    assert "6 files are both training and test images (the same file or a link to it)" in message
+    assert "remove them from one of the two" in message
 
 
-# Lists that may lie or look otherwise.
+# Variants of the lists, and damaged lists.
 
 
 @pytest.mark.parametrize("place", ["SUN397", ".", "Partitions"])
@@ -278,14 +278,14 @@ def test_torchvisions_name_of_inaturalists_folder(tmp_path: Path) -> None:
     [
         ("dtd", "dtd/dtd/labels/val1.txt", "bee/x.jpg\ncow/x.jpg\n", "list different classes"),
         ("food101", "food-101/meta/test.json", '{"bee": ["bee/x"]}', "list different classes"),
-        ("inat2019", "inat2019/val2019.json", "{", r"val2019\.json is no JSON \(Expecting"),
+        ("inat2019", "inat2019/val2019.json", "{", r"val2019\.json is not valid JSON \(Expecting"),
         ("inat2019", "inat2019/val2019.json", "{}", "KeyError: 'categories'"),
         ("aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "x Y", "KeyError: 'Y'"),
         ("cars196", "stanford_cars/devkit/cars_meta.mat", "torn", r"(MatRead|Index)Error: "),
         ("pets", "oxford-iiit-pet/annotations/test.txt", "x y", "invalid literal"),
         ("sun397", "SUN397/ClassName.txt", "/b/barn", "KeyError: 'a/abbey'"),
-        ("cog-l2", "cog/levels.json", "[[], []]", r"levels\.json has 2 levels; write a list of 5"),
-        ("cog-l2", "cog/splits.json", "{}", r"splits\.json has no lists of names .*n20000001"),
+        ("cog-l2", "cog/levels.json", "[[], []]", r"levels\.json has 2 levels; it must be"),
+        ("cog-l2", "cog/splits.json", "{}", r"splits\.json lacks a list .*n20000001"),
     ],
 )
 def test_damaged_lists(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of reports: what is drawn and said, not its pixels."""
+"""Plots of reports: their elements and texts, not their pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETS = ("digits", "flowers", "pets")
 
 
 def report(label: str, score: float = 1.0, sets: tuple[str, ...] = SETS) -> dict[str, Any]:
-    """What a model with everything on leaves behind; trained on imagenet."""
+    """Return a report with all optional entries, of a model trained on ImageNet."""
     top1 = 1 / (1 + np.exp(-score))
     data_sets: dict[str, Any] = {}
     for index, name in enumerate((*sets, "imagenet")):
@@ -69,7 +69,7 @@ def heights(axis: Any) -> list[float]:
 
 
 def marks(axis: Any) -> list[float]:
-    """Return the heights of the black marks, without their white edges."""
+    """Return the heights of the black marks, without their white outlines."""
     return [
         float(segment[0, 1])
         for lines in axis.collections
@@ -88,10 +88,10 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
     np.testing.assert_allclose(ends[0], [[x[0] - 2, 1.0], [x[0] + 1, 1.0]])
     np.testing.assert_allclose(ends[1], [[x[0], 0.9], [x[0], 1.2]])
     assert texts(figure) == ["one", "two $x_1$"]
-    assert "lines: 95 % intervals, of x over test images, of y over seeds" in notes(figure)
+    assert "lines: 95 % intervals (x: over test images, y: over seeds)" in notes(figure)
     assert axis.get_xlabel() == "training task: top-1 accuracy on Imagenet, %"
     assert axis.get_ylabel() == "transfer: mean log-odds over 3 datasets"
-    one["transfer"]["interval"] = None  # as of one seed
+    one["transfer"]["interval"] = None  # as with one seed
     (axis,) = pictures.scatter([one]).axes
     assert points(axis) == [(x[0], 1)]
     ends = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 2]
@@ -107,12 +107,12 @@ def test_authors_points_are_hollow_and_named(name: str) -> None:
     assert texts(figure) == ["ours", *(point.name for point in authors.points)]
     shapes = [line.get_marker() for line in figure.axes[0].lines[3:]]
     assert len(set(shapes)) == len(expected)
-    reported = f"hollow: reported by the authors of t-ReX ({authors.title})"
+    reported = f"hollow markers: results of the t-ReX authors ({authors.title})"
     assert reported in notes(figure)
     assert f"{authors.num_datasets} transfer datasets" in authors.title
-    note = f"Means over 3 and over the authors' {authors.num_datasets} datasets do not compare."
+    note = f"means over 3 and over the authors' {authors.num_datasets} datasets are not comparable"
     assert note in notes(figure)
-    figure = pictures.scatter([], name)  # without models of ours
+    figure = pictures.scatter([], name)  # without reports
     np.testing.assert_allclose(points(figure.axes[0], hollow=True), expected)
     assert notes(figure) == [reported]
     assert f"over {authors.num_datasets} datasets" in figure.axes[0].get_ylabel()
@@ -125,7 +125,7 @@ def test_authors_figures_of_different_sets_stay_apart() -> None:
         assert all(0.7 < point.top1 < 0.81 for point in figures.points)
         assert all(0.8 < point.mean_log_odds < 1.4 for point in figures.points)
     as_many = report("ours", sets=tuple(f"set{index}" for index in range(13)))
-    assert "Means" not in str(notes(pictures.scatter([as_many], "paper")))
+    assert "means" not in str(notes(pictures.scatter([as_many], "paper")))
 
 
 def test_names_are_in_a_free_legend_or_noted_where_a_score_is_missing() -> None:
@@ -143,7 +143,7 @@ def test_names_are_in_a_free_legend_or_noted_where_a_score_is_missing() -> None:
     alone, silent = report("alone"), report("silent")
     alone["training_task"], silent["transfer"] = None, None
     noted = pictures.scatter([alone, silent, report("whole")])
-    assert "Without one of the scores: alone, silent" in notes(noted)
+    assert "not shown (missing score): alone, silent" in notes(noted)
     (point,) = [line for line in noted.axes[0].lines if line.get_marker() == "o"]
     assert point.get_color() == PALETTE[2]
 
@@ -185,7 +185,7 @@ def test_geometry_are_a_spectrum_and_three_panels() -> None:
     figure = pictures.geometry([report("one", 1.0), report("two", 2.0)])
     spectrum, length, sparsity, distance = figure.axes
     assert [axis.get_title(loc="left") for axis in figure.axes] == [
-        *("spectrum, Digits", "coding length, nats", "values that are zero, % (sparsity)"),
+        *("spectrum, Digits", "coding length, nats", "sparsity: values that are zero, %"),
         "cosine distance within classes; marks: between classes",
     ]
     assert (spectrum.get_xscale(), spectrum.get_yscale()) == ("log", "log")
@@ -224,15 +224,15 @@ def test_what_does_not_compare_or_is_nothing_is_refused() -> None:
     other["training_task"] = "digits"
     with pytest.raises(ValueError, match="one was trained on imagenet, other on digits"):
         pictures.scatter([one, other])
-    with pytest.raises(ValueError, match="one and fewer differ in cars, flowers, pets: evaluate"):
+    with pytest.raises(ValueError, match="one and fewer differ in cars, flowers, pets; evaluate"):
         pictures.scatter([one, fewer])
     one["training_task"] = "cars"
-    with pytest.raises(ValueError, match="no report has both scores: evaluate a model on"):
+    with pytest.raises(ValueError, match="no report has both scores; evaluate a model on"):
         pictures.scatter([one])
     bare: dict[str, Any] = {**report("one"), "datasets": {}}
-    with pytest.raises(ValueError, match="no report has a dataset to draw"):
+    with pytest.raises(ValueError, match="the reports contain no datasets; evaluate"):
         pictures.bars([bare])
-    with pytest.raises(ValueError, match="no report has geometry to draw; add it with --geometry"):
+    with pytest.raises(ValueError, match="no report contains geometry; evaluate with --geometry"):
         pictures.geometry([bare])
-    with pytest.raises(ValueError, match="of 'cars', only of digits, flowers, pets, imagenet"):
+    with pytest.raises(ValueError, match="of 'cars'; choose from digits, flowers, pets, imagenet"):
         pictures.geometry([report("one")], "cars")

@@ -1,4 +1,4 @@
-"""The transfer protocol against scikit-learn, and what bounds its memory."""
+"""Transfer protocol: comparison with scikit-learn, and bounds on memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCORES: list[Callable[..., Any]] = [
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    """The pixels of digits; 300 to train on leave some errors."""
+    """Pixels of digits; with 300 training images, classifiers make some errors."""
     (x, y), (test_x, test_y) = (
         (np.stack([source.read(i)[..., 0].ravel() for i in range(len(source))]), source.labels)
         for source in digits(8)
@@ -72,7 +72,7 @@ def test_logistic_is_chosen_on_the_held_out_and_fitted_to_all(task: Task) -> Non
     for choice in choices:
         mask = held_out(y, 0.2, choice.seed)
         curve = [logistic_top1(c, x[~mask], y[~mask], x[mask], y[mask]) for c in CS]
-        assert choice.curve == pytest.approx(curve, abs=1.5 / mask.sum())  # one image on a border
+        assert choice.curve == pytest.approx(curve, abs=1.5 / mask.sum())  # one image off
         best = choice.settings["C"]
         assert choice.validation_top1 == max(choice.curve) == choice.curve[CS.index(best)]
         top1 = logistic_top1(best, x, y, test_x, test_y)
@@ -133,14 +133,14 @@ def test_first_setting_wins_a_tie_and_the_seed_orders_the_batches(task: Task) ->
         assert choice.curve[0] == choice.curve[1] == choice.validation_top1
         assert choice.settings == SETTINGS[1]._asdict()
     assert scores(seeds=[1], settings=twice) == choices[1:]
-    assert choices[0].top1 != choices[1].top1  # the last fit differs by the order alone
+    assert choices[0].top1 != choices[1].top1  # only the data order of the last fit differs
 
 
 @pytest.mark.parametrize("votes", [knn._VOTES, 70])
 def test_knn_votes_as_scikit_learns(
     task: Task, votes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knn, "_VOTES", votes)  # 7 queries a block by 70
+    monkeypatch.setattr(knn, "_VOTES", votes)  # 70 means blocks of 7 queries
     x, y, test_x, test_y = task
     for k, temperature in ((20, 0.07), (50, 1.0)):
         reference = KNeighborsClassifier(
@@ -173,7 +173,7 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
     x, y, test_x, test_y = task
     broken = test_x.copy()
     broken[17, 2] = np.nan
-    extract = "a NaN.*delete their file and extract them again"
+    extract = "a NaN.*delete the feature file and extract it again"
     for given, message in (
         ((x, y, broken, test_y), f"test features must be finite, but row 17 has {extract}"),
         ((broken, test_y, x, y), "training features must be finite, but row 17 has"),

@@ -1,4 +1,4 @@
-"""Log-odds, intervals and means, by hand."""
+"""Log-odds, intervals and means, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_accuracy_of_a_dataset() -> None:
 
 
 def test_intervals_by_hand() -> None:
-    # t of 4 degrees of freedom is 2.776; the standard deviation of 1..5 is sqrt(2.5).
+    # t with 4 degrees of freedom is 2.776; the standard deviation of 1..5 is sqrt(2.5).
     low, high = student_interval([1, 2, 3, 4, 5]) or (0, 0)
     assert (low, high) == pytest.approx((3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5), abs=1e-3)
     assert student_interval([0.7]) is None

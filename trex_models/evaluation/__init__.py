@@ -1,6 +1,6 @@
-"""Evaluation of frozen features: extraction, and classifiers.
+"""Feature extraction and classifiers for the evaluation of frozen models.
 
-The names below are stable; docs/library.md shows their use.
+The names in ``__all__`` are the public API; docs/library.md shows how to use them.
 """
 
 from trex_models.evaluation import logistic

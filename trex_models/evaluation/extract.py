@@ -1,13 +1,13 @@
-"""Extract features of images: in memory, or once into a file that survives interruptions.
+"""Extract features from images, into memory or into a file that survives interruptions.
 
-Workers decode, resize and crop; uint8 crops travel to the model's device and are normalized there.
-The host never waits for the current batch: it takes the features of one while the device computes
-the next.
+Loader workers decode, resize and crop the images. The uint8 crops are copied to the model's device
+and normalized there. The host never waits for the current batch: while the device computes it, the
+host reads the features of the previous one.
 
 A file is identified by everything that its features depend on (``feature_identity``), not by its
-name. It grows next to its path, and the same call continues it.
+name. Features are appended to a partial file next to the path, and the same call resumes it.
 
-Shapes: N images, F features, S side in pixels.
+Shapes: N images, F features, S side of the crop in pixels.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from trex_models.data.sources import Source, digest
 from trex_models.evaluation.feature_file import (
     DTYPES,
     GrowingFile,
-    ends,
     exclusive,
+    header_and_tail,
     load,
     names_path,
     read_metadata,
@@ -53,33 +53,33 @@ def extract_features(
     workers: int = 0,
     precision: PrecisionName | None = None,
 ) -> np.ndarray:
-    """Run a model over a source, in eval mode on the device that it is on.
+    """Extract features from all images of a source, in eval mode on the model's device.
 
         features = extract_features(timm.create_model("trex_resnet50", pretrained=True), source)
 
     Args:
-        model: Any module that maps (B, 3, S, S), in channels_last format, to (B, F).
+        model: Module that maps images, (B, 3, S, S) in channels_last format, to (B, F).
         source: Labeled images.
-        transform: A center crop (fast), or a function from a PIL image to a tensor, (3, S, S).
-            None for the center crop that the model itself asks for.
+        transform: ``CenterCrop`` (fast), or a function from a PIL image to a tensor, (3, S, S).
+            The default is the center crop of the model's configuration.
         batch_size: Images per batch.
-        workers: Loader processes.
-        precision: fp32, tf32, bf16, fp16 or auto; None leaves autocast and TF32 as they are.
+        workers: Number of loader workers.
+        precision: fp32, tf32, bf16, fp16 or auto; None leaves autocast and TF32 unchanged.
 
     Returns:
-        (N, F) float32.
+        Features, (N, F) float32.
 
     Raises:
-        ValueError: An image cannot be read, there are no images, or ``transform`` is None and the
+        ValueError: The source is empty, an image cannot be read, or ``transform`` is None and the
             model has no configuration.
     """
     if not len(source):
-        raise ValueError("there are no images to extract features of")
+        raise ValueError("source contains no images; pass at least one image")
     transform, device = transform or preprocessing(model), device_of(model)
-    formats = Precision.from_name(precision, device.type) if precision else None
+    resolved = Precision.from_name(precision, device.type) if precision else None
     images = image_batches(source, transform, batch_size, workers, device)
     features, done = np.empty((0, 0), np.float32), 0
-    for rows in feature_batches(model, images, formats):
+    for rows in feature_batches(model, images, resolved):
         if not done:
             features = np.empty((len(source), *rows.shape[1:]), np.float32)
         features[done : done + len(rows)] = rows
@@ -91,10 +91,10 @@ def extract_features(
 def feature_batches(
     model: nn.Module, images: Iterable[Tensor], precision: Precision | None = None
 ) -> Iterator[np.ndarray]:
-    """Yield a model's output in eval mode for batches of images, (<= batch_size, F) float32."""
+    """Yield the features of each batch of images, (<= batch_size, F) float32, in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    waiting: list[tuple[Tensor, torch.cuda.Event | None]] = []
+    pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
     try:
         for batch in images:
             with (
@@ -102,126 +102,126 @@ def feature_batches(
                 precision.tf32() if precision else nullcontext(),
             ):
                 output = model(batch)
-            copy = output.float().to("cpu", non_blocking=output.is_cuda)  # into page-locked memory
+            copy = output.float().to("cpu", non_blocking=output.is_cuda)  # to pinned memory
             stream = torch.cuda.current_stream(output.device) if output.is_cuda else None
-            waiting.append((copy, stream.record_event() if stream else None))
-            if len(waiting) > 1:  # the device computes the next batch meanwhile
-                yield _array(*waiting.pop(0))
-        for last in waiting:
-            yield _array(*last)
+            pending.append((copy, stream.record_event() if stream else None))
+            if len(pending) > 1:  # meanwhile, the device computes the next batch
+                yield _to_numpy(*pending.pop(0))
+        for last in pending:
+            yield _to_numpy(*last)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _array(copy: Tensor, copied: torch.cuda.Event | None) -> np.ndarray:
-    if copied is not None:
-        copied.synchronize()
+def _to_numpy(copy: Tensor, event: torch.cuda.Event | None) -> np.ndarray:
+    if event is not None:
+        event.synchronize()
     return copy.numpy()
 
 
 def feature_identity(
-    model: FrozenModel, source: Source, require: bool = True, **further: str
+    model: FrozenModel, source: Source, require: bool = True, **extra: str
 ) -> dict[str, str]:
-    """Return everything that features depend on, as strings, as in safetensors' metadata."""
+    """Return everything that the features depend on, as strings for safetensors metadata."""
     images = {"num_images": len(source), "images_sha256": images_digest(source, require)}
-    about = {**model.identity(), **further, **images}
-    return {key: as_text(value) for key, value in about.items()}
+    identity = {**model.identity(), **extra, **images}
+    return {key: as_text(value) for key, value in identity.items()}
 
 
 def images_digest(source: Source, require: bool = True) -> str:
-    """Return the SHA-256 of a source's digest and, if they are files, their sizes and times.
+    """Return the SHA-256 of a source's digest and, for files, of their sizes and times.
 
-    With ``require`` missing and empty files are errors. Unpacking an archive restores the times.
+    If ``require`` is True, missing and empty files raise ValueError. Archives preserve the times.
     """
     stats = [source.stats(require)[:, :2]] if isinstance(source, FileSource) else []
     return digest(source.digest(), *stats)
 
 
 def as_text(value: object) -> str:
-    """Return a value as in metadata: text, or the JSON of anything else."""
+    """Return a metadata value: strings unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 @dataclass(kw_only=True)
 class Extraction:
-    """Features of images in a file, which is written once and continues after interruptions."""
+    """Extraction of features into a file, which is written once and resumed if interrupted."""
 
     model: FrozenModel
     source: Source
     path: Path
     identity: Mapping[str, str]
-    """Result of ``feature_identity``; metadata of the file."""
+    """Result of ``feature_identity``, stored in the file's metadata."""
     title: str = "images"
     names: Sequence[str] | None = None
-    """Names of the images in the file; None for no names."""
-    about: Mapping[str, str] = field(default_factory=dict)
+    """Names of the images to store in the file; None to store no names."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
     batch_size: int = 256
     workers: int = 0
     skip: bool = False
-    """Whether to skip and list unreadable images; otherwise they are errors."""
+    """If True, skip and list unreadable images; otherwise they raise an error."""
     overwrite: bool = False
-    """Whether to replace a file that holds something else."""
-    remedy: str = "delete it, and the features are extracted again"
-    """What to do about such a file, for the message."""
+    """If True, replace an existing file that differs from the requested one."""
+    remedy: str = "delete it to extract the features again"
+    """Advice for the error message about a file that differs."""
 
     def run(self) -> bool:
-        """Write the file, unless it is there; return whether it was written."""
-        if self._is_there():
+        """Write the file unless it exists; return True if it was written."""
+        if self._exists():
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(self.path):
-            if self._is_there():  # another process wrote it
+            if self._exists():  # another process has written it
                 return False
             self._resume()
             self._extract()
             self._finish()
         return True
 
-    def _is_there(self) -> bool:
-        place = self.path
-        found = read_metadata(place)
-        if not place.exists() and place.suffix == ".npy" and found is None:
-            place = names_path(place)  # users may have a file of this name
-        if not place.exists():
+    def _exists(self) -> bool:
+        path = self.path
+        metadata = read_metadata(path)
+        if not path.exists() and path.suffix == ".npy" and metadata is None:
+            path = names_path(path)  # users may have a file of this name
+        if not path.exists():
             return False
-        problem = self._difference(found)
+        problem = self._difference(metadata)
         if problem and not self.overwrite:
-            raise ValueError(f"{place} is there, and {problem}; {self.remedy}")
+            raise ValueError(f"{path} exists, but {problem}; {self.remedy}")
         return not problem
 
-    def _difference(self, found: Mapping[str, str] | None) -> str:
-        """Return how an existing file differs from the wanted one; empty if it does not."""
-        if found is None:
-            return "it is no file of features"
-        names = [key for key, value in self.identity.items() if found.get(key) != value]
-        if not self.skip and found.get("skipped", "0") != "0":
-            names.append("skipped")
-        if names:
-            return f"it holds something else (other {', '.join(names)})"
+    def _difference(self, metadata: Mapping[str, str] | None) -> str:
+        """Return how an existing file differs from the requested one; empty if it matches."""
+        if metadata is None:
+            return "is not a feature file"
+        keys = [key for key, value in self.identity.items() if metadata.get(key) != value]
+        if not self.skip and metadata.get("skipped", "0") != "0":
+            keys.append("skipped")
+        if keys:
+            return f"differs from the requested features in {', '.join(keys)}"
         try:
             load(self.path)
         except ValueError:
-            return "it is damaged: cut short, or its names are not those of its features"
+            return "is damaged: it is truncated, or its names do not match its features"
         return ""
 
     def _resume(self) -> None:
-        """Continue what an earlier attempt at the same file left, and nothing else."""
+        """Resume an earlier attempt at the same file; discard any other partial file."""
         self.skipped: dict[int, str] = {}
-        header, tail = self._ends()
+        header, tail = self._header_and_tail()
         row_bytes = DTYPES[self.dtype].itemsize * math.prod(self.model.shape)
         self.part = GrowingFile(self.path, header, row_bytes)
         self.key = digest(*self.identity.values())
-        found = json.loads(self.part.notes or "{}")
-        is_other = found.get("key", self.key) != self.key  # .npy's header alone does not say
-        if is_other or (found.get("skipped") and not self.skip):  # errors now, or readable
-            self.part.rows, found = 0, {}
-        skipped = {int(index): reason for index, reason in found.get("skipped", {}).items()}
-        self.start = _image_of(self.part.rows, skipped) if self.part.rows else 0
+        notes = json.loads(self.part.notes or "{}")
+        is_other = notes.get("key", self.key) != self.key  # an .npy header has no metadata
+        if is_other or (notes.get("skipped") and not self.skip):  # those images must be read now
+            self.part.rows, notes = 0, {}
+        skipped = {int(index): reason for index, reason in notes.get("skipped", {}).items()}
+        self.start = _image_index(self.part.rows, skipped) if self.part.rows else 0
         self._on_skip({i: reason for i, reason in skipped.items() if i < self.start})
-        missing = (len(self.source) - self.start) * row_bytes + len(tail) + _SPARE_BYTES
-        require_space(self.path.parent, missing, "place, or use --dtype float16")
+        size = (len(self.source) - self.start) * row_bytes + len(tail) + _SPARE_BYTES
+        require_space(self.path.parent, size, "folder, or use --dtype float16")
 
     def _on_skip(self, reasons: Mapping[int, str]) -> None:
         self.skipped |= reasons
@@ -231,7 +231,7 @@ class Extraction:
         model, count, start, part = self.model, len(self.source), self.start, self.part
         if start:
             print(f"{self.title}: continuing from image {start:,} of {count:,}", flush=True)
-        began = time.monotonic()
+        started = time.monotonic()
         images = image_batches(
             self.source,
             model.transform,
@@ -244,49 +244,49 @@ class Extraction:
         bar = progress_bar(count, f"features of {self.title}", "image", initial=start)
         with part.writing() as write, bar:
             for batch in feature_batches(model.model, images, model.precision):
-                with np.errstate(over="ignore"):  # reported next
+                with np.errstate(over="ignore"):  # reported below
                     rows = batch.astype(DTYPES[self.dtype], copy=False)
                 finite = np.isfinite(rows.reshape(len(rows), -1)).all(1)
                 if not finite.all():
-                    first = _image_of(part.rows + int(np.argmin(finite)), self.skipped)
+                    first = _image_index(part.rows + int(np.argmin(finite)), self.skipped)
                     raise ValueError(
                         f"features of {self.source.name(first)} are not finite "
-                        f"({model.precision.name}, kept as {rows.dtype}): use --precision fp32 and "
-                        "--dtype float32; if that changes nothing, the weights are damaged"
+                        f"({model.precision.name}, stored as {rows.dtype}); use --precision fp32 "
+                        "and --dtype float32; if the error persists, the weights are damaged"
                     )
                 write(rows)
                 bar.update(part.rows + len(self.skipped) - bar.n)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         rate = f"{(count - start) / seconds:,.0f} images/s"
         print(f"{self.title}: {count - start:,} images in {seconds:.1f} s ({rate})", flush=True)
 
-    def _ends(self, length: int = 0) -> tuple[bytes, bytes]:
-        """Return the bytes before the features, and those after them."""
-        metadata, names = {**self.about, **self.identity}, None
+    def _header_and_tail(self, length: int = 0) -> tuple[bytes, bytes]:
+        """Return the bytes before and after the features."""
+        metadata, names = {**self.metadata, **self.identity}, None
         if self.names is not None:
             metadata["skipped"] = str(len(self.skipped))
             names = [name for i, name in enumerate(self.names) if i not in self.skipped]
         shape = (len(self.source) - len(self.skipped), *self.model.shape)
-        return ends(self.path, shape, DTYPES[self.dtype], metadata, names, length)
+        return header_and_tail(self.path, shape, DTYPES[self.dtype], metadata, names, length)
 
     def _finish(self) -> None:
-        """List the skipped images, and complete the file."""
+        """Write the list of skipped images, and complete the file."""
         count = len(self.source)
         if len(self.skipped) == count:
-            raise ValueError(f"none of {count} images can be read, such as: {self.skipped[0]}")
+            raise ValueError(f"none of {count} images can be read; first error: {self.skipped[0]}")
         listed = self.path.with_name(f"{self.path.name}.skipped.txt")
-        listed.unlink(missing_ok=True)  # of an earlier attempt
+        listed.unlink(missing_ok=True)  # left by an earlier attempt
         if self.skipped:
             reasons = [self.skipped[index] for index in sorted(self.skipped)]
             log_skipped(reasons, listed, print)
-            print(f"skipped {len(reasons)} of {count} images, all listed in {listed}")
+            print(f"skipped {len(reasons)} of {count} images, listed in {listed}")
             with replacing(listed) as file:
                 file.write("".join(f"{reason}\n" for reason in reasons).encode(errors="replace"))
-        self.part.finish(*self._ends(len(self.part.header)))
+        self.part.finish(*self._header_and_tail(len(self.part.header)))
 
 
-def _image_of(row: int, skipped: Mapping[int, str]) -> int:
-    """Return the index of the image that a row belongs, or will belong, to."""
+def _image_index(row: int, skipped: Mapping[int, str]) -> int:
+    """Return the index of the image whose features are, or will be, in a row."""
     for index in sorted(skipped):
         if index <= row:
             row += 1

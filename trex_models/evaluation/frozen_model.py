@@ -1,10 +1,10 @@
 """Frozen models: the model under evaluation, its preprocessing and its identity.
 
 A model's identity is everything that its features depend on: the tensors of its weights, its
-modules and their settings, the preprocessing, the precision, the type of device, and versions.
-Names and files do not count.
+modules and their settings, the preprocessing, the precision, the device type and the versions of
+packages. Model names and file names are not part of it.
 
-Shapes: B batch, F features, D embedding, C channels, H, W height and width, S side in pixels.
+Shapes: B batch; F features; C channels; H height, W width; S side of the image in pixels.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from trex_models.precision import Precision, PrecisionName, choose_device
 from trex_models.pretrained import licenses, timm_folder
 
 PIXELS = "pixels"
-"""Name of the baseline without a model: an image's pixels at 16 x 16."""
+"""Name of the baseline without a model: the pixels of the image, resized to 16 x 16."""
 Preprocessing = Literal["transfer", "validation", "model"]
 FeaturesName = Literal["backbone", "projector", "logits", "dense"]
 _PACKAGES = ("torch", "torchvision", "timm", "pillow")
-_PIXEL_SIDE = 16  # on fractals 32 is no better by either classifier, and takes four times as long
+_PIXEL_SIDE = 16  # 32 is not more accurate on fractals, and takes four times as long
 _CALIBRATION_IMAGES = 2048
 _FP32 = Precision.from_name("fp32", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenModel:
-    """A model that maps images to features."""
+    """Frozen model that maps images to features."""
 
     name: str
     model: nn.Module
-    """Module that maps (B, 3, S, S) to (B, *shape); on its device, in eval mode."""
+    """Module that maps images, (B, 3, S, S), to (B, *shape); on its device, in eval mode."""
     transform: CenterCrop
     shape: tuple[int, ...]
     """Shape of one image's features."""
     precision: Precision = _FP32
-    """Number formats, and type of the device: the last digits of features depend on both."""
+    """Precision and device type; the last digits of the features depend on both."""
     metadata: Mapping[str, Any]
-    """Description for reports: architecture, hash of the weights, number of parameters."""
+    """Description for reports, such as architecture, hash of the weights and license."""
 
     @classmethod
     def load(
@@ -72,23 +72,23 @@ class FrozenModel:
         seed: int = 0,
         hint: str = "",
     ) -> FrozenModel:
-        """Load a timm model, a timm folder, a finished run (its backbone), or "pixels".
+        """Load a timm model, a timm folder, the backbone of a finished run, or "pixels".
 
-        Features are "backbone" (pooled, before any projector), "projector", "logits", or "dense"
-        (the last feature map); None is the model's output without its classifier. Preprocessing
-        resizes the shorter side to the crop's, bicubic ("transfer", the authors'), to 256 for 224,
-        bilinear ("validation"), or as the model's configuration says ("model"); crop size, mean
-        and standard deviation are always the model's. ``file`` holds weights for an architecture
-        of timm, ``untrained`` gives random ones of ``seed``, and ``hint`` is the remedy to report
-        if there are none.
+        ``features`` is "backbone" (pooled, before any projector), "projector", "logits" or "dense"
+        (last feature map); None means the model's output without its classifier. ``preprocessing``
+        resizes the shorter side to the crop size, bicubic ("transfer", as the authors do), to 256
+        for a crop of 224, bilinear ("validation"), or as the model's configuration says ("model").
+        Crop size, mean and standard deviation are always the model's. ``file`` contains weights
+        for a timm architecture. ``untrained`` initializes the weights randomly, with ``seed``.
+        ``hint`` is added to the error message if the model cannot be loaded.
         """
-        place = choose_device("cpu" if name == PIXELS else device)
-        formats = Precision.from_name(precision, place.type)
+        target = choose_device("cpu" if name == PIXELS else device)
+        resolved = Precision.from_name(precision, target.type)
         if name == PIXELS and file is None:
             model, transform, metadata = _pixels()
         else:
             model = _create(name, untrained, seed, file, features == "logits", hint)
-            model = model.to(place).to(memory_format=torch.channels_last).eval()
+            model = model.to(target).to(memory_format=torch.channels_last).eval()
             transform = _transform(model, preprocessing)
             metadata = _metadata(name, model, file) | {"preprocessing": preprocessing}
             metadata |= {"untrained": untrained, **({"seed": seed} if untrained else {})}
@@ -102,17 +102,17 @@ class FrozenModel:
             model=part,
             transform=transform,
             shape=shape,
-            precision=formats,
+            precision=resolved,
             metadata=metadata,
         )
 
     @cached_property
     def modules_sha256(self) -> str:
-        """Hash of the modules at first use: some modules record their last input."""
+        """Hash of the modules at first access, since some modules record their last input."""
         return modules_digest(self.model)
 
     def identity(self) -> dict[str, Any]:
-        """Return what the features depend on, for JSON."""
+        """Return everything that the features depend on, as JSON values."""
         return {
             "weights_sha256": self.metadata["weights_sha256"],
             "modules_sha256": self.modules_sha256,
@@ -123,10 +123,10 @@ class FrozenModel:
         }
 
     def recalibrate_batchnorm(self, source: Source, title: str, workers: int = 0) -> FrozenModel:
-        """Return the model with BatchNorm statistics of a source's images; changes it in place.
+        """Compute BatchNorm statistics from a source, in place, and return the updated model.
 
-        Random weights with BatchNorm's initial statistics are no baseline. At most 2,048 images are
-        taken, evenly over the source, which ``title`` names in reports.
+        Random weights with initial BatchNorm statistics are not a useful baseline. Uses at most
+        2,048 images, evenly spaced over the source. ``title`` is its name in reports.
         """
         count = min(len(source), _CALIBRATION_IMAGES)
         indices = [index * len(source) // count for index in range(count)]
@@ -142,43 +142,42 @@ class FrozenModel:
 
 
 def preprocessing(model: nn.Module) -> CenterCrop:
-    """Return the preprocessing that a timm model's configuration asks for.
+    """Return the preprocessing of a timm model's configuration.
 
     Args:
         model: Model from ``timm.create_model``.
 
     Raises:
-        ValueError: The model has no ``pretrained_cfg``, or it asks for something that
-            ``CenterCrop`` does not support.
+        ValueError: The model has no ``pretrained_cfg`` or one that is not supported.
     """
     if not getattr(model, "pretrained_cfg", None):
         name = type(model).__name__
-        raise ValueError(f"{name} has no pretrained_cfg; pass a transform, such as CenterCrop()")
+        raise ValueError(f"{name} has no pretrained_cfg; pass a transform, such as CenterCrop")
     return CenterCrop.from_data_config(resolve_model_data_config(model))
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's parameters; the CPU if it has none."""
+    """Return the device of a model's parameters; the CPU if it has no parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's tensors with their names, types and shapes."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of a model's tensors, with their names, dtypes and shapes."""
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        sha256.update(_bytes(tensor))
+    return sha256.hexdigest()
 
 
 def modules_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's modules by name, class and settings.
+    """Return the SHA-256 of the names, classes and settings of a model's modules.
 
-    Settings are attributes with plain values, such as a transformer's kind of pooling, and buffers
-    that are not in the state dict.
+    Settings are attributes with plain values, such as the pooling type of a ViT, and buffers that
+    are not in the state dict.
     """
     parts: list[str | bytes] = [repr(model)]
-    kept = model.state_dict().keys()
+    saved = model.state_dict().keys()
     for name, module in model.named_modules():
         settings = {
             key: repr(value)
@@ -187,7 +186,7 @@ def modules_digest(model: nn.Module) -> str:
         }
         parts.append(json.dumps([name, type(module).__qualname__, settings]))
     for name, buffer in model.named_buffers():
-        if name not in kept:
+        if name not in saved:
             parts += [name, _bytes(buffer)]
     return digest(*parts)
 
@@ -199,7 +198,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Return a tensor's values, whatever its type and memory format."""
+    """Return a tensor's values as bytes, for any dtype and memory format."""
     data = tensor.detach().cpu().contiguous().flatten()
     return data.view(torch.uint8).numpy().tobytes()
 
@@ -209,12 +208,12 @@ def _create(
 ) -> nn.Module:
     folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model {name}: no such folder with a config.json; name another model")
+        raise ValueError(f"--model {name} is not a folder with a config.json; pass another model")
     if file is not None and not file.is_file():
-        raise ValueError(f"--file {file} is no file; name the weights of {name}")
-    # timm ignores the file for models from these places.
+        raise ValueError(f"--file {file} is not a file; pass a file with weights of {name}")
+    # timm ignores the file for models from these sources.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
-        raise ValueError(f"--file goes with the name of an architecture of timm, not with {name}")
+        raise ValueError(f"--file requires a timm architecture as --model, got {name}")
     options: dict[str, Any] = {"pretrained": not untrained}
     if untrained or not classifier:
         options["num_classes"] = 0
@@ -222,26 +221,26 @@ def _create(
         options["pretrained_cfg_overlay"] = {"file": str(file)}
     torch.manual_seed(seed)
     try:
-        known = f"local-dir:{folder}" if folder else name
+        source = f"local-dir:{folder}" if folder else name
         if untrained:
             with suppress(TypeError):  # most architectures have no such argument
-                return timm.create_model(known, zero_init_last=False, **options)
-        return timm.create_model(known, **options)
-    except Exception as error:  # timm, the Hub and safetensors let anything out
+                return timm.create_model(source, zero_init_last=False, **options)
+        return timm.create_model(source, **options)
+    except Exception as error:  # timm, the Hub and safetensors raise errors of any type
         architecture = name.partition(".")[0]
         problem = f" cannot be loaded: {first_line(error)}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
-            problem, hint = ": timm knows no model of this name", near and f"the nearest are {near}"
+            problem, hint = " is not a timm model", near and f"the most similar names are {near}"
         raise ValueError(f"--model {name}{problem}{hint and f'; {hint}'}") from error
 
 
 def _transform(model: nn.Module, protocol: Preprocessing) -> CenterCrop:
     if protocol == "model":
         return preprocessing(model)
-    own = resolve_model_data_config(model)
-    _, height, width = own["input_size"]
-    mean, std = tuple(own["mean"]), tuple(own["std"])
+    config = resolve_model_data_config(model)
+    _, height, width = config["input_size"]
+    mean, std = tuple(config["mean"]), tuple(config["std"])
     return replace(PROTOCOLS[protocol], size=(height, width), mean=mean, std=std)
 
 
@@ -262,10 +261,10 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
     metadata = {
-        "source": f"the pixels of the image at {_PIXEL_SIDE} x {_PIXEL_SIDE}, in [0, 1]",
+        "source": f"image pixels in [0, 1], resized to {_PIXEL_SIDE} x {_PIXEL_SIDE}",
         "architecture": PIXELS,
         "tag": "",
-        "license": "none: pixels are no weights",
+        "license": "none (no weights)",
         "untrained": True,
         "preprocessing": PIXELS,
     }
@@ -273,7 +272,7 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
 
 
 class _Dense(nn.Module):
-    """A model up to its last feature map: (B, 3, S, S) -> (B, C, H, W)."""
+    """Wrapper that returns a model's last feature map: (B, 3, S, S) -> (B, C, H, W)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -284,31 +283,31 @@ class _Dense(nn.Module):
 
 
 class _Pooled(_Dense):
-    """The backbone of a model with a projector: (B, 3, S, S) -> (B, F)."""
+    """Wrapper that returns pooled features before the projector: (B, 3, S, S) -> (B, F)."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.global_pool(super().forward(images))
 
 
 def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
-    """Return the part of a model that gives the features asked for."""
-    projects = isinstance(getattr(model, "proj", None), Projector)
-    lacks = ""
-    if features == "projector" and not projects:
-        lacks = "projector, as trex_resnet50_proj and DIR/export/cls of a run have"
+    """Return a module that computes the requested features of a model."""
+    has_projector = isinstance(getattr(model, "proj", None), Projector)
+    missing = ""
+    if features == "projector" and not has_projector:
+        missing = "projector (trex_resnet50_proj and a run's export/cls have one)"
     elif features == "logits" and not getattr(model, "num_classes", 0):
-        lacks = "classifier, as trex_resnet50_cls has"
+        missing = "classifier (trex_resnet50_cls has one)"
     elif features == "dense" and (
         not hasattr(model, "forward_features") or "NHWC" in str(getattr(model, "output_fmt", ""))
     ):
-        lacks = "feature map (C, H, W)"
-    if lacks:
+        missing = "feature map (C, H, W)"
+    if missing:
         raise ValueError(
-            f"--features {features}: {name} has no {lacks}; choose --features backbone"
+            f"--features {features}: {name} has no {missing}; choose --features backbone"
         )
     if features == "dense":
         return _Dense(model)
-    return _Pooled(model) if features == "backbone" and projects else model
+    return _Pooled(model) if features == "backbone" and has_projector else model
 
 
 @torch.inference_mode()
@@ -318,13 +317,14 @@ def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> t
         output = model(torch.zeros(1, 3, *transform.size, device=device_of(model)))
     except RuntimeError as error:
         raise ValueError(
-            f"--model {name} takes no images of {transform.size} pixels ({first_line(error)})"
+            f"--model {name} does not accept images of {transform.size} pixels "
+            f"({first_line(error)}); correct input_size in its configuration"
         ) from error
     shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
     if len(shape) != (3 if dense else 1):
-        wanted = "a map (C, H, W); choose --features backbone"
+        expected = "(C, H, W); choose --features backbone"
         if not dense:
-            wanted = "a vector (F,); choose a model that pools its features"
-        found = shape or type(output).__name__
-        raise ValueError(f"--model {name} gives {found} for an image, not {wanted}")
+            expected = "(F,); choose a model that pools its features"
+        actual = shape or type(output).__name__
+        raise ValueError(f"--model {name} returns {actual} for an image, expected {expected}")
     return shape

@@ -1,13 +1,13 @@
-"""Geometry of frozen features: coding length, spectrum, sparsity, distances of classes.
+"""Geometry of frozen features: coding length, spectrum, sparsity and class distances.
 
-All of it is of Z, the features with every row z_i at unit length:
+Every measure is computed from Z, the features with each row z_i scaled to unit length:
 
 - coding length, R(Z) = 1/2 logdet(I + F / (N eps^2) Z^T Z) in nats: MCR2 (Yu et al. 2020, arXiv
-  2006.08558, section 2.1). The t-ReX paper's eps and normalization are unverified;
-- singular values of Z less its mean row, over sqrt(N), and the effective rank, exp(entropy of
+  2006.08558, section 2.1). The eps and the normalization of the t-ReX paper are unverified;
+- singular values of the centered Z, divided by sqrt(N), and effective rank, exp(entropy of
   sigma_i / sum_j sigma_j), Roy and Vetterli 2007;
-- cosine distances 1 - z_i . z_j, over all pairs without listing them: a class of n_c rows with
-  sum S_c has ||S_c||^2 - n_c = the sum of z_i . z_j over its ordered pairs i != j.
+- cosine distances 1 - z_i . z_j, averaged over all pairs without enumerating them: in a class of
+  n_c rows with sum S_c, z_i . z_j adds up to ||S_c||^2 - n_c over the ordered pairs i != j.
 
 Shapes: N images, F features, K classes.
 """
@@ -26,37 +26,37 @@ from trex_models.evaluation.inputs import as_tensor, require_finite, require_sam
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Numbers of one set of features; those of different F do not compare."""
+    """Measures of one set of features. Sets with different F are not comparable."""
 
     normalization: str = "rows of unit length"
     num_images: int
-    """N: images whose features are not all zero."""
+    """Number of images whose features are not all zero, N."""
     zero_images: int
-    """Images left out, as features that are all zero have no direction."""
+    """Number of excluded images: features that are all zero have no direction."""
     num_features: int
     num_classes: int
-    """K, among the N images."""
+    """Number of classes of the N images, K."""
     eps: float
-    """Distortion that the coding length allows for a row of unit length."""
+    """Allowed distortion in the coding length, relative to rows of unit length."""
     coding_length: float
-    """R(Z) in nats; F / 2 log(1 + 1 / eps^2) where the features are the same in all directions."""
+    """R(Z) in nats; F / 2 log(1 + 1 / eps^2) for isotropic features."""
     singular_values: list[float]
-    """Those of the centered features over sqrt(N), descending, (F,); 0 if only rounding is left."""
+    """Singular values of the centered Z over sqrt(N), descending, (F,); 0 if below rounding."""
     effective_rank: float
-    """From 1 to F; 0 where all images have the same direction."""
+    """Effective rank, from 1 to F; 0 if all images have the same direction."""
     axes_of_95_percent: int
-    """Principal axes that hold 95 % of the variance; 0 as above."""
+    """Number of principal axes that explain 95 % of the variance; 0 if there is no variance."""
     threshold: float
     sparsity: float
-    """Share of |z| <= threshold among all images and features."""
+    """Fraction of values |z| <= threshold, over all images and features."""
     dead_features: int
-    """Features that are zero for every image."""
+    """Number of features that are zero for every image."""
     within_class_distance: float
-    """Mean cosine distance of two images of a class; mean over the classes of two and more."""
+    """Mean cosine distance of images of the same class, averaged over classes of two or more."""
     between_class_distance: float
-    """Mean cosine distance of two images of two classes; mean over the pairs of classes."""
+    """Mean cosine distance of images of different classes, averaged over pairs of classes."""
     distance_ratio: float | None
-    """Within over between; None if the distance between classes is 0."""
+    """Within-class over between-class distance; None if the latter is 0."""
 
 
 @torch.no_grad()
@@ -69,22 +69,22 @@ def analyze(
     device: str | torch.device = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> Geometry:
-    """Analyze features, (N, F), of labels, (N,), in one pass, in float64.
+    """Measure the geometry of features, (N, F), with labels, (N,), in one pass in float64.
 
-    Takes 2 N F^2 operations, and some F^3 at the end. Holds 8 (5 F^2 + 4 K F + 4 chunk F) bytes
-    at most, whatever N: a memory-mapped array may be larger than the memory. On CUDA the last
-    digits may differ from one call to the next. ``progress`` is called after each chunk with its
-    number of images.
+    Needs 2 N F^2 operations, and O(F^3) at the end. Allocates at most 8 (5 F^2 + 4 K F +
+    4 chunk F) bytes for any N, so a memory-mapped array may be larger than the memory. On CUDA,
+    the last digits may differ between calls. ``progress`` is called after each chunk with the
+    number of images in it.
 
     Raises:
-        ValueError: A feature is not finite, or there are fewer than two classes, or no class of
-            two images, among the images whose features are not all zero.
+        ValueError: A feature is not finite; or, without the images whose features are all zero,
+            there are fewer than two classes, or no class has two images.
     """
     require_samples(features, labels)
-    names, targets = np.unique(labels, return_inverse=True)
+    classes, targets = np.unique(labels, return_inverse=True)
     images, width = features.shape
     gram = torch.zeros(width, width, dtype=torch.float64, device=device)
-    sums, counts = gram.new_zeros(len(names), width), gram.new_zeros(len(names))
+    sums, counts = gram.new_zeros(len(classes), width), gram.new_zeros(len(classes))
     alive = torch.zeros(width, dtype=torch.bool, device=device)
     near_zero = 0
     for start in range(0, images, chunk):
@@ -103,24 +103,24 @@ def analyze(
             progress(len(z))
 
     counts = counts.cpu()
-    kept = counts > 0
-    if kept.sum() < 2 or counts.max() < 2:
+    present = counts > 0
+    if present.sum() < 2 or counts.max() < 2:
         raise ValueError(
-            "the geometry needs two classes and a class of two images; without features of zeros "
-            f"there are {int(kept.sum())} classes, the largest of {int(counts.max())} images"
+            "geometry requires two classes and a class of two images; excluding all-zero features "
+            f"there are {int(present.sum())} classes, the largest of {int(counts.max())} images"
         )
     count = int(counts.sum())
     gram /= count
     mean = sums.sum(0) / count
     singular, rank, axes = _spectrum(gram - torch.outer(mean, mean))
-    within, between = _distances(sums[kept.to(device)].cpu(), counts[kept])
+    within, between = _distances(sums[present.to(device)].cpu(), counts[present])
     inner = gram.mul_(width / eps**2)
     inner.diagonal().add_(1)
     return Geometry(
         num_images=count,
         zero_images=images - count,
         num_features=width,
-        num_classes=int(kept.sum()),
+        num_classes=int(present.sum()),
         eps=eps,
         coding_length=torch.linalg.cholesky(inner).diagonal().log().sum().item(),
         singular_values=singular.tolist(),
@@ -136,20 +136,20 @@ def analyze(
 
 
 def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
-    """Return singular values, effective rank, and the axes that hold 95 % of the variance."""
+    """Return singular values, effective rank, and number of axes for 95 % of the variance."""
     variances = torch.linalg.eigvalsh(covariance).flip(0).cpu()
-    # Rows have unit length, so rounding leaves this much, however small the variances are.
+    # Rounding errors are relative to the rows of unit length, not to the variances.
     variances[variances <= len(variances) * torch.finfo(torch.float64).eps] = 0
     singular = variances.sqrt()
     if not singular.any():
         return singular, 0.0, 0
     entropy = torch.special.entr(singular / singular.sum()).sum()
-    held = variances.cumsum(0) / variances.sum()
-    return singular, entropy.exp().item(), 1 + _count(held < 0.95)
+    explained = variances.cumsum(0) / variances.sum()
+    return singular, entropy.exp().item(), 1 + _count(explained < 0.95)
 
 
 def _distances(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Return mean cosine distances within and between classes, from sums of their unit rows."""
+    """Return mean cosine distances within and between classes, from sums of unit rows."""
     squares = sums.square().sum(1)
     several = counts > 1
     cosines = (squares - counts)[several] / (counts * (counts - 1))[several]
@@ -157,8 +157,8 @@ def _distances(sums: Tensor, counts: Tensor) -> tuple[float, float]:
     pairs = len(means) * (len(means) - 1)
     between = (means.sum(0).square().sum() - (squares / counts.square()).sum()) / pairs
     distances = (1 - cosine.item() for cosine in (cosines.mean(), between))
-    within, apart = (distance if distance > 1e-13 else 0.0 for distance in distances)  # rounding
-    return within, apart
+    within, across = (distance if distance > 1e-13 else 0.0 for distance in distances)  # rounding
+    return within, across
 
 
 def _count(mask: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Checks of samples that a caller gives: features, (N, F), and one label each, (N,)."""
+"""Validation of features, (N, F), and labels, (N,), that callers pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def as_tensor(array: Tensor | np.ndarray) -> Tensor:
-    """Wrap an array, which may be read-only or memory-mapped, without a copy."""
-    with warnings.catch_warnings():  # nothing in this package writes to it
+    """Wrap an array, which may be read-only or memory-mapped, without copying it."""
+    with warnings.catch_warnings():  # this package never writes to it
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.as_tensor(array)
 
@@ -22,7 +22,7 @@ def require_samples(
     name: str = "features",
     width: int | None = None,
 ) -> None:
-    """Check shapes, F against ``width``, and that labels given as a tensor are integers."""
+    """Check the shapes, that F is ``width`` if passed, and that tensor labels are integers."""
     shape = tuple(features.shape)
     if len(shape) != 2 or 0 in shape or width not in (None, shape[1]):
         raise ValueError(f"{name} must be of shape (N, {width or 'F'}) and not empty, got {shape}")
@@ -31,7 +31,7 @@ def require_samples(
     fractions = isinstance(labels, Tensor) and labels.is_floating_point()
     if tuple(labels.shape) != shape[:1] or fractions:
         raise ValueError(
-            f"labels of the {name} must be {shape[0]} integers, one for each row, "
+            f"labels of the {name} must be {shape[0]} integers, one per row, "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
         )
 
@@ -39,7 +39,7 @@ def require_samples(
 def require_finite(
     name: str, features: Tensor, chunk: int = 4096, remedy: str = "", first: int = 0
 ) -> None:
-    """Check rows, (N, F), ``chunk`` at a time; the error names a row, counted from ``first``."""
+    """Check that features, (N, F), are finite, in chunks; ``first`` is the first row's number."""
     for start in range(0, len(features), chunk):
         finite = features[start : start + chunk].isfinite().all(1)
         if not finite.all():

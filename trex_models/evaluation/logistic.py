@@ -1,26 +1,25 @@
-"""Multinomial logistic regression on frozen features, at the cost of matrix products.
+"""Multinomial logistic regression on frozen features, dominated by matrix products.
 
-The objective is scikit-learn's for three classes and more, of weights W and intercepts b:
+The objective is scikit-learn's for three or more classes, with weights W and intercepts b:
 
     C sum_i (logsumexp_k l_ik - l_i,y(i)) + ||W||^2 / 2,  l_ik = w_k . x_i + b_k
 
-Minimized by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with a
-search for the strong Wolfe conditions (section 3.5). Logits are linear in the step, so one product
-with the features gives the logits along the whole line, and one the gradient where the search
-ends. (torch.optim.LBFGS pays two for every trial.)
+It is minimized by L-BFGS (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm 7.4) with
+a line search for the strong Wolfe conditions (section 3.5). Since logits are linear in the step, a
+line search needs two products with the features: one for the logits along the search direction,
+one for the gradient at its end. (torch.optim.LBFGS needs two for every trial.)
 
-Centering the features and turning them into their principal axes changes the objective by nothing
-that intercepts do not make up for. On those axes the curvature is about the diagonal
+Features are centered and rotated to their principal axes, which does not change the minimum: the
+intercepts compensate for the centering. On these axes the Hessian is approximately diagonal,
 
     C h_k lambda_j + 1,  h_k = mean_i p_ik (1 - p_ik)
 
-of variances (times N) lambda, the initial inverse Hessian of every iteration: unequal variances
-would cost many.
+with N times the variances, lambda_j. Its inverse is the initial inverse Hessian in each iteration,
+without which unequal variances would require many iterations.
 
-Along a path of C each fit first searches along the line through the last two fits, since W moves
-steadily with log C. The logits along that line are known, so this costs one product and replaces
-many. The pairs of L-BFGS are kept as steps and changes of the losses' gradient, from which those
-of any C follow.
+Along a path of C, each fit first searches along the line through the last two fits, since W is
+smooth in log C. The logits along this line are known, so this step costs one product and saves
+many. The history of L-BFGS stores steps and changes of the losses' gradient, which apply to any C.
 
 Shapes: N samples, F features, K classes, R = min(N, F) principal axes.
 """
@@ -40,27 +39,27 @@ from trex_models.evaluation.inputs import require_finite, require_samples
 from trex_models.precision import full_float32
 
 _HISTORY = 10
-_ARMIJO, _CURVATURE = 1e-4, 0.1  # a close search: its trials cost no product
+_ARMIJO, _CURVATURE = 1e-4, 0.1  # an accurate search, since its trials need no product
 _TRIALS = 30
 
 Progress = Callable[[float, int, float, float], None]
-"""Called once an iteration with C, iterations so far, objective and the bound on its excess."""
+"""Called once per iteration with C, iteration, objective and the bound on its excess."""
 
 _Pair = tuple[Tensor, Tensor, Tensor]  # step, change of the gradient, their product
 
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A linear classifier, the result of ``fit`` or ``fit_path``, and how the fit ended.
+    """Linear classifier and convergence information, the result of ``fit`` or ``fit_path``.
 
     Args:
         C: Weight of the sum of the losses.
         weight: Weights, (K, F).
-        intercept: Intercepts, (K,), of mean zero as scikit-learn's.
-        objective: Objective of these weights on the features as they were given.
-        gradient_norm: Norm of the objective's gradient, of centered features.
-        iterations: Number of iterations, of two products with the features each.
-        converged: Whether the excess over the least objective is within the tolerance.
+        intercept: Intercepts, (K,), with zero mean as in scikit-learn.
+        objective: Objective of the weights and intercepts on the original features.
+        gradient_norm: Norm of the objective's gradient on the centered features.
+        iterations: Number of iterations, with two products with the features each.
+        converged: True if the excess over the minimum is within the tolerance.
     """
 
     C: float
@@ -82,12 +81,12 @@ def fit(
     C: float,  # noqa: N803 - as in scikit-learn
     **options: Any,
 ) -> LogisticFit:
-    """Fit one multinomial logistic regression, scikit-learn's objective, on any device.
+    """Fit a multinomial logistic regression with scikit-learn's objective, on any device.
 
         classifier = logistic.fit(features, labels, C=1.0)
-        answers = classifier.logits(queries).argmax(1)
+        predicted = classifier.logits(queries).argmax(1)
 
-    Arguments, result and errors are those of ``fit_path`` with a single value of C.
+    See ``fit_path`` for the other arguments, the result and the errors.
     """
     return fit_path(features, labels, [C], **options)[0]
 
@@ -104,42 +103,42 @@ def fit_path(
     axes: Tensor | None = None,
     progress: Progress | None = None,
 ) -> list[LogisticFit]:
-    """Fit classifiers along ascending values of C, each from the last one, the first from zeros.
+    """Fit classifiers for ascending values of C, each starting from the previous one.
 
         fits = logistic.fit_path(features, labels, [0.01, 0.1, 1.0, 10.0])
 
-    Runs on the device of the features and in float32, whatever autocast and TF32 say; in float64
-    where the features are. In addition to the features it holds N (R + 5 K) numbers, 40 times K R,
-    and some matrices of R x F while the principal axes are found (R^3 operations).
+    Runs on the device of the features, in float64 if they are float64, otherwise in float32,
+    regardless of autocast and TF32. In addition to the features, allocates N (R + 5 K) numbers,
+    40 times K R, and a few R x F matrices to compute the principal axes (R^3 operations).
 
-    The excess over the least objective is at most half the squared norm of the gradient by W,
-    since the penalty alone has curvature 1; a fit ends where this is within ``tolerance`` of the
-    objective. With C of 1000 and more on separable classes float32 or ``max_iterations`` may end
-    it before; its ``converged`` is then False.
+    The excess of the objective over its minimum is at most half the squared norm of its gradient
+    with respect to W, since the penalty has curvature 1; a fit stops once this bound is within
+    ``tolerance``. For C >= 1000 and separable classes, it may stop earlier because of float32 or
+    ``max_iterations``, with ``converged`` False.
 
-    With K = 2 scikit-learn penalizes the difference of the two classes' weights: its classifier
-    of 2 C is this one of C.
+    For K = 2, scikit-learn penalizes the difference of the two classes' weights: its classifier
+    for 2 C equals this one for C.
 
     Args:
-        features: Features, (N, F); what is not floating point, or half precision, is widened.
-        labels: Labels, (N,), integers; each of [0, K) must occur.
+        features: Features, (N, F). Integers and half precision are converted to float32.
+        labels: Integer labels, (N,). Each class in [0, K) must occur.
         Cs: Weights of the sum of the losses against the penalty ||W||^2 / 2, ascending.
-        tolerance: Allowed excess of the objective, relative.
-        max_iterations: Limit for each C, of two products with the features each.
-        chunk: Number of samples at a time where no complete matrix is needed.
-        axes: ``principal_axes`` of a set that these samples are from, (F, R).
-        progress: Called once an iteration.
+        tolerance: Allowed excess of the objective, relative to it.
+        max_iterations: Maximum number of iterations for each C.
+        chunk: Number of samples per block, in steps that do not need all samples at once.
+        axes: ``principal_axes``, (F, R), of a set that contains these samples.
+        progress: Callback, called once per iteration.
 
     Raises:
-        ValueError: Shapes do not match, a feature is not finite, a class is absent or the only
-            one, or the values of C are out of range or order.
+        ValueError: Shapes do not match, a feature is not finite, a class has no samples, there is
+            only one class, or the values of C are not positive, finite and ascending.
     """
     for C in Cs:  # noqa: N806
         if not 0 < C < torch.inf:
             raise ValueError(f"C must be above 0 and finite, got {C}")
     for lower, upper in pairwise(Cs):
         if upper < lower:
-            raise ValueError(f"values of C must ascend: sort them, got {upper} after {lower}")
+            raise ValueError(f"values of C must ascend, got {upper} after {lower}; sort them")
     counts = _class_counts(features, labels, chunk)
     labels = labels.to(features.device, torch.int64)
     with full_float32(features.device):
@@ -150,16 +149,16 @@ def fit_path(
 
 @torch.no_grad()
 def principal_axes(features: Tensor, chunk: int = 16384) -> Tensor:
-    """Return orthonormal axes that span the centered features, (F, R).
+    """Return an orthonormal basis of the centered features, (F, R).
 
-    They are the ``axes`` of ``fit_path`` for these samples or parts of them. Axes of hardly any
-    variance are uncertain by rounding.
+    Pass it to ``fit_path`` as ``axes`` for these samples or subsets of them. Axes with very small
+    variance are inaccurate because of rounding.
     """
     require_finite("features", features, chunk)
     with full_float32(features.device):
         mean = _mean(features, chunk)
-        narrow = len(features) < features.shape[1]
-        span = torch.linalg.qr((features - mean).T).Q if narrow else None
+        is_wide = len(features) < features.shape[1]
+        span = torch.linalg.qr((features - mean).T).Q if is_wide else None
         gram: Tensor = mean.new_zeros(())
         for block in features.split(chunk):
             centered = block - mean
@@ -178,7 +177,7 @@ def objective(
     C: float,  # noqa: N803
     chunk: int = 16384,
 ) -> float:
-    """Return the objective of weights, (K, F), and intercepts, (K,), on their device."""
+    """Return the objective for weights, (K, F), and intercepts, (K,); runs on their device."""
     total = 0.5 * weight.double().square().sum()
     for x, y in zip(features.split(chunk), labels.long().split(chunk), strict=True):
         logits = torch.addmm(intercept, x.to(weight), weight.T)
@@ -187,10 +186,10 @@ def objective(
 
 
 class _Problem:
-    """The samples on their principal axes, and where the fit to them has come.
+    """Samples rotated to their principal axes, and the current state of the fit.
 
-    Parameters are (K, R + 1), weights on the axes and an intercept. ``line`` is how they and the
-    logits moved in the last fit, ``history`` the latest steps and changes of ``slopes``.
+    Parameters, (K, R + 1), are weights on the axes and an intercept. ``line`` is the change of
+    parameters and logits in the last fit, ``history`` the latest steps and changes of ``slopes``.
     """
 
     def __init__(
@@ -200,18 +199,18 @@ class _Problem:
         self.mean = _mean(features, chunk)
         width = axes.shape[1]
         variances = self.mean.new_zeros(width)  # times N, along the axes
-        # The intercept is the weight of one more feature that is 1.
+        # The intercept is the weight of an additional feature, which is 1.
         self.samples = self.mean.new_ones(len(features), width + 1)
         for rows, block in zip(self.samples.split(chunk), features.split(chunk), strict=True):
-            turned = (block - self.mean) @ axes
-            rows[:, :width] = turned
-            variances += turned.square().sum(0)
+            rotated = (block - self.mean) @ axes
+            rows[:, :width] = rotated
+            variances += rotated.square().sum(0)
         one = variances.new_ones(1)
         self.variances = torch.cat([variances, one * len(features)])
         self.penalty = torch.cat([torch.ones_like(variances), one * 0])
         self.residual = self.mean.new_empty(len(features), len(counts))
         self.history: deque[tuple[Tensor, Tensor]] = deque(maxlen=_HISTORY)
-        # The best parameters whose weights are zero: the classes' shares as probabilities.
+        # The optimum for zero weights: probabilities are the class frequencies.
         intercept = counts.double().log()
         self.parameters = self.mean.new_zeros(len(counts), width + 1)
         self.parameters[:, -1] = intercept - intercept.mean()
@@ -223,7 +222,7 @@ class _Problem:
     def minimize(
         self, strength: float, tolerance: float, max_iterations: int, progress: Progress | None
     ) -> LogisticFit:
-        """Return the fit of this C, and stay there."""
+        """Return the fit for one C, which is the starting point of the next call."""
         pairs = deque((self._pair(*moves, strength) for moves in self.history), _HISTORY)
         start = self.parameters, self.logits.clone()
         iterations = 0
@@ -232,7 +231,7 @@ class _Problem:
             curvature = strength * self.spread * self.variances + self.penalty
             value = strength * self.loss
             value += 0.5 * _dot(self.penalty * self.parameters, self.parameters)
-            # Intercepts have no penalty; their own curvature takes its place.
+            # Intercepts have no penalty; their curvature is used instead.
             least = torch.where(self.penalty > 0, self.penalty, curvature)
             excess = 0.5 * _dot(gradient / least, gradient)
             if progress is not None:
@@ -246,7 +245,7 @@ class _Problem:
                 direction = _descent(gradient, pairs, curvature)
                 change = self.samples @ direction.T
                 length = self._search(direction, change, gradient, strength)
-            if not length:  # rounding hides any further descent
+            if not length:  # further descent is below rounding
                 break
             self.parameters = self.parameters + length * direction
             slopes = self.slopes
@@ -260,13 +259,13 @@ class _Problem:
         intercept = self.parameters[:, -1] - weight @ self.mean
         intercept -= intercept.mean()
         reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
-        # Far from the origin the intercept may be too coarse for features as they are.
+        # If features are far from the origin, the original intercept loses precision.
         converged &= abs(reached - value) <= max(tolerance, 1e-4) * value
         norm = gradient.norm().item()
         return LogisticFit(strength, weight, intercept, reached, norm, iterations, converged)
 
     def _differentiate(self) -> None:
-        """Find the losses' gradient and the classes' mean p (1 - p) from the residual."""
+        """Compute the gradient of the losses and the mean p (1 - p) of each class."""
         self.slopes = self.residual.T @ self.samples
         first, second = (torch.linalg.vector_norm(self.residual, order, 0) for order in (1, 2))
         spread = (first - second.square()) / len(self.residual)  # |r| (1 - |r|) is p (1 - p)
@@ -279,11 +278,11 @@ class _Problem:
     def _search(
         self, direction: Tensor, change: Tensor, gradient: Tensor, strength: float
     ) -> float:
-        """Find a step along a direction of descent that meets the strong Wolfe conditions.
+        """Find a step length along a descent direction by the strong Wolfe conditions.
 
-        The objective is convex, so the step lies between any two whose slopes differ in sign.
-        Moves the logits by ``length * change``, and leaves the loss and the residual of where it
-        ends. Returns the length; 0 if none is found or the direction does not descend.
+        The objective is convex, so the step is between any two steps with slopes of opposite sign.
+        Adds ``length * change`` to the logits and updates the loss and the residual. Returns the
+        length, or 0 if none was found or the direction is not a descent direction.
         """
         linear = _dot(self.penalty * self.parameters, direction)
         square = _dot(self.penalty * direction, direction)
@@ -306,13 +305,13 @@ class _Problem:
             if not high:
                 length *= 4
             else:
-                # Where the slope would be zero if it were linear, but well inside.
+                # Zero of the linearly interpolated slope, kept away from both ends.
                 share = low_slope / (low_slope - high_slope) if high_slope > 0 else 0.5
                 length = low + min(max(share, 0.1), 0.9) * (high - low)
         return 0.0
 
     def _evaluate(self, change: Tensor, length: float) -> tuple[float, float]:
-        """Return losses and slope at logits + length * change, and leave ``residual`` there."""
+        """Return loss and slope at logits + length * change; update ``residual``."""
         loss = slope = torch.zeros((), dtype=torch.float64, device=change.device)
         for start in range(0, len(change), self.chunk):
             rows = slice(start, start + self.chunk)
@@ -325,25 +324,25 @@ class _Problem:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cross-entropies, (N, 1), and their gradient by the logits, (N, K); labels are (N, 1).
+    """Return losses, (N, 1), and their gradient by the logits, (N, K), for labels, (N, 1).
 
-    By the other classes' logits less the label's own: both keep their relative precision when
-    they are far below that of 1, as they are for separable classes and large C.
+    Computed from the differences between the logits and the label's logit, which keeps the
+    relative precision of values far below 1 (separable classes, large C).
     """
     margins = logits - logits.gather(1, labels)
     margins.scatter_(1, labels, -torch.inf)
     largest = margins.amax(1, keepdim=True).clamp_min(0)
-    others = (margins - largest).exp_()
-    sums = others.sum(1, keepdim=True)
+    gradient = (margins - largest).exp_()
+    sums = gradient.sum(1, keepdim=True)
     losses = largest + (sums + (-largest).expm1()).log1p()
     totals = sums + (-largest).exp()
-    others /= totals
-    others.scatter_(1, labels, -sums / totals)
-    return losses, others
+    gradient /= totals
+    gradient.scatter_(1, labels, -sums / totals)
+    return losses, gradient
 
 
 def _descent(gradient: Tensor, history: Sequence[_Pair], curvature: Tensor) -> Tensor:
-    """Return minus the inverse Hessian times the gradient by the two-loop recursion."""
+    """Return the L-BFGS direction, -H^-1 times the gradient, by the two-loop recursion."""
     direction = -gradient.flatten()
     scales = []
     for step, change, product in reversed(history):
@@ -366,18 +365,18 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _class_counts(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Check the samples; return the number of samples of each class, (K,)."""
+    """Check features and labels; return the number of samples of each class, (K,)."""
     require_samples(features, labels)
     classes, counts = labels.to(torch.int64).unique(return_counts=True)
     low, high = int(classes[0]), int(classes[-1])
     if low != 0 or not 1 <= high == len(classes) - 1:
         raise ValueError(
-            "labels must be 0 to K - 1, K at least 2, and each must occur, got "
-            f"{len(classes)} different labels from {low} to {high}: use torch.unique's inverse"
+            "labels must be 0 to K - 1, for K at least 2, and each must occur, got "
+            f"{len(classes)} different labels from {low} to {high}; use the inverse of torch.unique"
         )
     require_finite("features", features, chunk)
     largest = max(abs(bound.item()) for bound in torch.aminmax(features))
     dtype = torch.promote_types(features.dtype, torch.float32)
-    if largest > torch.finfo(dtype).max ** 0.4:  # sums of squares are needed
-        raise ValueError(f"features reach {largest:.0e}, too much for {dtype}: scale them")
+    if largest > torch.finfo(dtype).max ** 0.4:  # sums of squares must not overflow
+        raise ValueError(f"features reach {largest:.0e}, too large for {dtype}; scale them")
     return counts

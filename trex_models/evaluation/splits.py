@@ -1,7 +1,7 @@
-"""Random orders and splits that depend on the samples' names, not on a generator's state.
+"""Random orders and splits from hashes of sample names instead of a random generator.
 
-A SHA-256 is the same on every platform and in every version of numpy, and a sample's does not
-depend on the others: one tiny class, or one image more, changes nothing for the other classes.
+SHA-256 is the same on every platform and in every NumPy version, and the hash of a sample does not
+depend on other samples, so adding a class or an image does not change the split of other classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.ndarray:
-    """Return a random order of names, (N,) int64: by the SHA-256 of ``seed/key``, 1 us a key."""
+    """Return the indices that sort N keys by SHA-256 of ``seed/key``, int64; 1 us per key."""
     start = f"{seed}/".encode()
     data = (key.encode() if isinstance(key, str) else key for key in keys)
     digests = [hashlib.sha256(start + key).digest() for key in data]
@@ -21,10 +21,10 @@ def hashed_order(keys: Sequence[str] | Sequence[bytes], seed: int = 0) -> np.nda
 
 
 def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarray:
-    """Return which samples are held out for choosing a setting, (N,) bool.
+    """Return a mask, (N,) bool, of the samples to hold out for hyperparameter selection.
 
-    A share of each class, rounded, at least one sample and not all. Which ones depends only on
-    the class's label and its number of samples.
+    Selects ``share`` of each class, rounded, but at least one sample and never all. The selection
+    depends only on the label of the class and its number of samples.
     """
     mask = np.zeros(len(labels), dtype=bool)
     by_class = np.argsort(labels, kind="stable")
@@ -32,7 +32,7 @@ def held_out(labels: np.ndarray, share: float = 0.2, seed: int = 0) -> np.ndarra
     for label, members in zip(classes.tolist(), np.split(by_class, starts[1:]), strict=False):
         if len(members) < 2:
             raise ValueError(
-                f"class {label} has one sample; two are needed: add samples of it or leave it out"
+                f"class {label} has only one sample, but needs two; add samples or remove the class"
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
         order = hashed_order([f"{label}/{position}" for position in range(len(members))], seed)

@@ -1,4 +1,4 @@
-"""Features of images as files: ``python -m trex_models.features extract``."""
+"""Feature files of images: ``python -m trex_models.features extract`` writes them."""
 
 from trex_models.evaluation.feature_file import Features, load
 

@@ -1,4 +1,4 @@
-"""Extract features of images with any timm model into a file, and find nearest neighbors."""
+"""Extract image features with any timm model into a file, and find nearest neighbors."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def extract(
     batch_size: int = 256,
     workers: int = _WORKERS,
 ) -> None:
-    """Extract features of images into a file. The same command continues an interrupted one.
+    """Extract image features into a file. The same command resumes an interrupted extraction.
 
     Example: python -m trex_models.features extract images --model trex_resnet50 --output f.npy
 
     Args:
-        paths: Folders, patterns in quotes, images, and .txt files with a path on each line.
-        model: A timm model, a timm folder, a finished run, hf-hub:OWNER/NAME, or "pixels".
-        output: The file of features, .safetensors or .npy.
-        features: The model's output: pooled features before any projector, embeddings after it,
-            class logits, or the last feature map.
-        file: Your own weights for an architecture of timm.
-        preprocessing: Resize the shorter side to the crop's, to 256 for 224 (validation), or as
-            the model's own configuration says (model).
-        precision: Number formats of the model.
-        dtype: Type of the features in the file. float16 halves it and rounds by up to 5e-4.
-        unreadable: Unreadable images are errors, or are skipped and listed.
-        overwrite: Replace a file that holds something else.
+        paths: Folders, quoted glob patterns, images, or .txt files with one path per line.
+        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, or "pixels".
+        output: Feature file to write, .safetensors or .npy.
+        features: Pooled features of the backbone, embeddings after the projector, class logits,
+            or the last feature map (dense).
+        file: File with your own weights for the timm architecture --model.
+        preprocessing: Resize the shorter side to the crop size (transfer), to 256 for a crop of
+            224 (validation), or as in the model's configuration (model).
+        precision: Floating-point precision of the model.
+        dtype: Data type in the file. float16 halves its size and rounds by up to 5e-4.
+        unreadable: Raise an error for unreadable images, or skip and list them.
+        overwrite: Replace an existing file that differs from the requested one.
         device: Device of the model: auto, cpu, cuda, ...
         batch_size: Images per batch.
-        workers: Loader processes.
+        workers: Number of loader workers.
     """
     cli.require_writable(output, *FORMATS)
     cli.require_at_least(1, batch_size=batch_size)
     cli.require_at_least(0, workers=workers)
     source, repeated = images.find_images(paths)
     if repeated:
-        print(f"{repeated:,} images are named more than once and count once")
+        print(f"{repeated:,} duplicate image paths are ignored")
     frozen = FrozenModel.load(
         model,
         features=features,
@@ -81,7 +81,7 @@ def extract(
         preprocessing=preprocessing,
         precision=precision,
         device=device,
-        hint="" if file else "--file gives an architecture of timm weights of your own",
+        hint="" if file else "--file loads your own weights into a timm architecture",
     )
     count, size = len(source), DTYPES[dtype].itemsize * math.prod(frozen.shape)
     print(
@@ -101,7 +101,7 @@ def extract(
         path=output,
         identity=identity,
         names=images.names(source),
-        about=_about(frozen, preprocessing, file, source.root),
+        metadata=_metadata(frozen, preprocessing, file, source.root),
         dtype=dtype,
         batch_size=batch_size,
         workers=workers,
@@ -109,11 +109,11 @@ def extract(
         overwrite=overwrite,
         remedy="choose another --output, or replace it with --overwrite",
     ).run()
-    print(f"wrote {output}" if written else f"{output} is there already, of these images")
+    print(f"wrote {output}" if written else f"{output} already contains these features")
 
 
-def _about(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) -> dict[str, str]:
-    """Return metadata, by which ``neighbors`` finds the model and the images again."""
+def _metadata(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) -> dict[str, str]:
+    """Return the metadata from which ``neighbors`` restores the model and the image paths."""
     return {
         "format": "trex_models.features 1",
         "model": frozen.name,
@@ -125,7 +125,7 @@ def _about(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) ->
 
 
 def find_neighbors(
-    file_of_features: Path,
+    feature_file: Path,
     /,
     *,
     query: list[str],
@@ -137,35 +137,35 @@ def find_neighbors(
     root: Path | None = None,
     device: str = "auto",
 ) -> None:
-    """Find the images of a file of features that are nearest to others, by cosine similarity.
+    """Find the nearest neighbors of images in a feature file, by cosine similarity.
 
     Example: python -m trex_models.features neighbors f.npy --query image.jpg --output nearest.png
 
     Args:
-        file_of_features: File that "extract" wrote.
-        query: Names in the file, or images.
-        output: Picture of queries and neighbors, .png, .svg or .pdf.
-        k: Number of neighbors.
-        json: Print JSON instead of a table.
-        model: The file's model, if it was moved; it computes features of other images.
-        file: Its weights, if they are your own and were moved.
-        root: Folder of the file's images, if they were moved.
+        feature_file: File written by the command "extract".
+        query: Query images: names in the feature file, or paths of other images.
+        output: Image to write, with queries and neighbors, .png, .svg or .pdf.
+        k: Number of neighbors per query.
+        json: Print JSON instead of text.
+        model: New path of the model, if it was moved. Only needed for other query images.
+        file: New path of your own weights (--file of "extract"), if they were moved.
+        root: New path of the folder with the images of the feature file, if it was moved.
         device: Device of the model: auto, cpu, cuda, ...
     """
     cli.require_at_least(1, k=k)
-    found = load(file_of_features)
+    stored = load(feature_file)
     if output is not None:
         plotting.require_picture(output)
-    rows = neighbors.find(found, query, k, model=model, file=file, root=root, device=device)
+    rows = neighbors.find(stored, query, k, model=model, file=file, root=root, device=device)
     if json:
         entries = [{**row._asdict(), "path": str(row.path)} for row in rows]
         print(dumps(entries, indent=2))
     else:
         print(neighbors.format_neighbors(rows))
     if output is not None:
-        place = root or Path(found.metadata["root"])
-        title = f"{found.metadata['model']}, {found.metadata['output']}: nearest by cosine"
-        plotting.save(neighbors.draw_neighbors(rows, place, title), output)
+        folder = root or Path(stored.metadata["root"])
+        title = f"nearest by cosine: {stored.metadata['output']} of {stored.metadata['model']}"
+        plotting.save(neighbors.draw_neighbors(rows, folder, title), output)
         print(f"wrote {output}", file=sys.stderr)
 
 

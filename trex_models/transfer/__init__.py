@@ -1,1 +1,1 @@
-"""Transfer evaluation: the paper's data sets and protocol, on any timm model."""
+"""Transfer evaluation: the paper's datasets and protocol, for any timm model."""

@@ -1,4 +1,4 @@
-"""Evaluate frozen features of any timm model by the protocol of the t-ReX paper."""
+"""Evaluate the frozen features of any timm model with the protocol of the t-ReX paper."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trex_models.transfer.datasets import DATASETS, GROUPS, open_checked, select
 from trex_models.transfer.evaluate import FeatureCache, Plan, Task, evaluate
 from trex_models.transfer.report import format_table, read_report, require_same_images
 
-# On a CPU, the cores compute the model.
+# Without CUDA, the model itself needs the cores.
 _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
 
 
@@ -52,37 +52,37 @@ def evaluate_model(
     batch_size: int = 256,
     workers: int = _WORKERS,
 ) -> None:
-    """Score a model on datasets. The same command continues an interrupted one.
+    """Evaluate a model on datasets. The same command resumes an interrupted evaluation.
 
     Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
     Args:
-        model: A timm model, a timm folder, a finished run, hf-hub:OWNER/NAME, or "pixels".
-        datasets: Comma-separated names and groups, as "list" prints them, and NAME=FOLDER for
-            class folders of your own. The group offline needs no data.
-        output: The report, .json; a table, .md, is written next to it.
-        data_root: Folder of the datasets.
-        training_task: Dataset that the model was trained on, which does not count as transfer. By
-            default imagenet, if it is among the datasets.
-        label: Name of the model in tables and pictures. By default its own.
-        preprocessing: Resize the shorter side to the crop's, to 256 for 224 (validation), or as
-            the model's own configuration says (model).
-        precision: Number formats of the model.
-        untrained: Random weights, with BatchNorm statistics of the first images.
+        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, or "pixels".
+        datasets: Comma-separated names and groups, see the command "list", and NAME=PATH for your
+            own class folders. The group "offline" needs no data.
+        output: Report to write, .json. A table, .md, is written next to it.
+        data_root: Folder that contains the datasets.
+        training_task: Dataset that the model was trained on; it is excluded from the transfer
+            score. Defaults to imagenet, if that is among the datasets.
+        label: Name of the model in tables and plots. Defaults to the value of --model.
+        preprocessing: Resize the shorter side to the crop size (transfer), to 256 for a crop of
+            224 (validation), or as in the model's configuration (model).
+        precision: Floating-point precision of the model.
+        untrained: Use random weights, with BatchNorm statistics of training images.
         seeds: Number of validation splits to average over.
-        geometry: Report coding length, spectrum, sparsity and distances of the features, too.
-        cache: Folder of the features. By default features/ next to the report.
-        dtype: Type of the features in their files. float16 halves them and rounds by up to 5e-4.
-        device: Device of model and classifiers: auto, cpu, cuda, ...
+        geometry: Also report coding length, spectrum, sparsity and class distances.
+        cache: Folder of the cached features. Defaults to features/ next to the report.
+        dtype: Data type of cached features. float16 halves their size and rounds by up to 5e-4.
+        device: Device of the model and the classifiers: auto, cpu, cuda, ...
         batch_size: Images per batch.
-        workers: Loader processes.
+        workers: Number of loader workers.
     """
     command = _command_line(locals())
     cli.require_writable(output, ".json")
     cli.require_at_least(1, seeds=seeds, batch_size=batch_size)
     cli.require_at_least(0, workers=workers)
-    place = choose_device(device)
-    device = place.type if device == "auto" else device
+    chosen_device = choose_device(device)
+    device = chosen_device.type if device == "auto" else device
     chosen = select(datasets)
     names = [dataset.name for dataset in chosen]
     if training_task is None and "imagenet" in names:
@@ -95,7 +95,7 @@ def evaluate_model(
         precision=precision,
         untrained=untrained,
         device=device,
-        hint="" if untrained else "--untrained evaluates the architecture without weights",
+        hint="" if untrained else "--untrained evaluates the architecture with random weights",
     )
     tasks = [Task(dataset, *open_checked(dataset, data_root)) for dataset in chosen]
     if untrained and frozen.metadata["parameters"]:
@@ -103,17 +103,17 @@ def evaluate_model(
         frozen = frozen.recalibrate_batchnorm(first.train, first.dataset.name, workers)
     root = cache or output.parent / "features"
     if root.exists() and not root.is_dir():
-        raise ValueError(f"--cache {root} is no folder; name one")
+        raise ValueError(f"--cache {root} is not a folder; pass a folder")
     output.parent.mkdir(parents=True, exist_ok=True)
-    kept = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
-    settings = Plan(seeds=seeds, training_task=training_task, geometry=geometry, device=device)
-    report = evaluate(frozen, tasks, kept, settings, output, label, command)
+    features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
+    plan = Plan(seeds=seeds, training_task=training_task, geometry=geometry, device=device)
+    report = evaluate(frozen, tasks, features, plan, output, label, command)
     print(f"\n{format_table([report])}\n")
     print(f"wrote {output} and {output.with_suffix('.md')}")
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
-    """Return the command that repeats an evaluation, without options at their defaults."""
+    """Return the command line that repeats an evaluation, without options at their default."""
     words = ["python", "-m", "trex_models.transfer", "evaluate"]
     for name, parameter in signature(evaluate_model).parameters.items():
         if options[name] != parameter.default:
@@ -123,13 +123,13 @@ def _command_line(options: Mapping[str, Any]) -> str:
 
 
 def print_table(reports: list[Path], /, *, markdown: bool = False) -> None:
-    """Print the scores of models, a line per dataset.
+    """Print the scores of one or more models, one row per dataset.
 
     Example: python -m trex_models.transfer table trex.json pixels.json --markdown
 
     Args:
-        reports: Reports of models.
-        markdown: Print a Markdown table.
+        reports: Reports written by the command "evaluate".
+        markdown: Format the table as Markdown.
     """
     print(format_table([read_report(path) for path in reports], markdown))
 
@@ -143,34 +143,34 @@ def plot(
     dataset: str | None = None,
     published: Literal["paper", "released"] | None = None,
 ) -> None:
-    """Draw the scores of models.
+    """Plot the scores of one or more models.
 
     Example: python -m trex_models.transfer plot trex.json pixels.json --output scatter.png
 
     Args:
-        reports: Reports of models; may be omitted with --published.
-        output: The picture, .png, .svg or .pdf.
-        kind: The paper's scatter plot, accuracies, or the geometry of features (--geometry).
-        dataset: Dataset whose spectra are drawn (geometry). By default the first that all have.
-        published: Points that the authors published, drawn too (scatter): of the paper's figure,
-            over 13 datasets, or of the released models, over 15.
+        reports: Reports written by the command "evaluate"; optional with --published.
+        output: Image to write, .png, .svg or .pdf.
+        kind: Scatter plot as in the paper, bars of accuracies, or geometry of the features.
+        dataset: Dataset of the spectra in --kind geometry. Defaults to the first with geometry.
+        published: Add the authors' results to the scatter plot, from the paper's figure (13
+            datasets) or from the table of released models (15 datasets).
     """
     plotting.require_picture(output)
     if not (published or reports) or (published and kind != "scatter"):
-        raise ValueError("give reports, or --published with --kind scatter for the authors' points")
-    found = [read_report(path) for path in reports]
-    require_same_images(found)
+        raise ValueError("pass one or more reports, or use --published with --kind scatter")
+    loaded = [read_report(path) for path in reports]
+    require_same_images(loaded)
     draw = {
-        "scatter": partial(pictures.scatter, found, published),
-        "bars": partial(pictures.bars, found),
-        "geometry": partial(pictures.geometry, found, dataset),
+        "scatter": partial(pictures.scatter, loaded, published),
+        "bars": partial(pictures.bars, loaded),
+        "geometry": partial(pictures.geometry, loaded, dataset),
     }[kind]
     plotting.save(draw(), output)
     print(f"wrote {output}")
 
 
 def list_datasets() -> None:
-    """Print the datasets, their files, and the groups.
+    """List the datasets with their required files, and the groups of datasets.
 
     Example: python -m trex_models.transfer list
     """

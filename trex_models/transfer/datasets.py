@@ -1,4 +1,4 @@
-"""Datasets of the evaluation: their names, sizes and layouts; selecting and opening them."""
+"""Datasets of the transfer evaluation: names, sizes, layouts; selecting and opening them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 from trex_models.transfer import readers
 
-# The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, at this variation.
+# The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, with this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
 TRAIN_PER_CLASS, TEST_PER_CLASS = 50, 25
 Reader = Callable[[Path], tuple[Source, Source]]
-"""Maps the data root to the images to fit on and those to test on."""
+"""Function that maps the data root to the training images and the test images."""
 
 
 class Sizes(NamedTuple):
-    """Published numbers of classes and images; None for any."""
+    """Published numbers of classes, training and test images; None disables the check."""
 
     classes: int | None = None
     train: int | None = None
@@ -35,23 +35,23 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset to classify on frozen features."""
+    """Dataset that is classified from frozen features."""
 
     name: str
     title: str
-    """Name in tables and figures."""
+    """Name in tables and plots."""
     open: Reader
     sizes: Sizes
     layout: str
-    """Files that it needs below the data root."""
+    """Required files, relative to the data root."""
     home: str
-    """Where to get it; empty for the user's own."""
+    """URL of the dataset, or how to install it; empty for the user's own datasets."""
     classifier: Literal["logistic", "sgd"] | None = "logistic"
-    """Classifier of the protocol; None: the number of training images decides."""
+    """Classifier in the protocol; None to choose it by the number of training images."""
 
 
 def _fractals(first_class: int = 0) -> tuple[Source, Source]:
-    """Return fractals of 40 classes; the demo trains on classes 0 to 39, not on the test images."""
+    """Return 40 fractal classes; the demo trains on classes 0 to 39, not on the test images."""
     part = partial(
         FractalSource, NUM_CLASSES, size=SIZE, first_class=first_class, variation=VARIATION
     )
@@ -61,17 +61,17 @@ def _fractals(first_class: int = 0) -> tuple[Source, Source]:
 def _downloaded(
     title: str, kind: Any, sizes: Sizes, folder: str, *splits: str, read: Reader | None = None
 ) -> Dataset:
-    """Return a dataset that lies as torchvision's class downloads it."""
+    """Return a dataset in the layout in which a torchvision class downloads it."""
     read = read or readers.from_torchvision(kind, folder, *splits)
     home = f"torchvision.datasets.{kind.__name__}(ROOT, download=True)"
-    return Dataset(title.lower(), title, read, sizes, f"{folder}/ as torchvision leaves it", home)
+    return Dataset(title.lower(), title, read, sizes, f"{folder}/, downloaded by torchvision", home)
 
 
 def _offline(
-    name: str, title: str, opened: Callable[[], tuple[Source, Source]], sizes: Sizes
+    name: str, title: str, create: Callable[[], tuple[Source, Source]], sizes: Sizes
 ) -> Dataset:
     home = "pip install trex-models[transfer]"
-    return Dataset(name, title, lambda _root: opened(), sizes, "nothing", home)
+    return Dataset(name, title, lambda _root: create(), sizes, "no files", home)
 
 
 _KNOWN = [
@@ -80,8 +80,8 @@ _KNOWN = [
         "ImageNet-1K",
         readers.imagenet,
         Sizes(1000, 1281167, 50000),
-        "class folders (n01440764, ...) imagenet/train/WNID and imagenet/val/WNID; the "
-        "validation images come unsorted, torchvision.datasets.ImageNet(ROOT, 'val') sorts them",
+        "class folders imagenet/train/WNID and imagenet/val/WNID (n01440764, ...); the archive of "
+        "validation images has none, torchvision.datasets.ImageNet(ROOT, 'val') creates them",
         "https://image-net.org/download.php",
         "sgd",
     ),
@@ -96,7 +96,7 @@ _KNOWN = [
         "stanford_cars/cars_train/*.jpg, stanford_cars/cars_test/*.jpg, "
         "stanford_cars/devkit/cars_meta.mat, stanford_cars/devkit/cars_train_annos.mat and "
         "stanford_cars/cars_test_annos_withlabels.mat",
-        "a mirror: https://ai.stanford.edu/~jkrause/cars/car_dataset.html is gone",
+        "a mirror, as https://ai.stanford.edu/~jkrause/cars/car_dataset.html is offline",
     ),
     _downloaded("DTD", tv.DTD, Sizes(47, 3760, 1880), "dtd/dtd", "train", "val"),
     _downloaded("EuroSAT", tv.EuroSAT, Sizes(10, 18900, 8100), "eurosat", read=readers.eurosat),
@@ -110,8 +110,8 @@ _KNOWN = [
         "SUN397",
         readers.sun397,
         Sizes(397, 19850, 19850),
-        "SUN397/a/abbey/*.jpg and so on, and in SUN397/ or next to it ClassName.txt, "
-        "Training_01.txt and Testing_01.txt of Partitions.zip",
+        "SUN397/a/abbey/*.jpg and the other classes; ClassName.txt, Training_01.txt and "
+        "Testing_01.txt from Partitions.zip, in SUN397/ or next to it",
         "https://vision.princeton.edu/projects/2010/SUN/ (SUN397.tar.gz, Partitions.zip)",
     ),
     *(
@@ -120,8 +120,8 @@ _KNOWN = [
             f"CoG L{level}",
             partial(readers.cog, level=level),
             Sizes(1000, None, 50000),
-            "imagenet21k/WNID/*.JPEG, cog/levels.json and cog/splits.json ("
-            "docs/transfer_data.md has their form)",
+            "imagenet21k/WNID/*.JPEG, cog/levels.json and cog/splits.json (format: "
+            "docs/transfer_data.md)",
             "https://image-net.org/download.php (images) and https://github.com/naver/cog (lists)",
             "sgd",
         )
@@ -133,7 +133,7 @@ _KNOWN = [
             f"iNat{year}",
             partial(readers.inaturalist, year=year),
             sizes,
-            f"inat{year}/train_val{year}/ (or inat{year}/{year}/) of the images, and "
+            f"images in inat{year}/train_val{year}/ (or inat{year}/{year}/), "
             f"inat{year}/train{year}.json and inat{year}/val{year}.json",
             f"https://github.com/visipedia/inat_comp/tree/master/{year}",
             "sgd",
@@ -160,42 +160,42 @@ GROUPS = {
     "small": _SMALL,
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
 }
-_KNOWN_NAMES = (
-    f"there are {', '.join(DATASETS)}, the groups {', '.join(GROUPS)}, and NAME=PATH for class "
-    "folders of your own (write a comma in PATH as \\,)"
+_CHOICES = (
+    f"choose from {', '.join(DATASETS)}, the groups {', '.join(GROUPS)}, and NAME=PATH for your "
+    "own class folders (escape a comma in PATH as \\,)"
 )
 
 
 def select(text: str) -> list[Dataset]:
-    """Return the datasets of a list such as ``aircraft,pets,offline,mine=PATH``, each once.
+    """Return the distinct datasets of a list such as ``aircraft,pets,offline,mine=PATH``.
 
-    ``NAME=PATH`` means class folders at PATH, with a backslash before each comma of PATH.
+    ``NAME=PATH`` adds the class folders at PATH, in which commas are escaped by a backslash.
     """
     chosen: dict[str, Dataset] = {}
-    places: dict[str, str] = {}
+    paths: dict[str, str] = {}
     words = (word.strip().replace("\\,", ",") for word in re.split(r"(?<!\\),", text))
     for word in filter(None, words):
-        name, is_own, place = word.partition("=")
+        name, is_own, path = word.partition("=")
         if not is_own:
             members = GROUPS.get(name, (name,))
             if not DATASETS.keys() >= set(members):
-                raise ValueError(f"no dataset is called {name!r}; {_KNOWN_NAMES}")
+                raise ValueError(f"{name!r} is not a known dataset; {_CHOICES}")
             chosen |= {member: DATASETS[member] for member in members}
-        elif places.setdefault(name, place) != place:
-            raise ValueError(f"{name} is {places[name]} and {place}; give one of them another name")
+        elif paths.setdefault(name, path) != path:
+            raise ValueError(f"{name} is both {paths[name]} and {path}; rename one of them")
         elif name not in chosen:
-            chosen[name] = _own(name, place)
+            chosen[name] = _own(name, path)
     if not chosen:
-        raise ValueError(f"no dataset is named; {_KNOWN_NAMES}")
+        raise ValueError(f"--datasets is empty; {_CHOICES}")
     return list(chosen.values())
 
 
 def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open the images to fit on and to test on; check them as far as that needs no decoding."""
+    """Open the training and test images; check all that needs no decoding."""
     try:
         train, test = dataset.open(root.expanduser())
         _check(train, test, dataset.sizes)
-    except Exception as error:  # torchvision and scipy let anything out of a damaged file
+    except Exception as error:  # torchvision and SciPy raise errors of any type
         needed = f"needed: {dataset.layout}"
         if dataset.home:
             needed = f"needed below {root}: {dataset.layout}; from {dataset.home}"
@@ -204,51 +204,51 @@ def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
 
 
 def _check(train: Source, test: Source, sizes: Sizes) -> None:
-    """Check the images to fit on and those to test on; each check costs more than the last."""
+    """Check the training and test images, the cheapest checks first."""
     classes = list(train.classes)
     if classes != list(test.classes):
         odd = ", ".join(sorted(set(classes) ^ set(test.classes))[:3])
-        raise ValueError(f"training and test images need the same classes; only one has {odd}")
+        raise ValueError(f"training and test images must have the same classes; only one has {odd}")
     counts = {"classes": len(classes), "training images": len(train), "test images": len(test)}
-    for (what, count), expected in zip(counts.items(), sizes, strict=True):
+    for (kind, count), expected in zip(counts.items(), sizes, strict=True):
         if expected is not None and count != expected:
-            remedy = "unpack all of it again" if count < expected else "remove what was added"
-            raise ValueError(f"{count} {what} where {expected} are expected; {remedy}")
+            remedy = "unpack the dataset again" if count < expected else "remove the extra ones"
+            raise ValueError(f"expected {expected} {kind}, got {count}; {remedy}")
     scarce = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) < 2)
     if len(scarce):
         raise ValueError(
-            f"{len(scarce)} classes have fewer than 2 training images and cannot be divided, the "
-            f"first is {classes[scarce[0]]}; add images or remove them"
+            f"{len(scarce)} classes have fewer than 2 training images and cannot be split, the "
+            f"first is {classes[scarce[0]]}; add images or remove these classes"
         )
     if isinstance(train, FileSource) and isinstance(test, FileSource):
         fitted, tested = (list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test))
-        places = set(fitted)
-        both = [index for index, place in enumerate(tested) if place in places]
-        if both:
+        training_files = set(fitted)
+        shared = [index for index, file in enumerate(tested) if file in training_files]
+        if shared:
             raise ValueError(
-                f"{len(both)} files are among the training and the test images (by name or by "
-                f"link), such as {test.name(both[0])}; list each once"
+                f"{len(shared)} files are both training and test images (the same file or a link "
+                f"to it), such as {test.name(shared[0])}; remove them from one of the two"
             )
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's message in one line, without its advice to callers of torchvision."""
+    """Return an error's message in one line, without torchvision's advice to its callers."""
     text = " ".join(str(error).split())
-    if isinstance(error, RuntimeError):  # its second sentence is on an argument of torchvision's
+    if isinstance(error, RuntimeError):  # the second sentence is about a torchvision argument
         return text.split(". ")[0].rstrip(".")
-    own = isinstance(error, ValueError | ImportError | OSError)
-    return text if own else f"{type(error).__name__}: {text}"
+    clear = isinstance(error, ValueError | ImportError | OSError)
+    return text if clear else f"{type(error).__name__}: {text}"
 
 
-def _own(name: str, place: str) -> Dataset:
+def _own(name: str, text: str) -> Dataset:
     """Return the user's class folders as a dataset."""
     if name in DATASETS or name in GROUPS or not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
-            f"{name}={place}: {name!r} is taken or not allowed; use letters, digits, - _ and ."
+            f"{name}={text}: {name!r} is reserved or invalid; use letters, digits, - _ and ."
         )
-    if not place:
-        raise ValueError(f"{name}= lacks the path of its class folders; give {name}=PATH")
-    path = Path(place).expanduser()
+    if not text:
+        raise ValueError(f"{name}= has no path; pass {name}=PATH with the path of class folders")
+    path = Path(text).expanduser()
     layout = (
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )

@@ -1,4 +1,4 @@
-"""From a model and datasets to a report: features, classifiers and scores, a dataset at a time.
+"""Evaluation of a model: features, classifiers and scores of each dataset, and the report.
 
 Scores are cached next to the features and reused by runs with identical settings.
 """
@@ -34,11 +34,11 @@ from trex_models.transfer.report import (
 )
 
 LARGE = 100_000
-"""Training images above which a dataset of the user's own gets the SGD layer."""
+"""Number of training images above which the user's own datasets use the SGD classifier."""
 
 
 class Task(NamedTuple):
-    """A dataset that has been opened and checked."""
+    """Dataset whose training and test images were opened and checked."""
 
     dataset: Dataset
     train: Source
@@ -46,16 +46,16 @@ class Task(NamedTuple):
 
     @property
     def classifier(self) -> str:
-        """Its classifier: logistic or sgd."""
+        """Classifier of the dataset, logistic or sgd."""
         return self.dataset.classifier or ("sgd" if len(self.train) > LARGE else "logistic")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCache:
-    """A folder of features, ROOT/<architecture>-<hash>/<dataset>-<split>-<hash>.safetensors.
+    """Cached features, ROOT/<architecture>-<hash>/<dataset>-<split>-<hash>.safetensors.
 
-    Its settings are those of ``Extraction``. The names are for people: a file is used only if its
-    metadata match.
+    See ``Extraction`` for the settings. File names are only for readability: a file is reused if
+    its metadata match.
     """
 
     root: Path
@@ -70,10 +70,10 @@ class FeatureCache:
         title: str,
         identity: Mapping[str, str] | None = None,
     ) -> np.ndarray:
-        """Return features, (N, F), mapped into memory, extracting them if they are missing.
+        """Return memory-mapped features, (N, F); extract them first if they are not cached.
 
-        ``title`` names dataset and split in the file's name and the progress bar; ``identity`` is
-        the result of ``feature_identity``, if it is known, since it reads every file's size.
+        ``title`` is the dataset and split, for the file name and the progress bar. ``identity`` is
+        the result of ``feature_identity``; pass it if known, since it reads the size of all files.
         """
         identity = identity or feature_identity(model, source)
         key = digest(as_text({**identity, "dtype": self.dtype}))
@@ -98,16 +98,16 @@ class FeatureCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Settings of the scores."""
+    """Evaluation settings."""
 
     seeds: int = 5
-    """Number of validation splits, from seed 0; for the SGD layer also orders of the samples."""
+    """Number of validation splits, from seed 0. The seed also sets the data order of SGD."""
     training_task: str | None = None
-    """Dataset that the model was trained on, which does not count as transfer."""
+    """Dataset that the model was trained on; it is excluded from the transfer score."""
     geometry: bool = False
-    """Whether to measure the geometry of the training images' features."""
+    """If True, also measure the geometry of the training images' features."""
     device: str = "cpu"
-    """Device that fits the classifiers."""
+    """Device of the classifiers."""
 
 
 def evaluate(
@@ -119,10 +119,10 @@ def evaluate(
     label: str = "",
     command: str = "",
 ) -> dict[str, Any]:
-    """Score a model on datasets; write the report after each of them, and return it.
+    """Evaluate a model on datasets; return the report, which is rewritten after each dataset.
 
-    ``output`` is JSON; a table in Markdown is written next to it. ``label`` is the model's name in
-    tables and pictures, empty for its own, and ``command`` the command line that repeats this.
+    ``output`` is a JSON file; a Markdown table is written next to it. ``label`` is the name of the
+    model in tables and plots (by default its own name), ``command`` the command line to report.
     """
     settings = {
         "protocol": protocol.describe(range(plan.seeds)),
@@ -151,29 +151,29 @@ def evaluate(
 
 
 def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> dict[str, Any]:
-    """Return a dataset's entry of the report."""
+    """Evaluate a model on one dataset; return the entry of the report."""
     name = task.dataset.name
     started = time.monotonic()
     identities = [feature_identity(model, source) for source in (task.train, task.test)]
     train = cache.features(model, task.train, f"{name}-train", identities[0])
     test = cache.features(model, task.test, f"{name}-test", identities[1])
     seconds = time.monotonic() - started
-    about = {
+    description = {
         "title": task.dataset.title,
         "classifier": task.classifier,
         "num_classes": len(task.train.classes),
         "train": {"images": len(task.train), "sha256": task.train.digest()},
         "test": {"images": len(task.test), "sha256": task.test.digest()},
     }
-    asked = {
-        **about,
+    settings = {
+        **description,
         "features": identities,
         "dtype": cache.dtype,
         "protocol": protocol.describe(range(plan.seeds)),
         "device": plan.device,
         "versions": environment()["versions"],
     }
-    key = digest(as_text(asked))
+    key = digest(as_text(settings))
     path = cache.folder(model) / f"{name}-scores-{key[:12]}.json"
     scores = _read_scores(path, key)
     if scores is None:
@@ -181,25 +181,25 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         scores["seconds"]["features"] = round(seconds, 2)
         try:
             write_text_file(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
-        except OSError as error:  # the report has them in any case
-            print(f"      the scores are not cached for other runs ({error})", flush=True)
-    entry = {**about, **scores}
+        except OSError as error:  # the report contains the scores in any case
+            print(f"      cannot cache the scores for other runs ({error})", flush=True)
+    entry = {**description, **scores}
     if plan.geometry:
         try:
             with progress_bar(len(train), "geometry", " images") as bar:
-                found = analyze(train, task.train.labels, device=plan.device, progress=bar.update)
-            entry["geometry"] = {"train": asdict(found)}
+                result = analyze(train, task.train.labels, device=plan.device, progress=bar.update)
+            entry["geometry"] = {"train": asdict(result)}
         except ValueError as error:  # such as constant features
-            print(f"      no geometry: {error}", flush=True)
+            print(f"      geometry is not available: {error}", flush=True)
             entry["geometry"] = {"train": None, "reason": str(error)}
     return entry
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:
-    """Return cached scores; None if there are none with this key."""
+    """Return the cached scores; None if there are none for this key."""
     try:
-        kept = json.loads(path.read_text())
-        return dict(kept["scores"]) if kept["key"] == key else None
+        cached = json.loads(path.read_text())
+        return dict(cached["scores"]) if cached["key"] == key else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

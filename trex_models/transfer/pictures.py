@@ -1,6 +1,6 @@
-"""Pictures of reports: the two scores of models, their accuracies, the geometry of their features.
+"""Plots of reports: scatter plot of the two scores, bars of accuracies, and geometry.
 
-Accuracies are shares, drawn in percent. Models keep their order, and so their colors.
+Accuracies are fractions in reports and percentages in plots. A model has one color in all plots.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from trex_models.transfer.published import PUBLISHED
 
 Report = dict[str, Any]
 BARS_PER_ROW = 64
-VALUES_UP_TO = 24  # bars in a panel; more leave no room for numbers above them
-MARKERS = "s^dvP<>"  # one for each published point
-# Measures of `geometry`: title, keys of bars and marks, scale, and format of the numbers.
+VALUES_UP_TO = 24  # bars in a panel; with more, numbers above the bars would overlap
+MARKERS = "s^dvP<>"  # one per published point
+# Measures in `geometry`: title, keys of bars and marks, scale, and number format.
 DISTANCES = "cosine distance within classes; marks: between classes"
 MEASURES = (
     ("coding length, nats", "coding_length", "", 1, "{:.0f}"),
-    ("values that are zero, % (sparsity)", "sparsity", "", 100, "{:.1f}"),
+    ("sparsity: values that are zero, %", "sparsity", "", 100, "{:.1f}"),
     (DISTANCES, "within_class_distance", "between_class_distance", 1, "{:.2f}"),
 )
 
 
 def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
-    """Draw the paper's picture: accuracy on the training task against mean transfer score.
+    """Draw the scatter plot of the paper: training-task accuracy against mean transfer score.
 
-    Models that lack one of the scores are named above the picture. ``published`` is a key of
-    ``PUBLISHED``, whose points are drawn, too, or only these if there are no reports.
+    Models without one of the scores are listed above the plot. ``published`` is a key of
+    ``PUBLISHED``, whose points are added; without reports, the plot shows only these points.
     """
     authors = PUBLISHED[published] if published else None
     missing = [_label(report) for report in reports if not _has_both_scores(report)]
@@ -42,19 +42,19 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
         first = _first_comparable([report for report in reports if _has_both_scores(report)])
         title = first["datasets"][first["training_task"]]["title"]
         count = len(first["transfer"]["datasets"])
-        notes.append("lines: 95 % intervals, of x over test images, of y over seeds")
+        notes.append("lines: 95 % intervals (x: over test images, y: over seeds)")
         if authors and first["training_task"] != "imagenet":
             raise ValueError(
                 f"the authors' models were trained on ImageNet-1K, {_label(first)} on {title}; "
-                "leave --published out"
+                "omit --published"
             )
     if missing:
-        notes.append(plotting.shorten(f"Without one of the scores: {', '.join(missing)}", 110))
+        notes.append(plotting.shorten(f"not shown (missing score): {', '.join(missing)}", 110))
     if authors:
-        notes.append(f"hollow: reported by the authors of t-ReX ({authors.title})")
+        notes.append(f"hollow markers: results of the t-ReX authors ({authors.title})")
         if authors.num_datasets != count:
             means = f"{count} and over the authors' {authors.num_datasets} datasets"
-            notes.append(f"Means over {means} do not compare.")
+            notes.append(f"means over {means} are not comparable")
     with plotting.new_figure(10.5, 6.2) as figure:
         axis = figure.add_subplot()
         axis.margins(0.1)
@@ -69,10 +69,10 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
                 axis.plot((x, x), report["transfer"]["interval"] or (y, y), color=color, lw=1.3)
                 name = plotting.shorten(_label(report), 36)
                 axis.plot(x, y, "o", color=color, ms=7, mec="white", mew=0.8, zorder=3, label=name)
-        further = islice(cycle(plotting.PALETTE), len(reports), None)
+        unused_colors = islice(cycle(plotting.PALETTE), len(reports), None)
         for point, marker in zip(authors.points if authors else (), MARKERS, strict=False):
-            place, color = (100 * point.top1, point.mean_log_odds), next(further)
-            axis.plot(*place, marker, mfc="none", mec=color, ms=8, label=point.name)
+            position, color = (100 * point.top1, point.mean_log_odds), next(unused_colors)
+            axis.plot(*position, marker, mfc="none", mec=color, ms=8, label=point.name)
         axis.set_title("\n".join(notes), fontsize=9, color=plotting.GRAY, parse_math=False)
         for text in figure.legend(loc="outside right upper").get_texts():
             text.set_parse_math(False)
@@ -84,48 +84,48 @@ def _has_both_scores(report: Report) -> bool:
 
 
 def _first_comparable(reports: Sequence[Report]) -> Report:
-    """Return the first report that has both scores; all must be of the same datasets."""
+    """Return the first of reports with both scores; all must have the same datasets."""
     if not reports:
         raise ValueError(
-            "no report has both scores: evaluate a model on its --training-task and on other data"
+            "no report has both scores; evaluate a model on its --training-task and other datasets"
         )
     first = reports[0]
     for other in reports[1:]:
         if other["training_task"] != first["training_task"]:
             raise ValueError(
                 f"{_label(first)} was trained on {first['training_task']}, {_label(other)} on "
-                f"{other['training_task']}: draw models of one training task"
+                f"{other['training_task']}; plot only models with the same training task"
             )
         mine, theirs = (set(report["transfer"]["datasets"]) for report in (first, other))
         if mine != theirs:
             differing = ", ".join(sorted(mine ^ theirs))
             raise ValueError(
-                f"{_label(first)} and {_label(other)} differ in {differing}: evaluate all models "
-                "on the same datasets"
+                f"the datasets of {_label(first)} and {_label(other)} differ in {differing}; "
+                "evaluate all models on the same datasets"
             )
     return first
 
 
 def bars(reports: Sequence[Report]) -> Any:
-    """Draw top-1 accuracies on all datasets, and the k-NN classifier's as a mark on each bar."""
+    """Draw top-1 accuracies on all datasets as bars, and k-NN accuracies as marks on the bars."""
     rows = _rows(reports)
     if not rows:
-        raise ValueError("no report has a dataset to draw")
+        raise ValueError("the reports contain no datasets; evaluate a model first")
     with plotting.new_figure(_width(len(rows[0]), len(reports)), 3.6 * len(rows) + 0.8) as figure:
         draw_bars(figure, reports)
     return figure
 
 
 def draw_bars(figure: Any, reports: Sequence[Report]) -> None:
-    """Draw `bars` into a figure, or into a part of one."""
+    """Draw `bars` into a figure or a subfigure."""
     tasks = {report["training_task"] for report in reports}
     titles = _titles(reports)
     marked = False
     rows = _rows(reports)
     for axis, names in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
-        found = [[report["datasets"].get(name, {}) for name in names] for report in reports]
-        accuracy = _table([[entry.get("top1") for entry in row] for row in found], "mean")
-        knn = _table([[entry.get("knn") for entry in row] for row in found], "top1")
+        entries = [[report["datasets"].get(name, {}) for name in names] for report in reports]
+        accuracy = _table([[entry.get("top1") for entry in row] for row in entries], "mean")
+        knn = _table([[entry.get("knn") for entry in row] for row in entries], "top1")
         marked |= bool(np.isfinite(knn).any())
         labels = [titles[name] + "\n(training task)" * (name in tasks) for name in names]
         _grouped_bars(axis, labels, 100 * accuracy, 100 * knn, "{:.1f}")
@@ -134,44 +134,44 @@ def draw_bars(figure: Any, reports: Sequence[Report]) -> None:
 
 
 def _rows(reports: Sequence[Report]) -> list[list[str]]:
-    """Return the names of all datasets, in as many rows as their bars need."""
+    """Return the names of all datasets, split into rows of about ``BARS_PER_ROW`` bars."""
     names = list(_titles(reports))
     rows = min(-(-len(names) * len(reports) // BARS_PER_ROW), len(names))
     return [list(part) for part in np.array_split(np.array(names, object), rows)] if rows else []
 
 
 def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:
-    """Draw the spectra of one dataset's training features, and other measures of all datasets."""
+    """Draw the spectra of the training features of one dataset, and other measures of all."""
     titles = _titles(reports)
-    names = [name for name in titles if any(_analysis(report, name) for report in reports)]
+    names = [name for name in titles if any(_measures(report, name) for report in reports)]
     if not names:
-        raise ValueError("no report has geometry to draw; add it with --geometry")
+        raise ValueError("no report contains geometry; evaluate with --geometry")
     dataset = dataset or names[0]
     if dataset not in names:
-        raise ValueError(f"no report has the geometry of {dataset!r}, only of {', '.join(names)}")
-    found = [[_analysis(report, name) for name in names] for report in reports]
+        raise ValueError(f"no report has geometry of {dataset!r}; choose from {', '.join(names)}")
+    rows = [[_measures(report, name) for name in names] for report in reports]
     labels = [titles[name] for name in names]
     many = len(names) * len(reports) > BARS_PER_ROW // 2
     shape, width = ((4, 1), _width(len(names), len(reports))) if many else ((2, 2), 13.0)
     with plotting.new_figure(width, 3.6 * shape[0] + 0.8) as figure:
         spectra, *panels = figure.subplots(*shape).flat
-        _draw_spectra(spectra, [row[names.index(dataset)] for row in found])
+        _draw_spectra(spectra, [row[names.index(dataset)] for row in rows])
         spectra.set_title(f"spectrum, {titles[dataset]}", parse_math=False)
         for axis, (title, key, mark, scale, form) in zip(panels, MEASURES, strict=True):
-            _grouped_bars(axis, labels, scale * _table(found, key), _table(found, mark), form)
+            _grouped_bars(axis, labels, scale * _table(rows, key), _table(rows, mark), form)
             axis.set_title(title)
         plotting.legend(figure, [_label(report) for report in reports])
     return figure
 
 
-def _analysis(report: Report, name: str) -> dict[str, Any] | None:
+def _measures(report: Report, name: str) -> dict[str, Any] | None:
     return ((report["datasets"].get(name) or {}).get("geometry") or {}).get("train")
 
 
-def _draw_spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
-    for analysis, color in zip(found, plotting.colors(len(found)), strict=True):
-        if analysis:
-            values = np.array(analysis["singular_values"])
+def _draw_spectra(axis: Any, measures: Sequence[dict[str, Any] | None]) -> None:
+    for entry, color in zip(measures, plotting.colors(len(measures)), strict=True):
+        if entry:
+            values = np.array(entry["singular_values"])
             values = values[values > 0]  # zeros have no logarithm
             style = "o" if len(values) == 1 else "-"
             axis.loglog(np.arange(1, len(values) + 1), values, style, color=color)
@@ -182,9 +182,9 @@ def _draw_spectra(axis: Any, found: Sequence[dict[str, Any] | None]) -> None:
 def _grouped_bars(
     axis: Any, titles: Sequence[str], heights: np.ndarray, marks: np.ndarray, form: str
 ) -> None:
-    """Draw groups of bars, numbered by ``form``, and marks, both (models, groups), NaN for none."""
+    """Draw bars with numbers in format ``form``, and marks; (models, groups), NaN for none."""
     models = len(heights)
-    near = 0.1 * np.nanmax(heights)  # a mark so close above a bar would cross its number
+    near = 0.1 * np.nanmax(heights)  # a mark this close above a bar would overlap its number
     for index, color in enumerate(plotting.colors(models)):
         offset, half = (index - (models - 1) / 2) * 0.84 / models, 0.39 / models
         for x, height, mark in zip(
@@ -197,17 +197,17 @@ def _grouped_bars(
                 axis.hlines(mark, x - half, x + half, color="black", lw=1.6)
             if np.isfinite(height) and heights.size <= VALUES_UP_TO:
                 top = mark if height < mark < height + near else height
-                place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-                axis.annotate(form.format(height), (x, top), **place)
+                above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+                axis.annotate(form.format(height), (x, top), **above)
     axis.grid(visible=False, axis="x")
     axis.set_xlim(-0.6, len(titles) - 0.4)
     axis.margins(y=0.1)
     longest = max(len(line) for title in titles for line in title.split("\n"))
     columns = axis.get_subplotspec().get_gridspec().ncols
     inches = axis.figure.bbox.width / axis.figure.dpi / columns
-    slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    rotated = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
     crowded = len(titles) * (longest + 2) > 11 * inches  # 11 characters per inch
-    axis.set_xticks(range(len(titles)), titles, parse_math=False, **(slant if crowded else {}))
+    axis.set_xticks(range(len(titles)), titles, parse_math=False, **(rotated if crowded else {}))
 
 
 def _width(groups: int, models: int) -> float:
@@ -220,9 +220,9 @@ def _label(report: Report) -> str:
 
 def _titles(reports: Sequence[Report]) -> dict[str, str]:
     """Return the titles of all datasets by name."""
-    return {n: found["title"] for report in reports for n, found in report["datasets"].items()}
+    return {n: entry["title"] for report in reports for n, entry in report["datasets"].items()}
 
 
 def _table(cells: Sequence[Sequence[dict[str, Any] | None]], key: str) -> np.ndarray:
-    """Return a number of each cell, (models, datasets); NaN where there is none."""
+    """Return the value of a key in each cell, (models, datasets); NaN if it is missing."""
     return np.array([[(cell or {}).get(key, np.nan) for cell in row] for row in cells], float)

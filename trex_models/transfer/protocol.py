@@ -1,11 +1,11 @@
-"""The paper's transfer protocol, from frozen features to scores.
+"""Transfer protocol of the paper: from frozen features to scores.
 
-t-ReX (arXiv 2206.15369), section 4.1 and its appendix: on each dataset the hyperparameters of a
-linear classifier are chosen on a fifth of the training images, and it is fitted again to all of
-them. Small datasets get logistic regression, large ones a linear layer by SGD. In addition, k-NN.
+t-ReX (arXiv 2206.15369), section 4.1 and appendix: on each dataset, the hyperparameters of a linear
+classifier are chosen on a held-out fifth of the training images; then it is fitted to all of them.
+Small datasets use logistic regression, large ones a linear layer and SGD. We add k-NN scores.
 
 The ``samples`` of each function are training features, (N, F) float32 or float16, which may be
-memory-mapped; their labels, (N,) integers; test features, (M, F); and their labels.
+memory-mapped; training labels, (N,) integers; test features, (M, F); and test labels, (M,).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ K, TEMPERATURE = 20, 0.07
 PROTOCOL: dict[str, Any] = {
     "note": "The classifiers' settings are chosen from a deterministic logarithmic grid of 30 in "
     "place of the paper's 30 TPE trials.",
-    "validation": "a fifth of each class of the training images, drawn by the seed",
+    "validation": "a fifth of each class of the training images, drawn from the seed",
     "logistic": {
         "classifier": "multinomial logistic regression by L-BFGS, L2 penalty",
-        "features": "as they are",
+        "features": "unchanged",
         "C": list(C_GRID),
         "final": "fitted to all training images along the values of C, up to the chosen one",
     },
@@ -60,26 +60,26 @@ PROTOCOL: dict[str, Any] = {
     },
     "score": "mean over datasets of ln(p / (1 - p)), p the top-1 accuracy on the test images",
 }
-"""Description in reports."""
-_REMEDY = ": delete their file and extract them again, or look at the image and the weights"
+"""Description of the protocol in reports."""
+_REMEDY = "; delete the feature file and extract it again, or check the image and the weights"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """Hyperparameters chosen with one seed on validation samples, and their score."""
+    """Hyperparameters chosen on the validation samples of one seed, and their test score."""
 
     seed: int
-    """Seed of the validation split and, by SGD, of the batches' order."""
+    """Seed of the validation split and, for SGD, of the data order."""
     settings: dict[str, float]
     validation_top1: float
     top1: float
-    """Top-1 on the test samples, fitted to all training samples."""
+    """Top-1 accuracy on the test samples, after fitting to all training samples."""
     curve: list[float]
-    """Validation top-1 of the whole grid, in its order."""
+    """Validation top-1 accuracies, in the order of the grid."""
     at_end: list[str]
-    """Settings whose best value is at an end of the grid: one beyond might be better."""
+    """Hyperparameters chosen at an end of the grid: values beyond it might be better."""
     converged: bool
-    """Whether the last fit reached its tolerance; always true of SGD, which has none."""
+    """True if the last fit reached its tolerance; always True for SGD, which has none."""
 
 
 def logistic_scores(
@@ -88,10 +88,10 @@ def logistic_scores(
     Cs: Sequence[float] = C_GRID,  # noqa: N803 - several C
     device: torch.device | str = "cpu",
 ) -> list[SearchResult]:
-    """Choose C, fit and score a logistic regression, once for each seed of a validation split.
+    """Choose C and evaluate a logistic regression, once per seed of the validation split.
 
-    The smallest of several C that are equally good is chosen. The features must fit in the
-    device's memory: see ``trex_models.evaluation.logistic.fit_path``.
+    If several values of C are equally good, the smallest is chosen. The features must fit in the
+    memory of the device, see ``trex_models.evaluation.logistic.fit_path``.
     """
     task = _Task(*samples, device=device)
     x, y, test_x = (t.to(task.device) for t in (task.train, task.labels, task.test))
@@ -101,19 +101,19 @@ def logistic_scores(
 
         def watch(C: float, iterations: int, *_: float) -> None:  # noqa: N803
             bar.set_postfix_str(f"C {C:.2g}, iteration {iterations}", refresh=False)
-            bar.update(iterations == 0)  # counts fits that have begun
+            bar.update(iterations == 0)  # counts fits when they start
 
-        def path(rows: Tensor, to: int) -> list[LogisticFit]:
-            return logistic.fit_path(x[rows], y[rows], Cs[:to], axes=axes, progress=watch)
+        def path(rows: Tensor, stop: int) -> list[LogisticFit]:
+            return logistic.fit_path(x[rows], y[rows], Cs[:stop], axes=axes, progress=watch)
 
         curves = []
         for seed in seeds:
             mask = torch.from_numpy(held_out(samples[1], VALIDATION_SHARE, seed)).to(task.device)
             fits = path(~mask, len(Cs))
-            curves.append([_top1(tried.logits(x[mask]), y[mask]) for tried in fits])
+            curves.append([_top1(fit.logits(x[mask]), y[mask]) for fit in fits])
             del fits
         best = [int(np.argmax(curve)) for curve in curves]
-        # A path too, since large C converge far sooner from a similar C than from zero weights.
+        # Also a path, since a large C converges faster from a similar C than from zero weights.
         finals = path(torch.ones_like(y, dtype=torch.bool), max(best) + 1)
         bar.update(len(Cs) - len(finals))
     grid, chosen = [{"C": C} for C in Cs], [finals[index] for index in best]
@@ -132,10 +132,10 @@ def sgd_scores(
     epochs: int = linear.EPOCHS,
     batch_size: int = linear.BATCH,
 ) -> list[SearchResult]:
-    """Choose learning rate and weight decay, train and score a linear layer, once for each seed.
+    """Choose learning rate and weight decay and evaluate a linear layer, once per seed.
 
-    The first of several settings that are equally good is chosen. Memory is bounded by that of
-    the layers: features stay in their file, or move to CUDA if half of its free memory holds them.
+    If several settings are equally good, the first one is chosen. Features stay in their file, or
+    are moved to CUDA if they fit in half of its free memory, so only the layers need memory.
     """
     task = _Task(*samples, device=device)
     everything, tests = (
@@ -171,7 +171,7 @@ def knn_score(
 ) -> float:
     """Return the top-1 accuracy of the k-NN classifier.
 
-    On the CPU if the training features take more than half of a CUDA device's free memory.
+    Runs on the CPU if the training features exceed half of the free memory of the CUDA device.
     """
     task = _Task(*samples, device=device)
     references = task.placed(task.train)
@@ -182,12 +182,12 @@ def knn_score(
 
 
 def describe(seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the protocol for a report."""
+    """Return the description of the protocol for a report."""
     return {**PROTOCOL, "seeds": list(seeds)}
 
 
 class _Task:
-    """Features and labels as tensors, classes numbered from 0."""
+    """Features and labels as tensors, with classes numbered from 0."""
 
     def __init__(self, *samples: np.ndarray, device: torch.device | str) -> None:
         train, train_labels, test, test_labels = samples
@@ -199,13 +199,13 @@ class _Task:
         classes, labels = np.unique(train_labels, return_inverse=True)
         absent = np.setdiff1d(test_labels, classes)
         if len(absent):
-            raise ValueError(f"label {absent[0]} has test images, but no training image; add some")
+            raise ValueError(f"label {absent[0]} has test images, but no training images; add some")
         self.device, self.num_classes = torch.device(device), len(classes)
         self.labels = torch.from_numpy(labels)
         self.test_labels = torch.from_numpy(np.searchsorted(classes, test_labels))
 
     def placed(self, features: Tensor) -> Tensor:
-        """Move features to a CUDA device if half of its free memory holds them."""
+        """Move features to the CUDA device if they fit in half of its free memory."""
         if self.device.type != "cuda":
             return features
         fits = features.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2
@@ -215,7 +215,7 @@ class _Task:
 def _choice(
     seed: int, grid: Sequence[dict[str, float]], curve: list[float], top1: float, converged: bool
 ) -> SearchResult:
-    best = int(np.argmax(curve))  # the first of the best
+    best = int(np.argmax(curve))  # the first one in case of ties
     values = {name: [settings[name] for settings in grid] for name in grid[best]}
     return SearchResult(
         seed=seed,

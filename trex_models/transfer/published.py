@@ -1,8 +1,8 @@
-"""The authors' published figures of t-ReX and other models (ICLR 2023, arXiv 2206.15369).
+"""Results of t-ReX and other models that the authors published (arXiv 2206.15369).
 
-None was measured here. Those of the paper were read off its plots, to about 0.0002 in top-1 and
-0.003 in log-odds; those of the released models are in the release's table. Means over 13 and over
-15 datasets do not compare.
+We did not measure any of them. Results of the paper (ICLR 2023) were read from its plots, with
+errors of about 0.0002 in top-1 and 0.003 in log-odds. Results of the released models are from the
+table in the release. Means over 13 datasets are not comparable with means over 15.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """The two scores of a model's frozen backbone, by linear classifiers on its features."""
+    """The two scores of a model, from linear classifiers on the features of its backbone."""
 
     name: str
     top1: float
-    """Share of ImageNet-1K's validation images, the training task."""
+    """Accuracy on the ImageNet-1K validation images, the training task."""
     mean_log_odds: float
     """Mean over transfer datasets of ln(p / (1 - p)), p the top-1 accuracy."""
 
 
 class PublishedResults(NamedTuple):
-    """Points that compare with each other: means over the same number of transfer datasets."""
+    """Points that are comparable: means over the same number of transfer datasets."""
 
     title: str
     num_datasets: int
     points: tuple[Point, ...]
 
 
-_RELEASED = {  # by variant and tag of the weights
+_RELEASED = {  # by model and tag of the weights
     ("trex", "in1k"): Point("t-ReX", 0.780, 1.1704),
     ("trexstar", "in1k"): Point("t-ReX*", 0.802, 0.8829),
     ("trex", "in1k_r2"): Point("t-ReX (retrained)", 0.779, 1.1664),
@@ -57,6 +57,6 @@ PUBLISHED = {
 
 
 def reported(name: str) -> Point:
-    """Return the figures of a model of NAVER's, such as trex_resnet50_cls.in1k_r2."""
+    """Return the published results of a NAVER model, such as trex_resnet50_cls.in1k_r2."""
     model, _, tag = name.partition(".")
     return _RELEASED[model.partition("_")[0], tag]

@@ -1,7 +1,7 @@
-"""Readers of datasets as they lie on a disk: lists of the images to fit on and of those to test on.
+"""Readers of datasets on disk: each returns the training images and the test images.
 
-Folders have torchvision's names. A damaged dataset may raise any error; `datasets.open_checked`
-adds what was expected.
+Folder names are torchvision's. A damaged dataset may raise any error, to which
+`datasets.open_checked` adds the expected layout.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from trex_models.data.image_files import FileSource, FolderSource
 from trex_models.evaluation.splits import hashed_order
 
 Parts = tuple[FileSource, FileSource]
-EUROSAT_TEST_PER_CLASS = 810  # it comes undivided
+EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
 NUM_LEVELS = 5
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
-    """Return the reader of a torchvision dataset: its class, image folder, and splits to fit on."""
+    """Return a reader of a torchvision dataset: its class, image folder, training splits."""
 
     def read(root: Path) -> Parts:
         splits = *train, "test"
         *fitted, tested = (kind(root, split, loader=str) for split in splits)
         classes = tested.classes
-        if any(part.classes != classes for part in fitted):  # each numbers the classes it holds
-            raise ValueError(f"its splits {', '.join(splits)} list different classes")
+        if any(part.classes != classes for part in fitted):  # labels would differ
+            raise ValueError(f"the splits {', '.join(splits)} list different classes")
 
         def listed(parts: list[Any]) -> FileSource:
             rows = [part[index] for part in parts for index in range(len(part))]
@@ -42,39 +42,39 @@ def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Pa
 
 
 def imagenet(root: Path) -> Parts:
-    """Read ImageNet-1K; the validation images are for the test."""
+    """Read ImageNet-1K; the validation images are used for testing."""
     return FolderSource(root / "imagenet" / "train"), FolderSource(root / "imagenet" / "val")
 
 
 def eurosat(root: Path) -> Parts:
-    """Read EuroSAT, of which the same images are held out everywhere, by a hash."""
-    return _divided(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
+    """Read EuroSAT; its test images are selected by a hash, the same ones everywhere."""
+    return _split(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
 
 
 def class_folders(path: Path) -> Parts:
-    """Read any class folders, divided by their owner or by a hash.
+    """Read class folders, which are split into train/, val/ and test/, or else by a hash.
 
-    ``train/`` and, if there are both ``val/`` and ``test/``, ``val/`` are fitted on. Of undivided
-    class folders a fifth is held out to test on.
+    Training images are those in ``train/`` and, if there is also ``test/``, in ``val/``. Without
+    ``train/``, a fifth of each class is held out for testing.
     """
     found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
     if "train" not in found:
-        return _divided(FolderSource(path), lambda count: max(1, round(count / 5)))
+        return _split(FolderSource(path), lambda count: max(1, round(count / 5)))
     if len(found) == 1:
-        raise ValueError(f"{path} holds train/ and neither test/ nor val/; rename one")
+        raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
     train, *val, test = (FolderSource(path / name) for name in found)
     if not val:
         return train, test
     if train.classes != val[0].classes:
-        raise ValueError(f"{path}/train and {path}/val hold different class folders")
+        raise ValueError(f"{path}/train and {path}/val must contain the same class folders")
     files = [b"train/" + file for file in train.paths.tolist()]
     files += [b"val/" + file for file in val[0].paths.tolist()]
     labels = np.concatenate([train.labels, val[0].labels])
     return FileSource(path, files, labels, train.classes), test
 
 
-def _divided(source: FileSource, test_images: Callable[[int], int]) -> Parts:
-    """Hold out ``test_images(count)`` of a class's images, by the hash of their paths."""
+def _split(source: FileSource, test_images: Callable[[int], int]) -> Parts:
+    """Hold out ``test_images(count)`` images of each class, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
@@ -90,7 +90,7 @@ def pets(root: Path) -> Parts:
         [line.split() for line in _lines(folder / "annotations" / f"{part}.txt")]
         for part in ("trainval", "test")
     )
-    # A line is an image, its breed from 1, cat or dog, and the breed among cats or dogs.
+    # Columns: image, breed (from 1), species (cat or dog), breed within the species.
     names = {int(breed): image.rsplit("_", 1)[0] for image, breed, *_ in train}
     classes = [names[breed] for breed in range(1, len(names) + 1)]
 
@@ -102,14 +102,14 @@ def pets(root: Path) -> Parts:
 
 
 def sun397(root: Path) -> Parts:
-    """Read SUN397, partition 1; its lists lie in SUN397/ or next to it."""
+    """Read SUN397, partition 1; its lists are in SUN397/ or next to it."""
     folder = root / "SUN397"
 
     def names(file: str) -> list[str]:
-        places = [at / part / file for at in (folder, root) for part in (".", "Partitions")]
-        found = [path for path in places if path.is_file()]
+        paths = [base / part / file for base in (folder, root) for part in (".", "Partitions")]
+        found = [path for path in paths if path.is_file()]
         if not found:
-            raise ValueError(f"{places[0]} is missing; unpack Partitions.zip there")
+            raise ValueError(f"{paths[0]} is missing; unpack Partitions.zip there")
         return [line.lstrip("/") for line in _lines(found[0])]
 
     classes = names("ClassName.txt")
@@ -123,7 +123,7 @@ def sun397(root: Path) -> Parts:
 
 
 def inaturalist(root: Path, year: int) -> Parts:
-    """Read the species of an iNaturalist competition; the validation images are for the test."""
+    """Read an iNaturalist competition by species; the validation images are used for testing."""
     folder, images = root / f"inat{year}", f"train_val{year}"
 
     def listed(name: str) -> FileSource:
@@ -145,14 +145,14 @@ def inaturalist(root: Path, year: int) -> Parts:
 
 
 def cog(root: Path, level: int) -> Parts:
-    """Read a level (1 to 5) of ImageNet-CoG: concepts of ImageNet-21K, ever farther from -1K's.
+    """Read a level, 1 to 5, of ImageNet-CoG: concepts at growing distance from ImageNet-1K.
 
     Sariyildiz et al., "Concept Generalization in Visual Representation Learning", ICCV 2021.
     """
     levels_file, splits_file = (root / "cog" / f"{name}.json" for name in ("levels", "splits"))
     levels, splits = _read_json(levels_file), _read_json(splits_file)
     if len(levels) != NUM_LEVELS:
-        raise ValueError(f"{levels_file} has {len(levels)} levels; write a list of 5 lists")
+        raise ValueError(f"{levels_file} has {len(levels)} levels; it must be a list of 5 lists")
     concepts = sorted(levels[level - 1])
     try:
         train, test = (
@@ -166,7 +166,7 @@ def cog(root: Path, level: int) -> Parts:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{splits_file} has no lists of names of training and test images ({error})"
+            f"{splits_file} lacks a list of training or test images ({error})"
         ) from error
     return train, test
 
@@ -175,7 +175,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); copy it again") from error
 
 
 def _lines(path: Path) -> list[str]:

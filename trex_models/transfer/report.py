@@ -1,4 +1,4 @@
-"""The report of a model: scores with intervals as JSON, accuracies in [0, 1], and tables."""
+"""Reports of evaluations, as JSON with accuracies in [0, 1], and their tables."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from trex_models.precision import free_cores, processor
 
 FORMAT = 2
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scipy")
-_LABEL_WIDTH = 40  # characters of a model's name in a table
+_LABEL_WIDTH = 40  # maximum number of characters of a model name in a table
 
 
 def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
-    """Return a report without datasets, with ``settings`` (``protocol`` and others) as entries."""
+    """Return a report without datasets; ``settings``, such as ``protocol``, become entries."""
     return {
         "format": FORMAT,
         "complete": False,
@@ -43,7 +43,7 @@ def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "")
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and the machine, as far as results may depend on them."""
+    """Return the versions and the machine properties that may affect results."""
     versions = {"trex_models": trex_models.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -60,35 +60,35 @@ def environment() -> dict[str, Any]:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read a report."""
+    """Read a report; raise ValueError if the file is not a report of the current format."""
     try:
         report = dict(json.loads(path.read_text()))
-        known = report["format"]
+        actual = report["format"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not the JSON of one"
+        reason = error.strerror if isinstance(error, OSError) else "not the JSON of a report"
         raise ValueError(
-            f"{path} cannot be read as a report ({reason}); give one of the command evaluate"
+            f"{path} cannot be read ({reason}); pass a report written by the command evaluate"
         ) from error
-    if known != FORMAT:
-        raise ValueError(f"{path} is a report of format {known}, not {FORMAT}; evaluate again")
+    if actual != FORMAT:
+        raise ValueError(f"{path} has report format {actual}, expected {FORMAT}; evaluate again")
     return report
 
 
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
-    """Check that datasets of one name have the same images."""
+    """Check that datasets with the same name have the same images in all reports."""
     first: dict[str, tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
         for name, entry in report["datasets"].items():
             images = [entry[part]["sha256"] for part in ("train", "test")]
-            other, known = first.setdefault(name, (label, images))
-            if images != known:
+            other, expected = first.setdefault(name, (label, images))
+            if images != expected:
                 both = f"{label} and {other}"
-                raise ValueError(f"{name} has other images for {both}; evaluate them on one copy")
+                raise ValueError(f"{name}: {both} used different images; evaluate on the same copy")
 
 
 def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of models as text or Markdown, a line for each dataset."""
+    """Return the scores of models as a text or Markdown table, one row per dataset."""
     require_same_images(reports)
     rows, notes = _rows(reports), _notes(reports)
     if markdown:
@@ -105,13 +105,13 @@ def _escaped(text: str) -> str:
 
 
 def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells: a head, a row for each dataset, and the mean scores."""
+    """Return the cells: a header, one row per dataset, and the mean scores."""
     several = len(reports) > 1
-    head = ["dataset", "test images"]
+    header = ["dataset", "test images"]
     for report in reports:
         name = f"{report['model']['label'][:_LABEL_WIDTH]}: " if several else ""
-        head += [f"{name}top-1, %", "k-NN, %", "log-odds"]
-    rows = [head]
+        header += [f"{name}top-1, %", "k-NN, %", "log-odds"]
+    rows = [header]
     for name in dict.fromkeys(name for report in reports for name in report["datasets"]):
         entries = [report["datasets"].get(name) for report in reports]
         known = next(entry for entry in entries if entry)
@@ -147,37 +147,37 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
         model = report["model"]
         notes.append(
             f"{model['label']}: {model['source']}, weights {model['weights_sha256'][:12]}, "
-            f"preprocessing {model['preprocessing']}, {report['precision']}, features kept in "
+            f"preprocessing {model['preprocessing']}, {report['precision']}, features in "
             f"{report['cache_dtype']}"
         )
     seeds = sorted({len(report["protocol"]["seeds"]) for report in reports})
     notes += [
         f"top-1: mean over {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} (95 % "
-        "interval of a test set of this size); mean log-odds: 95 % interval over the seeds.",
+        "interval due to the test set size); mean log-odds: 95 % interval over the seeds.",
         reports[0]["protocol"]["note"],
     ]
     means = {frozenset(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     if len(means) > 1:
-        notes.append("The mean log-odds are not over the same datasets: they do not compare.")
+        notes.append("The mean log-odds are not comparable: they are over different datasets.")
     entries = [entry for report in reports for entry in report["datasets"].values()]
     ends = [e["title"] for e in entries if any("C" in c["at_end"] for c in e["choices"])]
     if ends:
-        notes.append(f"C was best at an end of its range on {', '.join(dict.fromkeys(ends))}.")
+        notes.append(f"C is at an end of its search range on {', '.join(dict.fromkeys(ends))}.")
     loose = [e["title"] for e in entries if not all(c["converged"] for c in e["choices"])]
     if loose:
         notes.append(f"The last fit did not reach its tolerance on {', '.join(loose)}.")
     if any(entry[score]["clipped"] for entry in entries for score in ("top1", "knn")):
-        notes.append("An accuracy of 0 or 1 has no log-odds; it counts as half a test image off.")
+        notes.append("For the log-odds, accuracies of 0 and 1 are clipped by half a test image.")
     if not all(report["complete"] for report in reports):
-        notes.append("INCOMPLETE: the run has not finished; the same command continues it.")
+        notes.append("INCOMPLETE: the evaluation is unfinished; rerun the command to continue.")
     return notes
 
 
 def accuracy(top1: Sequence[float], images: int) -> dict[str, Any]:
-    """Return a dataset's scores, from the accuracy of each seed and the number of test images.
+    """Return the scores of a dataset from the accuracies of all seeds and the test set size.
 
-    ``interval`` is that of the mean over seeds, ``test_interval`` the uncertainty due to the
-    number of test images, both of 95 %; ``clipped`` says whether an accuracy is 0 or 1.
+    ``interval`` is the 95 % interval of the mean over seeds, ``test_interval`` the 95 % interval
+    due to the test set size; ``clipped`` is True if an accuracy is 0 or 1.
     """
     mean = statistics.fmean(top1)
     return {
@@ -193,18 +193,18 @@ def accuracy(top1: Sequence[float], images: int) -> dict[str, Any]:
 
 
 def knn_scores(top1: float, images: int) -> dict[str, Any]:
-    """Return a dataset's k-NN scores: ``top1``, ``log_odds``, and whether it is ``clipped``."""
+    """Return the k-NN scores of a dataset; ``clipped`` is True if the accuracy is 0 or 1."""
     return {"top1": top1, "log_odds": log_odds(top1, images), "clipped": top1 in (0, 1)}
 
 
 def log_odds(top1: float, images: int) -> float:
-    """Return ln(p / (1 - p)) of an accuracy p, kept half an image away from 0 and 1."""
+    """Return ln(p / (1 - p)) of an accuracy p, clipped to half an image from 0 and 1."""
     p = min(max(top1, 0.5 / images), 1 - 0.5 / images)
     return math.log(p / (1 - p))
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean by Student's t; None for one value."""
+    """Return the 95 % confidence interval of the mean by Student's t; None for one value."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -216,8 +216,8 @@ def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def wilson_interval(share: float, images: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share by Wilson's score ("Probable Inference", 1927)."""
-    z = 1.959963984540054  # 95 % of a normal distribution lie within so many deviations
+    """Return the 95 % score interval of a proportion (Wilson, "Probable Inference", 1927)."""
+    z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
     center = share + z**2 / (2 * images)
     half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
     total = 1 + z**2 / images
@@ -225,12 +225,12 @@ def wilson_interval(share: float, images: int) -> tuple[float, float]:
 
 
 def summary(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a model's scores over datasets, entries of a report of equally many seeds each."""
+    """Return the mean scores over datasets, which must have the same number of seeds."""
     entries = datasets.values()
     odds = [
         [log_odds(p, entry["test"]["images"]) for p in entry["top1"]["seeds"]] for entry in entries
     ]
-    seeds = [statistics.fmean(of_seed) for of_seed in zip(*odds, strict=True)]
+    seeds = [statistics.fmean(values) for values in zip(*odds, strict=True)]
     return {
         "mean_log_odds": statistics.fmean(seeds),
         "seeds": seeds,
