@@ -157,12 +157,12 @@ def test_timms_data_config_is_honored() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": (1, 8, 8)}, "3 channels, and the model takes 1"),
-        ({"input_size": (3, 0, 8)}, r"size must be positive, not \(0, 8\)"),
-        ({"crop_pct": 0.0}, r"crop_pct must lie in \[0.01, 8\], not 0.0"),
-        ({"crop_pct": 1000.0}, "crop_pct must lie in"),
-        ({"interpolation": "lanczos"}, "interpolation must be bilinear or bicubic, not lanczos"),
-        ({"crop_mode": "border"}, "crop_mode must be center or squash, not border"),
+        ({"input_size": (1, 8, 8)}, r"3 input channels \(RGB\), got 1"),
+        ({"input_size": (3, 0, 8)}, r"size must be positive, got \(0, 8\)"),
+        ({"crop_pct": 0.0}, r"crop_pct must be in \[0.01, 8\], got 0.0"),
+        ({"crop_pct": 1000.0}, "crop_pct must be in"),
+        ({"interpolation": "lanczos"}, "interpolation must be bilinear or bicubic, got lanczos"),
+        ({"crop_mode": "border"}, "crop_mode must be center or squash, got border"),
     ],
 )
 def test_what_cannot_be_done_is_refused(change: dict[str, Any], message: str) -> None:

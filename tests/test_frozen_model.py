@@ -159,7 +159,7 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     for device in ("tpu9", "meta"):
         with pytest.raises(ValueError, match=f"--device: '{device}' is not an available torch"):
             load("test_resnet", untrained=True, device=device)
-    with pytest.raises(ValueError, match="precision tf32 needs CUDA, not cpu"):
+    with pytest.raises(ValueError, match="precision tf32 requires CUDA, got cpu"):
         load("test_resnet", untrained=True, precision="tf32", device="cpu")
     device = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(ValueError, match=f"--device: there is no {device}"):

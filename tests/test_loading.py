@@ -131,7 +131,7 @@ def test_dead_worker_is_replaced(tmp_path: Path, workers: int, attempt: int) -> 
     assert keys_of(load_batches(dataset, BATCHES, workers, log=told.append)) == BATCHES
     assert dataset.happened() == 1
     (line,) = told
-    assert re.fullmatch(".*loading starts again.*", line)
+    assert re.fullmatch(".*restarting the workers.*", line)
 
 
 def test_deaths_at_different_batches_do_not_add_up(tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def stop_workers() -> list[int]:
 def test_stopped_workers_are_reported_and_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_LONG", 1.0)
-    monkeypatch.setattr(loading, "_TOO_LONG", 1.5)
+    monkeypatch.setattr(loading, "_LOG_AFTER", 1.0)
+    monkeypatch.setattr(loading, "_STOP_AFTER", 1.5)
     told: list[str] = []
     batches = load_batches(Numbers(tmp_path), BATCHES, 2, False, told.append, lambda: told)
     next(batches)
@@ -232,9 +232,7 @@ def test_stopped_workers_are_reported_and_given_up(
     with pytest.raises(LoaderStalledError):
         keys_of(batches)
     (line,) = told
-    assert any(
-        f"waiting for loader worker {worker}, which is stopped" in line for worker in workers
-    )
+    assert any(f"process ID {worker}, which is stopped" in line for worker in workers)
 
 
 def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:

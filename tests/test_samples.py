@@ -28,10 +28,10 @@ def test_array_source() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 4, 4, 3), np.uint8), [0], "one label an image"),
-        (np.zeros((1, 4, 4, 3), np.uint8), [1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3), np.uint8), [-1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, not float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], "need 2 labels, one per image"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [1], r"labels must be in \[0, 1\), got 1 to 1"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [-1], "labels must be in .*, got -1 to -1"),
+        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, got float64"),
         (np.zeros((1, 4, 4), np.uint8), [0], "must be uint8"),
     ],
 )
@@ -115,7 +115,7 @@ class TestPhotographs:
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setitem(samples._PHOTOGRAPHS, "astronaut.png", ("skimage", str(tmp_path)))
-        with pytest.raises(FileNotFoundError, match=r"does not ship astronaut\.png.*pip install"):
+        with pytest.raises(FileNotFoundError, match=r"contain astronaut\.png.*pip install"):
             photographs()
 
 

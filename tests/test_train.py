@@ -186,7 +186,7 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
         ),
         ("--model.backbone trex_resnet50 --model.backbone-args", "trex_resnet50"),
         ("--data.path images", "it is for --data.source folder or csv or huggingface"),
-        ("--precision fp16", "precision fp16 needs CUDA"),
+        ("--precision fp16", "precision fp16 requires CUDA"),
         ("--system.device gpu", "not an available torch device"),
         ("--seed -1", "seed must be at least 0"),
         ("--optim.batch-size 1", "BatchNorm needs at least 2"),
