@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk."""
+"""Hugging Face datasets on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests' cache to themselves, and the network out."""
+    """Use a temporary cache, and no network."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked for")
@@ -48,7 +48,7 @@ def content(index: int) -> bytes:
 
 
 def rows(features: dict[str, Any] | None = None, **columns: list[Any]) -> datasets.Dataset:
-    """Seven images; more columns, or others in place of them."""
+    """Return a dataset of seven images with columns added or replaced."""
     images = [{"bytes": content(i), "path": f"{i}.png"} for i in range(len(LABELS))]
     data = {"image": images, "label": LABELS, "note": list("abcdefg"), **columns}
     kinds = {**FEATURES, "note": datasets.Value("string"), **(features or {})}
@@ -89,14 +89,14 @@ def refused(path: Path, message: str, **options: str) -> None:
 
 
 def test_a_saved_data_set(tmp_path: Path) -> None:
-    """Whose format does not matter."""
+    """The format that is set for the dataset does not matter."""
     source = HuggingFaceSource(saved(tmp_path / "set", rows().with_format("numpy", ["note"])))
     check(source)
     assert source.name(3) == f"{tmp_path / 'set'} row 3 (3.png)"
     check(pickle.loads(pickle.dumps(source)))
     state = json.loads((tmp_path / "set" / "state.json").read_text())
     assert state["_format_type"] == "numpy"
-    with pytest.MonkeyPatch.context() as patch:  # labels and digest decode no image
+    with pytest.MonkeyPatch.context() as patch:  # labels and digest do not decode images
         patch.setattr(Image, "open", None)
         patch.setattr(datasets.Image, "decode_example", None)
         source = HuggingFaceSource(tmp_path / "set")
@@ -113,10 +113,10 @@ def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
     assert source.name(1) == f"{path}[test] row 1 (3.png)"
     for split, problem in (("", "several splits"), ("val", "no split 'val'")):
         refused(path, rf"{problem} \(splits: test, train\); choose one with", split=split)
-    shutil.rmtree(path / "train")  # which the other does without
+    shutil.rmtree(path / "train")  # the other split does not need it
     check(HuggingFaceSource(path, "test"), [1, 3])
     path = saved(tmp_path / "one", datasets.DatasetDict(train=rows()))
-    for split in ("", "train"):  # the only one need not be named
+    for split in ("", "train"):  # the only split need not be specified
         check(HuggingFaceSource(path, split))
 
 
@@ -134,13 +134,13 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = on_hub(tmp_path / "set")
     check(pickle.loads(pickle.dumps(HuggingFaceSource(path, "train"))))
     card = "---\ndataset_info:\n  splits:\n"
-    for name in ("train", "validation", "test"):  # of which one was not fetched
+    for name in ("train", "validation", "test"):  # one of them was not downloaded
         card += f"  - name: {name}\n    num_bytes: 1\n    num_examples: 1000\n"
     (path / "README.md").write_text(card + "---\n")
     check(HuggingFaceSource(path, "validation"), [1, 3])
     refused(path, r"several splits \(splits: train, validation\)")
     monkeypatch.chdir(tmp_path)
-    path.rename(tmp_path / "parquet")  # the name of a format of the package
+    path.rename(tmp_path / "parquet")  # also the name of a format in datasets
     check(HuggingFaceSource("parquet", "train"))
     file = tmp_path / "parquet" / "data" / "train-00000-of-00002.parquet"
     source = HuggingFaceSource(file)

@@ -1,4 +1,4 @@
-"""Image files: listed by path, in class folders, in CSV files."""
+"""Image files listed by path, in class folders and in CSV files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_digest_holds_paths_labels_and_classes_but_not_the_root() -> None:
 def test_digests_of_class_folders_and_csv_files_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run resumes only where its dataset has the digest of its start."""
+    """A run resumes only if the digest of its dataset has not changed."""
     for name in ("zebra/b.png", "zebra/q/a.jpg", "zebra/q.png", "ant/c.JPEG"):
         save_image(tmp_path / name)
     (tmp_path / "list.csv").write_text("path,label\na.png,x\n./b,y\n/abs/c,x\n")
@@ -65,7 +65,7 @@ def test_sizes_of_files_and_those_without(tmp_path: Path) -> None:
         [stat.st_size, int(stat.st_mtime), stat.st_dev, stat.st_ino] for stat in found
     ]
     assert source.stats().dtype == np.int64
-    many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
+    many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than one block
     assert many.stats().tolist() == source.stats().tolist() * 5000
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
 
 
 def test_odd_names(tmp_path: Path) -> None:
-    """Not ASCII, no text, or beginning with a dot, which do not count."""
+    """Names that are not ASCII, not text, or begin with a dot and are ignored."""
     for name in ("ant/a.png", "M\u00fcnchen/stra\u00dfe \u732b.png", ".ipynb_checkpoints/c.png"):
         save_image(tmp_path / name)
     save_image(tmp_path / "ant/.hidden/d.png")
@@ -132,7 +132,7 @@ def test_odd_names(tmp_path: Path) -> None:
         b"ant/a.png",
     ]
     assert source.read(0).dtype == np.uint8
-    if os.name == "posix":  # names are text elsewhere
+    if os.name == "posix":  # elsewhere, names must be text
         save_image(tmp_path / os.fsdecode(b"\xff\xfe") / "a.png")
         source = FolderSource(tmp_path)
         assert len(source.digest()) == 64
@@ -198,7 +198,7 @@ def test_names_do_not_depend_on_the_order_of_the_file_system(
     ],
 )
 def test_links_to_folders(three: Path, link: str, target: str, message: str) -> None:
-    """One into a circle is followed once; one to a folder of another class is refused."""
+    """A circular link is followed once; a link to a folder of another class is an error."""
     (three / "ant" / "more" / "loop").symlink_to(three / "ant")
     assert len(FolderSource(three)) == 3
     (three / link).symlink_to(three / target)
@@ -253,9 +253,9 @@ def test_dialects_of_csv_files(tmp_path: Path, delimiter: str, newline: str, enc
 
 def test_classes_sort_as_numbers_if_all_are(tmp_path: Path) -> None:
     source = CsvSource(write(tmp_path / "list.csv", "path , label\na.png, b \nc.png,d"))
-    assert source.classes == ["b", "d"]  # spaces and an end without a line's do not count
+    assert source.classes == ["b", "d"]  # spaces and a missing final newline are ignored
     head = "path,label\n"
-    rows = "a,10\nb,9\nc,-1\nd,9\na,10\n"  # a twice, alike
+    rows = "a,10\nb,9\nc,-1\nd,9\na,10\n"  # a twice, with the same label
     source = CsvSource(write(tmp_path / "list.csv", head + rows))
     assert source.classes == ["-1", "9", "10"]
     assert source.labels.tolist() == [2, 1, 0, 1, 2]

@@ -86,7 +86,7 @@ class TestPhotographs:
                 seen[top : top + side, left : left + side] += 1
         assert seen.max() == 1
         assert len(parts["train"]) >= 1.4 * len(parts["test"]) > 0
-        tuning = samples._tiles(height, width, validation=True)  # the test tiles stay unseen
+        tuning = samples._tiles(height, width, validation=True)  # the test tiles are not used
         assert sorted(tuning["train"] + tuning["test"]) == sorted(parts["train"])
 
     def test_windows_stay_within_a_tile_of_their_part(self) -> None:
@@ -108,7 +108,7 @@ class TestPhotographs:
         means = [np.asarray(part.images).mean((1, 2, 3)) for part in (train, test)]
         centers = [means[0][train.labels == label].mean() for label in range(20)]
         guess = np.abs(means[1][:, None] - np.array(centers)).argmin(1)
-        assert (guess == test.labels).mean() < 0.15  # chance 0.05
+        assert (guess == test.labels).mean() < 0.15  # chance level is 0.05
         assert all((image == image[..., :1]).all() for image in np.asarray(train.images))
 
     def test_a_missing_file_names_the_remedy(

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class SharedError(ValueError):
-    """An error that every rank raises, so that rank 0 alone prints it."""
+    """An error that every rank raises, so that only rank 0 prints it."""
 
     on_all_ranks = True
 

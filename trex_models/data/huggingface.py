@@ -108,7 +108,7 @@ class HuggingFaceSource:
         return self._name(index, self._row(index)[1])
 
     def digest(self) -> str:
-        """Return a hash of labels, classes and image sizes in bytes (without bytes: paths)."""
+        """Return a hash of labels, classes, and size in bytes (or else path) of each image."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

@@ -207,7 +207,7 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
-            f"{name} cannot be listed ({error.strerror}); fix it or specify another folder"
+            f"{name} cannot be listed ({error.strerror}); use a folder that exists and is readable"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 _MAX_DEATHS = 3
-_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds without a batch; the second if asked to stop
+_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged, or ended if requested
 _PREFETCHED = 2  # batches that each worker loads ahead
-# Number of batches whose memory a worker reuses in turn. DataLoader requests the batch that
-# overwrites another one only after the latter's successor was yielded, so it is no longer in use.
+# Number of buffers that a worker uses in turn. DataLoader requests the batch that overwrites a
+# buffer only when it yields the batch after the buffer's current one, so the buffer is free.
 LIVE_BATCHES = _PREFETCHED + 1
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 # Columns of a row of parameters; a row of zeros does not change its image.
-FLIP = 0  # 1 to mirror left and right
+FLIP = 0  # 1 to flip horizontally
 JITTER = 1  # 1 to jitter the colors
 ORDER = slice(2, 6)  # order of the jitter: 0 brightness, 1 contrast, 2 saturation, 3 hue
 FACTORS = slice(6, 9)  # factors of brightness, contrast, saturation; 1 changes nothing
