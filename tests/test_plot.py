@@ -214,7 +214,7 @@ def test_headline_says_what_differs(make_run: Make) -> None:
         (["torn"], "has no complete line yet"),
         (["csv"], r"metrics.jsonl, line 1 does not contain a run's metrics \('step,loss'\)"),
         (["other"], "line 2 does not contain a run's metrics"),
-        (["list"], r"line 1 does not contain a run's metrics \('\[1, 2\]'\); delete the line, or"),
+        (["list"], r"line 1 does not contain a run's metrics \('\[1, 2\]'\); delete the line or"),
         (["config"], "config.json is not the config of a run; restore"),
         (["missing", "--output", "a.jpg"], r"must be a .png or .svg or .pdf file, got a.jpg"),
         (["good", "--output", "a"], r"--output must be a .png .* file, got a"),

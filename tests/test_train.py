@@ -189,7 +189,7 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
         ("--precision fp16", "precision fp16 requires CUDA"),
         ("--system.device gpu", "not an available torch device"),
         ("--seed -1", "seed must be at least 0"),
-        ("--optim.batch-size 1", "BatchNorm needs at least 2"),
+        ("--optim.batch-size 1", "BatchNorm requires 2"),
         ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name only the architecture"),
         ("--optim.epochs 0", "epochs must be at least 1"),
     ],

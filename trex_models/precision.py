@@ -39,8 +39,8 @@ def choose_device(
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"{option}: cuda:{index} is not available, {torch.cuda.device_count()} CUDA devices "
-            f"are; start fewer processes, or use {option} cpu"
+            f"{option}: cuda:{index} is not available (CUDA devices: {torch.cuda.device_count()}); "
+            f"start fewer processes, or use {option} cpu"
         )
     return torch.device("cuda", index)
 
