@@ -244,8 +244,8 @@ class EpochSampler(Sampler[list[Key]]):
         share, rest = divmod(batch_size, world_size)
         if rest or share < 2:
             raise ValueError(
-                f"optim.batch_size must be at least {2 * world_size} and a multiple of the number of "
-                f"processes, {world_size} (BatchNorm requires 2 images each), got {batch_size}"
+                f"optim.batch_size must be at least {2 * world_size} and a multiple of the number "
+                f"of processes, {world_size} (BatchNorm requires 2 images each), got {batch_size}"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size
