@@ -2,8 +2,8 @@
 
     model = torch.hub.load("PATH/TO/trex_models", "trex_resnet50", source="local", pretrained=True)
 
-Keyword arguments are those of ``timm.create_model``, such as ``num_classes`` and ``features_only``.
-The weights are NAVER's, license CC BY-NC-SA 4.0: not for commercial use.
+Keyword arguments are the same as for ``timm.create_model``: ``num_classes``, ``features_only``, ...
+The weights are by NAVER and licensed CC BY-NC-SA 4.0, which excludes commercial use.
 """
 
 from trex_models.trex import (

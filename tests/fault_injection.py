@@ -48,7 +48,7 @@ _MOST_WRONG = 20
 _POLL = 0.0005
 _PEER_FAILED = r"error: .*another process failed.*\n"
 # Before it torch logs its own stack.
-_NOT_MET = r"(?m)^error: .*this process cannot meet the others.*\n\Z"
+_NOT_MET = r"(?m)^error: .*this process cannot connect to the others.*\n\Z"
 
 
 @dataclass(frozen=True)

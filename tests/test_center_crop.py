@@ -1,4 +1,4 @@
-"""Center crops against timm's evaluation transform."""
+"""Center crops compared with timm's evaluation transform."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from trex_models.data.sources import ArraySource
 
 
 def reference(crop: CenterCrop, image: NDArray[np.uint8], normalize: bool = False) -> Tensor:
-    """timm's transform, (3, H, W): levels, or normalized."""
+    """Return timm's transform of an image, (3, H, W), as levels or normalized."""
     return reference_transform(crop, normalize)(Image.fromarray(image))
 
 
 def ours(crop: CenterCrop, *images: NDArray[np.uint8]) -> Tensor:
-    """(B, H, W, 3) uint8."""
+    """Return our crops of images, (B, H, W, 3) uint8."""
     out = crop.empty(len(images))
     for image, row in zip(images, out, strict=True):
         crop.cut(image, row)
@@ -61,7 +61,7 @@ def test_crops_match_timms(crop: CenterCrop) -> None:
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0, 1.15])
 @pytest.mark.parametrize("excess", range(9))
 def test_places_of_crops_are_timms(crop_pct: float, excess: int) -> None:
-    """Where the shorter side is resized to itself, pixels are copied."""
+    """If the shorter side already has the target size, pixels are copied."""
     crop = CenterCrop(size=(23, 23), crop_pct=crop_pct, interpolation="bicubic")
     shorter = math.floor(23 / crop_pct)
     for size in ((shorter, shorter + excess), (shorter + excess, shorter)):
@@ -84,7 +84,7 @@ def test_features_differ_little() -> None:
     model = timm.create_model("resnet18", num_classes=0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the statistics become those of the images
+            module.momentum = None  # use the statistics of these images
     for crop in PROTOCOLS.values():
         theirs = torch.stack([reference(crop, image, normalize=True) for image in bundled()])
         with torch.no_grad():
@@ -137,7 +137,7 @@ def test_image_is_read_in_place_by_the_channels_last_kernel(
     image.flags.writeable = writeable
     ours(PROTOCOLS["transfer"], image)
     [(patch, result)] = resized
-    assert (patch.data_ptr() == image.ctypes.data) == writeable  # a read-only one is copied
+    assert (patch.data_ptr() == image.ctypes.data) == writeable  # read-only images are copied
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -157,12 +157,12 @@ def test_timms_data_config_is_honored() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_size": (1, 8, 8)}, "3 channels, and the model takes 1"),
-        ({"input_size": (3, 0, 8)}, r"size must be positive, not \(0, 8\)"),
-        ({"crop_pct": 0.0}, r"crop_pct must lie in \[0.01, 8\], not 0.0"),
-        ({"crop_pct": 1000.0}, "crop_pct must lie in"),
-        ({"interpolation": "lanczos"}, "interpolation must be bilinear or bicubic, not lanczos"),
-        ({"crop_mode": "border"}, "crop_mode must be center or squash, not border"),
+        ({"input_size": (1, 8, 8)}, r"3 input channels \(RGB\), got 1"),
+        ({"input_size": (3, 0, 8)}, r"size must be positive, got \(0, 8\)"),
+        ({"crop_pct": 0.0}, r"crop_pct must be in \[0.01, 8\], got 0.0"),
+        ({"crop_pct": 1000.0}, "crop_pct must be in"),
+        ({"interpolation": "lanczos"}, "interpolation must be bilinear or bicubic, got lanczos"),
+        ({"crop_mode": "border"}, "crop_mode must be center or squash, got border"),
     ],
 )
 def test_what_cannot_be_done_is_refused(change: dict[str, Any], message: str) -> None:
@@ -179,7 +179,7 @@ def test_other_arrays_are_refused() -> None:
 
 
 class Torn(ArraySource):
-    """The second image cannot be read."""
+    """Source whose second image is unreadable."""
 
     def read(self, index: int) -> np.ndarray:
         if index == 1:

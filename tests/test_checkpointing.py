@@ -308,5 +308,5 @@ def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Pa
     command = "-m trex_models.train smoke --output unused".split()
     result = run_python(*command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, fails=True)
     assert result.returncode == 1
-    assert "do not fit each other (operator torchvision::nms does not exist)" in result.stderr
+    assert "are not compatible (operator torchvision::nms does not exist)" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -107,7 +107,7 @@ def test_the_parser_requires_a_list_that_must_not_be_empty(
     main: Main, arguments: str, metavar: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words, status, said in (
-        (arguments.split(), 2, "give one or more"),
+        (arguments.split(), 2, "at least one value is required"),
         ([*arguments.split()[:1], "--help"], 0, f"{metavar} [{metavar} ...]"),
     ):
         with pytest.raises(SystemExit) as ended:

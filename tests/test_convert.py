@@ -388,8 +388,8 @@ def test_temperature_and_room(
     monkeypatch.setattr(timm_folder, "write_timm_folder", None)
     status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)
     assert status == 2
-    needed = r"28\d\.\d MB are needed; free some, or choose another --output"
-    assert re.fullmatch(rf"error: {tmp_path}/out has 200\.0 MB of free space, {needed}\n", err)
+    needed = r"28\d\.\d MB are required; delete files or choose another --output"
+    assert re.fullmatch(rf"error: {tmp_path}/out has 200\.0 MB of free space, but {needed}\n", err)
     assert not list(tmp_path.iterdir())
 
 

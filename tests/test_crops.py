@@ -93,7 +93,7 @@ def test_cut_reads_its_box_and_writes_its_row_alone() -> None:
 def test_images_are_read_in_place_by_the_channels_last_kernel(
     resized: list[tuple[Tensor, Tensor]],
 ) -> None:
-    """Read-only ones are copied."""
+    """Read-only images are copied first."""
     for writeable in (True, False):
         image = bundled()[0].copy()
         image.flags.writeable = writeable

@@ -1,4 +1,4 @@
-"""The same images from each kind of source; and what is refused."""
+"""The same images from every type of source, and errors of sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = ["ant", "bee", "cat"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of unequal classes from each kind of source, and held-out ones of one class."""
+    """Imbalanced training images in each type of source, and held-out images of one class."""
     root = tmp_path_factory.mktemp("data")
     rows: list[tuple[Path, str]] = []
     for label, count in zip(CLASSES, (4, 8, 20), strict=True):

@@ -1,4 +1,4 @@
-"""Image files to pixels, each against an expectation worked out by hand."""
+"""Decoding of image files, compared with pixels computed by hand."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def _each_decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_formats_and_their_endings(kind: str) -> None:
+def test_formats_and_their_extensions(kind: str) -> None:
     known = Image.registered_extensions()
-    assert {known[ending] for ending in FORMATS[kind]} <= {kind, "MPO"}
-    if kind in Image.SAVE:  # Pillow 11 reads QOI and does not write it
+    assert {known[extension] for extension in FORMATS[kind]} <= {kind, "MPO"}
+    if kind in Image.SAVE:  # Pillow 11 reads but cannot write QOI
         assert decode_image(encode(picture(32, 32), kind), "x.img").shape == (32, 32, 3)
 
 
@@ -65,7 +65,7 @@ def test_jpeg_pixels_are_pillows(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("transform", ["CMYK", "YCCK"])
 def test_jpeg_for_print(transform: str) -> None:
     inks = picture(channels=4)
-    if transform == "CMYK":  # Pillow inverts, as Adobe does
+    if transform == "CMYK":  # Pillow inverts CMYK, like Adobe
         data = encode(Image.fromarray(inks, "CMYK"), "JPEG", **JPEG_OPTIONS)
     else:
         data = simplejpeg.encode_jpeg(255 - inks, 100, "CMYK", "444")
@@ -110,7 +110,7 @@ def gray16() -> np.ndarray:
 
 
 def cases() -> Iterator[tuple[str, bytes, np.ndarray, float]]:
-    """Yield images of every kind: what it is, the file, its pixels, and by how much they differ."""
+    """Yield a name, the file, the expected pixels and a tolerance for images of every kind."""
     colors, gray = picture(), picture(channels=1)
     bits = np.where(gray > 127, 255, 0).astype(np.uint8)
     one_bit = Image.fromarray(bits[:, :, 0]).convert("1", dither=Image.Dither.NONE)
@@ -200,7 +200,7 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     3: lambda upright: np.rot90(upright, 2),
     4: lambda upright: upright[::-1],
     5: lambda upright: np.rot90(upright[:, ::-1], 1),
-    6: lambda upright: np.rot90(upright, 1),  # shown turned clockwise, so stored turned back
+    6: lambda upright: np.rot90(upright, 1),  # shown rotated clockwise, so stored counterclockwise
     7: lambda upright: np.rot90(upright[:, ::-1], -1),
     8: lambda upright: np.rot90(upright, -1),
     9: lambda upright: upright,
@@ -224,7 +224,7 @@ def test_orientation(orientation: int, kind: str) -> None:
 
 
 def odd_blocks() -> Iterator[tuple[str, bytes, float]]:
-    """Yield files of the picture with metadata that are broken, or in unusual places."""
+    """Yield files of the picture with metadata that is broken or at unusual positions."""
     for block in (
         *(b"", b"II", b"nonsense", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x05\x01"),
         b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\0\0\xff\xff\xff\xff\0\0\0\0",
@@ -284,7 +284,7 @@ def test_huge_images_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UnreadableImageError, match="1200 pixels") as caught:
         decode_image(data, "x.img")
     caught.match(UNREADABLE)
-    for limit in (600, 1199, None):  # up to twice the limit Pillow alone would warn
+    for limit in (600, 1199, None):  # up to twice the limit, Pillow itself only warns
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert decode_image(data, "x.img").shape == (30, 40, 3)
 
@@ -349,7 +349,7 @@ def test_files_and_what_is_none(tmp_path: Path) -> None:
 def test_what_is_not_a_regular_file_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     os.mkfifo("fifo.jpg")
     Path("device.jpg").symlink_to("/dev/null")
     with socket.socket(socket.AF_UNIX) as server:
@@ -367,10 +367,10 @@ def test_what_is_not_a_regular_file_is_refused_at_once(
 
 @pytest.mark.parametrize("kind", ["EPS", "AVIF"])
 def test_formats_that_are_not_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow would start Ghostscript for an EPS file; it can be built without AVIF."""
+    """Pillow would start Ghostscript for EPS, and may be built without AVIF."""
     data = encode(picture(), kind)
     monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
-    with pytest.raises(UnreadableImageError, match=r"\(unknown format, or one that the inst"):
+    with pytest.raises(UnreadableImageError, match=r"\(unknown format, or not supported by"):
         decode_image(data, "x.img")
 
 
@@ -406,7 +406,7 @@ def test_exif_of_a_png_with_a_wrong_crc_is_ignored() -> None:
 def test_damaged_parts_that_pixels_depend_on_are_refused(kind: bytes) -> None:
     png = bytearray(encode(Image.fromarray(picture()).quantize(16), "PNG", transparency=b"\0" * 8))
     start = png.index(kind)
-    png[start + 4 + int.from_bytes(png[start - 4 : start], "big")] ^= 1  # of its CRC
+    png[start + 4 + int.from_bytes(png[start - 4 : start], "big")] ^= 1  # in its CRC
     with pytest.raises(UnreadableImageError, match=UNREADABLE):
         decode_image(bytes(png), "x.img")
 

@@ -175,10 +175,10 @@ def test_a_wrong_copy_is_found_and_not_written(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("resnet18 --to onnx --output m.pth", "give a file that ends in .onnx"),
-        ("resnet18 --to torchvision --output m.onnx", "that ends in .pth or .safetensors"),
+        ("resnet18 --to onnx --output m.pth", "--output must be a .onnx file, got m.pth"),
+        ("resnet18 --to torchvision --output m.onnx", "must be a .pth or .safetensors file"),
         ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
-        ("resnet18 --to onnx --output folder.onnx", "it is a folder"),
+        ("resnet18 --to onnx --output folder.onnx", "(is a folder)"),
         ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),
         ("resnetty --to onnx --output m.onnx", "resnetty cannot be loaded"),
         ("./nowhere --to onnx --output m.onnx", "no such folder"),

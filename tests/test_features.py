@@ -320,7 +320,7 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
     [
         (["--features", "projector"], "has no projector (trex_resnet50_proj"),
         (["--features", "logits"], "has no classifier"),
-        (["--output", "f.txt"], r"--output f.txt: give a file that ends in .safetensors or .npy"),
+        (["--output", "f.txt"], r"must be a .safetensors or .npy file, got f.txt"),
         (["--output", "images/a/0.png/f.npy"], "cannot be written"),
         (["--file", "missing.pth"], "missing.pth is not a file"),
         (["--file", "images/a/0.png"], "--file requires a timm architecture"),

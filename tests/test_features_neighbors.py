@@ -167,7 +167,7 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
     ("arguments", "message"),
     [
         (["--query", "c/0.png"], "--query c/0.png is neither a name (such as a/0.png)"),
-        (["--query", "a/0.png", "--output", "p.txt"], "--output p.txt: give a file that ends in"),
+        (["--query", "a/0.png", "--output", "p.txt"], "file, got p.txt"),
     ],
 )
 @pytest.mark.usefixtures("place")

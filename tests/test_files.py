@@ -83,7 +83,7 @@ def test_two_writers_of_one_place_do_not_mix(tmp_path: Path) -> None:
             with open_new(tmp_path / ".file.tmp") as other:
                 other.write(b"half")
 
-    with pytest.raises(OSError, match="another process is writing it"):
+    with pytest.raises(OSError, match="another process is writing this file"):
         write_meanwhile()
     assert not (tmp_path / "file").exists()
 

@@ -28,12 +28,12 @@ def test_reads_what_the_protocol_promises() -> None:
     assert source.name(5) == "fractal class 2 image 1"
     np.testing.assert_array_equal(draw_fractal(2, 1, 32, 5, 0.7).image, image)
     for index in (-1, 6):
-        with pytest.raises(IndexError, match="6 fractal images"):
+        with pytest.raises(IndexError, match=r"index must be in \[0, 6\)"):
             source.read(index)
     for size in (1, 7, 100, 224):
         assert FractalSource(size=size).read(0).shape == (size, size, 3)
     many = FractalSource(num_classes=60, images_per_class=1, size=64)
-    assert _stack(many).std((1, 2)).max(1).min() > 10  # each shows a shape
+    assert _stack(many).std((1, 2)).max(1).min() > 10  # each contains a shape
 
 
 def test_the_same_bytes_in_any_order() -> None:
@@ -59,11 +59,11 @@ def test_shifted_sources() -> None:
 
 
 def test_classes_differ_in_shape_and_agree_within() -> None:
-    # Without variation, what is left of a class in the edges is its shape.
+    # Without variation, the edges contain only the shape of the class.
     source = FractalSource(num_classes=10, images_per_class=30, size=32, variation=0)
     gray = _stack(source).mean(3)
     edges = np.abs(np.diff(gray, axis=1))[:, :, 1:] + np.abs(np.diff(gray, axis=2))[:, 1:]
-    folded = edges + edges[:, :, ::-1]  # instances are mirrored at random
+    folded = edges + edges[:, :, ::-1]  # images are mirrored at random
     features = folded.reshape(len(folded), -1)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     train = np.arange(len(source)) % 30 < 20
@@ -71,7 +71,7 @@ def test_classes_differ_in_shape_and_agree_within() -> None:
 
 
 def shapes(images: np.ndarray, axis: int = 1) -> np.ndarray:
-    """Return the edges of images, (B, D), of length 1."""
+    """Return the edges of images as unit vectors, (B, D)."""
     edges = np.abs(np.diff(images.mean(3), axis=axis)).reshape(len(images), -1)
     return edges / np.linalg.norm(edges, axis=1, keepdims=True)
 
@@ -89,9 +89,9 @@ def test_color_says_nothing_about_the_class() -> None:
     images = _stack(source) / 255
     train = np.arange(len(source)) % 100 < 60
     color = images.mean((1, 2))
-    # Chance is 0.1 and the standard error on 400 images 0.015.
+    # Chance level is 0.1, with a standard error of 0.015 on 400 images.
     assert _nearest_mean_accuracy(color, source.labels, train) < 0.17
-    # The same check does see a class that has a color.
+    # The same check detects a class with a color of its own.
     tinted = color + 0.3 * np.eye(3)[source.labels % 3]
     assert _nearest_mean_accuracy(tinted, source.labels, train) > 0.2
 
@@ -152,7 +152,7 @@ def test_the_color_is_that_of_the_shape() -> None:
     colors = np.array([fractal.color for fractal in drawn])
     assert colors.min() >= 0
     assert colors.max() <= 1 + 1e-9
-    # Some pixels show about the mean of the shape, which is in no mean of the image.
+    # Some pixels have about the mean color of the shape, unlike the mean of the image.
     pixels = np.stack([fractal.image.reshape(-1, 3) / 255 for fractal in drawn])
     near, far = (
         np.median(np.abs(pixels - shown[:, None]).max(2).min(1))

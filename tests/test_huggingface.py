@@ -1,4 +1,4 @@
-"""Hugging Face data sets on disk."""
+"""Hugging Face datasets on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FEATURES = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)
 
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests' cache to themselves, and the network out."""
+    """Use a temporary cache, and no network."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was asked for")
@@ -48,7 +48,7 @@ def content(index: int) -> bytes:
 
 
 def rows(features: dict[str, Any] | None = None, **columns: list[Any]) -> datasets.Dataset:
-    """Seven images; more columns, or others in place of them."""
+    """Return a dataset of seven images with columns added or replaced."""
     images = [{"bytes": content(i), "path": f"{i}.png"} for i in range(len(LABELS))]
     data = {"image": images, "label": LABELS, "note": list("abcdefg"), **columns}
     kinds = {**FEATURES, "note": datasets.Value("string"), **(features or {})}
@@ -89,14 +89,14 @@ def refused(path: Path, message: str, **options: str) -> None:
 
 
 def test_a_saved_data_set(tmp_path: Path) -> None:
-    """Whose format does not matter."""
+    """The format that is set for the dataset does not matter."""
     source = HuggingFaceSource(saved(tmp_path / "set", rows().with_format("numpy", ["note"])))
     check(source)
     assert source.name(3) == f"{tmp_path / 'set'} row 3 (3.png)"
     check(pickle.loads(pickle.dumps(source)))
     state = json.loads((tmp_path / "set" / "state.json").read_text())
     assert state["_format_type"] == "numpy"
-    with pytest.MonkeyPatch.context() as patch:  # labels and digest decode no image
+    with pytest.MonkeyPatch.context() as patch:  # labels and digest do not decode images
         patch.setattr(Image, "open", None)
         patch.setattr(datasets.Image, "decode_example", None)
         source = HuggingFaceSource(tmp_path / "set")
@@ -111,12 +111,12 @@ def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
     source = HuggingFaceSource(path, "test")
     check(source, [1, 3])
     assert source.name(1) == f"{path}[test] row 1 (3.png)"
-    for split, problem in (("", "one must be named"), ("val", "none called val")):
-        refused(path, f"splits test, train, and {problem}; give --data.split", split=split)
-    shutil.rmtree(path / "train")  # which the other does without
+    for split, problem in (("", "several splits"), ("val", "no split 'val'")):
+        refused(path, rf"{problem} \(splits: test, train\); choose one with", split=split)
+    shutil.rmtree(path / "train")  # the other split does not need it
     check(HuggingFaceSource(path, "test"), [1, 3])
     path = saved(tmp_path / "one", datasets.DatasetDict(train=rows()))
-    for split in ("", "train"):  # the only one need not be named
+    for split in ("", "train"):  # the only split need not be specified
         check(HuggingFaceSource(path, split))
 
 
@@ -134,19 +134,19 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = on_hub(tmp_path / "set")
     check(pickle.loads(pickle.dumps(HuggingFaceSource(path, "train"))))
     card = "---\ndataset_info:\n  splits:\n"
-    for name in ("train", "validation", "test"):  # of which one was not fetched
+    for name in ("train", "validation", "test"):  # one of them was not downloaded
         card += f"  - name: {name}\n    num_bytes: 1\n    num_examples: 1000\n"
     (path / "README.md").write_text(card + "---\n")
     check(HuggingFaceSource(path, "validation"), [1, 3])
-    refused(path, "splits train, validation, and one must be named")
+    refused(path, r"several splits \(splits: train, validation\)")
     monkeypatch.chdir(tmp_path)
-    path.rename(tmp_path / "parquet")  # the name of a format of the package
+    path.rename(tmp_path / "parquet")  # also the name of a format in datasets
     check(HuggingFaceSource("parquet", "train"))
     file = tmp_path / "parquet" / "data" / "train-00000-of-00002.parquet"
     source = HuggingFaceSource(file)
     check(source, [0, 1, 2, 3])
     assert source.name(0) == f"{file} row 0 (0.png)"
-    refused(file, "has no splits; leave out --data.split train", split="train")
+    refused(file, "has no splits; remove --data.split train", split="train")
 
 
 BYTES = datasets.Value("binary")
@@ -170,7 +170,7 @@ def test_parquet_by_other_tools(tmp_path: Path) -> None:
     path = tmp_path / "set"
     path.mkdir()
     pyarrow.parquet.write_table(table, path / "x.parquet")
-    refused(path, "not one obvious label column among jpg")
+    refused(path, r"no unambiguous label column \(columns: jpg")
     source = HuggingFaceSource(path, label_column="cls")
     assert source.classes == ["a", "b"]
     assert source.labels.tolist() == [1, 0, 1]
@@ -195,8 +195,8 @@ def test_images_outside_of_the_data_set(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.read(1), pixels(1))
         for row, message in (
             (2, "absent.png cannot .*No such file"),
-            (3, "row 3 cannot be read as an image .the row holds neither"),
-            (4, "row 4 cannot be read as an image .the row holds neither"),
+            (3, "row 3 cannot be read as an image .the row contains neither"),
+            (4, "row 4 cannot be read as an image .the row contains neither"),
             (5, r"row 5 \(torn.jpg\) cannot be read as an image .unknown format"),
             (6, "row 6 cannot be read as an image"),
         ):
@@ -210,18 +210,18 @@ def test_columns_by_name(tmp_path: Path) -> None:
     masks = [{"bytes": content(6 - i), "path": None} for i in range(7)]
     data = rows(more, mask=masks, fine=[0, 1] * 3 + [0])
     path = saved(tmp_path / "set", data)
-    refused(path, r"obvious image column among image \(.*Image\), .* --data.image-column image or ")
+    refused(path, r"us image column \(columns: image \(.*Image\), .* --data.image-column image or ")
     source = HuggingFaceSource(path, image_column="mask", label_column="fine")
     assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.testing.assert_array_equal(source.read(0), pixels(6))
     for name in ("absent", "note"):
-        refused(path, f"no image column '{name}' among image", image_column=name)
+        refused(path, rf"no image column '{name}' \(columns: image", image_column=name)
     for name in ("absent", "mask"):
-        message = f"no label column '{name}' .*give --data.label-column "
+        message = f"no label column '{name}' .*choose one with --data.label-column "
         refused(path, message, image_column="image", label_column=name)
     data = data.remove_columns("mask").rename_column("label", "breed")
     check(HuggingFaceSource(saved(tmp_path / "other", data.remove_columns("fine"))))
-    refused(saved(tmp_path / "two", data), "not one obvious label column")
+    refused(saved(tmp_path / "two", data), "no unambiguous label column")
 
 
 def test_columns_of_other_types_are_told_with_what_to_do(tmp_path: Path) -> None:
@@ -274,36 +274,34 @@ def test_hidden_labels(tmp_path: Path, feature: Any, hidden: Any) -> None:
     known = ["a", "b"] if feature.dtype == "string" else [0, 1]
     labels = [*known, *[hidden] * 5]
     path = saved(tmp_path / "set", rows({"label": feature}, label=labels))
-    refused(path, r"column 'label': row 2 has no label \(.*, one of 5\)")
+    refused(path, r"column 'label': row 2 has no label \(.*, in 5 row")
 
 
 def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
     path = saved(tmp_path / "set", rows())
     source = HuggingFaceSource(path, classes=["ant", "bee", "cat", "dog"])
     assert [source.classes[label] for label in source.labels] == [NAMES[label] for label in LABELS]
-    with pytest.raises(ValueError, match="row 3 has the label 'dog', none of the 2 classes of"):
+    with pytest.raises(ValueError, match="row 3 has the label 'dog', which is none of the 2"):
         HuggingFaceSource(path, classes=["ant", "cat"])
 
 
 def test_what_is_wrong_with_a_data_set_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(tmp_path / "absent", "does not exist; name")
+    refused(tmp_path / "absent", "does not exist; specify")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")
-    refused(
-        tmp_path / "bare", "cannot be opened as a dataset .neither a folder of save_to_disk nor"
-    )
-    again = "cannot be opened as a dataset .*; write or fetch it again"
+    refused(tmp_path / "bare", "cannot be opened as a dataset .neither written by save_to_disk nor")
+    again = "cannot be opened as a dataset .*; save or download it again"
     refused(tmp_path / "bare" / "a.txt", again)
     (file,) = saved(tmp_path / "none", rows()).glob("*.arrow")
     schema = pyarrow.ipc.open_stream(file.read_bytes()).schema
     pyarrow.ipc.new_stream(file, schema).close()
-    refused(tmp_path / "none", "has no rows; name another")
+    refused(tmp_path / "none", "has no rows; use another")
     rows().select([]).to_parquet(tmp_path / "none.parquet")
     refused(tmp_path / "none.parquet", "cannot be opened as a dataset .*no data")
     one = rows({"label": datasets.Value("int32")}, label=[5] * 7)
-    refused(saved(tmp_path / "one", one), "'label': every label is '5', at least 2 classes")
+    refused(saved(tmp_path / "one", one), "'label': every label is '5', but at least 2 classes")
 
     torn = saved(tmp_path / "torn", rows())
     (file,) = torn.glob("*.arrow")
@@ -317,7 +315,7 @@ def test_what_is_wrong_with_a_data_set_is_said(
     hub = on_hub(tmp_path / "hub")
     file = hub / "data" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-300])
-    refused(hub, "hub cannot be opened as a dataset .*; write or fetch", split="train")
+    refused(hub, "hub cannot be opened as a dataset .*; save or download", split="train")
     shutil.copytree(hub / "data", hub / "data" / "more")
     fail_to_list(monkeypatch, hub / "data" / "more")
     refused(hub, r"data/more/ cannot be listed \(Input/output error\)", split="train")

@@ -1,4 +1,4 @@
-"""Image files: listed by path, in class folders, in CSV files."""
+"""Image files listed by path, in class folders and in CSV files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_digest_holds_paths_labels_and_classes_but_not_the_root() -> None:
 def test_digests_of_class_folders_and_csv_files_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run resumes only where its dataset has the digest of its start."""
+    """A run resumes only if the digest of its dataset has not changed."""
     for name in ("zebra/b.png", "zebra/q/a.jpg", "zebra/q.png", "ant/c.JPEG"):
         save_image(tmp_path / name)
     (tmp_path / "list.csv").write_text("path,label\na.png,x\n./b,y\n/abs/c,x\n")
@@ -65,7 +65,7 @@ def test_sizes_of_files_and_those_without(tmp_path: Path) -> None:
         [stat.st_size, int(stat.st_mtime), stat.st_dev, stat.st_ino] for stat in found
     ]
     assert source.stats().dtype == np.int64
-    many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than a thread's block
+    many = FileSource(tmp_path, PATHS * 5000, [0] * 10000, ["x"])  # more than one block
     assert many.stats().tolist() == source.stats().tolist() * 5000
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
@@ -86,9 +86,9 @@ def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:
 
 def test_labels_must_fit() -> None:
     for labels, message in (
-        ([0], r"one label an image: 2 images, labels \(1,\)"),
-        ([0, 2], r"labels span \[0, 2\], outside the 2 classes"),
-        ([-1, 0], r"labels span \[-1, 0\]"),
+        ([0], r"need 2 labels, one per image, got shape \(1,\)"),
+        ([0, 2], r"labels must be in \[0, 2\), got 0 to 2"),
+        ([-1, 0], r"labels must be in \[0, 2\), got -1 to 0"),
     ):
         with pytest.raises(ValueError, match=message):
             FileSource("root", PATHS, labels, ["x", "y"])
@@ -120,7 +120,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
 
 
 def test_odd_names(tmp_path: Path) -> None:
-    """Not ASCII, no text, or beginning with a dot, which do not count."""
+    """Names that are not ASCII, not text, or begin with a dot and are ignored."""
     for name in ("ant/a.png", "M\u00fcnchen/stra\u00dfe \u732b.png", ".ipynb_checkpoints/c.png"):
         save_image(tmp_path / name)
     save_image(tmp_path / "ant/.hidden/d.png")
@@ -132,7 +132,7 @@ def test_odd_names(tmp_path: Path) -> None:
         b"ant/a.png",
     ]
     assert source.read(0).dtype == np.uint8
-    if os.name == "posix":  # names are text elsewhere
+    if os.name == "posix":  # elsewhere, names must be text
         save_image(tmp_path / os.fsdecode(b"\xff\xfe") / "a.png")
         source = FolderSource(tmp_path)
         assert len(source.digest()) == 64
@@ -170,8 +170,8 @@ def test_files_without_the_ending_of_an_image_are_counted(
         (tmp_path / name).touch()
     FolderSource(tmp_path)
     assert caplog.messages == [
-        f"{tmp_path}: 4 file(s) left out (2 ending in '.heic', 1 next to the class folders, "
-        "1 without an ending)"
+        f"{tmp_path}: 4 file(s) skipped (2 with extension '.heic', 1 outside the class folders, "
+        "1 without an extension)"
     ]
 
 
@@ -198,11 +198,11 @@ def test_names_do_not_depend_on_the_order_of_the_file_system(
     ],
 )
 def test_links_to_folders(three: Path, link: str, target: str, message: str) -> None:
-    """One into a circle is followed once; one to a folder of another class is refused."""
+    """A circular link is followed once; a link to a folder of another class is an error."""
     (three / "ant" / "more" / "loop").symlink_to(three / "ant")
     assert len(FolderSource(three)) == 3
     (three / link).symlink_to(three / target)
-    with pytest.raises(ValueError, match=f"{message}, so that its images would have two labels"):
+    with pytest.raises(ValueError, match=f"{message}, so its images would have two labels"):
         FolderSource(three)
 
 
@@ -253,9 +253,9 @@ def test_dialects_of_csv_files(tmp_path: Path, delimiter: str, newline: str, enc
 
 def test_classes_sort_as_numbers_if_all_are(tmp_path: Path) -> None:
     source = CsvSource(write(tmp_path / "list.csv", "path , label\na.png, b \nc.png,d"))
-    assert source.classes == ["b", "d"]  # spaces and an end without a line's do not count
+    assert source.classes == ["b", "d"]  # spaces and a missing final newline are ignored
     head = "path,label\n"
-    rows = "a,10\nb,9\nc,-1\nd,9\na,10\n"  # a twice, alike
+    rows = "a,10\nb,9\nc,-1\nd,9\na,10\n"  # a twice, with the same label
     source = CsvSource(write(tmp_path / "list.csv", head + rows))
     assert source.classes == ["-1", "9", "10"]
     assert source.labels.tolist() == [2, 1, 0, 1, 2]
@@ -269,29 +269,29 @@ def test_labels_of_a_csv_file_in_a_training_sets_classes(tmp_path: Path) -> None
     assert source.classes == ["cat", "cow", "dog"]
     assert source.labels.tolist() == [2, 2]
     write(path, "path,label\na,dog\nb,emu\n")
-    with pytest.raises(ValueError, match=r"list.csv: b has the label 'emu', none of the 2 cl"):
+    with pytest.raises(ValueError, match=r"list.csv: b has the label 'emu', which is none of"):
         CsvSource(path, classes=["cat", "dog"])
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"names no columns 'path' \(it has nothing\); add a header or give --data\.image-col"),
-        ("\n", r"names no columns 'path' \(it has nothing\)"),
-        ("a.png,dog\n", r"names no columns 'path' \(it has 'a.png', 'dog'\); add a header"),
-        ("path;class\n", r"columns 'label' \(it has 'path', 'class'\).*--data\.label-column NAME"),
-        ("path,label,path\n", "names 2 columns 'path' .*; rename all but one"),
+        ("", r"has no columns named 'path' \(columns: none\); add a header or specify --data\.im"),
+        ("\n", r"has no columns named 'path' \(columns: none\)"),
+        ("a.png,dog\n", r"no columns named 'path' \(columns: 'a.png', 'dog'\); add a header"),
+        ("path;class\n", r"named 'label' \(columns: 'path', 'class'\).*--data\.label-column"),
+        ("path,label,path\n", "has 2 columns named 'path' .*; rename all but one"),
         ("path,label\na,x\nb,y\na,y\n", "line 4: a has the label 'y' here and 'x' above; remove"),
         ("path,label\nc/a,x\nb,y\n./c//a,y\n", "line 4: ./c//a has the label 'y' here and 'x' ab"),
-        ("path,label\n\n", "has a header and no rows; add"),
-        ("path,label\na,x\nb,x\n", "every label is 'x', at least 2 classes are needed; add"),
+        ("path,label\n\n", "has a header but no rows; add"),
+        ("path,label\na,x\nb,x\n", "every label is 'x', but at least 2 classes are required; add"),
         ('path,label\n"a ",x\n"a ",y\n', "line 3: 'a ' has the label 'y' here and 'x' above"),
-        ("path,label\na,x\n\nb\n", "line 4: 1 fields, but the header has 2; correct the row"),
-        ("path,label\na,x\nb,y,z\n", r"line 3: 3 fields.*text that holds ',' must be quoted"),
-        ("path,label\na,x\n,y\n", "line 3: 'path' is empty; fill it in"),
-        ("path,label\na,x\nb, \n", "line 3: 'label' is empty; fill it in"),
-        ('path,label\na,x\n"b,y\nc,x\n', "line 4: .*; correct the row's quotes"),
-        ('path,label\na,x\n"b"c,y\n', "line 3: .*; correct the row's quotes"),
+        ("path,label\na,x\n\nb\n", "line 4: 1 fields, but the header has 2; fix the row"),
+        ("path,label\na,x\nb,y,z\n", r"line 3: 3 fields.*text that contains ',' must be quoted"),
+        ("path,label\na,x\n,y\n", "line 3: no value for 'path'; add one"),
+        ("path,label\na,x\nb, \n", "line 3: no value for 'label'; add one"),
+        ('path,label\na,x\n"b,y\nc,x\n', "line 4: .*; fix the quotes of the row"),
+        ('path,label\na,x\n"b"c,y\n', "line 3: .*; fix the quotes of the row"),
     ],
 )
 def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, message: str) -> None:
@@ -305,13 +305,13 @@ def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, messag
 def test_what_is_no_csv_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.csv cannot be read \(No such file or directory"):
         CsvSource(tmp_path / "absent.csv")
-    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); name a CSV file"):
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); use a CSV file"):
         CsvSource(tmp_path)
     path = write(tmp_path / "list.csv", "path,label\na,x\nb,stra\u00dfe\n", "latin-1")
     with pytest.raises(
-        ValueError, match=r"no UTF-8: invalid continuation byte\); name a CSV file in UTF"
+        ValueError, match=r"not UTF-8: invalid continuation byte\); use a CSV file in UTF"
     ):
         CsvSource(path)
     write(path, "path,label\na,x\n", "utf-16")
-    with pytest.raises(ValueError, match="no UTF-8"):
+    with pytest.raises(ValueError, match="not UTF-8"):
         CsvSource(path)

@@ -1,4 +1,4 @@
-"""Batches from workers: their order, errors, deaths and signals."""
+"""Batches from loader workers: order, errors, dead workers and signals."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from trex_models.data.loading import LoaderStalledError, load_batches
 
 BATCHES = [[10 * batch + item for item in range(3)] for batch in range(8)]
 
-pytestmark = pytest.mark.timeout(120)  # what breaks here hangs
+pytestmark = pytest.mark.timeout(120)  # failures here are deadlocks
 
 
 @pytest.fixture(autouse=True)
 def first_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let DataLoader set its handler of deaths again, and look for deaths more often."""
+    """Let DataLoader install its SIGCHLD handler again, and check for dead workers often."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     look = dataloader._MultiProcessingDataLoaderIter._try_get_data
     monkeypatch.setattr(look, "__defaults__", (0.5,))
@@ -44,7 +44,7 @@ def first_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def workers_end() -> bool:
-    """Return whether all workers are gone; those of a fork server may still be starting."""
+    """Return True if all workers exit in time; a fork server may still be starting some."""
     for _ in range(100):
         if not multiprocessing.active_children():
             return True
@@ -54,9 +54,9 @@ def workers_end() -> bool:
 
 @dataclass
 class Numbers:
-    """A batch is its keys and the process that made it; at ``trouble`` something happens.
+    """Dataset of batches of keys and process IDs that causes a failure at key ``trouble``.
 
-    A file in ``folder`` counts how often it did; after ``times`` it does no more.
+    A file in ``folder`` counts the failures, of which there are at most ``times``.
     """
 
     folder: Path
@@ -95,11 +95,11 @@ def test_batches_come_in_order_from_as_many_processes(tmp_path: Path, workers: i
 
 
 def error_of(batches: Iterator[Any]) -> str:
-    """Return the type and text of the error that ends the batches; drop what it holds on to."""
+    """Return type and message of the error that the batches raise; release the loader."""
     try:
         keys_of(batches)
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # which hold the loader
+        traceback.clear_frames(error.__traceback__)  # they reference the loader
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -113,74 +113,74 @@ def test_sample_that_cannot_be_read(tmp_path: Path, workers: int) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_defect_of_the_data_set_comes_out(tmp_path: Path, workers: int) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     dataset = Numbers(tmp_path, 31, "RuntimeError")
-    error = error_of(load_batches(dataset, BATCHES, workers, log=told.append))
+    error = error_of(load_batches(dataset, BATCHES, workers, log=logged.append))
     assert error.startswith("RuntimeError: ")
     assert "defect at 31" in error
     assert dataset.happened() == 1
-    assert told == []
+    assert logged == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("attempt", range(4))
 def test_dead_worker_is_replaced(tmp_path: Path, workers: int, attempt: int) -> None:
-    """Several times: tensors that it leaves in the queue fail to open in one way or another."""
-    told: list[str] = []
+    """Repeated, because tensors that a dead worker leaves in the queue fail in various ways."""
+    logged: list[str] = []
     dataset = Numbers(tmp_path, BATCHES[attempt + 1][0], "SIGKILL")
-    assert keys_of(load_batches(dataset, BATCHES, workers, log=told.append)) == BATCHES
+    assert keys_of(load_batches(dataset, BATCHES, workers, log=logged.append)) == BATCHES
     assert dataset.happened() == 1
-    (line,) = told
-    assert re.fullmatch(".*loading starts again.*", line)
+    (line,) = logged
+    assert re.fullmatch(".*restarting the workers.*", line)
 
 
 def test_deaths_at_different_batches_do_not_add_up(tmp_path: Path) -> None:
-    told: list[str] = []
-    batches = load_batches(Numbers(tmp_path), BATCHES, 1, log=told.append)
+    logged: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 1, log=logged.append)
     seen = []
     for keys, maker in batches:
         seen.append(keys.tolist())
         if len(seen) in (1, 3, 5, 7):
             kill(maker)
     assert seen == BATCHES
-    assert len(told) == 4
+    assert len(logged) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_that_always_dies_ends_the_loading(tmp_path: Path, workers: int) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     dataset = Numbers(tmp_path, 0, "SIGKILL", times=99)
-    message = error_of(load_batches(dataset, BATCHES, workers, log=told.append))
+    message = error_of(load_batches(dataset, BATCHES, workers, log=logged.append))
     assert re.fullmatch("ValueError: .*died 3 times.*lower --system.workers.*", message)
     assert dataset.happened() == 3
-    assert len(told) == 2
+    assert len(logged) == 2
 
 
 @pytest.mark.parametrize("kind", ["SIGINT", "SIGUSR1"])
 def test_workers_leave_signals_to_the_parent(tmp_path: Path, kind: str) -> None:
-    told: list[str] = []
+    logged: list[str] = []
     dataset = Numbers(tmp_path, 31, kind)
-    assert keys_of(load_batches(dataset, BATCHES, 1, log=told.append)) == BATCHES
+    assert keys_of(load_batches(dataset, BATCHES, 1, log=logged.append)) == BATCHES
     assert dataset.happened() == 1
-    assert told == []
+    assert logged == []
 
 
 def test_death_does_not_disturb_what_the_consumer_does(tmp_path: Path) -> None:
-    told: list[str] = []
-    batches = load_batches(Numbers(tmp_path), BATCHES, 2, log=told.append)
+    logged: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2, log=logged.append)
     keys, maker = next(batches)
     seen = [keys.tolist()]
-    kill(maker)  # would raise here or in the lines below if DataLoader's handler were there
+    kill(maker)  # DataLoader's handler would raise here or in the next lines
     assert sum(range(100_000)) == 4_999_950_000
-    assert told == []
+    assert logged == []
     assert seen + keys_of(batches) == BATCHES
-    assert len(told) == 1
+    assert len(logged) == 1
 
 
 def kill(process: int) -> None:
-    """End a child and wait for its death, which is left for others to notice."""
+    """Kill a child and wait until it is dead, but do not reap it."""
     os.kill(process, signal.SIGKILL)
-    while is_running(process):  # a fork server's workers are not ours to wait for
+    while is_running(process):  # children of a fork server cannot be waited for
         time.sleep(0.01)
 
 
@@ -213,7 +213,7 @@ def test_consumer_that_stops_early_leaves_no_workers(tmp_path: Path, stopped: bo
 
 
 def stop_workers() -> list[int]:
-    """Stop all workers, as Ctrl-Z or a hung file system does; return their numbers."""
+    """Stop all workers, like Ctrl-Z or a hung file system; return their process IDs."""
     workers = [child.pid or 0 for child in multiprocessing.active_children()]
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
@@ -223,31 +223,29 @@ def stop_workers() -> list[int]:
 def test_stopped_workers_are_reported_and_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_LONG", 1.0)
-    monkeypatch.setattr(loading, "_TOO_LONG", 1.5)
-    told: list[str] = []
-    batches = load_batches(Numbers(tmp_path), BATCHES, 2, False, told.append, lambda: told)
+    monkeypatch.setattr(loading, "_LOG_AFTER", 1.0)
+    monkeypatch.setattr(loading, "_STOP_AFTER", 1.5)
+    logged: list[str] = []
+    batches = load_batches(Numbers(tmp_path), BATCHES, 2, False, logged.append, lambda: logged)
     next(batches)
     workers = stop_workers()
     with pytest.raises(LoaderStalledError):
         keys_of(batches)
-    (line,) = told
-    assert any(
-        f"waiting for loader worker {worker}, which is stopped" in line for worker in workers
-    )
+    (line,) = logged
+    assert any(f"process ID {worker}, which is stopped" in line for worker in workers)
 
 
 def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
-    """A RuntimeError between batches is no worker's death, whatever it says."""
-    told: list[str] = []
+    """A RuntimeError of the consumer does not count as a dead worker, whatever its message."""
+    logged: list[str] = []
 
     def consume() -> None:
-        for _ in load_batches(Numbers(tmp_path), BATCHES, 1, log=told.append):
+        for _ in load_batches(Numbers(tmp_path), BATCHES, 1, log=logged.append):
             raise RuntimeError("DataLoader worker is what this happens to say")
 
     with pytest.raises(RuntimeError, match="happens to say"):
         consume()
-    assert told == []
+    assert logged == []
 
 
 ORPHANS = """
@@ -272,7 +270,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path, start_method: str) -> None:
-    """Behind a fork server torch's own watch waits for the server's end, and the server for it."""
+    """With a fork server, torch's own check and the server would wait for each other."""
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

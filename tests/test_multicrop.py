@@ -1,4 +1,4 @@
-"""Batches: their order, their randomness, their contents."""
+"""Multi-crop batches: order, randomness and contents."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_draws_differ_by_epoch_sample_seed_and_crop() -> None:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_memory_is_written_over_only_after_the_next_batch_is_asked_for(workers: int) -> None:
     keys = [[(epoch, index) for index in range(4)] for epoch in range(12)]
-    keys[5] = keys[5][:3]  # of another size
+    keys[5] = keys[5][:3]  # a smaller batch
     expected = [dataset().__getitems__(some) for some in keys]
     reusing = MultiCropDataset(dataset().source, SPECS, 0, live_batches=LIVE_BATCHES)
     held = []
     for batch, other in zip(load_batches(reusing, keys, workers), expected, strict=True):
-        time.sleep(0.05)  # the workers run ahead as far as they may
+        time.sleep(0.05)  # lets the workers load ahead as far as possible
         for ours, alone in ((batch.crops, other.crops), (batch.parameters, other.parameters)):
             assert all(map(torch.equal, ours, alone))
         assert torch.equal(batch.labels, other.labels)
@@ -103,7 +103,7 @@ def test_epochs_are_permutations_without_the_last_part() -> None:
     assert orders[0] != orders[1] != orders[2]
     with pytest.raises(ValueError, match="batch_size 16 exceeds the dataset's 15 images"):
         EpochSampler(15, 16, 1, 0)
-    with pytest.raises(ValueError, match="does not divide among 3 processes"):
+    with pytest.raises(ValueError, match="a multiple of the number of processes, 3 .*, got 4"):
         EpochSampler(15, 4, 1, 0, 0, 3)
 
 
@@ -122,7 +122,7 @@ def test_sampler_continues_at_any_step(start: int) -> None:
 
 
 def test_stand_in_brings_its_own_label_and_id() -> None:
-    """The crops, the label and the id of one position are those of one image."""
+    """Crops, label and index at each position belong to the same image."""
 
     class Torn(ArraySource):
         def read(self, index: int) -> np.ndarray:

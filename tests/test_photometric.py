@@ -150,7 +150,7 @@ def test_memory_formats_and_autocast_do_not_touch_the_pixels() -> None:
 
 
 @pytest.mark.client
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+@pytest.mark.filterwarnings("ignore")  # torch's compiler emits its own warnings
 def test_compiled_arithmetic_gives_the_same_pixels() -> None:
     for count, seed in ((30, 0), (11, 1), (1, 2), (2, 3)):
         images, rows = crop(40, count), torch.from_numpy(draw_rows(LOCAL_AUGMENTATION, count, seed))
@@ -278,7 +278,7 @@ def test_cuda_gives_the_cpus_pixels_without_waiting(
     images, rows = crop(size, count), torch.from_numpy(draw_rows(EVEN, count))
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
     on_device = images.to("cuda")
-    apply(on_device, rows)  # library handles are made on first use
+    apply(on_device, rows)  # creates library handles, which are lazy
     torch.cuda.set_sync_debug_mode("error")
     try:
         result = apply(on_device, rows)

@@ -194,7 +194,7 @@ def test_headline_says_what_differs(make_run: Make) -> None:
         plot.read_run(make_run(name, lines(2), config)) for name, config in (("1", one), ("2", two))
     )
     assert plot.headline([first, second]) == "objective.name: ocm | cosine"
-    assert plot.headline([first, first]) == "equal configurations"
+    assert plot.headline([first, first]) == "identical configurations"
     assert plot.headline([second]) == (
         "source folder, backbone resnet50, objective cosine, hidden layers 3, epochs 100, "
         "batch size 256, at step 40 (epoch 0.2)"
@@ -208,16 +208,16 @@ def test_headline_says_what_differs(make_run: Make) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], r"missing is not a folder; give the folder that a training run wrote"),
-        (["empty"], r"empty has no metrics.jsonl; give the folder that a training run wrote"),
-        (["new"], r"has no line yet; wait for the first one \(system.log_every\)"),
-        (["torn"], "has no line yet"),
-        (["csv"], r"metrics.jsonl, line 1 is not one of a run's metrics \('step,loss'\)"),
-        (["other"], "line 2 is not one of a run's metrics"),
-        (["list"], r"line 1 is not one of a run's metrics \('\[1, 2\]'\); delete the line, or"),
-        (["config"], "config.json is not a run's config; restore it"),
-        (["missing", "--output", "a.jpg"], r"a.jpg: give a file that ends in .png or .svg or .pdf"),
-        (["good", "--output", "a"], r"--output a: give a file that ends in .png"),
+        (["missing"], r"missing is not a folder; specify the folder of a training run"),
+        (["empty"], r"empty has no metrics.jsonl; specify the folder of a training run"),
+        (["new"], r"has no complete line yet; wait for one \(system.log_every\)"),
+        (["torn"], "has no complete line yet"),
+        (["csv"], r"metrics.jsonl, line 1 does not contain a run's metrics \('step,loss'\)"),
+        (["other"], "line 2 does not contain a run's metrics"),
+        (["list"], r"line 1 does not contain a run's metrics \('\[1, 2\]'\); delete the line or"),
+        (["config"], "config.json is not the config of a run; restore"),
+        (["missing", "--output", "a.jpg"], r"must be a .png or .svg or .pdf file, got a.jpg"),
+        (["good", "--output", "a"], r"--output must be a .png .* file, got a"),
         (["good", "--output", "file/a.png"], r"file/a.png cannot be written \(Not a directory\)"),
     ],
 )

@@ -117,7 +117,7 @@ def test_disk_space_is_that_of_the_checkpoints(
         require_space(folder, 1000, "--output")
     assert asked == [tmp_path] * 3
     with pytest.raises(
-        ValueError, match="^runs/mine has 0.0 MB of free space, .* are needed; .* another --outp"
+        ValueError, match="^runs/mine has 0.0 MB of free space, .* are required; .* another --"
     ):
         require_space(Path("runs/mine"), 1001, "--output")
 

@@ -57,7 +57,7 @@ def test_processes_that_would_train_apart_do_not_start(images: Path, tmp_path: P
     ends = run_two([*arguments, str(images)], [*arguments, str(other), "--optim.base-lr", "3"])
     assert [status for status, _ in ends] == [2, 2]
     assert ends[0][1] == (
-        f"{images}: 1 file(s) left out (1 ending in '.txt')\n"
+        f"{images}: 1 file(s) skipped (1 with extension '.txt')\n"
         "error: process 1: this process and process 0 differ in optim.base_lr: 0.8 -> 3.0; the "
         "images; start all with the same command and the same data\n"
     )

@@ -28,10 +28,10 @@ def test_array_source() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((2, 4, 4, 3), np.uint8), [0], "one label an image"),
-        (np.zeros((1, 4, 4, 3), np.uint8), [1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3), np.uint8), [-1], "outside the 1 classes"),
-        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, not float64"),
+        (np.zeros((2, 4, 4, 3), np.uint8), [0], "need 2 labels, one per image"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [1], r"labels must be in \[0, 1\), got 1 to 1"),
+        (np.zeros((1, 4, 4, 3), np.uint8), [-1], "labels must be in .*, got -1 to -1"),
+        (np.zeros((1, 4, 4, 3)), [0], "image 0 must be .*, got float64"),
         (np.zeros((1, 4, 4), np.uint8), [0], "must be uint8"),
     ],
 )
@@ -86,7 +86,7 @@ class TestPhotographs:
                 seen[top : top + side, left : left + side] += 1
         assert seen.max() == 1
         assert len(parts["train"]) >= 1.4 * len(parts["test"]) > 0
-        tuning = samples._tiles(height, width, validation=True)  # the test tiles stay unseen
+        tuning = samples._tiles(height, width, validation=True)  # the test tiles are not used
         assert sorted(tuning["train"] + tuning["test"]) == sorted(parts["train"])
 
     def test_windows_stay_within_a_tile_of_their_part(self) -> None:
@@ -108,14 +108,14 @@ class TestPhotographs:
         means = [np.asarray(part.images).mean((1, 2, 3)) for part in (train, test)]
         centers = [means[0][train.labels == label].mean() for label in range(20)]
         guess = np.abs(means[1][:, None] - np.array(centers)).argmin(1)
-        assert (guess == test.labels).mean() < 0.15  # chance 0.05
+        assert (guess == test.labels).mean() < 0.15  # chance level is 0.05
         assert all((image == image[..., :1]).all() for image in np.asarray(train.images))
 
     def test_a_missing_file_names_the_remedy(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setitem(samples._PHOTOGRAPHS, "astronaut.png", ("skimage", str(tmp_path)))
-        with pytest.raises(FileNotFoundError, match=r"does not ship astronaut\.png.*pip install"):
+        with pytest.raises(FileNotFoundError, match=r"contain astronaut\.png.*pip install"):
             photographs()
 
 

@@ -284,7 +284,7 @@ def test_models_share_a_table_and_a_picture(
     assert "reports, or use --published with --kind scatter" in capsys.readouterr().err
     for options, message in (
         ("--published paper --kind bars --output x.png", "--published with --kind scatter"),
-        ("--published paper --output x.gif", "--output x.gif: give a file that ends in .png or"),
+        ("--published paper --output x.gif", "must be a .png or .svg or .pdf file, got x.gif"),
         ("--published paper --output /proc/y/y.png", "--output /proc/y/y.png cannot be written"),
     ):
         assert main(["plot", *options.split()]) == 2
@@ -307,7 +307,7 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
         (["--training-task", "digits"], "--training-task digits is not in --datasets"),
         (["--model", "resnet5O"], "is not a timm model; .*resnet50"),
-        (["--output", "report.txt"], "--output report.txt: give a file that ends in .json"),
+        (["--output", "report.txt"], "--output must be a .json file, got report.txt"),
         (["--cache", "{place}/easy/test/gray/0.png"], "0.png is not a folder; pass a folder"),
         (["--output", "/proc/report.json"], "--output /proc/report.json cannot be written"),
     ],

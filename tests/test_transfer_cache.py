@@ -246,7 +246,7 @@ def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
 def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     source = cut_source()
-    with pytest.raises(ValueError, match=r"1\.0 MB of free space, 67\.1 MB are needed; free some"):
+    with pytest.raises(ValueError, match=r"1\.0 MB of free space, but 67\.1 MB are required"):
         cache.features(encoder(), source, "set-train")
     assert source.reads == 0
 

@@ -7,16 +7,16 @@ Importing this package registers the models with timm:
 """
 
 try:
-    import torchvision as _torchvision  # noqa: F401  # timm needs it; a wrong one fails oddly
+    import torchvision as _torchvision  # noqa: F401  # timm needs it; a mismatch gives odd errors
 except ModuleNotFoundError:
     raise
 except (ImportError, OSError, RuntimeError) as _error:
     from importlib.metadata import version as _version
 
-    # With our name, ``python -m trex_models.train`` prints one line and no traceback.
+    # With this name, ``python -m trex_models.train`` prints one line instead of a traceback.
     raise ImportError(
-        f"torch {_version('torch')} and the installed torchvision do not fit each other "
-        f"({_error}); install both from one place: pip install --force-reinstall torch torchvision",
+        f"torch {_version('torch')} and the installed torchvision are not compatible ({_error}); "
+        "install both from the same index: pip install --force-reinstall torch torchvision",
         name=__name__,
     ) from _error
 

@@ -1,4 +1,4 @@
-"""Atomic writes: files are complete or absent, whatever happens while they are written."""
+"""Atomic writes: a file is complete or absent, even if writing it is interrupted."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file next to ``path`` that takes its place, on the disk, unless there is an error."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Open a temporary file that replaces ``path`` on disk if the block raises no error."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with _named_errors(path), open_new(beside) as file:
+        with _named_errors(path), open_new(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.fstat(file.fileno()).st_ino != beside.stat().st_ino:
-                raise OSError(errno.EBUSY, "another process is writing it", str(path))
-        beside.replace(path)
+            if os.fstat(file.fileno()).st_ino != temporary.stat().st_ino:
+                raise OSError(errno.EBUSY, "another process is writing this file", str(path))
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Open a new file for writing in place of what is there, without following links."""
+    """Create a file for writing; replace an existing file or link."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
@@ -42,7 +42,7 @@ def open_new(path: Path) -> BinaryIO:
 def write_safetensors(
     stream: BinaryIO, tensors: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write safetensors' format with sorted metadata, whose order safetensors leaves to chance."""
+    """Write a safetensors file with sorted metadata; the order of safetensors.save varies."""
     data = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
     stream.write(safetensors_header({**json.loads(data[8:start]), "__metadata__": metadata}))
@@ -50,20 +50,20 @@ def write_safetensors(
 
 
 def safetensors_header(header: Mapping[str, object]) -> bytes:
-    """Return the start of a safetensors file: the header's length and the header, sorted."""
+    """Return the start of a safetensors file: the header's length and the sorted header."""
     text = json.dumps(header, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned
+    text += b" " * (-len(text) % 8)  # align the tensors
     return len(text).to_bytes(8, "little") + text
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Write a text file as a whole."""
+    """Write a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to the end of a file, down to the disk."""
+    """Append text to a file and flush it to disk."""
     with _named_errors(path), path.open("ab") as file:
         file.write(text.encode())
         file.flush()
@@ -71,31 +71,31 @@ def append(path: Path, text: str) -> None:
 
 
 def existing_folder(path: Path) -> Path:
-    """Return a path, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    """Return the path, or its nearest parent folder that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def require_space(folder: Path, size: int, option: str) -> None:
-    """Raise ValueError unless the disk of a folder, of an ``option``, has room for more bytes."""
+    """Raise a ValueError if the disk of an option's folder has fewer free bytes than ``size``."""
     free = shutil.disk_usage(existing_folder(folder)).free
     if free < size:
-        room = f"{free / 1e6:.1f} MB of free space, {size / 1e6:.1f} MB are needed"
-        raise ValueError(f"{folder} has {room}; free some, or choose another {option}")
+        space = f"{free / 1e6:.1f} MB of free space, but {size / 1e6:.1f} MB are required"
+        raise ValueError(f"{folder} has {space}; delete files or choose another {option}")
 
 
 def sync_folder(folder: Path) -> None:
-    """Write a folder's names down to the disk, where its file system knows how."""
+    """Flush a folder's entries to disk if its file system supports it."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems refuse
+    with suppress(OSError):  # some network file systems do not support it
         os.fsync(descriptor)
     os.close(descriptor)
 
 
 @contextmanager
 def _named_errors(path: Path) -> Iterator[None]:
-    """Add the file's name to errors, which a failed write does not know."""
+    """Add the file's path to errors of failed writes, which lack it."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""How every command runs: subcommands, help, what it prints, its errors and its exit status.
+"""Shared code of all commands: subcommands, help, output, errors and exit status.
 
-A command is a function: its keyword-only parameters are the options, those annotated
+A command is a function. Its keyword-only parameters are the options, parameters annotated with
 `tyro.conf.Positional` are positional, and its Google-style docstring is the help.
 """
 
@@ -34,7 +34,7 @@ Command = Callable[..., Any]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A command ended early, on request: its message goes to stdout, once if on all ranks."""
+    """Early end of a command on request; prints a message, only once if on all ranks."""
 
     def __init__(self, message: str, status: int, on_all_ranks: bool = False) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ def main(
     extra: str,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Parse a command line as `call`, and run the command as `run`; return the exit status."""
+    """Parse a command line with `call`, run the command with `run`; return the exit status."""
     work = partial(call, commands, prog=prog, description=description)
     return run(work, arguments, extra, errors)
 
@@ -64,11 +64,11 @@ def call(
     description: str | None = None,
     **options: Any,
 ) -> Any:
-    """Parse a command line with tyro and return what the command returns.
+    """Parse a command line with tyro, call the command and return its result.
 
-    Prints help, or usage errors with status 2, by raising SystemExit. ``prog`` is how the program
-    is called, ``description`` the help of one with subcommands, and ``options`` are further
-    arguments of ``tyro.cli``.
+    Help and usage errors (status 2) are printed and raise SystemExit. ``prog`` is the program's
+    name in the help, ``description`` the help of a program with subcommands, and ``options`` are
+    further arguments of ``tyro.cli``.
     """
     import tyro
 
@@ -126,7 +126,7 @@ def _usage_error(text: str) -> str:
 
 @cache
 def _prepare(command: Any) -> None:
-    """Change a command to what tyro needs: no line breaks in descriptions, no empty lists."""
+    """Adapt a command to tyro: join the lines of descriptions, and reject empty lists."""
     if not is_dataclass(command):
         command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.getdoc(command) or "")
         for name, parameter in inspect.signature(command).parameters.items():
@@ -142,14 +142,14 @@ def _prepare(command: Any) -> None:
             fields[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     for section in get_type_hints(command).values():
         if is_dataclass(section):
-            _prepare(section)  # type: ignore[arg-type]  # it can be hashed
+            _prepare(section)  # type: ignore[arg-type]  # is hashable
     entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
-    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    command.__doc__ = f"{about}\n\nArgs:{entries}"
+    summary = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+    command.__doc__ = f"{summary}\n\nArgs:{entries}"
 
 
 def _one_or_more(hint: Any) -> Any:
-    """Return the type hint of a parameter; if it is a list or tuple, one that must not be empty."""
+    """Return a parameter's type hint, changed to reject empty values if a list or tuple."""
     from tyro import conf, constructors
 
     bare = hint.__origin__ if get_origin(hint) is Annotated else hint
@@ -160,7 +160,7 @@ def _one_or_more(hint: Any) -> Any:
 
     def convert(texts: list[str]) -> Any:
         if not texts:
-            raise ValueError("give one or more")
+            raise ValueError("at least one value is required")
         return container(map(item, texts))
 
     metavar = "{0} [{0} ...]".format(item.__name__.upper())
@@ -176,17 +176,17 @@ def run(
     extra: str,
     errors: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Run a command; return its exit status.
+    """Run a command and return its exit status.
 
-    0; 1 if ``work`` returns False or another process failed; 2 with a short message on bad input,
-    which is a ValueError, OSError, ImportError or one of ``errors``; 130 on Ctrl-C.
-    ``TREX_TRACEBACK=1`` shows where an error comes from. ``extra`` is the extra of trex-models
-    that the command needs.
+    The status is 0; 1 if ``work`` returns False or another process failed; 2, with a short message,
+    for invalid input (ValueError, OSError, ImportError or one of ``errors``); 130 on Ctrl-C.
+    ``TREX_TRACEBACK=1`` shows tracebacks. ``extra`` is the extra of trex-models that the command
+    requires.
     """
     try:
         passed = work(prepare(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
@@ -202,9 +202,9 @@ def run(
         message, shared = str(error), getattr(error, "on_all_ranks", False)
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
             remedy = f"pip install trex-models[{extra}]"
-            message = f"this command needs another package, {error.name}: {remedy}"
+            message = f"this command requires the package {error.name}: {remedy}"
         elif out_of_memory:
-            message = f"{first_line(error)} Use a smaller batch size, or more processes"
+            message = f"{first_line(error)} Use a smaller batch size or more processes"
         if not shared or not rank():
             for line in message.splitlines():
                 print(f"error: {'' if shared else process_prefix()}{line}", file=sys.stderr)
@@ -217,53 +217,53 @@ def run(
 
 
 def rank() -> int:
-    """Return this process's rank among those that torchrun started; 0 for a single process."""
+    """Return this process's rank under torchrun; 0 for a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def process_prefix() -> str:
-    """Return the start of a message of one process among several."""
+    """Return the prefix of a message from one of several processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return f"process {rank()} of {processes}: " if processes > 1 else ""
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """Expand ``~`` in arguments, and make stdout escape characters that its encoding lacks."""
+    """Expand ``~`` in arguments, and make stdout escape unsupported characters."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does by itself
-    # Shells do not expand --output=~/x, and what is quoted.
+        sys.stdout.reconfigure(errors="backslashreplace")  # stderr's default
+    # Shells do not expand --output=~/x and quoted arguments.
     parts = [re.fullmatch(r"(--[^=]*=|)(.*)", text, re.S) for text in arguments]
-    return [part[1] + os.path.expanduser(part[2]) for part in parts if part]  # noqa: PTH111 - the rest stays
+    return [part[1] + os.path.expanduser(part[2]) for part in parts if part]  # noqa: PTH111 - arguments, not paths
 
 
 def require_writable(output: Path, *suffixes: str) -> None:
-    """Check that ``--output`` ends in one of the suffixes, and that it can be written."""
+    """Check that ``--output`` has one of the suffixes and can be written."""
     if output.suffix not in suffixes:
-        raise ValueError(f"--output {output}: give a file that ends in {' or '.join(suffixes)}")
+        raise ValueError(f"--output must be a {' or '.join(suffixes)} file, got {output}")
     try:
         with TemporaryFile(dir=existing_folder(output.parent)):
             pass
         if output.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
+            raise IsADirectoryError(EISDIR, "is a folder")
     except OSError as error:
         raise ValueError(
-            f"--output {output} cannot be written ({error.strerror}); choose another place"
+            f"--output {output} cannot be written ({error.strerror}); choose another path"
         ) from error
 
 
-def require_at_least(least: int, **options: int) -> None:
-    """Check numbers of a command line, by the names of its parameters."""
+def require_at_least(minimum: int, **options: int) -> None:
+    """Raise a ValueError if an option, by its parameter's name, is below the minimum."""
     for name, value in options.items():
-        if value < least:
+        if value < minimum:
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least {least}, got {value}")
+            raise ValueError(f"--{option} must be at least {minimum}, got {value}")
 
 
 def progress_bar(total: float, description: str, unit: str, **options: Any) -> tqdm[Any]:
-    """Return a progress bar with rate and remaining time, on stderr where that is a terminal."""
+    """Return a progress bar with rate and remaining time, shown if stderr is a terminal."""
     from tqdm import tqdm
 
-    scaled = unit.startswith(" ")  # many small things: 12k samples
+    scaled = unit.startswith(" ")  # abbreviates large counts: 12k samples
     return tqdm(
         total=total,
         desc=description,
@@ -275,12 +275,12 @@ def progress_bar(total: float, description: str, unit: str, **options: Any) -> t
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type."""
+    """Return the first line of an error's message, or the error's type without a message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table, whose first column is to the left, the others to the right."""
+    """Format rows as lines of a table: first column left-aligned, others right-aligned."""
     width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         "  ".join([first.ljust(width), *map(str.rjust, others, widths)]) for first, *others in rows

@@ -1,4 +1,4 @@
-"""Train, reload and evaluate a small t-ReX: ``python -m trex_models.demo``."""
+"""Train, reload and evaluate a small t-ReX model: ``python -m trex_models.demo``."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from trex_models.transfer.report import format_table
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Train, evaluate, and write demo.json and demo.png into the run's folder; return reports."""
+    """Train, evaluate, write demo.json and demo.png into the run folder; return the reports."""
     folder = Path(config.output)
     train(config)
     reports = evaluate_offline(folder, config.seed)
     print(f"\n{format_table(reports)}\n")
     write_text_file(folder / "demo.json", json.dumps({"reports": reports}, indent=2) + "\n")
-    starts = [config.data.images_per_class * label for label in range(4)]  # an image per class
+    starts = [config.data.images_per_class * label for label in range(4)]  # one image per class
     sheet = crop_sheet(config, open_source(config.data), starts)
     plotting.save(draw_demo(plot.read_run(folder), sheet, reports), folder / "demo.png")
     print(f"wrote {folder / 'demo.json'} and {folder / 'demo.png'}")
@@ -43,15 +43,15 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
-    """Score pixels, the untrained network and the trained one on the datasets without a download.
+    """Evaluate pixels and the untrained and trained backbone on the offline datasets.
 
-    Writes a report per model into FOLDER/transfer; finished parts are not computed again.
+    Writes one report per model to FOLDER/transfer; finished parts are not computed again.
     """
     output = folder / "transfer"
     output.mkdir(exist_ok=True)
     tasks = [Task(dataset, *open_checked(dataset, Path())) for dataset in select("offline")]
     for source in (part for task in tasks for part in (task.train, task.test)):
-        vars(source)["read"] = cache(source.read)  # a fractal takes longer than its features
+        vars(source)["read"] = cache(source.read)  # rendering is slower than features
     backbone = str(folder / "export" / "backbone")
     untrained = FrozenModel.load(backbone, untrained=True, seed=seed)
     models = {
@@ -59,7 +59,7 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
         "untrained": untrained.recalibrate_batchnorm(tasks[0].train, tasks[0].dataset.name),
         "t-ReX*": FrozenModel.load(backbone),
     }
-    # One validation split: five, as in the protocol, would take minutes longer.
+    # A single validation split; the five of the protocol would take minutes longer.
     plan = Plan(seeds=1, training_task=tasks[0].dataset.name)
     features = FeatureCache(root=output / "features")
     return [
@@ -69,7 +69,7 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def crop_sheet(config: Config, source: Source, indices: Sequence[int]) -> list[list[np.ndarray]]:
-    """Return rows of images, (S, S, 3) uint8: a training image, then its crops in training."""
+    """Return rows of images, (S, S, 3) uint8: a training image and its augmented crops."""
     dataset = MultiCropDataset(source, crop_specs(config.crops), config.seed)
     batch = dataset.__getitems__([(0, index) for index in indices])
     rows = [[source.read(index)] for index in indices]
@@ -93,7 +93,7 @@ def draw_demo(
         curves, crops = top.subfigures(1, 2, width_ratios=(1.5, 1))
         for axis, panel in zip(curves.subplots(1, 2), plot.LARGE, strict=False):
             plot.draw_panel(axis, panel, [trained])
-        crops.suptitle("fractals, and their crops in training", fontsize=11)
+        crops.suptitle("fractals and their augmented crops", fontsize=11)
         titles = ["image", "global", *("local" for _ in sheet[0][2:])]
         cells = crops.subplots(len(sheet), len(titles))
         for cell, image in zip(cells.flat, (i for row in sheet for i in row), strict=True):
@@ -106,22 +106,22 @@ def draw_demo(
 
 
 def demo(*, output: Path = Path("runs/demo")) -> None:
-    """Train a small t-ReX, load it through timm, and evaluate its features.
+    """Train a small t-ReX model, load it with timm, and evaluate its features.
 
-    Trains the recipe demo (a ResNet-10-T on fractals, about five minutes on two cores), and
-    compares its features with those of the untrained network and with pixels, on generated and on
-    real images. The same command continues an interrupted run.
+    Trains the recipe demo (a ResNet-10-T on fractals, about five minutes on two cores) and compares
+    its features with those of the untrained backbone and with raw pixels, on generated and on real
+    images. If interrupted, run the same command again to continue.
 
     Example: python -m trex_models.demo --output runs/demo
 
     Args:
-        output: Folder of the run, of demo.json and demo.png.
+        output: Folder for the run, demo.json and demo.png.
     """
     run(RECIPES["demo"](str(output)))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit status, as `cli.main`."""
+    """Run the command and return its exit status; see `cli.main`."""
     return cli.main(demo, arguments, prog="python -m trex_models.demo", extra="transfer")
 
 

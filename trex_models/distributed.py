@@ -1,7 +1,7 @@
-"""One process or many: set-up from the environment, exchange of tensors, objects and errors.
+"""Distributed training: process group setup, exchange of tensors, objects and errors.
 
 torchrun, or a Slurm script, sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
-Every function is a no-op where there is one process.
+With a single process, all functions work without communication.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ T = TypeVar("T")
 
 
 class SharedError(ValueError):
-    """An error that every rank raises, so that rank 0 alone prints it."""
+    """An error that every rank raises, so that only rank 0 prints it."""
 
     on_all_ranks = True
 
 
 class PeerError(RuntimeError):
-    """Another process failed; its own error is the one to read."""
+    """Error after the failure of another process, which prints the cause."""
 
     exit_status = 1
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all of the run."""
+    """Rank and device of this process, and the number of processes."""
 
     rank: int
     world_size: int
@@ -48,7 +48,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and reports."""
+        """True if this process writes files and logs."""
         return self.rank == 0
 
 
@@ -56,8 +56,8 @@ class Process:
 def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Process]:
     """Join the process group, if there is one, for the duration of the block.
 
-    Backend ``auto`` is nccl on CUDA; tensors on the CPU go by gloo in any case. An error of an
-    exchange with a process that failed becomes a PeerError.
+    Backend ``auto`` is nccl on CUDA; tensors on the CPU always use gloo. Communication errors that
+    are caused by the failure of another process are raised as a PeerError.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")), "--system.device")
@@ -68,45 +68,45 @@ def process_group(device: str = "auto", backend: str = "auto") -> Iterator[Proce
         return
     nccl = backend == "nccl" or (backend == "auto" and chosen.type == "cuda")
     if nccl and chosen.type != "cuda":
-        raise ValueError(f"system.backend: nccl is for CUDA, not for {chosen}; use auto or gloo")
+        raise ValueError(f"system.backend: nccl requires CUDA, got {chosen}; use auto or gloo")
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo", device_id=chosen if nccl else None
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            "this process cannot meet the others at "
+            "check MASTER_ADDR and MASTER_PORT: this process cannot connect to the others at "
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({first_line(error)})"
         ) from error
-    if dist.get_rank():  # what all ranks log, rank 0 logs for all
+    if dist.get_rank():  # only rank 0 logs messages that are the same on all ranks
         logging.getLogger("trex_models").setLevel(logging.ERROR)
     try:
         yield Process(dist.get_rank(), world_size, chosen)
     except BaseException as error:
-        if not nccl:  # which would wait for the others
+        if not nccl:  # nccl would wait for the other processes
             dist.destroy_process_group()
         if is_peer_failure(error):
-            raise PeerError("another process failed; read its own error") from error
+            raise PeerError("another process failed; see its error message") from error
         raise
     dist.destroy_process_group()
 
 
 def is_peer_failure(error: BaseException | None) -> bool:
-    """Return whether an error comes from an exchange with a process that is gone."""
+    """Return True if an error is caused by communication with a process that has exited."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> nn.Module:
-    """Return ``module``, or DistributedDataParallel around it where there are many processes.
+    """Wrap a module in DistributedDataParallel if there are several processes.
 
-    Buffers (BatchNorm's running statistics, the bank) are not broadcast at each step: the bank is
-    equal on all ranks already, and the statistics of rank 0 are the ones that are saved.
+    Buffers (BatchNorm's running statistics, the memory bank) are not broadcast at each step: the
+    bank is identical on all ranks, and only the running statistics of rank 0 are saved.
     """
     if process.world_size == 1:
         return module
     if synchronizes(process, sync_batchnorm):
-        convert_sync_batchnorm(module)  # timm's: torch's drops the activations of BatchNormAct
-    # Newer torch has a new name for it and warns of the old one.
+        convert_sync_batchnorm(module)  # from timm: torch's drops the activations of BatchNormAct
+    # Newer versions of torch have renamed the argument and warn about the old name.
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     devices = [process.device] if process.device.type == "cuda" else None
@@ -115,11 +115,11 @@ def data_parallel(module: nn.Module, process: Process, sync_batchnorm: bool) -> 
 
 
 def warm_up_ddp(model: nn.Module, *inputs: Any) -> None:
-    """Let DistributedDataParallel order its gradients, as it does after its first backward pass.
+    """Run a backward pass, after which DistributedDataParallel fixes the order of gradients.
 
-    Otherwise the first step of a process's life would sum them in another order than later ones,
-    which from three processes on changes the rounding: an interrupted run would not end bit for
-    bit like an uninterrupted one. Parameters and buffers stay as they are.
+    Otherwise the first step after each start would sum gradients in another order than later steps.
+    With three or more processes, this changes the rounding, so a resumed run would not be bitwise
+    identical to an uninterrupted run. Parameters and buffers do not change.
     """
     if isinstance(model, DistributedDataParallel):
         with preserve_buffers(model):
@@ -141,12 +141,12 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def synchronizes(process: Process, sync_batchnorm: bool) -> bool:
-    """Return whether BatchNorm's statistics are those of the global batch; torch needs CUDA."""
+    """Return True if BatchNorm uses statistics of the global batch; torch requires CUDA."""
     return process.world_size == 1 or (sync_batchnorm and process.device.type == "cuda")
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks, (B, ...) each, in rank order: (world * B, ...)."""
+    """Concatenate the tensors, (B, ...), of all ranks in rank order, (world_size * B, ...)."""
     if not dist.is_initialized():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -155,7 +155,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenate the tensors of all ranks, whose numbers of rows may differ, in rank order."""
+    """Concatenate tensors of all ranks in rank order; their numbers of rows may differ."""
     if not dist.is_initialized():
         return tensor
     counts = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
@@ -166,7 +166,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, anything that can be pickled, in rank order."""
+    """Return the picklable values of all ranks in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -175,7 +175,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """Return rank 0's value, anything that can be pickled."""
+    """Return the picklable value of rank 0."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -184,7 +184,7 @@ def broadcast(value: T) -> T:
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give all ranks rank 0's buffers, such as BatchNorm's running statistics."""
+    """Copy rank 0's buffers, such as BatchNorm's running statistics, to all ranks."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
@@ -192,7 +192,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Raise a ValueError or OSError of one process on all, as a SharedError that names it."""
+    """Raise a ValueError or OSError of any rank on all ranks, as a SharedError."""
     error: Exception | None = None
     try:
         yield
@@ -219,37 +219,37 @@ def barrier() -> None:
 
 
 class SharedFlags:
-    """Small numbers that any process may raise and that all see at the same step: the largest.
+    """Integer flags of which all processes see the maximum over processes at the same step.
 
-    With many processes the answer is one call old: the exchange takes place during the step,
+    With several processes, results are one call old: the exchange takes place during the step,
     between the CPUs, so that nothing waits for the device.
     """
 
     def __init__(self, count: int) -> None:
-        self._seen = torch.zeros(count, dtype=torch.uint8)
+        self._flags = torch.zeros(count, dtype=torch.uint8)
         self._work: dist.Work | None = None
 
-    def exchange(self, *raised: int) -> list[int]:
-        """Raise this process's flags, 0 to 255, and return those that were raised before."""
-        mine = torch.tensor(raised, dtype=torch.uint8)
+    def exchange(self, *flags: int) -> list[int]:
+        """Send this process's flags, 0 to 255, and return the maxima of the last exchange."""
+        own = torch.tensor(flags, dtype=torch.uint8)
         if not dist.is_initialized():
-            return mine.tolist()
+            return own.tolist()
         if self._work is not None:
             self._work.wait()
-        answer: list[int] = self._seen.tolist()
-        self._seen = mine
-        self._work = dist.all_reduce(self._seen, dist.ReduceOp.MAX, async_op=True)
-        return answer
+        last: list[int] = self._flags.tolist()
+        self._flags = own
+        self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
+        return last
 
     def finish(self) -> None:
-        """Wait for the exchange under way."""
+        """Wait for the pending exchange."""
         if self._work is not None:
             self._work.wait()
 
 
 @torch.no_grad()
 def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
-    """Raise a SharedError for named parts whose tensors are not equal on all processes."""
+    """Raise a SharedError if the tensors of a named part differ between processes."""
     if not dist.is_initialized():
         return
     own = torch.stack([_checksum(torch.stack([*map(_checksum, ts)])) for ts in parts.values()])
@@ -258,13 +258,13 @@ def check_identical(parts: Mapping[str, Iterable[Tensor]]) -> None:
         others = [rank for rank, value in enumerate(column.tolist()) if value != column[0]]
         if others:
             raise SharedError(
-                f"the {name} of process {', '.join(map(str, others))} is no longer that of process "
-                "0; a device or the network may be faulty: start again from the last checkpoint"
+                f"the {name} of process {', '.join(map(str, others))} differs from that of process "
+                "0; a device or the network may be faulty: resume from the last checkpoint"
             )
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Return a sum over the bits, weighted by odd numbers that tell the position, modulo 2**64."""
+    """Return a position-weighted sum of a tensor's bits as integers, modulo 2**64."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().contiguous().view(integer[tensor.element_size()]).flatten().long()
     return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()

@@ -1,4 +1,4 @@
-"""Draw the curves of training runs into one picture: ``python -m trex_models.plot RUN...``."""
+"""Plot the metrics of training runs in one picture: ``python -m trex_models.plot RUN...``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from trex_models import cli, plotting
 from trex_models.train.config import flatten
 
 Unit = Literal["epoch", "step"]
-SMOOTH_FROM = 100  # points; a longer noisy curve is drawn pale, with its running mean on top
-DRAWN_POINTS = 1500  # points of a curve, about one per pixel
-# Settings that say where and how a run was carried out, not what was learned.
+SMOOTH_FROM = 100  # points; longer noisy curves are drawn pale, with their running mean on top
+DRAWN_POINTS = 1500  # maximum number of points per curve, about one per pixel
+# Settings that do not influence training; differences in them are not shown.
 UNCOMPARED = ("output", "license", "system.", "validation.")
 ESSENTIALS = (
     *("data.source", "data.path", "model.backbone", "objective.name", "model.hidden_layers"),
@@ -28,7 +28,7 @@ ESSENTIALS = (
 
 
 class Panel(NamedTuple):
-    """One curve, or two that share axes."""
+    """Panel of one or two curves that share axes."""
 
     title: str
     keys: tuple[str, ...]
@@ -47,7 +47,7 @@ RATES = (
     Panel("learning rate", ("learning_rate",), smooth=False),
     Panel("change of class vectors per step", ("prototype_change",), y_axis="log"),
     Panel("images per second", ("images_per_second",)),
-    Panel("waiting for data, % of the time", ("waiting_for_data",), 100),
+    Panel("waiting for data, % of time", ("waiting_for_data",), 100),
 )
 BANK = "bank, %: classes with an entry; dashed: initial entries"
 HEAD = (
@@ -57,7 +57,7 @@ HEAD = (
 )
 
 LAST, MEDIAN = itemgetter(-1), np.median
-# Columns of the table: header, key, number of the run, and its format.
+# Columns of the table: header, key, reduction of the run's values to a number, format.
 COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
     ("step", "step", LAST, "{:,.0f}"),
     ("epoch", "epoch", LAST, "{:.2f}"),
@@ -73,42 +73,42 @@ COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
 
 @dataclass(frozen=True)
 class Run:
-    """Files of a training run."""
+    """Metrics and settings of a training run."""
 
     folder: Path
     columns: dict[str, np.ndarray]
-    """Values of metrics.jsonl by key, NaN where a line has none; steps ascend."""
+    """Values of metrics.jsonl by key, in order of steps; NaN where a line lacks the key."""
     config: dict[str, Any]
-    """Settings of config.json by dotted name; empty where there is no such file."""
+    """Settings of config.json by dotted name; empty if there is no such file."""
 
     def values(self, key: str) -> np.ndarray:
-        """Return the finite values of a key, if it has any."""
+        """Return the finite values of a key; empty if there are none."""
         column = self.columns.get(key, np.empty(0))
         return column[np.isfinite(column)]
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's files."""
+    """Read the metrics and settings in a run folder."""
     metrics, config = folder / "metrics.jsonl", folder / "config.json"
     if not metrics.is_file():
         missing = "has no metrics.jsonl" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {missing}; give the folder that a training run wrote")
+        raise ValueError(f"{folder} {missing}; specify the folder of a training run")
     lines = _read_lines(metrics)
     if not lines:
-        raise ValueError(f"{metrics} has no line yet; wait for the first one (system.log_every)")
+        raise ValueError(f"{metrics} has no complete line yet; wait for one (system.log_every)")
     try:
         settings = flatten(json.loads(config.read_text())) if config.exists() else {}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is not a run's config; restore it, or move it away") from error
+        raise ValueError(f"{config} is not the config of a run; restore or remove it") from error
     keys = {key for line in lines for key in line}
     columns = {key: np.array([line.get(key, np.nan) for line in lines], float) for key in keys}
     return Run(folder, columns, settings)
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics file; a resumed run's repeated steps replace the first ones."""
+    """Return the lines of a metrics file; steps repeated after a resume replace older ones."""
     *texts, rest = path.read_text(errors="replace").split("\n")
-    if rest and (rest[0] != "{" or rest[-1] == "}"):  # otherwise it is being written
+    if rest and (rest[0] != "{" or rest[-1] == "}"):  # otherwise it is still being written
         texts.append(rest)
     lines: dict[float, dict[str, float]] = {}
     for number, text in enumerate(texts, start=1):
@@ -117,8 +117,8 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
             step, _ = line["step"], line["epoch"]
         except (ValueError, AttributeError, KeyError):
             raise ValueError(
-                f"{path}, line {number} is not one of a run's metrics "
-                f"({plotting.shorten(text, 40)!r}); delete the line, or give another folder"
+                f"{path}, line {number} does not contain a run's metrics "
+                f"({plotting.shorten(text, 40)!r}); delete the line or specify another folder"
             ) from None
         while lines and next(reversed(lines)) > step:
             lines.popitem()
@@ -127,44 +127,44 @@ def _read_lines(path: Path) -> list[dict[str, float]]:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' paths, without the parents that all of them share."""
+    """Return the folders' paths without their common parent."""
     paths = [folder.resolve() for folder in folders]
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [str(path.relative_to(shared)) for path in paths]
+    parent = os.path.commonpath([path.parent for path in paths])
+    return [str(path.relative_to(parent)) for path in paths]
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """Describe the one run, or the settings in which several differ."""
+    """Describe a single run, or the settings in which several runs differ."""
     if len(runs) == 1:
         config, columns = runs[0].config, runs[0].columns
-        found = {key.removesuffix(".name").split(".")[-1]: config.get(key) for key in ESSENTIALS}
-        facts = [f"{name.replace('_', ' ')} {value}" for name, value in found.items() if value]
-        place = f"at step {columns['step'][-1]:,.0f} (epoch {columns['epoch'][-1]:.4g})"
-        return ", ".join([*facts, place])
+        shown = {key.removesuffix(".name").split(".")[-1]: config.get(key) for key in ESSENTIALS}
+        settings = [f"{name.replace('_', ' ')} {value}" for name, value in shown.items() if value]
+        step = f"at step {columns['step'][-1]:,.0f} (epoch {columns['epoch'][-1]:.4g})"
+        return ", ".join([*settings, step])
     differing = []
     for key in dict.fromkeys([*ESSENTIALS, *(key for run in runs for key in run.config)]):
         texts = dict.fromkeys(str(run.config.get(key)) or "none" for run in runs)
         if len(texts) > 1 and not key.startswith(UNCOMPARED):
             differing.append(plotting.shorten(f"{key}: {' | '.join(texts)}", 60))
     more = f"      and {len(differing) - 3} more" if len(differing) > 3 else ""
-    return "      ".join(differing[:3]) + more or "equal configurations"
+    return "      ".join(differing[:3]) + more or "identical configurations"
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the centered running mean over a window that is cut off at both ends."""
+    """Return the centered running mean; the window is truncated at both ends."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(len(values))
-    low, high = np.maximum(ends - window // 2, 0), np.minimum(ends + window // 2 + 1, len(values))
+    index = np.arange(len(values))
+    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
 
 
 def draw_curves(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
-    """Draw a panel for each thing that any run has measured."""
-    found = {key for run in runs for key in run.columns if len(run.values(key))}
-    panels = [[p for p in row if found & {*p.keys}] for row in (LARGE, RATES, HEAD)]
+    """Draw a panel for each metric that at least one run has logged."""
+    logged = {key for run in runs for key in run.columns if len(run.values(key))}
+    panels = [[p for p in row if logged & {*p.keys}] for row in (LARGE, RATES, HEAD)]
     rows = [row for row in panels if row]
     if not rows:
-        raise ValueError(f"{runs[0].folder} has no values to draw in its metrics.jsonl")
+        raise ValueError(f"{runs[0].folder}/metrics.jsonl contains no metrics that can be plotted")
     heights = [4.0 if row[0] in LARGE else 2.4 for row in rows]
     with plotting.new_figure(14, sum(heights) + 1) as figure:
         parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -181,12 +181,12 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
     for run, color in zip(runs, plotting.colors(len(runs)), strict=True):
         for key in (key for key in panel.keys if len(run.values(key))):
             x, y = run.columns[unit][np.isfinite(run.columns[key])], panel.scale * run.values(key)
-            few = np.unique(np.linspace(0, len(y) - 1, DRAWN_POINTS).round().astype(int))
+            subset = np.unique(np.linspace(0, len(y) - 1, DRAWN_POINTS).round().astype(int))
             if panel.smooth and len(y) > SMOOTH_FROM:
-                axis.plot(x[few], y[few], color=color, lw=0.5, alpha=0.25, zorder=1)
+                axis.plot(x[subset], y[subset], color=color, lw=0.5, alpha=0.25, zorder=1)
                 y = smoothed(y, max(8, len(y) // 50))
             style = ("o" if len(y) < 25 else "") + ("-" if key == panel.keys[0] else "--")
-            axis.plot(x[few], y[few], style, color=color, ms=3.5)
+            axis.plot(x[subset], y[subset], style, color=color, ms=3.5)
     axis.set(title=panel.title, xlabel=unit)
     axis.margins(x=0.02)
     axis.set_xlim(left=0)
@@ -198,7 +198,7 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
 
 
 def format_summary(runs: Sequence[Run]) -> str:
-    """Render the last, best and typical numbers of runs as text."""
+    """Format the last, best or median metrics of runs as a table."""
     rows = [["", *(header for header, *_ in COLUMNS)]]
     for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):
         numbers = [
@@ -210,26 +210,26 @@ def format_summary(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: list[Path], /, *, output: Path | None = None, x: Unit = "epoch") -> None:
-    """Draw the curves of training runs, finished or not, and print a table of them.
+    """Plot the metrics of training runs, finished or not, and print a table of them.
 
     Example: python -m trex_models.plot runs/softmax runs/ocm --output curves.png
 
     Args:
-        runs: Folders that training runs wrote.
-        output: Picture to write, .png, .svg or .pdf; by default curves.png in the run's folder, or
-            in the current folder for several runs.
+        runs: Folders of training runs.
+        output: Picture to write, .png, .svg or .pdf; by default curves.png in the run folder, or
+            in the current folder if there are several runs.
         x: Unit of the x axis.
     """
     folders = list({folder.resolve(): folder for folder in runs}.values())
     output = output or (folders[0] if len(folders) == 1 else Path()) / "curves.png"
     plotting.require_picture(output)
-    found = [read_run(folder) for folder in folders]
-    plotting.save(draw_curves(found, x), output)
-    print(f"{format_summary(found)}\nwrote {output}")
+    contents = [read_run(folder) for folder in folders]
+    plotting.save(draw_curves(contents, x), output)
+    print(f"{format_summary(contents)}\nwrote {output}")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit status, as `cli.main`."""
+    """Run the command and return its exit status; see `cli.main`."""
     return cli.main(plot, arguments, prog="python -m trex_models.plot", extra="train")
 
 

@@ -1,4 +1,4 @@
-"""What all pictures share: palette, style, figure, legend, and the file that they are saved to."""
+"""Shared plotting helpers: palette, style, figures, legends and saving."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trex_models import cli
 from trex_models.atomic import replacing
 
 FORMATS = (".png", ".svg", ".pdf")
-# Okabe and Ito's colors without the yellow, which colorblind readers tell apart; then three of
-# Tol's.
+# Colors that colorblind readers can distinguish: those of Okabe and Ito without yellow, then three
+# of Paul Tol.
 PALETTE = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"),
     *("#882255", "#332288", "#999933"),
@@ -39,20 +39,20 @@ STYLE: Any = {
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Any]:
-    """Create a matplotlib figure, in inches, and set the style while it is drawn."""
+    """Create a matplotlib figure, size in inches, and apply the style within the block."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(STYLE), _without_glyph_warnings():
         figure: Any = Figure((width, height), layout="constrained")
-        FigureCanvasAgg(figure)  # needs no display, and no pyplot, which keeps figures alive
+        FigureCanvasAgg(figure)  # requires no display; pyplot would keep figures in memory
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
         yield figure
 
 
 def colors(count: int) -> Sequence[Any]:
-    """Return distinct colors, from the palette as long as it lasts."""
+    """Return distinct colors: from the palette, or from viridis if it has too few."""
     if count <= len(PALETTE):
         return PALETTE[:count]
     from matplotlib import colormaps
@@ -61,13 +61,13 @@ def colors(count: int) -> Sequence[Any]:
 
 
 def shorten(text: str, length: int) -> str:
-    """Replace the middle of a text that is too long by three dots."""
+    """Replace the middle of a text that exceeds a length with three dots."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def legend(figure: Any, names: Sequence[str], marks: Sequence[str] = ()) -> None:
-    """Name the colors of models or runs, and the black marks on bars, below all panels."""
+    """Add a legend of the models' or runs' colors and of black marks below all panels."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -79,16 +79,16 @@ def legend(figure: Any, names: Sequence[str], marks: Sequence[str] = ()) -> None
     columns = min(max(columns, 1), len(texts))
     placed = figure.legend(handles, texts, loc="outside lower center", ncols=columns)
     for text in placed.get_texts():
-        text.set_parse_math(False)  # a name may hold dollar signs
+        text.set_parse_math(False)  # a name may contain dollar signs
 
 
 def require_picture(output: Path) -> None:
-    """Check ``--output`` as ``cli.require_writable``, in upper case too."""
+    """Check that ``--output`` is a writable picture, in lower or upper case."""
     cli.require_writable(output.with_suffix(output.suffix.lower()), *FORMATS)
 
 
 def save(figure: Any, output: Path) -> None:
-    """Write a picture; its suffix chooses the format. The file is complete or absent."""
+    """Save a figure atomically, in the format of the file's extension."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as file, _without_glyph_warnings():
         figure.savefig(file, format=output.suffix.lower().removeprefix("."))
@@ -96,7 +96,7 @@ def save(figure: Any, output: Path) -> None:
 
 @contextmanager
 def _without_glyph_warnings() -> Iterator[None]:
-    """Accept characters that the font lacks: matplotlib draws a box."""
+    """Ignore warnings about characters missing from the font, which are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield

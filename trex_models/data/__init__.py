@@ -1,4 +1,4 @@
-"""Images: sources, multi-crop, augmentation, loading; docs/library.md shows their use."""
+"""Image sources, multi-crop, augmentation and loading; see docs/library.md for examples."""
 
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.decode import UnreadableImageError

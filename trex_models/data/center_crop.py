@@ -1,12 +1,12 @@
-"""Center crops for evaluation: cut by workers as uint8, normalized on the device.
+"""Center crops for evaluation: cropped as uint8 by loader workers, normalized on the device.
 
-The sizes are those of timm's evaluation transform: the shorter side is resized (or both are, mode
-"squash"), then the center is cut out. Resizing is antialiased, by torch's uint8 kernel, which
-differs from Pillow's by less than 0.05 levels on average. The complete image is resized, since no
-part of it can be resized alone to exactly the same pixels; of very long ones the middle, up to
-half a pixel off.
+Sizes follow timm's evaluation transform: the shorter side is resized (mode "squash": both sides),
+then the center is cropped. Resizing is antialiased and uses torch's uint8 kernel, whose pixels
+differ from Pillow's by less than 0.05 levels on average. The complete image is resized, because
+resizing only a part of it changes the pixels. Only the middle of a very long image is resized,
+which shifts it by up to half a pixel.
 
-Shapes: B batch; H, W height and width of the crop.
+Shapes: batch B, crop height H, crop width W.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from trex_models.data.sources import Source, require_rgb
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
 _MODES = ("center", "squash")
-_LONGEST = 8  # length of the part that is resized, in sides of the crop
+_MAX_LENGTH = 8  # of the part of an image that is resized, as a multiple of the crop's side
 
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop:
-    """Evaluation transform; the fields are those of timm's data config.
+    """Evaluation transform with the fields of timm's data config.
 
         crop = CenterCrop(size=(224, 224), crop_pct=1.0, interpolation="bicubic")
         features = extract_features(model, source, crop)
 
     Args:
-        size: H, W, in pixels.
-        crop_pct: The crop's side by the resized image's shorter one; above 1, black is around the
-            image.
+        size: Height and width of the crop in pixels, (H, W).
+        crop_pct: Ratio of the crop's side to the shorter side of the resized image. Above 1, the
+            resized image is padded with black.
         interpolation: "bilinear" or "bicubic"; both are antialiased.
-        crop_mode: "center" keeps the image's aspect ratio, "squash" resizes both sides to the
-            crop's.
-        mean: Mean of each channel, for values in [0, 1]; (3,).
-        std: Standard deviation of each channel, likewise.
+        crop_mode: "center" keeps the image's aspect ratio, "squash" resizes both sides
+            independently.
+        mean: Mean of each channel, (3,), for values in [0, 1].
+        std: Standard deviation of each channel, (3,), for values in [0, 1].
 
     Raises:
-        ValueError: A value is impossible or not supported.
+        ValueError: A value is out of range or not supported.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -62,22 +62,22 @@ class CenterCrop:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
-            raise ValueError(f"size must be positive, not {self.size}")
+            raise ValueError(f"size must be positive, got {self.size}")
         if not 0.01 <= self.crop_pct <= min(self.size):
-            raise ValueError(f"crop_pct must lie in [0.01, {min(self.size)}], not {self.crop_pct}")
+            raise ValueError(f"crop_pct must be in [0.01, {min(self.size)}], got {self.crop_pct}")
         for name, known in (("interpolation", _INTERPOLATIONS), ("crop_mode", _MODES)):
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} must be {' or '.join(known)}, not {getattr(self, name)}; a transform "
-                    "of PIL images, such as timm's, can do others"
+                    f"{name} must be {' or '.join(known)}, got {getattr(self, name)}; use a "
+                    "transform of PIL images, such as timm's, for other values"
                 )
 
     @classmethod
     def from_data_config(cls, config: Mapping[str, Any]) -> CenterCrop:
-        """Build from the result of timm's `resolve_data_config`."""
+        """Create the transform from the result of timm's `resolve_data_config`."""
         channels, height, width = config["input_size"]
         if channels != 3:
-            raise ValueError(f"images have 3 channels, and the model takes {channels}")
+            raise ValueError(f"the model must have 3 input channels (RGB), got {channels}")
         return cls(
             size=(height, width),
             crop_pct=config["crop_pct"],
@@ -88,54 +88,54 @@ class CenterCrop:
         )
 
     def empty(self, count: int) -> Tensor:
-        """Return room for crops, (count, H, W, 3) uint8."""
+        """Return an uninitialized buffer for crops, (count, H, W, 3) uint8."""
         return torch.empty(count, *self.size, 3, dtype=torch.uint8)
 
     def cut(self, image: np.ndarray, out: Tensor) -> None:
-        """Resize an image, (height, width, 3) uint8, and write its center into `out`, (H, W, 3)."""
+        """Resize an image, (h, w, 3) uint8, and write its center crop to `out`, (H, W, 3)."""
         require_rgb(image)
-        if not image.flags.writeable:  # torch accepts none of these
+        if not image.flags.writeable:  # torch does not support read-only arrays
             image = image.copy()
-        above, left = self._beyond(*image.shape[:2])
-        height, width = image.shape[0] - 2 * above, image.shape[1] - 2 * left
-        # The batch axis is added before anything is cut: only strides that still read as channels
-        # last give the fast kernel.
-        middle = torch.from_numpy(image)[None, above : above + height, left : left + width]
+        top, left = self._margins(*image.shape[:2])
+        height, width = image.shape[0] - 2 * top, image.shape[1] - 2 * left
+        # Add the batch axis before slicing: otherwise torch does not recognize the strides as
+        # channels last and uses a slower kernel.
+        middle = torch.from_numpy(image)[None, top : top + height, left : left + width]
         (resized,) = resize(
             middle.permute(0, 3, 1, 2), *self._resized(height, width), self.interpolation
         )
         sides = zip(resized.shape[1:], self.size, strict=True)
-        seen, shown = zip(*(_overlap(*lengths) for lengths in sides), strict=True)
+        source, target = zip(*(_overlap(*lengths) for lengths in sides), strict=True)
         if self.crop_pct > 1:
             out.zero_()
-        out[shown].copy_(resized.permute(1, 2, 0)[seen])
+        out[target].copy_(resized.permute(1, 2, 0)[source])
 
     def normalize(self, crops: Tensor) -> Tensor:
-        """Turn crops, (B, H, W, 3) uint8, into input, (B, 3, H, W) float32, channels last."""
+        """Normalize crops, (B, H, W, 3) uint8, to (B, 3, H, W) float32, channels last."""
         return photometric.normalize(crops.permute(0, 3, 1, 2), self.mean, self.std)
 
     def _targets(self) -> tuple[int, int]:
-        """Return the height and width to resize to, before the aspect ratio counts."""
+        """Return the height and width to resize to, not yet adjusted to the aspect ratio."""
         height, width = (math.floor(side / self.crop_pct) for side in self.size)
         return height, width
 
-    def _beyond(self, height: int, width: int) -> tuple[int, int]:
-        """Return the rows and columns to drop at each end of a very long image.
+    def _margins(self, height: int, width: int) -> tuple[int, int]:
+        """Return the number of rows and columns to drop at each end of a very long image.
 
-        They are far from the crop, and resized with the rest they may not fit into memory.
+        They are far from the crop, and resizing them too could run out of memory.
         """
         if self.crop_mode == "squash":
             return 0, 0
         targets = self._targets()
         ratio = min(height / targets[0], width / targets[1])
-        above, left = (
-            max(0, side - round(_LONGEST * ratio * target)) // 2
+        top, left = (
+            max(0, side - round(_MAX_LENGTH * ratio * target)) // 2
             for side, target in zip((height, width), targets, strict=True)
         )
-        return above, left
+        return top, left
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that an image is resized to, rounded as timm and torchvision do."""
+        """Return the height and width of the resized image, rounded as in timm and torchvision."""
         targets = self._targets()
         if self.crop_mode == "squash":
             return targets
@@ -147,23 +147,23 @@ class CenterCrop:
 
 
 def _overlap(resized: int, crop: int) -> tuple[slice, slice]:
-    """Return, along one side, the visible part of a resized image and its place in the crop."""
+    """Return the slices, along one axis, of the resized image and of the crop that overlap."""
     length = min(resized, crop)
-    start, lead = round((resized - length) / 2), (crop - length) // 2
-    return slice(start, start + length), slice(lead, lead + length)
+    start, padding = round((resized - length) / 2), (crop - length) // 2
+    return slice(start, start + length), slice(padding, padding + length)
 
 
 PROTOCOLS = {
-    # The authors' validation during training: resize 256, crop 224.
+    # The authors' validation transform during training: resize to 256, crop 224.
     "validation": CenterCrop(crop_pct=0.875, interpolation="bilinear"),
-    # Their feature extraction for transfer, and the transform of the released weights.
+    # The authors' transform for transfer, also the data config of the released weights.
     "transfer": CenterCrop(crop_pct=1.0, interpolation="bicubic"),
 }
 Transform = CenterCrop | Callable[[Image.Image], Tensor]
 
 
 class CropBatch(NamedTuple):
-    """Crops, (B, H, W, 3) uint8, their labels, (B,), and errors of skipped images by index."""
+    """Crops, (B, H, W, 3) uint8, labels, (B,), and error messages of skipped images by index."""
 
     images: Tensor
     labels: Tensor
@@ -171,7 +171,7 @@ class CropBatch(NamedTuple):
 
 
 class CenterCropDataset:
-    """Center crops of a source's images, a complete batch at a time."""
+    """Dataset of the center crops of a source's images that loads complete batches."""
 
     def __init__(self, source: Source, crop: CenterCrop, skip: bool = False) -> None:
         self.source = source
@@ -179,7 +179,7 @@ class CenterCropDataset:
         self.skip = skip
 
     def __getitems__(self, indices: Sequence[int]) -> CropBatch:
-        """Return a batch, which may be empty; ValueError names an unreadable image."""
+        """Return the readable images as a batch; others raise a ValueError unless `skip`."""
         images = self.crop.empty(len(indices))
         read: list[int] = []
         unreadable: dict[int, str] = {}
@@ -198,7 +198,7 @@ class CenterCropDataset:
 
 
 class _TransformedDataset:
-    """A source's images through a transform of PIL images."""
+    """Dataset of a source's images under a transform of PIL images."""
 
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.transform = source, transform
@@ -217,10 +217,10 @@ def image_batches(
     indices: Sequence[int] | None = None,
     on_skip: Callable[[Mapping[int, str]], object] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield transformed images in order, (<= batch_size, 3, H, W).
+    """Yield batches of transformed images in order, (<= batch_size, 3, H, W).
 
-    ``on_skip`` receives {index: error} of unreadable images, of center crops; without it they are
-    errors.
+    Unreadable images raise an error. With a ``CenterCrop``, ``on_skip`` makes them skipped instead
+    and receives {index: error message}.
     """
     images = range(len(source)) if indices is None else indices
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]

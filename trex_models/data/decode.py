@@ -1,4 +1,4 @@
-"""Image files to pixels: simplejpeg for JPEG (same pixels, faster), Pillow for the rest."""
+"""Image decoding: simplejpeg for JPEG (same pixels as Pillow, faster), Pillow for the rest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ try:
 except ImportError:  # an optional dependency: Pillow reads JPEG too
     simplejpeg = None
 
-# Formats that are decoded, the most common first, with the endings of their files. All are raster
-# formats that Pillow decodes by itself: for EPS, for example, it would start Ghostscript.
+# Supported formats, the most common first, and their file extensions. Only formats that Pillow
+# decodes itself: for EPS, for example, it would start Ghostscript.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -41,16 +41,16 @@ FORMATS = {
     "QOI": (".qoi",),
     "SGI": (".sgi",),
 }
-IMAGE_EXTENSIONS = tuple(ending for endings in FORMATS.values() for ending in endings)
+IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 T = TypeVar("T")
 
 _FORMATS = tuple(FORMATS)
-_MAX_BYTES = 1 << 31  # above any single frame within Pillow's limit of pixels
-_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # POSIX
+_MAX_BYTES = 1 << 31  # larger than any single frame within Pillow's pixel limit
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # POSIX only
 _PNG_SIGNATURE, _JPEG_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 _START_OF_SCAN, _APP1 = b"\xda", b"\xe1"  # JPEG markers; EXIF and XMP are in APP1
-# Comments and APPn, except APP1 and APP14, which says how CMYK is stored.
+# Comments and APPn segments, except APP1 and APP14, which defines how CMYK is stored.
 _JPEG_METADATA = {0xE0, *range(0xE2, 0xEE), 0xEF, 0xFE}
 
 _TRANSPOSE = {  # by EXIF orientation; 1 is upright
@@ -65,20 +65,20 @@ _TRANSPOSE = {  # by EXIF orientation; 1 is upright
 
 
 class UnreadableImageError(ValueError):
-    """An image is missing or damaged, or its format or range of values is unknown."""
+    """Error for an image that is missing, damaged, or of an unknown format or value range."""
 
 
 def quoted(name: str) -> str:
-    """Quote a name with characters that a message would hide, such as blanks at its ends."""
+    """Quote a name with invisible characters, such as leading or trailing spaces."""
     parts = name.replace(os.sep, "/").split("/")
     plain = name.isprintable() and all(p == p.strip() and "\\" not in p for p in parts)
     return name if plain else repr(name)
 
 
 def unreadable(name: str, reason: object) -> UnreadableImageError:
-    """Return the error of an image, in one line, by what was raised or a phrase."""
-    if isinstance(reason, UnidentifiedImageError):  # its text names a file object
-        reason = "unknown format, or one that the installed Pillow cannot decode"
+    """Create the one-line error of an unreadable image from an exception or a phrase."""
+    if isinstance(reason, UnidentifiedImageError):  # its text shows a file object
+        reason = "unknown format, or not supported by the installed Pillow"
     elif isinstance(reason, OSError) and reason.strerror:  # its text repeats the path
         reason = reason.strerror
     text = " ".join(str(reason).split()) or type(reason).__name__
@@ -88,12 +88,12 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
 
 
 def or_skip(error: UnreadableImageError) -> UnreadableImageError:
-    """Return an error of training that also names the other policy."""
+    """Add the option that skips unreadable images to an error raised by training."""
     return UnreadableImageError(f"{error}, or skip unreadable images with --data.unreadable skip")
 
 
 def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], object]) -> None:
-    """Log why images were skipped: the first five, and the file that lists all."""
+    """Log the first five reasons why images were skipped, and the file that lists all."""
     for reason in reasons[:5]:
         log(f"skipped: {reason}")
     if len(reasons) > 5:
@@ -101,16 +101,16 @@ def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], objec
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file by its content, as ``decode_image``, (H, W, 3) uint8 RGB."""
+    """Decode an image file, whatever its extension, with ``decode_image``: (H, W, 3) uint8."""
     try:
         data = _read_file(path)
-    except (OSError, ValueError) as error:  # ValueError: a path that holds a zero byte
+    except (OSError, ValueError) as error:  # ValueError: null byte in the path
         raise unreadable(str(path), error) from error
     return decode_image(data, str(path))
 
 
 def _read_file(path: str | Path) -> bytes:
-    # Checked when open: on a network file system, stat by path would cost another round trip.
+    # fstat of the open file: on a network file system, stat by path costs another round trip.
     with open(path, "rb", buffering=0, opener=_open) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -121,21 +121,21 @@ def _read_file(path: str | Path) -> bytes:
 
 
 def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | _NONBLOCK)  # otherwise it waits for a FIFO's writer
+    return os.open(path, flags | _NONBLOCK)  # otherwise opening a FIFO waits for its writer
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
-    """Decode the content of a file in one of ``FORMATS``, (H, W, 3) uint8 RGB, writeable.
+    """Decode the bytes of an image file in one of ``FORMATS``, (H, W, 3) uint8 RGB, writeable.
 
-    Pixels are converted as by ``rgb_pixels``; only the first of several frames is decoded.
+    Pixels are converted as in ``rgb_pixels``. Only the first frame of an animation is decoded.
 
     Raises:
-        UnreadableImageError: It is not a complete image, has more pixels than twice
-            `PIL.Image.MAX_IMAGE_PIXELS`, or values of no defined range.
+        UnreadableImageError: The image is damaged or incomplete, has more pixels than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`, or has values without a defined range.
     """
     try:
         if simplejpeg is not None and data.startswith(_JPEG_SIGNATURE):
-            # What is not quite in order, CMYK, or too large is left to Pillow.
+            # CMYK, damaged and too large images are left to Pillow.
             with suppress(ValueError, IndexError):
                 height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
                 limit = Image.MAX_IMAGE_PIXELS
@@ -144,14 +144,14 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
         return _with_pillow(rgb_pixels, data)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins let anything out of a broken file
+    except Exception as error:  # Pillow's plugins raise any type of error for broken files
         raise unreadable(name, error) from error
 
 
 def _with_pillow(read: Callable[[Image.Image], T], data: bytes) -> T:
-    """Open an image and read from it; without its metadata if these cannot be read."""
+    """Open an image and call ``read`` on it; if that fails, retry without metadata."""
     try:
-        with warnings.catch_warnings():  # of odd metadata and of size: what matters is an error
+        with warnings.catch_warnings():  # about metadata and size; only errors matter here
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 return read(image)
@@ -163,7 +163,7 @@ def _with_pillow(read: Callable[[Image.Image], T], data: bytes) -> T:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """Return a PNG or JPEG file with only the parts that its pixels depend on, and EXIF."""
+    """Return a PNG or JPEG file reduced to EXIF and the parts that its pixels depend on."""
     if data.startswith(_PNG_SIGNATURE):
         return _PNG_SIGNATURE + b"".join(c for c in _png_chunks(data) if _is_essential(c))
     if data.startswith(_JPEG_SIGNATURE):
@@ -183,7 +183,7 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
 
 
 def _is_essential(chunk: bytes) -> bool:
-    """Return whether a PNG chunk is critical, transparency, or intact EXIF."""
+    """Return True if a PNG chunk is critical, contains transparency or is intact EXIF."""
     kind = chunk[4:8]
     if kind == b"eXIf":
         return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
@@ -191,17 +191,17 @@ def _is_essential(chunk: bytes) -> bool:
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """Convert a PIL image of any mode, (H, W, 3) uint8 RGB, writeable and contiguous.
+    """Convert a PIL image of any mode to (H, W, 3) uint8 RGB, writeable and contiguous.
 
-    EXIF orientation is applied, transparency is laid over white, and 16-bit gray is reduced to its
-    upper byte. ValueError: The values have no defined range (floating point, 32 bits).
+    EXIF orientation is applied, transparency is composited on white, and 16-bit gray is reduced to
+    its upper byte. Values without a defined range (floating point, 32 bits) raise a ValueError.
     """
-    image.load()  # before mode and EXIF are read: it may change them
+    image.load()  # first: it may change mode and EXIF
     return _upright(_pixels(image), _orientation(image))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    """Return an image as it lies in the file, (H, W, 3) uint8 RGB."""
+    """Convert a PIL image to (H, W, 3) uint8 RGB, without its EXIF orientation."""
     if image.mode == "F":
         raise ValueError("floating-point values have no defined range")
     if image.mode.startswith("I"):
@@ -213,10 +213,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
             gray[values == image.info["transparency"]] = 0xFF
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.has_transparency_data:
-        above = image.convert("RGBA")
+        foreground = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
-        image.alpha_composite(above)
-    # Not np.asarray: that is read-only, and crops are cut from the memory in place.
+        image.alpha_composite(foreground)
+    # np.asarray would be read-only, which torch does not support.
     return np.array(image.convert("RGB"))
 
 
@@ -224,7 +224,7 @@ def _jpeg_segments(data: bytes) -> Iterator[bytes]:
     """Yield the segments of a JPEG file before the first scan: marker, length and content."""
     start = 2
     while data[start + 1 : start + 2] not in (b"", _START_OF_SCAN):
-        end = start + 1  # of a fill byte
+        end = start + 1  # a fill byte
         if data[end] != 0xFF:
             end += 1 + int.from_bytes(data[end + 1 : end + 3], "big")
         yield data[start:end]
@@ -234,21 +234,21 @@ def _jpeg_segments(data: bytes) -> Iterator[bytes]:
 def _jpeg_orientation(data: bytes) -> int:
     """Return the EXIF orientation of a JPEG that has been decoded."""
     if not any(segment[1:2] == _APP1 for segment in _jpeg_segments(data)):
-        return 1  # most images: 5 us, where Pillow takes 40
+        return 1  # most images: 5 us instead of Pillow's 40 us
     with suppress(Exception):
         return _with_pillow(_orientation, data)
     return 1
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1 if there is none or its block is broken."""
-    with suppress(Exception):  # a broken block raises anything, and the pixels are good
+    """Return the EXIF orientation; 1 if it is missing or broken."""
+    with suppress(Exception):  # broken EXIF raises any type of error, but the pixels are valid
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Return pixels turned and mirrored as an EXIF orientation asks for."""
-    turn = _TRANSPOSE.get(orientation)
-    # Pillow turns 3-byte pixels more than twice as fast as numpy.
-    return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+    """Rotate and mirror pixels according to an EXIF orientation."""
+    method = _TRANSPOSE.get(orientation)
+    # Pillow transposes 3-byte pixels more than twice as fast as numpy.
+    return pixels if method is None else np.array(Image.fromarray(pixels).transpose(method))

@@ -1,12 +1,12 @@
 """Fractals as labeled images: a training task of any size that needs no files.
 
-A class is an iterated function system, an instance one rendering of it under perturbation. The
-idea is FractalDB's (Kataoka et al., "Pre-training without Natural Images", ACCV 2020). Sampling
-the maps by their singular values, so that every map contracts by a chosen amount, and giving each
-instance its own colors and background follow Anderson and Farrell ("Improving Fractal
-Pre-training", WACV 2022). Coloring along the orbit is that of fractal flames (Draves, 2003).
+As in FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020), a class is an
+iterated function system, and each image renders a perturbed version of it. As in Anderson and
+Farrell ("Improving Fractal Pre-training", WACV 2022), maps are sampled by their singular values,
+which sets how much each map contracts, and each image has random colors and a random background.
+Points are colored by their orbit as in fractal flames (Draves, 2003).
 
-Shapes: N maps, W words (compositions of maps), P points, S image side in pixels.
+Shapes: maps N, words (compositions of maps) W, points P, image side S in pixels.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from trex_models.data.sources import digest, require_positive
 _SYSTEM, _INSTANCE, _INDIVIDUAL = 0, 1, 2  # separate random streams
 _WORD_LENGTH = 5
 _BURN_IN = 24
-_MAX_TURN = np.pi / 12  # either way, at variation 1
+_MAX_TURN = np.pi / 12  # in either direction, at variation 1
 _MIN_MAPS, _MAX_MAPS = 2, 5
 _MAX_SINGULAR_VALUE = 0.92
-_OVERSAMPLING = 2  # cells of the histogram along a pixel's side
-_PROBE = 48  # side of the grid on which a new system is judged
+_OVERSAMPLING = 2  # histogram cells per pixel along each axis
+_PROBE = 48  # side of the grid on which a new system is tested
 
 
 class _System(NamedTuple):
@@ -39,23 +39,23 @@ class _System(NamedTuple):
 
 
 class FractalSource:
-    """Fractal images by index, computed when read.
+    """Source of fractal images that are rendered when read.
 
-    An image depends on seed, class number, image number, size and variation only: sources that
-    differ in `first_class` hold disjoint classes, and sources that differ in `first_image` by
-    `images_per_class` or more hold disjoint images of the same classes. The first
-    `images_per_class` indices are class 0, the next class 1, and so on. Colors and background
-    are drawn for each image, independent of its class.
+    An image depends only on seed, class number, image number, size and variation. Sources whose
+    `first_class` differs by `num_classes` or more contain disjoint classes, and sources whose
+    `first_image` differs by `images_per_class` or more contain disjoint images of the same classes.
+    The first `images_per_class` indices belong to label 0, the next ones to label 1, and so on.
+    Colors and background are drawn for each image, independently of its class.
 
     Args:
         num_classes: Number of classes.
         images_per_class: Number of images of each class.
-        size: Image side in pixels.
-        seed: Seed of everything; non-negative.
+        size: Side of the images in pixels, S.
+        seed: Seed of the classes and images; non-negative.
         first_class: Number of the class with label 0.
-        first_image: Number of each class's first image.
-        variation: Difference in shape and turn between the images of a class; at 0 they differ in
-            place, scale, mirroring and colors only, above 1 they are harder to learn.
+        first_image: Number of the first image of each class.
+        variation: Amount of variation in shape and rotation within a class. At 0, images differ
+            only in position, scale, mirroring and colors; above 1, classes are harder to learn.
 
     Raises:
         ValueError: A count or the size is not positive, or another argument is negative.
@@ -75,7 +75,7 @@ class FractalSource:
         firsts = {"first_class": first_class, "first_image": first_image}
         for argument, value in {"seed": seed, "variation": variation, **firsts}.items():
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{argument} must be finite and not negative, not {value}")
+                raise ValueError(f"{argument} must be finite and non-negative, got {value}")
         self.images_per_class = images_per_class
         self.size = size
         self.seed = seed
@@ -94,28 +94,28 @@ class FractalSource:
         return draw_fractal(*self._numbers(index), self.size, self.seed, self.variation).image
 
     def name(self, index: int) -> str:
-        """Return the sample's name in messages, by its class and image numbers."""
+        """Return the sample's name in error messages: its class and image numbers."""
         class_number, image_number = self._numbers(index)
         return f"fractal class {class_number} image {image_number}"
 
     def digest(self) -> str:
-        """Return a hash of what the images depend on."""
+        """Return a hash of the labels and the arguments that determine the images."""
         numbers = (self.seed, self.first_class, self.first_image, self.size, self.variation)
         return digest(self.labels, repr(numbers))
 
     def _numbers(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside the {len(self)} fractal images")
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
         label, image = divmod(int(index), self.images_per_class)
         return self.first_class + label, self.first_image + image
 
 
 class Fractal(NamedTuple):
-    """An image, and its attributes that do not depend on its class."""
+    """Rendered fractal and those of its attributes that do not depend on the class."""
 
     image: np.ndarray  # (S, S, 3) uint8 RGB
     turn: float  # rotation of the shape in radians, before mirroring
-    mirrored: bool  # left and right are exchanged
+    mirrored: bool  # flipped left to right
     color: tuple[float, float, float]  # mean RGB of the shape, in [0, 1]
 
 
@@ -129,43 +129,43 @@ def draw_fractal(
     turn: float | None = None,
     individual: int | None = None,
 ) -> Fractal:
-    """Draw one image of a class, as ``FractalSource`` reads it.
+    """Render one image of a class, the same as ``FractalSource.read``.
 
-    ``turn``, in radians, is drawn by default. ``individual`` is the number of a variant of the
-    class's shape, whose images differ in shape by a fifth of ``variation``; by default each image
-    has a shape of its own.
+    ``turn`` is the rotation in radians, random by default. ``individual`` is the number of a
+    variant of the class; shapes of images of one variant differ only by a fifth of ``variation``.
+    By default, each image has its own random shape.
     """
     system = _system(seed, class_number)
     key: tuple[int, ...] = (_INSTANCE, seed, class_number, image_number)
     if individual is not None:
-        own = np.random.default_rng((_INDIVIDUAL, seed, class_number, individual))
-        system = _perturbed(system, variation, own)
+        individual_rng = np.random.default_rng((_INDIVIDUAL, seed, class_number, individual))
+        system = _perturbed(system, variation, individual_rng)
         variation /= 5
         key = (_INDIVIDUAL, seed, class_number, individual, image_number)
     rng = np.random.default_rng(key)
     system = _perturbed(system, variation, rng)
-    drawn = variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
-    return _render(system, drawn if turn is None else turn, size, rng)
+    random_turn = variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
+    return _render(system, random_turn if turn is None else turn, size, rng)
 
 
-@lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit what is filled
+@lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit the entries
 def _system(seed: int, class_number: int) -> _System:
-    """Draw a class's system: the first of its random stream that is rich."""
+    """Return a class's system: the first one of its random stream that is rich enough."""
     rng = np.random.default_rng((_SYSTEM, seed, class_number, 0))
     while True:
         system = _draw_system(rng)
-        if _is_rich(system, rng):  # one in ten
+        if _is_rich(system, rng):  # true for one in ten
             return system
 
 
 def _draw_system(rng: np.random.Generator) -> _System:
-    """Draw maps whose singular values sum as Anderson and Farrell found to look best.
+    """Draw a system whose singular values satisfy the criterion of Anderson and Farrell.
 
-    They ask that sum_i (s_i1 + 2 s_i2) lie in [(5 + N) / 2, (6 + N) / 2].
+    The criterion is that sum_i (s_i1 + 2 s_i2) is in [(5 + N) / 2, (6 + N) / 2].
     """
     n = int(rng.integers(_MIN_MAPS, _MAX_MAPS + 1))
     target = rng.uniform(5 + n, 6 + n) / 2
-    while True:  # two draws in three pass
+    while True:  # two of three draws pass
         scales = np.sort(rng.uniform(0.05, _MAX_SINGULAR_VALUE, (n, 2)))[:, ::-1]
         scales = scales * (target / (scales @ (1.0, 2.0)).sum())
         if scales.max() <= _MAX_SINGULAR_VALUE:
@@ -180,7 +180,7 @@ def _draw_system(rng: np.random.Generator) -> _System:
 
 
 def _perturbed(system: _System, variation: float, rng: np.random.Generator) -> _System:
-    """Draw an instance's variant of a class's system."""
+    """Return a randomly perturbed copy of a system."""
     n = len(system.theta)
     return system._replace(
         theta=system.theta + variation * rng.normal(0, 0.025, n),
@@ -197,11 +197,11 @@ def _rotation(angle: np.ndarray | float) -> np.ndarray:
 
 
 class _Attractor(NamedTuple):
-    """Samples of an attractor: each of W words applied to each of P points of it.
+    """Samples of an attractor: each of W words applied to each of P points.
 
-    Points that played the chaos game for a while are samples of the attractor, and so are they
-    under any word drawn by the maps' probabilities: W * P samples cost W compositions, P short
-    games and one outer product.
+    The points are samples of the attractor because each has played a short chaos game. A word of
+    maps, drawn with the maps' probabilities, transforms them into further samples. Thus W * P
+    samples cost only W compositions, P short games and one outer product.
     """
 
     points: np.ndarray  # (P, 2)
@@ -227,17 +227,17 @@ class _Attractor(NamedTuple):
 def _attractor(
     system: _System, num_points: int, map_tones: np.ndarray, rng: np.random.Generator
 ) -> _Attractor:
-    """Draw about ``num_points`` samples, pulled towards the tones of maps, (N,) in [0, 1]."""
+    """Draw about ``num_points`` samples, colored by the maps' tones, (N,) in [0, 1]."""
     linear = (_rotation(system.theta) * system.scales[:, None, :]) @ _rotation(system.phi)
     linear = linear * system.signs[:, None, :]
-    # By area, so that points cover the attractor evenly; the floor keeps thin maps in sight.
+    # Probabilities by area cover the attractor evenly; the minimum keeps thin maps visible.
     area = np.maximum(system.scales.prod(1), 0.02)
     cumulative = (area / area.sum()).cumsum()
     num_words = max(16, round(np.sqrt(num_points / 8)))
     num_points = -(-num_points // num_words)
 
     def letters(rows: int, columns: int) -> np.ndarray:
-        # Stratified: each map has its share of every row to within one.
+        # Stratified: the count of each map in a row is within one of its expected count.
         levels = (np.arange(columns) + rng.random((rows, 1))) / columns
         drawn = np.searchsorted(cumulative, levels).clip(max=len(cumulative) - 1)
         return rng.permuted(drawn, axis=1)
@@ -261,7 +261,7 @@ def _attractor(
 
 
 def _is_rich(system: _System, rng: np.random.Generator) -> bool:
-    """Return whether a system, which is always bounded, draws no dust, stick or full blob."""
+    """Return True if a system's attractor is not just scattered points, a line or a blob."""
     x, y, _ = _attractor(system, 6 * _PROBE**2, np.zeros(len(system.theta)), rng).spread()
     minor, major = np.linalg.eigvalsh(np.cov(x.ravel(), y.ravel()))
     if minor < 0.08 * major:
@@ -271,28 +271,28 @@ def _is_rich(system: _System, rng: np.random.Generator) -> bool:
     row = ((y - y.min()) / cell).astype(np.intp)
     counts = np.bincount((row * _PROBE + column).ravel(), minlength=_PROBE**2)
     covered = counts.reshape(_PROBE, _PROBE) > 0
-    # Where covered and bare cells meet: a measure of how intricate the shape is.
+    # The share of borders between covered and empty cells measures how intricate the shape is.
     border = (covered[1:] != covered[:-1]).mean() + (covered[:, 1:] != covered[:, :-1]).mean()
     return bool(0.12 < covered.mean() < 0.6 and border > 0.2)
 
 
 def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> Fractal:
-    """Draw a system, turned and perhaps mirrored, in random colors on a random background."""
+    """Render a system, rotated and randomly mirrored, with random colors and background."""
     num_maps = len(system.theta)
     map_tones = rng.permutation(np.arange(num_maps) / (num_maps - 1))
     attractor = _attractor(system, max(4096, 8 * size**2), map_tones, rng)
 
-    # The histogram has a margin of one cell that takes the points outside the frame.
+    # The histogram has a margin of one cell that collects the points outside the frame.
     fine = size * _OVERSAMPLING
     side = rng.choice((-1.0, 1.0))
     view = _rotation(turn) * np.array([[side], [1.0]])
-    # The extent without the outermost points, which lie far out for some systems.
+    # Percentiles, because the outermost points of some systems are far from the rest.
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
     center = 1 + fine * (0.5 + rng.uniform(-0.08, 0.08, 2))
-    turned, shift = zoom * view, center - zoom * (low + high) / 2
+    matrix, shift = zoom * view, center - zoom * (low + high) / 2
     x, y, tone = attractor._replace(
-        linear=turned @ attractor.linear, shift=attractor.shift @ turned.T + shift
+        linear=matrix @ attractor.linear, shift=attractor.shift @ matrix.T + shift
     ).spread()
     width = fine + 2
     column = x.clip(0, width - 1).astype(np.int32)
@@ -302,7 +302,7 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     count = np.bincount(cell, minlength=width**2)
     tones = np.bincount(cell, tone.ravel(), minlength=width**2)
     mean_tone = _pixel_sums(tones, size) / np.maximum(_pixel_sums(count, size), 1)
-    full = rng.uniform(2, 6)  # points that make a cell opaque
+    full = rng.uniform(2, 6)  # number of points that makes a cell opaque
     ramp = (np.minimum(np.arange(7), full) / full) ** 0.5
     opacity = _pixel_sums(ramp[np.minimum(count, 6)], size) / _OVERSAMPLING**2
 
@@ -316,7 +316,7 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
 
 
 def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
-    """Sum a histogram's cells over each pixel, without its margin: (S, S)."""
+    """Sum the cells of each pixel of a histogram without its margin, (S, S)."""
     side = size * _OVERSAMPLING + 2
     inner = cells.reshape(side, side)[1:-1, 1:-1]
     parts = [inner[row::_OVERSAMPLING] for row in range(_OVERSAMPLING)]
@@ -324,7 +324,7 @@ def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
 
 
 def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a smooth run of 256 colors around a lightness, (256, 3) in [0, 1]."""
+    """Draw a smooth palette of 256 colors around a lightness, (256, 3) in [0, 1]."""
     hue = rng.random() + rng.uniform(-0.35, 0.35) * np.linspace(-1, 1, 4)
     chroma = rng.uniform(0.05, 0.6)
     phase = 2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
@@ -336,15 +336,15 @@ def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _clouds(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw smooth noise, (S, S) in [0, 1]: octaves of bilinear grids."""
+    """Draw smooth noise, (S, S) in [0, 1], as a sum of bilinearly interpolated grids."""
     total = np.zeros((size, size))
     roughness = rng.uniform(0.3, 0.7)
     for octave in range(4):
         cells = 2 ** (octave + 1)
         grid = rng.random((cells + 1, cells + 1))
-        at = (np.arange(size) + 0.5) / size * cells
-        # Rows and columns of a matrix that interpolates linearly between grid nodes.
-        weight = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells + 1)))
+        position = (np.arange(size) + 0.5) / size * cells
+        # Matrix that interpolates linearly between grid nodes, along rows as along columns.
+        weight = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells + 1)))
         total += roughness**octave * (weight @ grid @ weight.T)
     low, high = total.min(), total.max()
     return (total - low) / max(high - low, 1e-6)

@@ -1,4 +1,4 @@
-"""Image files as sources: listed by path, in a folder per class, or in a CSV file."""
+"""Sources of image files: from a list of paths, from class folders, or from a CSV file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _logger = logging.getLogger(__name__)
 _EXTENSIONS = tuple(map(os.fsencode, IMAGE_EXTENSIONS))
 _DELIMITERS = (",", "\t", ";")
 _THREADS, _BLOCK = 8, 4096
-_INT64 = (1 << 63) - 1  # inodes of some file systems have a bit more
+_INT64 = (1 << 63) - 1  # some file systems have 64-bit unsigned inodes
 
 
 class FileSource:
-    """Images in files: N paths below ``root`` or absolute, text or bytes, and their labels."""
+    """Source of image files: N paths, absolute or relative to ``root``, and their labels."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class FileSource:
         classes: Sequence[str],
     ) -> None:
         self.root = Path(root)
-        # Bytes in one array, not a list of strings: reading it does not copy memory into workers.
+        # One array: reading a list of strings would copy its memory in every forked worker.
         self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.classes = list(classes)
         self.labels = checked_labels(labels, len(self.paths), len(self.classes), f"{self.root}: ")
@@ -46,7 +46,7 @@ class FileSource:
         return len(self.labels)
 
     def read(self, index: int) -> np.ndarray:
-        """Return one image, (H, W, 3) uint8 RGB; ValueError names a file that is no image."""
+        """Return one image, (H, W, 3) uint8 RGB; raise a ValueError if the file is unreadable."""
         return read_image(Path(self.name(index)))
 
     def name(self, index: int) -> str:
@@ -54,34 +54,34 @@ class FileSource:
         return str(self.root / os.fsdecode(self.paths[index]))
 
     def digest(self) -> str:
-        """Return a hash of paths below the root, labels and classes."""
+        """Return a hash of the paths without the root, the labels and the classes."""
         return digest(b"\0".join(self.paths.tolist()), self.labels, *self.classes)
 
     def files(self, part: slice = slice(None)) -> list[bytes]:
-        """Return the paths of all images, or of a part, each with the root."""
+        """Return the full paths of all images or a slice of them."""
         root = os.fsencode(self.root)
         return [os.path.join(root, path) for path in self.paths[part].tolist()]  # noqa: PTH118
 
     def stats(self, require: bool = True) -> np.ndarray:
-        """Return size in bytes, time of change in seconds, device and inode, (N, 4) int64.
+        """Return file sizes in bytes, mtimes in seconds, devices and inodes, (N, 4) int64.
 
-        Missing files have zeros; if files are required and missing or empty, raise ValueError.
+        Missing files have zeros. If ``require``, missing or empty files raise a ValueError.
         """
-        # The threads wait for network file systems, where one look costs most of a millisecond.
+        # Threads, because on network file systems each stat takes almost a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
             blocks = pool.map(_stats, map(self.files, self._blocks()))
-            found = np.concatenate([np.empty((0, 4), np.int64), *blocks])
-        absent = np.flatnonzero(found[:, 0] <= 0)
-        if require and len(absent):
+            stats = np.concatenate([np.empty((0, 4), np.int64), *blocks])
+        missing = np.flatnonzero(stats[:, 0] <= 0)
+        if require and len(missing):
             raise ValueError(
-                f"{self.root}: {len(absent)} of {len(self)} image files are missing or empty, the "
-                f"first is {quoted(self.name(int(absent[0])))}; unpack or copy them again"
+                f"{self.root}: {len(missing)} of {len(self)} image files are missing or empty, the "
+                f"first is {quoted(self.name(int(missing[0])))}; unpack or copy them again"
             )
-        return found
+        return stats
 
     def fingerprint(self) -> np.ndarray:
-        """Return size and modification time of every file, modulo a prime, (N, 2) uint16."""
-        # One block after the other: next to training, neither memory nor storage is its own.
+        """Return size and modification time of each file, modulo a prime, (N, 2) uint16."""
+        # One block at a time, because training uses memory and storage at the same time.
         blocks = [_stats(self.files(part))[:, :2] % 65521 for part in self._blocks()]
         return np.concatenate(blocks, dtype=np.uint16, casting="unsafe")
 
@@ -89,29 +89,29 @@ class FileSource:
         return [slice(start, start + _BLOCK) for start in range(0, len(self), _BLOCK)]
 
     def part(self, indices: np.ndarray) -> FileSource:
-        """Return some of the images in the order of their indices, with all classes."""
+        """Return a source of the images at the given indices, in this order, with all classes."""
         return FileSource(self.root, self.paths[indices], self.labels[indices], self.classes)
 
 
 class FolderSource(FileSource):
-    """Images under ``root/<class>/``, at any depth; a class is a folder's name.
+    """Source of images in class folders, ``root/<class>/``, at any depth.
 
-    Classes and files are in sorted order, so that an index means the same image everywhere. Names
-    of folders and files that begin with a dot are ignored. Files without the ending of an
-    image (``decode.IMAGE_EXTENSIONS``) are left out and counted in a line of the log. Nothing is
-    decoded before ``read``.
+    Classes and files are sorted by name, so that an index is the same image on every machine.
+    Folders and files whose names begin with a dot are ignored. Files without an image extension
+    (``decode.IMAGE_EXTENSIONS``) are skipped, and a log line says how many. Images are decoded only
+    by ``read``.
 
         source = FolderSource("imagenet/train")
         image, label = source.read(0), source.labels[0]  # (H, W, 3) uint8 RGB
 
     Args:
-        root: The folder of class folders.
-        classes: Class names of the training set, which need not all have a folder; the folders'
-            own by default.
+        root: Folder that contains the class folders.
+        classes: Class names of the training set, some of which may have no folder here; by default,
+            the names of the class folders.
 
     Raises:
         ValueError: A folder cannot be listed, there are fewer than two class folders, one of them
-            has no images or is of no known class, or two of them lead to the same folder.
+            has no images or an unknown class, or two of them are links to the same folder.
     """
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -121,8 +121,8 @@ class FolderSource(FileSource):
         least = 2 if classes is None else 1
         if len(names) < least:
             raise ValueError(
-                f"{root} holds {len(names)} class folders, at least {least} are needed: "
-                "put the images of each class into a folder of its own"
+                f"{root} contains {len(names)} class folders, at least {least} are required: "
+                "put the images of each class into a separate folder"
             )
         classes, codes = encode_labels(
             names, names if classes is None else classes, str(root), lambda _: "a class folder"
@@ -130,41 +130,41 @@ class FolderSource(FileSource):
         visited: dict[tuple[int, int], bytes] = {}
         files: list[list[bytes]] = []
         for name in names:
-            images, left_out = split_images(walk(root, name, visited))
+            images, skipped = split_images(walk(root, name, visited))
             files.append(images)
-            others += left_out
-        empty = [name for name, found in zip(names, files, strict=True) if not found]
+            others += skipped
+        empty = [name for name, images in zip(names, files, strict=True) if not images]
         if empty:
             raise ValueError(
                 f"{root}: no images in {len(empty)} of {len(files)} class folders "
-                f"({', '.join(empty[:3])}); fill or remove them "
-                f"(file types: {' '.join(IMAGE_EXTENSIONS)})"
+                f"({', '.join(empty[:3])}); add images or remove the folders "
+                f"(extensions of images: {' '.join(IMAGE_EXTENSIONS)})"
             )
         log_left_out(root, others)
-        labels = np.repeat(codes, [len(found) for found in files])
-        super().__init__(root, [path for found in files for path in found], labels, classes)
+        labels = np.repeat(codes, [len(images) for images in files])
+        super().__init__(root, [path for images in files for path in images], labels, classes)
 
     def digest(self) -> str:
-        """Return a hash of the images' paths below the root, and so of their classes."""
+        """Return a hash of the image paths without the root, which include the class names."""
         return digest(*(b"/" + path for path in self.paths.tolist()))
 
 
 class CsvSource(FileSource):
-    """Images listed in a CSV file: a header that names the columns, then one row an image.
+    """Source of images listed in a CSV file with a header and one row per image.
 
-    The delimiter is the header's: a comma, a tab or a semicolon. The text is UTF-8. Spaces around
-    labels are ignored. Class names are the distinct labels, sorted; as numbers if all are
-    integers. Indices follow the rows.
+    The encoding is UTF-8. The delimiter (comma, tab or semicolon) is detected from the header.
+    Spaces around labels are ignored. Indices follow the order of the rows.
 
     Args:
-        path: The file. Paths of images in it are relative to its folder, or absolute.
-        image_column: Column of paths.
-        label_column: Column of labels, any text.
-        classes: Class names of the training set; the file's own by default.
+        path: CSV file. The paths of images in it are absolute or relative to its folder.
+        image_column: Name of the column of image paths.
+        label_column: Name of the column of labels, which may be any text.
+        classes: Class names of the training set. By default, the distinct labels of the file,
+            sorted (numerically if all are integers).
 
     Raises:
-        ValueError: The file is missing or no such CSV file, a row lacks its path or label or has a
-            label of no known class, an image has two labels, or there are fewer than 2 classes.
+        ValueError: The file is missing or not a valid CSV file, a row has no path, no label or an
+            unknown label, an image has two labels, or there are fewer than 2 classes.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class CsvSource(FileSource):
             paths.append(image)
             labels.append(sys.intern(label))
         if not labels:
-            raise ValueError(f"{self.path} has a header and no rows; add a row for each image")
+            raise ValueError(f"{self.path} has a header but no rows; add a row for each image")
         classes, codes = encode_labels(
             labels, classes, str(self.path), lambda row: quoted(paths[row])
         )
@@ -195,7 +195,7 @@ class CsvSource(FileSource):
 
 
 def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes]]:
-    """Return a folder's device and inode, and its folders and files that are not hidden, sorted."""
+    """Return a folder's (device, inode), subfolders and files, sorted, without hidden ones."""
     folders: list[bytes] = []
     files: list[bytes] = []
     try:
@@ -207,7 +207,7 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
     except OSError as error:
         name = quoted(os.fsdecode(error.filename or folder))
         raise ValueError(
-            f"{name} cannot be listed ({error.strerror}); name another folder, or fix this one"
+            f"{name} cannot be listed ({error.strerror}); use a folder that exists and is readable"
         ) from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
 
@@ -215,9 +215,9 @@ def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes
 def walk(
     root: Path, folder: str = "", visited: dict[tuple[int, int], bytes] | None = None
 ) -> Iterator[bytes]:
-    """Yield the paths below ``root`` of a folder's files at any depth, folders in sorted order.
+    """Yield the files of a folder at any depth, as paths relative to ``root``.
 
-    Links may lead to folders that were listed before; those of other classes are an error.
+    Links to a visited folder are skipped if it is of the same class, otherwise an error.
     """
     visited = {} if visited is None else visited
     top, of_class = os.fsencode(root), os.path.join(os.fsencode(folder), b"")  # noqa: PTH118
@@ -232,13 +232,13 @@ def walk(
         elif not visited[identity].startswith(of_class):
             first, second = map(os.fsdecode, (visited[identity], below))
             raise ValueError(
-                f"{root}: {first} and {second} are the same folder, so that its images would have "
-                "two labels; remove the link"
+                f"{root}: {first} and {second} are the same folder, so its images would have two "
+                "labels; remove the link"
             )
 
 
 def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
-    """Return the paths that end as those of images do, sorted, and the others."""
+    """Split paths into those with an image extension, which are sorted, and the others."""
     images: list[bytes] = []
     others: list[bytes] = []
     for path in paths:
@@ -246,34 +246,34 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     return sorted(images), others
 
 
-def log_left_out(place: object, others: Iterable[bytes]) -> None:
-    """Log in one line how many files were left out of a place, if any."""
-    kinds = Counter(sorted(map(_kind, others)))  # ties in the order of names
+def log_left_out(root: object, skipped: Iterable[bytes]) -> None:
+    """Log how many files were skipped, by extension, in one line; nothing if there are none."""
+    kinds = Counter(sorted(map(_kind, skipped)))  # sorted, so that ties are in order of names
     if kinds:
         parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(6)]
-        _logger.warning("%s: %d file(s) left out (%s)", place, kinds.total(), ", ".join(parts))
+        _logger.warning("%s: %d file(s) skipped (%s)", root, kinds.total(), ", ".join(parts))
 
 
 def _kind(path: bytes) -> str:
     folder, name = os.path.split(path)
-    ending = os.fsdecode(os.path.splitext(name.lower())[1])  # noqa: PTH122 - bytes
+    extension = os.fsdecode(os.path.splitext(name.lower())[1])  # noqa: PTH122 - bytes
     if not folder:
-        return "next to the class folders"
-    return f"ending in {ending!r}" if ending else "without an ending"
+        return "outside the class folders"
+    return f"with extension {extension!r}" if extension else "without an extension"
 
 
 def _stats(files: Sequence[bytes]) -> np.ndarray:
-    """Return size, time of change, device and inode of each file, or zeros, (N, 4) int64."""
+    """Return size, mtime, device and inode of each file, zeros if missing, (N, 4) int64."""
     stats = np.zeros((len(files), 4), dtype=np.int64)
     for row, file in zip(stats, files, strict=True):
         with suppress(OSError):
-            found = os.stat(file)  # noqa: PTH116 - bytes
-            row[:] = found.st_size, int(found.st_mtime), found.st_dev, found.st_ino & _INT64
+            status = os.stat(file)  # noqa: PTH116 - bytes
+            row[:] = status.st_size, int(status.st_mtime), status.st_dev, status.st_ino & _INT64
     return stats
 
 
 def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, image and label of every row."""
+    """Yield the line number, image path and label of every row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = max(_DELIMITERS, key=file.readline().count)
@@ -289,26 +289,26 @@ def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tupl
                 if len(row) != len(header):
                     raise ValueError(
                         f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}"
-                        f"; correct the row (text that holds {delimiter!r} must be quoted)"
+                        f"; fix the row (text that contains {delimiter!r} must be quoted)"
                     )
                 for column, value in ((image_column, row[image]), (label_column, row[label])):
                     if not value.strip():
-                        raise ValueError(f"{path}, line {line}: {column!r} is empty; fill it in")
+                        raise ValueError(f"{path}, line {line}: no value for {column!r}; add one")
                 yield line, row[image], row[label].strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no UTF-8: {error.reason}"
-        raise ValueError(f"{path} cannot be read ({reason}); name a CSV file in UTF-8") from error
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error.reason}"
+        raise ValueError(f"{path} cannot be read ({reason}); use a CSV file in UTF-8") from error
     except csv.Error as error:
         line = rows.line_num
-        raise ValueError(f"{path}, line {line}: {error}; correct the row's quotes") from error
+        raise ValueError(f"{path}, line {line}: {error}; fix the quotes of the row") from error
 
 
 def _csv_column(path: Path, header: list[str], column: str, option: str) -> int:
     count = header.count(column)
     if count != 1:
-        remedy = "rename all but one" if count else f"add a header or give {option} NAME"
+        remedy = "rename all but one" if count else f"add a header or specify {option} NAME"
         raise ValueError(
-            f"{path}: the first line names {count or 'no'} columns {column!r} (it has "
-            f"{', '.join(map(repr, header)) or 'nothing'}); {remedy}"
+            f"{path}: the first line has {count or 'no'} columns named {column!r} (columns: "
+            f"{', '.join(map(repr, header)) or 'none'}); {remedy}"
         )
     return header.index(column)

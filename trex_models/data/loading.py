@@ -1,4 +1,4 @@
-"""Batches from worker processes, in order, whatever happens to the workers, and onto the device."""
+"""Batches from loader workers, in order even if workers die, and their copy to the device."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-_MOST_DEATHS = 3
-_LONG, _TOO_LONG = 60.0, 10.0  # seconds without a batch: to report, and to wait if asked to stop
-_PREFETCHED = 2  # batches that a worker is ahead by
-# A worker may write over a batch of its own when so many later ones have been begun: the last of
-# them is asked of it when the batch that follows this one is handed out.
+_MAX_DEATHS = 3
+_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged, or ended if requested
+_PREFETCHED = 2  # batches that each worker loads ahead
+# Number of buffers that a worker uses in turn. DataLoader requests the batch that overwrites a
+# buffer only when it yields the batch after the buffer's current one, so the buffer is free.
 LIVE_BATCHES = _PREFETCHED + 1
 
 
 class LoaderStalledError(Exception):
-    """No batch came for ten seconds, and ``load_batches`` was asked to stop."""
+    """Error if no batch arrives within ten seconds although ``load_batches`` must stop."""
 
 
 class BatchDataset(Protocol):
-    """A dataset that makes complete batches; a batch is a function of its keys."""
+    """Dataset that returns complete batches; a batch is a function of its keys."""
 
     def __getitems__(self, keys: Sequence[Any], /) -> Any:
-        """Return the batch of some samples; ValueError names one that cannot be read."""
+        """Return the batch of some samples; raise a ValueError for an unreadable one."""
         ...
 
 
@@ -46,80 +46,80 @@ def load_batches(
     log: Callable[[str], object] = print,
     asked_to_stop: Callable[[], object] = lambda: False,
 ) -> Iterator[Any]:
-    """Yield the dataset's batches in order; each holds until the next one is asked for.
+    """Yield a dataset's batches in order; each is valid until the next one is requested.
 
-    When a worker process dies (the system ends one when memory runs out), loading starts again
-    from the batch that was awaited: a run of days should not end for it.
+    If a worker process dies (for example, killed by the system because memory ran out), the workers
+    are restarted and loading continues with the same batch, so that a long run does not fail.
 
         sampler = EpochSampler(len(source), batch_size=256, epochs=100)
         for batch in load_batches(MultiCropDataset(source), sampler, workers=8): ...
 
     Args:
-        dataset: Maker of batches, such as ``MultiCropDataset``.
-        batches: Keys of every batch; the same ones each time that it is iterated.
+        dataset: Dataset that returns batches, such as ``MultiCropDataset``.
+        batches: Keys of every batch; must be the same each time it is iterated.
         workers: Number of worker processes; 0 loads in this process.
         pin_memory: Copy the batches to page-locked memory.
-        log: Receives a line when a worker dies, or when a batch takes longer than a minute.
-        asked_to_stop: Returns whether to give up on a batch that takes longer than ten seconds.
+        log: Called with a message when a worker dies or a batch takes longer than a minute.
+        asked_to_stop: Returns True to stop waiting for a batch that takes longer than ten seconds.
 
     Raises:
-        LoaderStalledError: A batch took too long.
+        LoaderStalledError: A batch took longer than ten seconds after a request to stop.
         ValueError: A sample cannot be read, or workers keep dying on the same batch.
     """
     done, deaths = 0, 0
     while True:
         loader: DataLoader[Any] = DataLoader(
-            _Quoting(dataset),
+            _ReturnErrors(dataset),
             batch_sampler=map(list, islice(batches, done, None)),
             num_workers=workers,
             prefetch_factor=_PREFETCHED if workers else None,
-            collate_fn=_as_is,
+            collate_fn=_identity,
             pin_memory=pin_memory,
-            worker_init_fn=_depend_on_parent,
+            worker_init_fn=_init_worker,
         )
-        watch = _Watch(log, asked_to_stop)
+        watchdog = _Watchdog(log, asked_to_stop)
         try:
-            for batch in watch.timed(_started(loader)):
+            for batch in watchdog.timed(_start(loader)):
                 if isinstance(batch, ValueError):
                     raise batch
                 yield batch
                 done, deaths = done + 1, 0
         except (RuntimeError, OSError, EOFError) as error:
-            # A death shows as "DataLoader worker exited", as a broken connection, or in the thread
-            # that pins. What the dataset itself raised, torch marks.
+            # A dead worker causes "DataLoader worker exited", a broken connection, or an error in
+            # the pinning thread. Errors of the dataset begin with torch's "Caught".
             if not workers or str(error).startswith("Caught "):
                 raise
-            if watch.gave_up:
+            if watchdog.gave_up:
                 raise LoaderStalledError from error
             deaths += 1
             reason = f"{type(error).__name__}: {error}"
-            if deaths == _MOST_DEATHS:
+            if deaths == _MAX_DEATHS:
                 raise ValueError(
-                    f"loader workers died {deaths} times over one batch ({reason}); the machine "
-                    "may be short of memory (see dmesg): lower --system.workers"
+                    f"loader workers died {deaths} times on the same batch ({reason}); the machine "
+                    "may have run out of memory (see dmesg): lower --system.workers"
                 ) from error
-            log(f"a loader worker died ({reason}); loading starts again from the awaited batch")
+            log(f"a loader worker died ({reason}); restarting the workers from the same batch")
         else:
             return
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers, without DataLoader's handler of their deaths.
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers without DataLoader's SIGCHLD handler.
 
-    It raises its error at any line of the main thread, in the middle of a step, too. Without it
-    the error comes out of the loader, within 5 seconds.
+    The handler raises its error at any line of the main thread, even in the middle of a step.
+    Without the handler, the loader raises the error within 5 seconds.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     previous = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    if previous is not None:  # not one of a C library
+    if previous is not None:  # None: a handler installed by a C library
         signal.signal(signal.SIGCHLD, previous)
     return batches
 
 
-class _Watch(threading.Thread):
-    """Watches how long workers take, from a thread: to receive from a stopped one blocks."""
+class _Watchdog(threading.Thread):
+    """Thread that times the workers; the main thread blocks while it waits for a batch."""
 
     def __init__(self, log: Callable[[str], object], asked_to_stop: Callable[[], object]) -> None:
         super().__init__(daemon=True)
@@ -130,7 +130,7 @@ class _Watch(threading.Thread):
         self._ended = threading.Event()
 
     def timed(self, batches: Any) -> Iterator[Any]:
-        """Yield the batches of a DataLoader's iterator, which may have no workers."""
+        """Yield the batches of a DataLoader's iterator, with or without workers."""
         self._batches = batches
         if workers := getattr(batches, "_workers", []):
             self.start()
@@ -148,62 +148,62 @@ class _Watch(threading.Thread):
             del self._batches
             for worker in workers:
                 if worker.is_alive() and hasattr(signal, "SIGCONT"):
-                    os.kill(worker.pid, signal.SIGCONT)  # a stopped one would not end
+                    os.kill(worker.pid, signal.SIGCONT)  # a stopped process cannot exit
 
     def run(self) -> None:
-        """Report a long wait once, and end it when asked to stop."""
-        reported, asked = -math.inf, math.inf
+        """Log a long wait once, and kill the workers if asked to stop."""
+        logged, asked = -math.inf, math.inf
         while not self._ended.wait(1):
             now, since = time.monotonic(), self._since
             if self._asked_to_stop():
                 asked = min(asked, now)
-            with suppress(AttributeError, KeyError):  # the batch came, or was the last one
-                if now - since > _LONG and since != reported:
-                    reported = since
+            with suppress(AttributeError, KeyError):  # the batch arrived, or it was the last one
+                if now - since > _LOG_AFTER and since != logged:
+                    logged = since
                     self._log(
-                        f"no batch for {now - since:.0f} s: waiting for loader worker "
-                        f"{self._awaited()}, which is stopped or reads from storage that is slow "
-                        "or does not answer"
+                        f"no batch for {now - since:.0f} s: waiting for the loader worker with "
+                        f"process ID {self._awaited()}, which is stopped or reads from slow or "
+                        "unresponsive storage"
                     )
-                if now - max(since, asked) > _TOO_LONG:
+                if now - max(since, asked) > _STOP_AFTER:
                     self.gave_up = True
                     for worker in self._batches._workers:
                         worker.kill()
 
     def _awaited(self) -> int:
-        """Return the process that makes the next batch."""
+        """Return the process ID of the worker that loads the next batch."""
         worker, *_ = self._batches._task_info[self._batches._rcvd_idx]
         return self._batches._workers[worker].pid
 
 
-def _depend_on_parent(_: int) -> None:
-    """Leave it to the parent when to stop, and end with it.
+def _init_worker(_: int) -> None:
+    """Ignore the signals that the parent handles, and exit when the parent exits.
 
-    SIGTERM is DataLoader's own means of ending its workers. Its watch over the parent misses one
-    that was killed before it began, and one behind a fork server.
+    SIGTERM is not ignored, because DataLoader ends its workers with it. DataLoader's own check
+    of the parent fails if the parent was killed before the first check or uses a fork server.
     """
-    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):  # which reach all processes of a job
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):  # sent to all processes of a job
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.excepthook = _without_parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.excepthook = _suppress_lost_parent
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _without_parent(error: threading.ExceptHookArgs) -> None:
-    """Let threads that hand batches over end in silence where nobody takes them any more."""
+def _suppress_lost_parent(error: threading.ExceptHookArgs) -> None:
+    """Suppress the errors of threads that send batches to a parent that has exited."""
     if not issubclass(error.exc_type, (OSError, EOFError)):
         threading.__excepthook__(error)
 
 
-class _Quoting(Dataset[Any]):
-    """Returns a ValueError, not raises it: DataLoader would bury it under a worker's traceback."""
+class _ReturnErrors(Dataset[Any]):
+    """Dataset that returns ValueErrors: DataLoader would add a traceback to raised ones."""
 
     def __init__(self, dataset: BatchDataset) -> None:
         self._dataset = dataset
@@ -215,15 +215,15 @@ class _Quoting(Dataset[Any]):
             return ValueError(str(error))
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to a device; on CUDA on a stream of its own, where they are page-locked.
+    """Copy tensors to a device; on CUDA, page-locked tensors are copied asynchronously.
 
-    Their copying overlaps with all that the current stream still has to do, and what is queued
-    there from now on waits for it. The CPU waits for nothing.
+    The copies run on a separate stream and overlap with work that is already queued on the current
+    stream; work that is queued later waits for the copies. The CPU does not wait.
     """
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
@@ -232,7 +232,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
     current.wait_stream(copying)
     for tensor in copies:
-        tensor.record_stream(current)  # its memory is not to be reused before
+        tensor.record_stream(current)  # do not reuse the memory before
     return copies
 
 

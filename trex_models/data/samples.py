@@ -1,8 +1,8 @@
-"""Real images that installed packages ship: small transfer datasets that need no download.
+"""Real images shipped with installed packages: small transfer datasets without a download.
 
 The digits are scikit-learn's copy of "Optical Recognition of Handwritten Digits" (Alpaydin and
-Kaynak, UCI, 1998). The photographs are in the package folders of scikit-image and scikit-learn,
-whose READMEs name their authors and terms; nothing of them is redistributed here.
+Kaynak, UCI, 1998). The photographs are files of the packages scikit-image and scikit-learn, whose
+READMEs list their authors and licenses; this package does not redistribute them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from trex_models.data.sources import ArraySource, require_positive
 
-# Photographs, and the package and folder that they ship in.
+# Photographs by the package and folder that contain them.
 _SHIPPED = {
     ("skimage", "data"): (
         "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png "
@@ -26,18 +26,18 @@ _SHIPPED = {
     ("sklearn", "datasets/images"): "china.jpg flower.jpg",
 }
 _PHOTOGRAPHS = dict(
-    sorted((file, place) for place, files in _SHIPPED.items() for file in files.split())
+    sorted((file, location) for location, files in _SHIPPED.items() for file in files.split())
 )
 _Square = tuple[int, int, int]
-_TILES = 3  # along a photograph's shorter side
-_FLAT = 6.0  # gray levels of standard deviation below which a patch shows nothing
+_TILES = 3  # number of tiles along a photograph's shorter side
+_MIN_STD = 6.0  # minimum standard deviation of a patch, in gray levels
 
 
 def digits(size: int = 32) -> tuple[ArraySource, ArraySource]:
-    """Return scikit-learn's 1797 handwritten digits, two thirds of each class to train on.
+    """Return scikit-learn's 1797 handwritten digits as a training set and a test set.
 
-    They are 8x8, so pixels alone classify them nearly perfectly: a set for checks, not claims. They
-    are interpolated (bicubic) to ``size``, their side in pixels. The split is always the same.
+    Two thirds of each class, always the same ones, are for training. The 8x8 images are resized
+    (bicubic) to ``size`` pixels. Raw pixels suffice to classify them: use them only for checks.
     """
     require_positive(size=size)
     bunch = _require("sklearn.datasets").load_digits()
@@ -61,15 +61,15 @@ def photographs(
     seed: int = 0,
     validation: bool = False,
 ) -> tuple[ArraySource, ArraySource]:
-    """Return patches of 20 photographs, labeled by the photograph.
+    """Return a training set and a test set of patches of 20 photographs, which are the classes.
 
-    Each photograph is cut into square tiles, a third of which are for test patches; a patch lies
-    within one tile, so no pixel is in both sets. Patches differ in place, scale and mirroring.
-    They are gray and of random brightness and contrast, so that neither gives away the class. The
-    tiles' split does not depend on the seed.
+    Each photograph is divided into square tiles, one third of which are for test patches. A patch
+    lies within one tile, so the sets share no pixels. Patches differ in position, scale and
+    mirroring. They are gray with random brightness and contrast, so that neither reveals the class.
+    The split of the tiles does not depend on the seed.
 
-    With ``validation`` the training tiles alone are divided, half and half: the second set is then
-    for choosing settings, and shares no pixel with the test patches.
+    With ``validation``, only the training tiles are used, half of them for each set. The second set
+    is then for choosing settings and shares no pixels with the test patches.
     """
     require_positive(size=size, train_per_class=train_per_class, test_per_class=test_per_class)
     names = [Path(file).stem for file in _PHOTOGRAPHS]
@@ -92,18 +92,18 @@ def _require(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        needs = "scikit-learn and scikit-image: pip install trex-models[transfer]"
-        raise ImportError(f"this set of images needs {needs}") from error
+        remedy = "pip install trex-models[transfer]"
+        raise ImportError(f"this dataset requires the package {error.name}: {remedy}") from error
 
 
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:
-    """Return a shipped photograph in gray, (H, W) uint8."""
+    """Load a photograph of a package in gray, (H, W) uint8."""
     module = _require(package)
     path = Path(module.__file__).parent / folder / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"{package} {module.__version__} does not ship {file} (looked for {path}); "
-            "pip install 'scikit-image>=0.24,<0.27' scikit-learn"
+            f"{package} {module.__version__} does not contain {file} (expected at {path}); "
+            "run pip install 'scikit-image>=0.24,<0.27' scikit-learn"
         )
     with Image.open(path, formats=("JPEG", "PNG")) as image:
         return np.asarray(image.convert("L"))
@@ -132,21 +132,21 @@ def _window(tiles: list[_Square], rng: np.random.Generator) -> _Square:
 def _patch(
     photograph: np.ndarray, tiles: list[_Square], size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw a patch that shows something from one of the tiles, (S, S, 3) uint8."""
+    """Draw a patch with sufficient contrast from one of the tiles, (S, S, 3) uint8."""
     while True:
         y, x, extent = _window(tiles, rng)
         patch = photograph[y : y + extent, x : x + extent]
-        if patch.std() >= _FLAT:
+        if patch.std() >= _MIN_STD:
             break
     if rng.random() < 0.5:
         patch = patch[:, ::-1]
-    standard = (patch - patch.mean()) / patch.std()
-    levels = rng.uniform(100, 156) + rng.uniform(30, 60) * standard
+    standardized = (patch - patch.mean()) / patch.std()
+    levels = rng.uniform(100, 156) + rng.uniform(30, 60) * standardized
     return _resized(levels.clip(0, 255).astype(np.uint8), size)
 
 
 def _resized(gray: np.ndarray, size: int) -> np.ndarray:
-    """Interpolate a gray image to (S, S, 3) uint8."""
+    """Resize a gray image to (S, S, 3) uint8."""
     image = Image.fromarray(np.ascontiguousarray(gray))
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.repeat(np.asarray(resized)[..., None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""Sources of labeled images: anything indexed that yields decoded pixels and labels."""
+"""Sources of labeled images: random access to decoded pixels and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """Labeled images by index, in random access."""
+    """Interface of labeled images with random access by index."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -34,24 +34,24 @@ class Source(Protocol):
         ...
 
     def name(self, index: int) -> str:
-        """Return the sample's name in error messages: a path, or a phrase."""
+        """Return the sample's name in error messages: a path or a description."""
         ...
 
     def digest(self) -> str:
-        """Return a hash of the samples in their order, which a resumed run compares."""
+        """Return a hash of the samples and their order; a resumed run compares it."""
         ...
 
 
 class ArraySource:
-    """Images that are already in memory.
+    """Source of images in memory.
 
     Args:
-        images: N images of (H, W, 3) uint8 RGB; the sizes may differ.
+        images: N images, (H, W, 3) uint8 RGB; their sizes may differ.
         labels: N labels in [0, len(classes)).
-        classes: Class names; a name's position is its label.
+        classes: Class names, by label.
 
     Raises:
-        ValueError: The lengths differ, a label has no class, or an image is not RGB bytes.
+        ValueError: The lengths differ, a label is out of range, or an image is not uint8 RGB.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ArraySource:
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """Return the sample's name in messages."""
+        """Return the sample's name in error messages."""
         return f"{self.classes[self.labels[index]]} image {index}"
 
     def digest(self) -> str:
@@ -86,13 +86,13 @@ class ArraySource:
 def checked_labels(
     labels: Sequence[int] | np.ndarray, count: int, num_classes: int, where: str = ""
 ) -> np.ndarray:
-    """Return labels as (N,) int64; raise a ValueError if one is missing or has no class."""
+    """Return labels as (N,) int64; raise a ValueError if one is missing or out of range."""
     checked = np.asarray(labels, dtype=np.int64)
     if checked.shape != (count,):
-        raise ValueError(f"{where}need one label an image: {count} images, labels {checked.shape}")
+        raise ValueError(f"{where}need {count} labels, one per image, got shape {checked.shape}")
     if count and not 0 <= checked.min() <= checked.max() < num_classes:
-        span = f"[{checked.min()}, {checked.max()}]"
-        raise ValueError(f"{where}labels span {span}, outside the {num_classes} classes")
+        values = f"{checked.min()} to {checked.max()}"
+        raise ValueError(f"{where}labels must be in [0, {num_classes}), got {values}")
     return checked
 
 
@@ -100,14 +100,14 @@ def encode_labels(
     names: Sequence[str],
     classes: Sequence[str] | None,
     where: str,
-    place: Callable[[int], str],
+    describe: Callable[[int], str],
 ) -> tuple[list[str], np.ndarray]:
-    """Return the classes and the position in them of each class name, (N,) int64.
+    """Encode class names as labels; return the classes and the labels, (N,) int64.
 
-    By default the classes are the distinct names, sorted; as numbers if all are integers.
+    By default, the classes are the distinct names, sorted (numerically if all are integers).
 
     Raises:
-        ValueError: There are fewer than 2 classes, or the name at a ``place`` is none of them.
+        ValueError: There are fewer than 2 classes, or a name is not one of them.
     """
     if classes is None:
         classes = sorted(set(names))
@@ -115,15 +115,15 @@ def encode_labels(
             classes = sorted(classes, key=int)
     if len(classes) < 2:
         raise ValueError(
-            f"{where}: every label is {classes[0]!r}, at least 2 classes are needed; "
-            "add images of another class, or name another column of labels"
+            f"{where}: every label is {classes[0]!r}, but at least 2 classes are required; "
+            "add images of another class, or choose another label column"
         )
     position = {name: label for label, name in enumerate(classes)}
     for index, name in enumerate(names):
         if name not in position:
             raise ValueError(
-                f"{where}: {place(index)} has the label {name!r}, none of the {len(classes)} "
-                "classes of the training set; correct or remove it"
+                f"{where}: {describe(index)} has the label {name!r}, which is none of the "
+                f"{len(classes)} classes of the training set; fix or remove it"
             )
     return list(classes), np.array([position[name] for name in names], dtype=np.int64)
 
@@ -132,21 +132,21 @@ def require_positive(**arguments: int) -> None:
     """Raise a ValueError for an argument below 1."""
     for argument, value in arguments.items():
         if value < 1:
-            raise ValueError(f"{argument} must be at least 1, not {value}")
+            raise ValueError(f"{argument} must be at least 1, got {value}")
 
 
 def require_rgb(image: np.ndarray, name: str = "image") -> None:
     """Raise a ValueError for an array that is not (H, W, 3) uint8."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(f"{name} must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        raise ValueError(f"{name} must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
 
 
 def digest(*parts: np.ndarray | bytes | str) -> str:
-    """Return the SHA-256 of parts, each with its length, as 64 hexadecimal digits."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the parts and their lengths as 64 hexadecimal digits."""
+    sha256 = hashlib.sha256()
     for part in parts:
         data = part.tobytes() if isinstance(part, np.ndarray) else part
         data = data.encode(errors="surrogateescape") if isinstance(data, str) else data
-        found.update(len(data).to_bytes(8, "little"))
-        found.update(data)
-    return found.hexdigest()
+        sha256.update(len(data).to_bytes(8, "little"))
+        sha256.update(data)
+    return sha256.hexdigest()
