@@ -268,12 +268,14 @@ def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
     torn = [place / "images" / "a" / "2.png", place / "images" / "b" / "9.png"]
     torn[0].write_bytes(b"torn")
     assert run(models, "images", "--output", out) == 2
-    assert f"error: {torn[0]} cannot be read as an image" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"error: {torn[0]} cannot be read as an image" in error
+    assert "or skip unreadable images with --unreadable skip" in error
     torn[1].write_bytes(b"")  # detected without reading
     assert run(models, "images", "--output", out) == 2
     errors = capsys.readouterr().err
     assert "1 of 11 image files are missing or empty" in errors
-    assert "skip them with --unreadable skip" in errors
+    assert "skip unreadable images with --unreadable skip" in errors
     assert run(models, "images", "--output", out, "--unreadable", "skip") == 0
     assert "skipped 2 of 11 images" in capsys.readouterr().out
     listed = Path(f"{out}.skipped.txt").read_text().splitlines()

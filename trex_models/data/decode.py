@@ -87,9 +87,9 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
     )
 
 
-def or_skip(error: UnreadableImageError) -> UnreadableImageError:
-    """Add the option that skips unreadable images to an error raised by training."""
-    return UnreadableImageError(f"{error}, or skip unreadable images with --data.unreadable skip")
+def or_skip(error: Exception, option: str = "--data.unreadable") -> UnreadableImageError:
+    """Add the option that skips unreadable images to an error about one."""
+    return UnreadableImageError(f"{error}, or skip unreadable images with {option} skip")
 
 
 def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], object]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trex_models.data.decode import IMAGE_EXTENSIONS, quoted, read_image
+from trex_models.data.decode import IMAGE_EXTENSIONS, UnreadableImageError, quoted, read_image
 from trex_models.data.sources import checked_labels, digest, encode_labels
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class FileSource:
     def stats(self, require: bool = True) -> np.ndarray:
         """Return file sizes in bytes, mtimes in seconds, devices and inodes, (N, 4) int64.
 
-        Missing files have zeros. If ``require``, missing or empty files raise a ValueError.
+        Missing files have zeros, or with ``require`` raise an UnreadableImageError like empty ones.
         """
         # Threads, because on network file systems each stat takes almost a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -73,7 +73,7 @@ class FileSource:
             stats = np.concatenate([np.empty((0, 4), np.int64), *blocks])
         missing = np.flatnonzero(stats[:, 0] <= 0)
         if require and len(missing):
-            raise ValueError(
+            raise UnreadableImageError(
                 f"{self.root}: {len(missing)} of {len(self)} image files are missing or empty, the "
                 f"first is {quoted(self.name(int(missing[0])))}; unpack or copy them again"
             )

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from trex_models.data.decode import UnreadableImageError
+
 _MAX_DEATHS = 3
 _LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged, or ended if requested
 _PREFETCHED = 2  # batches that each worker loads ahead
@@ -212,7 +214,8 @@ class _ReturnErrors(Dataset[Any]):
         try:
             return self._dataset.__getitems__(keys)
         except ValueError as error:
-            return ValueError(str(error))
+            kind = UnreadableImageError if isinstance(error, UnreadableImageError) else ValueError
+            return kind(str(error))
 
 
 def _identity(batch: Any) -> Any:

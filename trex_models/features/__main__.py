@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from trex_models import cli, plotting
+from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.evaluation.extract import Extraction, feature_identity
 from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
@@ -92,23 +93,22 @@ def extract(
     )
     skip = unreadable == "skip"
     try:
-        identity = feature_identity(frozen, source, not skip, output=features, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{error}, or skip them with --unreadable skip") from error
-    written = Extraction(
-        model=frozen,
-        source=source,
-        path=output,
-        identity=identity,
-        names=images.names(source),
-        metadata=_metadata(frozen, preprocessing, file, source.root),
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-        skip=skip,
-        overwrite=overwrite,
-        remedy="choose another --output, or replace it with --overwrite",
-    ).run()
+        written = Extraction(
+            model=frozen,
+            source=source,
+            path=output,
+            identity=feature_identity(frozen, source, not skip, output=features, dtype=dtype),
+            names=images.names(source),
+            metadata=_metadata(frozen, preprocessing, file, source.root),
+            dtype=dtype,
+            batch_size=batch_size,
+            workers=workers,
+            skip=skip,
+            overwrite=overwrite,
+            remedy="choose another --output, or replace it with --overwrite",
+        ).run()
+    except UnreadableImageError as error:
+        raise or_skip(error, "--unreadable") from error
     print(f"wrote {output}" if written else f"{output} already contains these features")
 
 
