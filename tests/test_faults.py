@@ -129,7 +129,7 @@ def stopped_at(life: Life, reason: str) -> int:
     """Return the step that a run says it stopped at; it is its last checkpoint, without errors."""
     last = life.out().splitlines()[-1]
     said = re.fullmatch(
-        rf"stopped by {reason} after step (\d+) of \d+, saved; the same command continues", last
+        rf"stopped by {reason} after step (\d+) of \d+ \(saved\); run the same command .*", last
     )
     assert said, last
     assert life.err() == ""

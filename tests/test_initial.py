@@ -52,7 +52,7 @@ def file_of(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-UNNAMED = "the file does not name them; they must be the run's 4 in their order"
+UNNAMED = "not named in the file; they must be the same as the run's 4 classes, in the same order"
 
 
 def init(path: Path, method: TReX, names: list[str], images: str = "images") -> dict[str, str]:
@@ -99,24 +99,24 @@ PROTOTYPES = "class weights, from the bank's prototypes"
 @pytest.mark.parametrize(
     ("source", "overrides", "expected"),
     [
-        ("ocm", DEEPER, "projector: random: .* missing, .* unexpected"),
-        ("ocm", DEEPER, f"momentum encoder: copy of the encoder: {LOST}"),
-        ("ocm", DEEPER, f"memory bank: noise: {LOST}"),
-        ("ocm", PLAIN, "projector: random: the run has none"),
-        ("ocm", PLAIN, f"memory bank: noise: {LOST}"),
+        ("ocm", DEEPER, "projector: not restored .* missing, .* unexpected.$"),
+        ("ocm", DEEPER, f"momentum encoder: copy of the encoder .{LOST}.$"),
+        ("ocm", DEEPER, f"memory bank: not restored .{LOST}.$"),
+        ("ocm", PLAIN, "projector: not restored .the run has none.$"),
+        ("ocm", PLAIN, f"memory bank: not restored .{LOST}.$"),
         ("ocm", FEW, "momentum encoder: restored"),
-        ("ocm", FEW, r"memory bank: noise: .*\(32, 8\).*\(16, 8\).*bank_size"),
+        ("ocm", FEW, r"memory bank: not restored .*\(32, 8\).*\(16, 8\).*--objective.bank-size"),
         ("ocm", "--data.num-classes 5", "projector: restored"),
-        ("ocm", "--data.num-classes 5", "memory bank: noise: the file's 4 classes are .* run's 5"),
-        ("ocm", COSINE, "momentum encoder: not used: the objective has none"),
+        ("ocm", "--data.num-classes 5", "memory bank: not restored .*file's 4 classes .* run's 5"),
+        ("ocm", COSINE, "momentum encoder: not used .the objective has none"),
         ("ocm", COSINE, f"{PROTOTYPES}: restored"),
-        ("ocm", SOFTMAX, f"{PROTOTYPES}: random: .*cosine"),
+        ("ocm", SOFTMAX, f"{PROTOTYPES}: not restored .*cosine"),
         ("ocm", "--objective.name look", "memory bank: restored"),
-        ("cosine", "", "momentum encoder: copy of the encoder: the file has none"),
-        ("cosine", "", "memory bank: noise: the file has none"),
-        ("cosine", "", "class weights: not used: the objective has none"),
-        ("softmax", COSINE, "class weights: random: .*biases"),
-        ("official ocm", "--data.num-classes 9", "memory bank: noise: .* up to 3, .* 9 classes"),
+        ("cosine", "", "momentum encoder: copy of the encoder .the file has none"),
+        ("cosine", "", "memory bank: not restored .the file has none"),
+        ("cosine", "", "class weights: not used .the objective has none"),
+        ("softmax", COSINE, "class weights: not restored .*biases"),
+        ("official ocm", "--data.num-classes 9", "memory bank: not restored .* 3 .* 9 classes"),
     ],
 )
 def test_what_does_not_fit_is_told(
@@ -150,7 +150,7 @@ def test_what_is_not_restored_keeps_its_random_weights(
 def test_timm_folders_are_taken(part: str, sources: dict[str, Path], tmp_path: Path) -> None:
     options = ["--objective.name", "cosine", "--optim.epochs", "1"]
     lines = started(sources["cosine"] / "export" / part, tmp_path / "run", *options)
-    fate = "restored" if part == "cls" else "random: the file has none"
+    fate = "restored" if part == "cls" else "not restored (the file has none)"
     assert lines == ["backbone: restored", f"projector: {fate}", f"class weights: {fate}"]
 
 
@@ -161,7 +161,7 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
     assert "cc-by-nc-sa-4.0, and so is what is trained from them, not under mit" in err
     assert not (tmp_path / "run").exists()
     out = told(tmp_path / "run", *command)
-    assert "weights: cc-by-nc-sa-4.0, also of weights trained from" in out
+    assert "weights: cc-by-nc-sa-4.0, which covers derived weights" in out
     assert f"from {sources['official ocm']}" not in told(tmp_path / "run", *command)
     for part in ("backbone", "cls"):
         config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
@@ -202,12 +202,12 @@ def test_weights_of_other_classes_or_another_order_are_not_restored(
     """However many classes there are; exports name them, too."""
     saved = last_state(sources["cosine"])
     other = ["another", *saved["classes"][1:]], ", such as another"
-    another_order = saved["classes"][::-1], ": in another order"
+    another_order = saved["classes"][::-1], " in their order"
     for path in (sources["cosine"], sources["cosine"] / "export" / "cls"):
         for names, difference in (other, another_order):
             method, untouched = (build.build_method(from_dict(saved["config"]), 4) for _ in "ab")
             assert init(path, method, names)["class weights"] == (
-                f"random: the file's 4 classes are not the run's 4{difference}"
+                f"not restored (the file's 4 classes differ from the run's 4{difference})"
             )
             assert_same_state(method.objective.state_dict(), untouched.objective.state_dict())
 
@@ -241,12 +241,12 @@ def test_files_that_will_not_do(sources: dict[str, Path], tmp_path: Path) -> Non
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for path, reason in {
-        tmp_path / "none.pth": "does not exist; name a checkpoint",
-        tmp_path: "neither a run's folder nor a timm folder",
+        tmp_path / "none.pth": "does not exist; pass a checkpoint",
+        tmp_path: "neither the folder of a run nor a timm folder",
         page: "web page",
         tmp_path / "nan.pth": "projector.1.fc.bias has 1 values that are not finite",
-        tmp_path / "other.pth": r"its backbone is not the run's \(.* missing.*set model.backbone",
-        tmp_path / "empty": "holds no checkpoint; name another run",
+        tmp_path / "other.pth": r"its backbone differs from .* \(.* missing.*set --model.backbone",
+        tmp_path / "empty": "contains no checkpoint; pass another run",
     }.items():
         err = refused(tmp_path / "run", "--init-from", str(path))
         assert re.search(reason, err), err

@@ -264,7 +264,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         ):
             value = tensor.data[0].clone()
             tensor.data[0] = torch.nan
-            with pytest.raises(ValueError, match="no longer finite after step 4, and are not sav"):
+            with pytest.raises(ValueError, match="no longer finite after step 4 and were not sav"):
                 run.save(4)
             tensor.data[0] = value
         assert not checkpointing.files(run.folder)

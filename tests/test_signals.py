@@ -125,7 +125,7 @@ def test_first_signal_is_announced(announce: bool, capfd: pytest.CaptureFixture[
     with StopSignals(announce):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-    expected = "SIGINT: stopping once the state is saved; Ctrl-C again ends at once\n"
+    expected = "SIGINT: stopping once the state is saved; press Ctrl-C again to end at once\n"
     assert capfd.readouterr().out == (expected if announce else "")
 
 

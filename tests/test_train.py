@@ -175,20 +175,20 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("--data.source folder", "data.path is not set"),
+        ("--data.source folder", "--data.path is not set"),
         ("--data.source folder --data.path /absent", "/absent cannot be listed"),
         ("--optim.batch-size 33", "exceeds the dataset's 32 images"),
         ("--model.backbone resnet51", "timm has no model 'resnet51'"),
-        ("--model.backbone-args depht=3", "refuses {'depht': 3"),
+        ("--model.backbone-args depht=3", "does not accept {'depht': 3"),
         (
             "--model.backbone vit_tiny_patch16_224 --model.backbone-args dynamic_img_size=0",
-            "does not take 16-pixel crops",
+            "does not accept crops of 16 pixels",
         ),
         ("--model.backbone trex_resnet50 --model.backbone-args", "trex_resnet50"),
-        ("--data.path images", "it is for --data.source folder or csv or huggingface"),
+        ("--data.path images", "use --data.source folder or csv or huggingface"),
         ("--precision fp16", "precision fp16 needs CUDA"),
         ("--system.device gpu", "not an available torch device"),
-        ("--seed -1", "seed must be at least 0"),
+        ("--seed -1", "--seed must be at least 0"),
         ("--optim.batch-size 1", "BatchNorm needs at least 2"),
         ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name only the architecture"),
         ("--optim.epochs 0", "epochs must be at least 1"),
@@ -221,9 +221,9 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], arguments: str, messag
 
 def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
     for name, content, folder, message in (
-        ("config.json", "[]", tmp_path, "is not a configuration; choose another --output"),
+        ("config.json", "[]", tmp_path, "is not the configuration of a run; choose another"),
         ("file", "", tmp_path / "file" / "run", "cannot be created"),
-        ("thesis.txt", "precious", tmp_path, "holds no run"),
+        ("thesis.txt", "precious", tmp_path, "exists, but is not the folder of a run"),
     ):
         (tmp_path / name).write_text(content)
         assert message in refused(folder)

@@ -60,7 +60,7 @@ def test_stand_ins_do_not_depend_on_the_workers(
 ) -> None:
     options, folder = skipped
     out = told(tmp_path / "run", *options, *SKIP, "--system.workers", workers)
-    assert f"2 unreadable images were skipped, listed in {tmp_path}" in out
+    assert f"2 unreadable images were skipped; see {tmp_path}" in out
     assert out.count("skipped: ") == 2  # once each, not once an epoch
     assert_same_run(tmp_path / "run", folder)
 
@@ -85,9 +85,9 @@ def test_too_many_end_the_run_after_it_is_saved(
     options, folder = skipped
     few = [*options, *SKIP[:3], "0.04"]  # of 32: one
     err = refused(tmp_path / "run", *few)
-    assert "2 training images are unreadable, 1 may be (data.max_unreadable)" in err
+    assert "2 training images are unreadable, more than the limit of 1, such as" in err
     # Not even by running it once more:
-    assert "2 training images are unreadable, 1 may be" in refused(tmp_path / "run", *few)
+    assert "2 training images are unreadable, more than" in refused(tmp_path / "run", *few)
     assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 2
     assert run(tmp_path / "run", *options, *SKIP) == 0
     assert_same_state(last_state(tmp_path / "run")["method"], last_state(folder)["method"])
@@ -98,10 +98,10 @@ def test_before_the_start(tmp_path: Path) -> None:
     options = make_folder(tmp_path / "images", ["a/0.png"])
     err = refused(tmp_path / "run", *options)
     assert "or skip unreadable images with --data.unreadable skip" in err
-    warning = "warning: 1 of 16 training images are unreadable, "
+    warning = "warning: 1 of 16 sampled training images are unreadable, "
     assert warning in told(tmp_path / "run", *options, *SKIP)
     options = make_folder(tmp_path / "broken", NAMES)
-    assert "none of 16 training images is readable" in refused(tmp_path / "other", *options, *SKIP)
+    assert "none of 16 sampled training images" in refused(tmp_path / "other", *options, *SKIP)
     assert not (tmp_path / "other").exists()
 
 
@@ -167,7 +167,7 @@ def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
     assert len(said) == 6  # nothing is new
     images.training |= {50: "image 50", 49: "image 49"}
     images.exchange(True, said.append)
-    assert "51 training images are unreadable, 50 may be" in images.trouble()
+    assert "unreadable, more than the limit of 50" in images.error_message()
     assert said[-1] == "skipped: image 50"
     assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == 51
 
@@ -176,6 +176,6 @@ def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
 def test_ceilings_are_exact(share: float, allowed: int) -> None:
     images = UnreadableImages(Path("unused"), 100, share)
     images.training |= {i: str(i) for i in range(allowed)}
-    assert not images.trouble()
+    assert not images.error_message()
     images.training[allowed] = ""
-    assert images.trouble()
+    assert images.error_message()
