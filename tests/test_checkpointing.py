@@ -1,4 +1,4 @@
-"""Checkpoints that are torn or foreign, folders of other runs, and steps kept for study."""
+"""Damaged or foreign checkpoints, folders of other runs, and saved steps for debugging."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def flip(data: bytes, offset: int) -> bytes:
 def test_damage_at_any_offset_is_noticed_or_harmless(
     finished: Path, tmp_path: Path, damage: Callable[[bytes, int], bytes]
 ) -> None:
-    """Harmless: in the padding between tensors, and in fields of the zip that are not read."""
+    """Harmless: in the padding between tensors, and in fields of the zip file that are unused."""
     data = checkpointing.files(finished)[-1].read_bytes()
     whole = copy.deepcopy(last_state(finished))
     draw = random.Random(0)
-    ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # the zip's own records
+    ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # records of the zip format
     noticed = 0
     for offset in ends + [draw.randrange(len(data)) for _ in range(150)]:
         path = tmp_path / "step_8.pt"
@@ -125,7 +125,7 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     finished: Path, tmp_path: Path, limit: int, message: str
 ) -> None:
-    """A file that may not grow fails in the middle, as one on a full disk."""
+    """A limit on the file size interrupts a write, like a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     steps: list[int] = []
@@ -167,7 +167,7 @@ def test_an_export_reads_without_changing_anything(copied: Path, tmp_path: Path)
 
 
 def test_a_continued_run_does_not_hold_its_checkpoint(copied: Path) -> None:
-    """It would take the place of a deleted file on the disk, or in memory."""
+    """An open checkpoint would occupy memory, or disk space after it is deleted."""
     checkpointing.files(copied)[-1].unlink()
     held: list[bool] = []
 
@@ -245,7 +245,7 @@ def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     assert run(copied, *MIDWAY) == 0
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert sorted(p.name for p in (copied / "export").iterdir()) == [".git", "backbone", "cls"]
-    folder = copied.with_name("killed")  # before config.json was there
+    folder = copied.with_name("killed")  # before it wrote config.json
     (folder / "checkpoints").mkdir(parents=True)
     (folder / ".lock").touch()
     (folder / ".config.json.tmp").write_text("{")
@@ -272,7 +272,7 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     bank: Any = method.objective.bank
     step = checkpointing.load(path)["step"]
     assert f"the loss of step {step} " in err
-    assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
+    assert bank.pointer == 8 * step % 32  # of the previous steps, without this one
     assert torch.equal(before["objective.bank.features"], bank.embeddings)
     state = checkpointing.load(path)
     del state["crops"]

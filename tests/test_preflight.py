@@ -1,4 +1,4 @@
-"""What is refused or warned of before the first step."""
+"""Errors and warnings before the first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trex_models.train.unreadable import ImageFiles
 
 
 def set_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
-    """Let every disk have so much space; return the paths that are asked for."""
+    """Set the free space of every disk in bytes; return the list of queried paths."""
     asked: list[Path] = []
 
     def usage(path: Path) -> SimpleNamespace:
@@ -46,7 +46,7 @@ def labels_of(counts: list[int]) -> np.ndarray:
 
 
 def exact_share(size: int, counts: list[int]) -> float:
-    """Mean over classes of C(N - n, Q) / C(N, Q), in integers."""
+    """Return the mean over classes of C(N - n, Q) / C(N, Q), computed with integers."""
     total = sum(counts)
     absent = {n: math.comb(total - n, size) / math.comb(total, size) for n in set(counts)}
     return sum(absent[n] for n in counts) / len(counts)
@@ -56,11 +56,11 @@ def exact_share(size: int, counts: list[int]) -> float:
     ("counts", "size", "recommended"),
     [
         ([20] * 50, 100, 512),
-        ([1, 2, 3, 5, 8, 13, 21, 200, 400], 30, 653),  # no power of two below all suffices
+        ([1, 2, 3, 5, 8, 13, 21, 200, 400], 30, 653),  # no power of two below N is sufficient
         ([1] * 500 + [500], 600, 1000),
         ([1] * 40, 40, None),
         ([1] * 40, 39, 40),
-        ([5, 95], 96, None),  # no 96 images are of the other class alone
+        ([5, 95], 96, None),  # 96 images cannot all be of the other class
         ([5, 95], 95, None),
         ([3, 3], 1, 4),
         ([100] * 100, 440, 1024),  # 1.1 %
@@ -74,7 +74,7 @@ def exact_share(size: int, counts: list[int]) -> float:
 def test_share_of_classes_without_a_prototype(
     counts: list[int], size: int, recommended: int | None
 ) -> None:
-    """A bank that leaves over 1 % without one is warned of, one that must leave some refused."""
+    """More than 1 % cause a warning; fewer entries than classes are an error."""
     if size < len(counts):
         below = f"--objective.bank-size {size} is below the {len(counts)} classes"
         with pytest.raises(ValueError, match=below) as caught:
@@ -126,7 +126,7 @@ def test_disk_space_is_that_of_the_checkpoints(
 def test_size_of_a_checkpoint_and_of_a_bank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
-    """The estimate is that of a file that a run leaves, but for its index of names."""
+    """The estimate is close to the size of a real file, which also contains names."""
     options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
         --objective.bank-size 4""".split()
     warned = "warning: --objective.bank-size 4 leaves about " in told(tmp_path / "run", *options)
@@ -143,14 +143,14 @@ def test_size_of_a_checkpoint_and_of_a_bank(
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path)
-    needed = 10**6 * 4 * 3 * 3  # that each worker keeps
+    needed = 10**6 * 4 * 3 * 3  # 3 batches of each worker
     asked = set_free_space(monkeypatch, needed)
     checks.check_shared_memory(10**6, workers=4, processes=3)
     assert asked == [tmp_path]
     set_free_space(monkeypatch, needed - 1)
     with pytest.raises(ValueError, match="of 12 workers need 36 MB; .* --system.workers"):
         checks.check_shared_memory(10**6, workers=4, processes=3)
-    checks.check_shared_memory(10**6, workers=0, processes=3)  # needs none
+    checks.check_shared_memory(10**6, workers=0, processes=3)  # no workers
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path / "absent")  # macOS
     checks.check_shared_memory(10**6, workers=4, processes=3)
 

@@ -1,4 +1,4 @@
-"""Whole runs: train, interrupt, continue, export, reload; and what goes wrong."""
+"""Complete runs: train, interrupt, resume, export and reload; invalid commands and settings."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_backbone_export_needs_timm_alone(finished: Path) -> None:
 
 
 def test_interrupted_run_continues_exactly(finished: Path, tmp_path: Path) -> None:
-    """Stop after step 6, two steps past the last checkpoint; the same command finishes."""
+    """Interrupt after step 6, two steps past the last checkpoint; the same command resumes."""
     step = Mock(side_effect=[*[DEFAULT] * 6, KeyboardInterrupt], wraps=training_step)
     with patch.object(loop, "training_step", step):
         assert run(tmp_path / "run") == 128 + signal.SIGINT
@@ -135,7 +135,7 @@ def test_export_of_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
     [
         ["--crops.global-crops", "2", "--crops.local-size", "32"],
         # Larger crops: torch 2.15's bfloat16 gradient of a strided convolution of a 1x1 input
-        # reads memory that nobody wrote, on CPUs with AVX512-BF16.
+        # reads uninitialized memory, on CPUs with AVX512-BF16.
         ["--precision", "bf16", "--crops.global-size", "48", "--crops.local-size", "32"],
         ["--system.no-channels-last"],
         pytest.param(["--system.compile"], marks=pytest.mark.client),
@@ -157,7 +157,7 @@ def test_variants_train_and_export(tmp_path: Path, overrides: list[str]) -> None
         ("regnetx_002", [], False),
         ("convnext_atto", [], False),  # its stride is 32, and it does not pad
         ("vit_tiny_patch16_224", ["patch_size=8", "depth=2"], False),
-        ("mobilenetv3_small_050", [], False),  # wider at its head than num_features says
+        ("mobilenetv3_small_050", [], False),  # its head is wider than num_features
     ],
 )
 def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: bool) -> None:

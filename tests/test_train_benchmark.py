@@ -1,4 +1,4 @@
-"""What --benchmark measures, advises, and leaves alone. No test looks at a time."""
+"""Measurements, advice and side effects of --benchmark. No test depends on timings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def measure(*overrides: str) -> tuple[int, str, str]:
-    """Return the status, and what is printed to each stream."""
+    """Return the exit status, stdout and stderr."""
     return captured(main, "smoke", *TINY, "--benchmark", *overrides)
 
 
@@ -65,7 +65,7 @@ def test_table_bottleneck_and_duration(
 
 
 def test_more_steps_than_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is of 8 steps; no weight moves."""
+    """The run has 8 steps; no weight changes."""
     weights = []
 
     def counting(model: Any, method: Any, *rest: Any) -> Any:
@@ -119,9 +119,9 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked == [parse("smoke", [*TINY, *output])] * 2
     assert measure()[0] == 0
     assert asked[2] == replace(asked[0], output="")
-    with pytest.raises(SystemExit):  # it is of recipes alone
+    with pytest.raises(SystemExit):  # only recipes have it
         main(["export", str(tmp_path), *output, "--benchmark"])
-    with pytest.raises(SystemExit):  # without it, the output is required
+    with pytest.raises(SystemExit):  # otherwise --output is required
         main(["smoke", *TINY])
     assert len(asked) == 3
 
@@ -168,7 +168,7 @@ def test_two_processes() -> None:
         ((400, 1000, 390), 4, True, "The loader is the bottleneck: the step waits for it 60%"),
         ((400, 1000, 390), 4, True, "Try --system.workers 8: there are 8 cores"),
         ((900, 1000, 890), 4, True, "Try --system.workers 5: there are 8 cores"),
-        ((400, 1000, 390), 8, True, "The workers use all 8 cores; the step could use 22 workers"),
+        ((400, 1000, 390), 8, True, "all 8 cores; 22 cores would keep the step busy"),
         ((1500, 1000, 990), 4, True, "The step is the bottleneck. Try --precision bf16"),
         ((1500, 1000, 990), 4, False, "The step is the bottleneck. Try a CUDA device"),
         ((2000, 1000, 600), 4, False, "they share cores. Try --system.workers 3"),

@@ -90,11 +90,11 @@ def throughput_advice(
         line += f"The loader is the bottleneck: the step waits for it {1 - ratio:.0%} of the time. "
         if workers < cores:
             return line + f"Try --system.workers {min(enough, cores)}: there are {cores} cores"
-        return line + f"The workers use all {cores} cores; the step could use {enough} workers"
+        return line + f"The workers use all {cores} cores; {enough} cores would keep the step busy"
     if both < 0.8 * step and workers == 0 and ratio < 5:
         return line + "Loading and training alternate in one process. Try --system.workers 1"
     if both < 0.8 * step:
-        line += f"Combined, they reach {both / step:.0%} of the step's rate: they share cores. "
+        line += f"Combined, both reach {both / step:.0%} of the step's rate: they share cores. "
         if enough < workers:
             return line + f"Try --system.workers {enough}"
         return line + f"More cores would help{'' if cuda else ', or training on a CUDA device'}"

@@ -49,7 +49,7 @@ def init_from(
     """Load the matching parts of a checkpoint into a method on the CPU; other parts stay random.
 
     ``path`` is a checkpoint of any format, a timm folder, or a run (its last checkpoint is used).
-    ``images`` is the digest of the run's images, for which alone the bank's indices are valid.
+    ``images`` is the digest of the run's images: bank indices are only valid for the same images.
     Returns a line for each part, which says whether it was restored or why not, and the license of
     the weights, which is empty if the file does not state it.
 

@@ -101,7 +101,7 @@ class Reporter:
         )
         self._writer: Any = None
         if process.is_main and tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds
+            from torch.utils.tensorboard import SummaryWriter  # slow import
 
             # purge_step hides later steps, which an interrupted run wrote.
             self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)

@@ -56,7 +56,7 @@ def setup_run(config: Config, process: Process) -> Iterator[Run]:
             if process.is_main:
                 stack.enter_context(checkpointing.lock_run_dir(run.config))
         _resume(run)
-        # DistributedDataParallel broadcasts the weights of rank 0 when it is created: it is last.
+        # DistributedDataParallel broadcasts the weights of rank 0 when it is created, so last.
         if run.sampler.start_step < run.sampler.total_steps:
             run.model = wrap_model(run)
         yield run

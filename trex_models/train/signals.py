@@ -51,7 +51,7 @@ class Alarm:
 
 
 class StopSignals:
-    """Context that records the first stop signal, if it is entered in the main thread.
+    """Context manager that records the first stop signal; works only in the main thread.
 
     The block raises StoppedBySignal if, after a signal, loading is abandoned or another process
     fails, which has probably received the same signal.

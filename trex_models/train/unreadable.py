@@ -54,8 +54,8 @@ class UnreadableImages:
         if len(self.training) <= self._limit:
             return ""
         return (
-            f"{len(self.training)} training images are unreadable, more than the limit of "
-            f"{self._limit}, such as: {next(iter(self.training.values()))}, or raise "
+            f"{len(self.training)} training images are unreadable (the limit is {self._limit}), "
+            f"such as: {next(iter(self.training.values()))}, or raise "
             "--data.max-unreadable; then run the same command to continue"
         )
 
@@ -98,7 +98,7 @@ class ImageFiles:
     def _changes(self, name: str, before: Tensor) -> list[str]:
         source, now, since = self._sources[name], self._now[name], self._since
         if before.shape != now.shape:
-            return [f"warning: {len(before):,} -> {len(now):,} {name} images: changed {since}"]
+            return [f"warning: number of {name} images: {len(before):,} -> {len(now):,} {since}"]
         sizes, times = (before != now).T
         times &= ~sizes
         if times.all():
