@@ -90,7 +90,7 @@ def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> 
     Args:
         checkpoint: Folder of a run, or checkpoint file.
         output: Folder for the exported models.
-        license: License of the exported models. Default: the license of the run.
+        license: License of the exported models. If unset: the license of the run.
     """
     from trex_models.train.export import export_checkpoint
 

@@ -287,7 +287,7 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
         *lines,
         f"plot the curves: python -m trex_models.plot {folder}",
         *(f"exported {path}" for path in exported),
-        f'load it: timm.create_model("local-dir:{backbone}", pretrained=True)',
-        f"prepare it for the Hub (in a checkout of the repository): python -m hub build {backbone} "
+        f'load the backbone: timm.create_model("local-dir:{backbone}", pretrained=True)',
+        f"prepare it for the Hub, in a checkout of the repository: python -m hub build {backbone} "
         "--output HUB --name NAME --owner YOU --namespace YOU [--license ID]",
     ]
