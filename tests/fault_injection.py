@@ -1,16 +1,16 @@
-"""Proof that a run which is stopped by anything ends bit for bit like one that never was.
+"""Fault injection: killed or stopped runs must end bit for bit like undisturbed ones.
 
     python -m tests.fault_injection [KILLS]
 
-A tiny run is trained once undisturbed. Then the same command is started again and again, and each
-time killed at a random moment in start-up, steps, saving, export or exit. What it has left when it
-finishes is compared with the undisturbed run: every value of the last checkpoint, metrics.jsonl
-without its speeds, and all other files byte for byte. Then it begins again.
+A tiny run is trained once undisturbed. Then the same command is started repeatedly, and killed each
+time at a random moment in start-up, steps, saving, export or exit. When it finishes, its files are
+compared with those of the undisturbed run: every value of the last checkpoint, metrics.jsonl
+without speeds, and all other files byte for byte. Then the next run starts.
 
-At each end the exit status and the output are checked (no traceback; an error is one line), and
-that loader workers whose parent was killed end, as do the other processes of a run. (Before they
-have met, only a launcher such as torchrun can know it; here, we.) The runs are real processes with
-sessions of their own, forked from one that has imported everything.
+Whenever the processes end, the exit status and the output are checked (no traceback; an error is
+one line). Loader workers whose parent was killed must end, and so must the other processes of a
+run. (Before the process group exists, only a launcher such as torchrun can end them; here, this
+module does.) Each run is a process in its own session, forked from one with all imports.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from trex_models.train import checkpointing
 from trex_models.train.__main__ import main as train_main
 
 _STEPS_PER_EPOCH = 4
-_MOST_SECONDS = 120.0  # of a life
-_PEER_SECONDS = 30.0  # for a process to notice that another one is gone
-_MEETING_SECONDS = 10.0  # the same in start-up; before they have met, only a launcher can tell it
-_ORPHAN_SECONDS = 15.0  # for a loader worker to notice that its parent is gone
+_MOST_SECONDS = 120.0  # maximum duration of a start
+_PEER_SECONDS = 30.0  # for a process to notice that another one has ended
+_MEETING_SECONDS = 10.0  # the same in start-up, before the process group exists
+_ORPHAN_SECONDS = 15.0  # for a loader worker to notice that its parent has ended
 _MOST_WRONG = 20
 _POLL = 0.0005
 _PEER_FAILED = r"error: .*another process failed.*\n"
-# Before it torch logs its own stack.
+# torch logs its own stack trace before this line.
 _NOT_MET = r"(?m)^error: .*this process cannot connect to the others.*\n\Z"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A command of a run that takes seconds: three epochs of four steps by default."""
+    """Settings of a run that takes seconds: three epochs of four steps by default."""
 
     processes: int = 1
     workers: int = 0
@@ -72,12 +72,12 @@ class Setting:
 
     @property
     def hidden_dim(self) -> int:
-        """Large where the order of sums can matter: from three processes on."""
+        """Large if the order of sums can matter, that is with three processes or more."""
         return 16 if self.processes < 3 else 256
 
     @property
     def command(self) -> list[str]:
-        """What comes after ``python -m trex_models.train``; the folder is relative."""
+        """Arguments of ``python -m trex_models.train``; the folder is relative."""
         options = f"""--data.images-per-class {self.batch_size} --optim.epochs {self.epochs}
             --optim.batch-size {self.batch_size} --model.hidden-dim {self.hidden_dim}
             --system.workers {self.workers} --system.log-every {self.log_every}
@@ -106,7 +106,7 @@ class Life:
             self.processes.append(process)
 
     def out(self, rank: int = 0) -> str:
-        """Return what a process has printed so far."""
+        """Return the output of a process so far."""
         return (self.folder / f"{rank}.out").read_text()
 
     def err(self, rank: int = 0) -> str:
@@ -134,16 +134,16 @@ class Life:
                     os.kill(pid, number)
 
     def end(self, seconds: float = _MOST_SECONDS) -> list[int | None]:
-        """Wait for all processes; return their exit statuses, None for one that had to be ended.
+        """Wait for all processes; return their exit statuses, None for a process that was killed.
 
-        A negative status is a signal's number.
+        A negative status is the number of a signal.
         """
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0.01))
         hanging = self.ranks_alive()
         if hanging:
-            self.send(signal.SIGUSR2, hanging)  # they print where they are
+            self.send(signal.SIGUSR2, hanging)  # they print their stack traces
             time.sleep(0.5)
             self.send(signal.SIGKILL, hanging)
         for process in self.processes:
@@ -151,23 +151,23 @@ class Life:
         return [None if r in hanging else p.exitcode for r, p in enumerate(self.processes)]
 
     def saving(self) -> bool:
-        """Return whether a checkpoint is being written, or left half-written."""
+        """Return True if a checkpoint is being written, or was left incomplete."""
         return any((self.run / "checkpoints").glob("*.tmp"))
 
     def all_steps_saved(self) -> bool:
         return (self.run / "checkpoints" / f"step_{self.setting.total_steps}.pt").exists()
 
     def started(self) -> bool:
-        """Return whether the processes have met, and know the data."""
+        """Return True if the process group exists and the data has been opened."""
         return " images of " in self.out()
 
 
 def _live(
     folder: Path, rank: int, command: list[str], environment: dict[str, str], start_method: str
 ) -> None:
-    """Be a run: what ``python -m trex_models.train`` does, in a forked process."""
-    set_start_method(start_method, force=True)  # of loader workers: the usual one, not ours
-    os.setsid()  # its loader workers can be found by it
+    """Run ``python -m trex_models.train`` in this forked process."""
+    set_start_method(start_method, force=True)  # of loader workers: the default
+    os.setsid()  # identifies the loader workers
     os.chdir(folder)
     os.environ.update(environment)
     tempfile.tempdir = str(Path(folder, "tmp"))
@@ -175,7 +175,7 @@ def _live(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.register(signal.SIGUSR2)
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which has been read already
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was read at import
     sys.exit(train_main(command, exits=True))
 
 
@@ -185,12 +185,12 @@ def names_of_checkpoints(run: Path) -> frozenset[str]:
 
 
 def members(session: int) -> list[int]:
-    """Return the processes of a session, without those that have ended and are not yet reaped."""
+    """Return the processes of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, *fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended in the meantime
             continue
         if int(fields[2]) == session and state not in "ZX":
             found.append(int(path.parent.name))
@@ -198,7 +198,7 @@ def members(session: int) -> list[int]:
 
 
 def compare(run: Path, reference: Path, total_steps: int) -> list[str]:
-    """Return the names of what a finished run has other than another one; speeds may differ."""
+    """Return the names of all differences between two finished runs, except speeds."""
     ours, theirs = (_contents(folder) for folder in (run, reference))
     found = [
         name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
@@ -214,14 +214,14 @@ def compare(run: Path, reference: Path, total_steps: int) -> list[str]:
 
 
 def _contents(run: Path) -> dict[str, object]:
-    """Return a run's files and its reports, without the checkpoints."""
+    """Return the files and reports of a run, without its checkpoints."""
     files = [path for path in run.rglob("*") if path.parent.name != "checkpoints"]
     contents = {str(p.relative_to(run)): p.read_bytes() if p.is_file() else b"" for p in files}
     return contents | {"metrics.jsonl": logged(run)}
 
 
 class Pace(NamedTuple):
-    """When the parts of an undisturbed run end, in seconds since its start."""
+    """End times of the phases of an undisturbed run, in seconds since its start."""
 
     started: float
     saved: float
@@ -230,7 +230,7 @@ class Pace(NamedTuple):
 
 
 def undisturbed(setting: Setting, folder: Path) -> Pace:
-    """Train without a fault in ``folder``/run; return how long its parts take."""
+    """Train undisturbed in ``folder``/run; return the end times of its phases."""
     idle = forkserver.Process(target=time.sleep, args=(0,))
     idle.start()  # starts the server
     idle.join()
@@ -250,7 +250,7 @@ def undisturbed(setting: Setting, folder: Path) -> Pace:
 
 
 class Tormentor:
-    """Runs a setting to its end again and again, killing it on its way."""
+    """Runs a setting to its end repeatedly, and kills it on the way."""
 
     def __init__(self, setting: Setting, folder: Path) -> None:
         self.setting = setting
@@ -263,7 +263,7 @@ class Tormentor:
         self._orphans: dict[int, float] = {}  # sessions, and when their leader was killed
 
     def until(self, kills: int) -> None:
-        """Continue until so many kills are counted, and the run under way has finished."""
+        """Continue until this number of kills is reached and the current run has finished."""
         while (self.kills < kills or self._folder.exists()) and len(self.wrong) < _MOST_WRONG:
             self._live_once(kill=self.kills < kills)
         while self._orphans:
@@ -271,7 +271,7 @@ class Tormentor:
             time.sleep(0.1)
 
     def _live_once(self, kill: bool) -> None:
-        """Start the command, and kill it unless it finishes before; check its end."""
+        """Start the command, kill it unless it finishes first, and check how it ended."""
         saved = [int(path.stem[5:]) for path in checkpointing.files(self._folder / "run")]
         life = Life(self.setting, self._folder)
         victims: list[int] = []
@@ -296,7 +296,7 @@ class Tormentor:
         self._check_orphans()
 
     def _await_moment(self, life: Life, share: float) -> None:
-        """Wait for a random moment: anywhere, or in a phase that is too short to be hit often."""
+        """Wait for a random moment of the run, or of a phase that is too short to be hit often."""
         pace, uniform = self._pace, random.uniform
         length = pace.ended - (1 - share) * (pace.saved - pace.started)
         kind = random.choices(["anywhere", "start-up", "save", "export"], [4, 1, 4, 1])[0]
@@ -316,16 +316,16 @@ class Tormentor:
     def _may_end(
         self, life: Life, rank: int, status: int | None, victims: list[int], all_saved: bool
     ) -> bool:
-        """Return whether a process may end so, after some of them were killed."""
+        """Return True if a process may end with this result after some processes were killed."""
         err = life.err(rank)
         lost_another = bool(re.fullmatch(_PEER_FAILED, err))
         if rank in victims and status in (-signal.SIGKILL, 0):
-            # Of several, each is killed a moment after the one before, and may see it end.
+            # Several processes are killed one after the other, and may see the previous one end.
             saw_another = rank != victims[0] and lost_another
             # Orphaned workers may complain.
             return not err or saw_another or self.setting.workers > 0
         if status is None:
-            return "init_process_group" in err  # waits for one that had not yet come
+            return "init_process_group" in err  # waits for a process that has not joined
         if status == 0:
             return all_saved
         if status == 1:
@@ -370,7 +370,7 @@ SETTINGS = [
 
 
 def main(kills: int = 200) -> int:
-    """Kill runs that often, all settings together; return 1 if anything went wrong."""
+    """Kill runs this number of times in total; return 1 if anything went wrong."""
     wrong = []
     for setting in SETTINGS:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Checkpoints that are torn or foreign, folders of other runs, and steps kept for study."""
+"""Damaged or foreign checkpoints, folders of other runs, and saved steps for debugging."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def flip(data: bytes, offset: int) -> bytes:
 def test_damage_at_any_offset_is_noticed_or_harmless(
     finished: Path, tmp_path: Path, damage: Callable[[bytes, int], bytes]
 ) -> None:
-    """Harmless: in the padding between tensors, and in fields of the zip that are not read."""
+    """Harmless: in the padding between tensors, and in fields of the zip file that are unused."""
     data = checkpointing.files(finished)[-1].read_bytes()
     whole = copy.deepcopy(last_state(finished))
     draw = random.Random(0)
-    ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # the zip's own records
+    ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # records of the zip format
     noticed = 0
     for offset in ends + [draw.randrange(len(data)) for _ in range(150)]:
         path = tmp_path / "step_8.pt"
@@ -82,7 +82,7 @@ def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     (copied / "checkpoints/step_8.pt").write_bytes(content)
     out = told(copied, *MIDWAY)
-    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it is renamed to" in out
+    assert "step_8.pt cannot be read as a checkpoint: it is damaged; it was renamed to" in out
     assert f"continues from {copied}/checkpoints/step_6.pt" in out
     assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
     ours, theirs = last_state(copied), last_state(finished)
@@ -117,7 +117,7 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        (20_000, r"error: .*/step_6\.pt cannot be written \(File too large\); make room, .*\n"),
+        (20_000, r"error: .*/step_6\.pt cannot be written \(File too large\); fix this, .*\n"),
         (100, r"error: .*File too large: '.*/metrics\.jsonl'\n"),
     ],
     ids=["checkpoint", "metrics"],
@@ -125,7 +125,7 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     finished: Path, tmp_path: Path, limit: int, message: str
 ) -> None:
-    """A file that may not grow fails in the middle, as one on a full disk."""
+    """A limit on the file size interrupts a write, like a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     steps: list[int] = []
@@ -167,7 +167,7 @@ def test_an_export_reads_without_changing_anything(copied: Path, tmp_path: Path)
 
 
 def test_a_continued_run_does_not_hold_its_checkpoint(copied: Path) -> None:
-    """It would take the place of a deleted file on the disk, or in memory."""
+    """An open checkpoint would occupy memory, or disk space after it is deleted."""
     checkpointing.files(copied)[-1].unlink()
     held: list[bool] = []
 
@@ -188,7 +188,7 @@ def test_foreign_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
         assert f"step_12.pt {message}" in refused(copied, *MIDWAY)
 
     shutil.copy(copied / "checkpoints/step_8.pt", foreign)
-    is_refused("belongs to another run (step: 8); move it out")
+    is_refused("belongs to another run (step: 8); move it to")
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", foreign)
     is_refused("belongs to another run (seed: 5 -> 0; step: 8)")
@@ -211,7 +211,7 @@ def test_a_folder_with_other_settings_is_refused_by_their_names(finished: Path) 
         "system.sync_batchnorm: True -> False"
     )
     err = refused(finished, *MIDWAY, *overrides)
-    assert f"{finished} already holds another run ({named})" in err
+    assert f"{finished} already contains a run with other settings ({named})" in err
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 
@@ -220,7 +220,7 @@ def test_what_does_not_change_the_result_may_change(copied: Path, finished: Path
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
     out = told(copied, *free.split())
     assert "continues from" in out
-    assert "warning: saved elsewhere (channels_last: True -> False)" in out
+    assert "was saved in another environment (channels_last: True -> False)" in out
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert logged(copied)[-1].keys() == logged(finished)[-1].keys()
 
@@ -230,9 +230,9 @@ def test_processes_that_normalize_other_parts_of_a_batch_are_refused(copied: Pat
     state = copy.deepcopy(checkpointing.load(path))
     four = {"environment": state["environment"] | {"processes": 4}}
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
-    assert "was saved by 4 processes, and BatchNorm saw 4 parts" in refused(copied, *MIDWAY)
+    assert "was saved by 4 processes: BatchNorm normalized 4 parts" in refused(copied, *MIDWAY)
     checkpointing.write(path, state | four)  # synchronized
-    assert "warning: saved elsewhere (processes: 4 -> 1)" in told(copied, *MIDWAY)
+    assert "was saved in another environment (processes: 4 -> 1)" in told(copied, *MIDWAY)
 
 
 def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
@@ -245,7 +245,7 @@ def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
     assert run(copied, *MIDWAY) == 0
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     assert sorted(p.name for p in (copied / "export").iterdir()) == [".git", "backbone", "cls"]
-    folder = copied.with_name("killed")  # before config.json was there
+    folder = copied.with_name("killed")  # before it wrote config.json
     (folder / "checkpoints").mkdir(parents=True)
     (folder / ".lock").touch()
     (folder / ".config.json.tmp").write_text("{")
@@ -258,7 +258,7 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     err = refused(tmp_path / "run", *overrides, "drop_path_rate=0.1")
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "no longer finite" in err
-    assert "lower optim.base_lr" in err
+    assert "lower --optim.base-lr" in err
     assert not checkpointing.files(tmp_path / "run")
     assert f"trex_models.train.export.load_step('{path}')" in err
     method, (crops, labels, ids), precision = export.load_step(path)
@@ -272,7 +272,7 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     bank: Any = method.objective.bank
     step = checkpointing.load(path)["step"]
     assert f"the loss of step {step} " in err
-    assert bank.pointer == 8 * step % 32  # of the steps before, not of this one
+    assert bank.pointer == 8 * step % 32  # of the previous steps, without this one
     assert torch.equal(before["objective.bank.features"], bank.embeddings)
     state = checkpointing.load(path)
     del state["crops"]
@@ -280,7 +280,7 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
         k: v.nan_to_num() if torch.is_tensor(v) else v for k, v in state["method"].items()
     }
     checkpointing.write(tmp_path / "step_1.pt", state)
-    with pytest.raises(ValueError, match="is a checkpoint, not a step"):
+    with pytest.raises(ValueError, match="is a checkpoint, not a failed step"):
         export.load_step(tmp_path / "step_1.pt")
 
 
@@ -294,10 +294,10 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(tmp_path: Path) -> N
     checkpointing.files(tmp_path / "run")[-1].unlink()
     save_image(moved / "a/3.jpg", seed=9)
     out = told(tmp_path / "run", *folder, str(moved))
-    assert out.count("warning: 1 of 16 training images have other ") == 1
+    assert out.count("warning: 1 of 16 training images have new ") == 1
     assert f"such as {moved}/a/3.jpg" in out
     (moved / "a/3.jpg").rename(moved / "a/9.jpg")
-    assert "was saved with other images" in refused(tmp_path / "run", *folder, str(moved))
+    assert "was saved with different images" in refused(tmp_path / "run", *folder, str(moved))
 
 
 def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:

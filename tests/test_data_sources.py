@@ -89,21 +89,21 @@ def test_validation_images_may_be_of_some_classes(source: str, data: Path, tmp_p
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("--data.path {data}/train.csv", "train.csv is a file; a CSV file needs --data.source csv"),
-        ("--data.source csv", "name the CSV file by --data.path"),
+        ("--data.path {data}/train.csv", "train.csv is a file, not a folder of class folders"),
+        ("--data.source csv", "--data.path is not set; pass the CSV file"),
         ("--data.source csv --data.path {data}/folder", "folder"),
         ("--data.source huggingface --data.path {data}/saved", "held, train.*--data.split"),
         ("--data.source huggingface --data.path {data}/saved --data.split test", "test"),
-        ("--data.split train", "data.split is set, but data.source folder"),
-        ("--data.source fractals --data.label-column x", "data.label_column is set"),
-        ("--data.source fractals --validation.split x", "validation.split is set"),
-        ("--data.source fractals --validation.path x", "validation.path is set"),
-        ("--data.source fractals --data.max-unreadable 1", r"a share in \[0, 1\), got 1.0"),
+        ("--data.split train", "--data.split is not available with --data.source folder"),
+        ("--data.source fractals --data.label-column x", "--data.label-column is not available"),
+        ("--data.source fractals --validation.split x", "--validation.split is not available"),
+        ("--data.source fractals --validation.path x", "--validation.path is not available"),
+        ("--data.source fractals --data.max-unreadable 1", r"must be in \[0, 1\), got 1.0"),
         (
             "--data.source fractals --validation.images-per-class 0 --validation.neighbors 5",
-            "there are no images to validate on",
+            "there are no validation images",
         ),
-        ("--data.source fractals --objective.neighbors 0", "objective.neighbors must be at"),
+        ("--data.source fractals --objective.neighbors 0", "--objective.neighbors must be at"),
     ],
 )
 def test_refused_in_one_line(

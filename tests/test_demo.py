@@ -103,4 +103,4 @@ def test_a_signal_stops_it_without_a_traceback(
     stopped = StoppedBySignal(signal.SIGTERM, 3, 9)
     monkeypatch.setattr(demo, "train", Mock(side_effect=stopped))
     assert demo.main(["--output", str(tmp_path / "run")]) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM after step 3 of 9, saved" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 3 of 9 (saved)" in capsys.readouterr().out

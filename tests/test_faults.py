@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop end bit for bit like undisturbed ones."""
+"""Runs that are killed or stopped end bit for bit like undisturbed ones."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from trex_models.train.signals import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
-# Saves at its end, and when it is asked to stop.
+# Saves only at its end, and when it is stopped.
 LONG = Setting(epochs=6, log_every=1, save_steps=100)
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setting], Path]:
-    """Return the folder of an undisturbed run of a setting."""
+    """Return a function from settings to the folder of an undisturbed run."""
 
     @cache
     def get(setting: Setting) -> Path:
@@ -45,7 +45,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Setting], P
 
 
 def assert_finishes_like(reference: Path, setting: Setting, folder: Path) -> Life:
-    """Start the command once more, and compare what it leaves."""
+    """Start the command again, and compare its files with the reference."""
     life = Life(setting, folder)
     assert life.end() == [0] * setting.processes, life.err()
     assert compare(life.run, reference, setting.total_steps) == []
@@ -85,7 +85,7 @@ def test_stops_when_asked_to(
     number: Signals,
     rank: int,
 ) -> None:
-    """A signal to one process after step 2 stops all at the same step."""
+    """A signal to one process after step 2 stops all processes at the same step."""
     life = Life(setting, tmp_path)
     assert life.await_(lambda: "step 2/" in life.out())
     life.send(number, [rank])
@@ -102,7 +102,7 @@ def test_signals_during_export_and_exit_change_nothing(tmp_path: Path, processes
     assert life.await_(life.all_steps_saved)
     while life.ranks_alive():
         for number in STOP_SIGNALS:
-            if number != SIGINT:  # the second one ends the process at once
+            if number != SIGINT:  # a second one ends the process immediately
                 life.send(number, range(processes))
         time.sleep(0.001)
     assert life.end() == [0] * processes, life.err()
@@ -126,10 +126,10 @@ def test_stops_while_a_loader_worker_is_stopped(
 
 
 def stopped_at(life: Life, reason: str) -> int:
-    """Return the step that a run says it stopped at; it is its last checkpoint, without errors."""
+    """Return the reported last step of a stopped run; check its checkpoint and errors."""
     last = life.out().splitlines()[-1]
     said = re.fullmatch(
-        rf"stopped by {reason} after step (\d+) of \d+, saved; the same command continues", last
+        rf"stopped by {reason} after step (\d+) of \d+ \(saved\); run the same command .*", last
     )
     assert said, last
     assert life.err() == ""

@@ -1,4 +1,4 @@
-"""Figures about a head's health, against counting by hand."""
+"""Diagnostics of the head, against counts by hand."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_bank_of_noise_then_of_entries() -> None:
         "bank_initial": pytest.approx(2 / 6),
     }
     saved, bank = bank.state_dict(), MemoryBank(6, 3, 4)
-    bank.load_state_dict(saved)  # with the ages
+    bank.load_state_dict(saved)  # including the ages
     objective = OnlineClassMeans(bank, 0.1)
-    fill(bank, [1, 1, 1, 1])  # two fit
+    fill(bank, [1, 1, 1, 1])  # wraps around
     fill(bank, [1, 1])
     assert bank.written.tolist() == [3, 3, 1, 1, 2, 2]
     assert bank.indices.tolist() == [0, 1, 0, 1, 0, 1]
@@ -49,7 +49,7 @@ def test_change_of_class_vectors(objective: CosineSoftmax | LinearSoftmax) -> No
     before = class_directions(objective)
     weight = objective.classifier.weight
     with torch.no_grad():
-        weight[0] *= 2  # no other direction
+        weight[0] *= 2  # same direction
         weight[1] *= -1
     assert head_health(objective, before) == {
         "prototype_change": pytest.approx(2 / 4),

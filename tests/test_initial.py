@@ -1,4 +1,4 @@
-"""Starting from a checkpoint: what is restored, and what is reported."""
+"""Warm start from a checkpoint: restored parts and reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trex_models.train.export import export_method
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each objective, and one in the official form."""
+    """Return a finished run of each objective, and its weights in the official format."""
     folder = tmp_path_factory.mktemp("sources")
     found = {}
     for objective in ("ocm", "cosine", "softmax"):
@@ -38,7 +38,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def started(path: Path, folder: Path, *more: str) -> list[str]:
-    """Start a run from a file; return the lines about it."""
+    """Start a run from a file; return the report of its parts."""
     lines = told(folder, "--init-from", str(path), *more).splitlines()
     first = lines.index(f"from {file_of(path)}:")
     *parts, last = [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
@@ -52,39 +52,39 @@ def file_of(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-UNNAMED = "the file does not name them; they must be the run's 4 in their order"
+UNNAMED = "not named in the file; they must be the same as the run's 4 classes, in the same order"
 
 
 def init(path: Path, method: TReX, names: list[str], images: str = "images") -> dict[str, str]:
-    """Start a method from a file; return what became of each part."""
+    """Load a file into a method; return the report by part."""
     lines, _ = init_from.init_from(path, method, names, images)
     return dict(line.strip().split(": ", 1) for line in lines[1:])
 
 
-# The official release has no classifier of the other kind.
+# The official release has no model with a linear classifier.
 @pytest.mark.parametrize("name", ["ocm", "cosine", "softmax", "official ocm", "official cosine"])
 def test_every_part_of_the_same_method_is_restored(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     official, objective = name.startswith("official"), name.removeprefix("official ")
     saved = last_state(sources[objective])
-    if objective == "ocm":  # the run ends where its bank does, at pointer 0
+    if objective == "ocm":  # the pointer of a finished run is 0
         saved["method"]["objective.bank._extra_state"] = {"pointer": 24, "batches": 7}
     path = tmp_path / "file.pth"
     torch.save(official_form(saved["method"]) if official else saved, path)
     method = build.build_method(from_dict(saved["config"]), 4)
-    fates = init(path, method, saved["classes"], saved["images"])
-    assert fates.pop("classes", "") == (UNNAMED if official else "")
-    assert set(fates.values()) == {"restored"}
+    report = init(path, method, saved["classes"], saved["images"])
+    assert report.pop("classes", "") == (UNNAMED if official else "")
+    assert set(report.values()) == {"restored"}
     state = method.state_dict()
     if objective == "ocm":
-        assert (state.pop("objective.bank.written") == -1).all()  # not by this run
+        assert (state.pop("objective.bank.written") == -1).all()  # not written by this run
         ids = state.pop("objective.bank.indices")
         expected = saved["method"]["objective.bank.indices"]
         assert torch.equal(ids, torch.full_like(ids, -1) if official else expected)
         assert state.pop("objective.bank._extra_state") == {"pointer": 24, "batches": 0}
     assert_same_state(state, {key: saved["method"][key] for key in state})
-    if objective == "ocm":  # from other images
+    if objective == "ocm":  # with other images
         method = build.build_method(from_dict(saved["config"]), 4)
         init(path, method, saved["classes"], "others")
         assert (method.state_dict()["objective.bank.indices"] == -1).all()
@@ -99,24 +99,24 @@ PROTOTYPES = "class weights, from the bank's prototypes"
 @pytest.mark.parametrize(
     ("source", "overrides", "expected"),
     [
-        ("ocm", DEEPER, "projector: random: .* missing, .* unexpected"),
-        ("ocm", DEEPER, f"momentum encoder: copy of the encoder: {LOST}"),
-        ("ocm", DEEPER, f"memory bank: noise: {LOST}"),
-        ("ocm", PLAIN, "projector: random: the run has none"),
-        ("ocm", PLAIN, f"memory bank: noise: {LOST}"),
+        ("ocm", DEEPER, "projector: not restored .* missing, .* unexpected.$"),
+        ("ocm", DEEPER, f"momentum encoder: copy of the encoder .{LOST}.$"),
+        ("ocm", DEEPER, f"memory bank: not restored .{LOST}.$"),
+        ("ocm", PLAIN, "projector: not restored .the run has none.$"),
+        ("ocm", PLAIN, f"memory bank: not restored .{LOST}.$"),
         ("ocm", FEW, "momentum encoder: restored"),
-        ("ocm", FEW, r"memory bank: noise: .*\(32, 8\).*\(16, 8\).*bank_size"),
+        ("ocm", FEW, r"memory bank: not restored .*\(32, 8\).*\(16, 8\).*--objective.bank-size"),
         ("ocm", "--data.num-classes 5", "projector: restored"),
-        ("ocm", "--data.num-classes 5", "memory bank: noise: the file's 4 classes are .* run's 5"),
-        ("ocm", COSINE, "momentum encoder: not used: the objective has none"),
+        ("ocm", "--data.num-classes 5", "memory bank: not restored .*file's 4 classes .* run's 5"),
+        ("ocm", COSINE, "momentum encoder: not used .the objective has none"),
         ("ocm", COSINE, f"{PROTOTYPES}: restored"),
-        ("ocm", SOFTMAX, f"{PROTOTYPES}: random: .*cosine"),
+        ("ocm", SOFTMAX, f"{PROTOTYPES}: not restored .*cosine"),
         ("ocm", "--objective.name look", "memory bank: restored"),
-        ("cosine", "", "momentum encoder: copy of the encoder: the file has none"),
-        ("cosine", "", "memory bank: noise: the file has none"),
-        ("cosine", "", "class weights: not used: the objective has none"),
-        ("softmax", COSINE, "class weights: random: .*biases"),
-        ("official ocm", "--data.num-classes 9", "memory bank: noise: .* up to 3, .* 9 classes"),
+        ("cosine", "", "momentum encoder: copy of the encoder .the file has none"),
+        ("cosine", "", "memory bank: not restored .the file has none"),
+        ("cosine", "", "class weights: not used .the objective has none"),
+        ("softmax", COSINE, "class weights: not restored .*biases"),
+        ("official ocm", "--data.num-classes 9", "memory bank: not restored .* 3 .* 9 classes"),
     ],
 )
 def test_what_does_not_fit_is_told(
@@ -124,9 +124,9 @@ def test_what_does_not_fit_is_told(
 ) -> None:
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *overrides.split()])
     names = [f"fractal {label:04d}" for label in range(config.data.num_classes)]
-    fates = init(sources[source], build.build_method(config, len(names)), names)
-    assert fates["backbone"] == "restored"
-    assert any(re.match(expected, f"{part}: {fate}") for part, fate in fates.items()), fates
+    report = init(sources[source], build.build_method(config, len(names)), names)
+    assert report["backbone"] == "restored"
+    assert any(re.match(expected, f"{part}: {fate}") for part, fate in report.items()), report
 
 
 def test_what_is_not_restored_keeps_its_random_weights(
@@ -150,23 +150,23 @@ def test_what_is_not_restored_keeps_its_random_weights(
 def test_timm_folders_are_taken(part: str, sources: dict[str, Path], tmp_path: Path) -> None:
     options = ["--objective.name", "cosine", "--optim.epochs", "1"]
     lines = started(sources["cosine"] / "export" / part, tmp_path / "run", *options)
-    fate = "restored" if part == "cls" else "random: the file has none"
+    fate = "restored" if part == "cls" else "not restored (the file has none)"
     assert lines == ["backbone: restored", f"projector: {fate}", f"class weights: {fate}"]
 
 
 def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Through an interruption too, where the file is read no more."""
+    """Also after an interruption, when the file is not read again."""
     command = ["--init-from", str(sources["official ocm"])]
     err = refused(tmp_path / "run", *command, "--license", "mit")
     assert "cc-by-nc-sa-4.0, and so is what is trained from them, not under mit" in err
     assert not (tmp_path / "run").exists()
     out = told(tmp_path / "run", *command)
-    assert "weights: cc-by-nc-sa-4.0, also of weights trained from" in out
+    assert "weights: cc-by-nc-sa-4.0, which covers derived weights" in out
     assert f"from {sources['official ocm']}" not in told(tmp_path / "run", *command)
     for part in ("backbone", "cls"):
         config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"
-    # And what is trained from that is under it again, continued or exported.
+    # It also covers models that are trained from this run, resumed or exported.
     checkpointing.files(tmp_path / "run")[-1].unlink()
     left = checkpointing.files(tmp_path / "run")
     for more in (command, ["--init-from", str(tmp_path / "run")]):
@@ -179,7 +179,7 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_navers_backbone_files_are_known(sources: dict[str, Path], tmp_path: Path) -> None:
-    """By their names, and by what a conversion writes into the file."""
+    """By file name, and by the metadata of converted files."""
     saved = last_state(sources["ocm"])
     prefix = "encoder.backbone."
     backbone = {
@@ -199,21 +199,21 @@ def test_navers_backbone_files_are_known(sources: dict[str, Path], tmp_path: Pat
 def test_weights_of_other_classes_or_another_order_are_not_restored(
     sources: dict[str, Path],
 ) -> None:
-    """However many classes there are; exports name them, too."""
+    """For any number of classes; exports also contain their names."""
     saved = last_state(sources["cosine"])
     other = ["another", *saved["classes"][1:]], ", such as another"
-    another_order = saved["classes"][::-1], ": in another order"
+    another_order = saved["classes"][::-1], " in their order"
     for path in (sources["cosine"], sources["cosine"] / "export" / "cls"):
         for names, difference in (other, another_order):
             method, untouched = (build.build_method(from_dict(saved["config"]), 4) for _ in "ab")
             assert init(path, method, names)["class weights"] == (
-                f"random: the file's 4 classes are not the run's 4{difference}"
+                f"not restored (the file's 4 classes differ from the run's 4{difference})"
             )
             assert_same_state(method.objective.state_dict(), untouched.objective.state_dict())
 
 
 def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
-    """Whatever timm calls them."""
+    """For any name of the classifier in timm."""
     options = """--model.backbone vit_tiny_patch16_224 --model.backbone-args depth=1
         --model.projector none --objective.name softmax""".split()
     config = parse("smoke", ["--output", "x", *TINY, *options])
@@ -241,12 +241,12 @@ def test_files_that_will_not_do(sources: dict[str, Path], tmp_path: Path) -> Non
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "other.pth")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for path, reason in {
-        tmp_path / "none.pth": "does not exist; name a checkpoint",
-        tmp_path: "neither a run's folder nor a timm folder",
+        tmp_path / "none.pth": "does not exist; pass a checkpoint",
+        tmp_path: "neither the folder of a run nor a timm folder",
         page: "web page",
         tmp_path / "nan.pth": "projector.1.fc.bias has 1 values that are not finite",
-        tmp_path / "other.pth": r"its backbone is not the run's \(.* missing.*set model.backbone",
-        tmp_path / "empty": "holds no checkpoint; name another run",
+        tmp_path / "other.pth": r"its backbone differs from .* \(.* missing.*set --model.backbone",
+        tmp_path / "empty": "contains no checkpoint; pass another run",
     }.items():
         err = refused(tmp_path / "run", "--init-from", str(path))
         assert re.search(reason, err), err

@@ -1,4 +1,4 @@
-"""What is refused or warned of before the first step."""
+"""Errors and warnings before the first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from trex_models.train.unreadable import ImageFiles
 
 
 def set_free_space(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
-    """Let every disk have so much space; return the paths that are asked for."""
+    """Set the free space of every disk in bytes; return the list of queried paths."""
     asked: list[Path] = []
 
     def usage(path: Path) -> SimpleNamespace:
@@ -46,7 +46,7 @@ def labels_of(counts: list[int]) -> np.ndarray:
 
 
 def exact_share(size: int, counts: list[int]) -> float:
-    """Mean over classes of C(N - n, Q) / C(N, Q), in integers."""
+    """Return the mean over classes of C(N - n, Q) / C(N, Q), computed with integers."""
     total = sum(counts)
     absent = {n: math.comb(total - n, size) / math.comb(total, size) for n in set(counts)}
     return sum(absent[n] for n in counts) / len(counts)
@@ -56,11 +56,11 @@ def exact_share(size: int, counts: list[int]) -> float:
     ("counts", "size", "recommended"),
     [
         ([20] * 50, 100, 512),
-        ([1, 2, 3, 5, 8, 13, 21, 200, 400], 30, 653),  # no power of two below all suffices
+        ([1, 2, 3, 5, 8, 13, 21, 200, 400], 30, 653),  # no power of two below N is sufficient
         ([1] * 500 + [500], 600, 1000),
         ([1] * 40, 40, None),
         ([1] * 40, 39, 40),
-        ([5, 95], 96, None),  # no 96 images are of the other class alone
+        ([5, 95], 96, None),  # 96 images cannot all be of the other class
         ([5, 95], 95, None),
         ([3, 3], 1, 4),
         ([100] * 100, 440, 1024),  # 1.1 %
@@ -74,9 +74,9 @@ def exact_share(size: int, counts: list[int]) -> float:
 def test_share_of_classes_without_a_prototype(
     counts: list[int], size: int, recommended: int | None
 ) -> None:
-    """A bank that leaves over 1 % without one is warned of, one that must leave some refused."""
+    """More than 1 % cause a warning; fewer entries than classes are an error."""
     if size < len(counts):
-        below = f"bank_size {size} is below the {len(counts)} classes"
+        below = f"--objective.bank-size {size} is below the {len(counts)} classes"
         with pytest.raises(ValueError, match=below) as caught:
             checks.check_bank_size(size, labels_of(counts), len(counts))
         message = str(caught.value)
@@ -87,7 +87,7 @@ def test_share_of_classes_without_a_prototype(
         assert exact_share(size, counts) <= 0.01
         return
     found = re.search(
-        r"leaves (?:about )?(\S+)% of the classes without .*-size (\d+) leaves (\S+)%$", message
+        r"leaves (?:about )?(\S+)% of the classes .*-size (\d+) would leave (\S+)%$", message
     )
     assert found
     assert "\n" not in message
@@ -99,7 +99,7 @@ def test_share_of_classes_without_a_prototype(
 
 
 def test_bank_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ValueError, match="bank_size 101 exceeds .* 100 images.* use at most 100$"):
+    with pytest.raises(ValueError, match="bank-size 101 exceeds .* 100 images.* use at most 100$"):
         checks.check_bank_size(101, labels_of([50, 50]), 2)
     assert checks.check_bank_size(100, labels_of([50, 50]), 2) is None
 
@@ -126,10 +126,10 @@ def test_disk_space_is_that_of_the_checkpoints(
 def test_size_of_a_checkpoint_and_of_a_bank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
-    """The estimate is that of a file that a run leaves, but for its index of names."""
+    """The estimate is close to the size of a real file, which also contains names."""
     options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
         --objective.bank-size 4""".split()
-    warned = "warning: a bank of 4 leaves about " in told(tmp_path / "run", *options)
+    warned = "warning: --objective.bank-size 4 leaves about " in told(tmp_path / "run", *options)
     assert warned == (objective == "ocm")
     path = checkpointing.files(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
@@ -143,14 +143,14 @@ def test_size_of_a_checkpoint_and_of_a_bank(
 
 def test_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path)
-    needed = 10**6 * 4 * 3 * 3  # that each worker keeps
+    needed = 10**6 * 4 * 3 * 3  # 3 batches of each worker
     asked = set_free_space(monkeypatch, needed)
     checks.check_shared_memory(10**6, workers=4, processes=3)
     assert asked == [tmp_path]
     set_free_space(monkeypatch, needed - 1)
-    with pytest.raises(ValueError, match="from 12 workers take 36 MB; .* --system.workers"):
+    with pytest.raises(ValueError, match="of 12 workers need 36 MB; .* --system.workers"):
         checks.check_shared_memory(10**6, workers=4, processes=3)
-    checks.check_shared_memory(10**6, workers=0, processes=3)  # needs none
+    checks.check_shared_memory(10**6, workers=0, processes=3)  # no workers
     monkeypatch.setattr(checks, "_SHARED_MEMORY", tmp_path / "absent")  # macOS
     checks.check_shared_memory(10**6, workers=4, processes=3)
 
@@ -174,7 +174,7 @@ def test_samples_are_read_from_all_over(count: int) -> None:
 def test_sample_that_is_no_rgb_bytes(image: np.ndarray, tmp_path: Path) -> None:
     source = ArraySource(np.zeros((5, 2, 3, 3), np.uint8), [0] * 5, ["a"])
     source.images = [*source.images[:4], image]
-    message = f"^a image 4 is {re.escape(f'{image.dtype} {image.shape}')}, not uint8"
+    message = f"^a image 4 must be uint8 .*, got {re.escape(f'{image.dtype} {image.shape}')}$"
     with pytest.raises(ValueError, match=message):
         checks.check_samples("training", source)
     (save_classes(tmp_path, 2) / "b" / "1.jpg").write_bytes(b"torn")
@@ -229,16 +229,16 @@ def test_each_trouble_has_a_line_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-TIMES = r"have other modification times since step_4\.pt was saved"
+TIMES = r"have new modification times since step_4\.pt was saved"
 
 
 @pytest.mark.parametrize(
     ("sizes", "times", "expected"),
     [
         ([], [], []),
-        ([3], [], [r"warning: 1 of 8 training images have other sizes .*, such as .*/a/3\.png"]),
+        ([3], [], [r"warning: 1 of 8 training images have new sizes .*, such as .*/a/3\.png"]),
         ([], [1, 2], [rf"warning: 2 of 8 training images {TIMES}, such as .*/a/1\.png"]),
-        ([], range(8), [rf"all training images {TIMES}, but no other sizes"]),
+        ([], range(8), [rf"all training images {TIMES}, but the same sizes"]),
         ([0], range(8), ["warning: 1 of 8 .* sizes", f"warning: 7 of 8 training images {TIMES}"]),
     ],
 )

@@ -59,7 +59,7 @@ def test_processes_that_would_train_apart_do_not_start(images: Path, tmp_path: P
     assert ends[0][1] == (
         f"{images}: 1 file(s) skipped (1 with extension '.txt')\n"
         "error: process 1: this process and process 0 differ in optim.base_lr: 0.8 -> 3.0; the "
-        "images; start all with the same command and the same data\n"
+        "images; start all processes with the same command and the same data\n"
     )
     assert ends[1][1] == ""
     assert not (tmp_path / "run").exists()

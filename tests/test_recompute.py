@@ -158,6 +158,6 @@ def test_backbone_that_cannot_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = ["--model.backbone", "darknet17", "--model.backbone-args", "drop_rate=0.1"]
     error = refused(output, *options, OPTION)
-    start = "error: system.checkpoint_activations: timm's darknet17 cannot recompute"
+    start = "error: backbone darknet17 of timm cannot recompute"
     assert error.startswith(start)
     assert not output.exists()

@@ -1,4 +1,4 @@
-"""From a Config to a run: each part against values computed by hand from unusual settings."""
+"""The parts of a run against values computed by hand from unusual settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trex_models.train.config import Config, ValidationConfig
 from trex_models.train.setup import build_run, setup_run
 from trex_models.train.step import training_step
 
-# No value is a default or equals another one that it could be mistaken for.
+# No value is a default, or equal to a value that it could be confused with.
 CONFIG = parse(
     "smoke",
     """--output unused --seed 11 --system.device cpu --system.workers 0
@@ -62,14 +62,14 @@ Trained = tuple[Path, list[dict[str, Any]]]
 
 
 def batch_keys(step: int) -> list[tuple[int, int]]:
-    """The (epoch, index) keys of a global batch: stream 1 of the seed is the order."""
+    """Return the (epoch, index) keys of a global batch; stream 1 of the seed is the order."""
     epoch, within = divmod(step, 4)
     order = np.random.default_rng((1, 11, epoch)).permutation(27)
     return [(epoch, int(index)) for index in order[6 * within : 6 * within + 6]]
 
 
 def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
-    """Train as one process of several, without the others, on a clock of 20 s a step.
+    """Train as one of several processes, without the others; the clock advances 20 s per step.
 
     Returns:
         Inputs and outputs of each step, its seed, and the checkpoints on disk before it.
@@ -96,7 +96,7 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A finished run's folder, and its steps."""
+    """Return the folder and the steps of a finished run."""
     folder = tmp_path_factory.mktemp("setup") / "run"
     return folder, train(replace(CONFIG, output=str(folder)))
 
@@ -229,7 +229,7 @@ def test_each_process_has_its_part_of_a_batch_and_its_own_seeds(tmp_path: Path) 
 def test_all_processes_start_from_the_weights_of_init_from(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 alone reads the file; what it broadcasts is replayed to rank 1."""
+    """Only rank 0 reads the file; its broadcasts are replayed to rank 1."""
     folder, _ = trained
     config = replace(CONFIG, init_from=str(folder), output=str(tmp_path / "run"), seed=12)
     sent: list[bytes] = []
@@ -264,7 +264,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         ):
             value = tensor.data[0].clone()
             tensor.data[0] = torch.nan
-            with pytest.raises(ValueError, match="no longer finite after step 4, and are not sav"):
+            with pytest.raises(ValueError, match="no longer finite after step 4 and were not sav"):
                 run.save(4)
             tensor.data[0] = value
         assert not checkpointing.files(run.folder)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the time to save."""
+"""Signals that stop a run, and the alarm for checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[dict[int, object]]:
-    """Put harmless handlers of our own in place, one for each signal."""
+    """Install a harmless handler for each signal."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     own = {int(number): lambda *_: None for number in STOP_SIGNALS}
     for number, handler in own.items():
@@ -51,9 +51,9 @@ def test_first_signal_within_the_block_is_noted(name: str) -> None:
 def test_later_signals_change_nothing_but_a_second_ctrl_c(clock: Clock) -> None:
     with StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
-        clock.now += 0.9  # Slurm's or torchrun's copy of the same one
+        clock.now += 0.9  # the copy that Slurm or torchrun sends
         signal.raise_signal(signal.SIGINT)
-        clock.now += 0.2  # 1.1 after the first
+        clock.now += 0.2  # 1.1 s after the first
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop.received is signal.SIGINT
@@ -112,7 +112,7 @@ def test_outside_the_main_thread_nothing_is_touched(handlers: dict[int, object])
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """As SIGHUP under nohup."""
+    """Such as SIGHUP under nohup."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -125,7 +125,7 @@ def test_first_signal_is_announced(announce: bool, capfd: pytest.CaptureFixture[
     with StopSignals(announce):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-    expected = "SIGINT: stopping once the state is saved; Ctrl-C again ends at once\n"
+    expected = "SIGINT: stopping once the state is saved; press Ctrl-C again to end at once\n"
     assert capfd.readouterr().out == (expected if announce else "")
 
 
@@ -136,7 +136,7 @@ def test_alarm_counts_from_when_it_was_last_due(clock: Clock) -> None:
     clock.now += 1
     assert alarm.due()
     assert not alarm.due()
-    clock.now += 150  # late: the two that were missed are not made up for
+    clock.now += 150  # late: two missed alarms do not fire later
     assert alarm.due()
     clock.now += 59
     assert not alarm.due()

@@ -75,7 +75,7 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
 
     first = job(tmp_path / "run", warn=True)
     assert first.returncode == 0, first.stderr
-    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 16, saved", first.stdout)
+    stopped = re.search(r"stopped by SIGUSR1 after step (\d+) of 16 \(saved\)", first.stdout)
     assert stopped is not None
     assert last_state(tmp_path / "run")["step"] == int(stopped[1]) < 16
     assert requeued.read_text() == f"requeue {os.getpid()}"
@@ -90,5 +90,5 @@ def test_job_stops_before_its_limit_and_queues_again(tmp_path: Path) -> None:
     other = job(tmp_path / "run", "--seed", "3")
     assert other.returncode == 2
     assert other.stderr.count("error: ") == 1
-    assert "already holds another run (seed: 0 -> 3)" in other.stderr
+    assert "already contains a run with other settings (seed: 0 -> 3)" in other.stderr
     assert not requeued.exists()

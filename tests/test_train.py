@@ -1,4 +1,4 @@
-"""Whole runs: train, interrupt, continue, export, reload; and what goes wrong."""
+"""Complete runs: train, interrupt, resume, export and reload; invalid commands and settings."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_backbone_export_needs_timm_alone(finished: Path) -> None:
 
 
 def test_interrupted_run_continues_exactly(finished: Path, tmp_path: Path) -> None:
-    """Stop after step 6, two steps past the last checkpoint; the same command finishes."""
+    """Interrupt after step 6, two steps past the last checkpoint; the same command resumes."""
     step = Mock(side_effect=[*[DEFAULT] * 6, KeyboardInterrupt], wraps=training_step)
     with patch.object(loop, "training_step", step):
         assert run(tmp_path / "run") == 128 + signal.SIGINT
@@ -135,7 +135,7 @@ def test_export_of_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
     [
         ["--crops.global-crops", "2", "--crops.local-size", "32"],
         # Larger crops: torch 2.15's bfloat16 gradient of a strided convolution of a 1x1 input
-        # reads memory that nobody wrote, on CPUs with AVX512-BF16.
+        # reads uninitialized memory, on CPUs with AVX512-BF16.
         ["--precision", "bf16", "--crops.global-size", "48", "--crops.local-size", "32"],
         ["--system.no-channels-last"],
         pytest.param(["--system.compile"], marks=pytest.mark.client),
@@ -157,7 +157,7 @@ def test_variants_train_and_export(tmp_path: Path, overrides: list[str]) -> None
         ("regnetx_002", [], False),
         ("convnext_atto", [], False),  # its stride is 32, and it does not pad
         ("vit_tiny_patch16_224", ["patch_size=8", "depth=2"], False),
-        ("mobilenetv3_small_050", [], False),  # wider at its head than num_features says
+        ("mobilenetv3_small_050", [], False),  # its head is wider than num_features
     ],
 )
 def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: bool) -> None:
@@ -175,20 +175,20 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("--data.source folder", "data.path is not set"),
+        ("--data.source folder", "--data.path is not set"),
         ("--data.source folder --data.path /absent", "/absent cannot be listed"),
         ("--optim.batch-size 33", "exceeds the dataset's 32 images"),
         ("--model.backbone resnet51", "timm has no model 'resnet51'"),
-        ("--model.backbone-args depht=3", "refuses {'depht': 3"),
+        ("--model.backbone-args depht=3", "does not accept {'depht': 3"),
         (
             "--model.backbone vit_tiny_patch16_224 --model.backbone-args dynamic_img_size=0",
-            "does not take 16-pixel crops",
+            "does not accept crops of 16 pixels",
         ),
         ("--model.backbone trex_resnet50 --model.backbone-args", "trex_resnet50"),
-        ("--data.path images", "it is for --data.source folder or csv or huggingface"),
+        ("--data.path images", "use --data.source folder or csv or huggingface"),
         ("--precision fp16", "precision fp16 requires CUDA"),
         ("--system.device gpu", "not an available torch device"),
-        ("--seed -1", "seed must be at least 0"),
+        ("--seed -1", "--seed must be at least 0"),
         ("--optim.batch-size 1", "BatchNorm requires 2"),
         ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name only the architecture"),
         ("--optim.epochs 0", "epochs must be at least 1"),
@@ -221,9 +221,9 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], arguments: str, messag
 
 def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
     for name, content, folder, message in (
-        ("config.json", "[]", tmp_path, "is not a configuration; choose another --output"),
+        ("config.json", "[]", tmp_path, "is not the configuration of a run; choose another"),
         ("file", "", tmp_path / "file" / "run", "cannot be created"),
-        ("thesis.txt", "precious", tmp_path, "holds no run"),
+        ("thesis.txt", "precious", tmp_path, "exists, but is not the folder of a run"),
     ):
         (tmp_path / name).write_text(content)
         assert message in refused(folder)

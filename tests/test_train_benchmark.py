@@ -1,4 +1,4 @@
-"""What --benchmark measures, advises, and leaves alone. No test looks at a time."""
+"""Measurements, advice and side effects of --benchmark. No test depends on timings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def measure(*overrides: str) -> tuple[int, str, str]:
-    """Return the status, and what is printed to each stream."""
+    """Return the exit status, stdout and stderr."""
     return captured(main, "smoke", *TINY, "--benchmark", *overrides)
 
 
@@ -51,13 +51,13 @@ def test_table_bottleneck_and_duration(
     assert (status, err) == (0, "")
     assert re.match(r".+, \d+ cores; torch 2\.", out)
     figure = r"[\d.,]+"
-    for row in ("loader alone", "step alone", "both"):
+    for row in ("loader only", "step only", "both"):
         assert re.search(rf"^{row} +{figure} +{figure}  .+$", out, re.M), row
-    assert re.search(r"augmentation is \d+% of it", out)
-    assert re.search(r"\d+% of the time waiting for data", out)
-    assert re.search(rf"^loader / step = {figure}\. (The|Loading|Together) ", out, re.M)
+    assert re.search(r"augmentation takes \d+% of the step", out)
+    assert re.search(r"waiting for data \d+% of the time", out)
+    assert re.search(rf"^loader / step = {figure}\. (The|Loading|Combined),? ", out, re.M)
     assert re.search(
-        r"^The whole run takes [\d.e-]+ hours \(0:\d\d\): 2 epochs, 64 images at ", out, re.M
+        r"^The complete run takes [\d.e-]+ hours \(0:\d\d\): 2 epochs, 64 images at ", out, re.M
     )
     assert ("in the training process itself" in out) == (workers == 0)
     assert not list(tmp_path.iterdir())
@@ -65,7 +65,7 @@ def test_table_bottleneck_and_duration(
 
 
 def test_more_steps_than_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is of 8 steps; no weight moves."""
+    """The run has 8 steps; no weight changes."""
     weights = []
 
     def counting(model: Any, method: Any, *rest: Any) -> Any:
@@ -73,7 +73,7 @@ def test_more_steps_than_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
         return training_step(model, method, *rest)
 
     monkeypatch.setattr(module, "training_step", counting)
-    monkeypatch.setattr(module, "_LEAST", 12)
+    monkeypatch.setattr(module, "_MIN_REPEATS", 12)
     assert measure()[0] == 0
     assert len(weights) >= 2 + 12 + 2 + 12
     assert torch.equal(weights[0], weights[-1])
@@ -119,9 +119,9 @@ def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked == [parse("smoke", [*TINY, *output])] * 2
     assert measure()[0] == 0
     assert asked[2] == replace(asked[0], output="")
-    with pytest.raises(SystemExit):  # it is of recipes alone
+    with pytest.raises(SystemExit):  # only recipes have it
         main(["export", str(tmp_path), *output, "--benchmark"])
-    with pytest.raises(SystemExit):  # without it, the output is required
+    with pytest.raises(SystemExit):  # otherwise --output is required
         main(["smoke", *TINY])
     assert len(asked) == 3
 
@@ -134,7 +134,7 @@ def test_interrupted_it_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["smoke", "--help"])
-    assert "\nWith --benchmark in addition" in capsys.readouterr().out
+    assert "\nAdd --benchmark to measure" in capsys.readouterr().out
 
 
 @pytest.mark.cuda
@@ -159,7 +159,7 @@ def test_two_processes() -> None:
     ]
     assert [process.end() for process in processes] == [0, 0]
     assert "1 worker for each of 2 processes" in processes[0].out
-    assert "".join(process.out for process in processes).count("The whole run takes") == 1
+    assert "".join(process.out for process in processes).count("The complete run takes") == 1
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_two_processes() -> None:
         ((400, 1000, 390), 4, True, "The loader is the bottleneck: the step waits for it 60%"),
         ((400, 1000, 390), 4, True, "Try --system.workers 8: there are 8 cores"),
         ((900, 1000, 890), 4, True, "Try --system.workers 5: there are 8 cores"),
-        ((400, 1000, 390), 8, True, "The workers use all 8 cores; 22 would keep the step busy"),
+        ((400, 1000, 390), 8, True, "all 8 cores; 22 cores would keep the step busy"),
         ((1500, 1000, 990), 4, True, "The step is the bottleneck. Try --precision bf16"),
         ((1500, 1000, 990), 4, False, "The step is the bottleneck. Try a CUDA device"),
-        ((2000, 1000, 600), 4, False, "they share the cores. Try --system.workers 3"),
+        ((2000, 1000, 600), 4, False, "they share cores. Try --system.workers 3"),
         ((2000, 1000, 600), 1, False, "60% of the step's rate"),
         ((2000, 1000, 600), 1, False, "More cores would help, or training on a CUDA device"),
-        ((2000, 1000, 660), 0, False, "take turns in one process. Try --system.workers 1"),
+        ((2000, 1000, 660), 0, False, "alternate in one process. Try --system.workers 1"),
     ],
 )
 def test_advice(rates: tuple[float, float, float], workers: int, cuda: bool, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Images that cannot be read: raise or skip, exactly, listed, and not too many."""
+"""Unreadable images: raised or skipped deterministically, listed, and limited in number."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from trex_models.train import checkpointing
 from trex_models.train.unreadable import UnreadableImages
 
 NAMES = [f"{label}/{i}.png" for label in "ab" for i in range(16)]
-BROKEN = ["a/3.png", "b/8.png"]  # neither tried before the start nor in the first batch
+BROKEN = ["a/3.png", "b/8.png"]  # neither in the preflight check nor in the first batch
 
 
 def make_folder(root: Path, broken: list[str]) -> list[str]:
-    """Two classes of 16 images, some of them cut short; return the options of a run on them."""
+    """Save two classes of 16 images, some truncated; return the options of a run on them."""
     for seed, name in enumerate(NAMES):
         save_image(root / name, seed)
         if name in broken:
@@ -27,7 +27,7 @@ def make_folder(root: Path, broken: list[str]) -> list[str]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """The same end and the same lines, whatever the settings that do not matter."""
+    """Compare the last states and metrics of two runs, but not their settings."""
     ours, theirs = (last_state(folder) | {"config": None} for folder in (a, b))
     assert_same_state(ours, theirs)
     assert logged(a) == logged(b)
@@ -38,7 +38,7 @@ SKIP = ["--data.unreadable", "skip", "--data.max-unreadable", "0.1"]
 
 @pytest.fixture(scope="module")
 def skipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """The options of a data set with two broken images, and a run that skips them."""
+    """Return the options of a dataset with two truncated images, and a run that skips them."""
     folder = tmp_path_factory.mktemp("skipped")
     options = make_folder(folder / "images", BROKEN)
     assert run(folder / "run", *options, *SKIP) == 0
@@ -60,8 +60,8 @@ def test_stand_ins_do_not_depend_on_the_workers(
 ) -> None:
     options, folder = skipped
     out = told(tmp_path / "run", *options, *SKIP, "--system.workers", workers)
-    assert f"2 unreadable images were skipped, listed in {tmp_path}" in out
-    assert out.count("skipped: ") == 2  # once each, not once an epoch
+    assert f"2 unreadable images were skipped; see {tmp_path}" in out
+    assert out.count("skipped: ") == 2  # once per image, not per epoch
     assert_same_run(tmp_path / "run", folder)
 
 
@@ -73,7 +73,7 @@ def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
     err = refused(tmp_path / "run", *command)
     assert any(f"{name} cannot be read as an image" in err for name in BROKEN)
     assert "or skip unreadable images with --data.unreadable skip" in err
-    (kept,) = checkpointing.files(tmp_path / "run")  # the last whole step, though none was due
+    (kept,) = checkpointing.files(tmp_path / "run")  # saved after the last complete step
     assert checkpointing.load(kept)["step"] > 0
     assert run(tmp_path / "run", *command, *SKIP) == 0
     assert_same_run(tmp_path / "run", folder)
@@ -83,25 +83,25 @@ def test_too_many_end_the_run_after_it_is_saved(
     skipped: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     options, folder = skipped
-    few = [*options, *SKIP[:3], "0.04"]  # of 32: one
+    few = [*options, *SKIP[:3], "0.04"]  # 1 of 32
     err = refused(tmp_path / "run", *few)
-    assert "2 training images are unreadable, 1 may be (data.max_unreadable)" in err
-    # Not even by running it once more:
-    assert "2 training images are unreadable, 1 may be" in refused(tmp_path / "run", *few)
+    assert "2 training images are unreadable (the limit is 1), such as" in err
+    # The same command fails again:
+    assert "2 training images are unreadable (the limit is 1)" in refused(tmp_path / "run", *few)
     assert len((tmp_path / "run" / "unreadable.txt").read_text().splitlines()) == 2
     assert run(tmp_path / "run", *options, *SKIP) == 0
     assert_same_state(last_state(tmp_path / "run")["method"], last_state(folder)["method"])
 
 
 def test_before_the_start(tmp_path: Path) -> None:
-    """The first image of all is among those that are tried."""
+    """The first image is one of those that the preflight check reads."""
     options = make_folder(tmp_path / "images", ["a/0.png"])
     err = refused(tmp_path / "run", *options)
     assert "or skip unreadable images with --data.unreadable skip" in err
-    warning = "warning: 1 of 16 training images are unreadable, "
+    warning = "warning: 1 of 16 sampled training images are unreadable, "
     assert warning in told(tmp_path / "run", *options, *SKIP)
     options = make_folder(tmp_path / "broken", NAMES)
-    assert "none of 16 training images is readable" in refused(tmp_path / "other", *options, *SKIP)
+    assert "none of 16 sampled training images" in refused(tmp_path / "other", *options, *SKIP)
     assert not (tmp_path / "other").exists()
 
 
@@ -115,17 +115,17 @@ def test_validation_leaves_them_out(tmp_path: Path) -> None:
         validation = ["--validation.path", str(tmp_path / held), "--optim.epochs", "1"]
         assert run(tmp_path / f"on {held}", *options, *SKIP, *validation) == 0
     seen, expected = (logged(tmp_path / f"on {held}")[-1] for held in ("held", "whole"))
-    assert seen == expected  # they are not counted among the training images
+    assert seen == expected  # not counted as training images
     assert len((tmp_path / "on held" / "unreadable.txt").read_text().splitlines()) == 2
     validation = ["--validation.path", str(tmp_path / "held"), "--system.save-steps", "0"]
     err = refused(tmp_path / "raise", *options, *validation)
     assert "held" in err
     assert "--data.unreadable skip" in err
-    assert last_state(tmp_path / "raise")["step"] == 4  # of the epoch that was validated
+    assert last_state(tmp_path / "raise")["step"] == 4  # the end of the validated epoch
 
 
 def test_images_to_compare_with_count_once(tmp_path: Path) -> None:
-    """The k-NN classifier reads training images, too, under indices of their own."""
+    """The k-NN classifier also reads training images, by its own dataset."""
     options = make_folder(tmp_path / "images", BROKEN)
     make_folder(tmp_path / "held", ["a/5.png"])
     knn = ["--validation.path", str(tmp_path / "held"), "--validation.neighbors", "3"]
@@ -144,7 +144,7 @@ def test_mended_and_moved_images(skipped: tuple[list[str], Path], tmp_path: Path
     shutil.copytree(folder, tmp_path / "run")
     checkpointing.files(tmp_path / "run")[-1].unlink()
     assert run(tmp_path / "run", *moved, *SKIP) == 0
-    assert logged(tmp_path / "run") == logged(folder)  # none is counted twice
+    assert logged(tmp_path / "run") == logged(folder)  # no image is counted twice
     listed = (tmp_path / "run" / "unreadable.txt").read_text()
     assert str(tmp_path / "moved") in listed
     assert str(images) not in listed
@@ -167,7 +167,7 @@ def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
     assert len(said) == 6  # nothing is new
     images.training |= {50: "image 50", 49: "image 49"}
     images.exchange(True, said.append)
-    assert "51 training images are unreadable, 50 may be" in images.trouble()
+    assert "unreadable (the limit is 50), such as" in images.error_message()
     assert said[-1] == "skipped: image 50"
     assert len((tmp_path / "unreadable.txt").read_text().splitlines()) == 51
 
@@ -176,6 +176,6 @@ def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
 def test_ceilings_are_exact(share: float, allowed: int) -> None:
     images = UnreadableImages(Path("unused"), 100, share)
     images.training |= {i: str(i) for i in range(allowed)}
-    assert not images.trouble()
+    assert not images.error_message()
     images.training[allowed] = ""
-    assert images.trouble()
+    assert images.error_message()

@@ -1,4 +1,4 @@
-"""Accuracy on held-out images: exact on any number of processes, and without a trace."""
+"""Validation: exact on any number of processes, and without effect on training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALONE = Process(0, 1, torch.device("cpu"))
 
 
 class Recording(ArraySource):
-    """Pictures of several sizes and shapes, smaller and larger than a crop; notes its reads."""
+    """Images of several shapes, smaller and larger than a crop; records which are read."""
 
     def __init__(self, count: int, num_classes: int) -> None:
         rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ class Recording(ArraySource):
 
 
 def make_method(source: Source, offset: float = 0.0) -> TReX:
-    """Return a method that is right about half the time: its bank holds some of the images.
+    """Return a method with an accuracy of about 50 %: its bank contains some of the images.
 
     ``offset`` changes BatchNorm's running statistics afterwards.
     """
@@ -63,17 +63,17 @@ def make_method(source: Source, offset: float = 0.0) -> TReX:
     images = torch.stack([crop(source, index, SIDE) for index in range(len(source))])
     with torch.no_grad():
         for _ in range(30):
-            encoder([images])  # BatchNorm's running statistics become those of the images
+            encoder([images])  # sets BatchNorm's running statistics
         bank.embeddings.copy_(encoder.eval()([images]))
         bank.labels.copy_(torch.from_numpy(source.labels))
-        for name, buffer in method.named_buffers():  # the momentum encoder's, too
+        for name, buffer in method.named_buffers():  # also of the momentum encoder
             if name.endswith("running_var"):
                 buffer *= torch.exp(offset * torch.linspace(-1, 1, len(buffer)))
     return method.train()
 
 
 def crop(source: Source, index: int, side: int) -> Tensor:
-    """Cut out the center with torchvision: 224 of 256, in proportion."""
+    """Return torchvision's center crop, in the ratio of 224 to 256."""
     transform = transforms.Compose(
         [
             transforms.Resize(side * 256 // 224, transforms.InterpolationMode.BILINEAR),
@@ -86,7 +86,7 @@ def crop(source: Source, index: int, side: int) -> Tensor:
 
 
 def by_hand(method: TReX, source: Source, side: int = SIDE) -> dict[str, float]:
-    """Measure image by image."""
+    """Compute the accuracies image by image."""
     method, top1, top5 = copy.deepcopy(method).eval(), 0, 0
     for index, label in enumerate(source.labels.tolist()):
         with torch.no_grad():
@@ -118,7 +118,7 @@ def some_neighbors(source: Source, count: int) -> Neighbors:
 
 
 def knn_by_hand(method: TReX, source: Source, references: Source, count: int) -> float:
-    """Vote among the last ``count`` references, all at once."""
+    """Compute the k-NN accuracy with the last ``count`` references in one batch."""
     backbone = copy.deepcopy(method.encoder.backbone).eval()
     with torch.no_grad():
         known, features = (
@@ -188,7 +188,7 @@ def validate_in_a_group(folder: Path) -> dict[str, Any]:
 
 
 def test_many_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """Their BatchNorm statistics differ before it: those of process 0 count."""
+    """Their BatchNorm statistics differ: those of process 0 are used."""
     world_size, source = 3, Recording(37, 20)
     method = make_method(source, offset=0.4)
     seen = spawn(validate_in_a_group, world_size, tmp_path)
@@ -211,7 +211,7 @@ def test_many_processes_measure_what_one_does(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that validates after each of its two epochs, with stochastic depth."""
+    """Return a run with stochastic depth that validates after both epochs."""
     folder = tmp_path_factory.mktemp("runs") / "validated"
     assert run(folder, *STOCHASTIC, "--validation.images-per-class", "3",
                "--system.workers", "1") == 0  # fmt: skip

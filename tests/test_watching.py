@@ -1,4 +1,4 @@
-"""What a person sees of a run: the lines, TensorBoard's files, the summary."""
+"""Reports of a run: lines, TensorBoard files and the summary."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def test_on_a_terminal_it_is_a_bar(
         report.report(1, {"loss": 2.5, "bank_age": 3.0})
         report.report(2, {"loss": 2.5, "val_top1": 0.5, "val_knn": 0.25})
     captured = capsys.readouterr()
-    # No line per report next to the bar, but one per validation.
+    # With a bar, only validations print lines.
     assert captured.out == "a message\nepoch 0.5: val_top1 0.5 val_knn 0.25\n"
     assert "validation" in captured.err
     bar = next(x for x in captured.err.split("\r") if "waiting" in x)
     assert "step 1/8" in bar
     assert "8 images/s, 50% waiting for data, loss 2.5" in bar
-    assert "bank_age" not in bar  # of the figures, the few that are looked at most
+    assert "bank_age" not in bar  # only the most important metrics
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,14 @@ def test_tensorboard_is_asked_for_only_where_it_is_wanted(
 
 
 def test_time_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
-    """Between the report of step 2 and the checkpoint of step 3 no line has the time."""
+    """No line contains the time between the report of step 2 and the checkpoint of step 3."""
     lines = [
         {"step": 2, "epoch": 0.5, "images_per_second": 8.0, "waiting_for_data": 0.5},
         {"step": 6, "epoch": 1.5, "images_per_second": 4.0, "waiting_for_data": 0.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     first = summarize(tmp_path, 16, [tmp_path])[0]
-    # 32 images at 8, then 64 at 4 per second; 2 of 20 seconds waiting
+    # 32 images at 8 images/s, then 64 at 4 images/s; 2 of 20 seconds waiting
     assert first == (
         "finished: 6 steps, 1.5 epochs, 96 images in 0:20 (5 images/s, 10% waiting for data)"
     )

@@ -1,12 +1,12 @@
 """Train t-ReX models from the command line.
 
-    python -m trex_models.train RECIPE --output DIR [--FIELD VALUE ...]
-    python -m trex_models.train RECIPE --benchmark [--FIELD VALUE ...]
+    python -m trex_models.train RECIPE --output DIR [--OPTION VALUE ...]
+    python -m trex_models.train RECIPE --benchmark [--OPTION VALUE ...]
     python -m trex_models.train export RUN_OR_CHECKPOINT --output DIR
 
-``python -m trex_models.train RECIPE --help`` lists the fields. The same command resumes an
-interrupted run from its last checkpoint. --benchmark measures for a minute how fast loading and
-training are on this machine; it trains and writes nothing. On several GPUs:
+``python -m trex_models.train RECIPE --help`` lists the options. To resume an interrupted run from
+its last checkpoint, run the same command again. --benchmark measures the speed of loading and
+training on this machine in about a minute, without training a model. To train on several GPUs:
 
     torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
 """
@@ -28,13 +28,13 @@ from trex_models.train.recipes import RECIPES
 _PROGRAM = "python -m trex_models.train"
 _BENCHMARK = "--benchmark"
 _ABOUT_BENCHMARK = f"""
-With {_BENCHMARK} in addition to these fields it measures for a minute how fast loading and training
-are on this machine; it trains and writes nothing, and needs no --output.
+Add {_BENCHMARK} to measure the speed of loading and training on this machine in about a minute.
+No model is trained, no file is written, and --output is not needed.
 """
 
 
 def main(arguments: Sequence[str], exits: bool = False) -> int:
-    """Run the command; return its exit status. With ``exits`` the process exits afterwards."""
+    """Run the command; return its exit status. Set ``exits`` if the process exits afterwards."""
     return cli.run(partial(_command, exits=exits), arguments, "train")
 
 
@@ -49,7 +49,7 @@ def _command(arguments: list[str], exits: bool) -> None:
     elif command == "export":
         cli.call(export, rest, prog=f"{_PROGRAM} export")
     elif command == _BENCHMARK:
-        raise ValueError(f"the recipe comes first: {_PROGRAM} RECIPE {_BENCHMARK}")
+        raise ValueError(f"no recipe is specified; use {_PROGRAM} RECIPE {_BENCHMARK}")
     elif command not in RECIPES:
         raise ValueError(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
     elif _BENCHMARK in rest:
@@ -63,7 +63,7 @@ def _command(arguments: list[str], exits: bool) -> None:
 
 
 def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> Config:
-    """Apply command-line overrides to a recipe, as ``cli.call`` does."""
+    """Apply command-line options to a recipe, and print usage errors once for all ranks."""
     import tyro
 
     with ExitStack() as stack:
@@ -83,14 +83,14 @@ def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> C
 
 
 def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> None:  # noqa: A002
-    """Export a run's last checkpoint, or any one, as timm folders.
+    """Export a checkpoint, or the last checkpoint of a run, as timm folders.
 
     Example: python -m trex_models.train export runs/trex --output exported --license mit
 
     Args:
-        checkpoint: Folder of a run, or a checkpoint file.
+        checkpoint: Folder of a run, or checkpoint file.
         output: Folder for the exported models.
-        license: License to state; the run's own if not given.
+        license: License of the exported models. If unset: the license of the run.
     """
     from trex_models.train.export import export_checkpoint
 
@@ -101,7 +101,7 @@ def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> 
 if __name__ == "__main__":
     status = main(sys.argv[1:], exits=True)
     if status and cli.process_prefix():
-        # Without a tidy end: nccl would wait for the other processes, and they for this one.
+        # Skip Python's shutdown: NCCL would wait for the other ranks, and they for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,8 +1,8 @@
-"""Measure how fast a run would be on this machine: the loader, the step, both together.
+"""Benchmark of a run on this machine: data loading, the training step, and both combined.
 
-    python -m trex_models.train RECIPE --benchmark [--FIELD VALUE ...]
+    python -m trex_models.train RECIPE --benchmark [--OPTION VALUE ...]
 
-The learning rate is 0, and nothing is saved or written; ``config.output`` may be empty.
+The learning rate is 0 and no file is written; ``config.output`` may be empty.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from trex_models.train.run import Run
 from trex_models.train.setup import build_run, wrap_model
 from trex_models.train.step import training_step
 
-SECONDS = 12.0  # of each of the three measurements; a quarter of it to warm up
-_LEAST = 3  # steps, or batches, of a measurement
+SECONDS = 12.0  # duration of each measurement, after a warm-up of a quarter of it
+_MIN_REPEATS = 3  # steps or batches per measurement
 _ENDLESS = 10**9  # epochs
 
 
 def benchmark(config: Config) -> None:
     """Measure for about a minute; rank 0 prints a table, the bottleneck and its remedy.
 
-    Every rank must call it.
+    All ranks must call this function.
     """
     with distributed.process_group(config.system.device, config.system.backend) as process:
         run = build_run(config, process)
@@ -54,7 +54,7 @@ def benchmark(config: Config) -> None:
         for line in run.messages:
             log(line)
         run.model = wrap_model(run)
-        log(f"\n{'':<14}{'images/s':>10}{'ms a batch':>12}")
+        log(f"\n{'':<14}{'images/s':>10}{'ms/batch':>12}")
         loader = bench.loader()
         step = bench.step()
         both = bench.both(loader < step)
@@ -69,43 +69,43 @@ def benchmark(config: Config) -> None:
         images = run.sampler.total_steps * config.optim.batch_size
         epochs, seconds = config.optim.epochs, images / both
         log(
-            f"The whole run takes {format_number(seconds / 3600)} hours ({duration(seconds)}): "
+            f"The complete run takes {format_number(seconds / 3600)} hours ({duration(seconds)}): "
             f"{epochs} epoch{'s' * (epochs != 1)}, {images:,} images at {format_number(both)} "
-            "images/s; validation and checkpoints come on top"
+            "images/s; validation and checkpoints take additional time"
         )
 
 
 def throughput_advice(
     loader: float, step: float, both: float, workers: int, cores: int, cuda: bool
 ) -> str:
-    """Name the bottleneck and what helps most, in one line.
+    """Return one line that names the bottleneck and the most effective remedy.
 
-    The rates are images per second of the loader alone, of the step alone, and of both together;
-    workers and cores are those of each training process.
+    The rates of the loader, of the step, and of both combined are in images per second; ``workers``
+    and ``cores`` are numbers per training process.
     """
     ratio = loader / step
-    wanted = max(1, math.ceil(1.1 * max(workers, 1) / ratio))  # a little faster than the step
+    enough = max(1, math.ceil(1.1 * max(workers, 1) / ratio))  # slightly faster than the step
     line = f"loader / step = {format_number(ratio)}. "
     if ratio < 1:
         line += f"The loader is the bottleneck: the step waits for it {1 - ratio:.0%} of the time. "
         if workers < cores:
-            return line + f"Try --system.workers {min(wanted, cores)}: there are {cores} cores"
-        return line + f"The workers use all {cores} cores; {wanted} would keep the step busy"
+            return line + f"Try --system.workers {min(enough, cores)}: there are {cores} cores"
+        return line + f"The workers use all {cores} cores; {enough} cores would keep the step busy"
     if both < 0.8 * step and workers == 0 and ratio < 5:
-        return line + "Loading and training take turns in one process. Try --system.workers 1"
+        return line + "Loading and training alternate in one process. Try --system.workers 1"
     if both < 0.8 * step:
-        line += f"Together they reach {both / step:.0%} of the step's rate: they share the cores. "
-        if wanted < workers:
-            return line + f"Try --system.workers {wanted}"
+        line += f"Combined, both reach {both / step:.0%} of the step's rate: they share cores. "
+        if enough < workers:
+            return line + f"Try --system.workers {enough}"
         return line + f"More cores would help{'' if cuda else ', or training on a CUDA device'}"
     remedy = "--precision bf16, --system.compile or more GPUs" if cuda else "a CUDA device"
     return line + f"The step is the bottleneck. Try {remedy}"
 
 
 class _Bench:
-    """The measurements of a run, in their order; every rank takes part in each.
+    """Measurements of a run, in the order in which they must be called, on all ranks.
 
-    Each returns images per second.
+    Each returns a rate in images per second.
     """
 
     def __init__(self, run: Run, log: Callable[[str], object]) -> None:
@@ -118,34 +118,34 @@ class _Bench:
         self.is_cuda = run.process.device.type == "cuda"
 
     def loader(self) -> float:
-        """Measure the loader alone."""
+        """Measure data loading without training."""
         batches, workers, world_size = self._batches(), self._run.workers, self._process.world_size
 
         def load() -> None:
             self._batch = next(batches)
 
-        # Batches that workers loaded while the first of them started do not count.
+        # Skip the batches that the first workers loaded while the other workers started.
         self._repeat(load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
-        seconds = self._repeat(load, SECONDS, max(_LEAST, workers))
+        seconds = self._repeat(load, SECONDS, max(_MIN_REPEATS, workers))
         rate = sum(distributed.gather_objects(self._batch_size / world_size / seconds))
         each = f"{workers} worker{'s' * (workers != 1)} for each of {world_size}"
-        place = f"{each} process{'es' * (world_size != 1)}"
-        self._log_row("loader alone", rate, place if workers else "in the training process itself")
+        note = f"{each} process{'es' * (world_size != 1)}"
+        self._log_row("loader only", rate, note if workers else "in the training process itself")
         return rate
 
     def step(self) -> float:
-        """Measure augmentation and step, on the same batch."""
+        """Measure augmentation and training step, without loading: on one batch."""
         train = partial(self._train, self._batch)
         self._repeat(train, SECONDS / 4, 2)
-        seconds = self._repeat(train, SECONDS, _LEAST)
-        only = partial(self._augment, self._batch)
-        share = self._repeat(only, SECONDS / 4, _LEAST) / seconds
+        seconds = self._repeat(train, SECONDS, _MIN_REPEATS)
+        augmentation = partial(self._augment, self._batch)
+        share = self._repeat(augmentation, SECONDS / 4, _MIN_REPEATS) / seconds
         rate = self._batch_size / seconds
-        self._log_row("step alone", rate, f"augmentation is {share:.0%} of it")
+        self._log_row("step only", rate, f"augmentation takes {share:.0%} of the step")
         return rate
 
     def both(self, loader_is_slower: bool) -> float:
-        """Measure training."""
+        """Measure training: loading and steps combined."""
         batches, waited = self._batches(), 0.0
 
         def train() -> None:
@@ -155,20 +155,20 @@ class _Bench:
             waited += time.monotonic() - started
             self._train(batch)
 
-        # Use up batches that a slower loader made ahead: no later step finds them.
+        # Consume the batches that a slower loader has prefetched: later steps find none.
         ahead = LIVE_BATCHES * self._run.workers if loader_is_slower else 0
         self._repeat(train, SECONDS / 4, max(2, ahead))
         waited, started = 0.0, time.monotonic()
-        seconds = self._repeat(train, SECONDS, max(_LEAST, self._run.workers))
+        seconds = self._repeat(train, SECONDS, max(_MIN_REPEATS, self._run.workers))
         share = waited / (time.monotonic() - started)
         rate = self._batch_size / seconds
-        self._log_row("both", rate, f"{share:.0%} of the time waiting for data")
+        self._log_row("both", rate, f"waiting for data {share:.0%} of the time")
         return rate
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield batches without end, of images that no earlier call has read.
+        """Yield batches endlessly, of images that no earlier call has read.
 
-        Images read before are in the system's cache; those of a large dataset are not.
+        Images that were read before are in the page cache; those of a large dataset are not.
         """
         run = self._run
         optim = replace(run.config.optim, epochs=_ENDLESS)
@@ -189,15 +189,15 @@ class _Bench:
     def _augment(self, batch: Batch) -> list[Tensor]:
         return augment(batch, self._process.device, self._run.config.system.compile)
 
-    def _repeat(self, act: Callable[[], object], seconds: float, least: int) -> float:
-        """Repeat an action for some seconds, at least some times, equally often on all ranks.
+    def _repeat(self, act: Callable[[], object], seconds: float, minimum: int) -> float:
+        """Call a function for some seconds, at least ``minimum`` times, as often on all ranks.
 
-        Returns the action's mean duration in seconds.
+        Returns the mean duration of a call in seconds.
         """
         flags, done, passed = distributed.SharedFlags(1), 0, 0.0
         self._synchronize()
         started = time.monotonic()
-        while not any(flags.exchange(done >= least and passed >= seconds)):
+        while not any(flags.exchange(done >= minimum and passed >= seconds)):
             act()
             done += 1
             passed = time.monotonic() - started
@@ -215,5 +215,5 @@ class _Bench:
 
 
 def format_number(value: float) -> str:
-    """Return a number with three digits, or all digits before the point."""
+    """Format a number with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -43,7 +43,7 @@ from trex_models.train.validation import Neighbors, ValidationDataset
 
 
 def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Source:
-    """Open the images that a configuration names; ``classes`` are in the order of the labels."""
+    """Open the dataset that a configuration names; ``classes`` lists them in label order."""
     if data.source == "fractals":
         return FractalSource(
             data.num_classes, data.images_per_class, data.image_size, variation=data.variation
@@ -51,8 +51,8 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
     if not data.path:
         known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
         raise ValueError(
-            f"data.path is not set; name {known.get(data.source, 'the folder of class folders')} "
-            "by --data.path, or train on generated images by --data.source fractals"
+            f"--data.path is not set; pass {known.get(data.source, 'a folder of class folders')}, "
+            "or train on generated images with --data.source fractals"
         )
     if data.source == "csv":
         image_column, label_column = data.image_column or "path", data.label_column or "label"
@@ -63,14 +63,14 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
         )
     if Path(data.path).is_file():
         raise ValueError(
-            f"{data.path} is a file; a CSV file needs --data.source csv, a parquet file "
-            "--data.source huggingface"
+            f"{data.path} is a file, not a folder of class folders; use --data.source csv for a "
+            "CSV file, --data.source huggingface for a parquet file"
         )
     return FolderSource(data.path, classes)
 
 
 def open_validation(config: Config, source: Source) -> ValidationDataset | None:
-    """Open the images to validate on, of the training images' classes, if there are any."""
+    """Open the validation images, of the classes of ``source``; None if there are none."""
     data, validation = config.data, config.validation
     if data.source == "fractals":
         if not validation.images_per_class:
@@ -91,7 +91,7 @@ def open_validation(config: Config, source: Source) -> ValidationDataset | None:
 
 
 def build_neighbors(config: Config, source: Source) -> Neighbors | None:
-    """Draw the training images that the k-NN classifier of validation compares with, if any."""
+    """Draw the training images that k-NN validation searches; None if it is disabled."""
     validation = config.validation
     if not validation.neighbors:
         return None
@@ -101,7 +101,7 @@ def build_neighbors(config: Config, source: Source) -> Neighbors | None:
 
 
 def crop_specs(crops: CropsConfig) -> list[CropSpec]:
-    """Return the crops of each resolution, globals first."""
+    """Return the crops of each resolution, global crops first."""
     large = crops.global_crops, crops.global_size, crops.global_scale
     small = crops.local_crops, crops.local_size, crops.local_scale
     specs = [CropSpec(*large, GLOBAL_AUGMENTATION)]
@@ -109,7 +109,7 @@ def crop_specs(crops: CropsConfig) -> list[CropSpec]:
 
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
-    """Build the order of this process's batches; ValueError if the batch size does not match."""
+    """Build the sampler of this process's batches; ValueError if the batch size is invalid."""
     return EpochSampler(
         num_images, optim.batch_size, optim.epochs, seed, process.rank, process.world_size
     )
@@ -126,7 +126,7 @@ def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
 
 
 def build_method(config: Config, num_classes: int) -> TReX:
-    """Build the method on the CPU; its random weights depend on the seed alone."""
+    """Build the method on the CPU; its random weights depend only on the seed."""
     torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
     model, sizes = config.model, [spec.size for spec in crop_specs(config.crops)]
     backbone, width = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
@@ -136,7 +136,7 @@ def build_method(config: Config, num_classes: int) -> TReX:
         width = model.embedding_dim
     objective = _build_objective(config.objective, width, num_classes)
     method = TReX(Encoder(backbone, projector), objective, config.objective.ema_momentum)
-    # After the momentum encoder copied the backbone: without gradients it keeps none anyway.
+    # After the momentum encoder has copied the backbone: without gradients, it stores none.
     if config.system.checkpoint_activations:
         recompute_activations(backbone, model.backbone)
     return method

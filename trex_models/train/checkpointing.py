@@ -1,15 +1,15 @@
-"""The directory of a run: configuration and checkpoints. Every file is complete or absent.
+"""Run directory: configuration and checkpoints. Every file is either complete or absent.
 
 DIR/config.json                resolved configuration
 DIR/metrics.jsonl              one line per report
 DIR/checkpoints/step_N.pt      state after N steps; the last two are kept
-DIR/export/backbone, .../cls   trained model for timm; .../proj if it has no classes
+DIR/export/backbone, .../cls   models for timm; .../proj if there are no class weights
 DIR/unreadable.txt             images that were skipped, if any
-DIR/tensorboard                metrics for TensorBoard, if asked for
+DIR/tensorboard                metrics for TensorBoard, if enabled
 
-A checkpoint is a zip file written by torch, with a checksum of each tensor, which is verified when
-it is read. It holds no states of random generators: what a step draws is a function of (seed, step,
-rank), and what is drawn for a sample one of (seed, epoch, sample).
+A checkpoint is a zip file written by torch.save. Its checksums, one per tensor, are verified when
+it is read. It contains no states of random generators: those of a step are seeded with (seed, step,
+rank), those of a sample with (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -41,61 +41,61 @@ _STEP = {"process", "crops", "labels", "indices"}  # in the file of a step with 
 
 @contextmanager
 def lock_run_dir(config: Config) -> Iterator[None]:
-    """Create the directory of a run, or check that it holds this run, and lock it.
+    """Create a run directory, or check that it belongs to this run, and lock it.
 
-    The lock ends with the process, however that ends.
+    The lock is also released when the process is killed.
 
     Raises:
-        ValueError: The directory holds another run or other files, is in use by another process,
-            or cannot be created; nothing is changed then.
+        ValueError: The directory belongs to another run, contains other files, is in use by another
+            process, or cannot be created. It is not changed.
     """
     folder, other = Path(config.output), "choose another --output"
     path = folder / "config.json"
     if config.output != config.output.encode(errors="replace").decode():
-        raise ValueError(f"{folder} is not valid UTF-8: its export cannot be read back; {other}")
+        raise ValueError(f"{folder} is not valid UTF-8: its exports could not be loaded; {other}")
     if path.exists():
         try:
             different = config_diff(json.loads(path.read_text()), config)
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is not a configuration; {other}") from error
+            raise ValueError(f"{path} is not the configuration of a run; {other}") from error
         if different:
             raise ValueError(
-                f"{folder} already holds another run ({'; '.join(different)}); {other}, or the "
-                "run's own settings to continue it"
+                f"{folder} already contains a run with other settings ({'; '.join(different)}); "
+                f"{other}, or use the settings of that run to continue it"
             )
     elif folder.is_file() or (folder.is_dir() and any(map(_foreign, folder.iterdir()))):
-        raise ValueError(f"{folder} is in use and holds no run; {other}")
+        raise ValueError(f"{folder} exists, but is not the folder of a run; {other}")
     make_folder(folder / "checkpoints")
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"another process is training in {folder}; wait for its end, or {other}"
+            f"another process is training in {folder}; wait until it ends, or {other}"
         ) from None
-    except NotImplementedError:  # the file system has no locks
+    except NotImplementedError:  # the file system does not support locks
         pass
     try:
         if not path.exists():
             write_text_file(path, to_json(config))
         sync_folder(folder.parent)
         # Left by a process that was killed.
-        for torn in folder.glob("checkpoints/.step_*.tmp"):
-            torn.unlink()
+        for incomplete in folder.glob("checkpoints/.step_*.tmp"):
+            incomplete.unlink()
         yield
     finally:
         lock.release()
 
 
 def _foreign(path: Path) -> bool:
-    """Return whether a file is not one that a run writes before its config.json."""
+    """Return False for the files that a run creates before its config.json."""
     if path.name == "checkpoints" and path.is_dir():
         return any(path.iterdir())
     return path.name not in (".lock", ".config.json.tmp")
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, if missing; ValueError if that is not possible."""
+    """Create a folder and its parents if they do not exist; ValueError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,8 +106,8 @@ def make_folder(folder: Path) -> None:
 
 def files(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    place = folder / "checkpoints"
-    entries = place.iterdir() if place.is_dir() else ()  # glob would leave out what it cannot list
+    directory = folder / "checkpoints"
+    entries = directory.iterdir() if directory.is_dir() else ()  # glob would hide errors
     return sorted((p for p in entries if re.fullmatch(r"step_\d+\.pt", p.name)), key=_step)
 
 
@@ -116,19 +116,19 @@ def _step(path: Path) -> int:
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint as ``write`` does, and delete the oldest ones."""
+    """Write a checkpoint, and delete all but the last two."""
     write(folder / "checkpoints" / f"step_{state['step']}.pt", state)
     prune(folder)
 
 
 def prune(folder: Path) -> None:
-    """Delete all but the last two checkpoints; a process that was killed may have left one more."""
+    """Delete all but the last two checkpoints; a process that was killed may have left three."""
     for old in files(folder)[:-MAX_CHECKPOINTS]:
         old.unlink()
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file, complete or not at all; ValueError if that is not possible."""
+    """Write a state to a file atomically; ValueError if writing fails."""
     try:
         with replacing(path) as file:
             torch.save(state, file)
@@ -138,20 +138,20 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         if not isinstance(reason, OSError):
             raise
         raise ValueError(
-            f"{path} cannot be written ({reason.strerror}); make room, then the same command "
-            "continues from the last checkpoint"
+            f"{path} cannot be written ({reason.strerror}); fix this, for example free disk space, "
+            "then run the same command to continue from the last checkpoint"
         ) from error
 
 
 def newest(
     folder: Path, on_damaged: Callable[[Path, DamagedError], object]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Read the last checkpoint of a run that is not damaged; None if the run has none yet.
+    """Read the last intact checkpoint of a run; None if the run has no checkpoint yet.
 
-    ``on_damaged`` is called for a damaged file, before an earlier one is read.
+    ``on_damaged`` is called for each damaged file, before an earlier file is read.
 
     Raises:
-        ValueError: A file is not a checkpoint of this trainer, or all are damaged.
+        ValueError: A file is not a checkpoint of this trainer, or all checkpoints are damaged.
     """
     for path in reversed(files(folder)):
         try:
@@ -160,23 +160,23 @@ def newest(
             on_damaged(path, error)
     if any((folder / "checkpoints").glob("step_*.pt*")):
         raise ValueError(
-            f"all checkpoints of {folder} are damaged; delete its folder checkpoints to start again"
+            f"all checkpoints of {folder} are damaged; delete {folder}/checkpoints to start over"
         )
     return None
 
 
 def last(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the last checkpoint of a run that must have one, and change nothing."""
+    """Read the last intact checkpoint of a run, which must have one; no file is renamed."""
     found = newest(folder, lambda _, error: print(error))
     if found is None:
-        raise ValueError(f"{folder} holds no checkpoint; name another run, or a checkpoint file")
+        raise ValueError(f"{folder} contains no checkpoint; pass another run or a checkpoint file")
     return found
 
 
 def rename_damaged(path: Path, error: DamagedError) -> None:
     """Rename a corrupt checkpoint to ``*.damaged``: it is neither resumed from nor counted."""
-    aside = path.replace(path.with_name(f"{path.name}.damaged"))
-    print(f"{error}; it is renamed to {aside.name}")
+    renamed = path.replace(path.with_name(f"{path.name}.damaged"))
+    print(f"{error}; it was renamed to {renamed.name}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -184,10 +184,10 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: The file is truncated or damaged.
-        ValueError: It is missing, not a checkpoint, or its values are not finite.
+        ValueError: The file is missing, is no checkpoint, or contains non-finite values.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a run's folder or a checkpoint")
+        raise ValueError(f"{path} does not exist; pass the folder of a run or a checkpoint file")
     try:
         state = checkpoints.load_checkpoint(path)
     except DamagedError as error:
@@ -195,10 +195,10 @@ def load(path: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if not state.keys() >= _ENTRIES:
-        raise ValueError(f"{path} is not a checkpoint of this trainer (no config, step and method)")
+        raise ValueError(f"{path} is not a checkpoint of this trainer; pass a run's step_N.pt")
     try:
         parts = checkpoints.sort_keys(state).parts
-        if not state.keys() >= _STEP:  # those may hold values that are not finite
+        if not state.keys() >= _STEP:  # the file of a failed step may be non-finite
             checkpoints.check_finite(parts)
         from_dict(state["config"])
     except ValueError as error:
@@ -216,20 +216,20 @@ def check_belongs(
         different.append(f"step: {state['step']}")
     if different:
         raise ValueError(
-            f"{path} belongs to another run ({'; '.join(different)}); move it out of the folder"
+            f"{path} belongs to another run ({'; '.join(different)}); move it to another folder"
         )
     changed = [name for name, value in data_fingerprint.items() if state.get(name) != value]
     if changed:
         raise ValueError(
-            f"{path} was saved with other {' and '.join(changed)}; restore the data that the run "
-            "started with, or choose another --output"
+            f"{path} was saved with different {' and '.join(changed)}; restore the data that the "
+            "run started with, or choose another --output"
         )
 
 
 def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError if the file is not a checkpoint but a step with a non-finite loss."""
+    """Raise ValueError if a file contains a step with a non-finite loss, not a checkpoint."""
     if "crops" in state:
-        raise ValueError(f"{path} is a step whose loss was not finite, not a checkpoint")
+        raise ValueError(f"{path} is a failed step, not a checkpoint; pass a run or its step_N.pt")
 
 
 def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> None:
@@ -254,5 +254,5 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(f"{name} is {tuple(value.shape)} for {tuple(parameter.shape)}")
+                raise ValueError(f"{name}: {tuple(value.shape)}, not {tuple(parameter.shape)}")
         checkpoints.check_finite({"optimizer": state})

@@ -1,6 +1,6 @@
 """Preflight checks: catch problems that would otherwise surface hours into a run.
 
-Each check raises a ValueError of one line with the remedy, or returns a warning.
+Each check may return a warning, or raise a ValueError of one line that names the remedy.
 Shapes: N images, C classes, Q bank size.
 """
 
@@ -19,14 +19,14 @@ from trex_models.data.decode import UnreadableImageError, or_skip
 from trex_models.data.loading import LIVE_BATCHES
 from trex_models.data.sources import Source
 
-_TOLERATED = 0.01  # share of classes without a prototype above which a warning is given
-_TARGET = 0.001  # the share at the bank size that the warning recommends
-_SAMPLES = 16
+_TOLERATED = 0.01  # warn if a larger share of the classes has no prototype
+_TARGET = 0.001  # largest share at the bank size that the warning recommends
+_SAMPLES = 16  # images that check_samples reads
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 def run_checks(checks: Iterable[Callable[[], str | None]]) -> list[str]:
-    """Run every check; return their warnings, or raise ValueError with a line for each failure."""
+    """Run all checks; return their warnings, or raise ValueError with a line per failure."""
     failed, warnings = [], []
     for check in checks:
         try:
@@ -39,28 +39,28 @@ def run_checks(checks: Iterable[Callable[[], str | None]]) -> list[str]:
 
 
 def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | None:
-    """Check that a bank of Q can hold every class, and none of the images, labels (N,), twice.
+    """Check that the bank size is between the numbers of classes and of images, labels (N,).
 
-    Warns if many classes will have no prototype; their logits are then 0.
+    Returns a warning if many classes will have no prototype: their logits would be 0.
     """
     counts = np.bincount(labels, minlength=num_classes)
     counts = counts[counts > 0]
     if size > len(labels):
         raise ValueError(
-            f"objective.bank_size {size} exceeds the dataset's {len(labels)} images, so that it "
-            f"would hold images twice; use at most {len(labels)}"
+            f"--objective.bank-size {size} exceeds the dataset's {len(labels)} images: the bank "
+            f"would contain images twice; use at most {len(labels)}"
         )
-    share, wanted = _share_without_prototype(size, counts), 1
-    while _share_without_prototype(wanted, counts) > _TARGET:
-        wanted *= 2
-    wanted = min(wanted, len(labels))
-    advice = f"{share:.1%} of the classes without a prototype; --objective.bank-size {wanted}"
-    advice += f" leaves {_share_without_prototype(wanted, counts):.1%}"
+    share, larger = _share_without_prototype(size, counts), 1
+    while _share_without_prototype(larger, counts) > _TARGET:
+        larger *= 2
+    larger = min(larger, len(labels))
+    advice = f"{share:.1%} of the classes without a prototype; --objective.bank-size {larger}"
+    advice += f" would leave {_share_without_prototype(larger, counts):.1%}"
     if size < len(counts):
         raise ValueError(
-            f"objective.bank_size {size} is below the {len(counts)} classes and leaves {advice}"
+            f"--objective.bank-size {size} is below the {len(counts)} classes and leaves {advice}"
         )
-    return f"a bank of {size} leaves about {advice}" if share > _TOLERATED else None
+    return f"--objective.bank-size {size} leaves about {advice}" if share > _TOLERATED else None
 
 
 def _share_without_prototype(size: int, counts: np.ndarray) -> float:
@@ -68,7 +68,7 @@ def _share_without_prototype(size: int, counts: np.ndarray) -> float:
     total = counts.sum()
     if size >= total:
         return 0.0
-    # In logarithms: the product over Q draws without replacement, of images not in the class.
+    # Logarithm of C(N - n, Q) / C(N, Q): Q draws without replacement miss a class of n images.
     log = np.array([math.lgamma(total - n + 1) for n in counts])
     log -= np.array([math.lgamma(max(total - n - size, 0) + 1) for n in counts])
     log += math.lgamma(total - size + 1) - math.lgamma(total + 1)
@@ -76,7 +76,7 @@ def _share_without_prototype(size: int, counts: np.ndarray) -> float:
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """Return the approximate size of a checkpoint in bytes."""
+    """Return the approximate size in bytes of a checkpoint of a module."""
     state = [value for value in module.state_dict().values() if isinstance(value, torch.Tensor)]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return sum(tensor.nbytes for tensor in [*state, *trained])
@@ -85,8 +85,8 @@ def checkpoint_bytes(module: nn.Module) -> int:
 def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """Check that batches fit into the shared memory through which workers return them.
 
-    Otherwise a worker would end by a bus error. Each of the training processes on this machine has
-    so many workers.
+    Otherwise a worker would crash with a bus error. ``workers`` is the number per training process,
+    ``processes`` the number of training processes on this machine.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
@@ -94,16 +94,16 @@ def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise ValueError(
-            f"{_SHARED_MEMORY} has {free / 1e6:,.0f} MB left, batches on their way from "
-            f"{workers * processes} workers take {needed / 1e6:,.0f} MB; enlarge it (docker run "
+            f"{_SHARED_MEMORY} has {free / 1e6:,.0f} MB free, but the batches of "
+            f"{workers * processes} workers need {needed / 1e6:,.0f} MB; enlarge it (docker run "
             "--shm-size 8g) or lower --system.workers"
         )
 
 
 def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
-    """Read a few images from all over a source: each is (H, W, 3) uint8, and readable.
+    """Check that some images, spread over the source, are readable and (H, W, 3) uint8.
 
-    Warns if some are unreadable and will be skipped.
+    If ``skip`` is set, unreadable images only cause a warning.
     """
     indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
     reasons = []
@@ -117,11 +117,11 @@ def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
             continue
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"{source.name(index)} is {image.dtype} {image.shape}, not uint8 (H, W, 3)"
+                f"{source.name(index)} must be uint8 (H, W, 3), got {image.dtype} {image.shape}"
             )
-    count = f"of {len(indices)} {name} images"
+    count = f"of {len(indices)} sampled {name} images"
     if len(reasons) == len(indices):
-        raise ValueError(f"none {count} is readable; the last: {reasons[-1]}")
+        raise ValueError(f"none {count} is readable, such as: {reasons[-1]}")
     return f"{len(reasons)} {count} are unreadable, such as: {reasons[0]}" if reasons else None
 
 
@@ -129,27 +129,27 @@ def check_classes(source: Source) -> str | None:
     """Return a warning if classes have no images."""
     counts = np.bincount(source.labels, minlength=len(source.classes))
     empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
-    found = f"{len(empty)} of {len(counts)} classes have no images"
-    return f"{found}, such as {empty[0]}" if empty else None
+    warning = f"{len(empty)} of {len(counts)} classes have no images"
+    return f"{warning}, such as {empty[0]}" if empty else None
 
 
 def check_tensorboard() -> None:
-    """Check that the package is there; a ValueError of one rank ends all, an ImportError not."""
+    """Check that tensorboard is installed; an ImportError would not reach the other ranks."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        needs = "another package, tensorboard: pip install trex-models[train]"
-        raise ValueError(f"system.tensorboard needs {needs}") from error
+        package = "the package tensorboard: pip install trex-models[train]"
+        raise ValueError(f"--system.tensorboard requires {package}") from error
 
 
 def check_cpu_bfloat16(precision: str, device: torch.device, smallest_crop: int) -> None:
-    """Refuse a case in which bfloat16 gradients are wrong.
+    """Reject bfloat16 on a CPU for crop sizes at which its gradients are wrong.
 
     torch 2.15's weight gradient of a strided 3x3 convolution of a 1x1 input reads uninitialized
     memory on CPUs with AVX512-BF16; a ResNet has one for crops of 16 pixels or fewer.
     """
     if precision == "bf16" and device.type == "cpu" and smallest_crop <= 16:
         raise ValueError(
-            "precision bf16 on a CPU has wrong gradients for crops of 16 pixels or fewer; use "
+            "--precision bf16 has wrong gradients on a CPU for crops of 16 pixels or fewer; use "
             "--precision fp32 or larger crops"
         )

@@ -1,7 +1,7 @@
-"""Configuration of a training run: frozen dataclasses, each field with its meaning below it.
+"""Configuration of a training run: frozen dataclasses. The string below a field describes it.
 
-Defaults are the paper's: t-ReX (arXiv 2206.15369), section 4 and appendix, and its released
-training set-up.
+The defaults are those of t-ReX (arXiv 2206.15369), section 4 and appendix, and of its released
+training setup.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ def _require(condition: bool, message: str) -> None:
 def _require_at_least(least: float, section: Any, prefix: str, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(
-            value is None or value >= least,
-            f"{prefix}.{name} must be at least {least}, got {value}",
-        )
+        option = f"--{prefix}.{name}".replace("_", "-")
+        in_range = value is None or value >= least
+        _require(in_range, f"{option} must be at least {least}, got {value}")
 
 
-def _require_source(data: DataConfig, name: str, value: str, *sources: str) -> None:
-    """Refuse a value that no source but ``sources`` reads."""
+def _require_source(data: DataConfig, option: str, value: str, *sources: str) -> None:
+    """Reject an option that is set, but which only ``sources`` read."""
     _require(
         not value or data.source in sources,
-        f"{name} is set, but data.source {data.source} has none; it is for --data.source "
-        f"{' or '.join(sources)}",
+        f"{option} is not available with --data.source {data.source}; leave it unset, or use "
+        f"--data.source {' or '.join(sources)}",
     )
 
 
@@ -45,48 +44,48 @@ _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Source of the images."""
+    """Training images."""
 
     source: Literal["folder", "csv", "huggingface", "fractals"] = "folder"
-    """folder: one folder of images per class under ``path``. csv: a table of image paths and
-    labels. huggingface: a dataset on disk, saved by ``datasets`` or as parquet files. fractals:
+    """folder: a folder with one folder of images per class. csv: a table of image paths and labels.
+    huggingface: a local dataset, saved by the datasets library or as parquet files. fractals:
     generated images."""
     path: str = ""
     """The folder of class folders, the CSV file, or the dataset's folder or parquet file."""
     split: str = ""
-    """Split to train on (source huggingface); may be empty if there is only one."""
+    """Split to train on (source huggingface). Optional if the dataset has only one split."""
     image_column: str = ""
-    """Column of the image or its path. Unset: path (source csv), the only image column
+    """Column of the images or their paths. If unset: path (source csv), or the only image column
     (source huggingface)."""
     label_column: str = ""
-    """Column of the label. Unset: label, or the only one of class labels (source huggingface)."""
+    """Column of the labels. If unset: label, or the only class-label column (huggingface)."""
     unreadable: Literal["raise", "skip"] = "raise"
-    """How to handle an unreadable image. raise: end the run. skip: replace it by another one, drawn
-    by the seed; such images are counted and listed in unreadable.txt."""
+    """How to handle an unreadable image. raise: end the run. skip: replace it with a random other
+    image, which depends on the seed; skipped images are counted and listed in unreadable.txt."""
     max_unreadable: float = 0.01
-    """Share of unreadable images above which the run ends, if they are skipped."""
+    """Largest share of skipped training images; the run ends if there are more."""
     num_classes: int = 40
     """Number of classes to generate (source fractals)."""
     images_per_class: int = 150
     """Number of images to generate per class (source fractals)."""
     image_size: int = 64
-    """Side of a generated image in pixels (source fractals)."""
+    """Side length of the generated images in pixels (source fractals)."""
     variation: float = 1.0
     """Variation of shape and rotation within a class (source fractals)."""
 
     @property
     def skips_unreadable(self) -> bool:
-        """Whether unreadable images are skipped."""
+        """True if unreadable images are skipped."""
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
-        _require_source(self, "data.path", self.path, "folder", "csv", "huggingface")
-        _require_source(self, "data.split", self.split, "huggingface")
-        for name in ("image_column", "label_column"):
-            _require_source(self, f"data.{name}", getattr(self, name), "csv", "huggingface")
+        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface")
+        _require_source(self, "--data.split", self.split, "huggingface")
+        _require_source(self, "--data.image-column", self.image_column, "csv", "huggingface")
+        _require_source(self, "--data.label-column", self.label_column, "csv", "huggingface")
         _require(
             0 <= self.max_unreadable < 1,
-            f"data.max_unreadable is a share in [0, 1), got {self.max_unreadable}",
+            f"--data.max-unreadable must be in [0, 1), got {self.max_unreadable}",
         )
         _require_at_least(2, self, "data", "num_classes")
         _require_at_least(1, self, "data", "images_per_class", "image_size")
@@ -98,49 +97,48 @@ class CropsConfig:
     """Number, size and scale of the crops of an image."""
 
     global_crops: int = 1
-    """M_g, large crops per image; the first one feeds the bank."""
+    """Number of global (large) crops per image, M_g. The first one enters the memory bank."""
     global_size: int = 224
-    """Side of a global crop in pixels."""
+    """Side length of a global crop in pixels."""
     global_scale: tuple[float, float] = (0.25, 1.0)
-    """Smallest and largest share of the image's area in a global crop."""
+    """Smallest and largest area of a global crop, as a share of the image's area."""
     local_crops: int = 8
-    """M_l, small crops per image; 0 for none."""
+    """Number of local (small) crops per image, M_l; 0 disables them."""
     local_size: int = 96
-    """Side of a local crop in pixels."""
+    """Side length of a local crop in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.25)
-    """Smallest and largest share of the image's area in a local crop."""
+    """Smallest and largest area of a local crop, as a share of the image's area."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "crops", "global_crops")
         _require_at_least(0, self, "crops", "local_crops")
         sizes = self.global_size, self.local_size
         in_range = min(sizes) > 0 and max(sizes) <= 2048
-        _require(in_range, f"crop sizes must be 1 to 2048 pixels, got {sizes[0]} and {sizes[1]}")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            _require(
-                0 < low <= high <= 1, f"crops.{name} needs 0 < low <= high <= 1, got {low} {high}"
-            )
+        options = "--crops.global-size and --crops.local-size"
+        _require(in_range, f"{options} must be from 1 to 2048, got {sizes[0]} and {sizes[1]}")
+        for kind, (low, high) in (("global", self.global_scale), ("local", self.local_scale)):
+            rule = f"--crops.{kind}-scale LOW HIGH must satisfy 0 < LOW <= HIGH <= 1"
+            _require(0 < low <= high <= 1, f"{rule}, got {low} {high}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The backbone (any timm model that pools to one vector) and the projector behind it."""
+    """Backbone (any timm model that returns one vector per image) and projector."""
 
     backbone: str = "resnet50"
-    """A timm model name: a convolutional network, or a ViT that takes dynamic_img_size."""
+    """Name of a timm model: a convolutional network, or a ViT that supports dynamic_img_size."""
     backbone_args: tuple[str, ...] = ()
-    """Further arguments of the backbone as key=value, for example drop_path_rate=0.1."""
+    """Arguments of the timm model as key=value, for example drop_path_rate=0.1."""
     projector: Literal["mlp", "none"] = "mlp"
-    """mlp: the paper's, thrown away after training. none: the objective sees the backbone's
-    features, and the fields below are ignored."""
+    """mlp: the paper's projector, which the exported backbone does not include. none: the objective
+    uses the backbone's features; the options below are ignored."""
     hidden_layers: int = 3
-    """L, the projector's depth: deeper transfers better, shallower classifies better. 0 leaves
-    the L2 norm and the bottleneck."""
+    """Number of hidden layers of the projector, L. More layers improve transfer, fewer improve the
+    accuracy on the training classes. 0: only L2 normalization and a linear layer."""
     hidden_dim: int = 2048
     """Width of the projector's hidden layers."""
     embedding_dim: int = 256
-    """D, width of the projector's output."""
+    """Embedding dimension, D: the width of the projector's output."""
 
     def __post_init__(self) -> None:
         _require_at_least(0, self, "model", "hidden_layers")
@@ -154,12 +152,12 @@ class ModelConfig:
             key, equals, text = item.partition("=")
             _require(
                 bool(equals) and key.isidentifier() and len(item) < 1000,
-                f"model.backbone_args takes key=value, got {item[:1000]!r}",
+                f"--model.backbone-args must be key=value, got {item[:1000]!r}",
             )
             _require(
                 not key.startswith(_RESERVED_ARGS),
-                f"model.backbone_args must not load weights or choose a device, got {item!r}; name "
-                "a checkpoint by --init-from",
+                f"--model.backbone-args must not load weights or choose a device, got {item!r}; "
+                "use --init-from or --system.device instead",
             )
             try:
                 parsed[key] = ast.literal_eval(text)
@@ -170,55 +168,56 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The classification loss."""
+    """Classification loss."""
 
     name: Literal["ocm", "cosine", "look", "softmax"] = "ocm"
-    """ocm: online class means of the bank (Eq. 2). cosine: learned class weights (Eq. 1). look:
-    the image's nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022).
-    softmax: a linear classifier with bias, the plain baseline."""
+    """ocm: online class means of the memory bank (Eq. 2). cosine: learned class weights (Eq. 1).
+    look: the nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022). softmax: a
+    linear classifier with bias, as a baseline."""
     temperature: float = 0.1
-    """tau of cosine similarities (all but softmax)."""
+    """Temperature of the cosine similarities, tau (all but softmax)."""
     bank_size: int | None = None
-    """Q, embeddings in the memory bank (ocm, look). Unset: 8192 for ocm, 65536 for look."""
+    """Number of bank entries, Q (ocm, look). If unset: 8192 for ocm, 65536 for look."""
     neighbors: int = 256
-    """k, nearest neighbors in the bank (look); the whole bank if that is smaller."""
+    """Number of nearest neighbors in the bank, k (look); at most the bank size is used."""
     ema_momentum: float = 0.999
-    """m of the moving average that fills the bank (ocm, look)."""
+    """Momentum of the momentum encoder, m, whose embeddings fill the bank (ocm, look)."""
 
     @property
     def bank_entries(self) -> int:
-        """Q, with its default; 0 for an objective without a bank."""
+        """Number of bank entries, Q; 0 for an objective without a bank."""
         default = {"ocm": 8192, "look": 65536}.get(self.name, 0)
         return (self.bank_size or default) if default else 0
 
     def resolved(self) -> ObjectiveConfig:
-        """Return a copy with the bank's size filled in, where there is a bank."""
+        """Return a copy with the default bank size filled in, if there is a bank."""
         return replace(self, bank_size=self.bank_entries or self.bank_size)
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "objective.temperature must be above 0")
+        tau, m = self.temperature, self.ema_momentum
+        _require(tau > 0, f"--objective.temperature must be positive, got {tau}")
         _require_at_least(1, self, "objective", "bank_size", "neighbors")
-        _require(0 <= self.ema_momentum <= 1, "objective.ema_momentum must lie in [0, 1]")
+        _require(0 <= m <= 1, f"--objective.ema-momentum must be in [0, 1], got {m}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum, linear warm-up and cosine decay per step."""
+    """SGD with momentum; the learning rate follows a linear warm-up and a cosine decay."""
 
     epochs: int = 100
-    """Passes over the data."""
+    """Number of epochs."""
     batch_size: int = 256
-    """Images per step, all processes together."""
+    """Number of images per step, in all processes together."""
     base_lr: float = 0.1
-    """Peak learning rate per 256 images: the peak is base_lr * batch_size / 256."""
+    """Learning rate for batches of 256: the peak is base_lr * batch_size / 256."""
     final_lr: float = 1e-6
-    """Learning rate that the cosine decays to."""
+    """Learning rate at the end of the cosine decay."""
     warmup_epochs: int = 10
-    """Epochs of linear warm-up from 0."""
+    """Number of epochs of linear warm-up from 0."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """Weight decay of tensors with more than one dimension; 0 on all others."""
+    """Weight decay of tensors with more than one dimension; others have none."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "optim", "epochs", "batch_size")
@@ -226,7 +225,7 @@ class OptimConfig:
         _require_at_least(0, self, "optim", *non_negative)
         _require(
             self.warmup_epochs <= self.epochs,
-            f"optim.warmup_epochs ({self.warmup_epochs}) exceeds optim.epochs ({self.epochs})",
+            f"--optim.warmup-epochs {self.warmup_epochs} exceeds --optim.epochs {self.epochs}",
         )
 
 
@@ -235,29 +234,29 @@ class SystemConfig:
     """System settings. Apart from sync_batchnorm, none changes the result beyond rounding."""
 
     device: str = "auto"
-    """auto: CUDA where there is one, else the CPU. Or a torch device name."""
+    """auto (CUDA if available, otherwise the CPU), or a torch device name."""
     workers: int | None = None
-    """Loader processes per training process; 0 loads in the training process itself.
-    Unset: as many as there are cores, at most 8."""
+    """Number of loader workers per training process; 0 loads in the training process itself.
+    If unset: the number of cores per training process, at most 8."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """How processes exchange tensors. auto: nccl on CUDA, gloo on the CPU."""
+    """Communication backend of several processes. auto: nccl on CUDA, gloo on the CPU."""
     sync_batchnorm: bool = True
-    """Share BatchNorm statistics between CUDA processes, as the paper's models did."""
+    """Synchronize BatchNorm statistics across CUDA processes, as for the paper's models."""
     channels_last: bool = True
-    """Store images and weights as NHWC, which is faster for convolutions."""
+    """Store images and weights in NHWC order, which makes convolutions faster."""
     compile: bool = False
-    """Compile the encoder and the augmentation with torch.compile: minutes at the start."""
+    """Compile encoder and augmentation with torch.compile, which takes minutes at the start."""
     checkpoint_activations: bool = False
-    """Recompute the backbone's activations in the backward pass instead of keeping them: less
-    device memory for 29 % more computation with the trex recipe (docs/memory.md)."""
+    """Recompute the backbone's activations in the backward pass instead of storing them: saves
+    device memory, at 29 % more computation with the trex recipe (docs/memory.md)."""
     log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
+    """Number of steps between two lines of metrics.jsonl."""
     save_minutes: float = 15.0
-    """Minutes between two checkpoints; 0 for none by time. The last two checkpoints are kept."""
+    """Minutes between two checkpoints; 0 disables saving by time. The last two are kept."""
     save_steps: int = 0
-    """Steps between two checkpoints; 0 for none by steps."""
+    """Number of steps between two checkpoints; 0 disables saving by steps."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, into the run's folder tensorboard."""
+    """Also write the metrics for TensorBoard, to the folder tensorboard of the run."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "system", "log_every")
@@ -266,22 +265,22 @@ class SystemConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Accuracy on held-out images: of the training head, and of k-NN on the backbone's features."""
+    """Accuracy on held-out images, of the training head and of k-NN on the backbone's features."""
 
     every: int = 1
-    """Epochs between two validations."""
+    """Number of epochs between two validations."""
     path: str = ""
-    """As data.path, of the same classes; no validation if this, split and images_per_class are
-    empty."""
+    """Validation images, in the format of --data.path and of the same classes. No validation if
+    path, split and images-per-class are all unset."""
     split: str = ""
-    """Split to validate on (source huggingface), of data.path if path is empty."""
+    """Split to validate on (source huggingface): of --validation.path, or of --data.path."""
     images_per_class: int = 0
-    """Number of further images to generate per class (source fractals)."""
+    """Number of validation images to generate per class (source fractals)."""
     neighbors: int = 0
-    """k of the k-NN classifier on features; 0 for none."""
+    """Number of neighbors of the k-NN classifier on features, k; 0 disables it."""
     neighbors_among: int = 50_000
-    """Number of training images to compare with, drawn by the seed. 250,000 of a ResNet-50 take
-    2 GB of device memory on one process, twice that on several; each validation reads them."""
+    """Number of training images that k-NN searches, a random subset. Each validation reads them.
+    With a ResNet-50, 250,000 take 2 GB of device memory in one process, twice that in several."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "validation", "every", "neighbors_among")
@@ -290,14 +289,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A complete training run."""
+    """Configuration of a complete training run."""
 
     output: str
     """Folder for the run: config.json, metrics.jsonl, checkpoints/ and export/."""
     init_from: str = ""
-    """Weights to start from instead of random ones: any t-ReX checkpoint (NAVER's, a run or a
-    checkpoint of this trainer, a timm folder). Parts that match are loaded, bank and momentum
-    encoder included; a report of all parts precedes the first step."""
+    """Weights to start from instead of random ones: a t-ReX checkpoint of NAVER or of this trainer,
+    a run, or a timm folder. All parts that match are loaded, including memory bank and momentum
+    encoder; before the first step the trainer reports which parts were restored."""
     data: DataConfig = field(default_factory=DataConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -306,21 +305,21 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
     precision: PrecisionName = "auto"
-    """auto: bf16 on CUDA, fp32 on the CPU. fp16 scales the loss, as the paper's models did."""
+    """auto: bf16 on CUDA, fp32 on the CPU. fp16: with loss scaling, as for the paper's models."""
     seed: int = 0
-    """Fixes the initial weights, the data order and every augmentation."""
+    """Seed of the initial weights, the data order and all augmentations."""
     license: str = ""
-    """License of the trained weights, written into the export; yours to choose."""
+    """License of the trained weights, which is written into the exported models."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        _require(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
         path, split = self.validation.path, self.validation.split
-        _require_source(self.data, "validation.path", path, "folder", "csv", "huggingface")
-        _require_source(self.data, "validation.split", split, "huggingface")
+        _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface")
+        _require_source(self.data, "--validation.split", split, "huggingface")
 
 
-# Fields that may change when a run is resumed, as they do not change what is learned. The place of
-# the images may change, too: that they are the same ones is checked by their names.
+# Fields that may change when a run is resumed, because they do not affect the trained weights. The
+# path of the images is among them: a digest of the file names verifies that the images are equal.
 _FREE_FIELDS = {
     "output",
     "license",
@@ -339,46 +338,46 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
     """Rebuild a configuration from ``dataclasses.asdict`` or parsed JSON.
 
     Raises:
-        ValueError: A value has another type or is out of range, or a field is unknown or missing.
+        ValueError: A field is unknown or missing, or a value has a wrong type or is out of range.
     """
     config: Config = _build(Config, saved, "")
     return config
 
 
 def _build(hint: Any, value: Any, name: str) -> Any:
-    """Return the value of a field, with tuples for JSON's lists."""
+    """Build the value of a field from JSON, whose lists become tuples."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         hints, prefix = get_type_hints(hint), f"{name}." if name else ""
         if unknown := [key for key in value if key not in hints]:
             name = f"{prefix}{unknown[0]}"
-            raise ValueError(f"not a configuration of this version: {name} is unknown")
+            raise ValueError(f"not a configuration of this version: unknown field {name}")
         if hint is Config and "output" not in value:  # all others have defaults
-            raise ValueError("not a configuration of this version: output is missing")
+            raise ValueError("not a configuration of this version: the field output is missing")
         return hint(**{key: _build(hints[key], value[key], f"{prefix}{key}") for key in value})
-    found = tuple(value) if isinstance(value, list) else value
-    if not _has_type(found, hint):
+    converted = tuple(value) if isinstance(value, list) else value
+    if not _has_type(converted, hint):
         raise ValueError(f"{name or 'the configuration'} has the wrong type {type(value).__name__}")
-    return found
+    return converted
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    origin, of = get_origin(hint), get_args(hint)
+    origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return isinstance(value, str) and value in of
+        return isinstance(value, str) and value in args
     if origin in (Union, UnionType):
-        return any(_has_type(value, choice) for choice in of)
+        return any(_has_type(value, choice) for choice in args)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
-        kinds = of[:1] * len(value) if of[-1] is ... else of
-        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
+        hints = args[:1] * len(value) if args[-1] is ... else args
+        return len(value) == len(hints) and all(map(_has_type, value, hints))
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def config_diff(saved: Mapping[str, Any], config: Config) -> list[str]:
     """List the fields in which a saved configuration differs, as 'name: saved -> new'.
 
-    Those that do not change what is learned are not compared.
+    Fields that do not affect the trained weights are not compared.
     """
     old = flatten(saved)
     new = flatten(json.loads(to_json(config)))
@@ -390,7 +389,7 @@ def config_diff(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a tree of settings by their dotted names."""
+    """Flatten nested settings to a dictionary with dotted names as keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""What a saved run is turned into: timm folders, checked by reloading, and a step to debug."""
+"""Export of saved runs: timm folders, verified by reloading, and failed steps to debug."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from trex_models.train.build import build_method
 from trex_models.train.config import Config, from_dict
 from trex_models.train.step import seed_step
 
-# Models of the zoo by backbone and depth of the projector. trex_resnet is on any ResNet.
+# Registered models by backbone and hidden layers; trex_resnet supports any ResNet.
 _ZOO = {("resnet50", 3): "trex_resnet50", ("resnet50", 1): "trexstar_resnet50"}
 
 
 def export_checkpoint(path: Path, folder: Path, weights_license: str | None = None) -> list[Path]:
-    """Export a checkpoint, or a run's last one, as ``export_method``; return the folders.
+    """Export a checkpoint, or a run's last one, with ``export_method``; return the folders.
 
-    Without ``weights_license`` the one is stated that the run was started with.
+    ``weights_license`` replaces the license that the run was started with.
 
     Raises:
-        ValueError: There is no valid checkpoint, or its license must not be changed.
+        ValueError: There is no valid checkpoint, or its license does not permit another one.
     """
     method, state = load_method(path)
     checkpointing.refuse_step(path, state)
@@ -48,29 +48,29 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
 
 @torch.no_grad()
 def export_method(method: TReX, config: Config, classes: list[str], folder: Path) -> list[Path]:
-    """Write ``folder/backbone`` and the whole model, if timm or this package can build it.
+    """Write ``folder/backbone`` and, if timm or this package can build it, the complete model.
 
-    The whole model is ``folder/cls``, or ``folder/proj`` if the objective has no class weights:
-    its outputs are then the embeddings. It is a model of this package if the backbone is a ResNet,
-    and of timm if a linear classifier follows the backbone directly. All load by
-    ``timm.create_model("local-dir:...", pretrained=True)``, the backbone without this package.
-    Each folder replaces an earlier export in one move. The method, on the CPU, is set to eval mode.
+    The complete model is ``folder/cls``, or ``folder/proj``, which returns embeddings, if the
+    objective has no class weights. It is a model of this package if the backbone is a ResNet, and
+    of timm if a linear classifier follows the backbone directly. Load them
+    with ``timm.create_model("local-dir:...", pretrained=True)``; the backbone needs only timm.
+    Earlier exports are replaced atomically. ``method`` must be on the CPU; eval mode is set.
 
     Raises:
         ValueError: ``folder`` cannot be created.
-        RuntimeError: The outputs of a reloaded model differ from the method's; nothing is kept.
+        RuntimeError: A reloaded model has other outputs than the method; it is not kept.
     """
     checkpointing.make_folder(folder)
     method.eval()
     backbone, size = config.model.backbone, config.crops.global_size
     backbone_args = full_args(backbone, config.model.parsed_backbone_args(), size)
-    backbone_args.pop("zero_init_last", None)  # it concerns initial weights only
+    backbone_args.pop("zero_init_last", None)  # it only affects initial weights
     images = torch.randn(2, 3, size, size, generator=torch.Generator())
     features = method.encoder.backbone(images)
     embeddings = method.encoder.projector(features)
     has_classes = method.objective.class_weights() is not None
     trained = checkpoints.split(method.state_dict(), num_classes=len(classes) if has_classes else 0)
-    # Ours, not a stock tag's: mean, crop and license are those of this training.
+    # Not timm's configuration of the architecture: mean, crop and license are of this training.
     stock_cfg = timm.get_pretrained_cfg(backbone)
     cfg = {
         "num_classes": 0,
@@ -90,22 +90,22 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
     written = [timm_folder.write_timm_folder(model, folder / "backbone", images, features)]
     if has_classes:
         cfg |= {"num_classes": len(classes), "label_names": tuple(classes)}
-    whole = _whole_model(method, trained, config, backbone_args, cfg)
-    if whole is not None:
+    complete = _complete_model(method, trained, config, backbone_args, cfg)
+    if complete is not None:
         output = method.objective.logits(embeddings) if has_classes else embeddings
         name = "cls" if has_classes else "proj"
-        written.append(timm_folder.write_timm_folder(whole, folder / name, images, output))
+        written.append(timm_folder.write_timm_folder(complete, folder / name, images, output))
     return written
 
 
-def _whole_model(
+def _complete_model(
     method: TReX,
     trained: Checkpoint,
     config: Config,
     backbone_args: dict[str, Any],
     cfg: dict[str, Any],
 ) -> nn.Module | None:
-    """Return the model with its head; None if it is the backbone alone, or cannot be built."""
+    """Return the backbone with its head; None if it has no head or cannot be built."""
     objective: Any = method.objective
     backbone = config.model.backbone
     linear = objective.classifier if isinstance(objective, LinearSoftmax) else None
@@ -140,22 +140,22 @@ def _whole_model(
 
 
 def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tensor], Precision]:
-    """Load a step whose loss was not finite from the file that the error message named.
+    """Load a step with a non-finite loss from the file that the error message names.
 
     Returns the method in training mode, its inputs (crops of each resolution, labels, sample
-    indices) and the precision, on CUDA if available, else on the CPU.
-    ``with precision.autocast(): loss, logits = method(*inputs)`` is then its forward pass, as its
-    process saw it: the global generators are seeded as they were. Only BatchNorm's running
-    statistics are those after the forward pass.
+    indices) and the precision, on CUDA if available, otherwise on the CPU. To repeat the forward
+    pass of the failed process, run ``with precision.autocast(): loss, logits = method(*inputs)``:
+    the global generators are seeded as in the run. Only BatchNorm's running statistics differ: they
+    already include this forward pass.
 
     Raises:
-        ValueError: The file is not such a step, or its precision needs CUDA.
+        ValueError: The file is not a failed step, or its precision requires CUDA.
     """
     path = Path(path)
     device = choose_device()
     method, state = load_method(path)
     if "crops" not in state:
-        raise ValueError(f"{path} is a checkpoint, not a step: it holds no crops")
+        raise ValueError(f"{path} is a checkpoint, not a failed step; pass a nonfinite_step_*.pt")
     precision = Precision.from_name(state["config"]["precision"], device.type)
     precision.apply()
     seed_step(state["config"]["seed"], state["step"], state["process"])
@@ -172,7 +172,7 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     """
     path, state = checkpointing.last(path) if path.is_dir() else (path, checkpointing.load(path))
     config, num_classes = from_dict(state["config"]), len(state["classes"])
-    # First without memory: the configuration may ask for a network that the file cannot fill.
+    # First without memory: the configuration may describe a network of any size.
     too_large = "its configuration describes a larger network than its tensors"
     try:
         if re.search(r"(?<![\d.])\d{7}", repr(config.model.parsed_backbone_args())):
@@ -189,7 +189,7 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
 
 
 class _LimitedCalls(TorchFunctionMode):
-    """Raises ValueError with a message after a number of calls of torch's functions."""
+    """Context in which torch functions may be called a limited number of times."""
 
     def __init__(self, left: int, message: str) -> None:
         super().__init__()

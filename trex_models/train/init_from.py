@@ -27,18 +27,18 @@ from trex_models.train import checkpointing
 
 @dataclass(frozen=True)
 class _File:
-    """Weights of a file by the parts of ``checkpoints.KEY_TABLE``, and their origin."""
+    """Weights of a file by the parts of ``checkpoints.KEY_TABLE``, and their metadata."""
 
     path: Path
     parts: dict[str, dict[str, Any]]
     license: str
-    """Empty if not stated."""
+    """License of the weights; empty if the file does not state it."""
     classes: list[str] | None
     images: str | None = None
-    """Digest of the images that it was trained on."""
+    """Digest of the training images."""
 
     def value(self, part: str) -> Any:
-        """Return the only value of a part; None if the file has none."""
+        """Return the only value of a part; None if the file does not contain the part."""
         return next(iter(self.parts[part].values()), None)
 
 
@@ -46,16 +46,16 @@ class _File:
 def init_from(
     path: Path, method: TReX, classes: Sequence[str], images: str
 ) -> tuple[list[str], str]:
-    """Load the parts of a checkpoint that match a method on the CPU, whose others stay random.
+    """Load the matching parts of a checkpoint into a method on the CPU; other parts stay random.
 
-    ``path`` is a checkpoint of any form, a timm folder, or a run for its last checkpoint;
-    ``images`` is the digest of the run's: the bank's sample indices are valid for these only.
-    Returns a line for each part, restored or why not, and the license of the weights, empty if
-    the file does not state it.
+    ``path`` is a checkpoint of any format, a timm folder, or a run (its last checkpoint is used).
+    ``images`` is the digest of the run's images: bank indices are only valid for the same images.
+    Returns a line for each part, which says whether it was restored or why not, and the license of
+    the weights, which is empty if the file does not state it.
 
     Raises:
-        ValueError: The file is not readable, has no backbone or another one, or its weights are
-            not finite.
+        ValueError: The file is unreadable, has no backbone or a different one, or contains values
+            that are not finite.
     """
     try:
         path, contents = _read(path)
@@ -64,7 +64,7 @@ def init_from(
         lines = [f"from {path}:", *_restore(method, file, classes, images)]
     except (CheckpointError, WeightsError) as error:
         named = "" if str(path) in str(error) else f"{path}: "
-        raise ValueError(f"init_from: {named}{error}") from error
+        raise ValueError(f"--init-from: {named}{error}") from error
     return lines, file.license
 
 
@@ -76,16 +76,16 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
         path /= "model.safetensors"
         if not path.is_file():
             raise CheckpointError(
-                f"{path.parent} is neither a run's folder nor a timm folder with {path.name}; "
-                "name one of these, or a checkpoint file"
+                f"{path.parent} is neither the folder of a run nor a timm folder with {path.name}; "
+                "pass one of these, or a checkpoint file"
             )
     if not path.exists():
-        raise CheckpointError("the file does not exist; name a checkpoint, or a run")
+        raise CheckpointError("the file does not exist; pass a checkpoint, a run or a timm folder")
     return path, dict(checkpoints.load_checkpoint(path))
 
 
 def _sort(path: Path, contents: dict[str, Any]) -> _File:
-    """Sort the contents of a file by parts."""
+    """Group the contents of a file by parts."""
     form, parts, _ = checkpoints.sort_keys(contents)
     stated = license_of(path, contents, form)
     if form == "trainer":
@@ -99,8 +99,8 @@ def _sort(path: Path, contents: dict[str, Any]) -> _File:
             raise TypeError("label_names is not a list of strings")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{config} is no model's configuration ({type(error).__name__}: {error}); export the "
-            "model again, or name another file"
+            f"{config} is not a model configuration ({type(error).__name__}: {error}); export the "
+            "model again, or pass another file"
         ) from error
     return _File(path, parts, stated, names)
 
@@ -110,34 +110,34 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
     encoder = method.encoder
     _take_head_out_of_backbone(encoder.backbone, file)
     if not file.parts["backbone"]:
-        raise CheckpointError("it holds no backbone; name another file")
-    misfit = _misfit(encoder.backbone, file.parts["backbone"])
-    if misfit:
-        reason = f"its backbone is not the run's ({misfit})"
-        raise CheckpointError(f"{reason}; set model.backbone to the file's")
+        raise CheckpointError("the file contains no backbone; pass another file")
+    mismatch = _mismatch(encoder.backbone, file.parts["backbone"])
+    if mismatch:
+        difference = f"its backbone differs from the run's ({mismatch})"
+        raise CheckpointError(f"{difference}; set --model.backbone to that of the file")
     encoder.backbone.load_state_dict(file.parts["backbone"])
     lines = [_line("backbone")]
 
-    misfit = _misfit(encoder.projector, file.parts["projector"])
-    if not misfit:
+    mismatch = _mismatch(encoder.projector, file.parts["projector"])
+    if not mismatch:
         encoder.projector.load_state_dict(file.parts["projector"])
     if encoder.projector.state_dict() or file.parts["projector"]:
-        lines.append(_line("projector", misfit and f"random: {misfit}"))
-    # Embeddings of another projector: what was learned behind it does not match them.
-    lost = misfit and "the projector was not restored"
-    lines += _restore_momentum_encoder(method, file, lost)
-    lost = lost or _other_classes(file, classes)
-    lines += _restore_head(method.objective, file, lost, file.images == images)
+        lines.append(_line("projector", mismatch and f"not restored ({mismatch})"))
+    # The other parts were trained on the embeddings of the file's projector.
+    reason = mismatch and "the projector was not restored"
+    lines += _restore_momentum_encoder(method, file, reason)
+    reason = reason or _compare_classes(file, classes)
+    lines += _restore_head(method.objective, file, reason, file.images == images)
     if lines[-1].endswith(": restored") and file.classes is None:
-        count = len(classes)
         lines.append(
-            f"  classes: the file does not name them; they must be the run's {count} in their order"
+            "  classes: not named in the file; they must be the same as the run's "
+            f"{len(classes)} classes, in the same order"
         )
     return lines
 
 
 def _take_head_out_of_backbone(backbone: nn.Module, file: _File) -> None:
-    """Move timm's own classifier to the class weights; the key table only knows the name fc."""
+    """Move a timm classifier to the class weights; the key table only knows the name fc."""
     cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
     name, own = cfg.get("classifier"), backbone.state_dict()
     for suffix, part in (("weight", "class weights"), ("bias", "class biases")):
@@ -146,7 +146,7 @@ def _take_head_out_of_backbone(backbone: nn.Module, file: _File) -> None:
             file.parts[part][""] = file.parts["backbone"].pop(key)
 
 
-def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]:
+def _restore_momentum_encoder(method: TReX, file: _File, reason: str) -> list[str]:
     average = method.momentum_encoder
     state = {
         f"{part}.{key}": value
@@ -154,77 +154,77 @@ def _restore_momentum_encoder(method: TReX, file: _File, lost: str) -> list[str]
         for key, value in file.parts[f"momentum {part}"].items()
     }
     if average is None:
-        unused = "not used: the objective has none"
+        unused = "not used (the objective has none)"
         return [_line("momentum encoder", unused)] if state else []
-    misfit = lost or _misfit(average.encoder, state)
-    average.encoder.load_state_dict(method.encoder.state_dict() if misfit else state)
-    return [_line("momentum encoder", misfit and f"copy of the encoder: {misfit}")]
+    mismatch = reason or _mismatch(average.encoder, state)
+    average.encoder.load_state_dict(method.encoder.state_dict() if mismatch else state)
+    return [_line("momentum encoder", mismatch and f"copy of the encoder ({mismatch})")]
 
 
-def _restore_head(objective: Objective, file: _File, lost: str, same_images: bool) -> list[str]:
-    """Restore the bank or the class weights, unless ``lost`` says why not."""
+def _restore_head(objective: Objective, file: _File, reason: str, same_images: bool) -> list[str]:
+    """Restore the bank or the class weights, unless there is a ``reason`` not to."""
     has_bank = file.value("bank features") is not None
     has_weights = file.value("class weights") is not None
     if objective.bank is None:
         name = "class weights" + (", from the bank's prototypes" if has_bank else "")
-        misfit = "" if has_bank or has_weights else "the file has none"
-        misfit = misfit or lost or _restore_class_weights(objective, file)
-        return [_line(name, misfit and f"random: {misfit}")]
-    unused = [_line("class weights", "not used: the objective has none")] if has_weights else []
-    misfit = "" if has_bank else "the file has none"
-    misfit = misfit or lost or _restore_bank(objective.bank, file, same_images)
-    return [*unused, _line("memory bank", misfit and f"noise: {misfit}")]
+        mismatch = "" if has_bank or has_weights else "the file has none"
+        mismatch = mismatch or reason or _restore_class_weights(objective, file)
+        return [_line(name, mismatch and f"not restored ({mismatch})")]
+    unused = [_line("class weights", "not used (the objective has none)")] if has_weights else []
+    mismatch = "" if has_bank else "the file has none"
+    mismatch = mismatch or reason or _restore_bank(objective.bank, file, same_images)
+    return [*unused, _line("memory bank", mismatch and f"not restored ({mismatch})")]
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
-    """Copy the class weights; return why not, if they do not match."""
+    """Copy the class weights; return the reason if they do not match."""
     classifier, biases = objective.classifier, file.value("class biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
-        return "the file's are compared by cosine, without biases"
+        return "those of the file are for cosine similarity, without biases"
     if not isinstance(objective, LinearSoftmax) and biases is not None:
-        return "the file's are of a linear classifier with biases"
+        return "those of the file are of a linear classifier with biases"
     features, weights = file.value("bank features"), file.value("class weights")
     if features is not None:
         labels = file.value("bank labels")
         weights = class_means(features.float(), labels, len(classifier.weight))
-    found = {"weight": weights} | ({} if biases is None else {"bias": biases})
-    misfit = _misfit(classifier, found)
-    if not misfit:
-        classifier.load_state_dict(found)
-    return misfit
+    state = {"weight": weights} | ({} if biases is None else {"bias": biases})
+    mismatch = _mismatch(classifier, state)
+    if not mismatch:
+        classifier.load_state_dict(state)
+    return mismatch
 
 
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
-    """Copy the bank; return why not, if it does not match."""
+    """Copy the bank; return the reason if it does not match."""
     features, indices = file.value("bank features"), file.value("bank indices")
     if features.shape != bank.embeddings.shape:
         own, files = tuple(bank.embeddings.shape), tuple(features.shape)
-        return f"the file's is {files}, the run's {own}; see objective.bank_size"
+        return f"shape {files} in the file, {own} in the run; see --objective.bank-size"
     bank.embeddings.copy_(features)
     bank.labels.copy_(file.value("bank labels"))
-    if same_images and indices is not None:  # otherwise -1: samples of other images
+    if same_images and indices is not None:  # otherwise -1, for unknown
         bank.indices.copy_(indices)
     bank.pointer = checkpoints.bank_pointer(file.parts)
     return ""
 
 
-def _other_classes(file: _File, classes: Sequence[str]) -> str:
-    """Return how the file's classes differ from the run's, as far as the file states them."""
-    if file.classes is not None:
-        if list(file.classes) == list(classes):
+def _compare_classes(file: _File, classes: Sequence[str]) -> str:
+    """Describe how the file's classes differ from the run's; empty if they may be the same."""
+    if (names := file.classes) is not None:
+        if list(names) == list(classes):
             return ""
-        odd = sorted(set(file.classes) ^ set(classes))
-        example = f", such as {odd[0]}" if odd else ": in another order"
-        return f"the file's {len(file.classes)} classes are not the run's {len(classes)}{example}"
+        odd = sorted(set(names) ^ set(classes))
+        example = f", such as {odd[0]}" if odd else " in their order"
+        return f"the file's {len(names)} classes differ from the run's {len(classes)}{example}"
     weights, labels = file.value("class weights"), file.value("bank labels")
     if weights is not None and weights.shape[:1] != (len(classes),):
-        return f"the file's are {tuple(weights.shape)}, the run has {len(classes)} classes"
+        return f"weights {tuple(weights.shape)} in the file, {len(classes)} classes in the run"
     if labels is not None:
-        # A bank does not state the number of classes: apart from ImageNet's 1000, the last class
-        # must have an entry.
+        # A bank does not store the number of classes: except for the 1000 of ImageNet, the last
+        # class must have an entry.
         high = int(labels.max())
         if high >= len(classes) or high + 1 < len(classes) != 1000:
-            return f"the bank's labels go up to {high}, the run has {len(classes)} classes"
+            return f"bank labels up to {high} in the file, {len(classes)} classes in the run"
     return ""
 
 
@@ -232,11 +232,11 @@ def _line(part: str, otherwise: str = "") -> str:
     return f"  {part}: {otherwise or 'restored'}"
 
 
-def _misfit(module: nn.Module, state: Mapping[str, Any]) -> str:
-    """Return how keys and shapes of a state differ from the module's; empty if they match."""
-    wanted = module.state_dict()
+def _mismatch(module: nn.Module, state: Mapping[str, Any]) -> str:
+    """Describe how keys and shapes of a state differ from the module's; empty if they match."""
+    expected = module.state_dict()
     if not state:
-        return "the file has none" if wanted else ""
-    if not wanted:
+        return "the file has none" if expected else ""
+    if not expected:
         return "the run has none"
-    return checkpoints.mismatch(state, wanted)
+    return checkpoints.mismatch(state, expected)

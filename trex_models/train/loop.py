@@ -19,14 +19,14 @@ from trex_models.train.validation import Validator
 
 
 def train(config: Config, exits: bool = False) -> list[Path]:
-    """Train, or resume the run in ``config.output``, to the end; then export.
+    """Train a new run, or resume the one in ``config.output``, to its end; then export the models.
 
-    Returns the exported folders on rank 0. With ``exits`` the process exits afterwards.
+    Returns the exported folders on rank 0. Set ``exits`` if the process exits afterwards.
 
     Raises:
         ValueError: The config, data or output directory is invalid, a checkpoint cannot be
             written, or the loss is no longer finite. The message names the remedy.
-        StoppedBySignal: A signal asked to stop.
+        StoppedBySignal: A signal stopped the run.
         PeerError: Another process failed.
     """
     with (
@@ -41,13 +41,13 @@ def train(config: Config, exits: bool = False) -> list[Path]:
             run.folder / "tensorboard" if config.system.tensorboard else None,
         ) as reporter,
     ):
-        # Kept until now: the bar would cover lines that are printed before it.
+        # Not printed earlier: the progress bar would overwrite these lines.
         for message in run.messages:
             reporter.log(message)
         _train_steps(run, signals, reporter)
         if not process.is_main:
             return []
-        # From the file, not from memory: what is exported is what a later export would give.
+        # From the file, not from memory, so that a later export of the run is identical.
         exported = export_checkpoint(run.folder, run.folder / "export", run.config.license)
         reporter.finish()
         for line in summarize(run.folder, config.optim.batch_size, exported):
@@ -56,14 +56,14 @@ def train(config: Config, exits: bool = False) -> list[Path]:
 
 
 def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
-    """Take the remaining steps: batch, step, report, validation, checkpoint."""
+    """Run the remaining steps: batch, step, report, validation, checkpoint."""
     process, system, sampler = run.process, run.config.system, run.sampler
     if sampler.start_step == sampler.total_steps:
         return
     validator = _build_validator(run, signals, reporter)
     steps_between_validations = run.config.validation.every * sampler.steps_per_epoch
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
-    pinned = process.device.type == "cuda"  # page-locked batches are copied next to the step
+    pinned = process.device.type == "cuda"  # copies of page-locked batches overlap with steps
     log, asked = reporter.log_from_any, lambda: signals.received
     batches = reporter.timed(load_batches(run.dataset, sampler, run.workers, pinned, log, asked))
 
@@ -72,12 +72,12 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             batch = next(batches)
         except (ValueError, LoaderStalledError) as error:
             if process.world_size == 1 and step > sampler.start_step:
-                run.save(step)  # with several ranks, only this one is here: it cannot save
+                run.save(step)  # with several ranks, the others would not take part
                 if isinstance(error, LoaderStalledError) and signals.received:
                     raise StoppedBySignal(signals.received, step, sampler.total_steps) from error
             raise
-        run.unreadable.training |= batch.unreadable  # of this rank; shared when the run reports
-        # What a step draws depends on (seed, step, rank) alone: a resumed run draws the same.
+        run.unreadable.training |= batch.unreadable  # of this rank; exchanged at reports
+        # Random numbers of a step depend only on (seed, step, rank), so resuming is exact.
         seed_step(run.config.seed, step, process.rank)
         crops = augment(batch, process.device, system.compile)
         labels, indices = to_device([batch.labels, batch.indices], process.device)
@@ -86,21 +86,21 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         done = step + 1
         last = done == sampler.total_steps
         reports = last or done % system.log_every == 0
-        # To measure how far the step moves them.
+        # To measure how far this step moves the class vectors.
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
                 run.model, run.method, run.optimizer, run.precision, crops, labels, indices, rate
             )
-        except NonFiniteLossError:  # before any weight changed: the step can be replayed
+        except NonFiniteLossError:  # raised before any weight changes: the step can be replayed
             raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
-        # On the device: reading it here would wait for the step. The first B rows are the logits
-        # of the first global crop.
+        # Stays on the device: reading the loss would wait for the step. The first B rows are the
+        # logits of the first global crop.
         run.meter.update(loss, logits[: len(labels)], labels)
         reporter.advance()
 
         measured: dict[str, float] = {}
-        if reports:  # the only wait for the device but for the loss's own check
+        if reports:  # besides the check of the loss, the only wait for the device
             measured |= run.meter.read() | {"learning_rate": rate}
             measured |= head_health(run.method.objective, before)
         if validator and (last or done % steps_between_validations == 0):
@@ -108,21 +108,21 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
                 with reporter.untimed():
                     measured |= validator.measure(run.method)
             except (ValueError, LoaderStalledError) as error:
-                # A ValueError is raised on all ranks: they can save together, before it ends them.
+                # All ranks raise a ValueError, so that they can save together before they end.
                 if isinstance(error, ValueError) or process.world_size == 1:
                     run.save(done)
                 raise
         if measured:
             _report(run, reporter, done, measured)
 
-        # Rank 0 keeps the time, and any rank may get a signal: all ranks must act at the same
-        # step. The exchange overlaps with the next step, so the answer is one step old.
+        # Rank 0 keeps the time and any rank may receive a signal, but all ranks must act at the
+        # same step. The exchange overlaps with the next step, so its result is one step old.
         due, stop = flags.exchange(process.is_main and alarm.due(), signals.received or 0)
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
             with reporter.untimed():
                 run.save(done)
-        if stop and not last:  # a run that has just finished exports
-            flags.finish()  # an exchange under way would hang a rank that leaves
+        if stop and not last:  # a finished run is exported all the same
+            flags.finish()  # a rank that exits during an exchange would hang
             raise StoppedBySignal(Signals(stop), done, sampler.total_steps)
     flags.finish()
 
@@ -146,12 +146,12 @@ def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Vali
 
 
 def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
-    """Report; end the run, after saving it, if too many images are unreadable."""
+    """Report metrics; save and end the run if too many images are unreadable."""
     run.exchange_unreadable(reporter.log)
     run.report_changed_files(reporter.log)
     if run.unreadable.training:
         measured["unreadable"] = len(run.unreadable.training)
     reporter.report(done, measured)
-    if trouble := run.unreadable.trouble():
+    if message := run.unreadable.error_message():
         run.save(done)
-        raise distributed.SharedError(trouble)
+        raise distributed.SharedError(message)

@@ -18,23 +18,23 @@ from trex_models.train.config import (
 
 
 def trex(output: str = "") -> Config:
-    """t-ReX (OCM, 3 hidden layers): the model that transfers best.
+    """t-ReX (OCM, 3 hidden layers), which transfers best to other tasks.
 
     torchrun --nproc-per-node 4 -m trex_models.train trex --data.path IMAGES --output DIR
 
-    The authors trained on 4 GPUs x 64 images and report 77.9 to 78.0 % ImageNet-1K top-1 by
-    logistic regression and a mean transfer log-odds of 1.17. Not yet run by us.
+    The authors trained on 4 GPUs with 64 images each and report 77.9 to 78.0 % ImageNet-1K top-1
+    with logistic regression and a mean transfer log-odds of 1.17. We have not run this recipe yet.
     """
     return Config(output=output)
 
 
 def trexstar(output: str = "") -> Config:
-    """t-ReX* (OCM, 1 hidden layer): the model that is best on the training task.
+    """t-ReX* (OCM, 1 hidden layer), which is best on the training task.
 
     torchrun --nproc-per-node 4 -m trex_models.train trexstar --data.path IMAGES --output DIR
 
     The authors report 80.2 % ImageNet-1K top-1 and a mean transfer log-odds of 0.88.
-    Not yet run by us.
+    We have not run this recipe yet.
     """
     return Config(
         output=output,
@@ -44,17 +44,17 @@ def trexstar(output: str = "") -> Config:
 
 
 def plain3(output: str = "") -> Config:
-    """t-ReX-3: as trex, with learned class weights (Eq. 1) in place of class means."""
+    """t-ReX-3: like trex, but with learned class weights (Eq. 1) instead of class means."""
     return replace(trex(output), objective=ObjectiveConfig(name="cosine"))
 
 
 def plain1(output: str = "") -> Config:
-    """t-ReX-1: as trexstar, with learned class weights (Eq. 1) in place of class means."""
+    """t-ReX-1: like trexstar, but with learned class weights (Eq. 1) instead of class means."""
     return replace(trexstar(output), objective=ObjectiveConfig(name="cosine"))
 
 
 def demo(output: str = "") -> Config:
-    """A small t-ReX* on fractals: five minutes on two CPU cores.
+    """A small t-ReX* on generated fractals, which trains in five minutes on two CPU cores.
 
     python -m trex_models.train demo --output DIR
     """
@@ -75,7 +75,7 @@ def demo(output: str = "") -> Config:
             hidden_dim=192,
             embedding_dim=48,
         ),
-        # A thousand steps are too few for an average over as many.
+        # The default momentum averages over a thousand steps, as many as this run has.
         objective=ObjectiveConfig(bank_size=2048, ema_momentum=0.97),
         optim=OptimConfig(epochs=12, batch_size=64, base_lr=0.8, warmup_epochs=1),
         validation=ValidationConfig(images_per_class=10),
@@ -84,7 +84,7 @@ def demo(output: str = "") -> Config:
 
 
 def smoke(output: str = "") -> Config:
-    """The whole method on few fractals in under a minute on two CPU cores, for checks.
+    """A quick check of the complete method: under a minute on two CPU cores.
 
     python -m trex_models.train smoke --output DIR
     """

@@ -1,4 +1,4 @@
-"""What a run reports: progress, metrics.jsonl, TensorBoard files, diagnostics, a summary.
+"""Reports of a run: progress, metrics.jsonl, TensorBoard files, diagnostics, a summary.
 
 Shapes: B batch, C classes, D embedding, Q bank size.
 """
@@ -34,7 +34,7 @@ _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining
 
 
 class Meter:
-    """Mean loss and accuracy since the last reading, kept on the device until they are read."""
+    """Mean loss and accuracy since the last ``read``, accumulated on the device."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -46,34 +46,34 @@ class Meter:
         self._sums += torch.stack([loss.float(), correct, torch.ones_like(correct)])
 
     def read(self) -> dict[str, float]:
-        """Return the means over steps and ranks, and reset them; waits for the device."""
+        """Return the means over steps and ranks and reset them; waits for the device."""
         loss, correct, steps = self.gathered().sum(0).tolist()
         self._sums.zero_()
         return {"loss": loss / steps, "accuracy": correct / steps}
 
     def gathered(self) -> Tensor:
-        """Return the sums of all ranks, (ranks, 3); every rank must call it."""
+        """Return the sums of all ranks, (ranks, 3); all ranks must call this method."""
         return gather(self._sums[None])
 
     def load_state_dict(self, sums: Tensor) -> None:
-        """Restore this rank's part of ``gathered``; the mean if the number of ranks changed."""
+        """Restore this rank's row of ``gathered``, or the mean if the number of ranks changed."""
         process = self._process
         same = len(sums) == process.world_size
         self._sums.copy_(sums[process.rank] if same else sums.mean(0))
 
 
 class Reporter:
-    """Progress with rate, remaining time and time spent waiting for data; one JSON line a report.
+    """Progress with rate, remaining time and time spent waiting; metrics as one JSON line a report.
 
-    On a terminal progress is a bar, with a line above it for each validation; elsewhere it is a
+    On a terminal, progress is a bar, with a line above it for each validation; otherwise it is a
     line per report. Only rank 0 prints and writes.
 
     Args:
-        path: File of the metrics; lines of later steps, left by an interrupted run, are dropped.
-        sampler: Order of the batches, at the first step since this start.
+        path: Metrics file. Lines of later steps, left by an interrupted run, are removed.
+        sampler: Sampler of the run, whose ``start_step`` is the first step since this start.
         images_per_step: Global batch size.
         process: This process.
-        tensorboard: Folder for TensorBoard's files; None for none.
+        tensorboard: Folder for TensorBoard files; None disables them.
     """
 
     def __init__(
@@ -101,25 +101,25 @@ class Reporter:
         )
         self._writer: Any = None
         if process.is_main and tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds
+            from torch.utils.tensorboard import SummaryWriter  # slow import
 
-            # It hides what an interrupted run wrote of later steps.
+            # purge_step hides later steps, which an interrupted run wrote.
             self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
         if process.is_main:
             _truncate(path, start_step)
 
     def log(self, message: str) -> None:
-        """Print one line above the progress bar."""
+        """Print a line above the progress bar, on rank 0 only."""
         if self._process.is_main:
             tqdm.write(message)
 
     def log_from_any(self, message: str) -> None:
-        """Print one line of this rank, whichever it is, above the progress bar."""
+        """Print a line above the progress bar, on any rank."""
         rank = "" if self._process.is_main else f"process {self._process.rank}: "
         tqdm.write(rank + message)
 
     def timed(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the batches; measure the time spent waiting for them."""
+        """Yield the batches, and measure the time spent waiting for them."""
         while True:
             started = time.monotonic()
             batch = next(batches, None)
@@ -130,7 +130,7 @@ class Reporter:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Exclude the time of the block, which trains nothing, from the rates."""
+        """Exclude the duration of a block, such as a validation, from the rates."""
         started = time.monotonic()
         try:
             yield
@@ -138,7 +138,7 @@ class Reporter:
             self._untimed += time.monotonic() - started
 
     def with_progress(self, batches: Iterator[T], count: int, name: str) -> Iterator[T]:
-        """Yield the batches under a second progress bar, which disappears at the end."""
+        """Yield the batches with a second progress bar, which disappears at the end."""
         hidden = bool(self._bar.disable)
         with progress_bar(count, name, "batch", leave=False, disable=hidden) as bar:
             for batch in batches:
@@ -150,7 +150,7 @@ class Reporter:
         self._bar.update()
 
     def report(self, done: int, metrics: dict[str, float]) -> None:
-        """Print and record metrics, numbers by name, after ``done`` steps of the run."""
+        """Print and record the metrics after ``done`` steps of the run."""
         if not self._process.is_main:
             return
         now = time.monotonic()
@@ -184,7 +184,7 @@ class Reporter:
             self._bar.set_postfix_str(f"{speed}, {trained.rstrip()}")
 
     def finish(self) -> None:
-        """Close the bar: later lines are printed below it."""
+        """Close the progress bar: later lines are printed below it."""
         self._bar.close()
 
     def __enter__(self) -> Reporter:
@@ -197,7 +197,7 @@ class Reporter:
 
 
 def _truncate(path: Path, start_step: int) -> None:
-    """Drop lines of steps after ``start_step``, and incomplete lines."""
+    """Remove lines of steps after ``start_step`` and incomplete lines."""
     kept = []
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -210,7 +210,7 @@ def _truncate(path: Path, start_step: int) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as H:MM:SS or M:SS."""
+    """Format a duration in seconds as H:MM:SS or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -218,15 +218,15 @@ def duration(seconds: float) -> str:
 
 @torch.no_grad()
 def class_directions(objective: Objective) -> Tensor | None:
-    """Return the unit vectors of the classes, (C, D); None if classes have no vectors."""
+    """Return normalized class weights or prototypes, (C, D); None if the objective has none."""
     weights = objective.class_weights()
     return None if weights is None else F.normalize(weights.float(), dim=1)
 
 
 def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]:
-    """Diagnostics of the head after a step; waits for the device. docs/training.md explains them.
+    """Return diagnostics of the head after a step (see docs/training.md); waits for the device.
 
-    ``before`` is what ``class_directions`` returned before the step: t-ReX section 5 compares the
+    ``before`` is the result of ``class_directions`` before the step: t-ReX section 5 compares the
     drift of prototypes (Eq. 2) and of learned weights (Eq. 1).
     """
     measured: dict[str, float] = {}
@@ -236,7 +236,7 @@ def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]
         measured["empty_prototypes"] = int((~after.any(1)).sum())
     bank = objective.bank
     if bank is not None:
-        own = bank.written >= 0  # written by this run: not the initial entries
+        own = bank.written >= 0  # written by this run, unlike the initial entries
         ages = bank.batches - 1 - bank.written[own]
         measured |= {
             "bank_classes": len(bank.labels[own].unique()) / bank.num_classes,
@@ -248,14 +248,14 @@ def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]
 
 
 def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> list[str]:
-    """Return the lines that sum up a finished run: time, rates, metrics, what to do next.
+    """Return a summary of a finished run in lines: time, rates, metrics and next steps.
 
-    Time and rates are those of training, without validation and checkpoints, over all starts.
+    Time and rates are totals over all starts, without validation and checkpoints.
     """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = []
     if metrics:
-        # From the rates: the time that an interruption cost does not count.
+        # Computed from the rates, so that time lost by an interruption does not count.
         seconds = waited = 0.0
         images = 0
         for line in metrics:
@@ -281,13 +281,13 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
     listed = folder / "unreadable.txt"
     if listed.exists():
         count = len(listed.read_text().splitlines())
-        lines.append(f"{count} unreadable images were skipped, listed in {listed}")
+        lines.append(f"{count} unreadable images were skipped; see {listed}")
     backbone = exported[0]
     return [
         *lines,
-        f"curves: python -m trex_models.plot {folder}",
+        f"plot the curves: python -m trex_models.plot {folder}",
         *(f"exported {path}" for path in exported),
-        f'use it: timm.create_model("local-dir:{backbone}", pretrained=True)',
-        f"for the Hub, in a checkout: python -m hub build {backbone} --output HUB --name NAME "
-        "--owner YOU --namespace YOU [--license ID]",
+        f'load the backbone: timm.create_model("local-dir:{backbone}", pretrained=True)',
+        f"prepare it for the Hub, in a checkout of the repository: python -m hub build {backbone} "
+        "--output HUB --name NAME --owner YOU --namespace YOU [--license ID]",
     ]

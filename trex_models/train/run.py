@@ -1,4 +1,4 @@
-"""A run: its parts, and how its state is saved."""
+"""A run: its parts and how its state is saved."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from trex_models.train.reporting import Meter
 from trex_models.train.unreadable import ImageFiles, UnreadableImages
 from trex_models.train.validation import Neighbors, ValidationDataset
 
-_REMEDY = "lower optim.base_lr, lengthen optim.warmup_epochs, or use --precision bf16 or fp32"
+_REMEDY = "lower --optim.base-lr, raise --optim.warmup-epochs, or use --precision bf16 or fp32"
 
 
 @dataclass
 class Run:
-    """The parts of a run, at step ``sampler.start_step``."""
+    """Parts of a run, at step ``sampler.start_step``."""
 
-    config: Config  # with its precision resolved
+    config: Config  # with resolved precision
     process: Process
     precision: Precision
     dataset: MultiCropDataset
     validation: ValidationDataset | None
     neighbors: Neighbors | None  # references of the k-NN classifier
     sampler: EpochSampler
-    lr_schedule: np.ndarray  # of every step, (steps,)
+    lr_schedule: np.ndarray  # learning rate of each step, (steps,)
     method: TReX  # on the device and in training mode
-    model: nn.Module  # the method, wrapped for several processes
+    model: nn.Module  # ``method``, wrapped if there are several processes
     optimizer: torch.optim.Optimizer
     meter: Meter
     unreadable: UnreadableImages
-    workers: int  # of this process
+    workers: int  # number of loader workers of this process
     data_fingerprint: dict[str, Any]  # class names and digest of the images
-    inherited_license: str  # of the weights that the run started from; empty for none
+    inherited_license: str  # of the initial weights; empty if none is known
     messages: list[str]  # to print before the first step
     files: ImageFiles | None = None  # on rank 0
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, int | str]:
-        """Settings that change the rounding of the same computation."""
+        """Settings that affect the rounding of the computation."""
         device = self.process.device
         return {
             "processes": self.process.world_size,
@@ -83,7 +83,7 @@ class Run:
         return 1 if synchronized else self.process.world_size
 
     def exchange_unreadable(self, log: Callable[[str], object]) -> None:
-        """Share which images were skipped; every rank must call it."""
+        """Exchange the skipped images among all ranks, which must all call this method."""
         if self.config.data.skips_unreadable:
             self.unreadable.exchange(self.process.is_main, log)
 
@@ -93,30 +93,30 @@ class Run:
             log(line)
 
     def save(self, done: int) -> None:
-        """Save the state after ``done`` steps, if all ranks agree on it and it is finite.
+        """Save the state after ``done`` steps, if it is finite and identical on all ranks.
 
-        Every rank must call it.
+        All ranks must call this method.
         """
-        # A faulty device or link would otherwise spread into every later checkpoint.
+        # Otherwise an error of a faulty device or link would enter all later checkpoints.
         distributed.check_identical(self._shared_tensors())
         tensors = (*self.method.parameters(), *self.method.buffers())
-        # One wait for the device for all tensors. A checkpoint with NaN would replace a good one.
+        # One device sync for all tensors. A checkpoint with NaN would replace a good one.
         if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
-            trouble = f"weights are no longer finite after step {done}, and are not saved"
-            raise ValueError(f"{trouble}; {_REMEDY}")
+            problem = f"the weights are no longer finite after step {done} and were not saved"
+            raise ValueError(f"{problem}; {_REMEDY}")
         self.exchange_unreadable(print)
-        # Every rank takes part in the gathering; rank 0 alone writes.
+        # All ranks gather the sums; only rank 0 writes.
         state = self._state_after(done) | {"meter": self.meter.gathered()}
         if self.files:
             state["files"] = self.files.state()
             self.report_changed_files(print)
             checkpointing.save(self.folder, state)
-        distributed.barrier()  # a rank that ends early would have the others ended, too
+        distributed.barrier()  # if a rank exited early, the others would be ended, too
 
     def save_failed_step(
         self, step: int, crops: list[Tensor], labels: Tensor, indices: Tensor
     ) -> str:
-        """Save a step with a non-finite loss, for ``export.load_step``; return the message."""
+        """Save a step with a non-finite loss for ``export.load_step``; return the error message."""
         rank = self.process.rank
         path = self.folder / f"nonfinite_step_{step}_process_{rank}.pt"
         inputs = {
@@ -125,17 +125,17 @@ class Run:
             "labels": labels.cpu(),
             "indices": indices.cpu(),
         }
-        trouble = f"the loss of step {step} is no longer finite; {_REMEDY}"
+        problem = f"the loss of step {step} is no longer finite; {_REMEDY}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # on another machine it is missing
+            self.folder.mkdir(parents=True, exist_ok=True)  # it is missing on other machines
             checkpointing.write(path, self._state_after(step) | inputs)
         except (OSError, ValueError) as error:
-            return f"{trouble} ({error})"
+            return f"{problem} ({error})"
         call = f"trex_models.train.export.load_step({str(path)!r})"
-        return f"{trouble}. Its inputs and state: method, inputs, precision = {call}"
+        return f"{problem}. To debug this step, load it: method, inputs, precision = {call}"
 
     def _shared_tensors(self) -> dict[str, Iterable[Tensor]]:
-        """Return what every rank must hold identically: all but BatchNorm's running statistics."""
+        """Return the tensors that must be identical on all ranks: all but BatchNorm statistics."""
         method = self.method
         shared: dict[str, Iterable[Tensor]] = {"encoder": method.encoder.parameters()}
         if method.momentum_encoder is None or method.objective.bank is None:
@@ -147,7 +147,7 @@ class Run:
         return shared | {"bank": [*bank.buffers(), pointer]}
 
     def _state_after(self, steps: int) -> dict[str, Any]:
-        """Return the contents of a checkpoint but for the meter's sums, which all ranks gather."""
+        """Return the contents of a checkpoint, except for the sums of the meter."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {
             **state,

@@ -1,6 +1,6 @@
-"""Set up a run, from its configuration to the moment before the first step.
+"""Set up a run: everything from its configuration to the moment before the first step.
 
-`setup_run` and `build_run` tell the story in the order of execution; `build` makes the parts.
+`setup_run` and `build_run` list the stages in the order of execution; `build` creates the parts.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from trex_models.train.validation import ValidationDataset
 def setup_run(config: Config, process: Process) -> Iterator[Run]:
     """Build a run, lock its directory and restore its last checkpoint.
 
-    Rank 0 alone reads and writes the directory; the other ranks need not see it. What is invalid
-    is a ValueError on all ranks, with one line for each problem, before anything is written.
+    Only rank 0 reads and writes the directory, which other ranks need not see. Invalid settings or
+    data raise a ValueError on all ranks, with one line per problem, before anything is written.
     """
     run = build_run(config, process)
-    # The lock lives as long as the run: it ends with the block, or with the process.
+    # The run directory is locked until the end of the block, or of the process.
     with ExitStack() as stack:
         # Locked after all checks, so that a run that cannot start leaves nothing behind, and
         # before the checkpoint is read, so that no other process can replace it meanwhile.
@@ -56,44 +56,44 @@ def setup_run(config: Config, process: Process) -> Iterator[Run]:
             if process.is_main:
                 stack.enter_context(checkpointing.lock_run_dir(run.config))
         _resume(run)
-        # DistributedDataParallel broadcasts the weights of rank 0 when it is built: it comes last.
+        # DistributedDataParallel broadcasts the weights of rank 0 when it is created, so last.
         if run.sampler.start_step < run.sampler.total_steps:
             run.model = wrap_model(run)
         yield run
 
 
 def build_run(config: Config, process: Process) -> Run:
-    """Build and check a run at its first step; nothing is locked, written or wrapped yet."""
-    # A fault of one rank (its data, its memory) must end all: the others would wait for it.
+    """Build and check a run at its first step, without locking, writing or wrapping anything."""
+    # An error on one rank (its data, its memory) must end all ranks: they would wait for it.
     with raise_on_all_ranks():
         # Precision and device first: the checks below depend on what "auto" means.
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
 
-        # Data before the method: its head has one output for each class.
+        # Data before the method, whose head has one output per class.
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
-        # The sampler refuses a batch size that does not divide, before a network is built.
+        # The sampler rejects an invalid batch size before a network is built.
         sampler = build.build_sampler(config.optim, config.seed, len(source), process)
-        # On the CPU and from the seed alone: equal on every rank and every device.
+        # On the CPU, from the seed only: the weights are equal on all ranks and devices.
         method = build.build_method(config, len(source.classes))
 
-        # Hours into a run these would end it, or waste it.
+        # Problems that would otherwise end or waste the run after hours.
         warnings = _check(config, source, validation, method, process)
         classes = list(source.classes)
         fingerprint = {"classes": classes, "images": source.digest()}
-        begins = not checkpointing.files(Path(config.output))
-        if process.is_main and begins:
-            with tempfile.TemporaryDirectory() as trial:  # an architecture that cannot be exported
+        is_new = not checkpointing.files(Path(config.output))
+        if process.is_main and is_new:
+            with tempfile.TemporaryDirectory() as trial:  # fails if a model cannot be exported
                 export_method(method, config, classes, Path(trial))
 
-    # On the CPU, before the method is copied to the device and wrapped. A run that resumes has
-    # these weights in its checkpoint.
-    started_from, inherited = _warm_start(config, method, fingerprint, begins, process)
+    # On the CPU, before the method is copied to the device and wrapped. A resumed run finds these
+    # weights in its checkpoint.
+    report, inherited = _warm_start(config, method, fingerprint, is_new, process)
     config = replace(config, license=resolve_license(config.license, inherited))
 
-    # Before the optimizer, which would hold on to the tensors on the CPU.
+    # Before the optimizer is created: it would keep references to the tensors on the CPU.
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -102,7 +102,7 @@ def build_run(config: Config, process: Process) -> Run:
         config=config,
         process=process,
         precision=precision,
-        # A worker reuses its memory once as many batches as these are later than one.
+        # A worker reuses the memory of a batch after this number of later batches.
         dataset=MultiCropDataset(
             source, specs, config.seed, config.data.skips_unreadable, live_batches=LIVE_BATCHES
         ),
@@ -123,27 +123,27 @@ def build_run(config: Config, process: Process) -> Run:
         messages=[
             *_describe(config, source, validation, process),
             *(f"warning: {warning}" for warning in warnings),
-            *started_from,
+            *report,
         ],
     )
-    # Ranks that were started with other settings or other data would train on silently.
+    # Otherwise ranks that were started with other settings or data would train silently.
     first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
-        different = config_diff(json.loads(first), config)
+        differences = config_diff(json.loads(first), config)
         if images != fingerprint:
-            different.append("the images")
-        if different:
+            differences.append("the images")
+        if differences:
             raise ValueError(
-                f"this process and process 0 differ in {'; '.join(different)}; start all with the "
-                "same command and the same data"
+                f"this process and process 0 differ in {'; '.join(differences)}; start all "
+                "processes with the same command and the same data"
             )
     return run
 
 
 def wrap_model(run: Run) -> nn.Module:
-    """Return the module to train: compiled if asked for, and parallel over the processes."""
-    # In place, and the encoder alone: the momentum encoder and exports keep their names. Compiled
-    # at the first step, which takes minutes.
+    """Return the module to train: compiled if enabled, and parallel over several processes."""
+    # In place, which keeps state-dict keys, and only the encoder, not the momentum encoder. The
+    # compilation itself, at the first step, takes minutes.
     if run.config.system.compile:
         run.method.encoder.compile()
     model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
@@ -152,7 +152,7 @@ def wrap_model(run: Run) -> nn.Module:
     layout = torch.channels_last
     crops = [torch.zeros(shape, device=device).to(memory_format=layout) for shape in shapes]
     labels, indices = torch.zeros(2, share, dtype=torch.int64, device=device)
-    # Gradients must be of the type that the steps will have.
+    # Under autocast, for gradients of the same data type as in the steps.
     with run.precision.autocast():
         distributed.warm_up_ddp(model, crops, labels, indices)
     return model
@@ -165,50 +165,50 @@ def _check(
     method: TReX,
     process: Process,
 ) -> list[str]:
-    """Run the preflight checks that this configuration needs; return warnings."""
+    """Run the preflight checks that apply to this configuration; return warnings."""
     specs, workers = build.crop_specs(config.crops), build.num_workers(config.system)
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
-    if validation is not None:  # its batches wait next to the crops
+    if validation is not None:  # its batches are in memory next to the crops
         batch_bytes += share * 3 * config.crops.global_size**2
     elif config.validation.neighbors:
         raise ValueError(
-            "validation.neighbors is set, but there are no images to validate on; name them by "
-            "validation.path, validation.split or validation.images_per_class"
+            "--validation.neighbors is set, but there are no validation images; set "
+            "--validation.path, --validation.split or --validation.images-per-class"
         )
     smallest, skip = min(spec.size for spec in specs), config.data.skips_unreadable
-    found: list[Callable[[], str | None]] = [
+    calls: list[Callable[[], str | None]] = [
         partial(checks.check_samples, "training", source, skip),
         partial(checks.check_classes, source),
         partial(checks.check_shared_memory, batch_bytes, workers, build.local_processes()),
         partial(checks.check_cpu_bfloat16, config.precision, process.device, smallest),
     ]
     if validation is not None:
-        found.append(partial(checks.check_samples, "validation", validation.source, skip))
+        calls.append(partial(checks.check_samples, "validation", validation.source, skip))
     if entries := config.objective.bank_entries:
-        found.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
+        calls.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
     if process.is_main and config.system.tensorboard:
-        found.append(checks.check_tensorboard)
+        calls.append(checks.check_tensorboard)
     if process.is_main and config.output:
-        # One more than are kept: the next is written before the oldest is deleted.
+        # One more than is kept: the next file is written before the oldest is deleted.
         folder = Path(config.output)
-        more = max(1, checkpointing.MAX_CHECKPOINTS + 1 - len(checkpointing.files(folder)))
-        size = more * checks.checkpoint_bytes(method)
-        found.append(partial(require_space, folder, size, "--output"))
-    return checks.run_checks(found)
+        count = max(1, checkpointing.MAX_CHECKPOINTS + 1 - len(checkpointing.files(folder)))
+        size = count * checks.checkpoint_bytes(method)
+        calls.append(partial(require_space, folder, size, "--output"))
+    return checks.run_checks(calls)
 
 
 def _warm_start(
-    config: Config, method: TReX, fingerprint: dict[str, Any], begins: bool, process: Process
+    config: Config, method: TReX, fingerprint: dict[str, Any], is_new: bool, process: Process
 ) -> tuple[list[str], str]:
-    """Load the weights of ``config.init_from``, unless the run has a checkpoint of its own.
+    """Load the weights of ``config.init_from``, unless the run already has a checkpoint.
 
-    Returns lines that report each part, and the license of these weights; empty if nothing was
-    read.
+    Returns a report, one line per part, and the license of these weights; both are empty if no
+    weights were loaded.
     """
     lines: list[str] = []
     inherited = ""
-    if not distributed.broadcast(bool(config.init_from) and begins):  # rank 0 sees the directory
+    if not distributed.broadcast(bool(config.init_from) and is_new):  # rank 0 sees the directory
         return lines, inherited
     with raise_on_all_ranks():
         if process.is_main:
@@ -216,16 +216,16 @@ def _warm_start(
                 Path(config.init_from), method, fingerprint["classes"], fingerprint["images"]
             )
             stated = resolve_license(config.license, inherited)
-            what = f"{stated}, also of weights trained from them" if stated else "not stated"
-            lines.append(f"  license of the weights: {what} (NAVER's are under {naver.LICENSE})")
-    # One reader, whatever the file system: the other ranks get the tensors from rank 0.
+            text = f"{stated}, which covers derived weights, too" if stated else "not stated"
+            lines.append(f"  license of the weights: {text} (NAVER's weights: {naver.LICENSE})")
+    # Only rank 0 needs to see the file: the other ranks receive the tensors from it.
     state, inherited = distributed.broadcast((method.state_dict(), inherited))
     method.load_state_dict(state)
     return lines, inherited
 
 
 def _resume(run: Run) -> None:
-    """Restore the run's last checkpoint, which rank 0 reads for all."""
+    """Restore the run's last checkpoint, which rank 0 reads and broadcasts."""
     saved = None
     with raise_on_all_ranks():
         if run.process.is_main:
@@ -234,7 +234,7 @@ def _resume(run: Run) -> None:
                 checkpointing.check_belongs(*saved, run.config, run.data_fingerprint)
                 _check_environment(run, *saved)
                 checkpointing.prune(run.folder)
-            # The images may have been replaced since: a thread looks at their sizes and times.
+            # A thread compares file sizes and times: images may have been replaced since.
             sources = {"training": run.dataset.source}
             if run.validation is not None:
                 sources["validation"] = run.validation.source
@@ -245,7 +245,7 @@ def _resume(run: Run) -> None:
         return
     path, state = saved
     checkpointing.restore({**run.parts, "meter": run.meter}, state, path)
-    match_memory_format(run.optimizer)  # after the state, whose strides are those of the file
+    match_memory_format(run.optimizer)  # after loading, which adopts the strides of the file
     run.inherited_license = state["inherited_license"]
     chosen = resolve_license(run.config.license, run.inherited_license)
     run.config = replace(run.config, license=chosen)
@@ -256,7 +256,7 @@ def _resume(run: Run) -> None:
 
 
 def _reread_unreadable(run: Run, indices: list[int]) -> None:
-    """Read the images again that were unreadable: some may have been fixed meanwhile."""
+    """Read the unreadable images again: some may have been fixed in the meantime."""
     with raise_on_all_ranks():
         for index in indices:
             if not 0 <= index < len(run.dataset.source):
@@ -265,9 +265,9 @@ def _reread_unreadable(run: Run, indices: list[int]) -> None:
                 run.dataset.source.read(index)
             except UnreadableImageError as error:
                 run.unreadable.training[index] = str(error)
-        trouble = run.unreadable.trouble()
-        if run.config.data.skips_unreadable and trouble:
-            raise ValueError(trouble)
+        message = run.unreadable.error_message()
+        if run.config.data.skips_unreadable and message:
+            raise ValueError(message)
 
 
 def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
@@ -275,8 +275,8 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
     if groups != run.batchnorm_groups:
         processes = before.get("processes")
         raise ValueError(
-            f"{path} was saved by {processes} processes, and BatchNorm saw {groups} parts of each "
-            f"batch; now it would see {run.batchnorm_groups}: start {processes} processes"
+            f"{path} was saved by {processes} processes: BatchNorm normalized {groups} parts of "
+            f"each batch separately, now {run.batchnorm_groups}; start {processes} processes"
         )
     changed = [
         f"{name}: {before.get(name)} -> {value}"
@@ -285,8 +285,8 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
     ]
     if changed:
         run.messages.append(
-            f"warning: saved elsewhere ({'; '.join(changed)}): the run continues as it would have "
-            "up to rounding, not bit for bit"
+            f"warning: {path.name} was saved in another environment ({'; '.join(changed)}): "
+            "results will be the same up to rounding, not bit for bit"
         )
 
 

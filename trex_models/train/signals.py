@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and the alarm for checkpoints."""
+"""Signals that stop a run, and the alarm for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trex_models.cli import Stopped
 from trex_models.data.loading import LoaderStalledError
 from trex_models.distributed import is_peer_failure
 
-# Sent by schedulers before a time limit, by Ctrl-C, and by a terminal that closes. Windows lacks
-# some.
+# Sent by schedulers before a time limit, by Ctrl-C, and by closing a terminal. Some of them do not
+# exist on Windows.
 STOP_SIGNALS = [
     getattr(signal, name)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
@@ -24,25 +24,25 @@ STOP_SIGNALS = [
 
 
 class StoppedBySignal(Stopped):
-    """A run stopped at a signal: after ``done`` steps of ``total``, saved, or within a step."""
+    """Stop of a run by a signal: after ``done`` of ``total`` steps and saved, or within a step."""
 
     def __init__(self, received: signal.Signals, done: int = 0, total: int = 0) -> None:
-        where = "within a step; the same command continues from the last checkpoint"
+        where = "within a step; run the same command to continue from the last checkpoint"
         if done:  # saved by all ranks
-            where = f"after step {done} of {total}, saved; the same command continues"
+            where = f"after step {done} of {total} (saved); run the same command to continue"
         message = f"stopped by {received.name} {where}"
         super().__init__(message, 128 + received, on_all_ranks=bool(done))
 
 
 class Alarm:
-    """Fires every ``seconds``; disabled if 0."""
+    """Alarm that fires every ``seconds``; 0 disables it."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next = time.monotonic() + seconds
 
     def due(self) -> bool:
-        """Return whether it fires; the next interval starts now."""
+        """Return True if the alarm fires, which starts the next interval."""
         now = time.monotonic()
         if not self._seconds or now < self._next:
             return False
@@ -51,17 +51,17 @@ class Alarm:
 
 
 class StopSignals:
-    """Records the first signal that asks to stop while the block runs, in the main thread.
+    """Context manager that records the first stop signal; works only in the main thread.
 
-    If loading gave up after such a signal, or another process failed, which probably received it,
-    too, the block raises StoppedBySignal.
+    The block raises StoppedBySignal if, after a signal, loading is abandoned or another process
+    fails, which has probably received the same signal.
 
-    A signal that the process ignores (as under nohup) stays ignored. Repeated signals have no
-    effect (torchrun and Slurm send them twice), except a second Ctrl-C at least a second after the
-    first, which ends the process at once. The first signal is announced by a line.
+    Signals that the process ignores (as under nohup) stay ignored. Repeated signals have no effect
+    (torchrun and Slurm send them twice), except a second Ctrl-C at least a second after the first,
+    which ends the process immediately. If ``announce`` is set, the first signal is reported.
 
-    If the process ``exits`` after the block, signals are ignored from its end on: one of them would
-    make a finished run look like a failed one.
+    If the process ``exits`` after the block, signals are ignored from then on: they would make a
+    finished run look like a failed one.
     """
 
     def __init__(self, announce: bool = True, exits: bool = False) -> None:
@@ -73,8 +73,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            heeded = [n for n in STOP_SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-            self._previous = {number: signal.signal(number, self._note) for number in heeded}
+            handled = [n for n in STOP_SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._previous = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def __exit__(
@@ -89,8 +89,8 @@ class StopSignals:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
-            again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            if self._announce:  # not by print, which the signal may have interrupted
+            again = "; press Ctrl-C again to end at once" if number == signal.SIGINT else ""
+            if self._announce:  # not with print, which the signal may have interrupted
                 line = f"{self.received.name}: stopping once the state is saved{again}\n"
                 with suppress(OSError):
                     os.write(1, line.encode())

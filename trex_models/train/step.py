@@ -1,4 +1,4 @@
-"""One training step, in the order that the method needs."""
+"""One training step, in the order that the method requires."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trex_models.precision import Precision
 
 
 class NonFiniteLossError(ValueError):
-    """The loss is NaN or infinite; weights, optimizer and bank are as before the step."""
+    """The loss is NaN or infinite; weights, optimizer and bank are unchanged."""
 
 
 def training_step(
@@ -29,10 +29,10 @@ def training_step(
     indices: Tensor,
     learning_rate: float,
 ) -> tuple[Tensor, Tensor]:
-    """Take one step: forward, backward, fill the bank, update the weights.
+    """Run one training step: forward, backward, update of bank and weights.
 
     ``model`` is ``method``, or DistributedDataParallel around it. Crops are one tensor per
-    resolution, (N_r * B, 3, S_r, S_r), crop-major, globals first; labels and sample indices, (B,).
+    resolution, (N_r * B, 3, S_r, S_r), crop-major, global first; labels and sample indices, (B,).
     Returns the loss before the optimizer's step, and the logits, (N * B, C); both detached.
 
     Raises:
@@ -40,17 +40,17 @@ def training_step(
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.zero_grad(set_to_none=True)  # before activations take their memory
+    optimizer.zero_grad(set_to_none=True)  # free memory for the activations
     with precision.autocast():
         loss, logits = model(crops, labels, indices)
     read_loss = _read_later(loss.detach())
     with preserve_running_stats(method.encoder.backbone):
         precision.scaler.scale(loss).backward()
-    # The device is busy with the backward pass meanwhile: this wait does not leave it idle.
+    # Meanwhile the device runs the backward pass: waiting here does not leave it idle.
     if not math.isfinite(read_loss()):
         raise NonFiniteLossError("the loss is no longer finite")
     with precision.autocast():
-        # Before the optimizer's step: the average follows the weights that made this loss.
+        # Before the optimizer's step: the average follows the weights that produced the loss.
         method.update_bank(crops, labels, indices)
     precision.scaler.step(optimizer)
     precision.scaler.update()
@@ -58,7 +58,7 @@ def training_step(
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed all global generators, so that drop path depends on these numbers alone."""
+    """Seed all global generators: drop path then depends only on (seed, step, rank)."""
     drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     torch.manual_seed(drawn)
     random.seed(drawn)
@@ -66,7 +66,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _read_later(scalar: Tensor) -> Callable[[], float]:
-    """Start to copy a scalar to the host; the function returned waits for that copy alone."""
+    """Start copying a scalar to the host; the returned function only waits for this copy."""
     if scalar.device.type != "cuda":
         return scalar.item
     copy = torch.empty_like(scalar, device="cpu", pin_memory=True).copy_(scalar, non_blocking=True)

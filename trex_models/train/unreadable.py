@@ -1,4 +1,4 @@
-"""Image files: unreadable ones, and ones that changed since a checkpoint."""
+"""Image files that are unreadable, or that changed since a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,54 +18,54 @@ from trex_models.distributed import gather_objects
 
 
 class UnreadableImages:
-    """Unreadable images that were skipped: counted, listed in a file if there are any, limited.
+    """Skipped unreadable images, which are counted and listed in a file.
 
-    The ceiling is a share of the training images.
+    ``max_share`` is the largest permitted share of the training images.
     """
 
-    def __init__(self, path: Path, num_images: int, ceiling: float) -> None:
+    def __init__(self, path: Path, num_images: int, max_share: float) -> None:
         self.training: dict[int, str] = {}
-        """Reasons by index, each of which names its image; after ``exchange`` of all ranks."""
+        """{index: reason}; a reason names its image. ``exchange`` adds those of other ranks."""
         self.validation: dict[int, str] = {}
         self._path = path
-        self._ceiling = int(num_images * ceiling + 1e-6)  # 0.29 * 100 is just below 29
+        self._limit = int(num_images * max_share + 1e-6)  # 0.29 * 100 is just below 29
         self._listed: dict[str, None] = {}
 
     def exchange(self, writes: bool, log: Callable[[str], object]) -> None:
-        """Share the images of all ranks; every rank must call it.
+        """Exchange the images among all ranks, which must all call this method.
 
-        With ``writes`` it writes the list, and logs the images that are new to it.
+        With ``writes``, write the list and log the images that are new to it.
         """
         for training, validation in gather_objects((self.training, self.validation)):
             self.training |= training
             self.validation |= validation
-        found = sorted(self.training.items()), sorted(self.validation.items())
-        reasons = dict.fromkeys(reason for part in found for _, reason in part)
+        parts = sorted(self.training.items()), sorted(self.validation.items())
+        reasons = dict.fromkeys(reason for part in parts for _, reason in part)
         if writes:
             log_skipped([r for r in reasons if r not in self._listed], self._path, log)
             if not reasons:
-                self._path.unlink(missing_ok=True)  # of an earlier start; they were fixed
+                self._path.unlink(missing_ok=True)  # from an earlier start
             elif reasons != self._listed:
                 write_text_file(self._path, "".join(f"{reason}\n" for reason in reasons))
         self._listed = reasons
 
-    def trouble(self) -> str:
-        """Return the error that ends a run; empty unless too many training images are skipped."""
-        if len(self.training) <= self._ceiling:
+    def error_message(self) -> str:
+        """Return the error that ends the run if too many training images are skipped, or ''."""
+        if len(self.training) <= self._limit:
             return ""
         return (
-            f"{len(self.training)} training images are unreadable, {self._ceiling} may be "
-            f"(data.max_unreadable), such as: {next(iter(self.training.values()))}, or raise "
-            "--data.max-unreadable; then the same command continues"
+            f"{len(self.training)} training images are unreadable (the limit is {self._limit}), "
+            f"such as: {next(iter(self.training.values()))}, or raise "
+            "--data.max-unreadable; then run the same command to continue"
         )
 
 
 class ImageFiles:
-    """Compares sizes and times of image files with those that a checkpoint was trained on.
+    """Comparison of the sizes and modification times of image files with those in a checkpoint.
 
-    A thread reads them: 1.28 million local files take 4 seconds, network storage many minutes.
-    A checkpoint keeps 4 bytes a file. Sources are by purpose, such as training; ``before`` is the
-    state in the checkpoint, if there is one.
+    A thread reads them: 1.28 million local files take 4 seconds, network storage many minutes. A
+    checkpoint stores 4 bytes per file. The keys of ``sources`` and ``before`` are purposes, such as
+    training; ``before`` is the state in the checkpoint, if there is one.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class ImageFiles:
         self._now: dict[str, Tensor] = {}
         self._before = before
         self._since = f"since {checkpoint} was saved"
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
-        found = {k: source.fingerprint() for k, source in self._sources.items()}
-        self._now = {k: torch.from_numpy(pairs.view(np.int16)) for k, pairs in found.items()}
+    def _read(self) -> None:
+        prints = {k: source.fingerprint() for k, source in self._sources.items()}
+        self._now = {k: torch.from_numpy(pairs.view(np.int16)) for k, pairs in prints.items()}
 
     def state(self, seconds: float = 1.0) -> dict[str, Tensor]:
-        """Return the state for a checkpoint, (N, 2) int16 by purpose; empty if not yet known."""
+        """Return the state for a checkpoint, {purpose: (N, 2) int16}; empty if not yet known."""
         self._thread.join(seconds)
         return self._now
 
     def warnings(self) -> list[str]:
-        """Return a line for each kind of change, once, as soon as the files are known."""
+        """Return a line per kind of change, only once, when the thread has read all files."""
         if not self._now:
             return []
         before, self._before = self._before, {}
@@ -98,14 +98,14 @@ class ImageFiles:
     def _changes(self, name: str, before: Tensor) -> list[str]:
         source, now, since = self._sources[name], self._now[name], self._since
         if before.shape != now.shape:
-            return [f"warning: {len(now):,} {name} images, {len(before):,} before: changed {since}"]
+            return [f"warning: number of {name} images: {len(before):,} -> {len(now):,} {since}"]
         sizes, times = (before != now).T
         times &= ~sizes
         if times.all():
-            return [f"all {name} images have other modification times {since}, but no other sizes"]
+            return [f"all {name} images have new modification times {since}, but the same sizes"]
         return [
             f"warning: {int(changed.sum()):,} of {len(now):,} {name} images have {what} {since}, "
             f"such as {source.name(int(changed.nonzero()[0]))}"
-            for changed, what in ((sizes, "other sizes"), (times, "other modification times"))
+            for changed, what in ((sizes, "new sizes"), (times, "new modification times"))
             if changed.any()
         ]

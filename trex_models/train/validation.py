@@ -1,6 +1,6 @@
-"""Accuracy on held-out images: of the training head, and of a k-NN classifier on features.
+"""Validation accuracy: of the training head, and of a k-NN classifier on features.
 
-Exact on any number of processes.
+Exact for any number of processes: each image counts once.
 Shapes: N images, B batch, C classes, F features, S side in pixels.
 """
 
@@ -33,13 +33,13 @@ _QUERIES = 4096
 
 
 class ValidationDataset(CenterCropDataset):
-    """Center crops of a source's images, 224 of 256, as the authors validate during training."""
+    """Center crops of a source, 224 of 256 pixels, as in the authors' validation."""
 
     def __init__(self, source: Source, size: int, skip: bool = False) -> None:
         super().__init__(source, replace(PROTOCOLS["validation"], size=(size, size)), skip)
 
     def __getitems__(self, indices: Sequence[int]) -> CropBatch:
-        """Return a batch, which may be empty; ValueError names an image that cannot be read."""
+        """Return a batch, which may be empty; ValueError if an image is unreadable."""
         try:
             return super().__getitems__(indices)
         except UnreadableImageError as error:
@@ -48,7 +48,7 @@ class ValidationDataset(CenterCropDataset):
 
 @dataclass(frozen=True)
 class Neighbors:
-    """References of a weighted k-NN classifier: training images, (N,) indices of them, and k."""
+    """References of a weighted k-NN classifier: dataset, sample indices, (N,), and k."""
 
     dataset: ValidationDataset
     indices: np.ndarray
@@ -57,18 +57,18 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Validator:
-    """Measures a method in eval mode, with rank 0's BatchNorm statistics.
+    """Validation of a method in eval mode, with the BatchNorm statistics of rank 0.
 
-    Nothing that training depends on is changed. Each process takes every world_size-th image.
+    It does not affect training. Each process evaluates every world_size-th image.
 
     Args:
-        dataset: Images to validate on.
+        dataset: Validation images.
         process: This process.
-        precision: Number formats of the computation.
+        precision: Precision of the computation.
         batch_size: Batch size of this process.
-        workers: Loader processes; ``log`` and ``asked_to_stop`` are as in ``load_batches``, too.
-        neighbors: References of the k-NN classifier; None for none.
-        with_progress: Wraps (batches, their number, a title) to show progress.
+        workers: Number of loader workers; ``log`` and ``asked_to_stop`` are for them, too.
+        neighbors: References of the k-NN classifier; None disables it.
+        with_progress: Function of (batches, their number, a title) that adds a progress bar.
         on_skip: Callback that receives {index: reason} of skipped validation images.
         on_skip_reference: The same for the references of the k-NN classifier.
     """
@@ -89,10 +89,10 @@ class Validator:
 
     @torch.no_grad()
     def measure(self, method: TReX) -> dict[str, float]:
-        """Measure the online encoder and the head; every rank must call it.
+        """Measure the accuracy of encoder and head; all ranks must call this method.
 
-        Returns val_top1 and val_top5, accuracies over the readable images, and val_knn, that of
-        the k-NN classifier. ValueError on all ranks: an image is unreadable, or all are.
+        Returns val_top1, val_top5 and, of the k-NN classifier, val_knn: accuracies on the readable
+        images. Raises ValueError on all ranks if an image is unreadable, or if all were skipped.
         """
         was_training = method.training
         method.eval()
@@ -105,47 +105,47 @@ class Validator:
             method.train(was_training)
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
         if not images:
-            raise ValueError("none of the validation images is readable")
+            raise ValueError("none of the validation images is readable; fix or replace them")
         measured = {"val_top1": top1 / images, "val_top5": top5 / images}
         return measured | ({"val_knn": nearest / images} if self.neighbors else {})
 
     def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return counts of this process: correct by top-1, top-5 and k-NN, and images."""
+        """Count the images of this process: correct by top-1, top-5 and k-NN, and in total."""
         counts = torch.zeros(4, dtype=torch.int64, device=self.process.device)
-        waiting: list[tuple[Tensor, Tensor]] = []  # many queries at once are faster
+        pending: list[tuple[Tensor, Tensor]] = []  # large batches of queries are faster
         indices = np.arange(len(self.dataset.source))
         for features, labels in self._features(method, self.dataset, indices, "validation"):
             with self.precision.autocast():
                 logits = method.objective.logits(method.encoder.projector(widen(features)))
-            found = topk_correct(logits, labels, 5, missing_score=-torch.inf)
-            counts[0] += found[:, 0].sum()
-            counts[1] += found[:, -1].sum()
+            correct = topk_correct(logits, labels, 5, missing_score=-torch.inf)
+            counts[0] += correct[:, 0].sum()
+            counts[1] += correct[:, -1].sum()
             counts[3] += len(labels)
             if references is not None:
-                waiting.append((features, labels))
-                if sum(len(part) for _, part in waiting) >= _QUERIES:
-                    counts[2] += self._count_nearest(references, waiting)
-                    waiting = []
-        if references is not None and waiting:
-            counts[2] += self._count_nearest(references, waiting)
+                pending.append((features, labels))
+                if sum(len(part) for _, part in pending) >= _QUERIES:
+                    counts[2] += self._count_nearest(references, pending)
+                    pending = []
+        if references is not None and pending:
+            counts[2] += self._count_nearest(references, pending)
         return counts
 
     def _references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
-        """Return features and labels of the references of all ranks."""
+        """Return the features and labels of the references on all ranks."""
         features = torch.empty(0, 0, device=self.process.device)
         parts: list[Tensor] = []
         with raise_on_all_ranks():
             for batch, labels in self._features(method, among.dataset, among.indices, "features"):
-                if not parts:  # written in place, as they may be large
+                if not parts:  # filled in place: it may be large
                     size = len(self._own(among.indices))
                     features = widen(batch).new_empty(size, batch.shape[1])
                 filled = sum(map(len, parts))
                 features[filled : filled + len(batch)] = batch
                 parts.append(labels)
-        # A process has none where there are fewer of them than processes, and knows no width then.
+        # With fewer references than processes, some processes have none and do not know the width.
         width = gather(torch.tensor([features.shape[1]], device=features.device)).max()
         if not width:
-            raise ValueError("none of the training images to compare with is readable")
+            raise ValueError("none of the images that k-NN searches is readable; replace them")
         if not parts:
             features = features.new_empty(0, int(width))
             parts = [torch.empty(0, dtype=torch.int64, device=features.device)]
