@@ -30,7 +30,7 @@ def ours(crop: CenterCrop, *images: NDArray[np.uint8]) -> Tensor:
     """Return our crops of images, (B, H, W, 3) uint8."""
     out = crop.empty(len(images))
     for image, row in zip(images, out, strict=True):
-        crop.cut(image, row)
+        crop.crop_into(image, row)
     return out
 
 
@@ -175,7 +175,7 @@ def test_other_arrays_are_refused() -> None:
     crop = PROTOCOLS["transfer"]
     for image in (np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.float32)):
         with pytest.raises(ValueError, match=r"image must be uint8 \(H, W, 3\)"):
-            crop.cut(image, crop.empty(1)[0])
+            crop.crop_into(image, crop.empty(1)[0])
 
 
 class Torn(ArraySource):

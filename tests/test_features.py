@@ -304,7 +304,7 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
     model: Any = timm.create_model(f"local-dir:{models / 'whole'}", pretrained=True).eval()
     pixels = CROP.empty(1)
     source = FileSource(place / "images", found.names, [0] * 11, ["x"])
-    CROP.cut(source.read(3), pixels[0])
+    CROP.crop_into(source.read(3), pixels[0])
     with torch.inference_mode():
         maps = model.forward_features(CROP.normalize(pixels))
         outputs = {

@@ -91,7 +91,7 @@ class CenterCrop:
         """Return an uninitialized buffer for crops, (count, H, W, 3) uint8."""
         return torch.empty(count, *self.size, 3, dtype=torch.uint8)
 
-    def cut(self, image: np.ndarray, out: Tensor) -> None:
+    def crop_into(self, image: np.ndarray, out: Tensor) -> None:
         """Resize an image, (h, w, 3) uint8, and write its center crop to `out`, (H, W, 3)."""
         require_rgb(image)
         if not image.flags.writeable:  # torch does not support read-only arrays
@@ -191,7 +191,7 @@ class CenterCropDataset:
                     raise
                 unreadable[index] = str(error)
             else:
-                self.crop.cut(image, images[len(read)])
+                self.crop.crop_into(image, images[len(read)])
                 read.append(index)
         labels = torch.from_numpy(self.source.labels[read])
         return CropBatch(images[: len(read)], labels, unreadable)

@@ -140,7 +140,7 @@ class FolderSource(FileSource):
                 f"({', '.join(empty[:3])}); add images or remove the folders "
                 f"(extensions of images: {' '.join(IMAGE_EXTENSIONS)})"
             )
-        log_left_out(root, others)
+        log_ignored(root, others)
         labels = np.repeat(codes, [len(images) for images in files])
         super().__init__(root, [path for images in files for path in images], labels, classes)
 
@@ -246,7 +246,7 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     return sorted(images), others
 
 
-def log_left_out(root: object, skipped: Iterable[bytes]) -> None:
+def log_ignored(root: object, skipped: Iterable[bytes]) -> None:
     """Log how many files were skipped, by extension, in one line; nothing if there are none."""
     kinds = Counter(sorted(map(_kind, skipped)))  # sorted, so that ties are in order of names
     if kinds:

@@ -73,7 +73,7 @@ class CropSpec:
         rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
         for crop, box in zip(out, boxes, strict=True):
-            cut(image, box, self.size, crop)
+            resized_crop(image, box, self.size, crop)
 
     def parameters(self, draws: np.ndarray) -> Tensor:
         """Convert a batch's draws, (B, N, NUM_DRAWS), to parameters, (N * B, P), crop-major."""
@@ -367,7 +367,7 @@ def _first_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def cut(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
+def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
     """Resize only a box of an image, (H, W, 3) uint8, and write it to `out`, (S, S, 3)."""
     top, left, height, width = box
     if not image.flags.writeable:  # torch does not support read-only arrays

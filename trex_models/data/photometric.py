@@ -280,9 +280,7 @@ def _shift_hue(levels: Tensor, shift: Tensor) -> None:
 
     # Hue in sextants from red, times chroma; a sextant is 42.5 steps of the grid.
     hue = torch.where(
-        green == value,
-        (blue - red).add_(chroma, alpha=2),
-        (red - green).add_(chroma, alpha=4),
+        green == value, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)
     )
     hue = torch.where(red == value, green - blue, hue)
     hue = hue.mul_(42.5).div_(chroma.clamp_(min=1)).floor_()

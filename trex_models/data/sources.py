@@ -97,10 +97,7 @@ def checked_labels(
 
 
 def encode_labels(
-    names: Sequence[str],
-    classes: Sequence[str] | None,
-    where: str,
-    describe: Callable[[int], str],
+    names: Sequence[str], classes: Sequence[str] | None, where: str, describe: Callable[[int], str]
 ) -> tuple[list[str], np.ndarray]:
     """Encode class names as labels; return the classes and the labels, (N,) int64.
 

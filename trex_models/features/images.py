@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trex_models.data.decode import IMAGE_EXTENSIONS, quoted
-from trex_models.data.image_files import FileSource, list_folder, log_left_out, split_images, walk
+from trex_models.data.image_files import FileSource, list_folder, log_ignored, split_images, walk
 
 _TYPES = f"(extensions: {' '.join(IMAGE_EXTENSIONS)})"
 
@@ -24,7 +24,7 @@ def find_images(arguments: Sequence[str]) -> tuple[FileSource, int]:
     skipped: set[str] = set()
     found = [_find(argument, skipped) for argument in arguments]
     root = os.path.commonpath([folder for folder, _ in found])
-    log_left_out(root, map(os.fsencode, skipped))
+    log_ignored(root, map(os.fsencode, skipped))
     paths = [path for _, paths in found for path in paths]
     unique = list(dict.fromkeys(paths))
     start = len(root.rstrip(os.sep)) + 1

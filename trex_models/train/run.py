@@ -57,11 +57,7 @@ class Run:
     @property
     def parts(self) -> dict[str, Any]:
         """Parts whose state is the same on all ranks."""
-        return {
-            "method": self.method,
-            "optimizer": self.optimizer,
-            "scaler": self.precision.scaler,
-        }
+        return {"method": self.method, "optimizer": self.optimizer, "scaler": self.precision.scaler}
 
     @property
     def environment(self) -> dict[str, int | str]:

@@ -138,10 +138,7 @@ _KNOWN = [
             f"https://github.com/visipedia/inat_comp/tree/master/{year}",
             "sgd",
         )
-        for year, sizes in (
-            (2018, Sizes(8142, 437513, 24426)),
-            (2019, Sizes(1010, 265213, 3030)),
-        )
+        for year, sizes in ((2018, Sizes(8142, 437513, 24426)), (2019, Sizes(1010, 265213, 3030)))
     ),
     _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
