@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.models import CHANNELS, edit_config, save_model
@@ -132,7 +133,7 @@ def test_pixels_are_an_encoder() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet5O", "is not a timm model; the most similar names are .*resnet50"),
+        ("resnet5O", "is not a timm model; choose from .*resnet50"),
         ("resnet50.no_such_tag", "resnet50.no_such_tag cannot be loaded: .*no_such_tag"),
         ("no/such/folder", "is not a folder with a config.json"),
         ("resnet200", "resnet200 cannot be loaded: No pretrained .*; --untrained evaluates"),
@@ -143,16 +144,28 @@ def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
         load(name, hint="--untrained evaluates")
 
 
-@pytest.mark.parametrize("damage", ["weights", "channels"])
+@pytest.mark.parametrize("damage", ["weights", "channels", "keys"])
 def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, damage: str) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     if damage == "weights":
         data = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif damage == "keys":
+        state = load_file(copy / "model.safetensors")
+        del state["conv1.0.weight"]
+        save_file(state, copy / "model.safetensors", {"format": "pt"})
     else:
         edit_config(copy, lambda config: config.update(model_args={"channels": [8, 16, 24, 40]}))
     with pytest.raises(ValueError, match=f"--model {copy} cannot be loaded"):
         load(str(copy))
+
+
+def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
+    torch.save({"backbone": torch.ones(2)}, tmp_path / "other.pth")
+    message = "resnet18 cannot be loaded from .*other.pth: the weights lack 100 keys, such as conv1"
+    with pytest.raises(ValueError, match=message):
+        load("resnet18", file=tmp_path / "other.pth")
+    assert nn.Module.load_state_dict.__module__ == "torch.nn.modules.module"
 
 
 def test_wrong_choices_are_refused(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_epochs_are_permutations_without_the_last_part() -> None:
         assert set(indices) <= set(range(10))
         orders.append(indices)
     assert orders[0] != orders[1] != orders[2]
-    with pytest.raises(ValueError, match="batch_size 16 exceeds the dataset's 15 images"):
+    with pytest.raises(ValueError, match="batch size 16 exceeds the dataset's 15 images"):
         EpochSampler(15, 16, 1, 0)
     with pytest.raises(ValueError, match="a multiple of the number of processes, 3 .*, got 4"):
         EpochSampler(15, 4, 1, 0, 0, 3)

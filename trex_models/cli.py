@@ -121,7 +121,8 @@ def _usage_error(text: str) -> str:
     """Return tyro's usage error, a title and sections, as one line without descriptions."""
     sections = [part for part in re.split(r"\n +-{3,} *\n", text)[1:] if "helptext: " not in part]
     lines = [" ".join(re.findall(r"^ {1,6}(\S.*?)[. ]*$", part, re.M)) for part in sections]
-    return re.sub("For full helptext, (run|see):?", "see", "; ".join(lines) or text)
+    message = re.sub("For full helptext, (run|see):?", "see", "; ".join(lines) or text)
+    return re.sub(r"^Error parsing \w+: (?=--)", "", message)  # the option is in our own message
 
 
 @cache

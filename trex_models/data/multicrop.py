@@ -239,12 +239,12 @@ class EpochSampler(Sampler[list[Key]]):
     ) -> None:
         if batch_size > num_samples:
             raise ValueError(
-                f"optim.batch_size {batch_size} exceeds the dataset's {num_samples} images"
+                f"batch size {batch_size} exceeds the dataset's {num_samples} images; reduce it"
             )
         share, rest = divmod(batch_size, world_size)
         if rest or share < 2:
             raise ValueError(
-                f"optim.batch_size must be at least {2 * world_size} and a multiple of the number "
+                f"batch size must be at least {2 * world_size} and a multiple of the number "
                 f"of processes, {world_size} (BatchNorm requires 2 images each), got {batch_size}"
             )
         self.num_samples = num_samples

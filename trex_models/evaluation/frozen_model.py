@@ -12,8 +12,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -225,14 +225,38 @@ def _create(
         if untrained:
             with suppress(TypeError):  # most architectures have no such argument
                 return timm.create_model(source, zero_init_last=False, **options)
-        return timm.create_model(source, **options)
+        with _all_keys_required():
+            return timm.create_model(source, **options)
     except Exception as error:  # timm, the Hub and safetensors raise errors of any type
         architecture = name.partition(".")[0]
-        problem = f" cannot be loaded: {first_line(error)}"
+        reason = first_line(error).removeprefix(f"{file}: ").rstrip(".")
+        if not isinstance(error, ValueError | RuntimeError | OSError):
+            reason = f"{type(error).__name__}: {reason}"
+        problem = f" cannot be loaded{f' from {file}' if file else ''}: {reason}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
-            problem, hint = " is not a timm model", near and f"the most similar names are {near}"
+            hint = near or "timm.list_models(), hf-hub:OWNER/NAME, or a folder with a config.json"
+            problem, hint = " is not a timm model", f"choose from {hint}"
         raise ValueError(f"--model {name}{problem}{hint and f'; {hint}'}") from error
+
+
+@contextmanager
+def _all_keys_required() -> Iterator[None]:
+    """Raise RuntimeError if weights lack keys, which timm ignores if it removes the classifier."""
+    load = nn.Module.load_state_dict
+
+    def load_all(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(module, *args, **kwargs)
+        if result.missing_keys:
+            missing = f"{len(result.missing_keys)} keys, such as {result.missing_keys[0]}"
+            raise RuntimeError(f"the weights lack {missing}; use weights of this model")
+        return result
+
+    nn.Module.load_state_dict = load_all  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign]
 
 
 def _transform(model: nn.Module, protocol: Preprocessing) -> CenterCrop:

@@ -48,8 +48,8 @@ def _command(arguments: list[str], exits: bool) -> None:
             raise SystemExit(2)
     elif command == "export":
         cli.call(export, rest, prog=f"{_PROGRAM} export")
-    elif command == _BENCHMARK:
-        raise ValueError(f"no recipe is specified; use {_PROGRAM} RECIPE {_BENCHMARK}")
+    elif command.startswith("-"):
+        raise ValueError(f"the recipe must come first: {_PROGRAM} RECIPE {command} ...")
     elif command not in RECIPES:
         raise ValueError(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
     elif _BENCHMARK in rest:

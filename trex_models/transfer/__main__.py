@@ -88,7 +88,7 @@ def evaluate_model(
     if training_task is None and "imagenet" in names:
         training_task = "imagenet"
     if training_task not in (None, *names):
-        raise ValueError(f"--training-task {training_task} is not in --datasets {','.join(names)}")
+        raise ValueError(f"--training-task {training_task} is not in --datasets; add it there")
     frozen = FrozenModel.load(
         model,
         preprocessing=preprocessing,
