@@ -119,9 +119,9 @@ def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "kwargs", "words"),
     [
-        ("resnet10t", {"num_classes": 0}, r"conv1.0.weight has no place in them"),
-        ("resnet18", {"num_classes": 0, "channels": (8, 8, 8, 8)}, r"its blocks are others"),
-        ("resnet18", {"num_classes": 0, "in_chans": 1}, r"images of 1 channels"),
+        ("resnet10t", {"num_classes": 0}, r"they have no conv1.0.weight"),
+        ("resnet18", {"num_classes": 0, "channels": (8, 8, 8, 8)}, r"its blocks differ"),
+        ("resnet18", {"num_classes": 0, "in_chans": 1}, r"has 1 input channels"),
         ("resnet18", {"num_classes": 0, "output_stride": 16}, r"does not reproduce"),
     ],
 )
@@ -177,15 +177,15 @@ def test_a_wrong_copy_is_found_and_not_written(
     [
         ("resnet18 --to onnx --output m.pth", "give a file that ends in .onnx"),
         ("resnet18 --to torchvision --output m.onnx", "that ends in .pth or .safetensors"),
-        ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
+        ("resnet18 --to torchvision --output m.pth --half", "--half requires --to onnx"),
         ("resnet18 --to onnx --output folder.onnx", "it is a folder"),
         ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),
         ("resnetty --to onnx --output m.onnx", "resnetty cannot be loaded"),
-        ("./nowhere --to onnx --output m.onnx", "no such folder"),
-        ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no such file"),
+        ("./nowhere --to onnx --output m.onnx", "./nowhere is not a folder"),
+        ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no.pth does not exist"),
         ("trex_resnet50 --file file.txt --to onnx --output m.onnx", "file.txt"),
-        ("STOCK --file file.txt --to onnx --output m.onnx", "goes with a model's name"),
-        ("STOCK --to onnx --output m.onnx --features projector", "has backbone and logits only"),
+        ("STOCK --file file.txt --to onnx --output m.onnx", "requires a model name"),
+        ("STOCK --to onnx --output m.onnx --features projector", "only has backbone and logits"),
     ],
 )
 def test_bad_input_is_one_line(

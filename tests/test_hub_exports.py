@@ -191,18 +191,18 @@ def test_models_that_do_not_run_and_runs_are_refused(tmp_path: Path) -> None:
         "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
     )
     write_folder(model, tmp_path / "maps")
-    with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
+    with pytest.raises(ValueError, match=r"maps: the model's output is not a vector; export"):
         build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
     edit_config(exported / "cls", lambda c: c["pretrained_cfg"].update(input_size=[3, 50, 50]))
-    with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
+    with pytest.raises(ValueError, match=r"cls: the model fails for images of its input_size, "):
         build_folders(exported / "cls", tmp_path / "hub", **OWNER)
     assert not (tmp_path / "hub").exists()
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     for part in ("backbone", "proj"):
         (run / "export" / part).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
+    with pytest.raises(ValueError, match=r"directory; pass \S+export/backbone or \S+export/proj$"):
         build_folders(run, tmp_path / "hub", **OWNER)
 
 
@@ -215,11 +215,11 @@ def test_build_says_how_to_publish_or_that_the_disk_is_full(
     publish = f"python -m hub publish {out}/mine --namespace"
     printed = capsys.readouterr().out
     assert printed.startswith(f"built {out / 'mine'}\n")
-    assert f"publish your own: {publish} ada --manifest manifest.json\n" in printed
+    assert f"to publish your models: {publish} ada --manifest manifest.json\n" in printed
     assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
     assert main(command) == 0
     publish = publish.replace("mine", "own")
-    hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
+    hint = f"models (after building again with --namespace YOU): {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
 
     def full(*_: object) -> None:
