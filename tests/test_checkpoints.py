@@ -1,4 +1,4 @@
-"""Every form of checkpoint into our names; what is damaged, foreign or unsafe is refused."""
+"""Every form of checkpoint is read; damaged, foreign and unsafe files are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL: Contents = {"bank_size": 1200, "optimizer": False}
 
 @pytest.fixture(scope="module")
 def star() -> Contents:
-    """The smallest full state; copy before changing."""
+    """The smallest full training state; copy it before changing it."""
     return official_files.full_checkpoint(1, seed=5, **SMALL)
 
 
@@ -224,7 +224,7 @@ def test_damaged_files(
         with pytest.raises(CheckpointError, match=rf"bad\.pth.*{message}"):
             read(path)
 
-    # In the first record, in the pickle, in the data, in the directory at the end.
+    # Ends in the first record, the pickle, the data, and the zip directory at the end.
     for end in (0, 3, 64, 5000, len(data) // 2, -5000, -22, -1):
         refused(data[:end], "is damaged or truncated|neither a PyTorch nor")
     for at in (70, len(data) // 10, len(data) // 2, -len(data) // 100, -50):

@@ -32,7 +32,7 @@ from trex_models.pretrained.manifest import sha256
 
 ROOT = Path(__file__).parents[1]
 
-# Of the largest value: our float32 against the reference's float64.
+# Relative to the largest value: our float32 outputs against the reference's float64.
 TOLERANCE = 1e-4
 
 ABSENT = (3, 998)
@@ -44,7 +44,7 @@ PARTS = {"": "features", "_proj": "embeddings", "_cls": "logits"}
 class Conversion:
     name: str
     contents: dict[str, Any]
-    """Under the official names."""
+    """Contents of a file with the official names."""
     path: Path
     out: Path
     options: tuple[str, ...]
@@ -72,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def narrow_contents() -> dict[str, Any]:
-    """2 hidden layers of 64, embeddings of 32, a bank of 7 classes, no momentum encoder."""
+    """A state with 2 hidden layers of 64, D = 32, a bank of 7 classes, no momentum encoder."""
     contents = official_files.full_checkpoint(
         2, seed=4, num_classes=7, bank_size=64, absent=[2], optimizer=False
     )
@@ -94,7 +94,7 @@ def narrow_contents() -> dict[str, Any]:
 
 
 full = partial(official_files.full_checkpoint, bank_size=2048, optimizer=False)
-# Of each file: its name, its contents under the official names, and the options of its conversion.
+# Case -> file name, function that returns the contents, and options of the conversion.
 CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     "trex": ("trex_2_checkpoint_full.pth", partial(full, 3, seed=1, absent=ABSENT), ""),
     "trexstar": ("trexstar_2_checkpoint_full.pth", partial(full, 1, seed=2), ""),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
 
 
 def written(name: str, contents: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file holds: some names have wrappers, some tensors another layout."""
+    """Return a file's contents: some keys have wrappers, some tensors have another layout."""
     if name == "renamed":
         return {f"module.{key}": value for key, value in contents.items()}
     if name != "learned":
@@ -155,7 +155,7 @@ def conversion(request: pytest.FixtureRequest) -> Conversion:
     return found
 
 
-# What is written
+# Written files
 
 
 def test_names_and_config(conversion: Conversion) -> None:
@@ -199,7 +199,7 @@ def test_names_and_config(conversion: Conversion) -> None:
 
 
 def test_folders_and_source_reproduce_the_reference(conversion: Conversion) -> None:
-    """Three independent routes from the file's tensors to its outputs."""
+    """Compare three independent computations of the outputs from the file's tensors."""
     name = conversion.name
     images = reference_resnet.pictures(3, 96, seed=7)
     options: Any = {"num_classes": 7 if name == "narrow" else 1000}
@@ -539,7 +539,7 @@ def test_bad_output(backbone: Conversion, tmp_path: Path, monkeypatch: pytest.Mo
     assert status == 2
     assert "trexstar_resnet50.in1k exists and is a file; written: not" in err
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    error = f"error: {tmp_path}/out cannot be written by this user; choose another --output\n"
+    error = f"error: {tmp_path}/out is not writable by this user; choose another --output\n"
     assert run(backbone.path, tmp_path / "out" / "new")[::2] == (2, error)
     assert left(tmp_path) == ["file", "out", "out/trexstar_resnet50.in1k"]
 
@@ -562,7 +562,7 @@ def test_command_line_and_tag(backbone: Conversion, tmp_path: Path, renamed: Con
 
 @pytest.mark.client
 def test_memory_of_a_file_of_full_size(tmp_path: Path) -> None:
-    """Above what the imports take: the pages of the file, which are all checked, and one copy."""
+    """Beyond the imports, memory is limited to the file's pages, all read, and one copy."""
     path = tmp_path / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""

@@ -1,4 +1,4 @@
-"""``python -m convert export --to torchvision``, and what both targets refuse."""
+"""``python -m convert export --to torchvision``, and errors of both targets."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_wrong_copy_is_found_and_not_written(
 
     def wrong(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
         data = serialize(model, suffix, facts)
-        mutate(model)  # the source: the copy is wrong by as much
+        mutate(model)  # changes the source, so the copy differs from it
         return data
 
     monkeypatch.setattr(to_torchvision, "serialize", wrong)
@@ -205,7 +205,7 @@ def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() 
     found = list(batches(3, resolutions(SIDE, SIDE)))
     assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]
     images = found[-1].flatten(1)
-    # Flat areas in every second one.
+    # Every second image has flat areas.
     assert [len(image.unique()) < 100 for image in images] == [True, False, True, False, True]
     black, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
     for wrong in (ones * torch.nan, ones + 1e-6):

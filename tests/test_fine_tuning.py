@@ -110,7 +110,7 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "is no exported backbone: give a finished run"),
+        ([], "is not an exported backbone; pass a finished"),
         (["--seeds", "1"], "--seeds must be at least 2, not 1"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--tasks", "digits:9", "photographs:61"], "--tasks has photographs:61; there are"),

@@ -1,4 +1,4 @@
-"""``python -m hub``: Hub folders, publishing, verifying, and importing NAVER's files."""
+"""``python -m hub``: Hub folders, publication, verification and import of NAVER's files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def built(tiny: Path, tmp_path: Path) -> Path:
-    """Their Hub folders."""
+    """Hub folders of the two models."""
     build_folders(tiny, tmp_path / "hub", **OWNER)
     return tmp_path / "hub"
 
@@ -84,7 +84,7 @@ def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Variables that lead every default to an empty place."""
+    """Environment variables that redirect all default paths to an empty folder."""
     variables = {
         "TREX_MODELS_MANIFEST": str(tmp_path / "manifest.json"),
         "TREX_MODELS_NAVER_URL": "http://127.0.0.1:9/",
@@ -97,7 +97,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
-    """The client, of the commands too."""
+    """Hub client for the test and for the commands."""
     api = HfApi(endpoint=server.url, token="hf_write")
     for module in ("publish", "verify"):
         monkeypatch.setattr(f"hub.{module}.HfApi", lambda: api)
@@ -106,7 +106,7 @@ def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
 
 @dataclasses.dataclass
 class Desk:
-    """What is published from: Hub folders, the client, the manifest, and what is printed."""
+    """Everything that publishing needs: Hub folders, client, manifest and captured output."""
 
     built: Path
     server: HubServer
@@ -194,13 +194,13 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
     assert first == second
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["small_trex", "small_trex_cls"]
     assert "MIT" in (first[0] / "LICENSE").read_text()
-    # A Hub folder can be built again; its license is known now.
+    # A Hub folder can be rebuilt, and now states its license.
     (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
     assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
 def put(name: str, data: bytes | None) -> Callable[[Path], object]:
-    """Write a file of a folder; None deletes it."""
+    """Return a change that writes a file in a folder; None deletes it."""
     return lambda folder: (
         (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
     )
@@ -216,7 +216,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 
 def configured(**values: Any) -> Callable[[Path], object]:
-    """Set entries of config.json, or of its pretrained_cfg where a name has cfg_ before it."""
+    """Return a change of config.json entries; names with prefix cfg_ are in pretrained_cfg."""
 
     def change(config: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -270,8 +270,8 @@ def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     for folder, name, owner, message in (
-        (stock, naver_name, {}, "num_classes is 3; a backbone is published with 0"),
-        (own, naver_name, {}, "weights of NAVER's, which these are not"),
+        (stock, naver_name, {}, "num_classes must be 0 for a backbone, got 3"),
+        (own, naver_name, {}, "origin_url or tag do not match"),
         (tiny / "small_trex", naver_name, {}, r"architecture of trex_resnet50.in1k must be 'res"),
         (tiny / "small_trex", "a/b", OWNER, "not a valid repository name"),
         (tiny, "one", OWNER, "--name requires one model, but .* has 2"),
@@ -290,7 +290,7 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
         build_folders(official, tmp_path / "hub", license="mit")
     with pytest.raises(ValueError, match="--owner Ada: trexstar_resnet50"):
         build_folders(official, tmp_path / "hub", owner="Ada")
-    # The report of the conversion next to the folders is no model.
+    # The conversion report next to the folders is skipped.
     built = build_folders(official, tmp_path / "hub")
     assert [path.name for path in built] == [
         f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")
@@ -305,7 +305,7 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
             assert words in " ".join(notice.split())
     backbone = json.loads((built[0] / "config.json").read_text())
     assert (backbone["architecture"], backbone["num_classes"]) == ("resnet50", 0)
-    assert "these have none: 7." in (built[1] / "README.md").read_text()
+    assert "these classes have none: 7." in (built[1] / "README.md").read_text()
     with pytest.raises(ValueError, match="'my-model' is not one of their na"):
         build_folders(built[0], tmp_path / "other", name="my-model", **OWNER)
     edit_config(built[0], lambda config: config["pretrained_cfg"].update(license="mit"))
@@ -373,13 +373,13 @@ def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -
     measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
-    assert "top-1 77.35 % by a linear layer on the features" in card
+    assert "top-1 77.35 % with a linear layer on the features" in card
     assert "Not measured" not in card
     card = render(
         naver_model("trex_resnet50_cls.in1k_r2"),
         measured=measured | {"protocol": imagenet.PROTOTYPES},
     )
-    assert "top-1 77.35 % by its own prototypes" in card
+    assert "top-1 77.35 % with its own prototypes" in card
     assert "This protocol differs from the authors' linear" in " ".join(card.split())
     assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
     assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
@@ -402,7 +402,7 @@ def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None
 
 
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:
-    """Run a card's examples unchanged, each by itself; ``bare`` without trex_models."""
+    """Run a card's examples unchanged in separate processes; ``bare``: without trex_models."""
     code = [
         f"exec(compile({block!r}, 'block {i}', 'exec'), {{}})" for i, block in enumerate(blocks)
     ]
@@ -417,7 +417,7 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
 def test_from_publication_to_the_examples_in_the_cards(
     nowhere: dict[str, str], official: Path, desk: Desk, tmp_path: Path
 ) -> None:
-    """Every example of a backbone's and a classifier's card, of NAVER's and of our own."""
+    """Run all examples in the cards of backbones and classifiers, NAVER's and our own."""
     names = "trexstar_resnet50.in1k_r2", "trexstar_resnet50_cls.in1k_r2"
     built = desk.built
     backbone, cls = (build_folders(official / name, tmp_path / "official")[0] for name in names)
@@ -563,14 +563,14 @@ def test_unfit_hub_folder_is_not_published(
 def test_errors_of_the_hub_are_one_line(
     fault: Fault, message: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client sleeps between attempts
     desk.server.faults.append(fault)
     with pytest.raises(HubError, match=message) as error:
         desk.push("small_trex")
     assert "\n" not in str(error.value)
     assert not desk.manifest.exists()
     desk.server.faults.clear()
-    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it continues
+    assert list(desk.push("small_trex").models) == ["small_trex"]  # a second command continues
 
 
 def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
@@ -676,7 +676,7 @@ def test_commands_publish_and_verify(desk: Desk, monkeypatch: pytest.MonkeyPatch
     printed = desk.printed()
     assert printed.startswith("small_trex: OK: ")
     assert "by its name" not in printed
-    monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
+    monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm has no model with this name
     assert main(["verify", *options]) == 1
     assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.printed())
 
@@ -725,7 +725,7 @@ def picture(color: tuple[int, int, int], seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
+    """Tiny ImageNet: each class is a color, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
         for c, (name, color) in enumerate(COLORS.items()):
@@ -742,7 +742,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, and a classifier whose prototypes are the embeddings of the classes' colors.
 
-    They have the names of NAVER's, so that they are measured.
+    The models have NAVER's names, since only those are measured.
     """
     folder = tmp_path_factory.mktemp("rightful")
     tiny_folder(folder / "trex_resnet50.in1k")
@@ -762,7 +762,7 @@ SMALL = tuple(COLORS)
 
 @pytest.fixture
 def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A choice of two: that of the whole grid by a fifth of 20 images is chance."""
+    """Reduce the grid to two settings, since a fifth of 20 images cannot rank all of them."""
     settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
     monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
 
@@ -799,7 +799,7 @@ def test_measured_top1_is_the_known_one(
     assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     out = capsys.readouterr().out
     assert out.count("already measured, 87.50 %") == 2
-    # With the features kept, only the layers are fitted again.
+    # The features are reused, and only the layers are trained again.
     (tmp_path / "imagenet.json").unlink()
     assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     assert [path.stat().st_mtime_ns for path in kept] == before
@@ -809,7 +809,7 @@ def test_measured_top1_is_the_known_one(
 def test_other_images_and_weights_are_measured_again(
     rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The setting is chosen on a fifth of train, and the last layer fitted to all of it."""
+    """The setting is selected on a fifth of train, and the final layer is trained on all of it."""
     root, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(replica, root)
     imagenet.measure(rightful, root, out, SMALL)
@@ -874,7 +874,7 @@ def test_backbones_need_train_and_images_must_be_readable(
 
 @pytest.fixture
 def files(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server in NAVER's place, with some of the files; two hold the same backbone."""
+    """A server that replaces NAVER's, with some of the files; two contain the same backbone."""
     names = "trexstar_2.pth", "trexstar_2_checkpoint_full.pth", "trex.pth"
     with FileServer({name: release / name for name in names}) as server:
         monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
@@ -915,12 +915,12 @@ def test_import_fetches_converts_and_measures_once(
     printed = capsys.readouterr().out
     assert re.search(r"trexstar_resnet50.in1k_r2 +80.00 +80.2 +-0.20  NO \(0.5\)", printed)
     for name in names:
-        assert printed.count(f"{name}: here already") == 2
-        assert printed.count(f"{name}: converted already") == 2
+        assert printed.count(f"{name}: already downloaded") == 2
+        assert printed.count(f"{name}: already converted") == 2
     assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
     assert files.log == []
 
-    # What is missing is made again.
+    # Missing files are converted again.
     convert = Mock(return_value=True)
     monkeypatch.setattr("hub.import_naver._convert", convert)
     for name in ("config.json", "model.safetensors"):
@@ -965,7 +965,7 @@ def test_import_keeps_no_other_file(
     shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
     files.log.clear()
     monkeypatch.setattr("hub.import_naver._convert", lambda *_: True)
-    assert fetch()  # placed by hand
+    assert fetch()  # a manual copy
     assert files.log == []
     assert load_manifest(path).naver == {"trex.pth": digest}
     with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
@@ -980,13 +980,13 @@ def test_import_goes_on_warns_and_makes_again_what_is_damaged(
     path, out = tmp_path / "manifest.json", tmp_path / "out"
     weights = out / "converted" / STARS[0] / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"other weights")  # as if the full file had given them
+    weights.write_bytes(b"other weights")  # as if converted from the full file
     files.faults.append(Fault("trex.pth", 404))
     with pytest.raises(WeightsError, match=r"1 of 2 files failed: .*404.*copy it to .*trex\.p"):
         import_naver(("trex.pth", "trexstar_2.pth"), output=out, manifest=path)
     warning = (
-        "WARNING: trexstar_resnet50.in1k_r2 from trexstar_2.pth is not what it was before, from "
-        "trexstar_2_checkpoint_full.pth: find out"
+        "WARNING: trexstar_resnet50.in1k_r2 from trexstar_2.pth differs from the earlier "
+        "conversion of trexstar_2_checkpoint_full.pth; find out"
     )
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")

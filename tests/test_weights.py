@@ -1,4 +1,4 @@
-"""pretrained=True by name: the cache, the Hub and NAVER's file, and all that can go wrong."""
+"""pretrained=True by name: the cache, the Hub, NAVER's files, and all errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from trex_models import CheckpointError, WeightsError
 from trex_models.pretrained import licenses, manifest, naver, resolve
 
 ROOT = Path(__file__).parents[1]
-# The tensor of the reference's outputs that a model gives, and the file that has its weights.
+# Model -> the corresponding tensor of the reference's outputs, and the file with its weights.
 MODELS = {
     "trex_resnet50.in1k": (0, "trex.pth"),
     "trexstar_resnet50.in1k": (0, "trexstar.pth"),
@@ -55,7 +55,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def expected(release: Path) -> dict[str, Tensor]:
-    """Outputs of every model for IMAGES, (2, ...) float64, by the independent reference."""
+    """Outputs of every model for IMAGES, (2, ...) float64, from the independent reference."""
     loaded = {
         path.name: outputs(torch.load(path, weights_only=False), IMAGES)
         for path in release.iterdir()
@@ -66,7 +66,7 @@ def expected(release: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def server(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """NAVER's, for models without initial values, which take most of a model's time."""
+    """NAVER's release; models skip their initialization, which takes most of the time."""
     for name in ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     with FileServer({path.name: path for path in release.iterdir()}) as server:
@@ -75,7 +75,7 @@ def server(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServe
 
 @pytest.fixture
 def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, with the loopback server in NAVER's place and an empty manifest."""
+    """An empty cache, an empty manifest, and the loopback server instead of NAVER's."""
     manifest.save_manifest(manifest.Manifest(), tmp_path / "manifest.json")
     monkeypatch.setenv("TREX_MODELS_MANIFEST", str(tmp_path / "manifest.json"))
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
@@ -86,7 +86,7 @@ def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def visible(cache: Path) -> list[str]:
-    """Files in our cache, but for empty locks."""
+    """Return the files in our cache, except lock files."""
     return sorted(p.name for p in (cache / "naver").glob("*") if p.suffix != ".lock")
 
 
@@ -249,7 +249,7 @@ def test_changed_files(cache: Path, server: FileServer, release: Path, tmp_path:
     manifest.save_manifest(known, tmp_path / "manifest.json")
     assert_refused(rf"refused: .* not {digest} as in the manifest; delete the")
     assert visible(cache) == []
-    # A first use that the manifest contradicts.
+    # First use of a file that differs from the manifest.
     (tmp_path / "manifest.json").write_text(empty)
     resolve.fetch("trex_resnet50.in1k")
     manifest.save_manifest(known, tmp_path / "manifest.json")
@@ -266,7 +266,7 @@ def test_servers_that_are_not_there_or_cannot_resume(
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     assert_refused(r"trex\.pth is not available: .*refused")
-    # One line for each attempt, of which the last is the error's.
+    # One message per attempt; the last one is the error.
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
     server.ranges = False
@@ -283,8 +283,8 @@ def test_links_and_remains_of_killed_processes(cache: Path, tmp_path: Path) -> N
     (cache / "naver").mkdir(parents=True)
     for name in (".trex.pth.part", ".trex.safetensors.tmp", ".trex.json.tmp"):
         (cache / "naver" / name).symlink_to(victim)
-    (cache / "naver" / ".trex_2.pth.part").touch()  # another file's, which may be arriving
-    header = resolve.fetch("trex_resnet50.in1k").read_bytes()[8:72]  # without a time
+    (cache / "naver" / ".trex_2.pth.part").touch()  # of another file, maybe still downloading
+    header = resolve.fetch("trex_resnet50.in1k").read_bytes()[8:72]  # contains no time
     assert header == b'{"__metadata__": {"format": "pt", "license": "cc-by-nc-sa-4.0"},'
     assert victim.read_bytes() == b"precious"
     assert visible(cache) == [".trex_2.pth.part", "trex.json", "trex.safetensors"]
@@ -493,7 +493,7 @@ class Place:
         self.environment = environment(hub.url, self.home) | {"PYTHONPATH": str(ROOT)} | variables
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        # The client read its own variables when it was imported.
+        # The client reads its environment variables only once, when imported.
         monkeypatch.setattr(constants, "HF_HOME", str(self.home))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.home / "hub"))
         self.set_endpoint(hub.url)
@@ -514,7 +514,7 @@ class Place:
         return str(caught.value)
 
     def start(self, name: str) -> Forked:
-        """Load a model in a process whose client has the constants of this one's."""
+        """Load a model in a process whose client has the same constants as in this process."""
         names = "HF_HOME", "HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"
         values = {name: getattr(constants, name) for name in names}
         code = f"from huggingface_hub import constants\nvars(constants).update({values!r})\n{CHILD}"
@@ -533,7 +533,7 @@ def plain(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """model.safetensors of every model, written by hand from the release's tensors."""
+    """model.safetensors of every model, written directly from the release's tensors."""
     folder = tmp_path_factory.mktemp("converted")
     found = {}
     for name, (_, file) in MODELS.items():
@@ -568,7 +568,7 @@ BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
-    """Offline as users are, in an interpreter of its own."""
+    """Load offline as users do, in a new interpreter."""
     place.create(expected, *BACKBONES)
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
     pinned = manifest.load_manifest(place.folder / "manifest.json").models.values()
@@ -605,7 +605,7 @@ def test_hub_or_its_cache_has_other_weights(
     shutil.rmtree(place.home)
     other = converted["trexstar_resnet50.in1k"]
     repo = place.hub.hub.repos[f"trex-models/{name}"]
-    # Someone rewrote the pinned commit.
+    # The pinned commit was overwritten.
     repo[0] = repo[0]._replace(
         files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
     )
@@ -617,7 +617,7 @@ def test_hub_or_its_cache_has_other_weights(
 
 
 def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) -> None:
-    """Before what was made of NAVER's file, here another one."""
+    """The Hub's cache has priority over the conversion of NAVER's file, here a different one."""
     name = "trex_resnet50.in1k"
     listed = (place.folder / "manifest.json").read_text()
     manifest.save_manifest(manifest.Manifest(), place.folder / "manifest.json")
@@ -625,7 +625,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
     other = {name: expected["trexstar_resnet50.in1k"]}
     place.create(other, name)
     (place.folder / "manifest.json").write_text(listed)
-    place.create(other, name)  # a cache comes before the network
+    place.create(other, name)  # caches have priority over the network
     shutil.move(place.home / "trex_models", place.folder / "aside")
     place.create(expected, name)
     shutil.move(place.folder / "aside", place.home / "trex_models")
@@ -635,7 +635,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
 def test_explicit_hub_folder_and_password_in_the_hub_s_address(
     place: Place, expected: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """timm's own way, with any organization's repository."""
+    """Load with timm's hf-hub:, from any organization's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"][0].sha
     place.create(expected, name, f"{name}@{revision}")
@@ -660,7 +660,7 @@ def test_hub_fails_and_naver_serves(
         Fault(r"GET.*trexstar_resnet50.in1k_r2/", cut_after=0),
     ]
     place.create(expected, *BACKBONES)
-    # Of a level that reaches stderr though no logging is set up.
+    # Warnings reach stderr even if logging is not configured.
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for name in BACKBONES:
         assert any(f"{name} is not available from the Hub (" in message for message in said)
@@ -679,7 +679,7 @@ def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
     place.set_endpoint("http://127.0.0.1:9")
     place.create(expected, "trexstar_resnet50.in1k")
     assert len(place.hub.log) == 1
-    # What is not published is not asked for.
+    # Unpublished models cause no request.
     place.set_endpoint(place.hub.url)
     published = manifest.load_manifest(place.folder / "manifest.json").models
     del published["trex_resnet50.in1k_r2"]
@@ -741,7 +741,7 @@ def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that other users may enter, as pytest's are not."""
+    """A folder that other users can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         folder.chmod(0o755)
@@ -776,7 +776,7 @@ def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """A write fails at 20 MB, as it would on a full disk; Python ignores the signal."""
+    """Writes fail at 20 MB, as on a full disk; Python ignores the signal."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))
     yield

@@ -169,7 +169,7 @@ def differences(tested: Sequence[Tested]) -> Any:
             axis.axvline(0, color="black", lw=0.9)
             axis.set_yticks(range(len(rows)), [test.claim.text for test in rows])
             axis.set_ylim(len(rows) - 0.4, -0.6)
-            axis.set_title(f"{measure.title} (positive difference: as claimed)", fontsize=9.5)
+            axis.set_title(f"{measure.title} (positive: as claimed)", fontsize=9.5)
         marks = [Line2D([], [], color=color, marker="o", label=v) for v, color in VERDICTS.items()]
         figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
