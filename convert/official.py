@@ -254,7 +254,7 @@ def _identify_backbone(path: Path, model: str | None) -> tuple[str, str]:
         )
     if model and by_name and model != by_name:
         raise ValueError(
-            f"{path}: --model {model} contradicts the file name, which stands for {by_name}; "
+            f"{path}: --model {model} contradicts the file name, which implies {by_name}; "
             "remove --model or rename the file"
         )
     family, _, tag = (model or by_name or "").partition("_resnet50.")

@@ -241,7 +241,7 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
         return contents[container], others
     if not any(isinstance(value, Tensor) for value in contents.values()):
         expected = f"expected a state dict, or one under {' or '.join(map(repr, CONTAINERS))}"
-        raise CheckpointError(f"no tensors in its entries {_summary(list(contents))}; {expected}")
+        raise CheckpointError(f"no tensors in entries: {_summary(list(contents))}; {expected}")
     return contents, []
 
 
