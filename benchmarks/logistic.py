@@ -2,7 +2,7 @@
 
     python -m benchmarks.logistic --out benchmarks/results/logistic.json
 
-Takes minutes. The features are synthetic: Gaussian classes with variances that follow a power law,
+Takes minutes. The features are synthetic: Gaussian classes, variances that fall as a power of rank,
 a random rotation, and negative values set to zero as after a ReLU. The features of ``digits`` are
 real: scikit-learn's handwritten digits at 32 px, encoded by timm's resnet10t with random weights
 (1198 x 512, 10 classes). Variants on the same float32 features, measured alternately:

@@ -237,8 +237,8 @@ def geometry(results: Results) -> Any:
             axis.set_xlabel(title)
         middle.tick_params(labelleft=False)
         spectra = {
-            cell: np.maximum([analysis["singular_values"] for analysis in analyses], _LEAST)
-            for cell, analyses in found.items()
+            cell: np.maximum([analysis["singular_values"] for analysis in runs], _LEAST)
+            for cell, runs in found.items()
         }
         reference = np.exp(np.log(spectra[cells[0]]).mean(0))
         for cell, rows in spectra.items():
