@@ -178,7 +178,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
-    assert "has the least of 18 runs" in printed
+    assert "(minimum of 18 runs: " in printed
     for claim in CLAIMS:
         assert f"| {claim.text} |" in printed
     for name in ("tradeoff", "claims", "datasets", "effects", "geometry", "change"):
@@ -195,7 +195,7 @@ def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "nan" not in printed
     assert " to " not in printed
-    assert "has the least of 2 runs" in printed
+    assert "(minimum of 2 runs: " in printed
     assert (tmp_path / "out" / "study_tradeoff.png").exists()
     assert not (tmp_path / "out" / "study_claims.png").exists()
     assert not (tmp_path / "out" / "study_effects.png").exists()
