@@ -1,1 +1,1 @@
-"""Measurements; `python -m benchmarks.NAME` runs one."""
+"""Benchmarks; run one with `python -m benchmarks.NAME`."""

@@ -1,15 +1,15 @@
-"""Time the photometric half on a device against PIL on one core, and compare the two in pixels.
+"""Compare the photometric augmentation with PIL: speed, pixel values and random parameters.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.augment [--device cuda] [--compile]
 
-`ratio`: flip, jitter, gray, blur, solarization and normalization of the
-crops of a batch (1 x 224 and 8 x 96 an image), in images a second. PIL does the same with the same
-drawn parameters on one core, by CPU time, and so do we if the device is a CPU.
+`ratio`: Images per second for flip, jitter, gray, blur, solarization and normalization of a batch
+of crops (1 x 224 and 8 x 96 per image), relative to PIL with the same parameters on one core. PIL
+is timed by CPU time, and so is our augmentation if the device is a CPU.
 
-`differences`: our levels minus those of PIL and torchvision given the same parameters, by
-operation: mean of the absolute value, mean, largest value, and percentage of pixels with a channel
-that differs by more than 4. `draws`: our draws and torchvision's own, by quantity, and the p of a
-test that they have one distribution. Takes three minutes on a CPU.
+`differences`: Our pixel levels minus those of PIL and torchvision for the same parameters, by
+operation: mean absolute difference, mean, largest difference, and percentage of pixels with a
+channel that differs by more than 4. `draws`: p-values of tests that our random parameters have the
+same distribution as torchvision's. Takes three minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ COLUMNS: dict[str, list[int]] = {
     "solarize": [ph.SOLARIZE, ph.THRESHOLD],
     "blur": [ph.SIGMA],
 }
-"""By operation, where a row holds its parameters."""
+"""Operation -> columns of its parameters in a row."""
 
 _SIZES = ((500, 375), (375, 500))  # width and height
-_BATCHES = 3  # of different parameters, in turn
+_BATCHES = 3  # number of batches of parameters, used in rotation
 _CUDA_REPEATS = 10
 
 
 class Difference(NamedTuple):
-    """Levels of ours minus the reference's, or limits of them."""
+    """Statistics of our pixel levels minus the reference's, or limits of these statistics."""
 
     mean: float
     bias: float
@@ -70,7 +70,7 @@ class Difference(NamedTuple):
     percent_beyond_4: float = math.inf
 
     def within(self, limit: Difference) -> bool:
-        """Return whether nothing exceeds a limit."""
+        """Return True if no statistic exceeds its limit."""
         return all(abs(value) <= most for value, most in zip(self, limit, strict=True))
 
 
@@ -82,11 +82,11 @@ LIMITS = {
     "solarize": Difference(mean=0.05, bias=0.05),
     "blur": Difference(mean=0.4, bias=0.2),
 }
-"""On photographs."""
+"""Limits for photographs."""
 
 
 class Comparison(NamedTuple):
-    """A test that two samples have the same distribution."""
+    """Result of a statistical test that two samples have the same distribution."""
 
     quantity: str
     test: str
@@ -95,7 +95,7 @@ class Comparison(NamedTuple):
 
 
 def draw_rows(augmentation: PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
-    """Return drawn parameters, (count, NUM_PARAMETERS)."""
+    """Draw rows of parameters, (count, NUM_PARAMETERS)."""
     draws = np.random.default_rng(seed).random((count, ph.NUM_DRAWS))
     return augmentation.parameters(draws).numpy()
 
@@ -103,12 +103,12 @@ def draw_rows(augmentation: PhotometricAugmentation, count: int, seed: int = 0) 
 def our_boxes(
     height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
 ) -> NDArray[np.int64]:
-    """Return drawn boxes, (count, 4): top, left, height, width."""
+    """Draw crop boxes, (count, 4): top, left, height, width."""
     return np.array(draw_boxes(np.random.default_rng(seed), count, height, width, scale))
 
 
 def keep(rows: Rows, *operations: str) -> Rows:
-    """Return the rows with all other operations switched off."""
+    """Return a copy of the rows with all other operations disabled."""
     columns = [column for name in operations for column in COLUMNS[name]]
     kept = np.zeros_like(rows)
     kept[:, columns] = rows[:, columns]
@@ -122,7 +122,7 @@ def cut_crops(
     scale: tuple[float, float] = (0.05, 1.0),
     seed: int = 0,
 ) -> Tensor:
-    """Return our crops of photographs in turn, (count, 3, size, size) uint8, channels last."""
+    """Cut crops with our code, cycling through photographs: (count, 3, size, size) uint8."""
     out = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for row, (image, box) in zip(out, _boxes(photographs, count, scale, seed), strict=True):
         resized_crop(image, box, size, row)
@@ -132,7 +132,7 @@ def cut_crops(
 def crop_error(
     photographs: Photographs, size: int, count: int, scale: tuple[float, float], seed: int = 0
 ) -> NDArray[np.int16]:
-    """Return the levels of our crops minus those of PIL's, (count, size, size, 3)."""
+    """Return pixel levels of our crops minus PIL's, (count, size, size, 3)."""
     theirs = [
         reference_crop(Image.fromarray(image), box, size)
         for image, box in _boxes(photographs, count, scale, seed)
@@ -141,13 +141,13 @@ def crop_error(
 
 
 def photometric_error(images: Tensor, rows: Rows) -> NDArray[np.int16]:
-    """Return the levels of our augmentation minus PIL's."""
+    """Return pixel levels of our augmentation minus PIL's, (B, H, W, 3)."""
     theirs = [reference_photometric(*pair) for pair in zip(_pil(images), rows, strict=True)]
     return _error(apply(images, torch.from_numpy(rows)), theirs)
 
 
 def summary(error: NDArray[np.int16]) -> Difference:
-    """Return what there is to say of errors, (B, H, W, 3) levels."""
+    """Summarize differences of pixel levels, (B, H, W, 3)."""
     size = np.abs(error)
     return Difference(
         mean=float(size.mean()),
@@ -158,7 +158,7 @@ def summary(error: NDArray[np.int16]) -> Difference:
 
 
 def compare_boxes(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> list[Comparison]:
-    """Compare boxes, (n, 4) each, by all that describes one."""
+    """Compare the distributions of boxes, (n, 4) each, by position, size and shape."""
 
     def quantities(boxes: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         top, left, height, width = boxes.T.astype(float)
@@ -173,12 +173,12 @@ def compare_boxes(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> list[Co
             "center column": left + width / 2,
         }
 
-    found = quantities(theirs)
-    return [_kolmogorov(name, values, found[name]) for name, values in quantities(ours).items()]
+    reference = quantities(theirs)
+    return [_kolmogorov(name, values, reference[name]) for name, values in quantities(ours).items()]
 
 
 def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
-    """Compare photometric parameters, (n, NUM_PARAMETERS) each, by quantity."""
+    """Compare the distributions of photometric parameters, (n, NUM_PARAMETERS) each."""
     compared = []
     for name, (column, *_) in COLUMNS.items():
         table = [
@@ -189,13 +189,13 @@ def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
         compared.append(Comparison(f"{name} or not", "Fisher", float(shares[0] - shares[1]), p))
     orders = np.concatenate([rows[:, ph.ORDER] for rows in (ours, theirs)]).astype(int)
     _, kinds = np.unique(orders, axis=0, return_inverse=True)
-    kinds = kinds.ravel()  # numpy 2.0 gives it another dimension
+    kinds = kinds.ravel()  # NumPy 2.0 adds a dimension
     most = int(kinds.max()) + 1
     counts = [
         np.bincount(part, minlength=most) for part in (kinds[: len(ours)], kinds[len(ours) :])
     ]
-    found = chi2_contingency(counts)
-    compared.append(Comparison("order", "chi squared", float(found.statistic), float(found.pvalue)))
+    test = chi2_contingency(counts)
+    compared.append(Comparison("order", "chi squared", float(test.statistic), float(test.pvalue)))
     strengths = ("brightness", "contrast", "saturation", "hue")
     for column, name in enumerate(strengths, start=ph.FACTORS.start):
         compared.append(_kolmogorov(name, ours[:, column], theirs[:, column]))
@@ -205,7 +205,7 @@ def compare_rows(ours: Rows, theirs: Rows) -> list[Comparison]:
 
 
 def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Time ours on a device and PIL on one core, in turn."""
+    """Time our augmentation on a device and PIL's on one core, alternately."""
     crops = [cut_crops(bundled(), s.size, s.count * batch, s.scale) for s in SPECS]
     rows = [
         [draw_rows(s.augmentation, s.count * batch, seed) for s in SPECS]
@@ -233,7 +233,7 @@ def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict
     def timed(
         work: Callable[[list[Rows]], None], seconds: Callable[[Callable[[], None]], float]
     ) -> Callable[[], float]:
-        parameters = cycle(rows)  # the same ones for every variant
+        parameters = cycle(rows)  # the same parameters for every variant
         return lambda: batch / seconds(partial(work, next(parameters)))
 
     clock = _cuda_seconds if device.type == "cuda" else measure.cpu_seconds
@@ -255,7 +255,7 @@ def speed(device: torch.device, batch: int, rounds: int, compiled: bool) -> dict
 
 
 def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
-    """Compare the pixels of each operation with the reference's."""
+    """Compare pixel values with the reference's, for each operation."""
     files = [io.BytesIO(jpeg(KINDS["standard"], index)) for index in range(len(bundled()))]
     synthetic = [np.array(Image.open(file, formats=["JPEG"])) for file in files]
     table = []
@@ -283,7 +283,7 @@ def differences(device: torch.device, count: int) -> list[dict[str, Any]]:
 
 
 def draws(count: int) -> list[dict[str, Any]]:
-    """Compare our draws with torchvision's, `count` of each."""
+    """Compare `count` of our random parameters with as many of torchvision's."""
     table = []
     for seed, spec in enumerate(SPECS):
         kind = f"crop of {spec.size}"
@@ -300,21 +300,21 @@ def draws(count: int) -> list[dict[str, Any]]:
 
 @one_thread()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, compare, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("augment", __doc__)
-    parser.add_argument("--device", default="cpu", help="of ours: cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="time it compiled, too")
+    parser.add_argument("--device", default="cpu", help="device of our augmentation: cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="also time it with torch.compile")
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64, help="images a batch")
-    parser.add_argument("--crops", type=int, default=128, help="compared, by operation and size")
-    parser.add_argument("--draws", type=int, default=20_000, help="compared, of each kind")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--crops", type=int, default=128, help="crops per operation and crop size")
+    parser.add_argument("--draws", type=int, default=20_000, help="random parameters per test")
     parsed = parser.parse_args(arguments)
     device = torch.device(parsed.device)
     timed = speed(device, parsed.batch, parsed.rounds, parsed.compile)
     for name, values in timed["images_per_second"].items():
         print(f"{name:10} {measure.format_spread(values)} images/s")
     for name, values in timed["ratios"].items():
-        print(f"{name} over the reference: {measure.format_spread(values)}")
+        print(f"{name}, speed relative to the reference: {measure.format_spread(values)}")
     pixels = differences(device, parsed.crops)
     print("\n" + "  ".join(f"{name:>16}" for name in pixels[0]))
     for row in pixels:
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in drawn:
         found = f"{row['test']} {row['statistic']:.4g}, p {row['p']:.3g}"
         print(f"{row['of']}, {row['quantity']}: {found}")
-    print(f"least of {len(drawn)} p: {min(row['p'] for row in drawn):.3g}")
+    print(f"smallest of {len(drawn)} p-values: {min(row['p'] for row in drawn):.3g}")
     machine = measure.machine(parsed.device)
     print(f"\n{machine}")
     result = {
@@ -347,7 +347,7 @@ def _augment(images: Tensor, parameters: Tensor, compiled: bool = False) -> Tens
 def _boxes(
     photographs: Photographs, count: int, scale: tuple[float, float], seed: int
 ) -> Iterator[tuple[NDArray[np.uint8], Box]]:
-    """Yield photographs in turn, and a box of each."""
+    """Yield pairs of a photograph and a random crop box, cycling through the photographs."""
     rng = np.random.default_rng(seed)
     for index in range(count):
         image = photographs[index % len(photographs)]
@@ -365,12 +365,12 @@ def _error(ours: Tensor, theirs: Sequence[Image.Image]) -> NDArray[np.int16]:
 
 
 def _kolmogorov(quantity: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Comparison:
-    found = ks_2samp(ours, theirs, method="asymp")
-    return Comparison(quantity, "Kolmogorov-Smirnov", float(found.statistic), float(found.pvalue))
+    test = ks_2samp(ours, theirs, method="asymp")
+    return Comparison(quantity, "Kolmogorov-Smirnov", float(test.statistic), float(test.pvalue))
 
 
 def _cuda_seconds(work: Callable[[], None]) -> float:
-    """Return the time of one run, of several in a row that do not wait for each other."""
+    """Return the mean time of a call, over several calls without synchronization in between."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -1,16 +1,15 @@
-"""Time training with real loading, ours against the reference, on few and on many cores.
+"""Compare the speed of complete training, data loading included, with a reference pipeline.
 
-    python -m benchmarks.end_to_end                                  # a small model on the CPU
+    python -m benchmarks.end_to_end                                  # small model on the CPU
     python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 1024 \
         --steps 10 --rounds 2 --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
 
-Both read the same JPEG photographs (500 x 375, about 100 KB) by as many worker processes as there
-are cores, make the recipe's crops and take its steps: ours as `trex_models.train` does, the
-reference by `benchmarks.reference_pipeline` and `benchmarks.reference_step`. `waiting` is the share
-of the time that the training process waits for a batch. `ratio` is that of the rates on the most
-cores. On CUDA ours includes time in which
-the device still works at the step before. On a CPU the step takes nearly all of the time, of a
-small network, too.
+Both variants read the same JPEG photographs (500 x 375, about 100 KB) with one loader worker per
+core, cut the recipe's crops and run its training steps: ours with the code of `trex_models.train`,
+the reference with `benchmarks.reference_pipeline` and `benchmarks.reference_step`. `waiting` is the
+fraction of time that the training process waits for a batch; on CUDA, ours includes time in which
+the device still computes the previous step. `ratio` is the ratio of images per second on the
+largest number of cores. On a CPU the training step dominates, even for a small network.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
 
 @dataclass
 class Trainer:
-    """Batches, and what trains on one."""
+    """A loader and a training step."""
 
     batches: Callable[[], Iterator[Any]]
     train: Callable[[Any], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time, print and record."""
+    """Run the benchmark."""
     options = _options(arguments)
-    device, every_core = torch.device(options.device), sorted(os.sched_getaffinity(0))
+    device, all_cores = torch.device(options.device), sorted(os.sched_getaffinity(0))
     results = []
     with TemporaryDirectory() as folder:
         write_photographs(Path(folder), options.files, "standard")
         for count in options.cores:
-            with _cores(every_core[:count]):
+            with _cores(all_cores[:count]):
                 results.append(_measure(Path(folder), count, options, device))
     machine = measure.machine(options.device)
     print(f"{machine['processor']}, {machine.get('device', 'CPU')}, {options.backbone}")
@@ -83,21 +82,21 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser("end_to_end", __doc__)
     step.add_options(parser)
     parser.set_defaults(backbone="resnet18", batch=16, dtype="float32", rounds=4, steps=4)
-    parser.add_argument("--files", type=int, default=256, help="photographs")
+    parser.add_argument("--files", type=int, default=256, help="number of photographs")
     parser.add_argument(
         "--cores", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="ascending"
     )
     options = parser.parse_args(arguments)
     available = len(os.sched_getaffinity(0))
     if options.cores != sorted(options.cores) or not 0 < options.cores[-1] <= available:
-        parser.error(f"--cores: ascending numbers up to {available} are possible here")
+        parser.error(f"--cores must be ascending and at most {available}, got {options.cores}")
     return options
 
 
 def _measure(
     root: Path, cores: int, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
-    """Measure both trainers in turn on some cores."""
+    """Measure both trainers alternately on a number of cores."""
     waiting: dict[str, list[float]] = {"ours": [], "reference": []}
 
     def rate(name: str, trainer: Trainer) -> float:
@@ -172,16 +171,16 @@ def _sampler(options: argparse.Namespace) -> EpochSampler:
 
 
 def _train(trainer: Trainer, steps: int, lead: int, device: torch.device) -> tuple[float, float]:
-    """Take steps; return their seconds, and those of waiting for batches."""
+    """Run training steps; return their total time and the time spent waiting for batches."""
     batches, waited = trainer.batches(), 0.0
     started = time.perf_counter()
     for number in range(lead + steps):
         if number == lead:
             measure.wait(device)
             started, waited = time.perf_counter(), 0.0
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - requested
         trainer.train(batch)
     measure.wait(device)
     return time.perf_counter() - started, waited
@@ -189,18 +188,18 @@ def _train(trainer: Trainer, steps: int, lead: int, device: torch.device) -> tup
 
 @contextmanager
 def _cores(cores: Sequence[int]) -> Iterator[None]:
-    """Keep this process, all its threads and what it starts to some cores, as taskset does."""
+    """Restrict this process, its threads and its subprocesses to some cores, like taskset."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     try:
-        _keep_to(cores)
+        _set_affinity(cores)
         torch.set_num_threads(len(cores))
         yield
     finally:
-        _keep_to(before)
+        _set_affinity(before)
         torch.set_num_threads(threads)
 
 
-def _keep_to(cores: Iterable[int]) -> None:
+def _set_affinity(cores: Iterable[int]) -> None:
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), cores)
 

@@ -1,14 +1,14 @@
-"""Time feature extraction against the usual pipeline: a worker's part, and the whole.
+"""Compare the speed of feature extraction with the usual pipeline.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.features
 
-Both read the same JPEG files (500 x 375, about 100 KB). The reference is Pillow, timm's evaluation
-transform, DataLoader and a loop that waits for each batch's features. Ours is `extract_features`.
-
-`core`: a worker's part in one process with one thread, images a second of CPU time, by protocol.
-`whole`: images a second of wall time from files to an array, starting the workers included, with
-one convolution of patches, which takes next to no time, and with a ResNet-50; and how far the two
-sides' features (random weights) are apart. Takes five minutes on two cores.
+Both read the same JPEG files (500 x 375, about 100 KB). The reference consists of Pillow, timm's
+evaluation transform, DataLoader and a loop that waits for each batch's features. Ours is
+`extract_features`. `core`: images per second of CPU time for the work of a loader worker, in one
+process with one thread, by protocol. `whole`: images per second of wall time from files to an
+array, including the start of the workers, for a single convolution of patches (negligible cost) and
+for a ResNet-50, and the distance between the two features (random weights). Takes five minutes on
+two cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def reference_transform(crop: CenterCrop, normalize: bool = True) -> Callable[[Any], Tensor]:
-    """Return timm's evaluation transform, of PIL images to (3, H, W)."""
+    """Return timm's evaluation transform, which maps PIL images to tensors, (3, H, W)."""
     transform: Callable[[Any], Tensor] = create_transform(
         (3, *crop.size),
         interpolation=crop.interpolation,
@@ -57,7 +57,7 @@ def reference_transform(crop: CenterCrop, normalize: bool = True) -> Callable[[A
 
 
 def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
-    """Time what a worker does for a batch, in this process."""
+    """Time a loader worker's work for a batch, in this process."""
     crop = PROTOCOLS[protocol]
     ours, reference = (
         CenterCropDataset(FolderSource(root), crop),
@@ -79,7 +79,7 @@ def core(root: Path, protocol: str, images: int, rounds: int) -> dict[str, Any]:
 def reference_features(
     model: nn.Module, root: Path, batch: int, workers: int, device: torch.device
 ) -> np.ndarray:
-    """Return the features of all files by the usual loop, (images, F)."""
+    """Extract the features of all files with the usual loop, (images, F)."""
     files = ImageFolder(str(root), reference_transform(PROTOCOLS["transfer"]))
     pin = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(files, batch, num_workers=workers, pin_memory=pin)
@@ -90,45 +90,45 @@ def reference_features(
 def whole(
     root: Path, network: str, batch: int, workers: int, rounds: int, device: torch.device
 ) -> dict[str, Any]:
-    """Time extraction from files to an array."""
+    """Time the complete extraction, from files to an array."""
     torch.manual_seed(0)
     model = NETWORKS[network]().to(device).eval()
     source = FolderSource(root)
-    made: dict[str, np.ndarray] = {}
+    features: dict[str, np.ndarray] = {}
 
     def ours() -> None:
-        made["ours"] = extract_features(model, source, PROTOCOLS["transfer"], batch, workers)
+        features["ours"] = extract_features(model, source, PROTOCOLS["transfer"], batch, workers)
 
     def reference() -> None:
-        made["reference"] = reference_features(model, root, batch, workers, device)
+        features["reference"] = reference_features(model, root, batch, workers, device)
 
     def timed(work: Callable[[], None]) -> Callable[[], float]:
         return lambda: len(source) / measure.seconds(work)
 
     compared = measure.compared(timed(ours), timed(reference), rounds)
-    apart = np.linalg.norm(made["ours"] - made["reference"], axis=1)
-    apart /= np.linalg.norm(made["reference"], axis=1)
-    distance = float(f"{apart.max():.2g}")
-    facts = {"images": len(source), "batch": batch, "workers": workers}
-    return {**facts, "compared": compared, "relative_distance": distance}
+    distances = np.linalg.norm(features["ours"] - features["reference"], axis=1)
+    distances /= np.linalg.norm(features["reference"], axis=1)
+    distance = float(f"{distances.max():.2g}")
+    sizes = {"images": len(source), "batch": batch, "workers": workers}
+    return {**sizes, "compared": compared, "relative_distance": distance}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("features", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=256, help="for the small network")
+    parser.add_argument("--images", type=int, default=256, help="images for the small network")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="for `whole`"
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="used in `whole`"
     )
     parsed = parser.parse_args(arguments)
     device = torch.device(parsed.device)
     images = dict.fromkeys(NETWORKS, parsed.images)
     if device.type == "cpu":
-        images["resnet50"] = max(NUM_CLASSES, parsed.images // 8)  # it does 5 a second
+        images["resnet50"] = max(NUM_CLASSES, parsed.images // 8)  # 5 images per second
     with TemporaryDirectory() as folder:
         for count in set(images.values()):
             write_photographs(Path(folder) / str(count), count, "standard")
@@ -155,9 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "whole": wholes,
     }
     for name, found in cores.items():
-        measure.print_compared(f"one core, images a second of CPU time, protocol {name}", found)
+        measure.print_compared(f"one core, images per second of CPU time, protocol {name}", found)
     for name, found in wholes.items():
-        title = f"whole extraction, images a second, {name}"
+        title = f"complete extraction, images per second, {name}"
         measure.print_compared(title, found["compared"])
     print(f"{result['machine']}")
     measure.record(parsed.out, result)

@@ -1,12 +1,12 @@
-"""Whether a long run grows: memory and open files of the trainer and its loader over its steps.
+"""Check for leaks: memory and open files of the trainer and its loader worker over a long run.
 
     python -m benchmarks.growth --steps 10000
 
-Takes about ten minutes on two idle cores. A tiny network on tiny fractals, through the trainer's
-own command: a loader process, a report every 20 steps to the console, metrics.jsonl and
-TensorBoard, validation and a checkpoint ten times. This process reads /proc of that one (Linux
-alone). What grows with the size of the images or the network would not show here; what grows with
-the number of steps does.
+Takes about ten minutes on two idle cores. The trainer's command trains a tiny network on tiny
+fractals with one loader worker, logs to the console, metrics.jsonl and TensorBoard every 20 steps,
+and validates and saves a checkpoint ten times. This process reads the trainer's /proc (Linux only).
+The benchmark detects memory that grows with the number of steps, not with the size of the images or
+the network.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ _LABELS = {"trainer_bytes": "trainer", "worker_bytes": "loader worker"}
 
 
 def sample(pid: int) -> dict[str, int]:
-    """Return what a training process holds at the moment."""
+    """Return current memory and number of open files of a trainer and its loader worker."""
     children = sorted(_children(pid))
     if not children:
-        raise FileNotFoundError(f"process {pid} has no child")
-    held: dict[str, int] = {}
+        raise FileNotFoundError(f"process {pid} has no child process")
+    usage: dict[str, int] = {}
     for name, process in (("trainer", pid), ("worker", children[0][1])):
         rollup = _rollup(process)
-        held[f"{name}_bytes"] = rollup["Rss"]
-        held[f"{name}_shared_bytes"] = rollup["Pss_Shmem"]
-        held[f"{name}_files"] = sum(1 for _ in Path(f"/proc/{process}/fd").iterdir())
-    return held
+        usage[f"{name}_bytes"] = rollup["Rss"]
+        usage[f"{name}_shared_bytes"] = rollup["Pss_Shmem"]
+        usage[f"{name}_files"] = sum(1 for _ in Path(f"/proc/{process}/fd").iterdir())
+    return usage
 
 
 def slope(steps: Sequence[int], values: Sequence[float]) -> dict[str, float]:
-    """Fit a line by least squares."""
+    """Fit a line to values by step, by least squares."""
     fit: Any = linregress(steps, values)
-    found = {"per_step": fit.slope, "standard_error": fit.stderr, "r_squared": fit.rvalue**2}
-    return {name: float(np.nan_to_num(value)) for name, value in found.items()}  # 0 if constant
+    result = {"per_step": fit.slope, "standard_error": fit.stderr, "r_squared": fit.rvalue**2}
+    return {name: float(np.nan_to_num(value)) for name, value in result.items()}  # 0 if constant
 
 
 def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]], float]:
-    """Train for a number of steps and sample meanwhile."""
+    """Train for a number of steps and sample memory every ``seconds``."""
     epochs = math.ceil(steps / _STEPS_PER_EPOCH)
     command = [sys.executable, "-m", "trex_models.train", "smoke", *_RUN]
     command += ["--output", str(folder / "run"), "--optim.epochs", str(epochs)]
@@ -70,7 +70,7 @@ def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]
     samples: list[dict[str, int]] = []
     started = time.monotonic()
     with (folder / "output.txt").open("w+") as output:
-        # One thread: on tensors this small more only wait for one another.
+        # One thread, since more threads only wait for each other on tensors this small.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         run = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
@@ -80,7 +80,7 @@ def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]
                 if 0 < step < epochs * _STEPS_PER_EPOCH:
                     try:
                         samples.append({"step": step, **sample(run.pid)})
-                    except OSError:  # it has just ended, or is about to
+                    except OSError:  # the process is ending
                         continue
                     if sys.stderr.isatty():
                         print(f"\rstep {step}", end="", file=sys.stderr)
@@ -93,7 +93,7 @@ def watch(steps: int, seconds: float, folder: Path) -> tuple[list[dict[str, int]
 
 
 def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Path) -> None:
-    """Draw memory and open files by step."""
+    """Plot memory and open files by step."""
     steps = np.array([s["step"] for s in samples])
     late = steps[_second_half(steps)]
     with plotting.new_figure(9, 3.2) as figure:
@@ -101,7 +101,7 @@ def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Pa
         for key, label in _LABELS.items():
             values = np.array([s[key] for s in samples]) / 1e6
             per_step = fits[key]["per_step"]
-            label = f"{label} ({per_step:+.0f} bytes a step)"
+            label = f"{label} ({per_step:+.0f} bytes per step)"
             (line,) = memory.plot(steps, values, lw=1, label=label)
             trend = values[_second_half(steps)].mean() + per_step / 1e6 * (late - late.mean())
             memory.plot(late, trend, "--", c=line.get_color())
@@ -116,10 +116,10 @@ def draw(samples: Sequence[Mapping[str, int]], fits: Mapping[str, Any], path: Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, watch, print, record and draw."""
+    """Run the benchmark."""
     parser = measure.parser("growth", __doc__)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--seconds", type=float, default=1.0, help="between two samples")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds between two samples")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         samples, seconds = watch(options.steps, options.seconds, Path(folder))
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, fit in fits.items():
         print(
             f"{_LABELS[key]}, second half: {fit['per_step']:+.1f} +- {fit['standard_error']:.1f} "
-            f"bytes a step (r2 {fit['r_squared']:.2f})"
+            f"bytes per step (r2 {fit['r_squared']:.2f})"
         )
     print(f"{len(samples)} samples in {seconds:.0f} s")
     draw(samples, fits, options.out.with_suffix(".png"))
@@ -167,21 +167,21 @@ def _second_half(steps: np.ndarray) -> np.ndarray:
 
 
 def _children(pid: int) -> list[tuple[int, int]]:
-    """Return start time and id of each child process."""
+    """Return the start time and ID of each child process."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # After the name, which may hold blanks: state, parent, ..., the start as 20th.
+            # Fields after the name, which may contain blanks: state, parent, ..., 20th: start.
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process has ended
         if int(fields[1]) == pid:
             found.append((int(fields[19]), int(stat.parent.name)))
     return found
 
 
 def _rollup(pid: int) -> dict[str, int]:
-    """Return a process's memory by kind, in bytes."""
+    """Return the memory of a process by category, in bytes."""
     kinds = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, kilobytes, _ = line.split()
@@ -190,11 +190,11 @@ def _rollup(pid: int) -> dict[str, int]:
 
 
 def _last_step(metrics: Path) -> int:
-    """Return the last step reported; 0 before the first."""
+    """Return the last logged step; 0 before the first."""
     try:
         lines = metrics.read_text().splitlines()
         return int(json.loads(lines[-1])["step"])
-    except (OSError, IndexError, ValueError):  # not there yet, or not a whole line
+    except (OSError, IndexError, ValueError):  # no file yet, or an incomplete line
         return 0
 
 

@@ -1,15 +1,14 @@
-"""Time the loader against the usual pipeline: images a second per core, and of worker processes.
+"""Compare speed and memory of the data loader with the usual pipeline.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.loader
 
-Both make the recipe's crops (1 x 224, 8 x 96) of the same JPEG files, in turn. Ours hands over
-uint8 crops and the drawn parameters; the rest happens on the training device and is measured by
-`benchmarks.augment`. The reference (`benchmarks.reference_pipeline`) hands over float32 tensors.
-
-`core`: a worker's part in one process with one thread, by CPU time, on files of about 30 KB, 100 KB
-and 500 KB; `decode` is reading and decoding alone. `whole`: worker processes, by wall time, from a
-batch on which all of them are at work to a later one: starting them does not count. `memory`: what
-one worker takes beyond what it shared when it was forked. Takes four minutes on two cores.
+Both variants cut the recipe's crops (1 x 224, 8 x 96) from the same JPEG files, alternately. Ours
+returns uint8 crops and the random parameters of the photometric augmentation, which runs on the
+training device (see `benchmarks.augment`); the reference (`benchmarks.reference_pipeline`) returns
+augmented float32 tensors. `core`: CPU time of a worker's work, in one process with one thread, for
+files of about 30 KB, 100 KB and 500 KB; `decode` is only reading and decoding. `whole`: wall time
+with loader workers in the steady state, without their start. `memory`: memory of one worker beyond
+the memory that it shares with its parent process. Takes four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,37 +36,37 @@ from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDatase
 
 
 class Files:
-    """A folder of photographs, as both sides see it."""
+    """Our dataset and the reference's for the same folder of photographs."""
 
     def __init__(self, root: Path) -> None:
         self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
         self.reference = reference_dataset(root, SPECS)
 
     def make_ours(self, keys: Sequence[Key]) -> Batch:
-        """Make a batch as our workers do."""
+        """Return a batch as our loader workers do."""
         return self.ours.__getitems__(keys)
 
     def make_reference(self, keys: Sequence[Key]) -> Any:
-        """Make a batch as DataLoader's workers do."""
+        """Return a batch as the workers of a DataLoader do."""
         return default_collate([self.reference[index] for _, index in keys])
 
     def decode_ours(self, keys: Sequence[Key]) -> None:
-        """Read and decode, no more."""
+        """Read and decode files with our code."""
         for _, index in keys:
             self.ours.source.read(index)
 
     def decode_reference(self, keys: Sequence[Key]) -> None:
-        """Likewise, as torchvision's ImageFolder does."""
+        """Read and decode files as torchvision's ImageFolder does."""
         for _, index in keys:
             pil_loader(self.ours.source.name(index))
 
     def keys(self, batch: int) -> Iterator[list[Key]]:
-        """Yield the (epoch, index) keys of as many batches as anyone wants."""
+        """Yield lists of (epoch, index) keys, practically without end."""
         return iter(EpochSampler(len(self.ours.source), batch, epochs=1 << 20, seed=0))
 
 
 class Weighed:
-    """Makes batches, each with the memory that the process takes, in MB."""
+    """Dataset that returns each batch together with the memory of its process, in MB."""
 
     def __init__(self, make: Callable[[Sequence[Key]], Any]) -> None:
         self._make = make
@@ -84,7 +83,7 @@ class Weighed:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread."""
+    """Limit torch to one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -94,10 +93,10 @@ def one_thread() -> Iterator[None]:
 
 
 def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
-    """Time a worker's part in this process, in images a second of CPU time."""
+    """Measure images per second of CPU time for a worker's work, in this process."""
 
     def timed(work: Callable[[Sequence[Key]], object]) -> Callable[[], float]:
-        batches = files.keys(images)  # the same ones for every variant
+        batches = files.keys(images)  # the same batches for every variant
         return lambda: images / measure.cpu_seconds(partial(work, next(batches)))
 
     with seeded(0):
@@ -107,10 +106,10 @@ def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
 
 
 def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
-    """Time the loaders with their worker processes, in the steady state, by wall time."""
+    """Measure images per second of wall time with loader workers, in the steady state."""
     batches += -batches % workers
     lead = 2 * workers
-    # One more for each worker: all are at work until the last batch that counts.
+    # One extra batch per worker keeps all of them busy until the last timed batch.
     keys = list(islice(files.keys(batch), lead + batches + workers))
 
     def steady(loaded: Iterator[Any]) -> float:
@@ -133,7 +132,7 @@ def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> 
 
 
 def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]]:
-    """Weigh one worker process and its batches, in MB."""
+    """Measure the memory of one loader worker and of its batches, in MB."""
     keys = list(islice(files.keys(batch), batches))
     found = {}
     for name, make in (("ours", files.make_ours), ("reference", files.make_reference)):
@@ -148,16 +147,16 @@ def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]
 
 @one_thread()
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("loader", __doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64, help="images a batch")
-    parser.add_argument("--batches", type=int, default=8, help="timed with worker processes")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--batches", type=int, default=8, help="batches timed in `whole`")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
     parsed = parser.parse_args(arguments)
     if parsed.workers < 1:
-        parser.error("--workers: at least 1")
+        parser.error(f"--workers must be at least 1, got {parsed.workers}")
     batch: int = parsed.batch
     counts = {"standard": parsed.files, "small": parsed.files // 2, "large": parsed.files // 8}
     with TemporaryDirectory() as folder:
@@ -185,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\none core, {kind} files of about {KINDS[kind].kilobytes} KB")
         for what in ("items", "decode"):
             measure.print_compared(f"{what}, images/s of CPU time", found[what])
-    title = f"{parsed.workers} worker processes, batch {batch}, standard files, images/s"
+    title = f"{parsed.workers} loader workers, batch size {batch}, standard files, images/s"
     measure.print_compared(title, loaders["rates"])
     print("\nmemory in MB")
     for name, weight in weights.items():
@@ -195,13 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _proc_megabytes(file: str, *names: str) -> float:
-    """Return the sum of some lines of a file of this process's memory, in kB there."""
+    """Return the sum of some lines of a /proc/self file, converted from kB to MB."""
     lines = Path(f"/proc/self/{file}").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(names)) * 1024 / 1e6
 
 
 def _megabytes(batch: Any) -> float:
-    """Return the size of a batch's tensors."""
+    """Return the size of a batch's tensors in MB."""
     if isinstance(batch, Batch):
         batch = [*batch.crops, *batch.parameters, batch.labels, batch.indices]
     if isinstance(batch, Tensor):

@@ -1,15 +1,15 @@
-"""Time the import and the loading of weights, and weigh the latter, against timm's own ResNet-50.
+"""Compare import time, and time and memory of loading weights, with timm's ResNet-50.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.loading
 
-Each measurement is a fresh process. `import`: what ``import trex_models`` takes after ``import
-timm``, with compiled bytecode. `create`: seconds of the first ``timm.create_model`` and by how
-much resident memory grew at most (of 94 MB of weights, once in the model and once in the file):
+Each measurement runs in a new process. `import`: time of ``import trex_models`` after ``import
+timm``, with compiled bytecode. `create`: time of the first ``timm.create_model`` and growth of the
+peak resident memory (the weights are 94 MB, once in the model and once in the mapped file):
 
     timm        resnet50 from a safetensors file
-    file        trex_resnet50 from the same file (keys, shapes and finite values are checked)
-    cache       trex_resnet50, pretrained=True, from the cache (and the SHA-256 is)
-    untrained   resnet50 without weights: its initialization, a part of all the others
+    file        trex_resnet50 from the same file (also checks keys, shapes and finite values)
+    cache       trex_resnet50, pretrained=True, from the cache (also checks the SHA-256)
+    untrained   resnet50 without weights: only the initialization, which all others include
 
 Takes four minutes on two cores.
 """
@@ -70,7 +70,7 @@ _MODELS = {
 
 
 def fresh(code: str, environment: Mapping[str, str]) -> Any:
-    """Run code in a new process and return the JSON that it prints."""
+    """Run code in a new process and return the JSON value that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -82,18 +82,18 @@ def fresh(code: str, environment: Mapping[str, str]) -> Any:
 
 
 def imports(environment: Mapping[str, str], rounds: int) -> dict[str, Any]:
-    """Time the two imports, in seconds; name the modules that ours adds."""
-    fresh(_IMPORT, environment)  # compiles what has no bytecode yet
-    found = [fresh(_IMPORT, environment) for _ in range(rounds)]
+    """Time the imports of timm and trex_models in seconds, and list the modules that ours adds."""
+    fresh(_IMPORT, environment)  # compiles the missing bytecode
+    runs = [fresh(_IMPORT, environment) for _ in range(rounds)]
     return {
-        "timm": measure.spread([one["timm"] for one in found]),
-        "ours": measure.spread([one["ours"] for one in found]),
-        "added": found[0]["added"],
+        "timm": measure.spread([run["timm"] for run in runs]),
+        "ours": measure.spread([run["ours"] for run in runs]),
+        "added": runs[0]["added"],
     }
 
 
 def creation(file: Path, environment: Mapping[str, str], rounds: int) -> dict[str, Any]:
-    """Time and weigh ``create_model`` in each of its forms."""
+    """Measure time and memory of ``create_model`` for each variant."""
     others: dict[str, dict[str, list[float]]] = {
         name: {"seconds": [], "megabytes": []} for name in _MODELS
     }
@@ -124,7 +124,7 @@ def creation(file: Path, environment: Mapping[str, str], rounds: int) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("loading", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parsed = parser.parse_args(arguments)
@@ -140,16 +140,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file = Path(folder) / "model.safetensors"
         save_file(weights, file)
         (cache / "naver").mkdir(parents=True)
-        torch.save(weights, cache / "naver" / "trex.pth")  # converted in the round of warming up
+        torch.save(weights, cache / "naver" / "trex.pth")  # converted in the warm-up round
         imported = imports(environment, parsed.rounds)
         created = creation(file, environment, parsed.rounds)
     print(f"import timm: {measure.format_spread(imported['timm'], ' s')}")
-    print(f"and trex_models: {measure.format_spread(imported['ours'], ' s')}, {imported['added']}")
+    print(f"trex_models: {measure.format_spread(imported['ours'], ' s')}, {imported['added']}")
     for name in _MODELS:
         for key, unit in (("cpu", " s of CPU"), ("seconds", " s"), ("megabytes", " MB")):
             print(f"{name}: {measure.format_spread(created[name][key], unit)}")
     for name, ratio in created["ratios"].items():
-        print(f"{name} takes of timm's CPU time: {measure.format_spread(ratio)}")
+        print(f"{name}, CPU time relative to timm: {measure.format_spread(ratio)}")
     result = {
         "machine": measure.machine(),
         "import_ms": round(1000 * imported["ours"]["median"], 2),

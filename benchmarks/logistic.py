@@ -1,20 +1,20 @@
-"""Time a path of logistic regressions: ours, warm started, against scikit-learn's, one by one.
+"""Compare our warm-started path of logistic regressions with scikit-learn's separate fits.
 
     python -m benchmarks.logistic --out benchmarks/results/logistic.json
 
-Takes minutes. Features are synthetic: classes around centers, variances that fall as a power
-of their rank, randomly turned, negative values set to zero as after a ReLU. Those of ``digits``
-are real: scikit-learn's handwritten digits at 32 px through timm's resnet10t with random weights
-(1198 x 512, 10 classes). On the same float32 features, in turn:
+Takes minutes. The features are synthetic: Gaussian classes, variances that fall as a power of rank,
+a random rotation, and negative values set to zero as after a ReLU. The features of ``digits`` are
+real: scikit-learn's handwritten digits at 32 px, encoded by timm's resnet10t with random weights
+(1198 x 512, 10 classes). Variants on the same float32 features, measured alternately:
 
-- ours: ``fit_path`` over all C, as it comes;
-- ours, axes known: the same with the features' principal axes, which the evaluation finds once for
-  all of its paths to parts of them;
-- scikit-learn: ``LogisticRegression`` (lbfgs, tol 1e-4) for each C, at most 100 iterations, its
-  defaults, and none of its warnings shown.
+- ours: ``fit_path`` over all C;
+- ours, axes known: the same with precomputed principal axes, which the evaluation computes once and
+  shares between its paths;
+- scikit-learn: ``LogisticRegression`` (lbfgs, tol 1e-4) for each C, with the default of at most 100
+  iterations and without its warnings.
 
-``ratio`` is scikit-learn's time over ours; ``excess`` is the largest of our objectives over
-scikit-learn's, less 1, in float64.
+``ratio`` is scikit-learn's time divided by ours; ``excess`` is the largest relative excess of our
+objective over scikit-learn's, in float64.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _SMALL, _DIGITS, _PETS = "1000x256x10", "digits", "3680x2048x37"
 
 
 def features(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return features, (samples, width) float32, and labels, the classes in turn."""
+    """Return synthetic features, (samples, width) float32, and cyclic labels, (samples,)."""
     generator = torch.Generator().manual_seed(seed)
     deviations = torch.arange(1, width + 1) ** -0.6
-    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     centers = 0.6 * torch.randn(classes, width, generator=generator)
     labels = torch.arange(samples) % classes
     noise = torch.randn(samples, width, generator=generator)
-    return torch.relu(2 * ((centers[labels] + noise) * deviations) @ turn + 0.1), labels
+    return torch.relu(2 * ((centers[labels] + noise) * deviations) @ rotation + 0.1), labels
 
 
 def digit_features() -> tuple[Tensor, Tensor]:
-    """Return features and labels of digits."""
+    """Return features and labels of the handwritten digits."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=0)
     train, _ = digits(32)
@@ -61,7 +61,7 @@ def digit_features() -> tuple[Tensor, Tensor]:
 
 
 def fit_scikit_learn(x: Tensor, y: Tensor, strength: float) -> LogisticRegression:
-    """Return scikit-learn's classifier, converged or not."""
+    """Fit scikit-learn's classifier, without a warning if it does not converge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "lbfgs failed", UserWarning)
@@ -69,14 +69,14 @@ def fit_scikit_learn(x: Tensor, y: Tensor, strength: float) -> LogisticRegressio
 
 
 def excess(x: Tensor, y: Tensor, ours: LogisticFit, theirs: LogisticRegression) -> float:
-    """Return our objective over scikit-learn's, less 1."""
+    """Return the relative excess of our objective over scikit-learn's."""
     weight, intercept = torch.as_tensor(theirs.coef_), torch.as_tensor(theirs.intercept_)
     cost = objective(x, y, ours.weight.double(), ours.intercept.double(), ours.C)
     return cost / objective(x, y, weight.double(), intercept.double(), ours.C) - 1
 
 
 def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, Any]:
-    """Measure one size, ``samples x width x classes`` or the digits; print what comes out."""
+    """Measure and print one problem: ``SAMPLESxWIDTHxCLASSES`` or ``digits``."""
     if size == _DIGITS:
         x, y = digit_features()
     else:
@@ -123,14 +123,14 @@ def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time, compare, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("logistic", __doc__)
-    parser.add_argument("--sizes", nargs="+", default=[_SMALL, _DIGITS, _PETS], help="NxFxK")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 1, 1], help="of each size")
-    parser.add_argument("--num-C", type=int, default=30, help="from 1e-5 to 1e6")
+    parser.add_argument("--sizes", nargs="+", default=[_SMALL, _DIGITS, _PETS], help="NxFxC")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[3, 1, 1], help="for each size")
+    parser.add_argument("--num-C", type=int, default=30, help="number of C from 1e-5 to 1e6")
     args = parser.parse_args(arguments)
     if len(args.rounds) != len(args.sizes):
-        parser.error(f"--rounds: one number for each of the {len(args.sizes)} sizes")
+        parser.error(f"--rounds must have {len(args.sizes)} numbers, one for each size")
     strengths = np.logspace(-5, 6, args.num_C).tolist()
     sizes = zip(args.sizes, args.rounds, strict=True)
     results = [benchmark(size, rounds, strengths) for size, rounds in sizes]

@@ -1,7 +1,7 @@
-"""What the benchmarks share: variants measured in turn, the machine, the record.
+"""Shared helpers of the benchmarks: alternating measurements, machine description and records.
 
-On a shared machine a figure by itself says little: variants take turns in one process group, and
-what is quoted is the median over the rounds of the ratio within a round.
+On a shared machine, absolute times are unreliable. Variants are therefore measured alternately, and
+the quoted result is the median of the ratios within the rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "s
 def alternate(
     variants: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Measure variants in turn, in the opposite order every other round."""
+    """Measure variants alternately, in reverse order in every second round."""
     measured: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(-warm_up, rounds):
         names = list(variants)
@@ -45,7 +45,7 @@ def alternate(
 
 
 def wait(device: torch.device) -> None:
-    """Wait until a device has done all its work."""
+    """Wait until a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -72,7 +72,7 @@ def spreads(measured: Mapping[str, Sequence[float]]) -> dict[str, dict[str, floa
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int]:
-    """Return median, least and greatest value, and how many there are."""
+    """Return median, minimum, maximum and number of values."""
     return {
         "median": _rounded(statistics.median(values)),
         "min": _rounded(min(values)),
@@ -82,14 +82,14 @@ def spread(values: Sequence[float]) -> dict[str, float | int]:
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float | int]:
-    """Return the spread of the ratios within the rounds."""
+    """Return the spread of the ratios, one per round."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
 
 
 def compared(
     ours: Callable[[], float], reference: Callable[[], float], rounds: int
 ) -> dict[str, dict[str, float | int]]:
-    """Measure two rates in turn; return their spreads, and that of ours over the reference's."""
+    """Measure two rates alternately; return their spreads and that of their ratio."""
     rates = alternate({"ours": ours, "reference": reference}, rounds)
     return {**spreads(rates), "ratio": ratios(rates["ours"], rates["reference"])}
 
@@ -102,12 +102,12 @@ def print_compared(title: str, found: Mapping[str, Mapping[str, float | int]]) -
 
 
 def format_spread(values: Mapping[str, float | int], unit: str = "") -> str:
-    """Return a spread as text: median (least to greatest, n)."""
+    """Format a spread: median (minimum to maximum, n)."""
     return f"{values['median']:g}{unit} ({values['min']:g} to {values['max']:g}, n = {values['n']})"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Return what a figure depends on: processor, device, load, versions."""
+    """Describe the machine: processor, device, load and package versions."""
     installed = {}
     for package in _PACKAGES:
         try:
@@ -134,7 +134,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with ``--out``, by default ``benchmarks/results/<name>.json``."""
+    """Return a parser with the option ``--out`` (default: ``benchmarks/results/<name>.json``)."""
     result = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=doc,
@@ -156,9 +156,9 @@ def record(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def _instructions() -> str:
-    """Return what torch's kernels use, and whether there are bfloat16 matrix instructions."""
-    facts = Path("/proc/cpuinfo")
-    flags = facts.read_text().split() if facts.exists() else []
+    """Return the instruction set of torch's kernels and the bfloat16 instructions available."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
     found = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 

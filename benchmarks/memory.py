@@ -1,14 +1,13 @@
-"""Account for the memory of a training step, by batch and options; no GPU is needed.
+"""Estimate the GPU memory of a training step by batch size and options, without a GPU.
 
     python -m benchmarks.memory                    # five minutes
-    python -m benchmarks.memory --device cuda      # on a GPU, measured instead
+    python -m benchmarks.memory --device cuda      # measured on a GPU instead
 
-The table is computed, not measured on a GPU: two steps of the trainer run on fake tensors, which
-have shapes and no memory, and every storage is counted from its making to its end, in the blocks
-of 512 bytes that CUDA's allocator hands out. What is not counted comes on top: the CUDA context,
-the workspaces of cuDNN and cuBLAS, and what is lost between blocks. tf32 takes what fp32 takes,
-fp16 what bf16 takes. The check takes the same step on the CPU for real and compares the peak with
-what the profiler saw its allocator hand out.
+Two steps of the trainer run on fake tensors, which have shapes but no memory. Every storage counts
+from its creation to its release, in the blocks of 512 bytes of CUDA's allocator. Not included are
+the CUDA context, the workspaces of cuDNN and cuBLAS, and fragmentation. tf32 needs as much as fp32,
+fp16 as much as bf16. As a check, a real step on the CPU is compared with the memory that the
+profiler records for its allocator.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from trex_models.train import build, step
 from trex_models.train.config import Config
 from trex_models.train.recipes import RECIPES
 
-_BLOCK = 512  # bytes; CUDA's caching allocator rounds up to it
+_BLOCK = 512  # bytes; block size of CUDA's caching allocator
 _GIB = 2**30
-# A card's memory, less what the driver, the desktop and the CUDA context hold, over a margin for
-# workspaces and the gaps between blocks. Neither is measured.
+# Usable memory of a GPU: total minus _HELD_BYTES for driver, desktop and CUDA context, divided by
+# _MARGIN for workspaces and fragmentation. Both are assumptions, not measurements.
 _CARDS = (8, 12, 16, 24)
 _VARIANTS: dict[str, tuple[PrecisionName, bool, int]] = {
     "fp32": ("fp32", False, 8),
@@ -55,11 +54,11 @@ _MARGIN = 1.15
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, while they live.
+    """Counter of the bytes of all live storages that operators allocate.
 
     Attributes:
-        live: Bytes at the moment.
-        peak: The most that ``live`` was.
+        live: Current number of bytes.
+        peak: Maximum of ``live``.
     """
 
     def __init__(self) -> None:
@@ -68,14 +67,14 @@ class Ledger(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and enter what it returns."""
+        """Run an operator and count its results."""
         del types
         result = func(*args, **(kwargs or {}))
         self.enter(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
         return result
 
     def enter(self, *tensors: Tensor) -> None:
-        """Count the storages of tensors that are not counted yet."""
+        """Count the storages of tensors, unless they are already counted."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata in self._known:
@@ -92,7 +91,7 @@ class Ledger(TorchDispatchMode):
 
 
 def account(config: Config, classes: int, batch: int) -> dict[str, int]:
-    """Count the bytes of a step on fake tensors."""
+    """Compute the bytes of a step on fake tensors, by category."""
     fake, method = FakeTensorMode(), _method(config, classes, "cpu")
     with FakeCopyMode(fake):
         method = copy.deepcopy(method)
@@ -102,7 +101,7 @@ def account(config: Config, classes: int, batch: int) -> dict[str, int]:
 
 
 def measured_on_cuda(config: Config, classes: int, batch: int) -> dict[str, int]:
-    """Return the same of real steps, as CUDA's allocator counts."""
+    """Measure the bytes of a real step with CUDA's allocator, by category."""
     torch.cuda.reset_peak_memory_stats()
     row = _two_steps(
         config,
@@ -116,7 +115,7 @@ def measured_on_cuda(config: Config, classes: int, batch: int) -> dict[str, int]
 
 
 def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
-    """Return the peak of real steps on the CPU in bytes, as the profiler saw its allocator."""
+    """Return the peak bytes of real steps on the CPU, recorded by the profiler."""
     method = _method(config, classes, "cpu")
     optimizer, inputs = _parts(config, method, batch, "cpu")
     held = _size([*method.parameters(), *method.buffers(), *inputs[0]])
@@ -133,7 +132,7 @@ def measured_on_cpu(config: Config, classes: int, batch: int) -> int:
 
 
 def fits(rows: Sequence[Mapping[str, Any]], cards: Sequence[int] = _CARDS) -> list[dict[str, Any]]:
-    """Return the largest batch of each kind of row that fits into a card, a multiple of 8."""
+    """Return the largest batch size, a multiple of 8, that fits each GPU for each variant."""
     found = []
     for name in dict.fromkeys(row["options"] for row in rows):
         first, *_, last = (row for row in rows if row["options"] == name)
@@ -149,7 +148,7 @@ def fits(rows: Sequence[Mapping[str, Any]], cards: Sequence[int] = _CARDS) -> li
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Count, print and record."""
+    """Run the benchmark."""
     options = _options(arguments)
     measure_row = measured_on_cuda if options.device == "cuda" else account
     config = _config(options)
@@ -171,9 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = {"options": name, "local_crops": local_crops, "batch": batch}
             rows.append(row | sizes | per_image)
             print(
-                f"{name:31} batch {batch:3d}: peak {sizes['peak'] / _GIB:6.2f} GiB, of it "
-                f"activations {sizes['activations'] / _GIB:6.2f}, "
-                f"{per_image['activations_per_image'] / 1e6:.1f} MB an image",
+                f"{name:31} batch {batch:3d}: peak {sizes['peak'] / _GIB:6.2f} GiB, including "
+                f"activations {sizes['activations'] / _GIB:6.2f} GiB, "
+                f"{per_image['activations_per_image'] / 1e6:.1f} MB per image",
                 flush=True,
             )
     result: dict[str, Any] = {
@@ -192,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Compare the accounting with real steps on the CPU in float32."""
+    """Compare the computed peak with that of real steps on the CPU in float32."""
     batch = options.check_batch
     counted = account(config, options.classes, batch)["peak"]
     seen = measured_on_cpu(config, options.classes, batch)
@@ -208,9 +207,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--options", nargs="+", choices=_VARIANTS, default=tuple(_VARIANTS))
     parser.add_argument("--batches", type=int, nargs="+", default=(16, 32, 64, 128, 256))
-    parser.add_argument("--check-batch", type=int, default=4, help="of the check on the CPU")
+    parser.add_argument("--check-batch", type=int, default=4, help="batch size of the CPU check")
     parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="of the crops")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="crop sizes, pixels")
     parser.add_argument("--hidden-dim", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--bank", type=int, default=8192)
@@ -255,14 +254,14 @@ def _two_steps(
     live: Callable[[], int],
     peak: Callable[[], int],
 ) -> dict[str, int]:
-    """Take two steps (the first one makes the optimizer's state) and return the bytes by kind."""
+    """Run two steps, since the first allocates the optimizer state; return bytes by category."""
     optimizer, inputs = _parts(config, method, batch, device)
     precision = Precision.from_name(config.precision, device)
     trained = [p for p in method.parameters() if p.requires_grad]
     after_forward = []
 
     def read_later(scalar: Tensor) -> Callable[[], float]:
-        """Replace the reading of the loss, which the step does right after its forward."""
+        """Record the memory where the step reads the loss, right after the forward pass."""
         del scalar
         after_forward.append(live())
         return float

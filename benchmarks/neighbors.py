@@ -1,9 +1,9 @@
-"""Time k-nearest-neighbor votes against the bare matrix product and its top k.
+"""Compare k-nearest-neighbor voting with a plain matrix product and top-k.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.neighbors
 
-`bare` is ``(queries @ references.T).topk(k)`` of unit vectors: the whole matrix at once, without
-normalizing, checking and voting. `product` is the product alone. Takes two minutes on two cores.
+`bare` is ``(queries @ references.T).topk(k)`` for unit vectors, without normalization, checks,
+votes and chunks. `product` is only the matrix product. Takes two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NUM_CLASSES = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("neighbors", __doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--references", type=int, default=50_000)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ratio = measure.ratios(times["ours"], times["bare"])
     for name, values in found.items():
         print(f"{name}: {measure.format_spread(values, ' s')}")
-    print(f"ours takes of the bare product's and top k's time: {measure.format_spread(ratio)}")
+    print(f"ours, time relative to bare product and top-k: {measure.format_spread(ratio)}")
     result = {
         "machine": measure.machine(parsed.device),
         "ratio": measure.ratios(times["bare"], times["ours"])["median"],

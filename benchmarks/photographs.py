@@ -1,8 +1,8 @@
-"""Photographs to measure with: synthetic ones with ImageNet's file sizes, and bundled real ones.
+"""Photographs for benchmarks: synthetic ones with ImageNet's file sizes, and bundled real ones.
 
-The synthetic ones have what makes a photograph's file and its crops cost what they cost: a 1/f
-spectrum of color, edges of objects before a shaded background, a sensor's noise. Each is drawn by
-itself: making one takes about as long (30 to 60 ms at 500 x 375) as anything that reads it.
+The synthetic photographs have the properties that determine the cost of decoding and cropping: a
+1/f spectrum of color, object edges in front of a shaded background, and sensor noise. They are
+rendered individually, 30 to 60 ms each at 500 x 375.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUM_CLASSES = 8
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file."""
+    """Properties of JPEG files: image sizes, file size and exponent of the 1/f spectrum."""
 
     sizes: tuple[tuple[int, int], ...]
     kilobytes: int
@@ -35,13 +35,13 @@ KINDS = {
     "small": Kind(((500, 375),) * 10, 30, 1.4),
     "large": Kind(((2000, 1500),) * 10, 500, 1.4),
 }
-"""ImageNet's usual sizes at about 100 KB; a third of the bytes; a camera's pixels."""
+"""ImageNet's usual sizes at about 100 KB; a third of the file size; a camera's resolution."""
 
 
 def write_photographs(root: Path, count: int, kind: str, seed: int = 0) -> None:
-    """Write JPEG files in `NUM_CLASSES` class folders, all different."""
+    """Write different JPEG files into `NUM_CLASSES` class folders."""
     if count < NUM_CLASSES:
-        raise ValueError(f"{NUM_CLASSES} classes need as many photographs, not {count}")
+        raise ValueError(f"count must be at least {NUM_CLASSES}, one per class, got {count}")
     for index in range(count):
         folder = root / f"class{index % NUM_CLASSES}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_photographs(root: Path, count: int, kind: str, seed: int = 0) -> None:
 
 
 def jpeg(kind: Kind, index: int, seed: int = 0) -> bytes:
-    """Return one photograph's file, of the JPEG quality that gives it the kind's size."""
+    """Return a JPEG file, with the quality chosen to match the file size of the kind."""
     width, height = kind.sizes[index % len(kind.sizes)]
     image = Image.fromarray(
         photograph(np.random.default_rng((seed, index)), width, height, kind.falloff)
@@ -63,14 +63,14 @@ def jpeg(kind: Kind, index: int, seed: int = 0) -> bytes:
         if 0.9 * kind.kilobytes <= size <= 1.1 * kind.kilobytes:
             return file.getvalue()
         if high - low <= 1:
-            raise ValueError(f"photograph {index} has {size} KB at quality {quality}")
+            raise ValueError(f"photograph {index} has {size} KB, no JPEG quality fits {kind}")
         low, high = (quality, high) if size < kind.kilobytes else (low, quality)
 
 
 def photograph(
     rng: np.random.Generator, width: int, height: int, falloff: float
 ) -> NDArray[np.uint8]:
-    """Draw the pixels of one photograph."""
+    """Render a random photograph, (height, width, 3)."""
     texture = _texture(rng, width, height, falloff)
     objects = Image.new("RGBA", (width, height))
     brush = ImageDraw.Draw(objects)
@@ -95,7 +95,7 @@ def photograph(
 def _texture(
     rng: np.random.Generator, width: int, height: int, falloff: float
 ) -> NDArray[np.float32]:
-    """Draw a field of unit variance whose colors vary a third as much as its brightness."""
+    """Return a random texture with unit-variance luma and a third of that amplitude in chroma."""
     frequency = np.hypot(
         np.fft.fftfreq(height, 1 / height)[:, None], np.fft.rfftfreq(width, 1 / width)
     ).astype(np.float32)
@@ -111,7 +111,7 @@ def _texture(
 
 @cache
 def bundled() -> tuple[NDArray[np.uint8], ...]:
-    """Return color photographs that scikit-learn and scikit-image bring along, (H, W, 3) each."""
+    """Return the color photographs bundled with scikit-learn and scikit-image, (H, W, 3) each."""
     names = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry", "retina")
     images = load_sample_images().images + [getattr(skimage.data, name)() for name in names]
     return tuple(np.array(image) for image in images)

@@ -1,7 +1,7 @@
-"""The usual pipeline, PIL images through torchvision v1 transforms: what ours is measured against.
+"""Reference data pipeline: PIL images and torchvision v1 transforms, as commonly used.
 
-`reference_*` apply given parameters (the row's layout is that of trex_models.data.photometric);
-`random_pipeline` draws its own, `random_boxes` and `random_rows` show what it draws.
+`reference_*` apply given parameters, in rows as in trex_models.data.photometric. `random_pipeline`
+draws random parameters; `random_boxes` and `random_rows` return samples of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def reference_crop(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
-    """Apply what a row of parameters, (NUM_PARAMETERS,), says, in the recipe's order."""
+    """Apply a row of parameters, (NUM_PARAMETERS,), in the recipe's order of operations."""
     if row[ph.FLIP]:
         image = TF.hflip(image)
     if row[ph.JITTER]:
@@ -59,13 +59,13 @@ def reference_photometric(image: Image.Image, row: Rows) -> Image.Image:
 
 
 def reference_tensor(image: Image.Image) -> Tensor:
-    """Return the normalized float32 tensor, (3, H, W)."""
+    """Convert an image to a normalized float32 tensor, (3, H, W)."""
     return TF.normalize(TF.to_tensor(image), ph.IMAGENET_MEAN, ph.IMAGENET_STD)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed what the pipeline draws from, and put its state back afterwards."""
+    """Seed the pipeline's random generators, and restore their states afterwards."""
     state = random.getstate()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -75,24 +75,24 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class RandomBlur:
-    """GaussianBlur with a sigma drawn from a range, as PIL has it."""
+    """PIL's GaussianBlur with a random sigma from a range."""
 
     def __init__(self, sigma: tuple[float, float]) -> None:
         self.sigma = sigma
 
     def draw(self) -> float:
-        """Draw a sigma, in pixels."""
+        """Draw a sigma in pixels."""
         return random.uniform(*self.sigma)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur."""
+        """Blur an image with a random sigma."""
         return image.filter(ImageFilter.GaussianBlur(radius=self.draw()))
 
 
 def random_pipeline(
     size: int, scale: tuple[float, float], augmentation: ph.PhotometricAugmentation
 ) -> Callable[[Image.Image], Tensor]:
-    """Return crop, photometric augmentation and normalization by torchvision, all drawn inside."""
+    """Return torchvision's random crop, photometric augmentation and normalization."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale, _RATIO, T.InterpolationMode.BICUBIC),
@@ -108,7 +108,7 @@ def random_pipeline(
 
 
 class RandomCrops:
-    """All crops of an image: a list of (3, S, S) tensors."""
+    """Transform that returns all crops of an image: a list of tensors, (3, S, S)."""
 
     def __init__(self, specs: Sequence[CropSpec]) -> None:
         self.pipelines = [
@@ -118,12 +118,12 @@ class RandomCrops:
         ]
 
     def __call__(self, image: Image.Image) -> list[Tensor]:
-        """Draw and make them."""
+        """Return random crops of an image."""
         return [pipeline(image) for pipeline in self.pipelines]
 
 
 def reference_dataset(root: Path, specs: Sequence[CropSpec]) -> Dataset[tuple[list[Tensor], int]]:
-    """Return class folders as most people load them: an item is a list of crops, and a label."""
+    """Return an ImageFolder whose samples are a list of crops and a label."""
     dataset: Dataset[tuple[list[Tensor], int]] = ImageFolder(root, RandomCrops(specs))
     return dataset
 
@@ -131,7 +131,7 @@ def reference_dataset(root: Path, specs: Sequence[CropSpec]) -> Dataset[tuple[li
 def random_boxes(
     height: int, width: int, scale: tuple[float, float], count: int, seed: int = 0
 ) -> NDArray[np.int64]:
-    """Return boxes that torchvision draws, (count, 4): top, left, height, width."""
+    """Draw crop boxes with torchvision, (count, 4): top, left, height, width."""
     image = torch.empty(3, height, width)
     with seeded(seed):
         return np.array(
@@ -140,9 +140,9 @@ def random_boxes(
 
 
 def random_rows(augmentation: ph.PhotometricAugmentation, count: int, seed: int = 0) -> Rows:
-    """Return parameters that torchvision's transforms draw.
+    """Draw parameters with torchvision's transforms, (count, NUM_PARAMETERS).
 
-    Two pixels show whether a transform was applied.
+    A probe image of two pixels shows whether a transform was applied.
     """
     jitter, blur = _jitter(augmentation), RandomBlur(augmentation.sigma)
     probe = Image.new("RGB", (2, 1))

@@ -1,7 +1,7 @@
-"""The training step as most people write it: what ours is measured against.
+"""Reference training step in plain PyTorch, as commonly written.
 
-The same computation in plain PyTorch: NCHW, torchvision's ResNet-50, torch's default optimizer,
-parameters averaged one by one, class means by a one-hot product, metrics read at every step.
+The computation is the same as ours, but in NCHW layout, with torchvision's ResNet-50, torch's SGD,
+a loop over the averaged parameters, one-hot class means, and metrics that synchronize every step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         self.projector = nn.Sequential(*layers, nn.Linear(width, embedding_dim, bias=False))
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Return embeddings, (N * B, D), of crops, (N_r * B, 3, S_r, S_r) each."""
+        """Embed crops, (N_r * B, 3, S_r, S_r) per resolution r, to (N * B, D)."""
         features = torch.empty(0, device=crops[0].device)
         for images in crops:
             features = torch.cat([features, self.backbone(images)])
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
 
 
 class Step:
-    """OCM's training step: forward, momentum encoder, bank, backward, optimizer."""
+    """OCM's training step: forward, momentum encoder, memory bank, backward, optimizer."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Step:
         self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
     def autocast(self) -> torch.autocast:
-        """Return the context of the forward passes."""
+        """Return the autocast context of the forward passes."""
         return torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)
         )
 
     def __call__(self, crops: Sequence[Tensor], labels: Tensor) -> tuple[float, float]:
-        """Take a step."""
+        """Run one step and return its loss and top-1 accuracy."""
         with self.autocast():
             embeddings = self.encoder(crops)
         one_hot = F.one_hot(self.bank_labels, self.num_classes).float()

@@ -1,13 +1,13 @@
-"""Time the training step, ours against the reference (`benchmarks.reference_step`).
+"""Compare the speed of the training step with a reference (`benchmarks.reference_step`).
 
     python -m benchmarks.step                                        # bf16 on the CPU, 3 minutes
     python -m benchmarks.step --device cuda --batch 256 --steps 20 --also nchw compile
     python -m benchmarks.step --device cuda --batch 256 --steps 20 --reference-dtype float16
 
-Both take the same crops, labels and sizes (recipe trex: 1 x 224 and 8 x 96 pixels, three hidden
-layers, 1000 classes, a bank of 8192), on the device already, so that neither loading nor
-augmentation counts. `ratio` is the median over the rounds of the reference's time over ours. The
-profile that follows says what the time of ours goes to.
+Both use the same crops, labels and sizes (recipe trex: 1 x 224 and 8 x 96 pixels, three hidden
+layers, 1000 classes, a memory bank of 8192). The inputs are already on the device, so loading and
+augmentation are not included. `ratio` is the reference's time divided by ours, median over the
+rounds. A profile then lists the time of both by kind of operator.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
 }
 _RATE = 0.05
 _CROPS = (1, 8)  # global and local
-# What an operator's name says about where the time goes; the first that fits counts.
+# Kind -> substrings of operator names; the first match counts.
 _KINDS = {
     "convolution": ("convolution", "conv_depthwise", "cudnn_conv", "mkldnn_conv"),
     "batch norm": ("batch_norm",),
@@ -55,7 +55,7 @@ _KINDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time, print and record."""
+    """Run the benchmark."""
     options = _options(arguments)
     device = torch.device(options.device)
     crops, labels, indices = _inputs(options, device)
@@ -107,14 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a step is made of."""
+    """Add the options of a training step."""
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=1, help="steps that one measurement times")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of autocast")
-    parser.add_argument("--reference-dtype", choices=_DTYPES, help="the same if not given")
-    parser.add_argument("--backbone", default="resnet50", help="a ResNet of torchvision and timm")
+    parser.add_argument("--steps", type=int, default=1, help="steps per measurement")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="dtype of autocast")
+    parser.add_argument("--reference-dtype", choices=_DTYPES, help="default: same as --dtype")
+    parser.add_argument("--backbone", default="resnet50", help="ResNet of torchvision and timm")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--bank", type=int, default=8192)
     parser.add_argument("--hidden-dim", type=int, default=2048)
@@ -126,7 +126,7 @@ def our_step(
     channels_last: bool = True,
     compiled: bool = False,
 ) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
-    """Return what takes a step as `train.loop` does, given crops, labels and indices."""
+    """Return a function of crops, labels and indices that runs a step as `train.loop` does."""
     config = _config(options)
     method = build.build_method(config, options.classes).train().to(device)
     if channels_last:
@@ -150,7 +150,7 @@ def our_step(
 def reference_step(
     options: argparse.Namespace, device: torch.device
 ) -> Callable[[Sequence[Tensor], Tensor], tuple[float, float]]:
-    """Return what takes the reference's step, given crops and labels."""
+    """Return a function of crops and labels that runs the reference's step."""
     model = _config(options).model
     encoder = reference.Encoder(
         model.backbone, model.hidden_layers, model.hidden_dim, model.embedding_dim
@@ -164,9 +164,9 @@ def reference_step(
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser("step", __doc__)
     add_options(parser)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="of the crops")
+    parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="crop sizes, pixels")
     parser.add_argument(
-        "--also", nargs="*", choices=("nchw", "compile"), default=(), help="further forms of ours"
+        "--also", nargs="*", choices=("nchw", "compile"), default=(), help="additional variants"
     )
     return parser.parse_args(arguments)
 
@@ -198,7 +198,7 @@ def _several(step: Callable[[], object], count: int) -> None:
 
 
 def _profile(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Return shares of the device's time by kind of operator, the largest first."""
+    """Return fractions of the device's time by kind of operator, in descending order."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     with profile(activities=activities, acc_events=True) as recorded:

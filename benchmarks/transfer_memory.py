@@ -1,17 +1,17 @@
-"""Memory of the transfer evaluation at a million images.
+"""Memory of the transfer evaluation for a million images.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.transfer_memory
 
-Takes 16 minutes on two shared cores, and 4.1 GB of disk, which are freed. Linux only: memory is
-read from /proc. Each part runs in a separate process, by the functions of the evaluation:
-extraction into the cache, from tiny images made on the fly and a trivial network; k-NN of some
-queries; the SGD layers of the complete grid, over some batches drawn from the complete file;
-geometry.
+Takes 16 minutes on two shared cores and 4.1 GB of temporary disk space. Requires Linux, since
+memory is read from /proc. Each part runs in a separate process, with the functions of the
+evaluation: feature extraction into the cache, with tiny generated images and a trivial network;
+k-NN for a number of queries; the SGD layers of the complete grid, on some batches sampled from the
+complete feature file; geometry.
 
-Two peaks are reported, each above the memory of the process after its imports. *Held* is anonymous
+Two peaks are reported, relative to the memory of the process after its imports. *Held* is anonymous
 memory (RssAnon, read every 20 ms). *With pages* also counts pages of the mapped file (VmHWM), which
-the kernel can reclaim. *Promised* is what the docstrings state for these sizes, if they give a
-formula.
+the kernel can reclaim. *Promised* is the formula in the docstrings, evaluated for these sizes, if
+there is one.
 
 Shapes: N images, M queries, F features, C classes.
 """
@@ -58,27 +58,27 @@ class Setup:
     """Sizes of a run."""
 
     folder: Path
-    """Where the features are kept."""
+    """Root of the feature cache."""
     images: int
-    """N."""
+    """Number of images, N."""
     queries: int
-    """M."""
+    """Number of queries, M."""
     width: int
-    """F."""
+    """Number of features, F."""
     classes: int
-    """C."""
+    """Number of classes, C."""
     batches: int
-    """Of 1,024 samples, that the SGD layers are trained on."""
+    """Number of batches of 1,024 samples to train the SGD layers on."""
     dtype: str
-    """Of the file."""
+    """Precision of the feature file."""
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all features on the disk."""
+        """Size of all features on disk, in bytes."""
         return (self.images + self.queries) * self.width * DTYPES[self.dtype].itemsize
 
     def samples(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return features, (N, F) or (M, F), from the cache, and labels of "train" or "test"."""
+        """Return features, (N, F) or (M, F), and labels of the split "train" or "test"."""
         count, seed = {"train": (self.images, 1), "test": (self.queries, 2)}[split]
         source = TinyImages(count, self.classes, seed)
         cache = FeatureCache(root=self.folder, dtype=self.dtype)
@@ -86,7 +86,7 @@ class Setup:
 
 
 class TinyImages:
-    """Images that are made when they are read: the class's own one plus noise."""
+    """Source of images that are generated when read: an image of the class plus noise."""
 
     def __init__(self, count: int, num_classes: int, seed: int) -> None:
         rng = np.random.default_rng(0)
@@ -106,16 +106,16 @@ class TinyImages:
         return center + rng.integers(0, 160, center.shape, dtype=np.uint8)
 
     def name(self, index: int) -> str:
-        """Return the image's name in messages."""
+        """Return the name of an image in messages."""
         return f"image {index}"
 
     def digest(self) -> str:
-        """Return a hash of what the images depend on."""
+        """Return a hash of everything that determines the images."""
         return digest(self.centers, self.labels, f"seed {self.seed}")
 
 
 def frozen_model(width: int) -> FrozenModel:
-    """Return a random projection of pixels to F features, rectified."""
+    """Return a model that projects pixels randomly to F features, followed by a ReLU."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * _SIDE**2, width), nn.ReLU())
     crop = CenterCrop(size=(_SIDE, _SIDE), crop_pct=1.0, interpolation="bicubic")
@@ -129,21 +129,21 @@ def frozen_model(width: int) -> FrozenModel:
 
 
 def extract(setup: Setup) -> dict[str, Any]:
-    """Write the features of all images, and of the queries, to files."""
+    """Extract the features of all images and queries to files."""
     for split in ("train", "test"):
         setup.samples(split)
     return {}
 
 
 def vote(setup: Setup) -> dict[str, Any]:
-    """Score k-NN on the queries, with all images as voters."""
+    """Score k-NN on the queries, with all images as references."""
     return {"top1": protocol.knn_score(*setup.samples("train"), *setup.samples("test"))}
 
 
 def train(setup: Setup) -> dict[str, Any]:
-    """Train and score layers of the whole grid, as ``sgd_scores`` does, on a few batches.
+    """Train and score layers of the complete grid on a few batches, as ``sgd_scores`` does.
 
-    The check and the split before the first step are done for all images.
+    The initial check and split cover all images.
     """
     array, labels = setup.samples("train")
     features = as_tensor(array)
@@ -176,13 +176,13 @@ def train(setup: Setup) -> dict[str, Any]:
 
 
 def look(setup: Setup) -> dict[str, Any]:
-    """Measure the geometry of the features of all images."""
+    """Compute the geometry of the features of all images."""
     found = analyze(*setup.samples("train"), chunk=_GEOMETRY_CHUNK)
     return {"coding_length": found.coding_length, "effective_rank": found.effective_rank}
 
 
 def promised(part: str, setup: Setup) -> int | None:
-    """Return what a part may hold by its docstrings, in bytes; None where they give no formula."""
+    """Return the documented memory of a part in bytes; None without a documented formula."""
     width, classes, k = setup.width, setup.classes, protocol.K
     if part == "k-NN":
         q, r = min(_CHUNK, setup.queries), min(_CHUNK, setup.images)
@@ -211,10 +211,10 @@ PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
 
 
 class Peak:
-    """The most memory that this process has within a block, read every 20 ms by a thread."""
+    """Context manager that records the peak memory of this process, read every 20 ms."""
 
     def __enter__(self) -> Self:
-        """Begin to read."""
+        """Start the thread that reads the memory."""
         self._before = memory()
         self._most = self._before["RssAnon"]
         self._end = threading.Event()
@@ -225,7 +225,7 @@ class Peak:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        """Read for the last time."""
+        """Stop the thread and compute the peaks."""
         self._end.set()
         self._thread.join()
         self.before = self._before["RssAnon"]
@@ -240,13 +240,13 @@ class Peak:
 
 
 def memory() -> dict[str, int]:
-    """Return what the kernel says of this process's memory, in bytes by its names."""
+    """Return the memory entries of /proc/self/status, in bytes."""
     lines = [line.split() for line in _STATUS.read_text().splitlines()]
     return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[-1] == "kB"}
 
 
 def measured(part: str, setup: Setup) -> dict[str, Any]:
-    """Run a part in this process."""
+    """Run a part in this process and measure its memory."""
     started = time.perf_counter()
     with Peak() as peak:
         found = PARTS[part](setup)
@@ -262,18 +262,18 @@ def measured(part: str, setup: Setup) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and record."""
+    """Run the benchmark."""
     parser = measure.parser("transfer_memory", __doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--queries", type=int, default=1_000, help="of k-NN")
-    parser.add_argument("--width", type=int, default=2048, help="features of an image")
+    parser.add_argument("--queries", type=int, default=1_000, help="queries for k-NN")
+    parser.add_argument("--width", type=int, default=2048, help="number of features")
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--batches", type=int, default=12, help="of the SGD layers")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of the file")
-    parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="of the file")
+    parser.add_argument("--batches", type=int, default=12, help="batches for the SGD layers")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of features")
+    parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="for features")
     options = parser.parse_args(arguments)
     if not _STATUS.exists():
-        parser.error("memory is read from /proc, which this system does not have: use Linux")
+        parser.error("memory is read from /proc, which this system does not have; use Linux")
     sizes = {name: value for name, value in vars(options).items() if name != "out"}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         setup = Setup(**sizes | {"folder": Path(folder)})
@@ -285,9 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parts(setup: Setup) -> dict[str, dict[str, Any]]:
-    """Run each part in a process of its own, one after the other."""
+    """Run each part in a separate process, sequentially."""
     found: dict[str, dict[str, Any]] = {}
-    # Spawned: a forked process would count what this one holds.
+    # Spawned, since a forked process would inherit this one's memory.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for number, part in enumerate(PARTS, start=1):
             print(f"[{number}/{len(PARTS)}] {part}", file=sys.stderr)

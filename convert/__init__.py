@@ -1,1 +1,1 @@
-"""Tools of the checkout: official files to timm folders, models to torchvision and ONNX."""
+"""Conversion of official files to timm folders, and of models to torchvision and ONNX."""

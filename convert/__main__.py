@@ -1,6 +1,6 @@
 """Convert NAVER's files to timm folders, and models to torchvision and ONNX.
 
-A tool of the checkout: run it there. TREX_TRACEBACK=1 shows where an error comes from.
+Run it in a checkout of the repository. TREX_TRACEBACK=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from trex_models import cli
 
 
 def _call(arguments: Sequence[str]) -> Any:
-    # Imported where `run` explains a package that is not installed.
+    # Imported here, since `cli.run` reports missing packages.
     from convert.export_model import export_model
     from convert.official import convert_official
 
@@ -22,7 +22,7 @@ def _call(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return its exit status, as `cli.run`."""
+    """Run the command and return its exit status, see `cli.run`."""
     return cli.run(_call, arguments, "export")
 
 

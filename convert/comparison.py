@@ -1,6 +1,6 @@
-"""Compare an export with its source on the same images, before anything is written.
+"""Comparison of an export with its source on the same images, before any file is written.
 
-Differences are relative to the largest value of the source's outputs.
+Relative differences are divided by the largest absolute value of the source's outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BATCH_SIZES = (1, 2, 5)
 
 
 class Difference(NamedTuple):
-    """Difference between an export and its source, for one batch of images."""
+    """Largest difference between the outputs of an export and its source for one batch."""
 
     shape: tuple[int, ...]
     absolute: float
@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether it is within the tolerance; NaN is not."""
+        """True if the relative difference is within the tolerance; False for NaN."""
         return self.relative <= self.tolerance
 
     def __str__(self) -> str:
@@ -38,29 +38,29 @@ class Difference(NamedTuple):
 HEADER = f"{'images':<20}{'absolute':<12}{'relative':<12}tolerance"
 
 
-def difference(images: Tensor, found: Tensor, expected: Tensor, tolerance: float) -> Difference:
-    """Compare two outputs for the same images; those of different shapes differ infinitely."""
+def difference(images: Tensor, output: Tensor, expected: Tensor, tolerance: float) -> Difference:
+    """Compare two outputs for the same images; the difference of unequal shapes is infinite."""
     shape = tuple(images.shape)
-    if found.shape != expected.shape:
+    if output.shape != expected.shape:
         return Difference(shape, math.inf, math.inf, tolerance)
-    absolute = (found.double() - expected.double()).abs().max()
+    absolute = (output.double() - expected.double()).abs().max()
     return Difference(shape, float(absolute), float(absolute / expected.abs().max()), tolerance)
 
 
 def resolutions(height: int, width: int) -> list[tuple[int, int]]:
-    """Return a model's own resolution, a smaller one and one that is not square, in pixels.
+    """Return three test resolutions in pixels: the model's, a smaller one, a non-square one.
 
-    224 x 224 gives 160 x 160 and 288 x 224 too. All others are multiples of 32.
+    For 224 x 224, the others are 160 x 160 and 288 x 224. They are always multiples of 32.
     """
     smaller, larger = (max(32, round(height * part / 7 / 32) * 32) for part in (5, 9))
     return [(height, width), (smaller, smaller), (larger, width)]
 
 
 def batches(channels: int, resolutions: list[tuple[int, int]]) -> Iterator[Tensor]:
-    """Yield batches of 1, 2 and 5 images, (B, C, H, W) float32, of about unit variance.
+    """Yield float32 batches of 1, 2 and 5 images, (B, C, H, W), with about unit variance.
 
-    Every second image has flat areas and edges: behind a few convolutions noise is the same
-    everywhere.
+    Every second image has flat areas and edges, since a few convolutions average pure noise to
+    nearly constant features.
     """
     generator = torch.Generator().manual_seed(0)
     for size, (height, width) in zip(BATCH_SIZES, resolutions, strict=True):

@@ -1,8 +1,8 @@
-"""Export a timm model to what loads without timm: torchvision's state dicts, ONNX graphs.
+"""Export of timm models to formats that load without timm: torchvision state dicts and ONNX.
 
-NAME.pth, NAME.safetensors    the state dict
-NAME.pth.json, ...            next to it: preprocessing, license, origin, how to load it
-NAME.onnx                     the graph; all of this is in its metadata
+NAME.pth, NAME.safetensors    state dict
+NAME.pth.json, ...            preprocessing, license, origin and Python code to load the state dict
+NAME.onnx                     graph, with the same information in its metadata
 
 An export is compared with its source before it is written.
 """
@@ -33,7 +33,7 @@ from trex_models.heads import Projector
 from trex_models.pretrained import licenses, naver, timm_folder
 
 TARGETS = {"torchvision": to_torchvision.SUFFIXES, "onnx": to_onnx.SUFFIXES}
-# Where a model can be cut, and the names of its outputs there.
+# Value of --features -> name of the exported output.
 OUTPUTS = {"backbone": "features", "projector": "embeddings", "logits": "logits"}
 
 
@@ -43,9 +43,9 @@ class Exported(NamedTuple):
     data: bytes
     differences: list[Difference]
     description: str
-    """In a line."""
+    """One-line description."""
     sidecar: str = ""
-    """Text of the JSON file next to it."""
+    """Text of the JSON file next to the export."""
 
 
 def export_model(
@@ -59,34 +59,34 @@ def export_model(
     half: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Export a model to a state dict of torchvision's ResNets or an ONNX graph, and compare them.
+    """Export a model as a torchvision ResNet state dict or an ONNX graph, and verify the outputs.
 
     Example: python -m convert export trex_resnet50 --to onnx --output trex_resnet50.onnx
 
     Args:
-        model: A timm model (hf-hub:OWNER/NAME too), the folder of one, or the folder of a finished
-            training run, whose backbone is exported.
+        model: Name of a timm model (or hf-hub:OWNER/NAME), a timm folder, or the folder of a
+            finished training run, whose backbone is exported.
         output: File to write: .pth or .safetensors for torchvision, .onnx for ONNX.
         to: Format of the export.
-        file: Your copy of the model's weights, such as one of NAVER's files.
-        features: Where to cut the model: behind the backbone, behind the projector, or at the
-            classifier. By default the model's own output.
-        with_preprocessing: For ONNX: the graph takes uint8 images, B x H x W x 3, and normalizes
-            them.
-        half: For ONNX: weights and computation in float16.
-        overwrite: Replace an earlier export.
+        file: Local copy of the model's weights, such as one of NAVER's files.
+        features: Output to export: backbone features, projector embeddings or class logits. The
+            default is the model's last output.
+        with_preprocessing: ONNX only: the graph accepts uint8 images, B x H x W x 3, and
+            normalizes them.
+        half: ONNX only: store the weights and compute in float16.
+        overwrite: Replace an existing export.
     """
     started = time.perf_counter()
     if to == "onnx":
         to_onnx.require_packages()
     elif with_preprocessing or half:
         option = "--half" if half else "--with-preprocessing"
-        raise ValueError(f"{option} is for --to onnx; leave it out")
-    written = [output] if to == "onnx" else [output, output.with_name(f"{output.name}.json")]
+        raise ValueError(f"{option} requires --to onnx, got --to {to}; remove {option}")
+    paths = [output] if to == "onnx" else [output, output.with_name(f"{output.name}.json")]
     require_writable(output, *TARGETS[to])
-    for place in written:
-        if place.exists() and not overwrite:
-            raise ValueError(f"{place} exists; choose another --output, or add --overwrite")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists; choose another --output or add --overwrite")
     print(f"reading   {file or model}", flush=True)
     network = _load(model, file)
     cut = _cut(model, network, features)
@@ -98,21 +98,21 @@ def export_model(
     wrong = next((found for found in exported.differences if not found.is_small), None)
     if wrong:
         raise ValueError(
-            f"the export does not reproduce {model}: on images {' x '.join(map(str, wrong.shape))} "
-            f"it is off by {wrong.relative:.1e} of the largest value, more than "
+            f"the export does not reproduce {model}: for images {' x '.join(map(str, wrong.shape))}"
+            f", the relative difference is {wrong.relative:.1e}, more than the tolerance of "
             f"{wrong.tolerance:.1e}; nothing was written"
         )
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:  # each is complete before the first takes its place
+    with ExitStack() as stack:  # both files are complete before the first one is moved
         contents = (exported.data, exported.sidecar.encode())
-        for place, content in zip(written, contents, strict=False):
-            stack.enter_context(replacing(place)).write(content)
+        for path, content in zip(paths, contents, strict=False):
+            stack.enter_context(replacing(path)).write(content)
     print(f"exported  {exported.description}")
     print(f"checked   largest difference from the source in float64:\n          {HEADER}")
     for found in exported.differences:
         print(f"          {found}")
-    print(f"written   {len(exported.data) / 1e6:.1f} MB  {', '.join(map(str, written))}")
+    print(f"written   {len(exported.data) / 1e6:.1f} MB  {', '.join(map(str, paths))}")
     print(f"license   {metadata['license']}")
     print(f"time      {time.perf_counter() - started:.1f} s")
 
@@ -122,31 +122,31 @@ def _load(name: str, file: Path | None) -> Any:
     folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(
-            f"{name}: there is no such folder with a config.json and weights; name a timm folder, "
-            "the folder of a finished run, or a model of timm"
+            f"{name} is not a folder with config.json and weights; pass a timm folder, the folder "
+            "of a finished run, or the name of a timm model"
         )
     if file is not None and folder is not None:
-        raise ValueError(f"--file {file} goes with a model's name, and {name} is a folder")
+        raise ValueError(f"--file {file} requires a model name, but {name} is a folder")
     if file is not None and not file.is_file():
-        raise ValueError(f"--file {file}: there is no such file")
+        raise ValueError(f"--file {file} does not exist or is not a file")
     overlay = {"file": str(file)} if file else None
     try:
         model = timm.create_model(
             f"local-dir:{folder}" if folder else name, True, pretrained_cfg_overlay=overlay
         )
-    except Exception as error:  # timm, the Hub and safetensors let anything out
-        raise ValueError(f"{file or name} cannot be loaded: {_in_a_line(error)}") from error
+    except Exception as error:  # timm, the Hub's client and safetensors raise many types
+        raise ValueError(f"{file or name} cannot be loaded: {_one_line(error)}") from error
     return model.float().eval()
 
 
 def _cut(name: str, model: Any, features: str | None) -> str:
-    """Drop what comes after an output; return where the model was cut."""
+    """Remove the layers after the requested output and return the output's name."""
     has_projector = isinstance(model, TRexResNet) and isinstance(model.proj, Projector)
     present = {"backbone": True, "projector": has_projector, "logits": model.num_classes > 0}
-    has = [part for part in OUTPUTS if present[part]]
-    features = features or has[-1]
-    if features not in has:
-        raise ValueError(f"--features {features}: {name} has {' and '.join(has)} only")
+    available = [part for part in OUTPUTS if present[part]]
+    features = features or available[-1]
+    if features not in available:
+        raise ValueError(f"--features {features}: {name} only has {' and '.join(available)}")
     if features != "logits" and model.num_classes:
         model.reset_classifier(0)
     if features == "backbone" and has_projector:
@@ -155,11 +155,11 @@ def _cut(name: str, model: Any, features: str | None) -> str:
 
 
 def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
-    """Return what a user of the export has to know, for its metadata."""
+    """Return the metadata of the export: license, origin, preprocessing and versions."""
     cfg = model.pretrained_cfg
     stated, origin = cfg.get("license") or "not stated", cfg.get("origin_url") or "not stated"
-    if own_weights := file or timm_folder.find_timm_folder(name):  # not those of the architecture
-        stated = licenses.describe(own_weights, str(cfg.get("architecture")))
+    if weights := file or timm_folder.find_timm_folder(name):  # not those in the model's cfg
+        stated = licenses.describe(weights, str(cfg.get("architecture")))
     if file is not None:
         origin = f"the file {file.name}"
     if stated == naver.LICENSE:
@@ -176,14 +176,14 @@ def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     }
 
 
-def _as_texts(metadata: dict[str, Any]) -> dict[str, str]:
+def _as_strings(metadata: dict[str, Any]) -> dict[str, str]:
     return {key: v if isinstance(v, str) else json.dumps(v) for key, v in metadata.items()}
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments of torchvision.transforms' preset ImageClassification.
+    """Return arguments of torchvision's transform preset ImageClassification.
 
-    ``resize_size`` is null where that preset cannot do what timm's transform does.
+    ``resize_size`` is None if that preset cannot reproduce timm's transform.
     """
     config = resolve_model_data_config(model)
     _, *size = config["input_size"]
@@ -203,8 +203,8 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 def _size(model: nn.Module) -> tuple[int, int, int]:
-    """Return C, H and W of a model's own images."""
-    # timm's configurations do not follow in_chans.
+    """Return the number of channels, height and width of a model's default input."""
+    # From the first convolution, since timm's configurations ignore in_chans.
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     _, height, width = resolve_model_data_config(model)["input_size"]
     return channels, height, width
@@ -214,7 +214,7 @@ def _to_torchvision(name: str, model: Any, metadata: dict[str, Any], path: Path)
     architecture = to_torchvision.architecture(name, model, metadata["output"])
     classes = model.num_classes
     metadata |= {"load": to_torchvision.usage(path, architecture, classes)}
-    data = to_torchvision.serialize(model, path.suffix, _as_texts(metadata))
+    data = to_torchvision.serialize(model, path.suffix, _as_strings(metadata))
     channels, height, width = _size(model)
     images = batches(channels, resolutions(height, width))
     return Exported(
@@ -232,14 +232,14 @@ def _to_onnx(
     size = channels, height, width = _size(model)
     sizes = resolutions(height, width)
     any_size = all(
-        to_onnx.takes_other_sizes(model, (1, channels, *other))
+        to_onnx.accepts_shape(model, (1, channels, *other))
         for other in (*sizes, (2 * height, 3 * width))
     )
     values = metadata["preprocessing"]
     if with_preprocessing and len(values["mean"]) != channels:
         raise ValueError(
-            f"--with-preprocessing: {name} takes {channels} channels, and its configuration has "
-            f"the mean of {len(values['mean'])}; leave it out, and normalize as it was trained"
+            f"--with-preprocessing: {name} has {channels} input channels, but its configuration "
+            f"has means of {len(values['mean'])}; remove the option and normalize the images before"
         )
     normalize = (values["mean"], values["std"]) if with_preprocessing else None
     graph = to_onnx.Graph(model, normalize).eval()
@@ -251,7 +251,7 @@ def _to_onnx(
     if not with_preprocessing:
         kind = f"float32, {colors}, B x {channels} x H x W"
     metadata |= {"images": f"{kind}{'' if with_preprocessing else ', normalized'}"}
-    proto = to_onnx.build_onnx(graph, metadata["output"], size, any_size, _as_texts(metadata))
+    proto = to_onnx.build_onnx(graph, metadata["output"], size, any_size, _as_strings(metadata))
     data = proto.SerializeToString()
     sides = "any height and width" if any_size else f"{height} x {width} pixels"
     return Exported(
@@ -259,11 +259,11 @@ def _to_onnx(
         to_onnx.compare_onnx(
             data, graph, exact, batches(channels, sizes if any_size else [(height, width)] * 3)
         ),
-        f"{metadata['output']}, opset {to_onnx.OPSET}; images {kind}: any batch, {sides}",
+        f"{metadata['output']}, opset {to_onnx.OPSET}; images {kind}: any batch size, {sides}",
     )
 
 
-def _in_a_line(error: Exception) -> str:
-    """Return what an error says, with the first of what torch lists below."""
+def _one_line(error: Exception) -> str:
+    """Return the first two lines of an error message, joined: torch lists details below."""
     lines = (str(error) or type(error).__name__).strip().splitlines()
     return " ".join(line.strip() for line in lines[:2])

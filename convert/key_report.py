@@ -1,4 +1,4 @@
-"""Report of a conversion: the fate of every key, with checksums, as a tab-separated file."""
+"""Report of a conversion: a tab-separated file with new name and checksum of every key."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from convert import source
 
 
 class KeyRow(NamedTuple):
-    """A key of the file and its fate, a line of the report."""
+    """One row of the report: a key of the file and its key in the converted models."""
 
     key: str
     shape: str
     dtype: str
     sha256: str
-    """First 16 hexadecimal digits, of the tensor's bytes in row-major order."""
+    """First 16 hexadecimal digits of the hash of the tensor's bytes, in row-major order."""
     fate: str
-    """The key in the converted models, or why there is none."""
+    """Key in the converted models, or the reason why there is none."""
 
 
 def rows(contents: Mapping[str, Any], fates: Mapping[str, str]) -> list[KeyRow]:
-    """Describe every key of a file, in the file's order."""
+    """Return one row for every key of a file, in the file's order."""
     return [_row(key, value, fates[key]) for key, value in source.entries(contents)]
 
 
@@ -42,7 +42,7 @@ def _row(key: str, value: Any, fate: str) -> KeyRow:
 
 
 def counts(rows: Iterable[KeyRow]) -> Counter[str]:
-    """Count the keys by fate; those that are kept, by part of the model."""
+    """Count the converted keys by part of the model, and the others by reason."""
     return Counter(_kind(row.fate) for row in rows)
 
 
@@ -54,7 +54,7 @@ def _kind(fate: str) -> str:
 
 
 def write_rows(path: Path, metadata: Mapping[str, object], rows: Iterable[KeyRow]) -> None:
-    """Write a report, headed by metadata about the file."""
+    """Write a report, with metadata about the file as a header."""
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream, "excel-tab", lineterminator="\n")
         writer.writerows((f"# {name}", value) for name, value in metadata.items())

@@ -1,12 +1,12 @@
-"""Convert one of NAVER's files to timm folders, named as the Hub's repositories.
+"""Conversion of NAVER's files to timm folders, named after the repositories on the Hub.
 
-OUTPUT/trex_resnet50.in1k_r2         the backbone, for stock timm
-OUTPUT/trex_resnet50_proj.in1k_r2    with the projector
-OUTPUT/trex_resnet50_cls.in1k_r2     with projector and classifier
-OUTPUT/FILE.report.tsv               what became of every key of the file
+OUTPUT/trex_resnet50.in1k_r2         backbone, for timm without this package
+OUTPUT/trex_resnet50_proj.in1k_r2    backbone and projector
+OUTPUT/trex_resnet50_cls.in1k_r2     backbone, projector and classifier
+OUTPUT/FILE.report.tsv               new name of every key of the file
 
-A backbone file gives the first only. All models are built and compared with the source before
-the first is written, and all are written before the first is moved to its place.
+A backbone file yields only the first folder. All models are built and compared with the source
+before the first is written, and all are written before the first is moved to OUTPUT.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from trex_models.pretrained import naver, timm_folder
 from trex_models.pretrained.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read
 from trex_models.pretrained.manifest import sha256
 
-# Largest difference between the source's outputs and a converted model's, relative to the largest
-# value. A ResNet-50 in float32 is off by up to 3e-5 from float64.
+# Largest difference between the outputs of the source and of a converted model, relative to the
+# largest value. A float32 ResNet-50 differs from float64 by up to 3e-5.
 TOLERANCE = 1e-4
 
-# The official sizes. The family follows from the projector's depth.
+# Official sizes. The projector's depth identifies the family.
 DEPTHS = {"trex": 3, "trexstar": 1}
 WIDTHS = {"proj_hidden_dim": 2048, "proj_dim": 256}
 NUM_CLASSES = 1000
 
 PUBLISHED_TAGS = {name.partition(".")[2] for name in naver.FILES}
-# A backbone's own file is the first of its files.
+# The first file of a backbone contains only the backbone.
 BACKBONE_FILES = {files[0]: name for name, files in naver.FILES.items() if "50." in name}
 
 
 class Converted(NamedTuple):
-    """A converted model and the source's outputs, which it must reproduce."""
+    """A converted model and the source's outputs that it must reproduce."""
 
     module: nn.Module
     expected: Tensor
@@ -64,21 +64,21 @@ def convert_official(
     num_classes: int | None = None,
     tag: str | None = None,
 ) -> list[Path]:
-    """Convert one of NAVER's files to timm folders, and report what became of each of its keys.
+    """Convert one of NAVER's files to timm folders and write a report about its keys.
 
     Example: python -m convert naver trex_2_checkpoint_full.pth --output converted
 
     Args:
-        file: File of a backbone or of a full training state (.pth).
-        output: Folder for the timm folders; earlier ones of the same names are replaced.
-        model: Name and tag of a backbone file that has none of NAVER's names, such as
-            trex_resnet50.in1k.
-        momentum_encoder: Convert the momentum encoder's weights, not the online encoder's.
-        num_classes: Number of classes of the memory bank; 1000 by default.
-        tag: Tag of the folders; by default the one that follows from the file.
+        file: Backbone file or full training state (.pth).
+        output: Parent folder of the timm folders. Existing folders with the same names are
+            replaced.
+        model: Model name and tag, such as trex_resnet50.in1k. Required for a renamed backbone file.
+        momentum_encoder: Convert the momentum encoder instead of the online encoder.
+        num_classes: Number of classes of the memory bank. The default is 1000.
+        tag: Tag in the names of the timm folders. The default is derived from the file.
 
     Returns:
-        The folders written.
+        Paths of the timm folders.
     """
     started, memory_before = time.perf_counter(), _peak_memory()
     _check_paths(file, output)
@@ -89,9 +89,9 @@ def convert_official(
     family, suggested_tag = _identify(file, checkpoint, model, momentum_encoder, num_classes)
     tag = _checked_tag(file, tag, suggested_tag)
 
-    print("computing the source's outputs and the checksums of its keys", flush=True)
+    print("computing the source's outputs and checksums", flush=True)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    # A mapping of its own: the pages that it touches leave the memory with it.
+    # Mapped a second time, so that deleting this mapping frees the pages read through it.
     contents = load_checkpoint(file)
     classes = NUM_CLASSES if checkpoint.class_weights is None else len(checkpoint.class_weights)
     expected = source.outputs(
@@ -110,21 +110,21 @@ def convert_official(
     tensors = [t for model in models.values() for t in model.module.state_dict().values()]
     require_space(output, sum(tensor.nbytes for tensor in tensors) + 2**20, "--output")
     with _staged(output, [*models, report_name]) as (stage, done):
-        for name, (module, wanted) in models.items():
+        for name, (module, outputs) in models.items():
             print(f"writing {name}", flush=True)
-            timm_folder.write_timm_folder(module, stage / name, images, wanted)
+            timm_folder.write_timm_folder(module, stage / name, images, outputs)
         written = {name: sha256(stage / name / "model.safetensors") for name in models}
         key_report.write_rows(stage / report_name, metadata | written, rows)
         for name in models:
-            with timm_folder.replaced_folder(output / name) as beside:
-                (stage / name).replace(beside)
+            with timm_folder.replaced_folder(output / name) as new_folder:
+                (stage / name).replace(new_folder)
             done.append(name)
         (stage / report_name).replace(output / report_name)
 
     print()
     for key, value in metadata.items():
         print(f"{key:<10}{value}")
-    print(f"holds     {_holds(checkpoint, rows)}")
+    print(f"contents  {_description(checkpoint, rows)}")
     if checkpoint.class_weights is not None:
         absent = checkpoint.absent_classes
         listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
@@ -132,38 +132,38 @@ def convert_official(
     print(f"keys      {len(rows)}")
     for fate, count in key_report.counts(rows).items():
         print(f"{count:>10}  {fate}")
-    print(f"checked   error relative to the largest value, at most {TOLERANCE:.0e}:")
+    print(f"checked   error relative to the largest value, tolerance {TOLERANCE:.0e}:")
     for name, error in errors.items():
         print(f"{error:>10.1e}  {name}")
-    print("written   model.safetensors and its SHA-256:")
+    print("written   model.safetensors with size and SHA-256:")
     for name, digest in written.items():
         size = (output / name / "model.safetensors").stat().st_size
         print(f"{_megabytes(size):>10}  {digest}  {output / name}")
     print(f"report    {output / report_name}")
     print(f"time      {time.perf_counter() - started:.1f} s")
     memory = _peak_memory()
-    print(f"memory    {_megabytes(memory)} at most, {_megabytes(memory_before)} before reading")
+    print(f"memory    peak {_megabytes(memory)}, before reading {_megabytes(memory_before)}")
     return [output / name for name in models]
 
 
-def _holds(checkpoint: Checkpoint, rows: list[key_report.KeyRow]) -> str:
+def _description(checkpoint: Checkpoint, rows: list[key_report.KeyRow]) -> str:
     if not checkpoint.projector:
-        return "a ResNet-50 backbone alone"
+        return "a ResNet-50 backbone only"
     sizes = checkpoint.head_args()
     assert checkpoint.class_weights is not None
     entries = [row.shape.partition("x")[0] for row in rows if row.fate.startswith("prototypes:")]
     return (
-        f"a full training state: ResNet-50, projector of {sizes['proj_layers']} hidden layers of "
-        f"{sizes['proj_hidden_dim']}, embeddings of {sizes['proj_dim']}, "
+        f"a full training state: ResNet-50, projector with {sizes['proj_layers']} hidden layers of "
+        f"width {sizes['proj_hidden_dim']}, {sizes['proj_dim']}-dimensional embeddings, "
         f"{len(checkpoint.class_weights)} classes with "
         f"{f'prototypes from a bank of {entries[0]}' if entries else 'learned weights'}"
     )
 
 
 def _check_paths(path: Path, output: Path) -> None:
-    """Refuse early what would fail at the end of the work."""
+    """Check early that the input exists and the output is writable, before minutes of work."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the .pth file itself")
+        raise ValueError(f"{path} is a folder; pass the .pth file")
     if not path.exists():
         raise ValueError(
             f"{path} does not exist; check the path, or download one of "
@@ -173,7 +173,7 @@ def _check_paths(path: Path, output: Path) -> None:
     if not existing.is_dir():
         raise OSError(f"{existing} is a file; choose another --output")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{existing} cannot be written by this user; choose another --output")
+        raise OSError(f"{existing} is not writable by this user; choose another --output")
 
 
 def _identify(
@@ -183,35 +183,35 @@ def _identify(
     momentum_encoder: bool,
     num_classes: int | None,
 ) -> tuple[str, str]:
-    """Return the family, trex or trexstar, and the tag of a file's models.
+    """Return the family (trex or trexstar) and the tag of a file's models.
 
     Raises:
-        ValueError: The file does not hold what its name says, or is not an official one; or an
-            option is missing or does not match it.
+        ValueError: The file's contents do not match its name, the file is not an official one, or
+            an option is missing or does not match the file.
     """
     if path.name in naver.ALL_FILES:
         naver.check_contents(checkpoint, path.name)
     if checkpoint.form == "trainer":
         raise CheckpointError(
-            f"{path} is a checkpoint of this project's trainer; export it by "
+            f"{path} is a checkpoint of this project's trainer; export it with "
             "python -m trex_models.train export"
         )
     if checkpoint.form == "official":
         if model:
             raise ValueError(
-                f"{path}: --model {model} is for backbone files, and this is a full training "
-                "state, whose projector identifies it; leave it out"
+                f"{path}: --model {model} is only for backbone files, but this is a full training "
+                "state, which its projector identifies; remove --model"
             )
         return _identify_full(path, checkpoint, momentum_encoder, num_classes)
     if checkpoint.projector or checkpoint.class_weights is not None:
         raise CheckpointError(
-            f"{path} holds a whole model, not an official file; timm loads it as it is, by "
+            f"{path} is a converted model, not an official file; timm loads it directly with "
             f"pretrained_cfg_overlay=dict(file={path.name!r})"
         )
     if num_classes is not None:
         raise ValueError(
-            f"{path}: --num-classes {num_classes} is for a memory bank, and this file is a "
-            "backbone alone; leave it out"
+            f"{path}: --num-classes {num_classes} requires a memory bank, but this file contains "
+            "only a backbone; remove --num-classes"
         )
     return _identify_backbone(path, model)
 
@@ -221,17 +221,17 @@ def _identify_full(
 ) -> tuple[str, str]:
     if checkpoint.class_weights is None:
         raise CheckpointError(
-            f"{path} holds neither a memory bank nor class weights; it is cut down: use the file "
-            "that training wrote"
+            f"{path} contains neither a memory bank nor class weights; use the complete training "
+            "state"
         )
     learned = "fc.weight" in checkpoint.key_report.values()
     classes = len(checkpoint.class_weights)
     if num_classes not in (None, classes):
         raise ValueError(
-            f"{path}: --num-classes {num_classes} does not match its class weights, of {classes} "
-            "classes; leave it out"
+            f"{path}: --num-classes {num_classes} does not match the learned class weights of "
+            f"{classes} classes; remove --num-classes"
         )
-    # The tag names all differences from the published models, so that it cannot pass for one.
+    # The tag lists all differences from the published models, to prevent confusion with them.
     sizes = checkpoint.head_args()
     marks = ["in1k_r2" if classes == NUM_CLASSES else f"c{classes}"]
     if sizes["proj_layers"] not in DEPTHS.values():
@@ -248,20 +248,20 @@ def _identify_backbone(path: Path, model: str | None) -> tuple[str, str]:
     by_name = BACKBONE_FILES.get(path.name)
     if model is None and by_name is None:
         raise ValueError(
-            f"{path}: a backbone alone may be t-ReX's or t-ReX*'s, and {path.name!r} is none of "
-            f"{', '.join(BACKBONE_FILES)}; say which it is by --model "
+            f"{path}: a backbone file does not show whether it is t-ReX or t-ReX*, and its name is "
+            f"not one of {', '.join(BACKBONE_FILES)}; specify the model with --model "
             f"{' or --model '.join(BACKBONE_FILES.values())}"
         )
     if model and by_name and model != by_name:
         raise ValueError(
-            f"{path}: --model {model} contradicts the file's name, which is that of {by_name}; "
-            "leave --model out, or rename the file"
+            f"{path}: --model {model} contradicts the file name, which implies {by_name}; "
+            "remove --model or rename the file"
         )
     family, _, tag = (model or by_name or "").partition("_resnet50.")
     if family not in DEPTHS or not tag:
         raise ValueError(
-            f"{path}: --model {model} is no backbone and tag; choose from "
-            f"{', '.join(BACKBONE_FILES.values())}, or one with another tag"
+            f"{path}: --model {model} is not a backbone with a tag; choose one of "
+            f"{', '.join(BACKBONE_FILES.values())}, or another tag for that backbone"
         )
     return family, tag
 
@@ -269,14 +269,14 @@ def _identify_backbone(path: Path, model: str | None) -> tuple[str, str]:
 def _checked_tag(path: Path, tag: str | None, suggested: str) -> str:
     if tag in PUBLISHED_TAGS and tag != suggested:
         raise ValueError(
-            f"{path}: --tag {tag} is for the published weights, and this would be {suggested}; "
-            "choose another tag"
+            f"{path}: --tag {tag} is reserved for published weights, and the default for this file "
+            f"is {suggested}; choose another tag"
         )
     tag = suggested if tag is None else tag
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", tag):
         raise ValueError(
-            f"{path}: the tag {tag!r} would be a part of folders' names; choose one of letters, "
-            "digits, _ and - alone"
+            f"{path}: the tag {tag!r} becomes part of folder names and may only contain letters, "
+            "digits, _ and -; choose another tag"
         )
     return tag
 
@@ -284,10 +284,10 @@ def _checked_tag(path: Path, tag: str | None, suggested: str) -> str:
 def _build(
     checkpoint: Checkpoint, expected: source.Outputs, family: str, tag: str
 ) -> dict[str, Converted]:
-    """Make the models, by name and tag; they share their tensors with the checkpoint."""
+    """Build the models, by name and tag; they share their tensors with the checkpoint."""
     state = checkpoint.state_dict()
     backbone = f"{family}_resnet50"
-    # Stock timm and transformers load the backbone, without this package.
+    # As timm's resnet50, which timm and transformers load without this package.
     models = {f"{backbone}.{tag}": _model("resnet50", backbone, tag, state, expected.features)}
     if expected.embeddings is not None and expected.logits is not None:
         standard = {"proj_layers": DEPTHS[family], **WIDTHS}
@@ -307,7 +307,7 @@ def _model(
     cfg = dataclasses.replace(
         row, architecture=architecture, num_classes=num_classes, tag=tag, hf_hub_id=None
     )
-    with torch.device("meta"):  # without memory of its own
+    with torch.device("meta"):  # allocates no memory
         model = timm.create_model(
             architecture, pretrained_cfg=cfg, num_classes=num_classes, **args
         ).eval()
@@ -322,45 +322,44 @@ def _error(model: Converted, images: Tensor) -> float:
 
 
 def _check_errors(path: Path, errors: dict[str, float]) -> None:
-    wrong = [
-        f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE
-    ]
+    wrong = [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
     if wrong:
         raise ValueError(
-            f"{path}: the converted models do not reproduce it ({'; '.join(wrong)} of the largest "
-            f"value, more than {TOLERANCE:.0e}); nothing was written; please report this"
+            f"{path}: the converted models do not reproduce the file (relative error of "
+            f"{', '.join(wrong)}; tolerance {TOLERANCE:.0e}); nothing was written; "
+            "please report this as a bug"
         )
 
 
 @contextmanager
 def _staged(output: Path, names: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Give a folder inside ``output`` to write to, and a list for what is moved out of it.
+    """Yield a temporary folder inside ``output``, and a list for names that were moved out of it.
 
     Args:
-        output: Created if it is missing, and removed again if it stays empty.
-        names: What is to be written: folders, then a file.
+        output: Output folder; created if missing, and removed again if it remains empty.
+        names: Names to be written: folders, followed by one file.
 
     Raises:
-        OSError: The disk is full or refuses; the message says what was written.
+        OSError: The disk is full or not writable; the message lists what was written.
     """
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     done: list[str] = []
     try:
         for name in names[:-1]:
             if (output / name).is_file():
-                raise OSError(f"{name} there is a file")
+                raise OSError(f"{name} exists and is a file")
         output.mkdir(parents=True, exist_ok=True)
         with timm_folder.temporary_folder(output, names[-1]) as stage:
             yield stage, done
     except OSError as error:
-        missed = ", ".join(name for name in names if name not in done)
+        missing_names = ", ".join(name for name in names if name not in done)
         raise OSError(
             f"{output}: {error.strerror or error}; written: {', '.join(done) or 'nothing'}; "
-            f"not written: {missed}; free some space or choose another --output"
+            f"not written: {missing_names}; free some space or choose another --output"
         ) from error
     finally:
         for folder in missing:
-            with suppress(OSError):  # it is not empty: not missing any more
+            with suppress(OSError):  # folders that are no longer empty remain
                 folder.rmdir()
 
 

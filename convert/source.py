@@ -1,6 +1,6 @@
-"""Outputs of an official file, from its own tensors by torchvision and plain formulas.
+"""Reference outputs of an official file, computed with torchvision and plain formulas.
 
-Converted models are compared with this, so it shares with them neither classes nor names.
+Converted models are compared with these outputs, so this module shares no classes with them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TEMPERATURE = 0.1
 
 
 class Outputs(NamedTuple):
-    """Outputs for B images; a backbone file has features only."""
+    """Outputs for B images; only features for a backbone file."""
 
     features: Tensor
     """(B, 2048)."""
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
 
 
 def entries(contents: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a file holds, by its own keys: the weights one by one, the rest whole."""
+    """Yield keys and values of a file: the weights one by one, other entries unsplit."""
     for name, value in contents.items():
         if name == "model" and isinstance(value, Mapping):
             yield from value.items()
@@ -46,13 +46,13 @@ def outputs(
     momentum_encoder: bool = False,
     num_classes: int = 1000,
 ) -> Outputs:
-    """Compute the outputs in eval mode: the backbone in float32, what follows in float64.
+    """Compute the outputs in eval mode: the backbone in float32, projector and logits in float64.
 
     Args:
-        contents: Contents of the file, as torch loads it, known to be complete.
-        images: (B, 3, S, S), float32.
-        momentum_encoder: Use the momentum encoder, not the online one.
-        num_classes: Number of classes of a memory bank, C.
+        contents: Contents of the file as returned by torch.load; must be complete.
+        images: Normalized images, (B, 3, S, S), float32.
+        momentum_encoder: Use the momentum encoder instead of the online encoder.
+        num_classes: Number of classes of the memory bank, C.
     """
     tensors = {
         ".".join(part for part in key.split(".") if part not in WRAPPERS): value
@@ -77,7 +77,7 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _features(backbone: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    with torch.device("meta"):  # without memory of its own
+    with torch.device("meta"):  # allocates no memory
         resnet = torchvision.models.resnet50()
     resnet.fc = nn.Identity()
     resnet.load_state_dict(backbone, assign=True)
@@ -101,4 +101,4 @@ def _embeddings(layers: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 def _unit_rows(x: Tensor) -> Tensor:
     norms = x.norm(dim=1, keepdim=True)
-    return x / norms.where(norms > 0, 1)  # an absent class stays zero
+    return x / norms.where(norms > 0, 1)  # prototypes of absent classes remain zero

@@ -1,6 +1,6 @@
-"""Export a timm model to an ONNX graph by torch.export, and compare it in onnxruntime.
+"""Export of a timm model to an ONNX graph with torch.export, and its check in onnxruntime.
 
-Shapes: B batch, C channels, H, W height and width in pixels.
+Shapes: B batch size, C channels, H and W height and width in pixels, F features.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from trex_models.cli import first_line
 
 SUFFIXES = (".onnx",)
 OPSET = 20
-# onnxruntime may be this much farther from float64 than torch is in the graph's own type. A
-# wrong eps is 1e-5 of the outputs; float32 is off by 1e-7 to 1e-5.
+# Largest allowed ratio of onnxruntime's error to that of torch at the same precision, both relative
+# to float64. A wrong eps changes outputs by 1e-5, float32 rounding by 1e-7 to 1e-5.
 _ALLOWANCE = 8
 _LEAST_TOLERANCE = 1e-6
-_LARGEST = 2**31 - 2**20  # protobuf's limit, and room for what is not weights
+_LARGEST = 2**31 - 2**20  # protobuf's limit, minus space for the graph itself
 
 
 def require_packages() -> None:
-    """Raise ValueError unless the packages that write and run graphs are installed."""
+    """Raise ValueError unless the packages that write and run ONNX graphs are installed."""
     needed = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"--to onnx needs {', '.join(missing)}, which is not installed: pip install '.[export]'"
+            f"--to onnx requires {', '.join(missing)}, not installed; run pip install '.[export]'"
         )
 
 
 class Graph(nn.Module):
-    """The exported graph: float32 or uint8 images in, float32 out.
+    """Graph to export: float32 or uint8 images in, float32 outputs.
 
     Args:
-        model: Maps (B, C, H, W) to (B, F).
-        normalize: Mean and standard deviation of the channels, for values in [0, 1]: images are
-            then uint8, (B, H, W, C). None for normalized float32 images, (B, C, H, W).
+        model: Model that maps images (B, C, H, W) to outputs (B, F).
+        normalize: Mean and standard deviation per channel, for values in [0, 1]; the graph then
+            accepts uint8 images, (B, H, W, C). None: normalized float32 images, (B, C, H, W).
     """
 
     mean: Tensor
@@ -52,31 +52,31 @@ class Graph(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self.takes_pixels = normalize is not None
+        self.normalizes = normalize is not None
         for name, values in zip(("mean", "std"), normalize or ([0.0], [1.0]), strict=True):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the model's output, (B, F), float32 at least."""
-        if self.takes_pixels:
+        """Return the model's output, (B, F), in float32 or float64."""
+        if self.normalizes:
             pixels = images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255
             images = (pixels - self.mean) / self.std
         output: Tensor = self.model(images.to(next(self.model.parameters()).dtype))
         return output.float() if output.dtype == torch.float16 else output
 
     def test_input(self, images: Tensor) -> Tensor:
-        """Return test images, (B, C, H, W) of about unit variance, as the graph takes them."""
-        if not self.takes_pixels:
+        """Convert test images, (B, C, H, W) with about unit variance, to the graph's input."""
+        if not self.normalizes:
             return images
         return (images * 64 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 @torch.no_grad()
-def takes_other_sizes(model: nn.Module, shape: Sequence[int]) -> bool:
-    """Return whether a model takes images of another shape, (B, C, H, W), than its own."""
+def accepts_shape(model: nn.Module, shape: Sequence[int]) -> bool:
+    """Return True if a model accepts images of a shape, (B, C, H, W)."""
     try:
         model(torch.zeros(*shape))
-    except (AssertionError, RuntimeError):  # of timm's models and of torch
+    except (AssertionError, RuntimeError):  # raised by timm's models and by torch, respectively
         return False
     return True
 
@@ -88,14 +88,14 @@ def build_onnx(
     any_size: bool,
     metadata: Mapping[str, str],
 ) -> Any:
-    """Return the onnx.ModelProto of a graph in eval mode, for any batch size.
+    """Export a graph in eval mode to an onnx.ModelProto with dynamic batch size.
 
     Args:
-        graph: The graph.
-        output: Name of the output.
-        size: C, H and W of the model's own images.
-        any_size: Leave height and width open.
-        metadata: The file's metadata.
+        graph: Graph to export.
+        output: Name of the graph's output.
+        size: Number of channels, height and width of the model's default input.
+        any_size: Make height and width dynamic, too.
+        metadata: Metadata of the file.
     """
     import onnx
 
@@ -103,20 +103,20 @@ def build_onnx(
     half = next(graph.model.parameters()).dtype == torch.float16
     if weights > _LARGEST:
         raise ValueError(
-            f"the weights are {weights / 1e9:.1f} GB, and one ONNX file holds 2"
-            f"{'' if half else '; --half halves them'}"
+            f"the weights are {weights / 1e9:.1f} GB, but an ONNX file is limited to 2 GB"
+            f"{'' if half else '; --half halves their size'}"
         )
     channels, height, width = size
-    # Open sides must not be specialized to the model's own, nor to be equal.
+    # Unequal, non-default sides keep torch.export from specializing dynamic ones.
     scale = (2, 3) if any_size else (1, 1)
     images = torch.zeros(2, channels, scale[0] * height, scale[1] * width)
     names = {0: "batch"}
     if any_size:
-        first = 1 if graph.takes_pixels else 2
+        first = 1 if graph.normalizes else 2
         names |= {first: "height", first + 1: "width"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about its own code
+            warnings.simplefilter("ignore")  # torch's exporter warns about torch's code
             program = torch.onnx.export(
                 graph,
                 kwargs={"images": graph.test_input(images)},
@@ -140,22 +140,22 @@ def build_onnx(
 def compare_onnx(
     data: bytes, graph: Graph, exact: Graph, batches: Iterable[Tensor]
 ) -> list[Difference]:
-    """Compare a file in onnxruntime, on the CPU, with the source in float64, on float32 images.
+    """Compare an ONNX file in onnxruntime on the CPU with the source in float64.
 
-    ``exact`` is the graph in float64, with weights that were not rounded to float16.
+    ``exact`` is the source graph in float64, with weights that were never rounded to float16.
     """
     import onnxruntime
 
-    found = []
+    differences = []
     try:
         session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
         for batch in batches:
             images = graph.test_input(batch)
             [values] = session.run(None, {"images": images.numpy()})
-            expected = exact(images if graph.takes_pixels else images.double())
-            own = difference(images, graph(images), expected, 0).relative
-            tolerance = max(_LEAST_TOLERANCE, _ALLOWANCE * own)
-            found.append(difference(images, torch.from_numpy(values), expected, tolerance))
-    except Exception as error:  # onnxruntime's have no class in common
+            expected = exact(images if graph.normalizes else images.double())
+            torch_error = difference(images, graph(images), expected, 0).relative
+            tolerance = max(_LEAST_TOLERANCE, _ALLOWANCE * torch_error)
+            differences.append(difference(images, torch.from_numpy(values), expected, tolerance))
+    except Exception as error:  # onnxruntime's errors have no common class
         raise ValueError(f"onnxruntime cannot run the graph ({first_line(error)})") from error
-    return found
+    return differences

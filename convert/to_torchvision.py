@@ -1,7 +1,7 @@
-"""Export a timm ResNet to a state dict of torchvision's class.
+"""Export of a timm ResNet to a state dict of torchvision's ResNet.
 
-timm's stock ResNets have torchvision's keys. Whether stem, strides and pooling are the same is
-compared by the outputs, in float64, where rounding hides nothing.
+timm's standard ResNets have the same keys as torchvision's. Equal outputs in float64 then prove
+that stem, strides and pooling match, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from convert.comparison import Difference, difference
 from trex_models.atomic import write_safetensors
 
 SUFFIXES = (".pth", ".safetensors")
-# Number of blocks of each stage, which spares building most of them.
+# Number of blocks of each stage, which avoids building most of the candidates.
 ARCHITECTURES = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
@@ -39,56 +39,56 @@ TOLERANCE = 1e-9
 
 
 def architecture(name: str, model: nn.Module, output: str) -> str:
-    """Return the name of torchvision's model with a model's keys and shapes.
+    """Return the name of the torchvision model that has a model's keys and shapes.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No torchvision model matches.
     """
     if output == "embeddings" or (
         output == "logits" and {"projector", "cosine classifier"} & set(_parts(model))
     ):
         raise ValueError(
-            f"{name} ends in a {' and a '.join(_parts(model))}, for which torchvision's ResNet has "
-            "no place; export its backbone alone by --features backbone, or all of it by --to onnx"
+            f"{name} has a {' and a '.join(_parts(model))}, which torchvision's ResNet does not "
+            "support; export only the backbone, --features backbone, or use --to onnx"
         )
-    wanted = _shapes(model)
+    shapes = _shapes(model)
     stages = (getattr(model, f"layer{stage}", ()) for stage in range(1, 5))
     blocks = tuple(len(stage) for stage in stages)
-    for candidate, its_blocks in ARCHITECTURES.items():
-        if blocks == its_blocks and _shapes(_build(candidate)) == wanted:
+    for candidate, candidate_blocks in ARCHITECTURES.items():
+        if blocks == candidate_blocks and _shapes(_build(candidate)) == shapes:
             return candidate
     raise ValueError(
-        f"{name} is none of torchvision's ResNets ({', '.join(ARCHITECTURES)}): "
-        f"{_what_differs(wanted)}; export it by --to onnx"
+        f"{name} does not match any of torchvision's ResNets ({', '.join(ARCHITECTURES)}): "
+        f"{_difference(shapes)}; use --to onnx"
     )
 
 
 def _parts(model: nn.Module) -> list[str]:
-    """Return what stands behind the pooled features, in words."""
+    """Return the names of the modules after the pooled features."""
     kinds = {"Projector": "projector", "CosineClassifier": "cosine classifier"}
     classes = [type(module).__name__ for module in model.children()]
-    return [words for kind, words in kinds.items() if kind in classes]
+    return [name for kind, name in kinds.items() if kind in classes]
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Return the shape of every tensor but the classifier's."""
+    """Return the shapes of all tensors except the classifier's."""
     return {k: v.shape for k, v in model.state_dict().items() if not k.startswith("fc.")}
 
 
 def _build(name: str, **kwargs: Any) -> nn.Module:
-    with torch.device("meta"):  # without memory of its own
+    with torch.device("meta"):  # allocates no memory
         return torchvision.models.get_model(name, **kwargs)
 
 
-def _what_differs(shapes: dict[str, torch.Size]) -> str:
+def _difference(shapes: dict[str, torch.Size]) -> str:
     known = {_pattern(key) for key in _shapes(_build("resnet50"))}
     unknown = [key for key in shapes if _pattern(key) not in known]
     if unknown:
-        return f"{unknown[0]} has no place in them"
+        return f"they have no {unknown[0]}"
     channels = shapes["conv1.weight"][1]
     if channels != 3:
-        return f"it takes images of {channels} channels, and they take 3"
-    return "its blocks are others in number, kind or width"
+        return f"it has {channels} input channels instead of 3"
+    return "its blocks differ in number, type or width"
 
 
 def _pattern(key: str) -> str:
@@ -96,11 +96,11 @@ def _pattern(key: str) -> str:
 
 
 def serialize(model: nn.Module, suffix: str, metadata: dict[str, Any]) -> bytes:
-    """Return a model's state dict as the bytes of a file; ``metadata`` are a safetensors file's."""
+    """Return the bytes of a state-dict file; ``metadata`` is only stored in safetensors files."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     stream = io.BytesIO()
     if suffix == ".safetensors":
-        # "format" is what other readers of such files look for.
+        # Other readers of safetensors files require the entry "format".
         write_safetensors(stream, state, {"format": "pt", **metadata})
     else:
         torch.save(state, stream)
@@ -111,9 +111,9 @@ def serialize(model: nn.Module, suffix: str, metadata: dict[str, Any]) -> bytes:
 def compare_torchvision(
     data: bytes, suffix: str, name: str, model: nn.Module, batches: Iterable[Tensor]
 ) -> list[Difference]:
-    """Load a file's bytes into torchvision's model, strictly, and compare it with the source.
+    """Load a state dict strictly into torchvision's model and compare it with the source.
 
-    In float64; the source is in eval mode.
+    Both compute in float64 and in eval mode.
     """
     state = (
         safetensors.torch.load(data)
@@ -133,7 +133,7 @@ def compare_torchvision(
 
 
 def usage(path: Path, name: str, classes: int) -> str:
-    """Return the lines of Python that load a file."""
+    """Return the Python code that loads a file."""
     load = (
         "safetensors.torch.load_file" if path.suffix == ".safetensors" else "torch.load"
     ) + f'("{path.name}")'

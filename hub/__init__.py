@@ -1,1 +1,1 @@
-"""The maintainers' tools for weights on the Hub: build, publish, verify, import-naver."""
+"""Tools that build, publish and verify weights on the Hub, and import NAVER's files."""

@@ -1,7 +1,7 @@
-"""The maintainers' tools for weights on the Hub; build and publish are for your own models, too.
+"""Build, publish and verify models on the Hugging Face Hub.
 
-In this order: import-naver, build, publish, verify. Tools of the checkout: run them there.
-TREX_TRACEBACK=1 shows where an error comes from.
+Use build and publish for your own models. The maintainers run import-naver, build, publish, verify
+in this order. Run them in a checkout. TREX_TRACEBACK=1 shows the traceback of an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trex_models.pretrained.manifest import WeightsError
 
 
 def _call(arguments: Sequence[str]) -> Any:
-    # Imported where `run` explains a package that is not installed.
+    # Imported here, since `cli.run` reports missing packages.
     from hub.build_folders import build_folders
     from hub.import_naver import import_naver
     from hub.publish import publish
@@ -32,7 +32,7 @@ def _call(arguments: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; return its exit status, as `cli.run`: 1 if a check found a difference."""
+    """Run a command and return its exit status, see `cli.run`; 1 if a check found a difference."""
     return cli.run(_call, arguments, "transfer", (HubError, WeightsError))
 
 

@@ -1,4 +1,4 @@
-"""Build Hub folders from timm folders: the same model with its card, license and attribution."""
+"""Hub folders from timm folders: the same model with model card, license and attribution."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NAMESPACE = "trex-models"
 CHANGES = {
     "backbone": "Converted from PyTorch's format to safetensors. Names and values of the tensors "
     "are NAVER's.",
-    "proj": "Taken out of the full training state, converted to safetensors, with other names of "
-    "the tensors. Their values are NAVER's.",
-    "cls": "Taken out of the full training state, converted to safetensors, with other names of "
-    "the tensors. The classifier's weight is computed from the state's memory bank: the "
+    "proj": "Extracted from the full training state, converted to safetensors, tensors renamed. "
+    "The values of the tensors are NAVER's.",
+    "cls": "Extracted from the full training state, converted to safetensors, tensors renamed. "
+    "The classifier's weight is computed from the training state's memory bank: the "
     "L2-normalized sum of each class's embeddings. The other values are NAVER's.",
 }
 
@@ -42,29 +42,29 @@ def build_folders(
     namespace: str = NAMESPACE,
     results: Path | None = None,
 ) -> list[Path]:
-    """Build Hub folders from timm folders. All are checked before the first is written.
+    """Build Hub folders from timm folders. All models are checked before any folder is written.
 
-    Models of your own need --owner and a license; how to publish them is printed.
+    Your own models require --owner and a license; the command to publish them is printed.
 
     Example: python -m hub build RUN/export/backbone --output HUB --owner YOU --license mit
 
     Args:
-        converted: A timm folder, or a folder of them.
-        output: Folder for the Hub folders.
-        name: Name of the repository, for one timm folder; by default the folder's.
-        owner: Owner of the weights, for models of your own.
-        license: License of a model of your own, by the Hub's identifier; by default the one that
-            the weights or config.json state.
-        namespace: Organization or user on the Hub, for the examples in the cards.
-        results: The imagenet.json of import-naver, for the cards.
+        converted: Timm folder, or a folder of timm folders.
+        output: Parent folder of the Hub folders.
+        name: Name of the repository, for a single model. The default is the timm folder's name.
+        owner: Owner of the weights. Required for your own models.
+        license: License of your own model, as the Hub's identifier. The default is the license
+            stated in the weights or in config.json.
+        namespace: Organization or user on the Hub, for the examples in the model cards.
+        results: File imagenet.json of import-naver, for the model cards.
 
     Returns:
-        The Hub folders.
+        Paths of the Hub folders.
     """
     sources = _timm_folders(converted)
     if name is not None and len(sources) > 1:
         raise ValueError(
-            f"{converted} holds {len(sources)} models, but --name names one; give the folder of one"
+            f"--name requires one model, but {converted} has {len(sources)}; pass one timm folder"
         )
     checked = []
     for source in sources:
@@ -72,85 +72,85 @@ def build_folders(
         identifier = _license(model, owner, license)
         card = cards.render(model, identifier, owner, namespace, _measured(model, results))
         checked.append((model, identifier, card))
-    with _explained(output):
+    with _name_folder(output):
         output.mkdir(parents=True, exist_ok=True)
     written = []
     for model, identifier, card in checked:
         folder = output / model.name
-        with _explained(folder):
+        with _name_folder(folder):
             _write(model, identifier, owner, card, folder)
         print(f"built {folder}")
         written.append(folder)
     if own := [str(folder) for folder in written if folder.name not in naver.FILES]:
-        again = ", once built again with --namespace YOU" * (namespace == NAMESPACE)
+        rebuild = " (after building again with --namespace YOU)" * (namespace == NAMESPACE)
         print(
-            f"publish your own{again}: python -m hub publish {shlex.join(own)} "
-            f"--namespace {'YOU' if again else namespace} --manifest manifest.json"
+            f"to publish your models{rebuild}: python -m hub publish {shlex.join(own)} "
+            f"--namespace {'YOU' if rebuild else namespace} --manifest manifest.json"
         )
     return written
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Name the folder in errors of the system, such as a full disk."""
+def _name_folder(folder: Path) -> Iterator[None]:
+    """Add the folder to operating system errors, such as a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # explained already
+        if error.errno is None:  # the message already has the folder
             raise
         raise OSError(
-            f"{folder} cannot be written ({error.strerror}); free space there, or choose another "
+            f"{folder} cannot be written ({error.strerror}); free some space or choose another "
             "--output"
         ) from error
 
 
 def _timm_folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder; give a timm folder, or a folder of them")
+        raise ValueError(f"{path} is not a folder; pass a timm folder or a folder of timm folders")
     if (path / "checkpoints").is_dir():
         known = [path / "export" / part for part in ("backbone", "cls", "proj")]
         found = [folder for folder in known if folder.is_dir()] or known[:2]
-        raise ValueError(f"{path} is a training run; give {' or '.join(map(str, found))}")
+        raise ValueError(f"{path} is a run directory; pass {' or '.join(map(str, found))}")
     if (path / "config.json").exists():
         return [path]
     found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not found:
         raise ValueError(
-            f"{path} holds no model; make some: python -m convert naver FILE --output {path}, "
+            f"{path} contains no timm folder; run python -m convert naver FILE --output {path}, "
             f"or python -m trex_models.train export RUN --output {path}"
         )
     return found
 
 
 def _license(model: Model, owner: str | None, chosen: str | None) -> str:
-    """Return the license's identifier: NAVER's, or what the owner chose, never a default."""
+    """Return the license's identifier: NAVER's, or the owner's choice, which has no default."""
     if model.is_naver:
         if owner:
             raise ValueError(
-                f"--owner {owner}: {model.name} is the name of weights of NAVER's; leave --owner "
-                "out, or choose another --name"
+                f"--owner {owner}: {model.name} is the name of weights owned by NAVER; remove "
+                "--owner or choose another --name"
             )
         if chosen not in (None, naver.LICENSE):
             raise ValueError(
-                f"--license {chosen}: the license of {model.name} is {naver.LICENSE}, because the "
-                "weights are NAVER's; leave --license out"
+                f"--license {chosen}: the license of {model.name} must be {naver.LICENSE}, since "
+                "the weights are NAVER's; remove --license"
             )
         return naver.LICENSE
     stated = license_of(model.folder) or model.license
     if stated and chosen and stated != chosen:
         raise ValueError(
-            f"--license {chosen}: the weights of {model.folder} are under {stated}; leave "
-            "--license out, or export the model again with the other one"
+            f"--license {chosen}: the weights in {model.folder} are licensed under {stated}; "
+            f"remove --license, or export the model again with license {chosen}"
         )
     identifier = chosen or stated
     if not identifier:
         raise ValueError(
-            f"{model.folder}: no license is stated for {model.name}; choose one: --license "
+            f"{model.folder} states no license for {model.name}; choose one with --license "
             f"{' | '.join(notices.LICENSES)}"
         )
     notices.find_license(identifier)
     if not owner:
-        raise ValueError(f"{model.folder}: whose weights are these? --owner NAME, for NOTICE")
+        raise ValueError(f"{model.folder}: NOTICE must name the weights' owner; add --owner NAME")
     return identifier
 
 
@@ -160,8 +160,8 @@ def _measured(model: Model, results: Path | None) -> dict[str, Any] | None:
     found = read_results(results).get(model.name)
     if found and found["sha256"] != sha256(model.folder / "model.safetensors"):
         raise ValueError(
-            f"{results}: {model.name} was measured with another model.safetensors than that of "
-            f"{model.folder}; measure again"
+            f"{results}: {model.name} was measured with a model.safetensors that differs from the "
+            f"one in {model.folder}; measure it again"
         )
     return found
 
@@ -173,9 +173,9 @@ def _write(model: Model, identifier: str, owner: str | None, card: str, folder: 
         notice = notices.naver_notice(model.name, CHANGES[model.part])
     else:
         notice = notices.owner_notice(model.name, str(owner), identifier)
-    with timm_folder.replaced_folder(folder) as fresh:
-        shutil.copyfile(model.folder / "model.safetensors", fresh / "model.safetensors")
-        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (fresh / "LICENSE").write_text(notices.license_text(identifier))
-        (fresh / "NOTICE").write_text(notice, encoding="utf-8")
-        (fresh / "README.md").write_text(card, encoding="utf-8")
+    with timm_folder.replaced_folder(folder) as new:
+        shutil.copyfile(model.folder / "model.safetensors", new / "model.safetensors")
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / "LICENSE").write_text(notices.license_text(identifier))
+        (new / "NOTICE").write_text(notice, encoding="utf-8")
+        (new / "README.md").write_text(card, encoding="utf-8")

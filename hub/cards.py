@@ -1,4 +1,4 @@
-"""A model's card: MODEL_CARD.md at the root of the checkout, filled in."""
+"""Model cards, rendered from the template MODEL_CARD.md at the root of the checkout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def render(
     """Return the README.md of a model's repository.
 
     Args:
-        model: The model.
-        identifier: Identifier of its license.
-        owner: Owner of the weights; None for NAVER's.
+        model: Model to describe.
+        identifier: Identifier of the model's license.
+        owner: Owner of the weights; None for NAVER's weights.
         namespace: Organization or user on the Hub.
-        measured: The model's results in imagenet.json, if it was measured.
+        measured: Results of the model in imagenet.json, if available.
     """
     architecture, _, tag = model.name.partition(".")
     backbone = f"{architecture.partition('_')[0]}_resnet50.{tag}"
@@ -68,7 +68,7 @@ def render(
 
 
 def _classes(model: Model) -> list[str]:
-    """Return the names of the classes as code in Markdown, if the model has them."""
+    """Return the class names as Markdown code, [] if the model has none."""
     cfg = model.config["pretrained_cfg"]
     names = model.config.get("label_names") or cfg.get("label_names") or ()
     if not isinstance(names, list | tuple) or len(names) != model.config["num_classes"]:
@@ -77,7 +77,7 @@ def _classes(model: Model) -> list[str]:
 
 
 def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what timm's transform does to an image."""
+    """Return the properties of timm's evaluation transform: sizes and normalization."""
     data = resolve_data_config(pretrained_cfg=dict(cfg))
     mean, std = tuple(data["mean"]), tuple(data["std"])
     normalization = f"mean {mean} and standard deviation {std}"
@@ -95,7 +95,7 @@ def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def metadata(model: Model, identifier: str) -> ModelCardData:
     """Return the card's YAML header.
 
-    It has no results: the authors' figures are theirs, and nothing else is measured.
+    The header has no results, since the reported ones are the authors' and not measured by us.
     """
     tags = ["image-feature-extraction", "timm", "trex"]
     if model.part == "cls":

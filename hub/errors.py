@@ -1,4 +1,4 @@
-"""The Hub's errors as one line each, with the remedy."""
+"""One-line error messages for failed Hub requests, with a remedy."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFound
 from trex_models.cli import first_line
 
 LOG_IN = (
-    "`hf auth login`, or set HF_TOKEN, with a token that may write "
+    "run `hf auth login` or set HF_TOKEN, with a token that has write access "
     "(https://huggingface.co/settings/tokens)"
 )
 
 
 class HubError(RuntimeError):
-    """The Hub did not do what was asked; the message says what to do."""
+    """A request to the Hub failed; the message says what to do."""
 
 
 @contextmanager
 def explain_errors(repository: str) -> Iterator[None]:
-    """Raise the client's errors as ``HubError``, about a repository."""
+    """Convert errors of the Hub's client to ``HubError`` with the name of the repository."""
     try:
         with _unwrapped():
             yield
@@ -29,18 +29,18 @@ def explain_errors(repository: str) -> Iterator[None]:
         raise HubError(f"{repository}: {_explain(error, repository)}") from error
     except HTTPError as error:
         raise HubError(
-            f"{repository}: the Hub cannot be reached ({first_line(error)}); check the network and "
-            "HF_ENDPOINT, then run the same command again"
+            f"{repository}: the Hub is not reachable ({first_line(error)}); check the network and "
+            "HF_ENDPOINT, then run the command again"
         ) from error
     except OSError as error:
-        if error.errno is not None:  # of the disk
+        if error.errno is not None:  # a file system error, not the Hub's
             raise
-        raise HubError(f"{repository}: {first_line(error)}; run the same command again") from error
+        raise HubError(f"{repository}: {first_line(error)}; run the command again") from error
 
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Raise the cause of a failed upload of a large file, which the client hides in another."""
+    """Raise the cause of a failed upload, which the client hides in a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -51,24 +51,22 @@ def _unwrapped() -> Iterator[None]:
 
 def _explain(error: HfHubHTTPError, repository: str) -> str:
     status = error.response.status_code
-    said = (error.server_message or "no reason given").partition("\n")[0]
-    answer = f"the Hub answered {status} ({said})"
+    reason = (error.server_message or "no reason given").partition("\n")[0]
+    answer = f"the Hub answered {status} ({reason})"
     namespace = repository.partition("/")[0]
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"{answer}: it refuses the token; {LOG_IN}"
+        return f"{answer}: the token is invalid; {LOG_IN}"
     if status in (401, 404):
-        return f"{answer}: there is no such repository or file, or the token may not see it"
+        return f"{answer}: the repository or file does not exist, or the token has no read access"
     if status == 403:
         return (
-            f"{answer}: the token may not write there; ask an owner of {namespace} for write "
-            "access, or choose another --namespace"
+            f"{answer}: the token has no write access; ask an owner of {namespace} for it or "
+            "choose another --namespace"
         )
     if status in (409, 412):
-        return f"{answer}: somebody else has just changed it; run the same command again"
+        return f"{answer}: the repository was changed in the meantime; run the command again"
     if status == 429:
-        return f"{answer}: too many requests; wait some minutes, then run the same command again"
+        return f"{answer}: too many requests; wait some minutes, then run the command again"
     if status >= 500:
-        return (
-            f"{answer}: it has a fault of its own; run the same command again later, it continues"
-        )
-    return f"{answer}: correct the request; TREX_TRACEBACK=1 shows where it was made"
+        return f"{answer}: server error; run the command again later, finished uploads are skipped"
+    return f"{answer}: the request is invalid; TREX_TRACEBACK=1 shows its origin"

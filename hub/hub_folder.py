@@ -1,4 +1,4 @@
-"""A model's folder as it is on the Hub: its files, and the checks of their contents."""
+"""Folder of a model on the Hub: list of its files and checks of their contents."""
 
 from __future__ import annotations
 
@@ -29,56 +29,56 @@ _LOCAL_PATH = re.compile(
 
 @dataclass(frozen=True)
 class Model:
-    """A model in a folder."""
+    """A model in a timm folder."""
 
     name: str
-    """Name of its repository; for NAVER's, model and tag, such as trex_resnet50.in1k."""
+    """Name of the repository; for NAVER's weights, model and tag, such as trex_resnet50.in1k."""
     folder: Path
     config: dict[str, Any]
     part: str
-    """Its last part: backbone, proj (embeddings) or cls (logits)."""
+    """Output of the model: backbone (features), proj (embeddings) or cls (logits)."""
     is_stock: bool
-    """Whether timm builds it without trex_models."""
+    """True if timm can build the model without trex_models."""
     absent_classes: tuple[int, ...] = ()
-    """Classes whose prototype is zero."""
+    """Classes with a prototype of zeros."""
 
     @property
     def is_naver(self) -> bool:
-        """Whether the weights are NAVER's."""
+        """True for NAVER's weights."""
         return self.name in naver.FILES
 
     @property
     def license(self) -> str | None:
-        """The license that config.json states, by the Hub's identifier."""
+        """Hub identifier of the license stated in config.json."""
         return self.config["pretrained_cfg"].get("license")
 
 
 def load_folder(folder: Path, pretrained: bool = True) -> Any:
-    """Return the model of a timm folder, in eval mode."""
+    """Load a model from a timm folder, in eval mode."""
     return timm.create_model(f"local-dir:{folder}", pretrained=pretrained).eval()
 
 
 def inspect_folder(folder: Path, name: str) -> Model:
-    """Check a timm folder, or a Hub folder, and describe its model.
+    """Check a timm folder or a Hub folder and describe its model.
 
     Args:
-        folder: Folder with config.json and model.safetensors, and no file that is not in FILES.
+        folder: Folder with config.json and model.safetensors; other files must be in FILES.
         name: Name of the repository.
 
     Raises:
-        ValueError: A file is missing or does not belong there, config.json cannot be published,
-            or the weights are not finite or do not load in timm.
+        ValueError: A file is missing or unexpected, config.json cannot be published, or the
+            weights are not finite or do not load in timm.
     """
     try:
         validate_repo_id(f"owner/{name}")
     except HFValidationError as error:
-        raise ValueError(f"{name!r} cannot be a repository's name: {error}") from error
+        raise ValueError(f"{name!r} is not a valid repository name: {error}") from error
     found = sorted(path.name for path in folder.iterdir())
     for file in found:
         if file not in FILES:
             raise ValueError(
-                f"{folder / file} does not belong into a Hub folder; move it away (expected: "
-                f"{', '.join(FILES)})"
+                f"{folder / file} is not a file of a Hub folder ({', '.join(FILES)}); move it to "
+                "another folder"
             )
     for file in TIMM_FILES:
         if file not in found:
@@ -87,9 +87,9 @@ def inspect_folder(folder: Path, name: str) -> Model:
     absent = _check_weights(folder / "model.safetensors")
     try:
         network = load_folder(folder)
-    except Exception as error:  # timm, torch and safetensors raise many kinds
+    except Exception as error:  # timm, torch and safetensors raise many types
         raise ValueError(
-            f"{folder}: timm cannot load it ({first_line(error)}); convert or export it again"
+            f"timm cannot load {folder} ({first_line(error)}); convert or export the model again"
         ) from error
     is_stock = model_entrypoint(config["architecture"]).__module__.startswith("timm.")
     part = "cls" if network.num_classes else "backbone" if is_stock else "proj"
@@ -106,77 +106,77 @@ def _read_config(path: Path) -> dict[str, Any]:
             missing.append("pretrained_cfg.input_size")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no model's configuration ({type(error).__name__}: {error}); convert or "
+            f"{path} is not a model configuration ({type(error).__name__}: {error}); convert or "
             "export the model again"
         ) from error
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; convert or export the model again")
-    for place, text in _strings(config, ""):
+        raise ValueError(f"{path} has no {', '.join(missing)}; convert or export the model again")
+    for key, text in _strings(config, ""):
         if _LOCAL_PATH.match(text):
-            raise ValueError(f"{path}: {place} is a path of this machine, {text!r}; remove it")
+            raise ValueError(f"{path}: {key} is a local path, {text!r}; remove it")
     if "num_classes" in config.get("model_args", {}):
         raise ValueError(
-            f"{path}: model_args has num_classes, which transformers refuses; remove it there, it "
-            "is at the top level"
+            f"{path}: transformers refuses num_classes in model_args; remove that entry, since "
+            "num_classes is also at the top level"
         )
     return config
 
 
-def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:
+def _strings(value: Any, prefix: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
-        yield place, value
+        yield prefix, value
     elif isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in items:
-            yield from _strings(part, f"{place}.{key}".lstrip("."))
+            yield from _strings(part, f"{prefix}.{key}".lstrip("."))
 
 
 def _check_weights(path: Path) -> tuple[int, ...]:
-    """Require finite values; return the classes whose prototype is zero."""
+    """Require finite values; return the classes with a prototype of zeros."""
     absent: tuple[int, ...] = ()
     try:
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118  # it is no dict
+            for key in file.keys():  # noqa: SIM118  # not a dict
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(
-                        f"{path}: {key} has values that are not finite; do not publish"
+                        f"{path}: {key} has non-finite values; do not publish this model"
                     )
                 if key == "fc.weight":
                     absent = tuple((~tensor.any(1)).nonzero().flatten().tolist())
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}); convert again") from error
+        raise ValueError(f"{path} is not a safetensors file ({error}); convert again") from error
     return absent
 
 
 def _check_kind(model: Model) -> None:
-    """Require that NAVER's weights match their names, and that others are not NAVER's."""
+    """Require that NAVER's weights match their names and that no other model is NAVER's."""
     architecture, classes = model.config["architecture"], model.config["num_classes"]
     path = model.folder / "config.json"
     if not model.is_naver:
         if model.config["pretrained_cfg"].get("origin_url") == ORIGIN:
             raise ValueError(
-                f"{path}: the weights are NAVER's by its origin_url, but {model.name!r} is none "
-                f"of their names ({', '.join(naver.FILES)}); publish NAVER's weights under theirs, "
-                f"and what is derived from them by hand, with attribution and {naver.LICENSE}"
+                f"{path}: origin_url says that the weights are NAVER's, but {model.name!r} is not "
+                f"one of their names ({', '.join(naver.FILES)}); use such a name for NAVER's "
+                f"weights, and publish derived ones by hand, with attribution and {naver.LICENSE}"
             )
         return
     if model.is_stock and classes != 0:
-        raise ValueError(f"{path}: num_classes is {classes}; a backbone is published with 0")
+        raise ValueError(f"{path}: num_classes must be 0 for a backbone, got {classes}")
     base, _, tag = model.name.partition(".")
-    wanted = base if base.endswith(("_proj", "_cls")) else "resnet50"
-    if architecture != wanted:
+    expected = base if base.endswith(("_proj", "_cls")) else "resnet50"
+    if architecture != expected:
         raise ValueError(
-            f"{path}: the architecture of {model.name} is {architecture!r}, not {wanted!r}; "
+            f"{path}: architecture of {model.name} must be {expected!r}, got {architecture!r}; "
             "convert NAVER's file again"
         )
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
-            f"{path}: the license of NAVER's weights is {naver.LICENSE}, not {model.license!r}"
+            f"{path}: license of NAVER's weights must be {naver.LICENSE}, got {model.license!r}"
         )
     cfg = model.config["pretrained_cfg"]
     if (cfg.get("origin_url"), cfg.get("tag")) != (ORIGIN, tag):
         raise ValueError(
-            f"{path}: {model.name} is the name of weights of NAVER's, which these are not by their "
-            "origin_url and tag; choose another --name, or convert NAVER's file"
+            f"{path}: {model.name} is a name of NAVER's weights, but origin_url or tag do not "
+            "match them; choose another --name or convert NAVER's file"
         )

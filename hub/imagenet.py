@@ -1,10 +1,10 @@
-"""Top-1 on ImageNet-1K of converted models, next to the figures that the authors report.
+"""ImageNet-1K top-1 accuracy of converted models, compared with the authors' figures.
 
-Backbones are scored by the transfer evaluation's protocol for ImageNet, a linear layer by SGD, with
-one seed. Complete classifiers are scored by their own prototypes, which is another protocol.
+Backbones are scored with the transfer evaluation's protocol for ImageNet: a linear layer trained by
+SGD with one seed. Complete classifiers are scored with their prototypes, a different protocol.
 
-    DIR/imagenet.json    the results, written after every model
-    DIR/features/        features, from which an interrupted run continues
+    DIR/imagenet.json    results, written after every model
+    DIR/features/        features, which an interrupted run reuses
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from trex_models.transfer.published import reported
 
 LINEAR, PROTOTYPES = "a linear layer on the features", "its own prototypes"
 TOLERANCES = {LINEAR: 0.5, PROTOTYPES: 1.5}
-"""Largest differences from the authors' figures, in percent points."""
+"""Largest differences from the authors' figures, in percentage points."""
 CLASSES = tuple(ImageNetInfo().label_names())
-"""Names of ImageNet's class folders in the order of the labels."""
+"""Names of ImageNet's class folders, in the order of the labels."""
 
 
 def measure(
     converted: Path, imagenet: Path, output: Path, classes: Sequence[str] = CLASSES
 ) -> dict[str, Any]:
-    """Measure the models that have a reported figure, each once; return the results by model.
+    """Measure models with a reported figure unless already done; return the results by model.
 
     Args:
-        converted: Folder of timm folders with NAVER's names.
-        imagenet: Folder of ``val`` and, for backbones, ``train``: a folder of images per class.
+        converted: Folder that contains timm folders with NAVER's names.
+        imagenet: Folder with ``val`` and, for backbones, ``train``, in one subfolder per class.
         output: Folder of imagenet.json and the features.
-        classes: Names of the class folders in the order of the labels.
+        classes: Names of the class folders, in the order of the labels.
     """
     path = output / "imagenet.json"
     results = read_results(path) if path.exists() else {}
@@ -58,33 +58,33 @@ def measure(
             continue
         kind = PROTOTYPES if "_cls" in name else LINEAR
         if kind == LINEAR and "train" not in sources:
-            print(f"{name}: not measured, for {imagenet / 'train'} is missing")
+            print(f"{name}: not measured, since {imagenet / 'train'} is missing")
             continue
-        facts = {
+        inputs = {
             "protocol": kind,
             "sha256": sha256(folder / "model.safetensors"),
             "images": len(sources["val"]),
             "images_sha256": images if kind == LINEAR else {"val": images["val"]},
         }
-        if facts.items() <= results.get(name, {}).items():
-            print(f"{name}: measured already, {results[name]['top1']:.2f} %")
+        if inputs.items() <= results.get(name, {}).items():
+            print(f"{name}: already measured, {results[name]['top1']:.2f} %")
             continue
-        print(f"{name}: {kind}, {facts['images']} images", flush=True)
-        found = _top1(folder, kind, sources, output / "features")
+        print(f"{name}: {kind}, {inputs['images']} images", flush=True)
+        scores = _top1(folder, kind, sources, output / "features")
         figure, tolerance = 100 * reported(name).top1, TOLERANCES[kind]
         compared = {
             "reported_top1": figure,
             "reported_protocol": LINEAR,
             "tolerance": tolerance,
-            "within_tolerance": abs(found["top1"] - figure) <= tolerance,
+            "within_tolerance": abs(scores["top1"] - figure) <= tolerance,
         }
-        results[name] = facts | found | compared
+        results[name] = inputs | scores | compared
         write_text_file(path, json.dumps(results, indent=2) + "\n")
     return results
 
 
 def _top1(folder: Path, kind: str, sources: dict[str, FolderSource], root: Path) -> dict[str, Any]:
-    """Return a model's top-1, in percent, and the settings of its linear layer."""
+    """Return a model's top-1 in percent and the settings of the linear layer, if any."""
     device, val = str(choose_device()), sources["val"]
     cache = FeatureCache(root=root, dtype="float16", workers=min(free_cores(), 16))
     load = partial(FrozenModel.load, str(folder), preprocessing="model", device=device)
@@ -99,10 +99,10 @@ def _top1(folder: Path, kind: str, sources: dict[str, FolderSource], root: Path)
     model = load(features="logits")
     if model.shape != (len(val.classes),):
         raise ValueError(
-            f"{folder} has {model.shape[0]} classes, but the images have {len(val.classes)}; give "
-            "the images of its own classes"
+            f"{folder} has {model.shape[0]} classes, but the images have {len(val.classes)}; pass "
+            "images of the model's classes"
         )
-    # Rounding to float16 must not decide between logits.
+    # In float32, since rounding to float16 could make two logits equal.
     logits = replace(cache, dtype="float32").features(model, val, "val")
     return {"top1": 100 * float((logits.argmax(1) == val.labels).mean())}
 
@@ -111,30 +111,30 @@ def _source(root: Path, classes: Sequence[str]) -> FolderSource:
     source = FolderSource(root)
     if odd := sorted(set(source.classes) ^ set(classes)):
         raise ValueError(
-            f"{root}: its {len(source.classes)} class folders are not the {len(classes)} expected, "
-            f"by name; the first that is missing or too much: {odd[0]}"
+            f"{root} has {len(source.classes)} class folders, which do not match the names of the "
+            f"{len(classes)} classes; first missing or unexpected name: {odd[0]}"
         )
     return source
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the results by model; ValueError if the file holds something else."""
+    """Read the results by model; raise ValueError for other contents."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no results ({error}); delete it, measure again") from error
+        raise ValueError(f"{path} has no results ({error}); delete it, measure again") from error
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """Render the results next to the authors' figures."""
+    """Format a table of the results and the authors' figures."""
     lines = [f"{'top-1, %':<36}{'ours':>8}{'reported':>10}{'difference':>12}  within"]
-    for name, found in results.items():
-        title = f"{name} (*)" if found["protocol"] == PROTOTYPES else name
-        top1, figure, tolerance = (found[k] for k in ("top1", "reported_top1", "tolerance"))
-        verdict = "yes" if found["within_tolerance"] else "NO"
+    for name, result in results.items():
+        title = f"{name} (*)" if result["protocol"] == PROTOTYPES else name
+        top1, figure, tolerance = (result[k] for k in ("top1", "reported_top1", "tolerance"))
+        verdict = "yes" if result["within_tolerance"] else "NO"
         numbers = f"{top1:8.2f}{figure:10.1f}{top1 - figure:+12.2f}"
         lines.append(f"{title:<36}{numbers}  {verdict} ({tolerance:g})")
     return "\n".join(lines) + (
-        "\nours: measured here; reported: the authors' figures for the backbone, by a linear\n"
-        "layer. (*) the model's own prototypes, which is another protocol than the reported"
+        "\nours: measured here; reported: the authors' figures for the backbone with a linear\n"
+        "layer. (*) measured with the model's prototypes, a different protocol"
     )

@@ -1,11 +1,11 @@
-"""Import NAVER's files: fetch, record, check and convert them, and measure the models.
+"""Import of NAVER's files: download, record, check and convert them, and measure the models.
 
 DIR/files/trex.pth ...          NAVER's files
 DIR/converted/NAME.TAG          timm folders, for `python -m hub build`
-DIR/imagenet.json               top-1 next to the authors' figures
+DIR/imagenet.json               top-1 and the authors' figures
 
-NAVER publishes no hashes: the first maintainer's are recorded in the manifest, and another file is
-refused from then on. Finished steps are not repeated.
+NAVER publishes no hashes: those of the first download are recorded in the manifest, and different
+files are refused from then on. Finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -35,47 +35,47 @@ def import_naver(
     imagenet: Path | None = None,
     manifest: Path | None = None,
 ) -> bool:
-    """Fetch, record, check and convert NAVER's files; measure the models if there are images.
+    """Download, check and convert NAVER's files; with --imagenet, also measure the models.
 
     Example: python -m hub import-naver --output DIR --imagenet IMAGENET
 
     Args:
-        files: Files by NAVER's names, such as trex.pth; all by default.
+        files: NAVER's names of the files, such as trex.pth. The default is all files.
         output: Folder for the files, the timm folders and the results.
-        imagenet: ImageNet-1K's folder, with val and train, to measure top-1.
-        manifest: Manifest to record the files in, created if it is missing; by default
-            TREX_MODELS_MANIFEST or the package's own.
+        imagenet: Folder of ImageNet-1K with val and train, to measure the top-1 accuracy.
+        manifest: Manifest that records the files; created if missing. The default is
+            TREX_MODELS_MANIFEST or the file in the package.
 
     Returns:
-        Whether files that hold the same backbone agree, and all that was measured is within its
-        tolerance of the authors' figures.
+        True if files that contain the same backbone agree, and all measured results are within
+        their tolerance of the authors' figures.
     """
     files, path = files or naver.ALL_FILES, manifest or manifest_path()
     for file in files:
         if file not in naver.ALL_FILES:
             raise ValueError(
-                f"NAVER has no file {file!r}; choose from {', '.join(naver.ALL_FILES)}"
+                f"{file!r} is not a file of NAVER's; choose from {', '.join(naver.ALL_FILES)}"
             )
     converted = output / "converted"
     if imagenet is not None and not (imagenet / "val").is_dir():
-        raise ValueError(f"{imagenet} has no folder val; give ImageNet's, with val (and train)")
+        raise ValueError(f"{imagenet} has no folder val; pass ImageNet's, with val (and train)")
     for folder in (output / "files", converted):
         folder.mkdir(parents=True, exist_ok=True)
     agree = True
     failures = []
     for file in files:
-        place = output / "files" / file
+        local = output / "files" / file
         try:
-            digest = _obtain(place, path)
+            digest = _obtain(local, path)
         except WeightsError as error:
-            failures.append(f"{error} (or place it at {place} by hand)")
+            failures.append(f"{error} (or copy it to {local} manually)")
             continue
         if _is_converted(file, digest, converted):
-            print(f"{file}: converted already", flush=True)
+            print(f"{file}: already converted", flush=True)
         else:
-            agree &= _convert(place, converted)
+            agree &= _convert(local, converted)
     if failures:
-        raise WeightsError(f"{len(failures)} of {len(files)} files: {'; '.join(failures)}")
+        raise WeightsError(f"{len(failures)} of {len(files)} files failed: {'; '.join(failures)}")
     if imagenet is None:
         return agree
     results = measure(converted, imagenet, output)
@@ -84,10 +84,10 @@ def import_naver(
 
 
 def _obtain(path: Path, manifest: Path) -> str:
-    """Download a file unless it is there; check and record it; return its SHA-256."""
+    """Download a file unless it exists, check and record it, and return its SHA-256."""
     if path.exists():
         digest = _check(path, path.name, manifest)
-        print(f"{path.name}: here already, SHA-256 {digest}", flush=True)
+        print(f"{path.name}: already downloaded, SHA-256 {digest}", flush=True)
         return digest
     part = path.with_name(f".{path.name}.part")
     try:
@@ -102,7 +102,7 @@ def _obtain(path: Path, manifest: Path) -> str:
 
 
 def _check(path: Path, file: str, manifest: Path) -> str:
-    """Require the recorded hash; without one, the right contents, and record it."""
+    """Require the recorded hash; without a record, check the contents and record the hash."""
     recorded = load_manifest(manifest, missing_ok=True)
     digest = sha256(path)
     known = recorded.naver.get(file)
@@ -112,37 +112,37 @@ def _check(path: Path, file: str, manifest: Path) -> str:
         save_manifest(dataclasses.replace(recorded, naver=entries), manifest)
         print(f"{file}: all keys are as expected; recorded in {manifest}", flush=True)
     else:
-        source = f"{manifest}; delete the file; if NAVER has really replaced it, remove that line"
+        source = f"{manifest}; delete the file, or if NAVER has replaced it, remove that entry"
         check_sha256(path, digest, known, source)
     return digest
 
 
 def _is_converted(file: str, digest: str, converted: Path) -> bool:
-    """Return whether the report is of this file, and the folders are those that it lists."""
+    """Return True if the report describes this file and the timm folders match the report."""
     report = converted / f"{Path(file).stem}.report.tsv"
     if not report.exists():
         return False
     lines = report.read_text().splitlines()
-    places = {name: converted / name / "model.safetensors" for name in _models(file)}
+    paths = {name: converted / name / "model.safetensors" for name in _models(file)}
     return f"# sha256\t{digest}" in lines and all(
-        place.exists()
-        and place.with_name("config.json").exists()
-        and f"# {name}\t{sha256(place)}" in lines
-        for name, place in places.items()
+        path.exists()
+        and path.with_name("config.json").exists()
+        and f"# {name}\t{sha256(path)}" in lines
+        for name, path in paths.items()
     )
 
 
 def _convert(path: Path, converted: Path) -> bool:
-    """Convert a file; return whether an earlier file gave the same models, if it gave any."""
-    places = [converted / name / "model.safetensors" for name in _models(path.name)]
-    before = {place: sha256(place) for place in places if place.exists()}
+    """Convert a file; return False if an earlier conversion resulted in different weights."""
+    outputs = [converted / name / "model.safetensors" for name in _models(path.name)]
+    before = {output: sha256(output) for output in outputs if output.exists()}
     convert_official(path, converted)
-    different = [place.parent.name for place in before if sha256(place) != before[place]]
+    different = [output.parent.name for output in before if sha256(output) != before[output]]
     for name in different:
+        others = [file for file in naver.FILES[name] if file != path.name] or ["the same file"]
         print(
-            f"WARNING: {name} from {path.name} is not what it was before, from "
-            f"{' or '.join(file for file in naver.FILES[name] if file != path.name) or 'it'}: "
-            "find out which is right before publishing either",
+            f"WARNING: {name} from {path.name} differs from the earlier conversion of "
+            f"{' or '.join(others)}; find out which one is correct before publishing",
             flush=True,
         )
     return not different

@@ -1,4 +1,4 @@
-"""Licenses of weights, and the files LICENSE and NOTICE of a Hub folder."""
+"""Known licenses of weights, and the files LICENSE and NOTICE of a Hub folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class License(NamedTuple):
 _CC = "https://creativecommons.org"
 _ATTRIBUTION = "name the source, link to the license and say what you changed"
 
-# By the Hub's identifiers. Another license is one more row.
+# Hub identifier -> license. Add a row to support another license.
 LICENSES = {
     "apache-2.0": License(
         "Apache License 2.0",
@@ -76,10 +76,10 @@ LICENSES = {
 
 
 def find_license(identifier: str) -> License:
-    """Return a license by the Hub's identifier.
+    """Return the license with a Hub identifier.
 
     Raises:
-        ValueError: It is not in the table.
+        ValueError: The license is not in the table.
     """
     if identifier not in LICENSES:
         raise ValueError(
@@ -90,19 +90,19 @@ def find_license(identifier: str) -> License:
 
 
 def license_text(identifier: str) -> str:
-    """Return a LICENSE file that points to the license."""
+    """Return a LICENSE file that links to the full text of the license."""
     license_ = find_license(identifier)
     return (
         f"License of the weights in this repository: {license_.name}\n"
         f"SPDX-License-Identifier: {license_.spdx}\n"
         f"Full text: {license_.url}\n\n"
         f"{textwrap.fill(f'What it means, in short: {license_.meaning}', 80)}\n\n"
-        "NOTICE says whose weights they are. The full text alone is binding.\n"
+        "NOTICE names the owner of the weights. Only the full text is binding.\n"
     )
 
 
 def naver_notice(name: str, changes: str) -> str:
-    """Return the NOTICE file of one of NAVER's models, by model and tag."""
+    """Return the NOTICE file of one of NAVER's models; ``name`` is model and tag."""
     files = " or ".join(f"{naver.BASE_URL}/{file}" for file in naver.FILES[name])
     return _paragraphs(
         name,
@@ -136,7 +136,7 @@ def owner_notice(name: str, owner: str, identifier: str) -> str:
 
 
 def _paragraphs(*paragraphs: str) -> str:
-    # Addresses are longer than lines.
+    # URLs may be longer than a line and must not be broken.
     wrapped = [
         textwrap.fill(p, 80, break_long_words=False, break_on_hyphens=False) for p in paragraphs
     ]

@@ -1,7 +1,7 @@
-"""Upload Hub folders, and record what was published in the manifest.
+"""Upload of Hub folders and their record in the manifest.
 
-Each model's folder becomes one commit of the files that differ, if any do. The manifest is written
-after every model, so that it is right whenever this is interrupted.
+Each model's changed files become one commit. The manifest is written after every model and thus
+remains correct if the command is interrupted.
 """
 
 from __future__ import annotations
@@ -40,37 +40,37 @@ def publish(
     manifest: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Upload Hub folders to the Hub and record them. What is there already is not sent again.
+    """Upload Hub folders to the Hub and record them in a manifest. Unchanged files are skipped.
 
     Example: python -m hub publish HUB/* --dry-run
 
     Args:
-        folders: Folders that "python -m hub build" made; their names are the repositories'.
+        folders: Folders created by "python -m hub build", named after their repositories.
         namespace: Organization or user on the Hub.
-        manifest: Manifest to record them in, created if it is missing; by default
-            TREX_MODELS_MANIFEST or the package's own.
-        dry_run: Print what would be done. Reads the Hub, sends it nothing.
+        manifest: Manifest that records the models; created if missing. The default is
+            TREX_MODELS_MANIFEST or the file in the package.
+        dry_run: Print all actions without uploading or recording anything.
     """
     if not folders:
-        raise ValueError("give one folder or more; make some: python -m hub build")
+        raise ValueError("no Hub folder given; pass folders created by python -m hub build")
     api = HfApi()
     path = manifest or manifest_path()
     models = [_checked(folder, namespace) for folder in folders]
     for name, count in Counter(model.name for model in models).items():
         if count > 1:
-            raise ValueError(f"{count} of the folders are named {name}; publish them one by one")
+            raise ValueError(f"{count} folders have the name {name}; publish them one by one")
     recorded = load_manifest(path, missing_ok=True)
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} cannot be written; choose another --manifest")
+        raise ValueError(f"{path.parent} is not writable; choose another --manifest")
     if not dry_run:
-        print(f"publishing to {namespace} as {_who(api)}", flush=True)
+        print(f"publishing to {namespace} as {_user_name(api)}", flush=True)
     for model in models:
         repository = f"{namespace}/{model.name}"
         digest = sha256(model.folder / "model.safetensors")
         outputs = fixed_input.fixed_outputs(load_folder(model.folder))
         revision = _upload(model, repository, api, dry_run)
         if revision is None:
-            print(f"  would record it in {path}")
+            print(f"  would record the model in {path}")
             continue
         entry = Published(repository, revision, digest, outputs)
         recorded = dataclasses.replace(recorded, models=recorded.models | {model.name: entry})
@@ -79,54 +79,54 @@ def publish(
 
 
 def _checked(folder: Path, namespace: str) -> Model:
-    """Inspect a folder, and its card's license and examples."""
+    """Inspect a folder and check the license and the examples in its model card."""
     for file in FILES:
         if not (folder / file).is_file():
-            raise ValueError(f"{folder} has no {file}; make it: python -m hub build")
+            raise ValueError(f"{folder} has no {file}; create it with python -m hub build")
     model = inspect_folder(folder, folder.resolve().name)
     path = folder / "README.md"
     try:
         card = path.read_text(encoding="utf-8")
         stated = ModelCard(card).data.get("license")
-    except Exception as error:  # of the YAML reader
+    except Exception as error:  # the YAML reader raises many types
         raise ValueError(
             f"{path} is damaged ({first_line(error)}); build the folder again"
         ) from error
-    wanted = naver.LICENSE if model.is_naver else model.license
-    if not wanted or stated != wanted:
+    expected = naver.LICENSE if model.is_naver else model.license
+    if not expected or stated != expected:
         raise ValueError(
-            f"{path}: the license is {stated!r}, but should be {wanted!r}; build the folder again"
+            f"{path}: license must be {expected!r}, got {stated!r}; build the folder again"
         )
     if f"{namespace}/{model.name}" not in card:
         raise ValueError(
-            f"{path}: its examples are not of {namespace}/{model.name}; build the folder again "
+            f"{path}: the examples do not use {namespace}/{model.name}; build the folder again "
             f"with --namespace {namespace}"
         )
     return model
 
 
-def _who(api: HfApi) -> str:
+def _user_name(api: HfApi) -> str:
     if not (api.token or get_token()):
-        raise HubError(f"there is no token for the Hub: {LOG_IN}")
+        raise HubError(f"no token for the Hub: {LOG_IN}")
     with explain_errors(without_credentials(api.endpoint)):
         return str(api.whoami()["name"])
 
 
 def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | None:
-    """Make the repository hold the folder's files; return its commit, or None on a dry run."""
+    """Upload changed files to a repository; return the last commit, or None for a dry run."""
     with explain_errors(repository):
         last, files = _read(repository, api)
-    if foreign := sorted(files.keys() - {*FILES, ".gitattributes"}):
+    if unexpected := sorted(files.keys() - {*FILES, ".gitattributes"}):
         raise ValueError(
-            f"{repository} has files on the Hub that do not belong there: {', '.join(foreign)}; "
-            "delete them there, or choose another --namespace"
+            f"{repository} has unexpected files on the Hub: {', '.join(unexpected)}; delete them "
+            "there or choose another --namespace"
         )
     changed = [file for file in FILES if not _same(model.folder / file, files.get(file))]
     state = "unchanged" if not changed else "new" if last is None else "changed"
     print(f"{repository}: {state}")
     for file in FILES:
         path = model.folder / file
-        verb = "upload" if file in changed else "skip, is there already:"
+        verb = "upload" if file in changed else "skip (unchanged)"
         shown = f"would {verb}" if dry_run else verb
         print(f"  {shown} {file}, {path.stat().st_size} bytes, SHA-256 {sha256(path)}", flush=True)
     if dry_run:
@@ -146,7 +146,7 @@ def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | N
 
 
 def _read(repository: str, api: HfApi) -> tuple[str | None, dict[str, RepoSibling]]:
-    """Return a repository's last commit and its files; None and none if there is no repository."""
+    """Return a repository's last commit and its files by name; None and {} if it does not exist."""
     try:
         info = api.model_info(repository, files_metadata=True)
     except RepositoryNotFoundError:
@@ -159,6 +159,6 @@ def _same(path: Path, remote: RepoSibling | None) -> bool:
         return False
     if remote.lfs is not None:
         return sha256(path) == remote.lfs.sha256
-    data = path.read_bytes()  # small files have git's hash
+    data = path.read_bytes()  # the Hub reports git's blob hash for small files
     digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
     return digest == remote.blob_id

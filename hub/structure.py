@@ -1,4 +1,4 @@
-"""Examine a network for its card: its parts, and what timm can do with it."""
+"""Structure of a model for its model card: its parts, and the features of timm that it supports."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from trex_models.heads import CosineClassifier, Projector
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """A model's parts."""
+    """Structure of a model."""
 
     backbone: str
-    """Its name in timm."""
+    """Name of the backbone in timm."""
     is_resnet: bool
     num_features: int
-    """Width of the backbone's pooled features."""
+    """Number of pooled backbone features."""
     embedding_dim: int
-    """Width of the projector's embeddings; 0 without a projector."""
+    """Embedding dimension of the projector; 0 without a projector."""
     classifier: str
-    """cosine, linear, other (two of them, or hidden layers), or empty without a classifier."""
+    """cosine, linear, other (two classifiers, or hidden layers), or "" without a classifier."""
     temperature: float
     """Temperature of the cosine classifier."""
     has_pyramid: bool
-    """Whether timm builds it with ``features_only=True``."""
+    """True if timm can build the model with ``features_only=True``."""
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def inspect_model(model: Model) -> ModelStructure:
     """Load a model and describe it.
 
     Raises:
-        ValueError: It does not turn an image of its own input size into a vector.
+        ValueError: The model does not map an image of its input size to a vector.
     """
     network = load_folder(model.folder)
     size = model.config["pretrained_cfg"]["input_size"]
@@ -48,14 +48,14 @@ def inspect_model(model: Model) -> ModelStructure:
     try:
         maps = network.forward_features(images)
         vector = network.forward_head(maps, pre_logits=True)
-    except Exception as error:  # each model fails in its own way
+    except Exception as error:  # the type depends on the model
         raise ValueError(
-            f"{model.folder}: it does not take images of its own input_size, {tuple(size)} "
+            f"{model.folder}: the model fails for images of its input_size, {tuple(size)} "
             f"({first_line(error)}); export it again"
         ) from error
     if not isinstance(vector, Tensor) or vector.ndim != 2:
         raise ValueError(
-            f"{model.folder}: its output is not a vector; export it again, with a global_pool"
+            f"{model.folder}: the model's output is not a vector; export it with a global_pool"
         )
     has_projector = isinstance(getattr(network, "proj", None), Projector)
     width = vector.shape[1]
@@ -81,10 +81,10 @@ def _classifier(network: Any) -> str:
 
 
 def _has_pyramid(folder: Path, images: Tensor) -> bool:
-    """Try it: timm does not list which architectures and depths can."""
+    """Try ``features_only``, since timm has no list of architectures that support it."""
     try:
         pyramid = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True)
         pyramid.eval()(images)
-    except Exception:  # each model fails in its own way
+    except Exception:  # the type depends on the model
         return False
     return True

@@ -1,4 +1,4 @@
-"""Compare published models with the manifest: download them, and check everything recorded."""
+"""Verification of published models: download them and compare them with the manifest."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from trex_models.pretrained.manifest import Published, load_manifest, manifest_p
 
 
 def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = None) -> bool:
-    """Compare published models with the manifest, and print a line for each.
+    """Download published models, compare them with the manifest and print one line per model.
 
     Example: python -m hub verify trex_resnet50.in1k
 
     Args:
-        names: Models and tags; by default all that the manifest lists.
-        manifest: The manifest; by default TREX_MODELS_MANIFEST or the package's own.
+        names: Names and tags of models. The default is all models in the manifest.
+        manifest: Manifest file. The default is TREX_MODELS_MANIFEST or the file in the package.
 
     Returns:
-        Whether all are as recorded.
+        True if all models match the manifest.
     """
     api = HfApi()
     path = manifest or manifest_path()
@@ -40,16 +40,16 @@ def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = N
     for name in names:
         if name not in published:
             raise ValueError(
-                f"{path} does not list {name!r}; it lists: {', '.join(published) or 'none'}"
+                f"{path} does not list {name!r}; choose from: {', '.join(published) or 'none'}"
             )
     if not published:
-        raise ValueError(f"{path} lists no model; publish some: python -m hub publish")
+        raise ValueError(f"{path} lists no model; publish one with python -m hub publish")
     all_good = True
     for name in names or published:
         entry = published[name]
-        by_name = " and by its name" if name in naver.FILES else ""
+        by_name = " and by name" if name in naver.FILES else ""
         verdict = (
-            f"good: SHA-256, keys, shapes and {len(entry.outputs)} outputs within "
+            f"OK: SHA-256, keys, shapes and {len(entry.outputs)} outputs within "
             f"{fixed_input.TOLERANCE:g}, loaded from its folder{by_name}"
         )
         with tempfile.TemporaryDirectory(prefix="trex-verify-") as cache:
@@ -63,9 +63,9 @@ def verify(names: Positional[tuple[str, ...]] = (), *, manifest: Path | None = N
 
 
 def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Path) -> str:
-    """Return the first difference from the manifest; empty if there is none."""
+    """Return the first difference from the manifest, "" if there is none."""
     with explain_errors(entry.repository):
-        # Asked once: the client tries for 23 seconds to download from where nothing answers.
+        # One request first: without a connection, hf_hub_download retries for 23 seconds.
         info = api.model_info(entry.repository, revision=entry.revision)
         download = partial(
             api.hf_hub_download, entry.repository, revision=entry.revision, cache_dir=cache
@@ -73,12 +73,12 @@ def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Pat
         config, weights = (Path(download(file)) for file in TIMM_FILES)
     files = {sibling.rfilename for sibling in info.siblings or []}
     if unexpected := sorted(files - {*FILES, ".gitattributes"}):
-        return f"files that do not belong there: {', '.join(unexpected)}"
+        return f"unexpected files: {', '.join(unexpected)}"
     if missing := [file for file in FILES if file not in files]:
-        return f"files that are missing: {', '.join(missing)}"
-    found = sha256(weights)
-    if found != entry.sha256:
-        return f"SHA-256 of model.safetensors is {found}, recorded is {entry.sha256}"
+        return f"missing files: {', '.join(missing)}"
+    digest = sha256(weights)
+    if digest != entry.sha256:
+        return f"SHA-256 of model.safetensors is {digest}, not {entry.sha256} as in the manifest"
     folder = config.parent
     try:
         built = load_folder(folder, pretrained=False).state_dict()
@@ -87,25 +87,25 @@ def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Pat
             difference = _compare_outputs(load_folder(folder), entry, "outputs")
         if not difference and name in naver.FILES:
             model = _load_by_name(name, cache, manifest)
-            difference = _compare_outputs(model, entry, "outputs of the model by its name")
-    except Exception as error:  # timm, torch and safetensors raise many kinds
-        return f"it does not load ({type(error).__name__}: {first_line(error)})"
+            difference = _compare_outputs(model, entry, "outputs of the model loaded by name")
+    except Exception as error:  # timm, torch and safetensors raise many types
+        return f"the model does not load ({type(error).__name__}: {first_line(error)})"
     return difference
 
 
-def _compare_outputs(model: Any, entry: Published, what: str) -> str:
-    found = fixed_input.fixed_outputs(model)
-    error = fixed_input.relative_error(found, entry.outputs)
+def _compare_outputs(model: Any, entry: Published, title: str) -> str:
+    outputs = fixed_input.fixed_outputs(model)
+    error = fixed_input.relative_error(outputs, entry.outputs)
     if error <= fixed_input.TOLERANCE:
         return ""
     return (
-        f"{what} are off by {error:.2g} of the largest, more than {fixed_input.TOLERANCE:g}: "
-        f"{found}, recorded {entry.outputs}"
+        f"{title} have a relative error of {error:.2g} (tolerance {fixed_input.TOLERANCE:g}): "
+        f"{outputs}, not {entry.outputs} as in the manifest"
     )
 
 
 def _load_by_name(name: str, cache: Path, manifest: Path) -> Any:
-    """Load as users do, from the cache just filled: by the manifest, with its checks."""
+    """Load a model by name as users do: from the filled cache, verified with the manifest."""
     before = os.environ.get("TREX_MODELS_MANIFEST")
     os.environ["TREX_MODELS_MANIFEST"] = str(manifest)
     try:

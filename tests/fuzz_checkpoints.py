@@ -1,12 +1,11 @@
-"""Damaged and hostile checkpoints on every path that reads one.
+"""Fuzz test: damaged and malicious checkpoints for every function that reads one.
 
     python -m tests.fuzz_checkpoints --files 5000 --seed 0
 
 Each file is a small checkpoint with one change: damaged bytes, a program in its pickle, or contents
-of other types. Each is read by one path, in a worker process with a time limit and a memory limit.
-Exits with status 1 if one was loaded with wrong values although its format carries checksums or
-lengths, took too long or too much memory, ended the process, or raised anything but an error that
-names the file.
+of other types. One function reads it, in a worker process with a time limit and a memory limit. The
+exit status is 1 if a file was loaded with wrong values although its format has checksums or
+lengths, exceeded a limit, ended the process, or raised anything but an error that names the file.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from trex_models.train.__main__ import main as train
 from trex_models.train.build import build_method
 from trex_models.train.config import from_dict
 
-SECONDS, GIBIBYTES = 60, 1.5  # of a file; memory beyond what the worker had before
+SECONDS, GIBIBYTES = 60, 1.5  # limits per file; memory in addition to the worker's
 NOTHING = torch.empty(0)
 GOOD = {"refused", "loaded", "loaded as written"}
 SETTINGS = (
@@ -54,7 +53,7 @@ SETTINGS = (
 ).split()
 
 
-# Hostile pickles: programs, in protocol 2.
+# Malicious pickles: programs in protocol 2.
 def text(value: str) -> bytes:
     return b"X" + len(value).to_bytes(4, "little") + value.encode()
 
@@ -113,7 +112,7 @@ GADGETS = {
 
 
 class Bench:
-    """Small checkpoints of every form, and every path that reads one."""
+    """Small checkpoints of every form, and every function that reads one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -127,7 +126,7 @@ class Bench:
         self.classes: list[str] = state["classes"]
         method, _ = export.load_method(path)
         prefix = "encoder.backbone."
-        state = copy.deepcopy(state)  # in memory, not in the file
+        state = copy.deepcopy(state)  # copied out of the mapped file
         flat = {
             key.removeprefix(prefix): value.contiguous()
             for key, value in state["method"].items()
@@ -188,8 +187,8 @@ class Bench:
         licenses.license_of(path)
 
 
-# Changes: each returns the file's bytes and what may be done with it: "same" (if it is loaded,
-# then with the original's values), "refuse", or "any".
+# Changes: each returns the file's bytes and the allowed outcome: "same" (refused, or loaded with
+# the original values), "refuse", or "any".
 def damage(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
     data = bytearray(bench.data[form])
     position = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(1, 4000)
@@ -202,7 +201,7 @@ def damage(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
         data[position:position] = rng.randbytes(rng.randrange(1, 100))
     else:
         data[position : position + 64] = bytes(min(64, len(data) - position))
-    # These formats carry lengths but no checksums: a changed value cannot be seen.
+    # These formats have lengths but no checksums, so changed values cannot be detected.
     exact = form not in ("legacy", "safetensors") or kind in ("cut", "insert")
     return bytes(data), "same" if exact else "any"
 
@@ -221,7 +220,7 @@ def zipped(contents: Iterator[tuple[str, bytes]], compression: int = zipfile.ZIP
 
 
 def program(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
-    """Put a program into the pickle, as an entry, as a weight, or as the whole; or damage it."""
+    """Insert a program as an entry, a weight or the complete pickle, or damage the pickle."""
     contents = records(bench.data[form])
     (name,) = [name for name in contents if name.endswith("data.pkl")]
     body = bytearray(contents[name])
@@ -277,7 +276,7 @@ def types(bench: Bench, form: str, rng: random.Random) -> tuple[bytes, str]:
         key = next((name for name in state if name.endswith(("bank.labels", "memory.labels"))), key)
         value = state[key].clone(memory_format=torch.contiguous_format)
         value.view(-1)[0] = rng.choice([-1, 4, 10**9])
-        # A model's file, and an official one, do not say how many classes there are.
+        # Files of models and official files do not state the number of classes.
         refused = form == "trainer" or (form == "official" and value.min() < 0)
         verdict = "refuse" if refused else "any"
     state[key] = value
@@ -303,10 +302,10 @@ def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome, said = "loaded", io.StringIO()
+    outcome, printed = "loaded", io.StringIO()
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             found = bench.paths[path_name](path)
         signal.alarm(0)
         if found is not None:
@@ -316,7 +315,7 @@ def one(bench: Bench, seed: int, index: int) -> tuple[str, str, str]:
             outcome = "loaded" if same else "loaded as written" if verdict == "any" else "WRONG"
             outcome = "ACCEPTED" if verdict == "refuse" else outcome
     except (ValueError, RuntimeError, checkpoints.CheckpointError) as error:
-        message = str(error) if isinstance(error, RuntimeError) else f"{said.getvalue()} {error}"
+        message = str(error) if isinstance(error, RuntimeError) else f"{printed.getvalue()} {error}"
         outcome = "refused" if path.name in message else f"NO FILE NAMED: {message[:200]}"
     except BaseException as error:  # anything else is a finding
         outcome = f"{type(error).__name__}: {error}"[:200]
@@ -335,7 +334,7 @@ def work(seed: int, files: int) -> None:
 
 
 def outcomes(seed: int, files: int) -> Iterator[tuple[int, str, str, str]]:
-    """Read all files in a worker process; if it dies, its next file is the last."""
+    """Read all files in a worker process; stop at the file that ends the process."""
     command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--work", str(seed), str(files)]
     index = -1
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -348,7 +347,7 @@ def outcomes(seed: int, files: int) -> Iterator[tuple[int, str, str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Read damaged and hostile checkpoints.")
+    parser = argparse.ArgumentParser(description="Read damaged and malicious checkpoints.")
     parser.add_argument("--files", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)

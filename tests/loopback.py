@@ -1,4 +1,4 @@
-"""What the tests' servers share: 127.0.0.1 alone, byte ranges, a log, and faults on demand."""
+"""Base of the tests' servers: only on 127.0.0.1, with byte ranges, a log and injected faults."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ Content = bytes | Path
 
 
 class Request(NamedTuple):
-    """A request as it arrived; the path is unquoted and has no query."""
+    """A received request; the path is unquoted and has no query."""
 
     method: str
     path: str
@@ -26,17 +26,17 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """An error in the requests in whose "METHOD /path" the pattern is found.
+    """An injected error in requests whose "METHOD /path" matches a pattern.
 
     Attributes:
-        pattern: Regular expression, searched for: r"^GET .*\\.safetensors$".
-        status: Answer with this status; 0 ends the connection without an answer.
-        cut_after: End the connection after so many bytes of a body. A HEAD request has none.
-        times: Number of requests; None is all.
-        delay: Seconds to wait before the answer.
-        body: Send these bytes under the headers of the true content.
-        endless: Send this piece for ever, after so many seconds each, without Content-Length.
-        headers: Headers to add, such as Location.
+        pattern: Regular expression for re.search, such as r"^GET .*\\.safetensors$".
+        status: HTTP status of the response; 0 closes the connection without a response.
+        cut_after: Number of bytes of the body after which the connection is closed.
+        times: Number of affected requests; None for all.
+        delay: Seconds to wait before the response.
+        body: Body to send instead of the content, with the content's headers.
+        endless: Bytes to send forever without Content-Length, and the interval in seconds.
+        headers: Additional headers, such as Location.
     """
 
     pattern: str
@@ -63,7 +63,7 @@ def sha256(content: Content) -> str:
 
 
 class Server(ThreadingTCPServer):
-    """A server in threads, with a log of its requests; of several faults the first applies."""
+    """A threaded server with a log of its requests; the first matching fault applies."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -103,12 +103,12 @@ class Server(ThreadingTCPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # clients may hang up
+        if not isinstance(sys.exception(), ConnectionError):  # clients may disconnect
             super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection; `answer` is for the servers to define."""
+    """Handler of one connection; subclasses implement `answer`."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.fault.endless is not None:
             piece, seconds = self.fault.endless
-            while not self.server.stopping.wait(seconds):  # until the client hangs up
+            while not self.server.stopping.wait(seconds):  # until the client disconnects
                 self.wfile.write(piece)
         self.wfile.write(data[: self.fault.cut_after])
         self.close_connection |= self.fault.cut_after is not None

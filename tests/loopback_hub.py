@@ -1,7 +1,7 @@
 """A Hub on 127.0.0.1 for the real huggingface_hub client, with the Hub's own error codes.
 
-It answers what `hub` and `trex_models.pretrained.resolve` ask for, and lets everybody write. No
-answer makes a client that has hf_xet upload without Xet (see `serving`).
+It supports the requests of `hub` and `trex_models.pretrained.resolve`, and everybody may write. It
+does not support uploads with Xet, which `serving` disables in clients that have hf_xet.
 """
 
 import base64
@@ -29,7 +29,7 @@ MODEL = re.compile(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+))?")
 
 
 class File(NamedTuple):
-    """A file of a commit: its content, and git's hash of it; of a large (LFS) file, SHA-256."""
+    """A file of a commit: its content and git's hash, or SHA-256 for large (LFS) files."""
 
     content: Content
     size: int
@@ -49,11 +49,11 @@ class Commit(NamedTuple):
 
 
 class Hub:
-    """The repositories.
+    """State of the Hub.
 
     Attributes:
-        repos: Commits of main by "organization/name", the last one last.
-        objects: Contents of large files by SHA-256.
+        repos: "organization/name" -> commits of main, oldest first.
+        objects: SHA-256 -> contents of large files.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Hub:
         return File(content, len(data), digest, is_large=True)
 
     def add(self, repo_id: str, files: Mapping[str, Content], deleted: Iterable[str] = ()) -> str:
-        """Commit files to a repository, new or not; returns the commit's hash."""
+        """Commit files to a new or existing repository and return the commit's hash."""
         commits = self.repos.setdefault(repo_id, [])
         tree = dict(commits[-1].files) if commits else {}
         for path in deleted:
@@ -158,7 +158,7 @@ class HubHandler(Handler):
     def _upload_mode(self, path: str, commit: Commit) -> dict[str, Any]:
         mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
         answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
-        if path in commit.files:  # by it the client knows a file that has not changed
+        if path in commit.files:  # the client uses it to detect unchanged files
             answer["oid"] = commit.files[path].etag
         return answer
 
@@ -188,9 +188,9 @@ class HubHandler(Handler):
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[HubServer]:
-    """Serve a Hub to the client in this process."""
-    # With hf_xet, the client uploads by Xet without asking which way the Hub takes. For its
-    # telemetry it asks huggingface.co, whatever the endpoint.
+    """Serve a Hub for the client in this process."""
+    # If hf_xet is installed, the client uploads with Xet even if the Hub does not support it. Its
+    # telemetry contacts huggingface.co regardless of the endpoint.
     switches: dict[str, Any] = {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
     with HubServer(hub) as server, mock.patch.multiple(constants, **switches):
         yield server
@@ -198,7 +198,7 @@ def serving(hub: Hub) -> Iterator[HubServer]:
 
 
 def environment(url: str, home: Path) -> dict[str, str]:
-    """Variables for a process whose client is to use the Hub at a URL, with an empty cache."""
+    """Return environment variables for a client that uses the Hub at a URL, with an empty cache."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     switches = ("DISABLE_XET", "DISABLE_TELEMETRY", "DISABLE_PROGRESS_BARS")
     ours = {f"HF_HUB_{switch}": "1" for switch in switches}

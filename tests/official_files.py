@@ -1,4 +1,4 @@
-"""Files of the official release's format, filled with random numbers."""
+"""Files in the format of the official release, with random values."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def full_checkpoint(
     absent: Sequence[int] = (),
     optimizer: bool = True,
 ) -> dict[str, Any]:
-    """Build the content of a full checkpoint, of 3 (t-ReX) or 1 (t-ReX*) hidden layers.
+    """Build the contents of a full checkpoint with 3 (t-ReX) or 1 (t-ReX*) hidden layers.
 
-    With ``memory`` it has a bank, which lacks the ``absent`` classes, and a momentum encoder;
-    without, learned class weights. With ``optimizer`` it has momentum buffers.
+    With ``memory``, it has a bank without the ``absent`` classes and a momentum encoder; otherwise
+    learned class weights. With ``optimizer``, it has momentum buffers.
     """
     generator = torch.Generator().manual_seed(seed)
     names = layout(depth, memory, num_classes, bank_size)
@@ -84,7 +84,7 @@ def full_checkpoint(
         (name, bank[name] if name in bank else _draw(name, shape, generator))
         for name, (shape, _) in names.items()
     )
-    vars(model)["_metadata"] = OrderedDict({"": {"version": 1}})  # as of state_dict()
+    vars(model)["_metadata"] = OrderedDict({"": {"version": 1}})  # as state_dict() adds
     return {
         "model": model,
         "optimizer": _sgd_state(model, optimizer, generator),
@@ -110,7 +110,7 @@ def backbone_checkpoint(seed: int = 0) -> OrderedDict[str, Tensor]:
 
 
 def backbone_of(full: dict[str, Any]) -> OrderedDict[str, Tensor]:
-    """Take the online backbone out of a full checkpoint, as its backbone file holds it."""
+    """Extract the online backbone from a full checkpoint, in the format of a backbone file."""
     return OrderedDict(
         (name.removeprefix(BACKBONE), tensor)
         for name, tensor in full["model"].items()
@@ -119,7 +119,7 @@ def backbone_of(full: dict[str, Any]) -> OrderedDict[str, Tensor]:
 
 
 def official_form(method: dict[str, Any]) -> dict[str, Any]:
-    """A trainer's weights as a full file of the official release."""
+    """Convert a trainer's weights to a full checkpoint of the official release."""
     weights: dict[str, Any] = {}
     for key, value in method.items():
         (prefix,) = [prefix for prefix in _OFFICIAL_NAMES if key.startswith(prefix)]
@@ -140,14 +140,14 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         values = torch.randn(shape, generator=generator)
     if len(shape) > 1:
         values *= math.sqrt(2 / values[0].numel())
-        # ReLU's output has a mean that grows with depth and drowns the differences of images:
-        # filters that sum to zero do not see it.
+        # The mean of ReLU outputs grows with depth and would hide the differences between images:
+        # filters with zero sum remove it.
         values -= values.flatten(1).mean(1).view(-1, *[1] * (len(shape) - 1))
     elif name.endswith("weight"):
         values.mul_(0.1).add_(1)
     elif not name.endswith("running_var"):
         values *= 0.1
-    # The first hidden layer sees vectors of norm 1, not of norm sqrt(width) as the others do.
+    # The first hidden layer's inputs have norm 1, those of the other layers norm sqrt(width).
     if name.endswith(("head.layers.1.fc.bias", "head.layers.1.bn.running_mean")):
         values /= math.sqrt(shape[0])
     elif name.endswith("head.layers.1.bn.running_var"):
@@ -206,7 +206,7 @@ def write(
     numpy_names: Literal["new", "old"] = "new",
     legacy: bool = False,
 ) -> None:
-    """Save a checkpoint as torch does, or did before its zip files, and name numpy's module."""
+    """Save a checkpoint with torch's current or legacy format and NumPy's new or old names."""
 
     class Pickler(pickle._Pickler):
         def save_global(self, obj: Any, name: str | None = None) -> None:
@@ -224,7 +224,7 @@ def write(
 
 
 def write_release(folder: Path) -> None:
-    """Write the six files of the release, without momentum (encoder too), with a short bank."""
+    """Write the six files of the release: short bank, no momentum encoder, no optimizer state."""
     folder.mkdir(parents=True)
     releases = ("trex", 3, ()), ("trexstar", 1, (7,))  # a short bank may lack a class
     for seed, (name, depth, absent) in enumerate(releases):

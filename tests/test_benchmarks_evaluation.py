@@ -1,4 +1,4 @@
-"""The benchmarks of evaluation and loading run, and record what they say; no figure is judged."""
+"""The benchmarks of evaluation and loading run and write their results; no figure is checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_neighbors(tmp_path: Path) -> None:
 
 @pytest.mark.client
 def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(loading._MODELS, "untrained")  # each takes a process
+    monkeypatch.delitem(loading._MODELS, "untrained")  # starts one process per round
     monkeypatch.setattr(measure, "alternate", partial(measure.alternate, warm_up=0))
     out = tmp_path / "loading.json"
     loading.main(["--out", str(out), "--rounds", "1"])
@@ -51,7 +51,7 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["import_ms"] > 0
     assert "trex_models.trex" in result["import"]["added"]
     assert set(result["create"]["ratios"]) == {"file", "cache"}
-    assert result["create"]["file"]["megabytes"]["median"] > 94  # the weights themselves
+    assert result["create"]["file"]["megabytes"]["median"] > 94  # size of the weights
 
 
 def test_logistic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

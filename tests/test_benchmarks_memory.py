@@ -1,4 +1,4 @@
-"""The accounting of memory and the watch over growth, on small settings."""
+"""The memory benchmark and the growth benchmark, with small settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the step: the reference computes what ours does, and figures come out."""
+"""The benchmark of the step: the reference computes the same as ours, and results are written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_reference_takes_our_steps() -> None:
     reference.bank = bank.embeddings.clone()
     reference.bank_labels = bank.labels.clone()
     for group in reference.optimizer.param_groups:
-        group["lr"] = RATE  # small, so that rounding does not grow
+        group["lr"] = RATE  # small, since large steps amplify rounding
     optimizer = build_sgd(method, 0.9, 1e-4)
     precision = Precision.from_name("fp32", "cpu")
     for number in range(4):  # the bank wraps around

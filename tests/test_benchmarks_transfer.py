@@ -1,4 +1,4 @@
-"""The benchmark of the transfer evaluation's memory, at tiny sizes; no figure is judged."""
+"""The memory benchmark of the transfer evaluation, with tiny sizes; no figure is checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_parts_work_on_the_same_features(tmp_path: Path) -> None:
     sizes = sum(file.stat().st_size for file in files)
     assert 0 < sizes - setup(tmp_path).file_bytes < 4096  # the headers
     assert all(row["held_bytes"] >= 0 and row["n"] == 1 for row in found.values())
-    assert found["k-NN"]["top1"] > 0.5  # by chance it is 0.2
+    assert found["k-NN"]["top1"] > 0.5  # chance level is 0.2
     layers = found["SGD layers"]
     assert (layers["settings"], layers["settings_at_once"]) == (30, 30)
     assert (layers["training_samples"], layers["validation_samples"]) == (480, 120)
@@ -70,7 +70,7 @@ def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path
         time.sleep(0.3)
     assert peak.held < 16 << 20
     assert peak.with_pages > 40 << 20
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # malloc may have memory left from before
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # malloc could reuse free memory
     with Peak() as peak, mmap.mmap(-1, 64 << 20, flags=private) as block:
         for start in range(0, len(block), 1 << 20):
             block[start : start + (1 << 20)] = bytes(1 << 20)
@@ -82,7 +82,7 @@ def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path
 def test_a_run_records_each_part_and_no_part_holds_more_than_is_promised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """50,000 features of 2048 numbers: 205 MB as they are, 410 MB widened."""
+    """50,000 x 2048 features: 205 MB in float16, 410 MB in float32."""
     out, folder = tmp_path / "out.json", tmp_path / "features"
     folder.mkdir()
     sizes = "--images 50000 --queries 500 --classes 10 --batches 4".split()
@@ -94,7 +94,7 @@ def test_a_run_records_each_part_and_no_part_holds_more_than_is_promised(
     assert not list(folder.iterdir())
     for name, row in result["parts"].items():
         assert row["imports_bytes"] > 0
-        # And some batches: of 1024 features as float32, 8 MB each, or of images.
+        # In addition, some batches of images or of 1024 float32 features, 8 MB each.
         assert row["held_bytes"] < (row["promised_bytes"] or 0) + 96e6, name
     printed = capsys.readouterr()
     assert "[4/4] geometry" in printed.err

@@ -86,7 +86,7 @@ def test_saved_models_reload_without_the_official_weights_and_preprocess_as_timm
     reloaded = smp.from_pretrained(tmp_path / "saved", encoder_weights=None).eval()
     assert torch.equal(reloaded(images), model(images))
     # As the documentation warns: what is saved asks for them again.
-    with pytest.raises(trex_models.WeightsError, match="no weights for trex_resnet50"):
+    with pytest.raises(trex_models.WeightsError, match="no weights available for trex"):
         smp.from_pretrained(tmp_path / "saved")
     cfg: Any = timm.get_pretrained_cfg("trex_resnet50")
     params = get_preprocessing_params("tu-trex_resnet50")

@@ -32,7 +32,7 @@ from trex_models.pretrained.manifest import sha256
 
 ROOT = Path(__file__).parents[1]
 
-# Of the largest value: our float32 against the reference's float64.
+# Relative to the largest value: our float32 outputs against the reference's float64.
 TOLERANCE = 1e-4
 
 ABSENT = (3, 998)
@@ -44,7 +44,7 @@ PARTS = {"": "features", "_proj": "embeddings", "_cls": "logits"}
 class Conversion:
     name: str
     contents: dict[str, Any]
-    """Under the official names."""
+    """Contents of a file with the official names."""
     path: Path
     out: Path
     options: tuple[str, ...]
@@ -72,7 +72,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def narrow_contents() -> dict[str, Any]:
-    """2 hidden layers of 64, embeddings of 32, a bank of 7 classes, no momentum encoder."""
+    """A state with 2 hidden layers of 64, D = 32, a bank of 7 classes, no momentum encoder."""
     contents = official_files.full_checkpoint(
         2, seed=4, num_classes=7, bank_size=64, absent=[2], optimizer=False
     )
@@ -94,7 +94,7 @@ def narrow_contents() -> dict[str, Any]:
 
 
 full = partial(official_files.full_checkpoint, bank_size=2048, optimizer=False)
-# Of each file: its name, its contents under the official names, and the options of its conversion.
+# Case -> file name, function that returns the contents, and options of the conversion.
 CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
     "trex": ("trex_2_checkpoint_full.pth", partial(full, 3, seed=1, absent=ABSENT), ""),
     "trexstar": ("trexstar_2_checkpoint_full.pth", partial(full, 1, seed=2), ""),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], str]] = {
 
 
 def written(name: str, contents: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file holds: some names have wrappers, some tensors another layout."""
+    """Return a file's contents: some keys have wrappers, some tensors have another layout."""
     if name == "renamed":
         return {f"module.{key}": value for key, value in contents.items()}
     if name != "learned":
@@ -155,7 +155,7 @@ def conversion(request: pytest.FixtureRequest) -> Conversion:
     return found
 
 
-# What is written
+# Written files
 
 
 def test_names_and_config(conversion: Conversion) -> None:
@@ -199,7 +199,7 @@ def test_names_and_config(conversion: Conversion) -> None:
 
 
 def test_folders_and_source_reproduce_the_reference(conversion: Conversion) -> None:
-    """Three independent routes from the file's tensors to its outputs."""
+    """Compare three independent computations of the outputs from the file's tensors."""
     name = conversion.name
     images = reference_resnet.pictures(3, 96, seed=7)
     options: Any = {"num_classes": 7 if name == "narrow" else 1000}
@@ -322,7 +322,7 @@ def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) 
     for line in (
         r"file +trex_2_checkpoint_full\.pth",
         rf"bytes +{trex.path.stat().st_size}",
-        r"holds +.*3 hidden layers of 2048, embeddings of 256, 1000 classes .* bank of 2048",
+        r"contents +.*3 hidden layers of width 2048, 256-dim.*1000 classes .* bank of 2048",
         r"absent +2 classes: 3, 998",
         r"keys +687",
         r" +318  backbone",
@@ -332,15 +332,15 @@ def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) 
         r" +\d\.\de-0\d  trex_resnet50_cls\.in1k_r2",
         rf"report +{re.escape(str(trex.out))}/trex_2_checkpoint_full\.report\.tsv",
         r"time +\d+\.\d s",
-        r"memory +\d+\.\d MB at most, \d+\.\d MB before reading",
+        r"memory +peak \d+\.\d MB, before reading \d+\.\d MB",
     ):
         assert re.search(f"^{line}$", trex.printed, re.MULTILINE), line
     for folder in trex.models():
         digest = sha256(folder / "model.safetensors")
         assert f"{size(folder) / 1e6:.1f} MB  {digest}  {folder}\n" in trex.printed
-    assert re.search(r"^holds +a ResNet-50 backbone alone$", backbone.printed, re.MULTILINE)
+    assert re.search(r"^contents +a ResNet-50 backbone only$", backbone.printed, re.MULTILINE)
     assert "absent" not in backbone.printed
-    for line in ("absent +0 classes", "holds .*1000 classes with learned weights", " +1  class .*"):
+    for line in ("absent +0 classes", "contents .* classes with learned weights", " +1  class .*"):
         assert re.search(f"^{line}$", learned.printed, re.MULTILINE), line
 
 
@@ -370,7 +370,7 @@ def test_wrong_models_are_not_written(
         "prototypes": ["trex_resnet50_cls"],
     }
     assert status == 2
-    assert re.findall(r"(\w+)\.\w+ is off by", err) == wrong[part]
+    assert re.findall(r"(\w+)\.\w+: \d", err) == wrong[part]
     assert "nothing was written" in err
     assert not list(tmp_path.iterdir())
 
@@ -381,7 +381,7 @@ def test_temperature_and_room(
     monkeypatch.setattr(source, "TEMPERATURE", 0.101)
     status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)
     assert status == 2
-    assert re.findall(r"(\w+)\.\w+ is off by", err) == ["trex_resnet50_cls"]
+    assert re.findall(r"(\w+)\.\w+: \d", err) == ["trex_resnet50_cls"]
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=200 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -476,20 +476,20 @@ TREX = ("--model", "trex_resnet50.in1k")
 def test_no_file_or_a_trainers_checkpoint(tmp_path: Path, backbone: Conversion) -> None:
     missing = refused(tmp_path / "none.pth", tmp_path / "out")
     assert re.search(r"none\.pth does not exist; check the path, or download one of trex", missing)
-    assert "is a folder; give the .pth file" in refused(tmp_path, tmp_path / "out")
+    assert "is a folder; pass the .pth file" in refused(tmp_path, tmp_path / "out")
     names = {f"encoder.backbone.{name}": value for name, value in backbone.contents.items()}
     projector = {"encoder.projector.1.weight": torch.ones(4, 2048)}
     torch.save(names | projector, tmp_path / "step_9.pt")
     assert "python -m trex_models.train export" in refused(tmp_path / "step_9.pt", tmp_path / "out")
     torch.save(backbone.contents | {"fc.weight": torch.ones(9, 2048)}, tmp_path / "whole.pth")
-    assert "holds a whole model" in refused(tmp_path / "whole.pth", tmp_path / "out", *TREX)
+    assert "is a converted model" in refused(tmp_path / "whole.pth", tmp_path / "out", *TREX)
 
 
 def test_contradicting_name(trexstar: Conversion, backbone: Conversion, tmp_path: Path) -> None:
     for source_path, name, message in (
-        (trexstar.path, "trex_2_checkpoint_full.pth", "a projector of 3 hidden layers, found a "),
-        (trexstar.path, "trexstar_2.pth", "expected a backbone alone, found a projector of 1"),
-        (backbone.path, "trexstar_2_checkpoint_full.pth", "found a backbone alone"),
+        (trexstar.path, "trex_2_checkpoint_full.pth", "a projector with 3 hidden layers, got a "),
+        (trexstar.path, "trexstar_2.pth", "must contain only a backbone, got a projector"),
+        (backbone.path, "trexstar_2_checkpoint_full.pth", "got only a backbone"),
     ):
         (tmp_path / name).symlink_to(source_path)
         assert message in refused(tmp_path / name, tmp_path / "out")
@@ -499,22 +499,22 @@ def test_contradicting_name(trexstar: Conversion, backbone: Conversion, tmp_path
 @pytest.mark.parametrize(
     ("file", "options", "message"),
     [
-        ("renamed", (), r"none of trex\.pth, trexstar\.pth, .*; say which it is by --model trex_"),
-        ("renamed", ("--model", "resnet50.a1"), "--model resnet50.a1 is no backbone and tag"),
-        ("renamed", ("--model", "trex_resnet50"), "choose from trex_resnet50.in1k, trexstar_"),
-        ("renamed", (*TREX, "--tag", "../up"), "the tag '../up' would be a part of folders' names"),
-        ("renamed", ("--model", "trex_resnet50.a/b"), "the tag 'a/b' would be a part of folders'"),
-        ("renamed", (*TREX, "--tag", "in1k_r2"), "--tag in1k_r2 is for the published weights"),
-        ("renamed", (*TREX, "--num-classes", "9"), "--num-classes 9 is for a memory bank"),
-        ("renamed", (*TREX, "--momentum-encoder"), "it holds no momentum encoder"),
-        ("backbone", TREX, "--model trex_resnet50.in1k contradicts the file's name"),
-        ("trexstar", TREX, "--model trex_resnet50.in1k is for backbone files.*leave it out"),
-        ("trexstar", ("--num-classes", "9"), "labels run from 0 to 999, outside 9 classes"),
-        ("trexstar", ("--momentum-encoder", "--tag", "in1k_r2"), "would be in1k_r2_momentum; cho"),
-        ("narrow", (), r"entries of 6 of 1000 classes only; give --num-classes, or num_cl"),
-        ("narrow", ("--num-classes", "7", "--tag", "in1k"), "--tag in1k is for the published"),
-        ("learned", ("--num-classes", "9"), "--num-classes 9 does not match its class weights, of"),
-        ("learned", ("--momentum-encoder",), "it holds no momentum encoder"),
+        ("renamed", (), r"not one of trex\.pth, trexstar\.pth, .*; specify .* with --model trex_"),
+        ("renamed", ("--model", "resnet50.a1"), "--model resnet50.a1 is not a backbone with"),
+        ("renamed", ("--model", "trex_resnet50"), "choose one of trex_resnet50.in1k, trexst"),
+        ("renamed", (*TREX, "--tag", "../up"), "the tag '../up' becomes part of folder names"),
+        ("renamed", ("--model", "trex_resnet50.a/b"), "the tag 'a/b' becomes part of folder name"),
+        ("renamed", (*TREX, "--tag", "in1k_r2"), "--tag in1k_r2 is reserved for published we"),
+        ("renamed", (*TREX, "--num-classes", "9"), "--num-classes 9 requires a memory b"),
+        ("renamed", (*TREX, "--momentum-encoder"), "no momentum encoder among"),
+        ("backbone", TREX, "--model trex_resnet50.in1k contradicts the file name"),
+        ("trexstar", TREX, "--model trex_resnet50.in1k is only for backbone files.*remove "),
+        ("trexstar", ("--num-classes", "9"), r"labels must be in \[0, 9\), got 0 to 999"),
+        ("trexstar", ("--momentum-encoder", "--tag", "in1k_r2"), "is in1k_r2_momentum; choose an"),
+        ("narrow", (), r"entries of only 6 of 1000 classes; set --num-classes, or num_cl"),
+        ("narrow", ("--num-classes", "7", "--tag", "in1k"), "--tag in1k is reserved for publ"),
+        ("learned", ("--num-classes", "9"), "--num-classes 9 does not match the learned class wei"),
+        ("learned", ("--momentum-encoder",), "no momentum encoder among"),
     ],
 )
 def test_options_that_do_not_fit(
@@ -537,9 +537,9 @@ def test_bad_output(backbone: Conversion, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "out" / "trexstar_resnet50.in1k").touch()
     status, _, err = run(backbone.path, tmp_path / "out")
     assert status == 2
-    assert "trexstar_resnet50.in1k there is a file; written: nothing" in err
+    assert "trexstar_resnet50.in1k exists and is a file; written: not" in err
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    error = f"error: {tmp_path}/out cannot be written by this user; choose another --output\n"
+    error = f"error: {tmp_path}/out is not writable by this user; choose another --output\n"
     assert run(backbone.path, tmp_path / "out" / "new")[::2] == (2, error)
     assert left(tmp_path) == ["file", "out", "out/trexstar_resnet50.in1k"]
 
@@ -562,7 +562,7 @@ def test_command_line_and_tag(backbone: Conversion, tmp_path: Path, renamed: Con
 
 @pytest.mark.client
 def test_memory_of_a_file_of_full_size(tmp_path: Path) -> None:
-    """Above what the imports take: the pages of the file, which are all checked, and one copy."""
+    """Beyond the imports, memory is limited to the file's pages, all read, and one copy."""
     path = tmp_path / "trex_2_checkpoint_full.pth"
     official_files.write(official_files.full_checkpoint(3), path)
     code = f"""

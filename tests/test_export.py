@@ -1,4 +1,4 @@
-"""``python -m convert export --to torchvision``, and what both targets refuse."""
+"""``python -m convert export --to torchvision``, and errors of both targets."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "kwargs", "words"),
     [
-        ("resnet10t", {"num_classes": 0}, r"conv1.0.weight has no place in them"),
-        ("resnet18", {"num_classes": 0, "channels": (8, 8, 8, 8)}, r"its blocks are others"),
-        ("resnet18", {"num_classes": 0, "in_chans": 1}, r"images of 1 channels"),
+        ("resnet10t", {"num_classes": 0}, r"they have no conv1.0.weight"),
+        ("resnet18", {"num_classes": 0, "channels": (8, 8, 8, 8)}, r"its blocks differ"),
+        ("resnet18", {"num_classes": 0, "in_chans": 1}, r"has 1 input channels"),
         ("resnet18", {"num_classes": 0, "output_stride": 16}, r"does not reproduce"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_wrong_copy_is_found_and_not_written(
 
     def wrong(model: nn.Module, suffix: str, facts: dict[str, Any]) -> bytes:
         data = serialize(model, suffix, facts)
-        mutate(model)  # the source: the copy is wrong by as much
+        mutate(model)  # changes the source, so the copy differs from it
         return data
 
     monkeypatch.setattr(to_torchvision, "serialize", wrong)
@@ -177,15 +177,15 @@ def test_a_wrong_copy_is_found_and_not_written(
     [
         ("resnet18 --to onnx --output m.pth", "--output must be a .onnx file, got m.pth"),
         ("resnet18 --to torchvision --output m.onnx", "must be a .pth or .safetensors file"),
-        ("resnet18 --to torchvision --output m.pth --half", "--half is for --to onnx"),
+        ("resnet18 --to torchvision --output m.pth --half", "--half requires --to onnx"),
         ("resnet18 --to onnx --output folder.onnx", "(is a folder)"),
         ("resnet18 --to onnx --output file.txt/m.onnx", "Not a directory"),
         ("resnetty --to onnx --output m.onnx", "resnetty cannot be loaded"),
-        ("./nowhere --to onnx --output m.onnx", "no such folder"),
-        ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no such file"),
+        ("./nowhere --to onnx --output m.onnx", "./nowhere is not a folder"),
+        ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no.pth does not exist"),
         ("trex_resnet50 --file file.txt --to onnx --output m.onnx", "file.txt"),
-        ("STOCK --file file.txt --to onnx --output m.onnx", "goes with a model's name"),
-        ("STOCK --to onnx --output m.onnx --features projector", "has backbone and logits only"),
+        ("STOCK --file file.txt --to onnx --output m.onnx", "requires a model name"),
+        ("STOCK --to onnx --output m.onnx --features projector", "only has backbone and logits"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -205,7 +205,7 @@ def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() 
     found = list(batches(3, resolutions(SIDE, SIDE)))
     assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]
     images = found[-1].flatten(1)
-    # Flat areas in every second one.
+    # Every second image has flat areas.
     assert [len(image.unique()) < 100 for image in images] == [True, False, True, False, True]
     black, ones = torch.zeros(1, 3, 2, 2), torch.ones(1, 4)
     for wrong in (ones * torch.nan, ones + 1e-6):

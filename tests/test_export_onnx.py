@@ -1,4 +1,4 @@
-"""``python -m convert export --to onnx``, run by onnxruntime."""
+"""``python -m convert export --to onnx``, with the graphs run in onnxruntime."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path)
     path = tmp_path / "whole.onnx"
     status, printed, error = run(whole, "--to", "onnx", "--output", path)
     assert (status, error) == (0, "")
-    assert "any batch, any height and width" in printed
+    assert "any batch size, any height and width" in printed
     graph = session(path)
     assert [value.name for value in graph.get_inputs()] == ["images"]
     assert graph.get_inputs()[0].shape == ["batch", 3, "height", "width"]
@@ -63,7 +63,7 @@ def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path)
         images = torch.randn(shape)
         close(graph.run(None, {"images": images.numpy()})[0], model(images.double()))
 
-    assert list(tmp_path.iterdir()) == [path]  # no second file of data
+    assert list(tmp_path.iterdir()) == [path]  # no external data file
     contents = onnx.load(path)
     facts = {entry.key: entry.value for entry in contents.metadata_props}
     assert [o.version for o in contents.opset_import if not o.domain] == [to_onnx.OPSET]
@@ -100,7 +100,7 @@ def test_a_transformer_keeps_its_size(tmp_path: Path) -> None:
     path = tmp_path / "vit.onnx"
     status, printed, _ = run(folder, "--to", "onnx", "--output", path)
     assert status == 0
-    assert f"any batch, {SIDE} x {SIDE} pixels" in printed
+    assert f"any batch size, {SIDE} x {SIDE} pixels" in printed
     graph = session(path)
     assert graph.get_inputs()[0].shape == ["batch", 3, SIDE, SIDE]
     images = torch.randn(3, 3, SIDE, SIDE)
@@ -146,7 +146,7 @@ def test_a_wrong_graph_is_found(
     whole: Path, exported: bytes, mutate: Callable[[Any], None] | None
 ) -> None:
     graph, exact = backbone(whole), backbone(whole).double()
-    if mutate:  # the source: the graph is wrong by as much
+    if mutate:  # changes the source, so the graph differs from it
         mutate(graph.model)
         mutate(exact.model)
     found = to_onnx.compare_onnx(exported, graph, exact, batches(3, [(32, 32)] * 3))

@@ -110,11 +110,11 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "is no exported backbone: give a finished run"),
-        (["--seeds", "1"], "--seeds must be at least 2, not 1"),
-        (["--steps", "0"], "--steps must be at least 1, not 0"),
-        (["--tasks", "digits:9", "photographs:61"], "--tasks has photographs:61; there are"),
-        (["--tasks", "letters:9"], "--tasks has letters:9; there are digits:3 to digits:110"),
+        ([], "is not an exported backbone; pass a finished"),
+        (["--seeds", "1"], "--seeds must be at least 2, got 1"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--tasks", "digits:9", "photographs:61"], "photographs:60, got photographs:61"),
+        (["--tasks", "letters:9"], "--tasks must be digits:3 to digits:110 or "),
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(

@@ -1,4 +1,4 @@
-"""``python -m hub``: Hub folders, publishing, verifying, and importing NAVER's files."""
+"""``python -m hub``: Hub folders, publication, verification and import of NAVER's files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def built(tiny: Path, tmp_path: Path) -> Path:
-    """Their Hub folders."""
+    """Hub folders of the two models."""
     build_folders(tiny, tmp_path / "hub", **OWNER)
     return tmp_path / "hub"
 
@@ -84,7 +84,7 @@ def official(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(autouse=True)
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Variables that lead every default to an empty place."""
+    """Environment variables that redirect all default paths to an empty folder."""
     variables = {
         "TREX_MODELS_MANIFEST": str(tmp_path / "manifest.json"),
         "TREX_MODELS_NAVER_URL": "http://127.0.0.1:9/",
@@ -97,7 +97,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture
 def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
-    """The client, of the commands too."""
+    """Hub client for the test and for the commands."""
     api = HfApi(endpoint=server.url, token="hf_write")
     for module in ("publish", "verify"):
         monkeypatch.setattr(f"hub.{module}.HfApi", lambda: api)
@@ -106,7 +106,7 @@ def api(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HfApi:
 
 @dataclasses.dataclass
 class Desk:
-    """What is published from: Hub folders, the client, the manifest, and what is printed."""
+    """Everything that publishing needs: Hub folders, client, manifest and captured output."""
 
     built: Path
     server: HubServer
@@ -122,7 +122,7 @@ class Desk:
         self.printed()
         good = verify(names, manifest=self.manifest)
         out = self.printed()
-        assert good is (": good: " in out)
+        assert good is (": OK: " in out)
         return out
 
     def printed(self) -> str:
@@ -177,7 +177,7 @@ def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
 def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "export"
     shutil.copytree(tiny / "small_trex", source)
-    with pytest.raises(ValueError, match=r"no license is stated for export; choose one: --lic"):
+    with pytest.raises(ValueError, match=r"states no license for export; choose one with --li"):
         build_folders(source, tmp_path / "out", owner="Ada")
     with pytest.raises(ValueError, match="unknown license 'gpl-9'; choose one of apache-2.0"):
         build_folders(source, tmp_path / "out", owner="Ada", license="gpl-9")
@@ -185,7 +185,7 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
         build_folders(source, tmp_path / "out", license="mit")
     assert not (tmp_path / "out").exists()
     edit_config(source, lambda config: config["pretrained_cfg"].update(license="cc0-1.0"))
-    with pytest.raises(ValueError, match="are under cc0-1.0; leave --license out"):
+    with pytest.raises(ValueError, match="licensed under cc0-1.0; remove --licens"):
         build_folders(source, tmp_path / "out", **OWNER)
     (folder,) = build_folders(source, tmp_path / "out", owner="Ada")
     assert ModelCard.load(folder / "README.md").data.license == "cc0-1.0"
@@ -194,13 +194,13 @@ def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_pat
     assert first == second
     assert sorted(p.name for p in (tmp_path / "both").iterdir()) == ["small_trex", "small_trex_cls"]
     assert "MIT" in (first[0] / "LICENSE").read_text()
-    # A Hub folder can be built again; its license is known now.
+    # A Hub folder can be rebuilt, and now states its license.
     (again,) = build_folders(first[0], tmp_path / "again", owner="Ada")
     assert (again / "LICENSE").read_text() == (first[0] / "LICENSE").read_text()
 
 
 def put(name: str, data: bytes | None) -> Callable[[Path], object]:
-    """Write a file of a folder; None deletes it."""
+    """Return a change that writes a file in a folder; None deletes it."""
     return lambda folder: (
         (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
     )
@@ -216,7 +216,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
 
 
 def configured(**values: Any) -> Callable[[Path], object]:
-    """Set entries of config.json, or of its pretrained_cfg where a name has cfg_ before it."""
+    """Return a change of config.json entries; names with prefix cfg_ are in pretrained_cfg."""
 
     def change(config: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -232,20 +232,20 @@ def configured(**values: Any) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (put("pytorch_model.bin", b"\x80\x02."), r"pytorch_model.bin does not belong"),
+        (put("pytorch_model.bin", b"\x80\x02."), r"pytorch_model.bin is not a file of"),
         (put("config.json", None), "has no config.json"),
-        (put("model.safetensors", b"\x80\x02."), "model.safetensors is no safetensors file"),
-        (weights(lambda state: state["bn1.bias"].fill_(torch.nan)), "bn1.bias has .* not finite"),
-        (weights(lambda state: state.pop("layer1.0.conv1.weight")), "timm cannot load it"),
-        (put("config.json", b"[1]"), "config.json is no model's configuration"),
-        (put("config.json", b"{"), "config.json is no model's configuration"),
-        (configured(cfg_file="/home/a.pth"), "cfg.file is a path of this machine, '/home/a.pth'"),
-        (configured(cfg_file="runs/a.pth"), "cfg.file is a path of this machine, 'runs/a.pth'"),
-        (configured(num_features=None), "config.json lacks num_features; convert"),
-        (configured(cfg_input_size=None), "config.json lacks pretrained_cfg.input_size; convert"),
-        (configured(model_args={"num_classes": 0}), "model_args has num_classes"),
-        (configured(architecture="resnet_9000"), "timm cannot load it"),
-        (configured(cfg_origin_url=notices.ORIGIN), "the weights are NAVER's by its origin_url"),
+        (put("model.safetensors", b"\x80\x02."), "model.safetensors is not a safetensors"),
+        (weights(lambda state: state["bn1.bias"].fill_(torch.nan)), "bn1.bias has non-finite va"),
+        (weights(lambda state: state.pop("layer1.0.conv1.weight")), "timm cannot load "),
+        (put("config.json", b"[1]"), "config.json is not a model configuration"),
+        (put("config.json", b"{"), "config.json is not a model configuration"),
+        (configured(cfg_file="/home/a.pth"), "cfg.file is a local path, '/home/a.pth'"),
+        (configured(cfg_file="runs/a.pth"), "cfg.file is a local path, 'runs/a.pth'"),
+        (configured(num_features=None), "config.json has no num_features; convert"),
+        (configured(cfg_input_size=None), "json has no pretrained_cfg.input_size; convert"),
+        (configured(model_args={"num_classes": 0}), "num_classes in model_args"),
+        (configured(architecture="resnet_9000"), "timm cannot load "),
+        (configured(cfg_origin_url=notices.ORIGIN), "origin_url says that the weights are NAV"),
     ],
 )
 def test_unfit_folder_is_refused(
@@ -270,14 +270,14 @@ def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     for folder, name, owner, message in (
-        (stock, naver_name, {}, "num_classes is 3; a backbone is published with 0"),
-        (own, naver_name, {}, "weights of NAVER's, which these are not"),
-        (tiny / "small_trex", naver_name, {}, r"architecture of trex_resnet50.in1k is 'resnet10t'"),
-        (tiny / "small_trex", "a/b", OWNER, "cannot be a repository's name"),
-        (tiny, "one", OWNER, "holds 2 models, but --name names one"),
-        (tmp_path / "run" / "checkpoints", None, OWNER, "holds no model; make some"),
-        (tmp_path / "run", None, OWNER, r"is a training run; give .*export/backbone or"),
-        (tmp_path / "nowhere", None, OWNER, "is no folder"),
+        (stock, naver_name, {}, "num_classes must be 0 for a backbone, got 3"),
+        (own, naver_name, {}, "origin_url or tag do not match"),
+        (tiny / "small_trex", naver_name, {}, r"architecture of trex_resnet50.in1k must be 'res"),
+        (tiny / "small_trex", "a/b", OWNER, "not a valid repository name"),
+        (tiny, "one", OWNER, "--name requires one model, but .* has 2"),
+        (tmp_path / "run" / "checkpoints", None, OWNER, "contains no timm folder"),
+        (tmp_path / "run", None, OWNER, r"is a run directory; pass .*export/backbone or"),
+        (tmp_path / "nowhere", None, OWNER, "is not a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             build_folders(folder, tmp_path / "hub", name=name, **owner)
@@ -290,7 +290,7 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
         build_folders(official, tmp_path / "hub", license="mit")
     with pytest.raises(ValueError, match="--owner Ada: trexstar_resnet50"):
         build_folders(official, tmp_path / "hub", owner="Ada")
-    # The report of the conversion next to the folders is no model.
+    # The conversion report next to the folders is skipped.
     built = build_folders(official, tmp_path / "hub")
     assert [path.name for path in built] == [
         f"trexstar_resnet50{part}.in1k_r2" for part in ("", "_cls", "_proj")
@@ -305,11 +305,11 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
             assert words in " ".join(notice.split())
     backbone = json.loads((built[0] / "config.json").read_text())
     assert (backbone["architecture"], backbone["num_classes"]) == ("resnet50", 0)
-    assert "these have none: 7." in (built[1] / "README.md").read_text()
-    with pytest.raises(ValueError, match="'my-model' is none of their names"):
+    assert "these classes have none: 7." in (built[1] / "README.md").read_text()
+    with pytest.raises(ValueError, match="'my-model' is not one of their na"):
         build_folders(built[0], tmp_path / "other", name="my-model", **OWNER)
     edit_config(built[0], lambda config: config["pretrained_cfg"].update(license="mit"))
-    with pytest.raises(ValueError, match="the license of NAVER's weights is cc-by-nc-sa-4.0, not"):
+    with pytest.raises(ValueError, match="license of NAVER's weights must be cc-by-nc-sa-4.0, got"):
         inspect_folder(built[0], built[0].name)
 
 
@@ -373,13 +373,13 @@ def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -
     measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
-    assert "top-1 77.35 % by a linear layer on the features" in card
+    assert "top-1 77.35 % with a linear layer on the features" in card
     assert "Not measured" not in card
     card = render(
         naver_model("trex_resnet50_cls.in1k_r2"),
         measured=measured | {"protocol": imagenet.PROTOTYPES},
     )
-    assert "top-1 77.35 % by its own prototypes" in card
+    assert "top-1 77.35 % with its own prototypes" in card
     assert "This protocol differs from the authors' linear" in " ".join(card.split())
     assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
     assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
@@ -394,15 +394,15 @@ def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -
 def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None:
     results = tmp_path / "imagenet.json"
     results.write_text(json.dumps({"small_trex": {"sha256": "0" * 64}}))
-    with pytest.raises(ValueError, match=r"imagenet.json: small_trex was measured with another"):
+    with pytest.raises(ValueError, match=r"imagenet.json: small_trex was measured with a model"):
         build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=results)
     results.write_text("[")
-    with pytest.raises(ValueError, match=r"imagenet.json holds no results .*; delete it"):
+    with pytest.raises(ValueError, match=r"imagenet.json has no results .*; delete it"):
         build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=results)
 
 
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:
-    """Run a card's examples unchanged, each by itself; ``bare`` without trex_models."""
+    """Run a card's examples unchanged in separate processes; ``bare``: without trex_models."""
     code = [
         f"exec(compile({block!r}, 'block {i}', 'exec'), {{}})" for i, block in enumerate(blocks)
     ]
@@ -417,13 +417,13 @@ def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = Fa
 def test_from_publication_to_the_examples_in_the_cards(
     nowhere: dict[str, str], official: Path, desk: Desk, tmp_path: Path
 ) -> None:
-    """Every example of a backbone's and a classifier's card, of NAVER's and of our own."""
+    """Run all examples in the cards of backbones and classifiers, NAVER's and our own."""
     names = "trexstar_resnet50.in1k_r2", "trexstar_resnet50_cls.in1k_r2"
     built = desk.built
     backbone, cls = (build_folders(official / name, tmp_path / "official")[0] for name in names)
     published = desk.push(backbone, cls, *built.iterdir())
     assert len(published.models) == 4
-    assert "and by its name" in desk.verify(backbone.name)
+    assert "and by name" in desk.verify(backbone.name)
 
     blocks = {
         folder: python_blocks((folder / "README.md").read_text())
@@ -468,7 +468,7 @@ def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: 
     assert desk.sent() == []
     out = desk.printed()
     assert "trex-models/small_trex: unchanged" in out
-    assert all(f"skip, is there already: {file}" in out for file in FILES)
+    assert all(f"skip (unchanged) {file}" in out for file in FILES)
     with pytest.raises(ValueError, match="build the folder again with --namespace ada"):
         desk.push("small_trex", namespace="ada")
 
@@ -525,16 +525,16 @@ def test_dry_run_sends_nothing(desk: Desk) -> None:
     desk.server.log.clear()
     desk.push("small_trex", dry_run=True)
     assert desk.sent() == []
-    assert "would skip, is there already: README.md" in desk.printed()
+    assert "would skip (unchanged) README.md" in desk.printed()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (put("pytorch_model.bin", b""), r"pytorch_model.bin does not belong"),
+        (put("pytorch_model.bin", b""), r"pytorch_model.bin is not a file"),
         (put("README.md", b"---\nlicense: [\n---\n"), r"README\.md is damaged .*; build the fol"),
-        (put("NOTICE", None), "has no NOTICE; make it"),
-        (put("README.md", b"---\nlicense: mit\n---\n"), "license is 'mit', but should be 'cc-by-4"),
+        (put("NOTICE", None), "has no NOTICE; create"),
+        (put("README.md", b"---\nlicense: mit\n---\n"), "license must be 'cc-by-4.0', got 'mit'"),
     ],
 )
 def test_unfit_hub_folder_is_not_published(
@@ -549,40 +549,40 @@ def test_unfit_hub_folder_is_not_published(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (Fault("whoami", 401), "answered 401.*refuses the token; `hf auth login`"),
-        (Fault("POST .*commit", 409), "answered 409.*run the same command again"),
-        (Fault("POST .*commit", 500), "answered 500.*a fault of its own; run the same"),
+        (Fault("whoami", 401), "answered 401.*the token is invalid; run `hf auth"),
+        (Fault("POST .*commit", 409), "answered 409.*run the command again"),
+        (Fault("POST .*commit", 500), "answered 500.*server error; run the command"),
         (Fault("POST .*commit", 429), "answered 429.*wait some minutes"),
-        (Fault("POST .*commit", 400), "answered 400.*correct the request"),
-        (Fault("PUT /lfs", 403), "answered 403.*ask an owner of trex-models for write"),
-        (Fault("PUT /lfs", 0), "cannot be reached.*check the network and HF_ENDPOINT"),
-        (Fault("whoami", 0), "cannot be reached.*check the network and HF_ENDPOINT"),
+        (Fault("POST .*commit", 400), "answered 400.*the request is invalid"),
+        (Fault("PUT /lfs", 403), "answered 403.*no write access; ask an owner of trex"),
+        (Fault("PUT /lfs", 0), "is not reachable.*check the network and HF_ENDPOINT"),
+        (Fault("whoami", 0), "is not reachable.*check the network and HF_ENDPOINT"),
     ],
     ids=lambda value: str(value.status or "cut") if isinstance(value, Fault) else "",
 )
 def test_errors_of_the_hub_are_one_line(
     fault: Fault, message: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client sleeps between attempts
     desk.server.faults.append(fault)
     with pytest.raises(HubError, match=message) as error:
         desk.push("small_trex")
     assert "\n" not in str(error.value)
     assert not desk.manifest.exists()
     desk.server.faults.clear()
-    assert list(desk.push("small_trex").models) == ["small_trex"]  # and then it continues
+    assert list(desk.push("small_trex").models) == ["small_trex"]  # a second command continues
 
 
 def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
-    with pytest.raises(ValueError, match="2 of the folders are named small_trex"):
+    with pytest.raises(ValueError, match="2 folders have the name small_trex"):
         desk.push("small_trex", "small_trex")
-    with pytest.raises(ValueError, match="none cannot be written; choose another --manifest"):
+    with pytest.raises(ValueError, match="none is not writable; choose another --manifest"):
         publish((desk.built / "small_trex",), manifest=desk.built / "none" / "manifest.json")
-    with pytest.raises(ValueError, match="give one folder or more"):
+    with pytest.raises(ValueError, match="no Hub folder given"):
         desk.push()
     assert desk.server.log == []
     desk.server.hub.add("trex-models/small_trex", {"pytorch_model.bin": b"pickle"})
-    with pytest.raises(ValueError, match=r"do not belong there: pytorch_model\.bin; delete them"):
+    with pytest.raises(ValueError, match=r"unexpected files on the Hub: pytorch_model\.bin; del"):
         desk.push("small_trex")
     assert not desk.manifest.exists()
     assert desk.server.requests("^(POST|PUT) .*(commit|lfs)") == []
@@ -605,19 +605,19 @@ def test_bad_input_is_one_line_with_status_2(
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
     desk.api.token = None
-    no_token = r"there is no token for the Hub: `hf auth login`, or set HF_TOKEN.*"
+    no_token = r"no token for the Hub: run `hf auth login` or set HF_TOKEN.*"
     for arguments, message in (
-        (["build", tmp_path / "nothing", "--output", tmp_path / "out"], ".*is no folder.*"),
+        (["build", tmp_path / "nothing", "--output", tmp_path / "out"], ".*is not a folder.*"),
         (["publish", tmp_path / "nothing"], ".*nothing has no config.json.*"),
         (["publish", desk.built / "small_trex"], no_token),
-        (["verify", "--manifest", tmp_path / "nothing.json"], ".*nothing.json is no manifest.*"),
-        (["import-naver", "other.pth", "--output", tmp_path / "out"], "NAVER has no file.*"),
+        (["verify", "--manifest", tmp_path / "nothing.json"], ".*nothing.json is not a valid.*"),
+        (["import-naver", "other.pth", "--output", tmp_path / "out"], ".*not a file of NAVER's.*"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
         assert re.fullmatch(f"error: {message}\n", desk.capsys.readouterr().err)
     assert desk.server.log == []
     monkeypatch.setenv("TREX_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         main(["build", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")])
 
 
@@ -628,16 +628,16 @@ def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     hub, name = desk.server.hub, "trex-models/small_trex"
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     entry = desk.push("small_trex").models["small_trex"]
-    assert re.fullmatch(rf"small_trex: good: .*{name}@{entry.revision}\)\n", desk.verify())
+    assert re.fullmatch(rf"small_trex: OK: .*{name}@{entry.revision}\)\n", desk.verify())
     assert desk.verify("small_trex") == desk.verify()
     assert not (tmp_path / "home").exists()
 
     far = (*entry.outputs[:-1], entry.outputs[-1] * 2)
     for outputs, line in (
-        (tuple(value * (1 + 5e-4) for value in entry.outputs), "small_trex: good: "),
-        (tuple(value * (1 + 2e-3) for value in entry.outputs), ".*DIFFERS: outputs .* by 0.002 of"),
-        (far, "small_trex: DIFFERS: outputs are off by 0.5 of the largest, more"),
-        ((), ".*outputs are off by inf"),
+        (tuple(value * (1 + 5e-4) for value in entry.outputs), "small_trex: OK: "),
+        (tuple(value * (1 + 2e-3) for value in entry.outputs), ".*DIFFERS: .* error of 0.002 \\("),
+        (far, "small_trex: DIFFERS: outputs have a relative error of 0.5 "),
+        ((), ".*relative error of inf"),
     ):
         desk.record(outputs=outputs)
         assert re.match(line, desk.verify())
@@ -645,26 +645,26 @@ def test_verify(desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     tiny_folder(tmp_path / "other", seed=9)
     changed = hub.add(name, {"model.safetensors": tmp_path / "other" / "model.safetensors"})
-    assert ": good: " in desk.verify()  # the revision is pinned
+    assert ": OK: " in desk.verify()  # the revision is pinned
     desk.record(revision=changed)
     found = sha256(tmp_path / "other" / "model.safetensors")
-    line = f"SHA-256 of model.safetensors is {found}, recorded is {entry.sha256}"
+    line = f"SHA-256 of model.safetensors is {found}, not {entry.sha256} as in the manifest"
     assert f"small_trex: DIFFERS: {line} " in desk.verify()
 
     desk.record(revision="0" * 40)
     assert "NOT CHECKED: trex-models/small_trex: the Hub answered 404" in desk.verify()
     desk.record(repository="trex-models/gone", revision=entry.revision)
-    assert re.search("NOT CHECKED: trex-models/gone: .*there is no such repos", desk.verify())
+    assert re.search("NOT CHECKED: trex-models/gone: .*repository or file does", desk.verify())
     desk.record(repository=name)
     desk.server.faults.append(Fault("GET /api/models/", 503))
-    assert re.search("NOT CHECKED: .*answered 503.*run the same command again l", desk.verify())
+    assert re.search("NOT CHECKED: .*answered 503.*run the command again later", desk.verify())
     desk.server.faults.clear()
     desk.record(revision=hub.add(name, {"pytorch_model.bin": b"\x80\x02."}, ["NOTICE"]))
-    assert "DIFFERS: files that do not belong there: pytorch_model.bin (" in desk.verify()
+    assert "DIFFERS: unexpected files: pytorch_model.bin (" in desk.verify()
     save_manifest(Manifest(), desk.manifest)
-    with pytest.raises(ValueError, match="lists no model; publish some"):
+    with pytest.raises(ValueError, match="lists no model; publish one"):
         desk.verify()
-    with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; it lists: none"):
+    with pytest.raises(ValueError, match="does not list 'trex_resnet50.in1k'; choose from: n"):
         desk.verify("trex_resnet50.in1k")
 
 
@@ -674,11 +674,11 @@ def test_commands_publish_and_verify(desk: Desk, monkeypatch: pytest.MonkeyPatch
     assert str(desk.api.token) not in "".join(desk.capsys.readouterr())
     assert main(["verify", *options]) == 0
     printed = desk.printed()
-    assert printed.startswith("small_trex: good: ")
-    assert "by its name" not in printed
-    monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm knows no model of this name
+    assert printed.startswith("small_trex: OK: ")
+    assert "by name" not in printed
+    monkeypatch.setitem(naver.FILES, "small_trex", ())  # timm has no model with this name
     assert main(["verify", *options]) == 1
-    assert re.search(r"DIFFERS: it does not load .*Unknown model \(small_trex\)", desk.printed())
+    assert re.search(r"DIFFERS: the model does not load .*Unknown model \(small_", desk.printed())
 
 
 def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
@@ -701,8 +701,8 @@ def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
     assert re.search(r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", line)
     other = {key: tensor for key, tensor in state.items() if key != "bn1.bias"}
     other["extra"] = torch.zeros(1)
-    assert "DIFFERS: 1 (bn1.bias) missing, 1 (extra) unexpected" in changed(config, other)
-    assert "DIFFERS: it does not load" in changed(config | {"architecture": "resnet_9000"}, state)
+    assert ": missing keys: 1 (bn1.bias), unexpected keys: 1 (extra)" in changed(config, other)
+    assert "the model does not load" in changed(config | {"architecture": "resnet_9000"}, state)
 
 
 def test_fixed_input_is_the_formula() -> None:
@@ -725,7 +725,7 @@ def picture(color: tuple[int, int, int], seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ImageNet in small: a color is a class, and 2 of 16 images in val are in a wrong folder."""
+    """Tiny ImageNet: each class is a color, and 2 of 16 images in val are in a wrong folder."""
     root = tmp_path_factory.mktemp("imagenet")
     for split, count in (("train", 5), ("val", 4)):
         for c, (name, color) in enumerate(COLORS.items()):
@@ -742,7 +742,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, and a classifier whose prototypes are the embeddings of the classes' colors.
 
-    They have the names of NAVER's, so that they are measured.
+    The models have NAVER's names, since only those are measured.
     """
     folder = tmp_path_factory.mktemp("rightful")
     tiny_folder(folder / "trex_resnet50.in1k")
@@ -762,7 +762,7 @@ SMALL = tuple(COLORS)
 
 @pytest.fixture
 def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A choice of two: that of the whole grid by a fifth of 20 images is chance."""
+    """Reduce the grid to two settings, since a fifth of 20 images cannot rank all of them."""
     settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
     monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
 
@@ -792,14 +792,14 @@ def test_measured_top1_is_the_known_one(
     text = imagenet.format_results(results)
     assert re.search(r"trex_resnet50\.in1k +87\.50 +78\.0 +\+9\.50  NO \(0\.5\)", text)
     assert re.search(r"trex_resnet50_cls\.in1k_r2 \(\*\) +87\.50 +77\.9", text)
-    assert "another protocol" in text
+    assert "a different protocol" in text
 
     capsys.readouterr()
     before = [path.stat().st_mtime_ns for path in kept]
     assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     out = capsys.readouterr().out
-    assert out.count("measured already, 87.50 %") == 2
-    # With the features kept, only the layers are fitted again.
+    assert out.count("already measured, 87.50 %") == 2
+    # The features are reused, and only the layers are trained again.
     (tmp_path / "imagenet.json").unlink()
     assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
     assert [path.stat().st_mtime_ns for path in kept] == before
@@ -809,7 +809,7 @@ def test_measured_top1_is_the_known_one(
 def test_other_images_and_weights_are_measured_again(
     rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The setting is chosen on a fifth of train, and the last layer fitted to all of it."""
+    """The setting is selected on a fifth of train, and the final layer is trained on all of it."""
     root, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(replica, root)
     imagenet.measure(rightful, root, out, SMALL)
@@ -838,7 +838,7 @@ def test_other_images_and_weights_are_measured_again(
 def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:
     names = tuple(ImageNetInfo().label_names())
     assert imagenet.CLASSES == names == tuple(sorted(names))
-    with pytest.raises(ValueError, match="4 class folders are not the 1000 expected.*: ant"):
+    with pytest.raises(ValueError, match="4 class folders, .* the names of the 1000 .*: ant"):
         imagenet.measure(rightful, replica, tmp_path)
     shutil.copytree(replica / "val", tmp_path / "three" / "val")
     shutil.rmtree(tmp_path / "three" / "val" / "dog")
@@ -862,7 +862,7 @@ def test_backbones_need_train_and_images_must_be_readable(
     monkeypatch.setattr(imagenet, "free_cores", lambda: workers)
     found = imagenet.measure(rightful, tmp_path, tmp_path / "features", SMALL)
     assert list(found) == ["trex_resnet50_cls.in1k_r2"]
-    assert f"not measured, for {tmp_path / 'train'} is missing" in capsys.readouterr().out
+    assert f"not measured, since {tmp_path / 'train'} is missing" in capsys.readouterr().out
     (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"^[^\n]*bee/val_1.png cannot be read[^\n]*$"):
         imagenet.measure(rightful, tmp_path, tmp_path, SMALL)
@@ -874,7 +874,7 @@ def test_backbones_need_train_and_images_must_be_readable(
 
 @pytest.fixture
 def files(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server in NAVER's place, with some of the files; two hold the same backbone."""
+    """A server that replaces NAVER's, with some of the files; two contain the same backbone."""
     names = "trexstar_2.pth", "trexstar_2_checkpoint_full.pth", "trex.pth"
     with FileServer({name: release / name for name in names}) as server:
         monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
@@ -915,12 +915,12 @@ def test_import_fetches_converts_and_measures_once(
     printed = capsys.readouterr().out
     assert re.search(r"trexstar_resnet50.in1k_r2 +80.00 +80.2 +-0.20  NO \(0.5\)", printed)
     for name in names:
-        assert printed.count(f"{name}: here already") == 2
-        assert printed.count(f"{name}: converted already") == 2
+        assert printed.count(f"{name}: already downloaded") == 2
+        assert printed.count(f"{name}: already converted") == 2
     assert before == {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
     assert files.log == []
 
-    # What is missing is made again.
+    # Missing files are converted again.
     convert = Mock(return_value=True)
     monkeypatch.setattr("hub.import_naver._convert", convert)
     for name in ("config.json", "model.safetensors"):
@@ -938,8 +938,8 @@ def test_import_keeps_no_other_file(
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 200_000_001)
     for content, message in (
-        (b"<!doctype html><p>Not here any more", "it is a web page"),
-        (tmp_path / "large", "it has more than 200 MB: another"),
+        (b"<!doctype html><p>Not here any more", "is a web page"),
+        (tmp_path / "large", "larger than 200 MB, not NAVER's"),
     ):
         files.files["trex.pth"] = content
         with pytest.raises((ValueError, WeightsError), match=message):
@@ -950,13 +950,13 @@ def test_import_keeps_no_other_file(
     assert list((tmp_path / "out" / "files").iterdir()) == []
     assert not path.exists()
     files.files["trex.pth"] = right
-    with pytest.raises(ValueError, match="NAVER has no file 'trex.zip'; choose from trex.pth"):
+    with pytest.raises(ValueError, match="'trex.zip' is not a file of NAVER's; choose from tr"):
         import_naver(("trex.zip",), output=tmp_path / "out", manifest=path)
     with pytest.raises(ValueError, match="has no folder val"):
         fetch(imagenet=tmp_path)
     save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
     digest = sha256(release / "trex.pth")
-    with pytest.raises(WeightsError, match=f"refused: the SHA-256 of .*is {digest}, not 0000") as e:
+    with pytest.raises(WeightsError, match=f"refused: SHA-256 of .*is {digest}, not 0000") as e:
         fetch()
     assert "\n" not in str(e.value)
     assert list((tmp_path / "out" / "files").iterdir()) == []
@@ -965,7 +965,7 @@ def test_import_keeps_no_other_file(
     shutil.copy(release / "trex.pth", tmp_path / "out" / "files")
     files.log.clear()
     monkeypatch.setattr("hub.import_naver._convert", lambda *_: True)
-    assert fetch()  # placed by hand
+    assert fetch()  # a manual copy
     assert files.log == []
     assert load_manifest(path).naver == {"trex.pth": digest}
     with (tmp_path / "out" / "files" / "trex.pth").open("ab") as file:
@@ -980,13 +980,13 @@ def test_import_goes_on_warns_and_makes_again_what_is_damaged(
     path, out = tmp_path / "manifest.json", tmp_path / "out"
     weights = out / "converted" / STARS[0] / "model.safetensors"
     weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"other weights")  # as if the full file had given them
+    weights.write_bytes(b"other weights")  # as if converted from the full file
     files.faults.append(Fault("trex.pth", 404))
-    with pytest.raises(WeightsError, match=r"1 of 2 files: .*404.*place it at .*trex\.pth by"):
+    with pytest.raises(WeightsError, match=r"1 of 2 files failed: .*404.*copy it to .*trex\.p"):
         import_naver(("trex.pth", "trexstar_2.pth"), output=out, manifest=path)
     warning = (
-        "WARNING: trexstar_resnet50.in1k_r2 from trexstar_2.pth is not what it was before, from "
-        "trexstar_2_checkpoint_full.pth: find out"
+        "WARNING: trexstar_resnet50.in1k_r2 from trexstar_2.pth differs from the earlier "
+        "conversion of trexstar_2_checkpoint_full.pth; find out"
     )
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + b"x")
@@ -995,4 +995,4 @@ def test_import_goes_on_warns_and_makes_again_what_is_damaged(
     assert warning in capsys.readouterr().out
     assert weights.read_bytes() == whole
     assert import_naver(("trexstar_2.pth",), output=out, manifest=path)
-    assert "converted already" in capsys.readouterr().out
+    assert "already converted" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``python -m hub build`` of every kind of model that the trainer exports: card and examples."""
+"""``python -m hub build`` for every kind of model that the trainer exports: card and examples."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDER = {"backbone": "mobilenetv3_small_050", "backbone_args": ()}
 
 
 def export(folder: Path, objective: str, projector: str, **model: Any) -> Path:
-    """What the trainer exports of a method that has not trained."""
+    """Export an untrained method as the trainer does."""
     settings = dataclasses.asdict(RECIPES["smoke"]("unused"))
     settings["model"] |= {"projector": projector, "hidden_dim": 16, "embedding_dim": 8, **model}
     settings["objective"] |= {"name": objective, "bank_size": 32, "temperature": 0.2}
@@ -46,7 +46,7 @@ def export(folder: Path, objective: str, projector: str, **model: Any) -> Path:
 
 
 def own(source: Path, output: Path) -> tuple[Path, str]:
-    """Build a model of Ada's; return its folder and its card, in one line."""
+    """Build a model that Ada owns; return its folder and its card."""
     (folder,) = build_folders(source, output, name="own", **OWNER, namespace="ada")
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def own(source: Path, output: Path) -> tuple[Path, str]:
 
 
 def run_here(folder: Path, card: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a card's examples on the folder; what they print is what their comments say."""
+    """Run a card's examples on the folder, and compare the output with the comments."""
     capsys.readouterr()
     blocks = [
         block.replace("hf-hub:ada/own", f"local-dir:{folder}") for block in python_blocks(card)
@@ -116,7 +116,7 @@ def test_every_export_of_a_resnet(
 
     printed = run_here(folder, card, capsys)
     assert all(f" {name}\n" in printed for name in CLASSES) is classifies
-    assert "32 torch.Size([2, 16, 1, 1])" in printed  # the pyramid's last
+    assert "32 torch.Size([2, 16, 1, 1])" in printed  # last level of the pyramid
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_exports_of_other_architectures(
     assert "Only timm is needed" in words
     for word in (*TREX_WORDS, "ResNet", "projector", "cosine", "trex_models  #"):
         assert word not in card.split("## Citation")[0]
-    # timm builds no pyramid on a single block.
+    # timm cannot build a pyramid from a single block.
     assert ("features_only" in card) is (model is WIDER)
     assert f"Other sizes work if `{model['backbone']}` supports them" in words
     printed = run_here(folder, card, capsys)
@@ -172,12 +172,12 @@ def test_long_lists_of_classes_and_naver_s_license(tmp_path: Path) -> None:
     card = " ".join(own(tmp_path / "many", tmp_path / "hub")[1].split())
     assert '`class 19` and 10 more, all in `model.pretrained_cfg["label_names"]`.' in card
     assert "class 20" not in card
-    # Names that are not one a class are none.
+    # Names are ignored unless there is one per class.
     edit_config(tmp_path / "many", lambda c: c["pretrained_cfg"].update(label_names=names[:3]))
     card = own(tmp_path / "many", tmp_path / "hub")[1]
     assert "names = range(30)" in card
     assert "Its classes" not in card
-    # As of an export that started from them: no claim that they are none of NAVER's.
+    # As for an export initialized from NAVER's weights: the card must not deny their origin.
     source = tiny_classifier(tmp_path / "mine")
     (folder,) = build_folders(source, tmp_path / "theirs", owner="Ada", license=naver.LICENSE)
     for file in ("README.md", "NOTICE"):
@@ -191,18 +191,18 @@ def test_models_that_do_not_run_and_runs_are_refused(tmp_path: Path) -> None:
         "resnet10t", num_classes=0, global_pool="", pretrained_cfg=CFG, **TINY
     )
     write_folder(model, tmp_path / "maps")
-    with pytest.raises(ValueError, match=r"maps: its output is not a vector; export it again"):
+    with pytest.raises(ValueError, match=r"maps: the model's output is not a vector; export"):
         build_folders(tmp_path / "maps", tmp_path / "hub", **OWNER)
     exported = export(tmp_path / "export", "softmax", "none", **VIT)
     edit_config(exported / "cls", lambda c: c["pretrained_cfg"].update(input_size=[3, 50, 50]))
-    with pytest.raises(ValueError, match=r"cls: it does not take images of its own input_size, "):
+    with pytest.raises(ValueError, match=r"cls: the model fails for images of its input_size, "):
         build_folders(exported / "cls", tmp_path / "hub", **OWNER)
     assert not (tmp_path / "hub").exists()
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     for part in ("backbone", "proj"):
         (run / "export" / part).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run; give \S+export/backbone or \S+export/proj$"):
+    with pytest.raises(ValueError, match=r"directory; pass \S+export/backbone or \S+export/proj$"):
         build_folders(run, tmp_path / "hub", **OWNER)
 
 
@@ -215,11 +215,11 @@ def test_build_says_how_to_publish_or_that_the_disk_is_full(
     publish = f"python -m hub publish {out}/mine --namespace"
     printed = capsys.readouterr().out
     assert printed.startswith(f"built {out / 'mine'}\n")
-    assert f"publish your own: {publish} ada --manifest manifest.json\n" in printed
+    assert f"to publish your models: {publish} ada --manifest manifest.json\n" in printed
     assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
     assert main(command) == 0
     publish = publish.replace("mine", "own")
-    hint = f"publish your own, once built again with --namespace YOU: {publish} YOU --manifest"
+    hint = f"models (after building again with --namespace YOU): {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
 
     def full(*_: object) -> None:
@@ -228,7 +228,7 @@ def test_build_says_how_to_publish_or_that_the_disk_is_full(
     monkeypatch.setattr(shutil, "copyfile", full)
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"error: {out / 'own'} cannot be written (No space left on device); free space there, or "
+        f"error: {out / 'own'} cannot be written (No space left on device); free some space or "
         "choose another --output\n"
     )
     assert {path.name for path in out.iterdir()} == {"mine", "own"}

@@ -1,4 +1,4 @@
-"""torch.hub's entry points, loaded from a clone."""
+"""Entry points of torch.hub, loaded from a clone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Licenses of weights, by one rule for every command."""
+"""Licenses of weights, determined in the same way by every command."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_one_rule_for_every_command(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A renamed file of NAVER's, known by the SHA-256 that the cache recorded at first use."""
+    """A renamed file of NAVER's is recognized by its SHA-256 in the cache's record."""
     monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TREX_MODELS_NO_NOTICE", raising=False)
     folder = tmp_path / "mine"
@@ -103,7 +103,7 @@ def test_one_rule_for_every_command(
     small: dict[str, Any] = {"backbone": "test_resnet", "proj_dim": 0, "num_classes": 0}
     timm.create_model("trex_resnet", pretrained=True, pretrained_cfg_overlay=overlay, **small)
     assert "not for commercial use" in caplog.text
-    with pytest.raises(ValueError, match="--license mit: the weights of .*mine are under cc-by-nc"):
+    with pytest.raises(ValueError, match="--license mit: the weights in .*mine are licensed under"):
         build_folders._license(inspect_folder(folder, "mine"), "me", "mit")
     command = "trex --data.source fractals --data.num-classes 2 --crops.local-crops 0".split()
     command += "--objective.bank-size 64 --model.backbone test_resnet".split()

@@ -1,4 +1,4 @@
-"""The study's parts, and one run of it, from images to figures, at the size of a test."""
+"""The parts of the study, and a complete tiny study from images to figures."""
 
 import json
 import os
@@ -106,11 +106,11 @@ def test_images_are_whole_or_absent(tmp_path: Path) -> None:
     with Image.open(file) as image:
         assert np.asarray(image).tolist() == np.full((4, 4, 3), 7).tolist()
     written = file.stat().st_mtime_ns
-    _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)  # what is there stays
-    with pytest.raises(ValueError, match=r"'size': 4, .*, not .*'size': 1, .*name another"):
+    _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)  # keeps existing files
+    with pytest.raises(ValueError, match=r"'size': 4, .*, not .*'size': 1, .*use another"):
         _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path)
     (tmp_path / "images.json").unlink()
-    with pytest.raises(ValueError, match=r"has images and no images\.json: name another"):
+    with pytest.raises(ValueError, match=r"has images but no images\.json; use another"):
         _Drawn(num_classes=1, per_class=1, size=4).write(tmp_path)
     assert file.stat().st_mtime_ns == written
 
@@ -178,7 +178,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"{len(CELLS)}.0 core hours of runs, {len(CELLS)}.0 of searches" in printed
     assert "**0.8: 70.0**" in printed
-    assert "has the least of 18 runs" in printed
+    assert "(minimum of 18 runs: " in printed
     for claim in CLAIMS:
         assert f"| {claim.text} |" in printed
     for name in ("tradeoff", "claims", "datasets", "effects", "geometry", "change"):
@@ -195,7 +195,7 @@ def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "nan" not in printed
     assert " to " not in printed
-    assert "has the least of 2 runs" in printed
+    assert "(minimum of 2 runs: " in printed
     assert (tmp_path / "out" / "study_tradeoff.png").exists()
     assert not (tmp_path / "out" / "study_claims.png").exists()
     assert not (tmp_path / "out" / "study_effects.png").exists()
@@ -212,17 +212,17 @@ def test_seeds_are_blocks(tmp_path: Path) -> None:
     task = MEASURES["task"]
     weights = {"cosine-1": 1.0, "cosine-1-global": -1.0}
     two = _tops(tmp_path, cosine_1=(0.5, 0.6, 0.8), cosine_1_global=(0.4, 0.5, 0.6))
-    # Of two cells the paired interval: t of 2 degrees of freedom, the standard error.
+    # Two configurations give the paired interval: t with 2 degrees of freedom, standard error.
     half = 4.3027 * (0.01 / 3) ** 0.5 / 3**0.5
     expected = pytest.approx((0.4 / 3, 0.4 / 3 - half, 0.4 / 3 + half), abs=1e-4)
     assert claims.contrast(two, task, weights) == expected
-    # A seed that one of them lacks says nothing of their difference.
+    # A seed that one of them lacks does not change their difference.
     less = {"cosine-1": two["cosine-1"][:2], "cosine-1-global": two["cosine-1-global"]}
     assert claims.contrast(less, task, weights) == pytest.approx((0.1, 0.1, 0.1))
     one = {**_result("cosine-1", 7), "task_top1": 0.7}
     apart = {"cosine-1": [one, {**one, "seed": 8}], "cosine-1-global": two["cosine-1-global"]}
     assert not claims.contrast(apart, task, weights).has_interval
-    # A third cell adds degrees of freedom: the two-way analysis of variance.
+    # A third configuration adds degrees of freedom: two-way analysis of variance.
     three = _tops(tmp_path, ocm_1=(0.4, 0.5, 0.65))
     table = np.array([[0.5, 0.6, 0.8], [0.4, 0.5, 0.6], [0.4, 0.5, 0.65]])
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
@@ -239,13 +239,13 @@ def test_seeds_are_blocks(tmp_path: Path) -> None:
 def test_results_of_other_conditions_are_refused(tmp_path: Path) -> None:
     other = {"optim.base-lr": 0.8, "optim.epochs": 4}
     _write(tmp_path, _result("ocm-1", 0), _result("ocm-3", 1, settings=other))
-    differs = r"ocm-3-1\.json differs in its optim\.epochs from ocm-1-0\.json"
+    differs = r"ocm-3-1\.json and ocm-1-0\.json have different optim\.epochs;"
     with pytest.raises(ValueError, match=differs):
         claims.read_results(tmp_path)
     (tmp_path / "ocm-3-1.json").unlink()
     settings = {**_result("ocm-1", 10)["settings"], "optim.base-lr": 0.4}
     _write(tmp_path, _result("ocm-1", 2), _result("ocm-1", 10, settings=settings))
-    differs = r"ocm-1-10\.json differs in its optim\.base-lr from ocm-1-0\.json"
+    differs = r"ocm-1-10\.json and ocm-1-0\.json have different optim\.base-lr"
     with pytest.raises(ValueError, match=differs):
         claims.read_results(tmp_path)
     _write(tmp_path, _result("ocm-1", 10))
@@ -259,7 +259,7 @@ def test_damaged_or_no_results(
     assert study.main(["report", "--results", str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
     (tmp_path / "ocm-1-0.json").write_text(text)
-    with pytest.raises(ValueError, match=r"ocm-1-0\.json is damaged \(.*\): delete it"):
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json is damaged \(.*\); delete it"):
         claims.read_results(tmp_path)
 
 
@@ -269,7 +269,7 @@ def new_run(folder: Path, name: str = "ocm-1", **changes: Any) -> Run:
 
 
 def put_python(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Put a shell script in the place of the interpreter."""
+    """Replace the Python interpreter with a shell script."""
     script = folder / "python"
     script.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     script.chmod(0o755)
@@ -280,13 +280,13 @@ def test_a_failed_command_names_its_log_and_one_that_diverges_scores_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run(tmp_path)
-    with pytest.raises(runs.FailedError, match=r"trex_models\.train ended with status 2: see .*g"):
+    with pytest.raises(runs.FailedError, match=r"trex_models\.train failed with exit status 2; s"):
         run.search()
     assert "error: " in (tmp_path / "runs" / "ocm-1-20-0.8-0.log").read_text()
     error = "echo error: the loss of step 3 is no longer finite"
     put_python(tmp_path, monkeypatch, error, "exit 2")
     assert run.search() == 0
-    with pytest.raises(runs.DivergedError, match=r"status 2: see .*log"):
+    with pytest.raises(runs.DivergedError, match=r"status 2; see .*log"):
         run.complete(tmp_path / "result.json")
     assert new_run(tmp_path, "look-1")._head() is None  # no class vectors
 
@@ -301,11 +301,11 @@ def test_results_and_searches_of_other_conditions_are_not_gone_on_with(
     runs.write(result, {"settings": run.conditions()})
     assert run.is_done(result)
     other = replace(run, scale=replace(scale, images=replace(scale.images, variation=7.0)))
-    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of images\.variation .*, not 7\.0"):
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json has images\.variation .*, expected 7\.0"):
         other.is_done(result)
     assert scale.start
     other = replace(run, scale=replace(scale, start=replace(scale.start, epochs=7)))
-    with pytest.raises(ValueError, match=r"ocm-1-0\.json is of start\.epochs .*, not 7"):
+    with pytest.raises(ValueError, match=r"ocm-1-0\.json has start\.epochs .*, expected 7"):
         other.is_done(result)
     trial = new_run(tmp_path, rate=0.2, epochs=9)
     out = tmp_path / "search-ocm-1.json"
@@ -313,13 +313,13 @@ def test_results_and_searches_of_other_conditions_are_not_gone_on_with(
     monkeypatch.setattr(Run, "search", lambda run: {0.2: 0.5, 0.4: 0.75, 0.8: 0.625}[run.rate])
     assert study.search(trial, out) == "ocm-1: learning rates 0.2: 50.0 %, 0.4: 75.0 %, 0.8: 62.5 %"
     assert study.best_rate(trial, out) == 0.4
-    with pytest.raises(ValueError, match=r"search-ocm-1\.json is of optim\.epochs 9, not 8"):
+    with pytest.raises(ValueError, match=r"search-ocm-1\.json has optim\.epochs 9, expected 8"):
         study.best_rate(replace(trial, epochs=8), out)
 
 
 def test_mean_head_leaves_out_an_images_own_embedding() -> None:
-    # The second image is its class's by its own embedding alone: 0.89 with it, 0.6 without; the
-    # other class has 0.8.
+    # The second image is classified correctly only if its own embedding counts: its score is
+    # 0.89 with it and 0.6 without, and that of the other class is 0.8.
     known = np.array([[1, 0], [0.6, 0.8], [0, 1], [0, 1]], np.float32)
     labels = np.array([0, 0, 1, 1])
     assert runs.mean_head(known, labels, known, labels) == (3 / 4, 1)
@@ -376,7 +376,7 @@ def test_a_cell_is_named_twice_or_absent(
     assert study.main([*command, "--jobs", "1", "--seeds", "2", "--cells", "ocm-1", "ocm-1"]) == 0
     assert completed == ["ocm-1-0-0.2", "ocm-1-1-0.2"]
     assert study.main([*command, "--cells", "ocm-1-fp16"]) == 2
-    assert "--scale cpu has no cell ocm-1-fp16: leave it out" in capsys.readouterr().err
+    assert "--scale cpu has no configuration ocm-1-fp16" in capsys.readouterr().err
 
 
 def test_the_page_shows_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,7 +415,7 @@ def test_a_study(
     assert ocm["core_seconds"] > 1
     assert tables.cells(claims.read_results(results), ["task"]).count("\n") == 2
     before = {path: path.stat().st_mtime_ns for path in results.iterdir()}
-    assert study.main(command) == 0  # nothing is left to do
+    assert study.main(command) == 0  # everything is done
     assert {path: path.stat().st_mtime_ns for path in results.iterdir()} == before
     changed = replace(small, settings={**settings, "objective.ema-momentum": 0.5})
     monkeypatch.setitem(SCALES, "cpu", changed)

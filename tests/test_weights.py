@@ -1,4 +1,4 @@
-"""pretrained=True by name: the cache, the Hub and NAVER's file, and all that can go wrong."""
+"""pretrained=True by name: the cache, the Hub, NAVER's files, and all errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from trex_models import CheckpointError, WeightsError
 from trex_models.pretrained import licenses, manifest, naver, resolve
 
 ROOT = Path(__file__).parents[1]
-# The tensor of the reference's outputs that a model gives, and the file that has its weights.
+# Model -> the corresponding tensor of the reference's outputs, and the file with its weights.
 MODELS = {
     "trex_resnet50.in1k": (0, "trex.pth"),
     "trexstar_resnet50.in1k": (0, "trexstar.pth"),
@@ -55,7 +55,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def expected(release: Path) -> dict[str, Tensor]:
-    """Outputs of every model for IMAGES, (2, ...) float64, by the independent reference."""
+    """Outputs of every model for IMAGES, (2, ...) float64, from the independent reference."""
     loaded = {
         path.name: outputs(torch.load(path, weights_only=False), IMAGES)
         for path in release.iterdir()
@@ -66,7 +66,7 @@ def expected(release: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def server(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """NAVER's, for models without initial values, which take most of a model's time."""
+    """NAVER's release; models skip their initialization, which takes most of the time."""
     for name in ("kaiming_normal_", "kaiming_uniform_", "trunc_normal_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
     with FileServer({path.name: path for path in release.iterdir()}) as server:
@@ -75,7 +75,7 @@ def server(release: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServe
 
 @pytest.fixture
 def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, with the loopback server in NAVER's place and an empty manifest."""
+    """An empty cache, an empty manifest, and the loopback server instead of NAVER's."""
     manifest.save_manifest(manifest.Manifest(), tmp_path / "manifest.json")
     monkeypatch.setenv("TREX_MODELS_MANIFEST", str(tmp_path / "manifest.json"))
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
@@ -86,7 +86,7 @@ def cache(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def visible(cache: Path) -> list[str]:
-    """Files in our cache, but for empty locks."""
+    """Return the files in our cache, except lock files."""
     return sorted(p.name for p in (cache / "naver").glob("*") if p.suffix != ".lock")
 
 
@@ -191,9 +191,9 @@ def test_connection_that_breaks_is_resumed(server: FileServer, release: Path) ->
         (Fault("GET", delay=60), "trex.pth is not available: timed out"),
         (Fault("GET", endless=(b"x", 60)), "trex.pth is not available: timed out"),
         (Fault("GET", endless=(b"x", 0.1)), "trex.pth is not available: only . bytes in "),
-        (Fault("GET", endless=(bytes(MIB), 0)), "it has more than 200 MB: another file"),
-        (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part: it is a web page"),
-        (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or cut short"),
+        (Fault("GET", endless=(bytes(MIB), 0)), "larger than 200 MB, not NAVER's file"),
+        (Fault("GET", body=b"<!DOCTYPE html><p>moved"), r"trex\.pth\.part is a web page"),
+        (Fault("GET", body=b"PK\x03\x04 cut"), "damaged or truncated"),
     ],
     ids="404 500 cut silent hang drip endless page damaged".split(),
 )
@@ -206,9 +206,9 @@ def test_what_naver_does_not_give(
     with pytest.raises(WeightsError, match=reason) as caught:
         timm.create_model("trex_resnet50", pretrained=True)
     message = str(caught.value)
-    assert message.startswith("no weights for trex_resnet50.in1k.\n")
+    assert message.startswith("no weights available for trex_resnet50.in1k.\n")
     assert "Hub: trex_resnet50.in1k is not published there yet" in message
-    for remedy in (f"place {server.url}trex.pth at {cache}/naver/trex.pth", "file=", "convert nav"):
+    for remedy in (f"download {server.url}trex.pth to {cache}/naver/trex.", "file=", "convert nav"):
         assert remedy in message
     assert visible(cache) == []
 
@@ -216,10 +216,10 @@ def test_what_naver_does_not_give(
 @pytest.mark.parametrize(
     ("name", "served", "reason"),
     [
-        ("trex_resnet50_cls", "trexstar_2_checkpoint_full.pth", "found a projector of 1 hidden"),
-        ("trex_resnet50_cls", "trex_2.pth", "expected a projector of 3.*found a backbone alone"),
-        ("trex_resnet50", "trex_2_checkpoint_full.pth", "expected a backbone alone, found a proj"),
-        ("trex_resnet50", "nan.pth", r"layer1\.0\.conv1\.weight has 1 values that are not finite"),
+        ("trex_resnet50_cls", "trexstar_2_checkpoint_full.pth", "got a projector with 1 hidden"),
+        ("trex_resnet50_cls", "trex_2.pth", "must contain a projector with 3.*got only a backb"),
+        ("trex_resnet50", "trex_2_checkpoint_full.pth", "must contain only a backbone, got a pro"),
+        ("trex_resnet50", "nan.pth", r"layer1\.0\.conv1\.weight has 1 non-finite values"),
     ],
 )
 def test_renamed_and_damaged_files(
@@ -242,18 +242,18 @@ def test_changed_files(cache: Path, server: FileServer, release: Path, tmp_path:
     digest = sha256(server.files["trex.pth"])
     first.unlink()
     server.files["trex.pth"] = server.files["trexstar.pth"]
-    assert_refused(rf"refused: .* not {digest} of .*trex.json, of its first use; if NAVER")
+    assert_refused(rf"refused: .* not {digest} as in .*trex.json .first use.; if NAVER")
     assert visible(cache) == ["trex.json"]
     shutil.rmtree(cache)
     known = manifest.Manifest(naver={"trex.pth": digest})
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    assert_refused(rf"refused: .* not {digest} of the manifest; delete what")
+    assert_refused(rf"refused: .* not {digest} as in the manifest; delete the")
     assert visible(cache) == []
-    # A first use that the manifest contradicts.
+    # First use of a file that differs from the manifest.
     (tmp_path / "manifest.json").write_text(empty)
     resolve.fetch("trex_resnet50.in1k")
     manifest.save_manifest(known, tmp_path / "manifest.json")
-    assert_refused(rf"refused: .* not {digest} of the manifest; delete what")
+    assert_refused(rf"refused: .* not {digest} as in the manifest; delete the")
     shutil.rmtree(cache)
     server.files["trex.pth"] = release / "trex.pth"
     assert resolve.fetch("trex_resnet50.in1k").exists()
@@ -266,7 +266,7 @@ def test_servers_that_are_not_there_or_cannot_resume(
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     assert_refused(r"trex\.pth is not available: .*refused")
-    # One line for each attempt, of which the last is the error's.
+    # One message per attempt; the last one is the error.
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
     server.ranges = False
@@ -283,8 +283,8 @@ def test_links_and_remains_of_killed_processes(cache: Path, tmp_path: Path) -> N
     (cache / "naver").mkdir(parents=True)
     for name in (".trex.pth.part", ".trex.safetensors.tmp", ".trex.json.tmp"):
         (cache / "naver" / name).symlink_to(victim)
-    (cache / "naver" / ".trex_2.pth.part").touch()  # another file's, which may be arriving
-    header = resolve.fetch("trex_resnet50.in1k").read_bytes()[8:72]  # without a time
+    (cache / "naver" / ".trex_2.pth.part").touch()  # of another file, maybe still downloading
+    header = resolve.fetch("trex_resnet50.in1k").read_bytes()[8:72]  # contains no time
     assert header == b'{"__metadata__": {"format": "pt", "license": "cc-by-nc-sa-4.0"},'
     assert victim.read_bytes() == b"precious"
     assert visible(cache) == [".trex_2.pth.part", "trex.json", "trex.safetensors"]
@@ -324,7 +324,7 @@ def test_credentials_of_a_mirror(
 )
 def test_malformed_addresses(cache: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", address)
-    with pytest.raises(WeightsError, match="TREX_MODELS_NAVER_URL is not an http") as caught:
+    with pytest.raises(WeightsError, match="TREX_MODELS_NAVER_URL must be an http") as caught:
         resolve.fetch("trex_resnet50.in1k")
     assert "cret" not in "".join(traceback.format_exception(caught.value))
     assert visible(cache) == []
@@ -338,7 +338,7 @@ def test_files_placed_by_hand_and_cache_dir_of_the_call(
     cache: Path, server: FileServer, release: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match="not asked: HF_HUB_OFFLINE is set"):
+    with pytest.raises(WeightsError, match="skipped, HF_HUB_OFFLINE is set"):
         resolve.fetch("trexstar_resnet50_proj.in1k_r2")
     file = "trexstar_2_checkpoint_full.pth"
     (cache / "naver").mkdir(parents=True)
@@ -365,11 +365,11 @@ def test_manifests(tmp_path: Path) -> None:
         json.dumps({"models": {"x": entry | {"sha256": None}}, "naver": {}}),
     ):
         path.write_text(contents)
-        with pytest.raises(WeightsError, match=r"manifest\.json is no manifest of weights"):
+        with pytest.raises(WeightsError, match=r"manifest\.json is not a valid manifest"):
             timm.create_model("trex_resnet50", pretrained=True)
     path.unlink()
     assert_refused("No such file")
-    with pytest.raises(WeightsError, match=r"no weights are known for 'trex_resnet50', only"):
+    with pytest.raises(WeightsError, match=r"'trex_resnet50' has no weights; available: trex"):
         resolve.fetch("trex_resnet50")
     written = manifest.Published(**entry, outputs=(1.5, -2.0))
     known = manifest.Manifest({"trex_resnet50.in1k": written}, {"trex.pth": "2" * 64})
@@ -403,7 +403,7 @@ def test_explicit_files(
         from_file("trex_resnet50_proj", release / "trex.pth")
     with pytest.raises(RuntimeError, match="do not match trex_resnet50_cls: .*missing"):
         from_file("trex_resnet50_cls", full)
-    with pytest.raises(CheckpointError, match=r"none\.pth: it cannot be read"):
+    with pytest.raises(CheckpointError, match=r"none\.pth cannot be read"):
         from_file("trex_resnet50", release / "none.pth")
     state = torch.load(release / "trex.pth", weights_only=True)
     for wrapped in (state, {f"module.{key}": value for key, value in state.items()}):
@@ -413,8 +413,8 @@ def test_explicit_files(
         assert "state_dict" not in given.pretrained_cfg
         assert_outputs(given, expected["trex_resnet50.in1k"])
     for key, dtype, message in (
-        ("layer1.0.conv1.weight", None, "layer1.0.conv1.weight has .* values that are not finite"),
-        ("bn1.running_mean", torch.int64, "bn1.running_mean is .*torch.int64.*expected"),
+        ("layer1.0.conv1.weight", None, "layer1.0.conv1.weight has .* non-finite values"),
+        ("bn1.running_mean", torch.int64, "bn1.running_mean' must .* got torch.int64"),
     ):
         bad = torch.full_like(state[key], 0 if dtype else torch.nan, dtype=dtype)
         torch.save({**state, key: bad}, tmp_path / "bad.pth")
@@ -493,7 +493,7 @@ class Place:
         self.environment = environment(hub.url, self.home) | {"PYTHONPATH": str(ROOT)} | variables
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        # The client read its own variables when it was imported.
+        # The client reads its environment variables only once, when imported.
         monkeypatch.setattr(constants, "HF_HOME", str(self.home))
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(self.home / "hub"))
         self.set_endpoint(hub.url)
@@ -514,7 +514,7 @@ class Place:
         return str(caught.value)
 
     def start(self, name: str) -> Forked:
-        """Load a model in a process whose client has the constants of this one's."""
+        """Load a model in a process whose client has the same constants as in this process."""
         names = "HF_HOME", "HF_HUB_CACHE", "ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"
         values = {name: getattr(constants, name) for name in names}
         code = f"from huggingface_hub import constants\nvars(constants).update({values!r})\n{CHILD}"
@@ -533,7 +533,7 @@ def plain(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def converted(release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """model.safetensors of every model, written by hand from the release's tensors."""
+    """model.safetensors of every model, written directly from the release's tensors."""
     folder = tmp_path_factory.mktemp("converted")
     found = {}
     for name, (_, file) in MODELS.items():
@@ -568,7 +568,7 @@ BACKBONES = tuple(name for name in MODELS if "resnet50." in name)
 
 
 def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) -> None:
-    """Offline as users are, in an interpreter of its own."""
+    """Load offline as users do, in a new interpreter."""
     place.create(expected, *BACKBONES)
     revisions = {request.path.split("/")[4] for request in place.hub.requests("/resolve/")}
     pinned = manifest.load_manifest(place.folder / "manifest.json").models.values()
@@ -580,7 +580,7 @@ def test_from_the_hub_then_offline(place: Place, expected: dict[str, Tensor]) ->
     names = *BACKBONES[:2], "trex_resnet50_cls"
     offline = run_python("-c", CHILD, place.folder, *names, env=env, fails=True)
     assert offline.returncode == 1
-    assert "Hub: not asked: HF_HUB_OFFLINE is set" in offline.stderr
+    assert "Hub: skipped, HF_HUB_OFFLINE is set" in offline.stderr
     assert offline.stderr.count("not for commercial use") == 1
     for i, name in enumerate(BACKBONES[:2]):
         assert_close(torch.load(place.folder / f"{i}.pt"), expected[name])
@@ -605,19 +605,19 @@ def test_hub_or_its_cache_has_other_weights(
     shutil.rmtree(place.home)
     other = converted["trexstar_resnet50.in1k"]
     repo = place.hub.hub.repos[f"trex-models/{name}"]
-    # Someone rewrote the pinned commit.
+    # The pinned commit was overwritten.
     repo[0] = repo[0]._replace(
         files={"model.safetensors": place.hub.hub.file("model.safetensors", other)}
     )
     for _ in range(2):
         error = place.error(name)
-        assert f"is {sha256(other)}, not {sha256(converted[name])} of the manifest" in error
+        assert f"is {sha256(other)}, not {sha256(converted[name])} as in the manifest" in error
         assert "delete the file and try again" in error
     assert place.server.log == []
 
 
 def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) -> None:
-    """Before what was made of NAVER's file, here another one."""
+    """The Hub's cache has priority over the conversion of NAVER's file, here a different one."""
     name = "trex_resnet50.in1k"
     listed = (place.folder / "manifest.json").read_text()
     manifest.save_manifest(manifest.Manifest(), place.folder / "manifest.json")
@@ -625,7 +625,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
     other = {name: expected["trexstar_resnet50.in1k"]}
     place.create(other, name)
     (place.folder / "manifest.json").write_text(listed)
-    place.create(other, name)  # a cache comes before the network
+    place.create(other, name)  # caches have priority over the network
     shutil.move(place.home / "trex_models", place.folder / "aside")
     place.create(expected, name)
     shutil.move(place.folder / "aside", place.home / "trex_models")
@@ -635,7 +635,7 @@ def test_the_hub_s_cache_comes_first(place: Place, expected: dict[str, Tensor]) 
 def test_explicit_hub_folder_and_password_in_the_hub_s_address(
     place: Place, expected: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """timm's own way, with any organization's repository."""
+    """Load with timm's hf-hub:, from any organization's repository."""
     name = "hf-hub:trex-models/trex_resnet50.in1k"
     revision = place.hub.hub.repos["trex-models/trex_resnet50.in1k"][0].sha
     place.create(expected, name, f"{name}@{revision}")
@@ -660,7 +660,7 @@ def test_hub_fails_and_naver_serves(
         Fault(r"GET.*trexstar_resnet50.in1k_r2/", cut_after=0),
     ]
     place.create(expected, *BACKBONES)
-    # Of a level that reaches stderr though no logging is set up.
+    # Warnings reach stderr even if logging is not configured.
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for name in BACKBONES:
         assert any(f"{name} is not available from the Hub (" in message for message in said)
@@ -679,7 +679,7 @@ def test_hub_is_down(place: Place, expected: dict[str, Tensor]) -> None:
     place.set_endpoint("http://127.0.0.1:9")
     place.create(expected, "trexstar_resnet50.in1k")
     assert len(place.hub.log) == 1
-    # What is not published is not asked for.
+    # Unpublished models cause no request.
     place.set_endpoint(place.hub.url)
     published = manifest.load_manifest(place.folder / "manifest.json").models
     del published["trex_resnet50.in1k_r2"]
@@ -741,7 +741,7 @@ def test_interrupted(place: Place, expected: dict[str, Tensor], number: int) -> 
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that other users may enter, as pytest's are not."""
+    """A folder that other users can enter, unlike pytest's."""
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         folder.chmod(0o755)
@@ -776,7 +776,7 @@ def test_read_only_cache(server: FileServer, shared: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """A write fails at 20 MB, as it would on a full disk; Python ignores the signal."""
+    """Writes fail at 20 MB, as on a full disk; Python ignores the signal."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, hard))
     yield

@@ -1,1 +1,1 @@
-"""Does our t-ReX do what the paper says? Trained and evaluated at the scale of a CPU."""
+"""Study of the paper's claims with small models that train on a CPU."""

@@ -1,13 +1,13 @@
-"""The study: does our t-ReX do what the paper says? docs/study.md has what came out.
+"""Study of the paper's claims; docs/study.md has the results.
 
     python -m benchmarks.study run [--scale gpu]
     python -m benchmarks.study report --output docs
 
-The first command writes the images, searches a learning rate for each cell (short runs, top-1 on
-held-out images of the training classes), then trains and evaluates each cell with each seed: one
-JSON file a run. It does as many runs at once as there are cores, a thread each (on a GPU one), and
-continues where it was interrupted; a run whose file exists is skipped. The second one draws
-the figures and prints the tables.
+The first command writes the images, searches a learning rate for each configuration (short runs,
+top-1 on held-out images of the training classes), then trains and evaluates each configuration with
+each seed. It writes one JSON file per run and skips runs whose file exists, so an interrupted study
+can be continued. On a CPU, one single-threaded run per core runs in parallel; on a GPU, one at a
+time. The second command draws the figures and prints the tables.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ScaleName = Literal["cpu", "gpu"]
 
 
 def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
-    """Search for the best learning rate by factors of 2: upwards, or else downwards."""
+    """Search for the best learning rate in factors of 2, upwards or downwards from ``first``."""
     tried = {rate: score(rate) for rate in (first, 2 * first)}
     factor = 2.0 if tried[2 * first] > tried[first] else 0.5
     best = max(tried, key=lambda rate: tried[rate])
@@ -46,12 +46,12 @@ def climb(score: Callable[[float], float], first: float) -> dict[float, float]:
 
 
 def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
-    """Do tasks, several at once, and print what each returns, with the time left."""
-    waiting = list(tasks)
+    """Run tasks in parallel, and print the text that each returns and the remaining time."""
+    queue = list(tasks)
     failed: list[FailedError] = []
     started = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(task) for task in waiting]
+        futures = [pool.submit(task) for task in queue]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 try:
@@ -69,28 +69,28 @@ def in_parallel(tasks: Iterable[Callable[[], str]], jobs: int) -> None:
 
 
 def make_start(run: Run, out: Path) -> str:
-    """Train the backbone that the runs of a seed start from; write what it cost."""
+    """Train the initial backbone of a seed's runs; write the settings and the CPU time."""
     run.train()
     write(out, {"settings": run.conditions(), "core_seconds": run.core_seconds()})
     return f"{out.stem} is trained"
 
 
 def search(trial: Run, out: Path) -> str:
-    """Find a cell's learning rate; write the scores of all that were tried, the best's settings."""
+    """Search a configuration's learning rate; write all scores and the best run's settings."""
     tried = climb(lambda rate: replace(trial, rate=rate).search(), trial.rate)
     best = max(tried, key=lambda rate: tried[rate])
-    found = {
+    result = {
         "settings": replace(trial, rate=best).conditions(),
         "top1": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
         "core_seconds": sum(replace(trial, rate=rate).core_seconds() for rate in tried),
     }
-    write(out, found)
+    write(out, result)
     shown = ", ".join(f"{rate:g}: {100 * tried[rate]:.1f} %" for rate in sorted(tried))
     return f"{trial.name}: learning rates {shown}"
 
 
 def best_rate(trial: Run, out: Path) -> float | None:
-    """Return the learning rate that a search found; None if it is still to be done."""
+    """Return the learning rate selected by a search; None if the search is not finished."""
     if not out.exists():
         return None
     rate = _found_rate(out)
@@ -103,12 +103,12 @@ def _found_rate(out: Path) -> float:
 
 
 def complete(run: Run, out: Path) -> str:
-    """Train and evaluate a cell with one seed; write its result."""
+    """Train and evaluate a configuration with one seed; write the result."""
     run.complete(out)
-    found = read(out)
+    result = read(out)
     return (
-        f"{run.name}, seed {run.seed}: training task {100 * found['task_top1']:.1f} %, transfer "
-        f"{found['transfer_log_odds']:.3f}, {found['core_seconds'] / 60:.1f} core minutes"
+        f"{run.name}, seed {run.seed}: training task {100 * result['task_top1']:.1f} %, transfer "
+        f"{result['transfer_log_odds']:.3f}, {result['core_seconds'] / 60:.1f} core minutes"
     )
 
 
@@ -131,7 +131,7 @@ def _result_file(results: Path, name: str, seed: int) -> Path:
 def _starts(
     seeds: Iterable[int], scale: Scale, folder: Path, results: Path
 ) -> list[Callable[[], str]]:
-    """Return what is left to do for the backbones that the runs of some seeds start from."""
+    """Return tasks that train the missing initial backbones of some seeds."""
     if not scale.start:
         return []
     starts = [Run.start(scale, seed, folder) for seed in seeds]
@@ -145,7 +145,7 @@ def _starts(
 def _search_all(
     cells: Iterable[str], scale: Scale, folder: Path, results: Path, jobs: int
 ) -> dict[str, float]:
-    """Search the learning rates that are not known yet; return that of each cell."""
+    """Search the missing learning rates; return the learning rate of each configuration."""
     trials = {
         name: Run(
             name=name,
@@ -174,25 +174,25 @@ def run_all(
     seeds: int = 3,
     jobs: int | None = None,
 ) -> None:
-    """Train and evaluate; runs whose results exist are skipped.
+    """Train and evaluate all configurations. Runs with an existing result are skipped.
 
     Example: python -m benchmarks.study run --scale gpu
 
     Args:
         scale: Size of the study.
-        results: Folder of the JSON files. By default benchmarks/results/study-SCALE.
-        folder: Folder of images, runs and logs. By default runs/study-SCALE.
-        cells: Cells to run. By default all.
-        seeds: Number of runs of each cell.
-        jobs: Number of runs at once. By default one a core, or 1 on a GPU.
+        results: Folder of the JSON files. The default is benchmarks/results/study-SCALE.
+        folder: Folder of images, runs and logs. The default is runs/study-SCALE.
+        cells: Names of the configurations to run. The default is all.
+        seeds: Number of runs per configuration.
+        jobs: Number of parallel runs. The default is one per core, or 1 on a GPU.
     """
     chosen = SCALES[scale]
     names = dict.fromkeys(cells or chosen.cells)
     if absent := names.keys() - set(chosen.cells):
-        raise ValueError(f"--scale {scale} has no cell {min(absent)}: leave it out")
+        raise ValueError(f"--scale {scale} has no configuration {min(absent)}; remove it")
     folder = folder or Path("runs", f"study-{scale}")
     results = results or _results(scale)
-    # Several at once do not make a GPU faster.
+    # Parallel runs would not use a GPU more efficiently.
     jobs = (1 if torch.cuda.is_available() else free_cores()) if jobs is None else jobs
     cli.require_at_least(1, seeds=seeds, jobs=jobs)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,9 +217,9 @@ def run_all(
             starting = dict.fromkeys(run.seed for run in todo.values())
             in_parallel(_starts(starting, chosen, folder, results), jobs)
             in_parallel([partial(complete, run, out) for out, run in todo.items()], jobs)
-            print(f"{len(runs)} runs are done: {results}")
+            print(f"finished {len(runs)} runs; results are in {results}")
     except Timeout:
-        raise ValueError(f"another study runs in {folder}; name another --folder") from None
+        raise ValueError(f"another study is using {folder}; choose another --folder") from None
 
 
 def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = None) -> None:
@@ -228,9 +228,9 @@ def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = Non
     Example: python -m benchmarks.study report --output docs
 
     Args:
-        output: Folder of the figures.
+        output: Folder for the figures.
         scale: Size of the study.
-        results: Folder of the JSON files. By default benchmarks/results/study-SCALE.
+        results: Folder of the JSON files. The default is benchmarks/results/study-SCALE.
     """
     from benchmarks.study import claims, pictures, tables
 
@@ -251,14 +251,14 @@ def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = Non
     starts = [read(path) for path in sorted(folder.glob("start-*.json"))]
     trained = tables.core_hours(run for runs in found.values() for run in runs)
     prepared = tables.core_hours([*searches.values(), *starts])
-    what = "searches and starts" if starts else "searches"
-    print(f"{trained:.1f} core hours of runs, {prepared:.1f} of {what}")
+    kinds = "searches and initializations" if starts else "searches"
+    print(f"{trained:.1f} core hours of runs, {prepared:.1f} of {kinds}")
     for path in pictures.draw_all(found, tested, output):
         print(f"wrote {path}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status, as `cli.main`."""
+    """Run the command and return its exit status, see `cli.main`."""
     return cli.main(
         {"run": run_all, "report": report},
         sys.argv[1:] if arguments is None else arguments,

@@ -1,4 +1,4 @@
-"""What the study trains: one cell a side of a claim, all alike but for what the claim is about."""
+"""Configurations that the study compares, which differ only in the subject of a claim."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ Field = str | int | float | tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One variant of the method."""
+    """One configuration of the method."""
 
     title: str
-    """What tables and figures call it."""
+    """Title in tables and figures."""
     objective: str
-    """As ``--objective.name``."""
+    """Value of ``--objective.name``."""
     layers: int | None
-    """Hidden layers of the projector; None: there is no projector."""
+    """Number of hidden layers of the projector; None for no projector."""
     local: bool = True
-    """Whether there are local crops, as many as the scale has."""
+    """Use the scale's number of local crops; False for no local crops."""
     precision: str = "auto"
 
     def settings(self) -> dict[str, Field]:
-        """Return the fields that the cell is about."""
+        """Return the trainer's fields that define the configuration."""
         fields: dict[str, Field] = {"objective.name": self.objective, "precision": self.precision}
         if self.layers is None:
             fields["model.projector"] = "none"
@@ -54,14 +54,14 @@ CELLS = {
     "ocm-1-fp16": Cell(title="t-ReX* in fp16", objective="ocm", layers=1, precision="fp16"),
     "ocm-1-fp32": Cell(title="t-ReX* in fp32", objective="ocm", layers=1, precision="fp32"),
 }
-"""By name. The names t-ReX-L and OCM-L are the paper's, L hidden layers."""
+"""Configurations by name. t-ReX-L and OCM-L are the paper's names for L hidden layers."""
 
 _PRECISIONS = ("ocm-1-fp16", "ocm-1-fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A short training, whose backbone others start from."""
+    """A short training run whose backbone initializes other runs."""
 
     cell: str
     epochs: int
@@ -71,28 +71,28 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the study is; what all of its cells share."""
+    """Size of the study: the settings that all of its configurations share."""
 
     images: Images
     epochs: int
     search_epochs: int
-    """Of a run that tries a learning rate."""
+    """Number of epochs of a run in the search for a learning rate."""
     first_rate: float
-    """Per 256 images; where the search for a learning rate begins."""
+    """First learning rate of the search, per 256 images."""
     start: Start | None = None
-    """Whose backbone all runs of a seed start from; None: random weights."""
+    """Run whose backbone initializes all runs of a seed; None for random weights."""
     cells: tuple[str, ...]
-    """Names of the cells that it has."""
+    """Names of the configurations."""
     workers: int
-    """Loader processes of a run."""
+    """Number of loader workers of a run."""
     settings: Mapping[str, Field]
-    """Fields of the trainer, over the recipe demo."""
+    """Fields of the trainer that override the recipe demo."""
 
 
 _CELLS = tuple(name for name in CELLS if name not in _PRECISIONS)
 
 SCALES = {
-    # Batches of 64, crops of 32 and 16 pixels, as the demo's; 3,600 steps.
+    # Batches of 64, crops of 32 and 16 pixels, as in the demo; 3,600 steps.
     "cpu": Scale(
         images=Images(num_classes=24, per_class=16, size=64, variation=2.5),
         epochs=600,
@@ -102,12 +102,12 @@ SCALES = {
         cells=_CELLS,
         workers=0,
         settings={
-            # A slimmer network than the demo's: half the time a step.
+            # A narrower network than the demo's, which halves the time per step.
             "model.backbone-args": ("channels=(16, 32, 64, 128)", "stem_width=16"),
             "crops.local-crops": 2,
-            # Locals of less than this show too little of a 64-pixel fractal.
+            # Smaller local crops show too little of a 64-pixel fractal.
             "crops.local-scale": ("0.15", "0.4"),
-            # 0.999 averages over 0.2 % of the paper's 500,000 steps, this one over as much of ours.
+            # The paper's 0.999 averages over 0.2 % of its 500,000 steps; 0.9 is similar for ours.
             "objective.ema-momentum": 0.9,
             "objective.bank-size": 384,
             "objective.neighbors": 96,
@@ -140,5 +140,5 @@ SCALES = {
         },
     ),
 }
-"""By name."""
+"""Scales by name."""
 SEARCH_SEED = 1000

@@ -1,9 +1,9 @@
-"""The papers' claims as differences between cells, and the results of our runs.
+"""Claims of the papers as differences between configurations, and their statistical tests.
 
-Intervals are of 95 %, over seeds and for one set of images. Runs of one seed share their
-initialization, so seeds are blocks: a difference is judged by the additive model of cells and
-seeds, with residuals pooled over all cells as if their variances were equal. The paired interval
-of the two cells, and Welch's, which assumes independent runs, are reported next to it.
+All intervals are 95 % intervals over seeds, for one set of images. Runs with the same seed share
+their initialization, so seeds are treated as blocks: a difference is judged by the additive model
+of configurations and seeds, with residuals pooled over all configurations, assuming equal variance.
+The paired interval of two configurations and Welch's, for independent runs, are also reported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from benchmarks.study.runs import TRAINING_TASK, differing, read
 from trex_models.transfer.report import student_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
-"""By cell, what its runs found, a seed each."""
+"""Configuration -> results of its runs, one per seed."""
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, or a difference of two, with its interval; NaN of one seed."""
+    """A mean over seeds, or a difference of means, with its interval; NaN for one seed."""
 
     mean: float
     low: float
@@ -35,36 +35,36 @@ class Estimate(NamedTuple):
 
     @property
     def has_interval(self) -> bool:
-        """Whether it is of several seeds."""
+        """True if the estimate has several seeds."""
         return not math.isnan(self.low)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that every run has."""
+    """A score of a run."""
 
     title: str
-    of: Callable[[Mapping[str, Any]], float | None]
-    """Takes a run's result; None where the run has none."""
-    form: str
-    """Of a value in tables."""
+    value: Callable[[Mapping[str, Any]], float | None]
+    """Function that returns the score from a run's result, or None."""
+    format: str
+    """Format specification for tables."""
     scale: float = 1.0
-    """What a value is multiplied by to be written."""
+    """Factor for display, such as 100 for percent."""
 
     def text(self, estimate: Estimate, sign: str = "") -> str:
-        """Write an estimate and its interval."""
-        mean, low, high = (f"{self.scale * v:{sign}{self.form}}" for v in estimate)
+        """Format an estimate and its interval."""
+        mean, low, high = (f"{self.scale * v:{sign}{self.format}}" for v in estimate)
         return f"{mean} ({low} to {high})" if estimate.has_interval else mean
 
 
-def _head(known: str, less: str | None = None) -> Callable[[Mapping[str, Any]], float | None]:
-    """Return what takes an accuracy of a run's head, or the difference of two."""
+def _head(key: str, minus: str | None = None) -> Callable[[Mapping[str, Any]], float | None]:
+    """Return a function that returns an accuracy of a run's head, or a difference of two."""
 
-    def of(result: Mapping[str, Any]) -> float | None:
+    def value(result: Mapping[str, Any]) -> float | None:
         head = result["head"]
-        return float(head[known] - (head[less] if less else 0)) if head else None
+        return float(head[key] - (head[minus] if minus else 0)) if head else None
 
-    return of
+    return value
 
 
 def _transfer_but_hues(result: Mapping[str, Any]) -> float:
@@ -75,13 +75,13 @@ def _transfer_but_hues(result: Mapping[str, Any]) -> float:
 
 
 def _change(result: Mapping[str, Any]) -> float | None:
-    """Return the mean change a step over the training, without its first tenth."""
+    """Return the mean change per step during training, without the first tenth."""
     change = result["curves"].get("prototype_change")
     return statistics.fmean(change[len(change) // 10 :]) if change else None
 
 
 def _last_change(result: Mapping[str, Any]) -> float | None:
-    """Return the change a step at the end, where the learning rate is near 0."""
+    """Return the change per step at the end of training, where the learning rate is near 0."""
     change = result["curves"].get("prototype_change")
     return float(change[-1]) if change else None
 
@@ -90,13 +90,13 @@ MEASURES = {
     "task": Measure("training task, top-1 %", lambda r: float(r["task_top1"]), ".1f", 100),
     "transfer": Measure("transfer, log-odds", lambda r: float(r["transfer_log_odds"]), ".3f"),
     "but_hues": Measure("transfer without hues, log-odds", _transfer_but_hues, ".3f"),
-    "change": Measure("change of class vectors a step", _change, ".4f"),
-    "last": Measure("the same at the end", _last_change, ".4f"),
-    "fit": Measure("head on its training images, top-1 %", _head("train"), ".1f", 100),
-    "new": Measure("head on new ones, top-1 %", _head("test"), ".1f", 100),
-    "gap": Measure("head: training less new images, points", _head("train", "test"), ".1f", 100),
+    "change": Measure("change of class vectors per step", _change, ".4f"),
+    "last": Measure("change per step at the end", _last_change, ".4f"),
+    "fit": Measure("head on training images, top-1 %", _head("train"), ".1f", 100),
+    "new": Measure("head on new images, top-1 %", _head("test"), ".1f", 100),
+    "gap": Measure("head: training minus new images, points", _head("train", "test"), ".1f", 100),
     "means_gap": Measure(
-        "class means: training less new images, points",
+        "class means: training minus new images, points",
         _head("means_train", "means_test"),
         ".1f",
         100,
@@ -105,20 +105,20 @@ MEASURES = {
 
 
 def accuracy(dataset: str) -> Measure:
-    """Return the measure of top-1 on a dataset."""
+    """Return the top-1 accuracy on a dataset as a measure."""
     return Measure("top-1, %", lambda run: float(run["datasets"][dataset]["top1"]), ".1f", 100)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one cell has more of something than another."""
+    """Claim that a measure is larger for one configuration than for another."""
 
     text: str
     more: str
-    """Name of a cell."""
+    """Configuration with the larger value."""
     less: str
     measure: str
-    """A key of ``MEASURES``."""
+    """Key of ``MEASURES``."""
 
 
 CLAIMS = [
@@ -161,8 +161,8 @@ CLAIMS = [
 
 
 BUT_HUES = [replace(c, measure="but_hues") for c in CLAIMS if c.measure == "transfer"]
-"""The claims on transfer without the dataset on which every cell is at chance."""
-LOCAL_CROPS, DEPTH = "Local crops", "Three hidden layers for one"
+"""Claims on transfer without the dataset on which all configurations are at chance level."""
+LOCAL_CROPS, DEPTH = "Local crops", "Three hidden layers instead of one"
 EFFECTS = {
     LOCAL_CROPS: {
         "L = 1": ("cosine-1", "cosine-1-global"),
@@ -173,16 +173,16 @@ EFFECTS = {
         "learned": ("cosine-3", "cosine-1"),
         "OCM": ("ocm-3", "ocm-1"),
     },
-    "OCM for learned class vectors": {
+    "OCM instead of learned class vectors": {
         "L = 1": ("ocm-1", "cosine-1"),
         "L = 3": ("ocm-3", "cosine-3"),
     },
 }
-"""What a change does, by the cells with it and without."""
+"""Changes of the method -> pairs of configurations, with and without the change."""
 
 
 def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return those of ``EFFECTS`` whose cells have been run."""
+    """Return the ``EFFECTS`` for which there are results."""
     found = {
         title: {kind: pair for kind, pair in pairs.items() if set(pair) <= results.keys()}
         for title, pairs in EFFECTS.items()
@@ -191,19 +191,19 @@ def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def by_dataset(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
-    """Return the difference of two cells in top-1 on each dataset, with seeds as blocks."""
-    with_it, without = pair
-    weights = {with_it: 1.0, without: -1.0}
+    """Return the difference in top-1 on each dataset between a pair, with seeds as blocks."""
+    changed, baseline = pair
+    weights = {changed: 1.0, baseline: -1.0}
     return {name: contrast(results, accuracy(name), weights) for name in list_datasets(results)}
 
 
 def list_datasets(results: Results) -> list[str]:
-    """Return the names of the datasets, the training task first."""
+    """Return the names of the datasets, starting with the training task."""
     return list(next(iter(results.values()))[0]["datasets"])
 
 
 def read_results(folder: Path) -> Results:
-    """Read the results of all runs, in the order of ``CELLS`` and of the seeds."""
+    """Read the results of all runs, ordered as in ``CELLS`` and by seed."""
     results = {
         name: sorted(
             (
@@ -217,7 +217,7 @@ def read_results(folder: Path) -> Results:
     }
     results = {name: runs for name, runs in results.items() if runs}
     if not results:
-        raise ValueError(f"{folder} has no results; python -m benchmarks.study run makes them")
+        raise ValueError(f"{folder} has no results; run python -m benchmarks.study run")
     first = next(iter(results.values()))[0]
     for runs in results.values():
         for run in runs:
@@ -232,70 +232,70 @@ _OWN = {"optim.base-lr", "seed", *(field for cell in CELLS.values() for field in
 def _require_alike(
     run: Mapping[str, Any], other: Mapping[str, Any], own: Set[str], folder: Path
 ) -> None:
-    """Check that two runs have the same settings but those of their own."""
-    if what := differing(run["settings"], other["settings"], own):
+    """Check that two runs have the same settings, except for those in ``own``."""
+    if field := differing(run["settings"], other["settings"], own):
         raise ValueError(
-            f"{folder}: {run['cell']}-{run['seed']}.json differs in its {what} from "
-            f"{other['cell']}-{other['seed']}.json; delete what is of another study"
+            f"{folder}: {run['cell']}-{run['seed']}.json and {other['cell']}-{other['seed']}.json "
+            f"have different {field}; delete the results of other studies"
         )
 
 
 def values(runs: Sequence[Mapping[str, Any]], measure: Measure) -> list[float]:
-    """Return a number of a cell's runs; empty if they have none."""
-    found = [measure.of(run) for run in runs]
-    return [value for value in found if value is not None]
+    """Return a measure of a configuration's runs, without runs that do not have it."""
+    all_values = [measure.value(run) for run in runs]
+    return [value for value in all_values if value is not None]
 
 
 def estimate(numbers: Sequence[float]) -> Estimate:
-    """Return the mean and its interval."""
+    """Return the mean and Student's interval."""
     interval = student_interval(numbers) or (math.nan, math.nan)
     return Estimate(statistics.fmean(numbers), *interval)
 
 
 def welch(more: Sequence[float], less: Sequence[float]) -> Estimate:
-    """Return a difference of means, with Welch's interval; NaN where there is one seed alone."""
+    """Return a difference of means with Welch's interval; NaN for a single seed."""
     interval = ttest_ind(more, less, equal_var=False).confidence_interval(0.95)
     mean = statistics.fmean(more) - statistics.fmean(less)
     return Estimate(mean, float(interval.low), float(interval.high))
 
 
 def contrast(results: Results, measure: Measure, weights: Mapping[str, float]) -> Estimate:
-    """Return a weighted sum of the cells' effects in the additive model of cells and seeds.
+    """Estimate a weighted sum of effects in the additive model of configurations and seeds.
 
-    By least squares, with Student's interval; cells need not have been run with the same seeds, but
-    where no seeds connect them there is no interval. For results of two cells alone with the same
-    seeds it is the paired t-interval.
+    The model is fitted by least squares, with Student's interval. Configurations may have different
+    seeds, but without common seeds there is no interval. For two configurations with the same
+    seeds, the interval is the paired t-interval.
     """
-    found = [
+    rows = [
         (cell, run["seed"], value)
         for cell, runs in results.items()
         for run in runs
-        if (value := measure.of(run)) is not None
+        if (value := measure.value(run)) is not None
     ]
-    cells = sorted({cell for cell, _, _ in found})
-    seeds = sorted({seed for _, seed, _ in found})
+    cells = sorted({cell for cell, _, _ in rows})
+    seeds = sorted({seed for _, seed, _ in rows})
     design = np.array(
-        [[cell == c for c in cells] + [seed == s for s in seeds] for cell, seed, _ in found], float
+        [[cell == c for c in cells] + [seed == s for s in seeds] for cell, seed, _ in rows], float
     )
-    wanted = np.array([weights.get(cell, 0.0) for cell in cells] + [0.0] * len(seeds))
-    numbers = np.array([value for _, _, value in found])
+    target = np.array([weights.get(cell, 0.0) for cell in cells] + [0.0] * len(seeds))
+    numbers = np.array([value for _, _, value in rows])
     gram = design.T @ design
     inverse = np.linalg.pinv(gram)
     fit = inverse @ design.T @ numbers
     freedom = len(numbers) - int(np.linalg.matrix_rank(design))
-    mean = float(wanted @ fit)
-    connected = np.allclose(gram @ inverse @ wanted, wanted)
+    mean = float(target @ fit)
+    connected = np.allclose(gram @ inverse @ target, target)
     if not freedom or not connected:
         return Estimate(mean, math.nan, math.nan)
     variance = float(((numbers - design @ fit) ** 2).sum()) / freedom
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance * (wanted @ inverse @ wanted))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance * (target @ inverse @ target))
     return Estimate(mean, mean - half, mean + half)
 
 
 def among_cells(results: Results, measure: Measure, cell: str) -> Estimate:
-    """Return a cell's mean with the interval of its distance from the mean of all cells.
+    """Return a configuration's mean, with the interval of its difference from the overall mean.
 
-    It does not contain the effect of a seed on all cells.
+    The interval excludes effects of a seed that all configurations share.
     """
     names = [name for name, runs in results.items() if values(runs, measure)]
     weights = {name: (name == cell) - 1 / len(names) for name in names}
@@ -305,24 +305,24 @@ def among_cells(results: Results, measure: Measure, cell: str) -> Estimate:
 
 
 def side(found: Estimate) -> int:
-    """Return on which side of 0 an interval lies: 1, -1, or 0 if it takes 0 in."""
+    """Return 1 for an interval above 0, -1 for one below 0, and 0 if the interval contains 0."""
     return (found.low > 0) - (found.high < 0)
 
 
 class Tested(NamedTuple):
-    """A claim, and the difference that it is about, by three intervals."""
+    """A claim and its difference between two configurations, with three intervals."""
 
     claim: Claim
     difference: Estimate
-    """Seeds as blocks, the residuals of all cells pooled."""
+    """Estimate with seeds as blocks and residuals pooled over all configurations."""
     paired: Estimate
-    """Seeds as blocks, of the two cells alone."""
+    """Estimate with seeds as blocks, from only these two configurations."""
     welch: Estimate
-    """Runs as independent."""
+    """Estimate for independent runs."""
 
     @property
     def verdict(self) -> str:
-        """What they say; weakly where only the pooled one leaves 0 out."""
+        """Verdict on the claim; "weakly" if only the pooled interval excludes 0."""
         pooled = side(self.difference)
         if not pooled:
             return "within noise"
@@ -331,7 +331,7 @@ class Tested(NamedTuple):
 
 
 def tested(results: Results, claims: Sequence[Claim]) -> list[Tested]:
-    """Return the claims whose cells have been run at least twice, with their differences."""
+    """Test the claims whose configurations have at least two runs each."""
     found = []
     for claim in claims:
         measure = MEASURES[claim.measure]

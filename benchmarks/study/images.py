@@ -1,7 +1,7 @@
-"""The study's images: fractals in class folders, for training and for evaluation.
+"""Images of the study: fractals in class folders, for training and evaluation.
 
-Transfer is tried on classes that nobody trained on, and on what the training labels ignore: which
-variant of a class's shape an image shows, how far the shape is turned, its colors.
+Transfer is evaluated on unseen classes and on properties that the training labels ignore: the
+variant of a class's shape, the rotation of the shape, and its color.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from trex_models.atomic import write_text_file
 from trex_models.data.fractals import Fractal, draw_fractal
 
 Part = Iterator[tuple[str, np.ndarray]]
-"""Names of classes and images."""
+"""Pairs of a class name and an image."""
 
 TITLES = {
     "task": "Training classes, new images",
     "unseen": "Unseen classes",
     "individuals": "Variants of a shape",
-    "turns": "Turns of a shape",
+    "turns": "Rotations of a shape",
     "hues": "Hues",
     "digits": "Digits",
     "photographs": "Photographs",
 }
-"""Names and titles of the sets to evaluate on, the training task first."""
+"""Names and titles of the evaluation datasets, starting with the training task."""
 REAL_SETS = ("digits", "photographs")
-"""Those that are not drawn here."""
+"""Datasets of real images, which are not generated here."""
 
-_UNSEEN = 40  # images of each unseen class to fit on
-_INDIVIDUALS = 4  # of a class
+_UNSEEN = 40  # training images per unseen class
+_INDIVIDUALS = 4  # variants per class
 _TURNS = np.radians([-45, -15, 15, 45])
-_TURN_SPREAD = np.radians(8)  # either way
+_TURN_SPREAD = np.radians(8)  # in either direction
 _HUES = 6
-_LEAST_CHROMA = 0.35  # between the largest and the least of red, green and blue
-_LATER = 10_000  # image numbers of the sets that are not of the training task
-_MOST_NUMBERS = 1000  # of images that are looked at for one turn of a class
+_LEAST_CHROMA = 0.35  # difference between the largest and the smallest of red, green and blue
+_LATER = 10_000  # first image number of the datasets with other labels
+_MOST_NUMBERS = 1000  # images to try for one rotation of a class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Images:
     """Sizes of the study's images.
 
     Args:
-        num_classes: Number of training classes, and of unseen ones.
-        per_class: Training images of each class.
-        size: Side in pixels.
-        variation: Difference between the images of a class, as for ``draw_fractal``.
-        few_classes: Training classes of the sets whose labels are a class and something else.
-        held_out: Further images of each training class, to choose settings by.
-        new: Further images of each class, to test on.
+        num_classes: Number of training classes; there are as many unseen classes.
+        per_class: Number of training images per class.
+        size: Height and width in pixels.
+        variation: Variation within a class, as in ``draw_fractal``.
+        few_classes: Number of training classes in the datasets of variants and rotations.
+        held_out: Number of further images per training class, for the selection of settings.
+        new: Number of further images per class, for testing.
     """
 
     num_classes: int
@@ -70,7 +70,7 @@ class Images:
     new: int = 40
 
     def parts(self) -> dict[str, Callable[[], Part]]:
-        """Return what draws the images of each folder."""
+        """Return functions that generate the images, by folder."""
         used = self.per_class + self.held_out
         return {
             "train": lambda: self._classes(0, 0, self.per_class),
@@ -89,39 +89,39 @@ class Images:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the parts that a folder lacks, each whole or not at all."""
+        """Write the missing parts of a folder; each part is complete or absent."""
         folder.mkdir(parents=True, exist_ok=True)
         described, drawn = folder / "images.json", asdict(self)
         if described.exists() and (known := json.loads(described.read_text())) != drawn:
-            raise ValueError(f"{folder} has images of {known}, not {drawn}: name another --folder")
+            raise ValueError(f"{folder} has images for {known}, not {drawn}; use another --folder")
         if not described.exists() and any((folder / name).exists() for name in self.parts()):
-            raise ValueError(f"{folder} has images and no {described.name}: name another --folder")
+            raise ValueError(f"{folder} has images but no {described.name}; use another --folder")
         write_text_file(described, json.dumps(drawn) + "\n")
         for name, images in self.parts().items():
             part = folder / name
             if part.is_dir():
                 continue
-            beside = part.with_name(f".{part.name}.tmp")
-            shutil.rmtree(beside, ignore_errors=True)
+            temporary = part.with_name(f".{part.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
             bar = tqdm(images(), desc=f"images {name}", unit=" images", disable=None)
             for number, (label, pixels) in enumerate(bar):
-                (beside / label).mkdir(parents=True, exist_ok=True)
-                # Uncompressed: a training process decodes each of them dozens of times.
-                Image.fromarray(pixels).save(beside / label / f"{number:05d}.bmp")
-            beside.rename(part)
+                (temporary / label).mkdir(parents=True, exist_ok=True)
+                # Uncompressed, since training decodes each image hundreds of times.
+                Image.fromarray(pixels).save(temporary / label / f"{number:05d}.bmp")
+            temporary.rename(part)
 
     def _draw(self, number: int, image: int, **options: Any) -> Fractal:
-        """Draw an image of a class."""
+        """Draw one image of a class."""
         return draw_fractal(number, image, self.size, variation=self.variation, **options)
 
     def _classes(self, first_class: int, first_image: int, count: int) -> Part:
-        """Yield images labelled by class."""
+        """Yield images labeled by class."""
         for number in range(first_class, first_class + self.num_classes):
             for image in range(first_image, first_image + count):
                 yield f"{number:04d}", self._draw(number, image).image
 
     def _individuals(self, first_image: int, count: int) -> Part:
-        """Yield images of few training classes, labelled by the variant of the class's shape."""
+        """Yield images of some training classes, labeled by class and variant of its shape."""
         for number in range(self.few_classes):
             for individual in range(_INDIVIDUALS):
                 for image in range(first_image, first_image + count):
@@ -129,16 +129,16 @@ class Images:
                     yield f"{number:04d}-{individual}", drawn.image
 
     def _turns(self, first_image: int, count: int) -> Part:
-        """Yield images of few training classes, not mirrored, labelled by class and turn."""
+        """Yield unmirrored images of some training classes, labeled by class and rotation."""
         for number in range(self.few_classes):
             for label, turn in enumerate(_TURNS.tolist()):
-                # Each turn has images of its own.
+                # Separate images for each rotation.
                 upright = self._upright(number, turn, first_image + label * _MOST_NUMBERS)
                 for _ in range(count):
                     yield f"{number:04d}-{label}", next(upright).image
 
     def _upright(self, number: int, turn: float, first_image: int) -> Iterator[Fractal]:
-        """Yield images of a class near a turn, leaving out those that are mirrored."""
+        """Yield images of a class with about the given rotation, except mirrored ones."""
         for image in range(first_image, first_image + _MOST_NUMBERS):
             spread = np.random.default_rng((number, image)).uniform(-1, 1) * _TURN_SPREAD
             drawn = self._draw(number, image, turn=turn + float(spread))
@@ -146,15 +146,15 @@ class Images:
                 yield drawn
 
     def _hues(self, first_image: int, count: int) -> Part:
-        """Yield images of the training classes in turn, labelled by the hue of the shape."""
-        found = [0] * _HUES
+        """Yield images of all training classes alternately, labeled by the hue of the shape."""
+        counts = [0] * _HUES
         for image in range(first_image, first_image + _LATER):
             for number in range(self.num_classes):
                 drawn = self._draw(number, image)
                 label = int(rgb_to_hsv(*drawn.color)[0] * _HUES)
-                if np.ptp(drawn.color) < _LEAST_CHROMA or found[label] == count:
+                if np.ptp(drawn.color) < _LEAST_CHROMA or counts[label] == count:
                     continue
-                found[label] += 1
+                counts[label] += 1
                 yield f"hue-{label}", drawn.image
-                if min(found) == count:
+                if min(counts) == count:
                     return

@@ -1,7 +1,7 @@
-"""The study's figures; bars and bands are intervals of 95 %.
+"""Figures of the study, with 95 % intervals as bars and bands.
 
-Bars of accuracy and transfer leave out what a seed does to all cells alike; the others are
-Student's over seeds, of curves those of the mean logarithm.
+Intervals of accuracy and transfer exclude effects of a seed that all configurations share. All
+others are Student's intervals over seeds, for curves those of the mean logarithm.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ VERDICTS = {
     "weakly fails": "#EDB489",
     "fails": "#D55E00",
 }
-_POINTS = 40  # of a curve
-_LEAST = 1e-12  # that has a logarithm
+_POINTS = 40  # points per curve
+_LEAST = 1e-12  # lower bound for logarithms
 
 
 def _style(name: str) -> dict[str, Any]:
-    """Return how a cell is drawn: color by objective, filled by local crops, shape by depth."""
+    """Return a marker style: color by objective, hollow without local crops, shape by depth."""
     cell = CELLS[name]
     color = COLORS[cell.objective]
     marks = {None: "o", 0: "v", 1: "s", 2: "D", 3: "^"}
@@ -58,7 +58,7 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _line(name: str) -> dict[str, Any]:
-    """Return how a cell's curve is drawn: dotted if deep, faint without local crops."""
+    """Return a line style: color by objective, dotted if deep, pale without local crops."""
     cell = CELLS[name]
     deep = (cell.layers or 0) > 1
     return {
@@ -70,7 +70,7 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _scaled(measure: Measure, found: Estimate) -> Estimate:
-    """Return an estimate in the unit that it is written in."""
+    """Convert an estimate to the unit of display."""
     return Estimate(*(measure.scale * value for value in found))
 
 
@@ -82,28 +82,28 @@ def _interval(
     alpha: float = 1.0,
     label: str | None = None,
 ) -> None:
-    """Draw an estimate on a row, in a cell's style."""
+    """Draw an estimate in a row, in the style of a configuration."""
     style = _style(name)
     _bar(axis, found, row, color=style["color"], lw=1.6, alpha=alpha)
     axis.plot(found.mean, row, ls="", ms=7, alpha=alpha, label=label, **style)
 
 
 def _rows(axis: Any, cells: Sequence[str]) -> None:
-    """Name the rows of axes by cells, the first at the top."""
+    """Label the rows with the titles of configurations, from top to bottom."""
     axis.set_yticks(range(len(cells)), [CELLS[cell].title for cell in cells])
     axis.set_ylim(len(cells) - 0.4, -0.6)
 
 
 def _bar(axis: Any, across: Estimate, up: float, vertical: bool = False, **style: Any) -> None:
     """Draw an interval as a line."""
-    ends, place = (across.low, across.high), (up, up)
-    axis.plot(*((place, ends) if vertical else (ends, place)), **style)
+    ends, constant = (across.low, across.high), (up, up)
+    axis.plot(*((constant, ends) if vertical else (ends, constant)), **style)
 
 
 def _curve(axis: Any, places: Any, curves: np.ndarray, name: str) -> None:
-    """Draw a cell's curves, a row a seed, on the scale of the logarithm.
+    """Draw the curves of a configuration, (seeds, points), averaged on a logarithmic scale.
 
-    The line is the geometric mean, the band the interval of the mean logarithm.
+    The line is the geometric mean, the band is the interval of the mean logarithm.
     """
     logs = np.log10(np.maximum(curves, _LEAST))
     style = _line(name)
@@ -114,9 +114,9 @@ def _curve(axis: Any, places: Any, curves: np.ndarray, name: str) -> None:
 
 
 def tradeoff(results: Results) -> Any:
-    """Draw the paper's picture: training task against transfer, a point a cell.
+    """Plot training task against transfer, one point per configuration, as in the paper.
 
-    Dotted lines lead from one hidden layer to three, dashed ones from no local crops to some.
+    Dotted lines connect one and three hidden layers, dashed lines no local crops and local crops.
     """
     measures = MEASURES["task"], MEASURES["transfer"]
     points = {
@@ -141,8 +141,8 @@ def tradeoff(results: Results) -> Any:
         axis.set_xlabel("training task: top-1 accuracy on new images, %")
         axis.set_ylabel(f"transfer: mean log-odds over {sets} datasets")
         axis.set_title(
-            "What depth of the projector, local crops and objective are worth\n"
-            "hollow: no local crops; dashed: they are added; dotted: from 1 to 3 hidden layers",
+            "Effect of projector depth, local crops and objective\n"
+            "hollow: no local crops; dashed: adding local crops; dotted: from 1 to 3 hidden layers",
             fontsize=10,
         )
         figure.legend(loc="outside right upper")
@@ -150,7 +150,7 @@ def tradeoff(results: Results) -> Any:
 
 
 def differences(tested: Sequence[Tested]) -> Any:
-    """Draw the claims, a panel a measure: the difference that each is about, with its interval."""
+    """Plot the difference and interval of each claim, in one panel per measure."""
     from matplotlib.lines import Line2D
 
     panels = {key: [test for test in tested if test.claim.measure == key] for key in MEASURES}
@@ -169,14 +169,14 @@ def differences(tested: Sequence[Tested]) -> Any:
             axis.axvline(0, color="black", lw=0.9)
             axis.set_yticks(range(len(rows)), [test.claim.text for test in rows])
             axis.set_ylim(len(rows) - 0.4, -0.6)
-            axis.set_title(f"{measure.title}; right of 0: as claimed", fontsize=9.5)
+            axis.set_title(f"{measure.title} (positive: as claimed)", fontsize=9.5)
         marks = [Line2D([], [], color=color, marker="o", label=v) for v, color in VERDICTS.items()]
         figure.legend(handles=marks, loc="outside lower center", ncols=len(marks))
     return figure
 
 
 def datasets(results: Results) -> Any:
-    """Draw accuracy on every dataset, a panel each, a row a cell."""
+    """Plot accuracy, in one panel per dataset and one row per configuration."""
     names = list_datasets(results)
     cells = list(results)
     columns = 4
@@ -196,7 +196,7 @@ def datasets(results: Results) -> Any:
 
 
 def effects(results: Results) -> Any:
-    """Draw what a change does to accuracy, a panel a change, a row a dataset."""
+    """Plot the effect of changes on accuracy, in one panel per change and one row per dataset."""
     names = list_datasets(results)
     panels = found_effects(results)
     with new_figure(13, 1.2 + 0.42 * len(names)) as figure:
@@ -218,7 +218,7 @@ def effects(results: Results) -> Any:
 
 
 def geometry(results: Results) -> Any:
-    """Draw coding length, effective rank and spectrum of the training images' features."""
+    """Plot coding length, effective rank and spectrum of the training images' features."""
     cells = list(results)
     found = {
         cell: [run["datasets"][TRAINING_TASK]["geometry"] for run in runs]
@@ -237,21 +237,21 @@ def geometry(results: Results) -> Any:
             axis.set_xlabel(title)
         middle.tick_params(labelleft=False)
         spectra = {
-            cell: np.maximum([analysis["singular_values"] for analysis in of_cell], _LEAST)
-            for cell, of_cell in found.items()
+            cell: np.maximum([analysis["singular_values"] for analysis in runs], _LEAST)
+            for cell, runs in found.items()
         }
         reference = np.exp(np.log(spectra[cells[0]]).mean(0))
         for cell, rows in spectra.items():
             _curve(right, np.arange(1, rows.shape[1] + 1), rows / reference, cell)
         right.set(xscale="log", yscale="log", xlabel="principal axis")
-        right.set_ylabel(f"singular value, of that of: {CELLS[cells[0]].title}", fontsize=8)
+        right.set_ylabel(f"singular value / that of {CELLS[cells[0]].title}", fontsize=8)
         right.legend(fontsize=8)
-        figure.suptitle("Features of the training images, at unit length", fontsize=11)
+        figure.suptitle("L2-normalized features of the training images", fontsize=11)
     return figure
 
 
 def change(results: Results) -> Any:
-    """Draw how much class vectors change a step, and how far the heads are from new images."""
+    """Plot the change of class vectors per step, and the heads' accuracy on seen and new images."""
     with new_figure(13, 4.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
         for name, runs in results.items():
@@ -261,23 +261,23 @@ def change(results: Results) -> Any:
             blocks = np.array_split(np.arange(curves.shape[1]), _POINTS)
             steps = [np.mean([runs[0]["curves"]["step"][i] for i in block]) for block in blocks]
             _curve(left, steps, np.stack([curves[:, b].mean(1) for b in blocks], 1), name)
-        left.set(xlabel="step", ylabel="change of unit class vectors a step", yscale="log")
+        left.set(xlabel="step", ylabel="change of unit class vectors per step", yscale="log")
         left.set_ylim(bottom=1e-5)
         left.set_title("Class vectors")
         left.legend(fontsize=8)
         cells = [name for name, runs in results.items() if runs[0]["head"]]
         for place, name in enumerate(cells):
-            for key, offset, faint in (("fit", -0.14, 0.45), ("new", 0.14, 1.0)):
+            for key, offset, alpha in (("fit", -0.14, 0.45), ("new", 0.14, 1.0)):
                 found = _scaled(MEASURES[key], among_cells(results, MEASURES[key], name))
-                _interval(right, found, place + offset, name, alpha=faint)
+                _interval(right, found, place + offset, name, alpha=alpha)
         _rows(right, cells)
-        right.set_xlabel("top-1, %; pale: training images, full: new ones")
-        right.set_title("The training heads")
+        right.set_xlabel("top-1, % (pale: training images; solid: new images)")
+        right.set_title("Training heads")
     return figure
 
 
 def draw_all(results: Results, tested: Sequence[Tested], folder: Path) -> list[Path]:
-    """Draw all figures into a folder; return their files."""
+    """Draw all figures into a folder; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: Mapping[str, Any] = {
         "tradeoff": tradeoff(results),

@@ -1,6 +1,6 @@
-"""One run of the study: the commands of trainer and evaluation, and their results.
+"""One run of the study: it calls the trainer and the evaluation and collects their results.
 
-An interrupted run resumes; its result is one JSON file.
+An interrupted run can be resumed. The result is one JSON file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.extract import extract_features
 
 TRAINING_TASK = "task"
-_SEEDS = 2  # of the evaluation's validation splits
-_START_SEEDS = 10_000  # a start shares no weights, order or crops with the runs that begin there
+_SEEDS = 2  # seeds of the evaluation, for its validation splits
+_START_SEEDS = 10_000  # offset, so that runs share no weights, order or crops with their start
 _CURVES = ("step", "loss", "accuracy", "prototype_change")
-_running: set[int] = set()  # processes of the commands that have not ended
-_stopped = Event()  # by SIGTERM
-_DIVERGED = b"no longer finite"  # of the trainer's errors
+_running: set[int] = set()  # process IDs of running commands
+_stopped = Event()  # set by SIGTERM
+_DIVERGED = b"no longer finite"  # part of the trainer's error message
 
 
 class FailedError(ValueError):
@@ -43,32 +43,32 @@ class FailedError(ValueError):
 
 
 class DivergedError(FailedError):
-    """The loss of a training did not stay finite."""
+    """The training loss became non-finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training and its evaluation.
+    """A training run and its evaluation.
 
     Raises:
         FailedError: A command failed; the message names its log.
     """
 
     name: str
-    """Of the cell, a key of ``CELLS``."""
+    """Name of the configuration, a key of ``CELLS``."""
     rate: float
     """Peak learning rate per 256 images."""
     seed: int
     epochs: int
     scale: Scale
     folder: Path
-    """Of the study."""
+    """Folder of the study."""
     is_start: bool = False
-    """Whether it only makes the backbone that the runs of its seed start from."""
+    """True for a run that only trains the initial backbone of a seed's runs."""
 
     @classmethod
     def start(cls, scale: Scale, seed: int, folder: Path) -> Run:
-        """Return the run whose backbone those of a seed start from."""
+        """Return the run that trains the initial backbone of a seed's runs."""
         assert scale.start
         return cls(
             name=scale.start.cell,
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def cell(self) -> Cell:
-        """What is trained."""
+        """Configuration of the run."""
         return CELLS[self.name]
 
     @property
@@ -92,15 +92,15 @@ class Run:
         named = f"{kind}{self.name}-{self.epochs}-{self.rate:g}-{self.seed}"
         return self.folder / "runs" / named
 
-    def _beside(self, kind: str) -> Path:
-        """Return a file next to the run's folder, whose name has dots that are no suffix."""
+    def _sibling(self, kind: str) -> Path:
+        """Return a path next to the run's folder, without with_suffix: the name has dots."""
         return self.output.with_name(f"{self.output.name}.{kind}")
 
     def settings(self) -> dict[str, Field]:
-        """Return the trainer's fields that say what is learned, over the recipe demo."""
+        """Return the trainer's fields that determine the result and override the recipe demo."""
         return {
             "data.source": "folder",
-            "data.variation": 1.0,  # the default: these images are not the recipe's own
+            "data.variation": 1.0,  # the default, since the images are not the recipe's fractals
             "validation.images-per-class": 0,
             **self.scale.settings,
             **self.cell.settings(),
@@ -110,7 +110,7 @@ class Run:
         }
 
     def conditions(self) -> dict[str, Field]:
-        """Return what a result is of: the settings, the images, and what the run starts from."""
+        """Return everything that determines a result: settings, images and initialization."""
         fields = self.settings()
         for part, described in (("images", self.scale.images), ("start", self.scale.start)):
             if described:
@@ -149,37 +149,37 @@ class Run:
 
     def train(self) -> None:
         """Train, or resume training."""
-        self._do("trex_models.train", self.training())
+        self._run_module("trex_models.train", self.training())
 
     def search(self) -> float:
-        """Train, and return top-1 on held-out images of the training classes; 0 if it diverges."""
+        """Train and return top-1 on held-out images of the training classes; 0 if diverged."""
         out = self.output / "held-out.json"
         try:
             self.train()
         except DivergedError:
             return 0.0
-        self._do("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
+        self._run_module("trex_models.transfer", self.evaluation(["held-out"], out, seeds=1))
         return float(json.loads(out.read_text())["datasets"]["held-out"]["top1"]["mean"])
 
     def is_done(self, result: Path) -> bool:
-        """Return whether there is a result of this run."""
+        """Return True if the file is a result of this run; raise ValueError for another run."""
         if not result.exists():
             return False
         known = read(result)["settings"]
-        asked = json.loads(json.dumps(rounded(self.conditions())))
-        if field := differing(known, asked):
+        expected = json.loads(json.dumps(rounded(self.conditions())))
+        if field := differing(known, expected):
             raise ValueError(
-                f"{result} is of {field} {known.get(field)}, not {asked.get(field)}: delete "
-                "it, or name another --results"
+                f"{result} has {field} {known.get(field)}, expected {expected.get(field)}; delete "
+                "the file or choose another --results"
             )
         return True
 
     def complete(self, result: Path) -> None:
-        """Train, evaluate on all sets, and write the result."""
+        """Train, evaluate on all datasets and write the result."""
         out = self.output / "transfer.json"
         self.train()
         evaluation = [*self.evaluation(list(TITLES), out, _SEEDS), "--geometry"]
-        self._do("trex_models.transfer", evaluation)
+        self._run_module("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
         metrics = [
             json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()
@@ -202,18 +202,18 @@ class Run:
         write(result, found)
 
     def core_seconds(self) -> float:
-        """Return the processor time of the run's commands, including interrupted ones.
+        """Return the CPU time of the run's commands, including interrupted ones.
 
-        It lacks commands that were killed together with the study, and the heads' accuracy.
+        Commands that were killed with the study and the evaluation of the heads are not included.
         """
-        costs = self._beside("cost")
+        costs = self._sibling("cost")
         return sum(map(float, costs.read_text().split())) if costs.exists() else 0.0
 
     def _head(self) -> dict[str, float] | None:
-        """Return top-1 of the training head on training images and new ones; None without one.
+        """Return top-1 of the training head on training and new images; None without a head.
 
-        And of class means of the embeddings (``mean_head``), a classifier that all objectives have
-        alike: OCM's own head holds an embedding of each training image.
+        The result also has top-1 of class means of the embeddings (``mean_head``), which all
+        objectives have in common: OCM's own head contains an embedding of each training image.
         """
         export = self.output / "export" / "cls"
         if not export.is_dir():
@@ -233,12 +233,12 @@ class Run:
         means = mean_head(known, train.labels, new, test.labels)
         return {**shares, **dict(zip(("means_train", "means_test"), means, strict=True))}
 
-    def _do(self, module: str, arguments: list[str]) -> None:
-        """Run a module on one thread; its output goes to a log next to the run's folder."""
+    def _run_module(self, module: str, arguments: list[str]) -> None:
+        """Run a module in one thread, with a log file next to the run's folder."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        log = self._beside("log")
+        log = self._sibling("log")
         if _stopped.is_set():
-            raise FailedError(f"{module} was not started: the study was asked to stop")
+            raise FailedError(f"{module} was not started, since the study is being stopped")
         with log.open("ab") as file:
             begun = file.tell()
             child = subprocess.Popen(
@@ -249,20 +249,20 @@ class Run:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
             )
             _running.add(child.pid)
-            if _stopped.is_set():  # between the check and the line above
+            if _stopped.is_set():  # a signal arrived after the check above
                 child.terminate()
             _, status, used = os.wait4(child.pid, 0)
             _running.discard(child.pid)
             child.returncode = os.waitstatus_to_exitcode(status)
-        append(self._beside("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
+        append(self._sibling("cost"), f"{used.ru_utime + used.ru_stime:.2f}\n")
         if child.returncode:
             kind = DivergedError if _DIVERGED in log.read_bytes()[begun:] else FailedError
-            raise kind(f"{module} ended with status {child.returncode}: see {log}")
+            raise kind(f"{module} failed with exit status {child.returncode}; see {log}")
 
 
 @contextmanager
 def sigterm_stops() -> Iterator[None]:
-    """Have SIGTERM end the study as Ctrl-C does: the trainings save their state and end, too."""
+    """Handle SIGTERM like Ctrl-C: forward it to the training runs, which save their state."""
 
     def stop(*_: object) -> None:
         _stopped.set()
@@ -282,13 +282,13 @@ def sigterm_stops() -> Iterator[None]:
 def mean_head(
     known: np.ndarray, labels: np.ndarray, new: np.ndarray, new_labels: np.ndarray
 ) -> tuple[float, float]:
-    """Return top-1 by the nearest class mean of unit embeddings, on known and on new images."""
+    """Return top-1 by the nearest class mean, on known images (leave-one-out) and on new ones."""
     known, new = _unit(known), _unit(new)
     sums = np.stack([known[labels == label].sum(0) for label in range(labels.max() + 1)])
     scores = known @ _unit(sums).T
     scores[np.arange(len(labels)), labels] = (known * _unit(sums[labels] - known)).sum(1)
-    guesses = scores.argmax(1), (new @ _unit(sums).T).argmax(1)
-    return float((guesses[0] == labels).mean()), float((guesses[1] == new_labels).mean())
+    known_top1 = (scores.argmax(1) == labels).mean()
+    return float(known_top1), float(((new @ _unit(sums).T).argmax(1) == new_labels).mean())
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -298,30 +298,30 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def read(path: Path) -> dict[str, Any]:
     """Read a JSON file of the study."""
     try:
-        found = json.loads(path.read_text())
-        if "optim.base-lr" not in found["settings"]:
-            raise ValueError("its settings lack optim.base-lr")
+        contents = json.loads(path.read_text())
+        if "optim.base-lr" not in contents["settings"]:
+            raise ValueError("settings have no optim.base-lr")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and run the study") from None
-    return dict(found)
+        raise ValueError(f"{path} is damaged ({error}); delete it and run the study") from None
+    return dict(contents)
 
 
-def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Write a JSON file of the study, whole or not at all."""
+def write(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write a JSON file of the study atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_file(path, json.dumps(rounded(found)) + "\n")
+    write_text_file(path, json.dumps(rounded(contents)) + "\n")
 
 
 def differing(
-    known: Mapping[str, Any], asked: Mapping[str, Any], but: Set[str] = frozenset()
+    known: Mapping[str, Any], expected: Mapping[str, Any], ignored: Set[str] = frozenset()
 ) -> str | None:
-    """Return the first field in which settings differ, ``but`` some; None where they agree."""
-    fields = sorted((known.keys() | asked.keys()) - but)
-    return next((field for field in fields if known.get(field) != asked.get(field)), None)
+    """Return the first field in which settings differ, except ``ignored``; None if they agree."""
+    fields = sorted((known.keys() | expected.keys()) - ignored)
+    return next((field for field in fields if known.get(field) != expected.get(field)), None)
 
 
 def rounded(value: Any) -> Any:
-    """Return a JSON value with numbers of six digits, which is more than seeds agree on."""
+    """Round all numbers in a JSON value to six significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -339,7 +339,7 @@ _GEOMETRY = (
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a dataset's entry in a report that a result keeps."""
+    """Select the values that a result keeps from a dataset's entry in a report."""
     geometry = entry["geometry"]["train"]
     return {
         "top1": entry["top1"]["mean"],

@@ -1,4 +1,4 @@
-"""The study's numbers as tables in Markdown."""
+"""Markdown tables of the study's results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _half(share: Estimate) -> str:
-    """Write half the width of an interval of percents, if there is one."""
+    """Format half the width of an interval in percent, if there is one."""
     return f" +- {100 * (share.high - share.mean):.1f}" if share.has_interval else ""
 
 
 def cells(results: Results, measured: Sequence[str]) -> str:
-    """Return measures of each cell, keys of ``MEASURES``, with intervals."""
+    """Format a table of measures (keys of ``MEASURES``) with intervals, by configuration."""
     chosen = [MEASURES[key] for key in measured]
     rows = []
     for name, runs in results.items():
@@ -45,7 +45,7 @@ def cells(results: Results, measured: Sequence[str]) -> str:
 
 
 def datasets(results: Results) -> str:
-    """Return top-1 on each dataset in percent, with half the width of its interval among cells."""
+    """Format a table of top-1 in percent by dataset, with half the width of the interval."""
     names = list_datasets(results)
     rows = []
     for cell in results:
@@ -58,7 +58,7 @@ def datasets(results: Results) -> str:
 
 
 def effects(results: Results) -> str:
-    """Return what a change does to top-1 on each dataset, in points, with half the interval."""
+    """Format a table of the effects of changes on top-1 by dataset, in percentage points."""
     names = list_datasets(results)
     rows = []
     for title, pairs in found_effects(results).items():
@@ -70,19 +70,19 @@ def effects(results: Results) -> str:
 
 
 def claims(tested: Iterable[Tested]) -> str:
-    """Return each claim, the difference that it is about, and the verdict."""
+    """Format a table of claims with their differences and verdicts."""
     rows = []
     for test in tested:
         measure = MEASURES[test.claim.measure]
         pooled, paired, welch = (measure.text(e, "+") for e in test[1:])
         rows.append([test.claim.text, measure.title, pooled, test.verdict, paired, welch])
     blocks = "seeds as blocks, pooled (95 %)"
-    others = "blocks, the two cells alone", "runs as independent"
+    others = "blocks, only these two", "independent runs (Welch)"
     return _table(["claim", "difference in", blocks, "verdict", *others], rows)
 
 
 def search(searches: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what the searches for a learning rate found."""
+    """Format a table of the searches for learning rates; the best learning rate is bold."""
     rows = []
     for name, found in searches.items():
         best = f"{found['settings']['optim.base-lr']:g}"
@@ -95,17 +95,17 @@ def search(searches: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def fit(results: Results) -> str:
-    """Say how much heads know at least of their training images."""
+    """Return a sentence with the lowest accuracy of a head on its training images."""
     runs = [run for runs in results.values() for run in runs if run["head"]]
     if not runs:
         return "No run has a head."
     least = min(runs, key=lambda run: run["head"]["train"])
     return (
-        f"Every head knows at least {100 * least['head']['train']:.1f} % of its training images "
-        f"({CELLS[least['cell']].title}, seed {least['seed']}, has the least of {len(runs)} runs)."
+        f"Every head has at least {100 * least['head']['train']:.1f} % on its training images "
+        f"(minimum of {len(runs)} runs: {CELLS[least['cell']].title}, seed {least['seed']})."
     )
 
 
 def core_hours(runs: Iterable[Mapping[str, Any]]) -> float:
-    """Return the processor time of runs."""
+    """Return the total CPU time of runs, in core hours."""
     return sum(run["core_seconds"] for run in runs) / 3600

@@ -1,1 +1,1 @@
-"""Where weights come from, and what a file of weights is."""
+"""Pretrained weights: download, cache, checkpoint formats, licenses and timm folders."""

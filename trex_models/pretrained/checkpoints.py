@@ -1,13 +1,13 @@
-"""Read any t-ReX checkpoint safely, into the names of our models.
+"""Safe reading of t-ReX checkpoints and translation of their keys to our models' names.
 
-Four forms: the official release's backbone files (flat, torchvision's names), its full training
-states (online encoder, momentum encoder, memory bank, optimizer, arguments), its full states
-without a bank (learned class weights), and ours (a trainer's checkpoint, an exported model).
-Pickles run no code (``unpickling``). In a training state a key that the table below does not name
-is an error; in a model's file it is taken for the backbone's, and compared with it later. All
-commands read files by `load_checkpoint` and `sort_keys`, so that all refuse the same contents.
+Four forms are supported: the official backbone files (flat, with torchvision's names), the official
+full training states (online encoder, momentum encoder, memory bank, optimizer, arguments), official
+training states with learned class weights instead of a bank, and the files of this package (a
+trainer's checkpoint or an exported model). Pickles cannot run code (``unpickling``). A key that the
+table below does not list is an error in a training state; in a model's file it counts as a backbone
+key and is checked later. Every command reads files with `load_checkpoint` and `sort_keys`.
 
-Shapes: C classes, D embedding, Q bank size.
+Shapes: C classes, D embedding dimension, Q bank size.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from trex_models.pretrained.unpickling import RefusedError, load_torch
 
 
 class CheckpointError(ValueError):
-    """A file is damaged, unsafe, or not a t-ReX checkpoint; the message says what to do."""
+    """The file is damaged, unsafe or not a t-ReX checkpoint; the message says what to do."""
 
 
 class DamagedError(CheckpointError):
-    """A file is cut short, or its contents do not match its checksums."""
+    """The file is truncated, or its contents do not match its checksums."""
 
 
 class Row(NamedTuple):
-    """Part that the keys under a prefix belong to; without a trailing dot, one key's full name."""
+    """Part that keys with a prefix belong to; a prefix without a final dot is a complete key."""
 
     form: str
     prefix: str
     part: str
 
 
-# The longest prefix that matches decides.
+# The longest matching prefix wins.
 KEY_TABLE = (
     Row("official", "model.encoder.", "backbone"),
     Row("official", "model.head.layers.", "projector"),
@@ -74,27 +74,27 @@ KEY_TABLE = (
     Row("model", "", "backbone"),
 )
 
-# Entry of the weights in a training state, and the other entries, which are not weights.
+# Entry that contains the weights of a training state -> the other entries allowed next to it.
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
-_TRAINER: dict[str, tuple[type, ...]] = {  # with their types, and those of their items
+_TRAINER: dict[str, tuple[type, ...]] = {  # type of each entry, then the types of its items
     **dict.fromkeys(("config", "optimizer", "scaler"), (dict,)),
     **dict.fromkeys(("images", "inherited_license"), (str,)),
     **dict.fromkeys(("step", "batchnorm_groups", "process"), (int,)),
     **dict.fromkeys(("meter", "labels", "indices"), (Tensor,)),
     "classes": (list, str),
     "unreadable": (list, int),
-    "crops": (list, Tensor),  # as process, labels and indices: of a step whose loss was not finite
+    "crops": (list, Tensor),  # with process, labels and indices: step with a non-finite loss
     "environment": (dict, int, str),
     "files": (dict, Tensor),
 }
 CONTAINERS: dict[str, Collection[str]] = {
-    "state_dict_ema": _TIMM,  # timm's trainer; timm prefers the average, too
+    "state_dict_ema": _TIMM,  # timm's trainer; before "state_dict", as in timm's own loader
     "state_dict": _TIMM,
     "model": {"optimizer", "epoch", "args", "fp16_scaler"},
     "method": _TRAINER,
 }
 
-# Modules around a module: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+# Names that DistributedDataParallel, torch.compile, FSDP and activation checkpointing add to keys.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,29 +104,29 @@ _INTEGERS = {"bank labels", "bank indices", "bank ages"}  # parts
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parts of a checkpoint, in the names of our models."""
+    """Parts of a checkpoint, with the key names of our models."""
 
     form: str  # official, trainer or model
     backbone: dict[str, Tensor]
     projector: dict[str, Tensor] = field(default_factory=dict)
     class_weights: Tensor | None = None  # prototypes (Eq. 2) or learned weights (Eq. 1), (C, D)
     class_biases: Tensor | None = None  # (C,)
-    absent_classes: tuple[int, ...] = ()  # those without an entry in the bank have prototypes of 0
-    key_report: dict[str, str] = field(default_factory=dict)  # of every key and entry of the file
+    absent_classes: tuple[int, ...] = ()  # classes without bank entries; their prototypes are zero
+    key_report: dict[str, str] = field(default_factory=dict)  # key of the file -> new key or reason
 
     @property
     def proj_layers(self) -> int:
-        """Number of the projector's hidden layers, L; 0 without one, too."""
+        """Number of the projector's hidden layers, L; also 0 without a projector."""
         return sum(key.endswith(".fc.weight") for key in self.projector)
 
     def head_args(self) -> dict[str, int]:
-        """Return ``TRexResNet``'s arguments for this head: depth and widths."""
+        """Return the ``TRexResNet`` arguments that describe the projector's depth and widths."""
         out_dim, hidden_dim = self.projector[f"{self.proj_layers + 1}.weight"].shape
         widths = {"proj_hidden_dim": hidden_dim, "proj_dim": out_dim}
         return {"proj_layers": self.proj_layers, **widths}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the complete model's state dict, contiguous: backbone, ``proj.*``, ``fc.*``."""
+        """Return a contiguous state dict of the complete model: backbone, ``proj.*``, ``fc.*``."""
         state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
         if self.class_weights is not None:
             state["fc.weight"] = self.class_weights
@@ -142,7 +142,7 @@ def read(
     num_classes: int | None = None,
     backbone: str | None = "resnet50",
 ) -> Checkpoint:
-    """Read and split a file or a timm folder, and check it against timm's ``backbone``, if any."""
+    """Read a file or a timm folder, split it and check it against timm's ``backbone`` if given."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -154,7 +154,7 @@ def read(
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
             _check_keys(checkpoint.backbone, expected, backbone)
             if checkpoint.class_biases is not None and not checkpoint.projector:
-                raise CheckpointError(f"it is a linear {backbone} classifier, not a t-ReX model")
+                raise CheckpointError(f"this is a linear {backbone} classifier, not a t-ReX model")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return checkpoint
@@ -163,19 +163,19 @@ def read(
 def split(
     contents: Mapping[str, Any], *, momentum_encoder: bool = False, num_classes: int | None = None
 ) -> Checkpoint:
-    """Split a state dict, or a training state around one, into the parts of our models.
+    """Split a state dict, or a training state that contains one, into the parts of our models.
 
-    ``num_classes``, C, is that of a bank: by default 1000 (ImageNet-1K), or that of a trainer's
-    checkpoint; 0 leaves the class weights out.
+    ``num_classes`` is the number of classes of a memory bank, C. The default is the number in a
+    trainer's checkpoint, otherwise 1000 (ImageNet-1K); 0 omits the class weights.
     """
-    form, parts, places = sort_keys(contents)
+    form, parts, locations = sort_keys(contents)
     encoder = "momentum " if momentum_encoder else ""
     backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
     if not backbone:
-        wanted = f"{encoder}encoder" if encoder else "backbone"
-        raise CheckpointError(f"it holds no {wanted}, among {len(places)} keys; use another file")
+        missing = f"no {encoder}encoder" if encoder else "no backbone"
+        raise CheckpointError(f"{missing} among {len(locations)} keys; use a complete checkpoint")
     if form == "official" and not projector:
-        raise CheckpointError(f"it holds a {encoder}backbone without its projector; it is cut down")
+        raise CheckpointError(f"the {encoder}projector is missing; use a complete checkpoint")
     check_finite(parts)
     width = _check_projector(projector)
     if num_classes is None and form == "trainer" and "classes" in contents:
@@ -186,79 +186,79 @@ def split(
         class_weights = class_biases = None
     elif parts["bank features"]:
         if class_weights is not None:
-            raise CheckpointError("it holds both a memory bank and learned class weights")
+            raise CheckpointError("the checkpoint has both a memory bank and learned class weights")
         class_weights, absent = _prototypes(parts, num_classes)
     _check_classifier(class_weights, class_biases, width)
-    key_report = {key: _fate(part, name, encoder) for key, (part, name) in places.items()}
+    key_report = {key: _new_key(part, name, encoder) for key, (part, name) in locations.items()}
     return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, key_report)
 
 
 class SortedKeys(NamedTuple):
-    """Contents of a file by the parts of ``KEY_TABLE``."""
+    """Contents of a file, sorted into the parts of ``KEY_TABLE``."""
 
     form: str  # official, trainer or model
-    parts: dict[str, dict[str, Any]]  # values of every part, by name without the prefix
-    places: dict[str, tuple[str, str]]  # part and name there of every key and entry of the file
+    parts: dict[str, dict[str, Any]]  # part -> {name without the prefix: value}
+    locations: dict[str, tuple[str, str]]  # key or entry of the file -> part, name in that part
 
 
 def sort_keys(contents: Mapping[str, Any]) -> SortedKeys:
-    """Sort a state dict, or a training state around one, by ``KEY_TABLE``, and check its types."""
+    """Sort a state dict or a training state by ``KEY_TABLE`` and check the types of its values."""
     state, others = _unwrap(contents)
     for key in state:
         if not isinstance(key, str):
-            raise CheckpointError(f"the key {key!r} is no name; save model.state_dict()")
+            raise CheckpointError(f"key {key!r} must be a string; save model.state_dict()")
     names = {key: ".".join(s for s in key.split(".") if s not in WRAPPERS) for key in state}
     rows = {key: _row(name) for key, name in names.items()}
     form = next((row.form for row in rows.values() if row.form != "model"), "model")
     parts: dict[str, dict[str, Any]] = {row.part: {} for row in KEY_TABLE}
-    places = dict.fromkeys(others, ("", ""))
+    locations = dict.fromkeys(others, ("", ""))
     for key, row in rows.items():
         name = names[key].removeprefix(row.prefix)
         if row.form != form:
-            raise CheckpointError(f"unexpected key {key!r} next to those of the {form} form")
+            raise CheckpointError(f"unexpected key {key!r} among keys of the {form} form")
         if name in parts[row.part]:
-            raise CheckpointError(f"{names[key]!r} is in the file twice, once as {key!r}")
+            raise CheckpointError(f"{names[key]!r} occurs twice in the file, once as {key!r}")
         if row.part != "bank pointer":
             _check_type(key, row.part, state[key])
         parts[row.part][name] = state[key]
-        places[key] = row.part, name
+        locations[key] = row.part, name
     if any(parts[part] for part in parts if part.startswith("bank")):
         _check_bank(parts, len(contents["classes"]) if "classes" in others else None)
-    return SortedKeys(form, parts, places)
+    return SortedKeys(form, parts, locations)
 
 
 def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the weights of a training state, and the names of its other entries."""
+    """Return the weights of a training state and the names of its other entries."""
     container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
     if container is not None:
         others = [name for name in contents if name != container]
         expected = CONTAINERS[container]
         if unknown := [name for name in others if name not in expected]:
-            listed = f"{_some(unknown)} next to {container!r}"
+            listed = f"next to {container!r}: {_summary(unknown)}"
             raise CheckpointError(f"unknown entries {listed}; expected only {sorted(expected)}")
         if container == "method":
             _check_entries(contents)
         return contents[container], others
     if not any(isinstance(value, Tensor) for value in contents.values()):
-        wanted = f"weights, or {' or '.join(map(repr, CONTAINERS))} with weights in it"
-        raise CheckpointError(f"its entries are {_some(list(contents))}; expected {wanted}")
+        expected = f"expected a state dict, or one under {' or '.join(map(repr, CONTAINERS))}"
+        raise CheckpointError(f"no tensors in entries: {_summary(list(contents))}; {expected}")
     return contents, []
 
 
 def _check_entries(contents: Mapping[str, Any]) -> None:
-    """Require the types of a trainer's entries, and integers of 64 bits."""
-    for name, (kind, *of) in _TRAINER.items():
+    """Check the types of a trainer checkpoint's entries, and that integers have 64 bits."""
+    for name, (kind, *item_types) in _TRAINER.items():
         value = contents.get(name, kind())
         items = value.values() if isinstance(value, Mapping) else value
         items = list(items) if isinstance(value, list | Mapping) else [value]
         if (
             not isinstance(value, kind)
-            or (of and not all(isinstance(item, tuple(of)) for item in items))
+            or (item_types and not all(isinstance(item, tuple(item_types)) for item in items))
             or any(isinstance(item, int) and abs(item) >> 63 for item in items)
         ):
-            names = " or ".join(item.__name__ for item in of)
-            expected = f"{kind.__name__}{f' of {names}' * bool(of)}"
-            raise CheckpointError(f"its entry {name!r} is not a {expected}; use another file")
+            names = " or ".join(item.__name__ for item in item_types)
+            expected = f"{kind.__name__}{f' of {names}' * bool(item_types)}"
+            raise CheckpointError(f"entry {name!r} is not of type {expected}; use another file")
 
 
 def _row(name: str) -> Row:
@@ -270,61 +270,62 @@ def _row(name: str) -> Row:
 
 
 def _check_type(key: str, part: str, value: Any) -> None:
-    """Require a dense tensor of floats; of integers where a part or a buffer has those."""
+    """Require a dense tensor with the type that its part or buffer needs: floats or integers."""
     if not isinstance(value, Tensor):
-        raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
+        raise CheckpointError(f"{key!r} must be a tensor, got {type(value).__name__}")
     allowed: tuple[torch.dtype, ...] = _FLOATS
     if key.endswith("num_batches_tracked") or part in _INTEGERS:
         allowed = (torch.int64,)
     elif part.endswith("backbone") and not key.endswith(_FLOAT_NAMES):
-        allowed = (*_FLOATS, torch.int64, torch.bool)  # buffers, such as indices of positions
+        allowed = (*_FLOATS, torch.int64, torch.bool)  # buffers, such as position indices
     if value.dtype not in allowed or value.layout != torch.strided:
         kind = "floating-point numbers" if torch.float32 in allowed else "64-bit integers"
         raise CheckpointError(
-            f"{key} is {value.dtype} {value.layout}; expected dense {kind}: if the model was "
-            "quantized or pruned, save the original weights"
+            f"{key!r} must contain dense {kind}, got {value.dtype}, {value.layout}; if the model "
+            "was quantized or pruned, save the original weights"
         )
 
 
 def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None) -> None:
-    """Require features (Q, D), integers (Q,) next to them, and labels in [0, num_classes)."""
+    """Require features (Q, D), integer columns (Q,), and labels in [0, num_classes)."""
     features, labels = parts["bank features"].get(""), parts["bank labels"].get("")
     if features is None or labels is None:
         missing = "features" if features is None else "labels"
-        raise CheckpointError(f"the memory bank has no {missing}; it is cut down: use another file")
+        raise CheckpointError(f"the memory bank has no {missing}; use a complete checkpoint")
     if features.ndim != 2 or not len(features):
-        raise CheckpointError(f"the bank's features are {tuple(features.shape)}; expected (Q, D)")
+        shape = tuple(features.shape)
+        raise CheckpointError(f"the bank features must have shape (Q, D), got {shape}")
     for part in _INTEGERS:
-        found = parts[part].get("", labels)
-        if found.shape != features.shape[:1]:
-            shapes = f"{tuple(found.shape)} and {tuple(features.shape)}"
-            raise CheckpointError(f"the {part} do not match its features: {shapes}")
+        if (shape := parts[part].get("", labels).shape) != features.shape[:1]:
+            shapes = f"{tuple(shape)} and {tuple(features.shape)}"
+            raise CheckpointError(f"the {part} do not match the bank features: {shapes}")
     _check_labels(labels, num_classes, "use another file")
     if not 0 <= bank_pointer(parts) < len(labels):
-        raise CheckpointError(f"the bank's pointer is outside its {len(labels)} entries")
+        shown = f"[0, {len(labels)}), got {bank_pointer(parts)}"
+        raise CheckpointError(f"the bank pointer must be in {shown}")
 
 
 def _check_labels(labels: Tensor, num_classes: int | None, remedy: str) -> None:
     low, high = (int(label) for label in labels.aminmax())
     if low < 0 or high >= (num_classes or sys.maxsize):
-        found = f"run from {low} to {high}, outside {num_classes} classes"
-        raise CheckpointError(f"the bank's labels {found}; {remedy}")
+        classes = f"[0, {num_classes or 'number of classes'})"
+        raise CheckpointError(f"bank labels must be in {classes}, got {low} to {high}; {remedy}")
 
 
 def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
-    """Return the position where a memory bank is written next."""
+    """Return the position of a memory bank's next write."""
     pointer = parts["bank pointer"].get("", 0)
     if isinstance(pointer, Mapping) and pointer.keys() == {"pointer", "batches"}:
         pointer = pointer["pointer"] if type(pointer["batches"]) is int else None
     if isinstance(pointer, Tensor) and pointer.dtype == torch.int64 and pointer.numel() == 1:
         pointer = pointer.item()
     if type(pointer) is not int:
-        raise CheckpointError(f"the bank's pointer is a {type(pointer).__name__}, not an integer")
+        raise CheckpointError(f"the bank pointer must be an integer, got {type(pointer).__name__}")
     return pointer
 
 
-def _fate(part: str, name: str, encoder: str) -> str:
-    """Return the converted model's key, or what else becomes of a key or an entry."""
+def _new_key(part: str, name: str, encoder: str) -> str:
+    """Return the key in the converted model, or how the entry is used or why it is dropped."""
     if not part:
         return "dropped: not weights"
     if part in ("bank features", "bank labels"):
@@ -338,37 +339,38 @@ def _fate(part: str, name: str, encoder: str) -> str:
     return name if part.endswith("backbone") else f"proj.{name}"
 
 
-_REMEDY = "give --num-classes, or num_classes in pretrained_cfg_overlay"
+_REMEDY = "set --num-classes, or num_classes in pretrained_cfg_overlay"
 
 
 def _prototypes(
     parts: Mapping[str, Any], given_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the bank's L2-normalized class sums, (C, D), and the classes without an entry."""
+    """Return the bank's L2-normalized class sums, (C, D), and the classes without bank entries."""
     features, labels = parts["bank features"][""], parts["bank labels"][""]
     num_classes = 1000 if given_classes is None else given_classes
     _check_labels(labels, num_classes, _REMEDY)
     counts = torch.bincount(labels, minlength=num_classes)
     absent = tuple((counts == 0).nonzero().flatten().tolist())
     if given_classes is None and len(absent) > num_classes / 2:
-        found = f"{num_classes - len(absent)} of {num_classes} classes only"
-        raise CheckpointError(f"the bank has entries of {found}; {_REMEDY}")
+        present = f"{num_classes - len(absent)} of {num_classes}"
+        raise CheckpointError(f"the bank has entries of only {present} classes; {_REMEDY}")
     if num_classes * features.shape[1] > 1 << 28:
-        raise CheckpointError(f"{num_classes} classes are too many for {features.shape[1]} numbers")
+        dim = features.shape[1]
+        raise CheckpointError(f"{num_classes} prototypes of dimension {dim} exceed 2**28 values")
     prototypes = class_means(widen(features), labels, num_classes)
     check_finite({"class means": {"": prototypes}})
     return prototypes, absent
 
 
 def _check_projector(projector: Mapping[str, Tensor]) -> int:
-    """Require a complete projector; return its width, 0 without one."""
+    """Require a complete projector and return its output dimension, D; 0 without a projector."""
     if not projector:
         return 0
     layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
     last = projector.get(f"{layers[-1]}.weight") if layers else None
     first = projector.get(f"{layers[0]}.fc.weight", last) if layers else None
     if last is None or first is None or last.ndim != 2 or first.ndim != 2:
-        raise CheckpointError(f"its projector is incomplete: it has parts of layers {layers}")
+        raise CheckpointError(f"the projector is incomplete: the file has only layers {layers}")
     with torch.device("meta"):
         expected = Projector(first.shape[1], len(layers) - 1, last.shape[1], last.shape[0])
     _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
@@ -377,33 +379,32 @@ def _check_projector(projector: Mapping[str, Tensor]) -> int:
 
 def _check_classifier(weights: Tensor | None, biases: Tensor | None, width: int) -> None:
     if weights is not None and (weights.ndim != 2 or not len(weights)):
-        raise CheckpointError(f"its class weights are {tuple(weights.shape)}; expected (C, D)")
+        raise CheckpointError(f"class weights must be (C, D), got {tuple(weights.shape)}")
     if biases is not None and (weights is None or biases.shape != weights.shape[:1]):
-        raise CheckpointError(f"its class biases, {tuple(biases.shape)}, do not match its weights")
+        raise CheckpointError(f"class biases {tuple(biases.shape)} do not match the class weights")
     if weights is not None and width not in (0, weights.shape[1]):
-        shape = tuple(weights.shape)
-        raise CheckpointError(f"its class weights, {shape}, do not match embeddings of {width}")
+        raise CheckpointError(f"class weights {tuple(weights.shape)} do not match D = {width}")
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
     if difference := mismatch(state, expected, exact=True):
-        raise CheckpointError(f"its weights are not those of a {name}: {difference}")
+        raise CheckpointError(f"the weights do not match a {name}: {difference}")
 
 
 def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bool = False) -> str:
-    """Describe the first difference of two states, if any; ``exact`` compares types of floats."""
+    """Describe the first difference of two states, or return ""; ``exact``: compare precisions."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        return f"{_some(missing)} missing, {_some(unexpected)} unexpected"
+        return f"missing keys: {_summary(missing)}, unexpected keys: {_summary(unexpected)}"
     for key, tensor in expected.items():
-        found = state[key]
+        value = state[key]
         if not isinstance(tensor, Tensor):
             continue
-        floats = found.is_floating_point() and tensor.is_floating_point()
-        if found.shape != tensor.shape or (found.dtype != tensor.dtype and (exact or not floats)):
-            wanted = f"{tuple(tensor.shape)} {tensor.dtype}"
-            return f"{key} is {tuple(found.shape)} {found.dtype}, expected {wanted}"
+        floats = value.is_floating_point() and tensor.is_floating_point()
+        if value.shape != tensor.shape or (value.dtype != tensor.dtype and (exact or not floats)):
+            expectation = f"{tuple(tensor.shape)} {tensor.dtype}"
+            return f"{key} is {tuple(value.shape)} {value.dtype}, expected {expectation}"
     return ""
 
 
@@ -413,52 +414,52 @@ def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
         for name, tensor in state.items():
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 continue
-            # A finite sum has finite terms, and takes a tenth of the time of looking at each.
+            # A finite sum has finite terms and takes a tenth of the time of checking each term.
             if tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all():
                 continue
             raise CheckpointError(
-                f"{f'{part} {name}'.strip()} has {int((~tensor.isfinite()).sum())} values that are "
-                f"not finite, of {tensor.numel()}; the file is damaged or its training diverged"
+                f"{f'{part} {name}'.strip()} has {int((~tensor.isfinite()).sum())} non-finite "
+                f"values of {tensor.numel()}; the file is damaged or its training diverged"
             )
 
 
-def _some(keys: list[str]) -> str:
+def _summary(keys: list[str]) -> str:
     shown = ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
     return f"{len(keys)} ({shown})" if keys else "0"
 
 
 def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
-    """Read the contents of a .pth, .pt or .safetensors file; its first bytes decide which.
+    """Read a .pth, .pt or .safetensors file; its first bytes determine the format.
 
-    Tensors stay in the file until they are used, where its format allows that.
+    Tensors are memory-mapped where the format allows it.
 
     Raises:
-        DamagedError: The file is cut short, or its contents do not match its checksums or lengths.
-        CheckpointError: It is missing, unreadable, unsafe, or something else.
+        DamagedError: The file is truncated, or its contents do not match its checksums or lengths.
+        CheckpointError: The file is missing, unreadable, unsafe or not a checkpoint.
     """
     path = Path(path)
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         with path.open("rb") as file:
             start = file.read(512)
     except OSError as error:
-        raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     if re.match(rb"\s*<(!doctype|html|\?xml)", start, re.IGNORECASE):
-        raise CheckpointError(f"{path}: it is a web page, not weights; download the file again")
+        raise CheckpointError(f"{path} is a web page, not weights; download the file again")
     damaged = DamagedError(
-        f"{path}: it is damaged or cut short ({status.st_size} bytes); download or copy it again, "
-        "and compare sizes"
+        f"{path} is damaged or truncated ({status.st_size} bytes); download or copy it again and "
+        "compare sizes"
     )
     try:
         if start[8:9] == b"{":
             if int.from_bytes(start[:8], "little") > 4 << 20:
-                raise RefusedError("its header exceeds 4 MiB; it is another network's")
+                raise RefusedError("the header exceeds 4 MiB, too large for a t-ReX model")
             return safetensors.torch.load_file(path)
         if not start.startswith((b"PK\x03\x04", b"\x80")):
             raise DamagedError(
-                f"{path}: it is not a file of torch or safetensors (it begins with "
+                f"{path} is neither a PyTorch nor a safetensors file (it starts with "
                 f"{start[:16]!r}); download or copy it again"
             )
         contents = load_torch(path)
@@ -467,12 +468,11 @@ def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
     except RefusedError as error:
         raise CheckpointError(f"{path}: refused: {error}") from error
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a position before the file's start, from a wrong field
+        if error.errno == errno.EINVAL:  # a corrupt field led to a seek before the file's start
             raise damaged from error
-        raise CheckpointError(f"{path}: it cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # each library raises many kinds for a damaged file
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # the libraries raise many types for a damaged file
         raise damaged from error
     if not isinstance(contents, Mapping):
-        kind = type(contents).__name__
-        raise CheckpointError(f"{path}: it holds a {kind}, not a state dict")
+        raise CheckpointError(f"{path} must contain a state dict, got {type(contents).__name__}")
     return contents

@@ -1,4 +1,4 @@
-"""Licenses of weights, by one rule for every command."""
+"""Licenses of weights, determined in the same way by every command."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _logger = logging.getLogger(__name__)
 
 
 def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, form: str = "") -> str:
-    """Return the license of a file, a folder or contents; empty if nothing states it.
+    """Return the license of a file, a folder or loaded contents, "" if no license is stated.
 
     NAVER's files are recognized by name, by the layout of their training states, and by SHA-256
-    (the manifest's, and those recorded in the cache). Weights trained from them inherit their
-    license. Other files are under what they state: the run's configuration in a trainer's
-    checkpoint, the metadata of a safetensors file, or config.json next to the weights. Contents
-    that were read, and sorted into their ``form``, are not again.
+    (from the manifest or recorded in the cache). Weights trained from them inherit their license.
+    Other files state their own: in the run's configuration in a trainer's checkpoint, in the
+    metadata of a safetensors file, or in config.json next to the weights. Callers that have already
+    read and sorted the file pass ``contents`` and ``form`` to save a second read.
     """
     if path is not None and path.is_dir():
         path = path / "model.safetensors"
@@ -45,14 +45,14 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
         return _chosen(contents.get("config", {}).get("license"), contents.get("inherited_license"))
     if path is None or not path.is_file():
         return ""
-    published = load_manifest(missing_ok=True)  # a maintainer has none before the first model
+    published = load_manifest(missing_ok=True)  # maintainers have none before the first release
     if sha256(path) in naver.known_hashes(resolve.cache_folder(), published):
         return naver.LICENSE
     return _stated(path)
 
 
 def _stated(path: Path) -> str:
-    """Return the license in a safetensors file's metadata, or in config.json next to it."""
+    """Return the license stated in a safetensors file's metadata or in config.json next to it."""
     stated: list[Any] = []
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         stated.append((file.metadata() or {}).get("license"))
@@ -64,14 +64,14 @@ def _stated(path: Path) -> str:
 
 
 def _chosen(*stated: object) -> str:
-    """Return NAVER's license if any is, otherwise the first that is stated."""
+    """Return NAVER's license if it is among those stated, otherwise the first one."""
     names = [name for name in stated if isinstance(name, str) and name]
     is_naver = any(name.lower() == naver.LICENSE for name in names)
     return naver.LICENSE if is_naver else next(iter(names), "")
 
 
 def describe(path: Path, architecture: str) -> str:
-    """Return the license of a file or a timm folder for a report, "not stated" included."""
+    """Return the license of a file or a timm folder for display, or "not stated"."""
     try:
         found = license_of(path)
     except WeightsError as error:
@@ -82,11 +82,11 @@ def describe(path: Path, architecture: str) -> str:
 
 
 def resolve_license(chosen: str, inherited: str) -> str:
-    """Return the license of weights trained from others: the choice, which NAVER's leave none."""
+    """Return the license of weights trained from others: ``chosen``, unless NAVER's applies."""
     if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
         raise ValueError(
-            f"license: the run starts from weights under {naver.LICENSE}, and so is what is "
-            f"trained from them, not under {chosen}; leave --license out"
+            f"license cannot be {chosen}: the run starts from weights under {naver.LICENSE}, "
+            "which also covers the trained weights; remove --license"
         )
     return chosen or inherited
 

@@ -1,7 +1,7 @@
 """Manifest of the published weights: repository, revision and SHA-256.
 
-manifest.json is in the package; the maintainers' tools write it. The environment variable
-TREX_MODELS_MANIFEST names another one, for mirrors and tests.
+The package contains manifest.json, which the maintainers' tools write. The environment variable
+TREX_MODELS_MANIFEST selects another file, for mirrors and tests.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ PACKAGED = Path(__file__).with_name("manifest.json")
 
 
 class WeightsError(RuntimeError):
-    """Weights are not available, or not the expected ones; the message says what to do."""
+    """Weights are not available or not the expected ones; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A model's folder on the Hub."""
+    """A model's repository on the Hub."""
 
-    repository: str  # organization and name
-    revision: str  # the commit, 40 hexadecimal digits
-    sha256: str  # of model.safetensors
-    outputs: tuple[float, ...] = ()  # the first for the fixed input of ``python -m hub verify``
+    repository: str  # organization/name
+    revision: str  # commit, 40 hexadecimal digits
+    sha256: str  # SHA-256 of model.safetensors
+    outputs: tuple[float, ...] = ()  # first outputs for the fixed input of ``python -m hub verify``
 
     def __post_init__(self) -> None:
-        # JSON has lists.
+        # JSON stores tuples as lists.
         object.__setattr__(self, "outputs", tuple(float(value) for value in self.outputs))
         for value, pattern in (
             (self.repository, r"[\w.-]+/[\w.-]+"),
@@ -42,26 +42,26 @@ class Published:
             (self.sha256, r"[0-9a-f]{64}"),
         ):
             if not re.fullmatch(pattern, value):
-                raise ValueError(f"{value!r} is not like {pattern}")
+                raise ValueError(f"{value!r} does not match {pattern}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is published."""
+    """Published models and SHA-256 of NAVER's files."""
 
-    # By model and tag, such as trex_resnet50.in1k.
+    # Model and tag, such as trex_resnet50.in1k -> repository.
     models: dict[str, Published] = field(default_factory=dict)
-    # SHA-256 of NAVER's files, by name, as the first maintainer who fetched them found it.
+    # Name of a NAVER file -> SHA-256, as recorded by the first maintainer who downloaded it.
     naver: dict[str, str] = field(default_factory=dict)
 
 
 def manifest_path() -> Path:
-    """Return the path of the manifest: TREX_MODELS_MANIFEST, or the package's own."""
+    """Return the path of the manifest: TREX_MODELS_MANIFEST, or the file in the package."""
     return Path(os.environ.get("TREX_MODELS_MANIFEST") or PACKAGED).expanduser()
 
 
 def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Manifest:
-    """Read a manifest, of `manifest_path` by default; empty if missing and ``missing_ok``."""
+    """Read a manifest (default: `manifest_path`); empty if it is missing and ``missing_ok``."""
     path = path or manifest_path()
     if missing_ok and not path.exists():
         return Manifest()
@@ -71,7 +71,7 @@ def load_manifest(path: Path | None = None, *, missing_ok: bool = False) -> Mani
         return Manifest(models, dict(contents["naver"]))
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise WeightsError(f"{path} is no manifest of weights ({reason}); correct it") from error
+        raise WeightsError(f"{path} is not a valid manifest ({reason}); correct it") from error
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
@@ -80,7 +80,7 @@ def save_manifest(manifest: Manifest, path: Path) -> None:
 
 
 def without_credentials(text: str) -> str:
-    """Remove users and passwords from the addresses in a message."""
+    """Remove user names and passwords from URLs in a message."""
     return re.sub(r"//[^/\s]*@", "//", text)
 
 
@@ -90,7 +90,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_sha256(file: Path | str, found: str, expected: str, source: str) -> None:
-    """Require a file's SHA-256; ``source`` is the place of the record, and the remedy."""
-    if found != expected:
-        raise WeightsError(f"refused: the SHA-256 of {file} is {found}, not {expected} of {source}")
+def check_sha256(file: Path | str, actual: str, expected: str, source: str) -> None:
+    """Require a file's SHA-256; ``source`` names the record of the expected one and the remedy."""
+    if actual != expected:
+        raise WeightsError(f"refused: SHA-256 of {file} is {actual}, not {expected} as in {source}")

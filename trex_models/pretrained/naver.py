@@ -1,11 +1,11 @@
-"""NAVER's own files of the weights: downloaded once, converted once, kept in a cache.
+"""NAVER's official weight files: downloaded once, converted once, kept in a cache.
 
-CACHE/naver/trex.safetensors   the converted weights, complete with the head where there is one
-CACHE/naver/trex.json          their origin, and the SHA-256 of both files
-CACHE/naver/trex.pth           optional: a file placed there by hand is used, not downloaded
+CACHE/naver/trex.safetensors   converted weights, including the head if the file has one
+CACHE/naver/trex.json          origin of the weights, and SHA-256 of both files
+CACHE/naver/trex.pth           optional: manual copy, used instead of a download
 
-NAVER publishes no hashes: a file must hold exactly the expected keys, shapes and types, with finite
-values, and its SHA-256 is recorded when it is first used. A later change is refused.
+NAVER publishes no hashes. A file must therefore have exactly the expected keys, shapes and types
+with finite values, and its SHA-256 is recorded at its first use. Later changes are refused.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from trex_models.pretrained.manifest import Manifest, WeightsError, check_sha256
 
 LICENSE = "cc-by-nc-sa-4.0"
 BASE_URL = "https://download.europe.naverlabs.com/ComputerVision/trex_models"
-# A connection that brings fewer bytes in this time (10 kB/s) has stalled, and is made again.
+# A connection that delivers fewer bytes in this time (10 kB/s) has stalled and is reopened.
 STALL_BYTES, STALL_SECONDS = 300_000, 30
-ATTEMPTS = 3  # connections in a row that bring fewer bytes
+ATTEMPTS = 3  # consecutive stalled or broken connections before the download fails
 
-# The files that hold a model's weights, the smallest first. Full training states alone have the
+# Files that contain a model's weights, smallest first. Only the full training states have the
 # projector and the class prototypes.
 FILES = {
     "trex_resnet50.in1k": ("trex.pth",),
@@ -57,43 +57,43 @@ _logger = logging.getLogger(__name__)
 
 
 def url(file: str) -> str:
-    """Return a file's address, without the credentials that a mirror may need."""
+    """Return a file's URL without the credentials that a mirror may need."""
     base = _base()
     return f"{base.scheme}://{base.netloc.rpartition('@')[2]}{base.path.rstrip('/')}/{file}"
 
 
 def _base() -> SplitResult:
-    """Return the address of NAVER's folder, or of its mirror, TREX_MODELS_NAVER_URL."""
+    """Return the URL of NAVER's folder or of the mirror in TREX_MODELS_NAVER_URL."""
     address = os.environ.get("TREX_MODELS_NAVER_URL") or BASE_URL
-    with suppress(ValueError):  # its message may show a password
+    with suppress(ValueError):  # whose message may contain a password
         base = urlsplit(address)
         if re.fullmatch(r"https?://[!-~]+", address) and base.hostname and base.port != 0:
             return base
-    raise WeightsError("TREX_MODELS_NAVER_URL is not an http(s) address; percent-encode passwords")
+    raise WeightsError("TREX_MODELS_NAVER_URL must be an http(s) URL; percent-encode passwords")
 
 
 def cached(name: str, cache: Path, manifest: Manifest) -> Path | None:
-    """Return the converted weights of a model, ``name.tag``, if the cache has them unchanged."""
+    """Return the cached, converted weights of a model (``name.tag``), verified, or None."""
     for file in FILES[name]:
-        weights, record = _places(file, cache)
+        weights, record = _cache_paths(file, cache)
         if weights.exists() and record.exists():
             original, converted = _recorded(record)
             _check_known(file, original, manifest)
-            source = f"{record}; delete both, and they will be made again"
+            source = f"{record}; delete both files to convert the weights again"
             check_sha256(weights, sha256(weights), converted, source)
             return weights
     return None
 
 
 def known_hashes(cache: Path, manifest: Manifest) -> set[str]:
-    """Return the SHA-256 of NAVER's files and of their conversions that are known."""
+    """Return all known SHA-256 of NAVER's files and of their conversions."""
     records = sorted((cache / "naver").glob("*.json"))
     first_used = {digest for record in records for digest in _recorded(record)}
     return first_used | {m.sha256 for m in manifest.models.values()} | {*manifest.naver.values()}
 
 
 def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
-    """Convert a file of NAVER's, placed by hand or downloaded, into the cache; only one process."""
+    """Convert one of NAVER's files, local or downloaded, into the cache, under a file lock."""
     folder = cache / "naver"
     placed = next((file for file in FILES[name] if (folder / file).exists()), None)
     if constants.HF_HUB_OFFLINE and not placed:
@@ -115,11 +115,11 @@ def obtain(name: str, cache: Path, manifest: Manifest) -> Path:
                 part.unlink(missing_ok=True)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
-        raise WeightsError(f"{folder} {reason}; set TREX_MODELS_CACHE to another") from error
+        raise WeightsError(f"{folder} {reason}; set TREX_MODELS_CACHE to another folder") from error
 
 
 class _BrokenConnectionError(Exception):
-    """A connection broke or stalled; another one may bring the rest."""
+    """The connection broke or stalled; a new one may resume the download."""
 
 
 @contextmanager
@@ -135,9 +135,9 @@ def _network_errors(file: str) -> Iterator[None]:
 
 
 def download(file: str, path: Path) -> None:
-    """Download one of NAVER's files with progress; resume where a connection broke.
+    """Download one of NAVER's files with a progress bar; resume after a broken connection.
 
-    ``path`` is replaced if it exists, and a link is not followed.
+    An existing ``path`` is replaced; symbolic links are not followed.
     """
     failures = 0
     with open_new(path) as stream:
@@ -157,8 +157,8 @@ def download(file: str, path: Path) -> None:
 
 
 def _receive(file: str, stream: BinaryIO) -> None:
-    """Append what one connection brings."""
-    # Backbones have 94 MB, full training states 350 to 450 MB.
+    """Append the data received over one connection."""
+    # Backbone files are 94 MB, full training states 350 to 450 MB.
     limit = 1_000_000_000 if "full" in file else 200_000_000
     with _open(file, stream.tell()) as response:
         if response.headers.get("Content-Range", "").partition("-")[0] != f"bytes {stream.tell()}":
@@ -166,19 +166,19 @@ def _receive(file: str, stream: BinaryIO) -> None:
             stream.truncate()
         start = stream.tell()
         total = None if response.length is None else start + response.length
-        units = {"unit": "B", "unit_scale": True, "disable": None}  # None: off without a terminal
+        units = {"unit": "B", "unit_scale": True, "disable": None}  # None: only in a terminal
         with tqdm(desc=file, total=total, initial=start, **units) as bar:  # type: ignore[no-untyped-call]
             for piece in _pieces(file, response):
                 stream.write(piece)
                 bar.update(len(piece))
                 if max(total or 0, stream.tell()) > limit:
-                    raise _unavailable(file, f"it has more than {limit // 10**6} MB: another file")
+                    raise _unavailable(file, f"larger than {limit // 10**6} MB, not NAVER's file")
         if total is not None and stream.tell() < total:
             raise _BrokenConnectionError("connection closed early")
 
 
 def _pieces(file: str, response: HTTPResponse) -> Iterator[bytes]:
-    """Yield a response's body as it arrives, unless it stalls."""
+    """Yield a response's body as it arrives; raise if the connection stalls."""
     received, since = 0, time.monotonic()
     while True:
         with _network_errors(file):
@@ -194,7 +194,7 @@ def _pieces(file: str, response: HTTPResponse) -> Iterator[bytes]:
 
 
 def _open(file: str, start: int) -> HTTPResponse:
-    """Send the request. Its credentials go to the mirror alone, and into no message or log."""
+    """Send the request. Credentials are sent to the mirror only and never appear in messages."""
     base = _base()
     request = Request(url(file) + (f"?{base.query}" if base.query else ""))
     request.add_header("User-Agent", "trex_models")
@@ -216,11 +216,11 @@ def _unavailable(file: str, reason: object) -> WeightsError:
 
 
 def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
-    weights, record = _places(file, cache)
+    weights, record = _cache_paths(file, cache)
     digest = sha256(path)
     _check_known(file, digest, manifest)
     if record.exists():
-        source = f"{record}, of its first use; if NAVER has really replaced it, delete the record"
+        source = f"{record} (first use); if NAVER has replaced the file, delete that record"
         check_sha256(file, digest, _recorded(record)[0], source)
     checkpoint = checkpoints.read(path)
     check_contents(checkpoint, file)
@@ -228,47 +228,47 @@ def _convert(path: Path, file: str, cache: Path, manifest: Manifest) -> Path:
         metadata = {"format": "pt", "license": LICENSE}
         write_safetensors(stream, checkpoint.state_dict(), metadata)
         stream.flush()
-        facts = {
+        contents = {
             "file": file,
             "url": url(file),
             "sha256": digest,
             "converted_sha256": sha256(Path(stream.name)),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_text_file(record, json.dumps(facts, indent=2) + "\n")
+        write_text_file(record, json.dumps(contents, indent=2) + "\n")
     _logger.warning("converted %s (SHA-256 %s) to %s", file, digest, weights)
     return weights
 
 
 def _check_known(file: str, digest: str, manifest: Manifest) -> None:
-    source = "the manifest; delete what was made of it from the cache, and download it again"
+    source = "the manifest; delete the file and its conversion from the cache and try again"
     check_sha256(file, digest, manifest.naver.get(file, digest), source)
 
 
 def check_contents(checkpoint: checkpoints.Checkpoint, file: str) -> None:
-    """Raise CheckpointError unless one of NAVER's files has the parts that its name promises."""
-    wanted = (1 if file.startswith("trexstar") else 3) if "full" in file else None
-    found = checkpoint.proj_layers if checkpoint.projector else None
-    if found != wanted or (checkpoint.class_weights is None) != (wanted is None):
+    """Raise CheckpointError unless one of NAVER's files has the parts that its name implies."""
+    expected = (1 if file.startswith("trexstar") else 3) if "full" in file else None
+    layers = checkpoint.proj_layers if checkpoint.projector else None
+    if layers != expected or (checkpoint.class_weights is None) != (expected is None):
         raise checkpoints.CheckpointError(
-            f"{file}: expected {_head(wanted)}, found {_head(found)}; it is another file, or "
-            "renamed: download it again"
+            f"{file} must contain {_head(expected)}, got {_head(layers)}; the file was renamed or "
+            "is not NAVER's: download it again"
         )
 
 
 def _head(layers: int | None) -> str:
-    return "a backbone alone" if layers is None else f"a projector of {layers} hidden layers"
+    return "only a backbone" if layers is None else f"a projector with {layers} hidden layers"
 
 
-def _places(file: str, cache: Path) -> tuple[Path, Path]:
+def _cache_paths(file: str, cache: Path) -> tuple[Path, Path]:
     weights = cache / "naver" / Path(file).with_suffix(".safetensors")
     return weights, weights.with_suffix(".json")
 
 
 def _recorded(record: Path) -> tuple[str, str]:
-    """Return the SHA-256 of the original and of its conversion."""
+    """Return the recorded SHA-256 of the original and of the converted file."""
     try:
-        facts = json.loads(record.read_text())
-        return str(facts["sha256"]), str(facts["converted_sha256"])
+        contents = json.loads(record.read_text())
+        return str(contents["sha256"]), str(contents["converted_sha256"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{record} is damaged ({error}); delete it") from error

@@ -1,12 +1,12 @@
-"""Find the file of ``pretrained=True``, by name.
+"""Locate the weights for ``pretrained=True`` by model name.
 
-1. The cache: the Hub's own, or NAVER's file converted earlier.
-2. The Hub: models that the manifest lists, at its revision.
-3. NAVER's file: downloaded, converted, cached.
+1. Cache: the Hub's cache, or a NAVER file that was converted earlier.
+2. Hub: models in the manifest, at the revision stated there.
+3. NAVER's server: the file is downloaded, converted and cached.
 
-The file's SHA-256 is checked each time. Under HF_HUB_OFFLINE the network is not used: 1 remains,
-and of 3 a file placed by hand. Explicit sources (file, state_dict, hf-hub:, local-dir:) bypass
-this module.
+The file's SHA-256 is verified every time. HF_HUB_OFFLINE disables all downloads, which leaves the
+cache and files that were placed in it manually. Explicit sources (file, state_dict, hf-hub:,
+local-dir:) bypass this module.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
-    """Return a verified safetensors file of a model, by name and tag, or of one that contains it.
+    """Return a verified safetensors file that contains the weights of ``name.tag``.
 
-    ``cache_dir`` is the folder of the Hub's cache and ours; None for the default ones.
+    ``cache_dir`` is the root of the Hub's cache and of ours; None selects the default folders.
     """
     if name not in naver.FILES:
-        raise WeightsError(f"no weights are known for {name!r}, only for {', '.join(naver.FILES)}")
+        raise WeightsError(f"{name!r} has no weights; available: {', '.join(naver.FILES)}")
     published = manifest.load_manifest()
     entry = published.models.get(name)
     cache = cache_folder(cache_dir)
@@ -54,7 +54,7 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
 
 
 def cache_folder(cache_dir: Path | str | None = None) -> Path:
-    """Return our cache's folder: TREX_MODELS_CACHE, or one next to the Hub's own cache."""
+    """Return our cache's folder: TREX_MODELS_CACHE, or a folder next to the Hub's cache."""
     chosen = os.environ.get("TREX_MODELS_CACHE")
     if cache_dir is None and chosen:
         return Path(chosen).expanduser()
@@ -70,7 +70,7 @@ def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path |
 
 def _verified(path: Path, entry: Published) -> Path:
     source = f"the manifest for {entry.repository}@{entry.revision}; delete the file and try again"
-    # The Hub's cache links to its files, and would link to a wrong one again.
+    # Resolved, since deleting only the link in the Hub's cache would keep the wrong file.
     manifest.check_sha256(path.resolve(), manifest.sha256(path), entry.sha256, source)
     return path
 
@@ -80,10 +80,10 @@ def _from_hub(name: str, entry: Published | None, cache_dir: Path | str | None) 
         return None
     repository, revision = entry.repository, entry.revision
     try:
-        # Asked once: hf_hub_download tries for 23 seconds, or minutes where nothing answers.
+        # One request first: hf_hub_download retries for 23 s, or minutes without any response.
         get_hf_file_metadata(hf_hub_url(repository, _FILE, revision=revision))
         found = hf_hub_download(repository, _FILE, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # of the HTTP client, which huggingface_hub has changed before
+    except Exception as error:  # huggingface_hub has changed its HTTP client and errors before
         reason = without_credentials(str(error).partition("\n")[0])
         _logger.warning(
             "%s is not available from the Hub (%s: %s); trying NAVER's file",
@@ -100,16 +100,16 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
         file = naver.FILES[name][0]
         hub = "see the warning above" if entry else f"{name} is not published there yet"
         if constants.HF_HUB_OFFLINE:
-            hub = "not asked: HF_HUB_OFFLINE is set"
+            hub = "skipped, HF_HUB_OFFLINE is set"
         raise WeightsError(
-            f"no weights for {name}.\n"
-            f"  cache: none under {cache}\n"
+            f"no weights available for {name}.\n"
+            f"  Cache: no weights in {cache}\n"
             f"  Hub: {hub}\n"
             f"  NAVER: {error}\n"
-            f"Any one of these helps:\n"
-            f"  - place {naver.url(file)} at {cache / 'naver' / file}; it is converted once\n"
-            f"  - copy {cache / 'naver'} here from a machine where this works\n"
-            f"  - pretrained_cfg_overlay=dict(file={file!r}), with the path of your copy\n"
-            f"  - in a checkout: python -m convert naver {file} --output OUT, then "
+            f"Solutions (one is enough):\n"
+            f"  - download {naver.url(file)} to {cache / 'naver' / file}; it is converted once\n"
+            f"  - copy {cache / 'naver'} from a machine that has the weights\n"
+            f"  - pass pretrained_cfg_overlay=dict(file={file!r}) with the path of your copy\n"
+            f"  - in a checkout, run python -m convert naver {file} --output OUT, then "
             f'create_model("local-dir:OUT/{name}", pretrained=True)'
         ) from error

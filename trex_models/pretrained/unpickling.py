@@ -1,11 +1,11 @@
-"""Read pickles and files of ``torch.save`` without running code, exactly, in bounded memory.
+"""Safe reading of pickles and ``torch.save`` files: no code execution, bounded memory.
 
-A pickle is a program. Here it builds plain containers, strings, numbers and dense tensors; every
-other call that checkpoints contain (NumPy arrays, argparse namespaces) gives None.
+A pickle is a program. This reader only builds plain containers, strings, numbers and dense tensors;
+all other calls that occur in checkpoints (NumPy arrays, argparse namespaces) return None.
 
-``torch.load(weights_only=True)`` is not strict enough: its allow-list is shared by the whole
-process, NumPy's constructors on that list forge object pointers, a tensor may be larger than the
-file, and with ``mmap=True`` a record shorter than its tensor is read past its end.
+``torch.load(weights_only=True)`` is not strict enough: its allow-list is global to the process, the
+NumPy constructors on that list can forge object pointers, tensors may be larger than the file, and
+with ``mmap=True`` a record that is shorter than its tensor is read beyond its end.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-_LIMIT = 16 << 20  # bytes of a checkpoint's pickle; 100,000 class names take two million
+_LIMIT = 16 << 20  # bytes of a checkpoint's pickle; 100,000 class names need two million
 _CONTAINERS = {tuple, list, dict}
 _LONGEST_SHARED = 256  # characters of a string that a pickle may repeat by reference
 _LEGACY = 0x1950A86A20F9469CFC6C, 1001  # magic number and version of torch.save before 1.6
-_Records = Mapping[str, tuple[int, int]]  # start and length of each storage in a file
+_Records = Mapping[str, tuple[int, int]]  # storage -> start and length in the file, in bytes
 
 _STORAGES = {
     "torch.HalfStorage": torch.float16,
@@ -46,8 +46,8 @@ _STORAGES = {
 }
 _PARAMETER = "torch._utils._rebuild_parameter"
 _REBUILD = {"torch._utils._rebuild_tensor_v2", _PARAMETER, f"{_PARAMETER}_with_state"}
-# Calls in entries that are not weights. The arguments of an official training state include a
-# float64 array; numpy 2 renamed the module of the array's constructor.
+# Calls in entries that are not weights. The arguments in official training states include a
+# float64 array; NumPy 2 renamed the module of its constructor.
 _IGNORED = {
     *("argparse.Namespace", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.Float64DType"),
     *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
@@ -57,8 +57,8 @@ _IGNORED = {
 }
 
 
-# Opcodes that reserve any amount of memory, that repeat what the memo would limit, or that look up
-# objects of the process.
+# Opcodes that allocate unlimited memory, bypass the limits of the memo, or look up objects of the
+# process.
 _REFUSED = {
     *(pickle.BYTEARRAY8, pickle.DUP, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX),
     *(pickle.EXT1, pickle.EXT2, pickle.EXT4),
@@ -66,11 +66,11 @@ _REFUSED = {
 
 
 class RefusedError(ValueError):
-    """A pickle asks for something that none of our files needs."""
+    """The pickle uses a feature that checkpoints do not need."""
 
 
 class _Memo(dict[int, Any]):
-    """Values that a pickle may use again, each as ``shared`` returns it."""
+    """Memo of a pickle; ``shared`` checks each value that is read from it again."""
 
     def __init__(self, shared: Callable[[Any], Any]) -> None:
         self.shared = shared
@@ -79,13 +79,13 @@ class _Memo(dict[int, Any]):
         return self.shared(super().__getitem__(index))
 
     def __setitem__(self, index: int, value: Any) -> None:
-        if index >= 1 << 32:  # could all have the same hash
+        if index >= 1 << 32:  # larger integers could all have the same hash
             raise ValueError(f"memo index {index}")
         super().__setitem__(index, value)
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Unpickler of dicts, lists, tuples, strings, bytes and numbers; sets become lists."""
+    """Unpickler for dicts, lists, tuples, strings, bytes and numbers; sets become lists."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         code: load
@@ -106,34 +106,34 @@ class PlainUnpickler(pickle._Unpickler):
         self.memo = _Memo(self.shared)
 
     def load(self) -> Any:
-        """Return the contents of the pickle; call it once."""
+        """Return the contents of the pickle; may only be called once."""
         try:
             return super().load()
         finally:
-            del self.memo  # a cycle, which would hold the file until it is collected
+            del self.memo  # breaks a reference cycle that would keep the file open
 
     def find_class(self, module: str, name: str) -> str:
-        """Return the full name: `call` decides what a call by this name gives."""
+        """Return the full name of an allowed callable, for `call`."""
         if f"{module}.{name}" not in self.names:
-            raise RefusedError(f"it wants to run {module}.{name}; {self.remedy}")
+            raise RefusedError(f"the pickle calls {module}.{name}; {self.remedy}")
         return f"{module}.{name}"
 
     def call(self, name: str, args: tuple[Any, ...]) -> Any:
-        """Return the value of a call."""
+        """Return the value of a call to ``name``."""
         if name == "_codecs.encode":
             return args[0].encode("latin1")
         (items,) = args or ([],)
         if type(items) is not list:
-            raise ValueError(f"{name} takes a list")
+            raise ValueError(f"{name} requires a list")
         if name == "collections.OrderedDict":
             self._dict([part for key, value in items for part in (key, value)])
             return self.stack.pop()
         return items
 
     def shared(self, value: Any) -> Any:
-        """Return a value that is used again, unless it could grow without end."""
+        """Return a value that is referenced again, unless its size could grow exponentially."""
         if type(value) in (str, bytes) and len(value) > _LONGEST_SHARED:
-            raise RefusedError("it repeats a long string")
+            raise RefusedError(f"the pickle repeats a string of {len(value)} characters")
         if type(value) not in _CONTAINERS:
             return value
         if type(value) is tuple and len(value) <= 8 and _CONTAINERS.isdisjoint(map(type, value)):
@@ -141,18 +141,18 @@ class PlainUnpickler(pickle._Unpickler):
         return self.shared_container()
 
     def shared_container(self) -> Any:
-        """Refuse a container that is used again."""
-        raise RefusedError("it repeats a list or a dictionary")
+        """Refuse a container that is referenced again."""
+        raise RefusedError("the pickle repeats a list or a dictionary")
 
     def load_call(self) -> None:
         """Call a name with a tuple of arguments."""
         args, name = self.stack.pop(), self.stack.pop()
         if type(args) is not tuple or name not in self.names:
-            raise ValueError("a call without a name or a tuple of arguments")
+            raise ValueError("a call has no name or no tuple of arguments")
         self.stack.append(self.call(name, args))
 
     def load_state(self) -> None:
-        """Drop attributes: those of ignored objects, or versions of a state dict's modules."""
+        """Discard attributes: of ignored objects, or the module versions of a state dict."""
         self.stack.pop()
 
     dispatch |= {pickle.REDUCE[0]: load_call, pickle.NEWOBJ[0]: load_call}
@@ -167,12 +167,12 @@ class PlainUnpickler(pickle._Unpickler):
             if type(key) not in (str, bytes) and not (type(key) is int and abs(key) < 1 << 60):
                 raise RefusedError(f"a dictionary has a key of type {type(key).__name__}")
             if type(target) is not dict:
-                raise ValueError("items are set on something that is no dictionary")
+                raise ValueError(f"items are set on a {type(target).__name__}, not a dictionary")
             target[key] = value
 
     def _extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("items are appended to something that is no list")
+            raise ValueError("items are appended to an object that is not a list")
         self.stack[-1].extend(items)
 
     def _dict(self, pairs: list[Any]) -> None:
@@ -190,25 +190,25 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Unpickler of tensors, whose values stay in the file."""
+    """Unpickler for tensors, which stay memory-mapped."""
 
-    remedy = "no weights need that; instead of a whole model, save model.state_dict()"
+    remedy = "weights do not need this call; save model.state_dict() instead of the model"
     names: ClassVar = PlainUnpickler.names | _STORAGES.keys() | _REBUILD | _IGNORED
 
     def __init__(self, file: io.BytesIO, data: mmap.mmap, records: _Records | None) -> None:
         super().__init__(file)
         self.data = data  # the mapped file
         self.records = records  # None to skip tensors
-        self.itemsizes: dict[str, int] = {}  # of the storages met, in bytes
+        self.itemsizes: dict[str, int] = {}  # storage -> size of an item, in bytes
         self.storages: dict[str, Tensor] = {}
-        self.room = 2 * len(data) + _LIMIT
+        self.bytes_left = 2 * len(data) + _LIMIT
 
     def persistent_load(self, pid: Any) -> Tensor | None:
-        """Return a storage as a tensor of one dimension."""
+        """Return a storage as a one-dimensional tensor."""
         kind, storage, key, _, count, *view = pid
         dtype = _STORAGES[storage]
         if kind != "storage" or type(key) is not str or view not in ([], [None]):
-            raise ValueError("a storage without a name, or a view of one")
+            raise ValueError("a storage has no name or is a view")
         self.itemsizes[key] = dtype.itemsize
         if self.records is None:
             return None
@@ -222,7 +222,7 @@ class _TensorUnpickler(PlainUnpickler):
     def _storage(self, dtype: torch.dtype, start: int, size: int) -> Tensor:
         if not size:
             return torch.empty(0, dtype=dtype)
-        if start % dtype.itemsize:  # torch before 1.6 did not align them
+        if start % dtype.itemsize:  # torch before 1.6 did not align storages
             return torch.frombuffer(bytearray(self.data[start : start + size]), dtype=dtype)
         return torch.frombuffer(self.data, dtype=dtype, count=size // dtype.itemsize, offset=start)
 
@@ -236,24 +236,24 @@ class _TensorUnpickler(PlainUnpickler):
         storage, offset, size, stride, _, _, *metadata = args
         _check_view(storage, offset, size, stride)
         if any(metadata):
-            raise RefusedError("it holds a conjugate or negative view; save a copy of that tensor")
+            raise RefusedError("a tensor is a conjugate or negative view; save a copy of it")
         return self.shared(storage.as_strided(size, stride, offset))
 
     def shared(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return super().shared(value)
-        # Each time, since a copy may be made of each.
-        self.room -= value.numel() * value.itemsize
-        if self.room < 0:
-            raise RefusedError("its tensors share memory and need more than the file holds")
+        # Every reference counts, since callers may copy each of them.
+        self.bytes_left -= value.numel() * value.itemsize
+        if self.bytes_left < 0:
+            raise RefusedError("the tensors share memory; copies would be larger than the file")
         return value
 
     def shared_container(self) -> None:
-        """Return None for a list that is used again, which only entries without weights do."""
+        """Return None for a repeated container, which occurs only in entries without weights."""
 
 
 def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
-    """Require that a view lies inside its storage and has no more elements."""
+    """Require that a view is within its storage and does not have more elements."""
     numbers = (offset, *size, *stride)
     if len(size) > 64 or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
         raise ValueError(f"a tensor has offset {offset} and {len(size)} dimensions")
@@ -261,14 +261,14 @@ def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
     if 0 not in size and last >= len(storage):
         raise ValueError(f"a tensor of shape {tuple(size)} exceeds its storage of {len(storage)}")
     if 0 not in size and math.prod(size) > len(storage):
-        raise RefusedError("it holds an expanded tensor; save a copy of that tensor")
+        raise RefusedError("a tensor is expanded; save a contiguous copy of it")
 
 
 def load_torch(path: Path) -> Any:
-    """Read a file of ``torch.save``, on the CPU: a zip file, or one of torch before 1.6.
+    """Read a ``torch.save`` file onto the CPU, in the zip format or that of torch before 1.6.
 
-    Tensors stay in the file until they are used; do not overwrite it before that. RefusedError is
-    for unsafe contents; for damaged ones the standard library and torch raise many kinds.
+    Tensors are memory-mapped; do not overwrite the file while they are in use. Unsafe contents
+    raise RefusedError; damaged files raise many types, from the standard library and torch.
     """
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -284,20 +284,20 @@ def _load_zip(archive: zipfile.ZipFile, data: mmap.mmap) -> Any:
     for name, info in infos.items():
         method, *lengths = struct.unpack_from("<8xH16xHH", data, info.header_offset)
         if method and method == info.compress_type:
-            raise RefusedError(f"its record {info.filename} is compressed; zip it again (zip -0)")
+            raise RefusedError(f"record {info.filename} is compressed; zip it uncompressed, zip -0")
         if info.compress_type or info.compress_size != info.file_size:
-            raise ValueError(f"the headers of record {info.filename} differ")
+            raise ValueError(f"the two headers of record {info.filename} differ")
         if name.startswith("data/"):
             start = info.header_offset + 30 + sum(lengths)  # of the name and an extra field
             records[name.removeprefix("data/")] = start, info.file_size
     if len(infos) != len(archive.infolist()):
-        raise ValueError("a record is there twice")
+        raise ValueError("a record occurs twice")
     if archive.testzip():
         raise ValueError("a record does not match its checksum")
     if "byteorder" in infos:
         _check_byteorder(archive.read(infos["byteorder"]).decode())
     if infos["data.pkl"].file_size > _LIMIT:
-        raise RefusedError(f"its pickle exceeds {_LIMIT >> 20} MiB")
+        raise RefusedError(f"the pickle exceeds {_LIMIT >> 20} MiB")
     return _TensorUnpickler(io.BytesIO(archive.read(infos["data.pkl"])), data, records).load()
 
 
@@ -306,7 +306,7 @@ def _load_legacy(data: mmap.mmap) -> Any:
     file = io.BytesIO(data[:_LIMIT])
     magic, version, machine = (PlainUnpickler(file).load() for _ in range(3))
     if (magic, version) != _LEGACY:
-        raise RefusedError("it is a pickle, not a file of torch.save")
+        raise RefusedError("the file is a plain pickle, not written by torch.save")
     _check_byteorder("little" if machine["little_endian"] else "big")
     contents = file.tell()
     skimmed = _TensorUnpickler(file, data, None)
@@ -319,11 +319,11 @@ def _load_legacy(data: mmap.mmap) -> Any:
         records[key] = start + 8, size
         start += 8 + size
     if start != len(data):
-        raise ValueError(f"its storages end at byte {start} of {len(data)}")
+        raise ValueError(f"the storages end at byte {start} of {len(data)}")
     file.seek(contents)
     return _TensorUnpickler(file, data, records).load()
 
 
 def _check_byteorder(order: str) -> None:
     if order != sys.byteorder:
-        raise RefusedError(f"its numbers are {order}-endian; save it again on a machine like this")
+        raise RefusedError(f"the file is {order}-endian; save it on a machine like this one")
