@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm
 from timm.data import resolve_model_data_config
 from torch import nn
 from tyro.conf import Positional
@@ -28,7 +27,7 @@ from convert.comparison import HEADER, Difference, batches, resolutions
 from trex_models import TRexResNet, __version__
 from trex_models.atomic import replacing
 from trex_models.cli import require_writable
-from trex_models.evaluation.frozen_model import weights_digest
+from trex_models.evaluation.frozen_model import create_model, weights_digest
 from trex_models.heads import Projector
 from trex_models.pretrained import licenses, naver, timm_folder
 
@@ -88,7 +87,7 @@ def export_model(
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists; choose another --output or add --overwrite")
     print(f"reading   {file or model}", flush=True)
-    network = _load(model, file)
+    network = create_model(model, file).float().eval()
     cut = _cut(model, network, features)
     metadata = {**_metadata(model, network, file), "output": OUTPUTS[cut]}
     if to == "onnx":
@@ -115,28 +114,6 @@ def export_model(
     print(f"written   {len(exported.data) / 1e6:.1f} MB  {', '.join(map(str, paths))}")
     print(f"license   {metadata['license']}")
     print(f"time      {time.perf_counter() - started:.1f} s")
-
-
-def _load(name: str, file: Path | None) -> Any:
-    """Return a model with its weights, in float32 and eval mode."""
-    folder = timm_folder.find_timm_folder(name)
-    if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(
-            f"{name} is not a folder with config.json and weights; pass a timm folder, the folder "
-            "of a finished run, or the name of a timm model"
-        )
-    if file is not None and folder is not None:
-        raise ValueError(f"--file {file} requires a model name, but {name} is a folder")
-    if file is not None and not file.is_file():
-        raise ValueError(f"--file {file} does not exist or is not a file")
-    overlay = {"file": str(file)} if file else None
-    try:
-        model = timm.create_model(
-            f"local-dir:{folder}" if folder else name, True, pretrained_cfg_overlay=overlay
-        )
-    except Exception as error:  # timm, the Hub's client and safetensors raise many types
-        raise ValueError(f"{file or name} cannot be loaded: {_one_line(error)}") from error
-    return model.float().eval()
 
 
 def _cut(name: str, model: Any, features: str | None) -> str:
@@ -261,9 +238,3 @@ def _to_onnx(
         ),
         f"{metadata['output']}, opset {to_onnx.OPSET}; images {kind}: any batch size, {sides}",
     )
-
-
-def _one_line(error: Exception) -> str:
-    """Return the first two lines of an error message, joined: torch lists details below."""
-    lines = (str(error) or type(error).__name__).strip().splitlines()
-    return " ".join(line.strip() for line in lines[:2])

@@ -111,10 +111,10 @@ def test_refuses(argument: str, value: float) -> None:
 
 def test_a_given_turn_changes_the_pose_alone() -> None:
     own = draw_fractal(0, 0, 32)
-    assert abs(own.turn) <= np.pi / 12
-    np.testing.assert_array_equal(draw_fractal(0, 0, 32, turn=own.turn).image, own.image)
-    turned = draw_fractal(0, 0, 32, turn=1.0)
-    assert turned.turn == 1.0
+    assert abs(own.rotation) <= np.pi / 12
+    np.testing.assert_array_equal(draw_fractal(0, 0, 32, rotation=own.rotation).image, own.image)
+    turned = draw_fractal(0, 0, 32, rotation=1.0)
+    assert turned.rotation == 1.0
     assert turned.mirrored == own.mirrored
     assert turned.color == pytest.approx(own.color, abs=0.03)
     assert (turned.image != own.image).any()
@@ -123,7 +123,7 @@ def test_a_given_turn_changes_the_pose_alone() -> None:
 def test_images_of_an_individual_are_alike() -> None:
     def upright(number: int, individual: int | None) -> np.ndarray:
         drawn = [
-            draw_fractal(number, n, 32, variation=8, turn=0, individual=individual)
+            draw_fractal(number, n, 32, variation=8, rotation=0, individual=individual)
             for n in range(40)
         ]
         return shapes(np.stack([d.image for d in drawn if not d.mirrored]), axis=2)
@@ -139,7 +139,7 @@ def test_images_of_an_individual_are_alike() -> None:
 
 
 def test_mirrored_images_are_those_that_say_so() -> None:
-    drawn = [draw_fractal(0, n, 32, variation=0, turn=0) for n in range(200)]
+    drawn = [draw_fractal(0, n, 32, variation=0, rotation=0) for n in range(200)]
     edges = np.stack([np.abs(np.diff(d.image.mean(2), axis=0)) for d in drawn])
     mirrored = np.array([d.mirrored for d in drawn])
     assert 0.3 < mirrored.mean() < 0.7

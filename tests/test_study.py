@@ -288,7 +288,7 @@ def test_a_failed_command_names_its_log_and_one_that_diverges_scores_nothing(
     assert run.search() == 0
     with pytest.raises(runs.DivergedError, match=r"status 2; see .*log"):
         run.complete(tmp_path / "result.json")
-    assert new_run(tmp_path, "look-1")._head() is None  # no class vectors
+    assert new_run(tmp_path, "look-1")._head() is None  # no class weights
 
 
 def test_results_and_searches_of_other_conditions_are_not_gone_on_with(

@@ -276,8 +276,9 @@ def progress_bar(total: float, description: str, unit: str, **options: Any) -> t
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type without a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, and the next one if it ends with a colon."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -45,7 +45,7 @@ LARGE = (
 )
 RATES = (
     Panel("learning rate", ("learning_rate",), smooth=False),
-    Panel("change of class vectors per step", ("prototype_change",), y_axis="log"),
+    Panel("prototype change per step", ("prototype_change",), y_axis="log"),
     Panel("images per second", ("images_per_second",)),
     Panel("waiting for data, % of time", ("waiting_for_data",), 100),
 )

@@ -228,7 +228,6 @@ def _create(
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Read the pretrained weights, if any, and build the model with timm."""
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     given: dict[str, Tensor] | None = None  # weights that timm must not look up itself

@@ -90,7 +90,7 @@ MEASURES = {
     "task": Measure("training task, top-1 %", lambda r: float(r["task_top1"]), ".1f", 100),
     "transfer": Measure("transfer, log-odds", lambda r: float(r["transfer_log_odds"]), ".3f"),
     "but_hues": Measure("transfer without hues, log-odds", _transfer_but_hues, ".3f"),
-    "change": Measure("change of class vectors per step", _change, ".4f"),
+    "change": Measure("change of prototypes per step", _change, ".4f"),
     "last": Measure("change per step at the end", _last_change, ".4f"),
     "fit": Measure("head on training images, top-1 %", _head("train"), ".1f", 100),
     "new": Measure("head on new images, top-1 %", _head("test"), ".1f", 100),
@@ -142,7 +142,7 @@ CLAIMS = [
     Claim("Depth helps transfer, no local crops", "cosine-3-global", "cosine-1-global", "transfer"),
     Claim("Depth helps transfer, OCM", "ocm-3", "ocm-1", "transfer"),
     *(
-        Claim(f"OCM is above learned class vectors {where}, L = {layers}", ocm, learned, measure)
+        Claim(f"OCM is above learned class weights {where}, L = {layers}", ocm, learned, measure)
         for measure, where in (("task", "on the training task"), ("transfer", "in transfer"))
         for layers, ocm, learned in ((1, "ocm-1", "cosine-1"), (3, "ocm-3", "cosine-3"))
     ),
@@ -151,8 +151,8 @@ CLAIMS = [
     Claim("t-ReX is above plain softmax in transfer", "ocm-3", "softmax-global", "transfer"),
     Claim("t-ReX* is above LOOK on the training task", "ocm-1", "look-1", "task"),
     Claim("t-ReX is above LOOK in transfer", "ocm-3", "look-1", "transfer"),
-    Claim("OCM's class vectors change more, L = 1", "ocm-1", "cosine-1", "change"),
-    Claim("OCM's class vectors change more, L = 3", "ocm-3", "cosine-3", "change"),
+    Claim("OCM's prototypes change more, L = 1", "ocm-1", "cosine-1", "change"),
+    Claim("OCM's prototypes change more, L = 3", "ocm-3", "cosine-3", "change"),
     Claim("OCM overfits less, L = 1", "cosine-1", "ocm-1", "gap"),
     Claim("OCM overfits less, L = 3", "cosine-3", "ocm-3", "gap"),
     Claim("OCM's embeddings overfit less, L = 1", "cosine-1", "ocm-1", "means_gap"),
@@ -173,7 +173,7 @@ EFFECTS = {
         "learned": ("cosine-3", "cosine-1"),
         "OCM": ("ocm-3", "ocm-1"),
     },
-    "OCM instead of learned class vectors": {
+    "OCM instead of learned class weights": {
         "L = 1": ("ocm-1", "cosine-1"),
         "L = 3": ("ocm-3", "cosine-3"),
     },

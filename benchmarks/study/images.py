@@ -141,7 +141,7 @@ class Images:
         """Yield images of a class with about the given rotation, except mirrored ones."""
         for image in range(first_image, first_image + _MOST_NUMBERS):
             spread = np.random.default_rng((number, image)).uniform(-1, 1) * _TURN_SPREAD
-            drawn = self._draw(number, image, turn=turn + float(spread))
+            drawn = self._draw(number, image, rotation=turn + float(spread))
             if not drawn.mirrored:
                 yield drawn
 

@@ -213,7 +213,7 @@ def effects(results: Results) -> Any:
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_title(title)
             axis.set_xlabel("difference in top-1, points")
-            axis.legend(fontsize=9)
+            axis.legend(fontsize=9, loc="upper right")
     return figure
 
 
@@ -251,7 +251,7 @@ def geometry(results: Results) -> Any:
 
 
 def change(results: Results) -> Any:
-    """Plot the change of class vectors per step, and the heads' accuracy on seen and new images."""
+    """Plot the change of prototypes per step, and the heads' accuracy on seen and new images."""
     with new_figure(13, 4.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
         for name, runs in results.items():
@@ -261,9 +261,9 @@ def change(results: Results) -> Any:
             blocks = np.array_split(np.arange(curves.shape[1]), _POINTS)
             steps = [np.mean([runs[0]["curves"]["step"][i] for i in block]) for block in blocks]
             _curve(left, steps, np.stack([curves[:, b].mean(1) for b in blocks], 1), name)
-        left.set(xlabel="step", ylabel="change of unit class vectors per step", yscale="log")
+        left.set(xlabel="step", ylabel="change of normalized prototypes per step", yscale="log")
         left.set_ylim(bottom=1e-5)
-        left.set_title("Class vectors")
+        left.set_title("Prototypes")
         left.legend(fontsize=8)
         cells = [name for name, runs in results.items() if runs[0]["head"]]
         for place, name in enumerate(cells):

@@ -198,8 +198,6 @@ class CenterCropDataset:
 
 
 class _TransformedDataset:
-    """Dataset of a source's images under a transform of PIL images."""
-
     def __init__(self, source: Source, transform: Callable[[Image.Image], Tensor]) -> None:
         self.source, self.transform = source, transform
 

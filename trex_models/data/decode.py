@@ -174,7 +174,6 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _png_chunks(data: bytes) -> Iterator[bytes]:
-    """Yield the chunks of a PNG file: length, type, content and CRC."""
     start = len(_PNG_SIGNATURE)
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -183,7 +182,6 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
 
 
 def _is_essential(chunk: bytes) -> bool:
-    """Return True if a PNG chunk is critical, contains transparency or is intact EXIF."""
     kind = chunk[4:8]
     if kind == b"eXIf":
         return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
@@ -232,7 +230,6 @@ def _jpeg_segments(data: bytes) -> Iterator[bytes]:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """Return the EXIF orientation of a JPEG that has been decoded."""
     if not any(segment[1:2] == _APP1 for segment in _jpeg_segments(data)):
         return 1  # most images: 5 us instead of Pillow's 40 us
     with suppress(Exception):
@@ -241,14 +238,12 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1 if it is missing or broken."""
     with suppress(Exception):  # broken EXIF raises any type of error, but the pixels are valid
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotate and mirror pixels according to an EXIF orientation."""
     method = _TRANSPOSE.get(orientation)
     # Pillow transposes 3-byte pixels more than twice as fast as numpy.
     return pixels if method is None else np.array(Image.fromarray(pixels).transpose(method))

@@ -114,7 +114,7 @@ class Fractal(NamedTuple):
     """Rendered fractal and those of its attributes that do not depend on the class."""
 
     image: np.ndarray  # (S, S, 3) uint8 RGB
-    turn: float  # rotation of the shape in radians, before mirroring
+    rotation: float  # rotation of the shape in radians, before mirroring
     mirrored: bool  # flipped left to right
     color: tuple[float, float, float]  # mean RGB of the shape, in [0, 1]
 
@@ -126,12 +126,12 @@ def draw_fractal(
     seed: int = 0,
     variation: float = 1.0,
     *,
-    turn: float | None = None,
+    rotation: float | None = None,
     individual: int | None = None,
 ) -> Fractal:
     """Render one image of a class, the same as ``FractalSource.read``.
 
-    ``turn`` is the rotation in radians, random by default. ``individual`` is the number of a
+    ``rotation`` is the rotation in radians, random by default. ``individual`` is the number of a
     variant of the class; shapes of images of one variant differ only by a fifth of ``variation``.
     By default, each image has its own random shape.
     """
@@ -144,8 +144,8 @@ def draw_fractal(
         key = (_INDIVIDUAL, seed, class_number, individual, image_number)
     rng = np.random.default_rng(key)
     system = _perturbed(system, variation, rng)
-    random_turn = variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
-    return _render(system, random_turn if turn is None else turn, size, rng)
+    random_rotation = variation * rng.uniform(-_MAX_TURN, _MAX_TURN)
+    return _render(system, random_rotation if rotation is None else rotation, size, rng)
 
 
 @lru_cache(maxsize=8192)  # a few hundred bytes each; forked workers inherit the entries
@@ -180,7 +180,6 @@ def _draw_system(rng: np.random.Generator) -> _System:
 
 
 def _perturbed(system: _System, variation: float, rng: np.random.Generator) -> _System:
-    """Return a randomly perturbed copy of a system."""
     n = len(system.theta)
     return system._replace(
         theta=system.theta + variation * rng.normal(0, 0.025, n),
@@ -191,7 +190,6 @@ def _perturbed(system: _System, variation: float, rng: np.random.Generator) -> _
 
 
 def _rotation(angle: np.ndarray | float) -> np.ndarray:
-    """Return rotation matrices, (..., 2, 2)."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 
@@ -276,8 +274,7 @@ def _is_rich(system: _System, rng: np.random.Generator) -> bool:
     return bool(0.12 < covered.mean() < 0.6 and border > 0.2)
 
 
-def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -> Fractal:
-    """Render a system, rotated and randomly mirrored, with random colors and background."""
+def _render(system: _System, rotation: float, size: int, rng: np.random.Generator) -> Fractal:
     num_maps = len(system.theta)
     map_tones = rng.permutation(np.arange(num_maps) / (num_maps - 1))
     attractor = _attractor(system, max(4096, 8 * size**2), map_tones, rng)
@@ -285,7 +282,7 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     # The histogram has a margin of one cell that collects the points outside the frame.
     fine = size * _OVERSAMPLING
     side = rng.choice((-1.0, 1.0))
-    view = _rotation(turn) * np.array([[side], [1.0]])
+    view = _rotation(rotation) * np.array([[side], [1.0]])
     # Percentiles, because the outermost points of some systems are far from the rest.
     low, high = np.percentile(attractor.points @ view.T, (1, 99), axis=0)
     zoom = fine * rng.uniform(0.7, 1.0) / max((high - low).max(), 1e-6)
@@ -312,7 +309,7 @@ def _render(system: _System, turn: float, size: int, rng: np.random.Generator) -
     paper = _palette(back, rng)[(_clouds(size, rng) * 255).astype(np.intp)]
     image = (255 * (paper + opacity[..., None] * (ink - paper)) + 0.5).astype(np.uint8)
     red, green, blue = np.einsum("ij,ijc->c", opacity, ink) / max(opacity.sum(), 1e-6)
-    return Fractal(image, turn, side < 0, (float(red), float(green), float(blue)))
+    return Fractal(image, rotation, side < 0, (float(red), float(green), float(blue)))
 
 
 def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
@@ -324,7 +321,6 @@ def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
 
 
 def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a smooth palette of 256 colors around a lightness, (256, 3) in [0, 1]."""
     hue = rng.random() + rng.uniform(-0.35, 0.35) * np.linspace(-1, 1, 4)
     chroma = rng.uniform(0.05, 0.6)
     phase = 2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))

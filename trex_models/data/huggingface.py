@@ -132,7 +132,6 @@ class HuggingFaceSource:
 
 
 def _open(path: Path, split: str) -> tuple[Any, str]:
-    """Return the Dataset of a split and the split's name, which is empty without splits."""
     import datasets
 
     if not path.exists():
@@ -208,7 +207,6 @@ def _choose_column(
 def _labels(
     where: str, column: Any, names: Sequence[str] | None, classes: Sequence[str] | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return the classes and the labels, (N,) int64, of a pyarrow.ChunkedArray."""
     import pyarrow.compute as pc
 
     distinct = pc.unique(column)

@@ -273,7 +273,6 @@ def _stats(files: Sequence[bytes]) -> np.ndarray:
 
 
 def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
-    """Yield the line number, image path and label of every row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = max(_DELIMITERS, key=file.readline().count)

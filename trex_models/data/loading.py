@@ -173,7 +173,6 @@ class _Watchdog(threading.Thread):
                         worker.kill()
 
     def _awaited(self) -> int:
-        """Return the process ID of the worker that loads the next batch."""
         worker, *_ = self._batches._task_info[self._batches._rcvd_idx]
         return self._batches._workers[worker].pid
 

@@ -97,7 +97,6 @@ def _require(module: str) -> Any:
 
 
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:
-    """Load a photograph of a package in gray, (H, W) uint8."""
     module = _require(package)
     path = Path(module.__file__).parent / folder / file
     if not path.is_file():
@@ -122,7 +121,6 @@ def _tiles(height: int, width: int, *, validation: bool = False) -> dict[str, li
 
 
 def _window(tiles: list[_Square], rng: np.random.Generator) -> _Square:
-    """Draw the (top, left, side) of a square within one of the tiles."""
     top, left, side = tiles[rng.integers(len(tiles))]
     extent = int(rng.integers(side // 2, side + 1))
     y, x = (int(rng.integers(start, start + side - extent + 1)) for start in (top, left))
@@ -132,7 +130,6 @@ def _window(tiles: list[_Square], rng: np.random.Generator) -> _Square:
 def _patch(
     photograph: np.ndarray, tiles: list[_Square], size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw a patch with sufficient contrast from one of the tiles, (S, S, 3) uint8."""
     while True:
         y, x, extent = _window(tiles, rng)
         patch = photograph[y : y + extent, x : x + extent]
@@ -146,7 +143,6 @@ def _patch(
 
 
 def _resized(gray: np.ndarray, size: int) -> np.ndarray:
-    """Resize a gray image to (S, S, 3) uint8."""
     image = Image.fromarray(np.ascontiguousarray(gray))
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.repeat(np.asarray(resized)[..., None], 3, axis=2)

@@ -207,7 +207,6 @@ class Extraction:
         return ""
 
     def _resume(self) -> None:
-        """Resume an earlier attempt at the same file; discard any other partial file."""
         self.skipped: dict[int, str] = {}
         header, tail = self._header_and_tail()
         row_bytes = DTYPES[self.dtype].itemsize * math.prod(self.model.shape)
@@ -261,7 +260,6 @@ class Extraction:
         print(f"{self.title}: {count - start:,} images in {seconds:.1f} s ({rate})", flush=True)
 
     def _header_and_tail(self, length: int = 0) -> tuple[bytes, bytes]:
-        """Return the bytes before and after the features."""
         metadata, names = {**self.metadata, **self.identity}, None
         if self.names is not None:
             metadata["skipped"] = str(len(self.skipped))
@@ -270,7 +268,6 @@ class Extraction:
         return header_and_tail(self.path, shape, DTYPES[self.dtype], metadata, names, length)
 
     def _finish(self) -> None:
-        """Write the list of skipped images, and complete the file."""
         count = len(self.source)
         if len(self.skipped) == count:
             raise ValueError(f"none of {count} images can be read; first error: {self.skipped[0]}")

@@ -94,7 +94,6 @@ def read_metadata(path: Path) -> dict[str, str] | None:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return a safetensors file's header and the offset of its tensors, in bytes."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > _MAX_HEADER:

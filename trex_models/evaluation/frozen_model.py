@@ -32,6 +32,7 @@ from trex_models.data.sources import Source, digest
 from trex_models.heads import Projector
 from trex_models.precision import Precision, PrecisionName, choose_device
 from trex_models.pretrained import licenses, timm_folder
+from trex_models.pretrained.checkpoints import summarize
 
 PIXELS = "pixels"
 """Name of the baseline without a model: the pixels of the image, resized to 16 x 16."""
@@ -83,27 +84,22 @@ class FrozenModel:
         ``hint`` is added to the error message if the model cannot be loaded.
         """
         target = choose_device("cpu" if name == PIXELS else device)
-        resolved = Precision.from_name(precision, target.type)
+        mode = Precision.from_name(precision, target.type)
         if name == PIXELS and file is None:
-            model, transform, metadata = _pixels()
+            model, crop, metadata = _pixels()
         else:
-            model = _create(name, untrained, seed, file, features == "logits", hint)
+            model = create_model(name, file, features == "logits", untrained, seed, hint)
             model = model.to(target).to(memory_format=torch.channels_last).eval()
-            transform = _transform(model, preprocessing)
+            crop = _transform(model, preprocessing)
             metadata = _metadata(name, model, file) | {"preprocessing": preprocessing}
             metadata |= {"untrained": untrained, **({"seed": seed} if untrained else {})}
         metadata["weights_sha256"] = weights_digest(model)
         metadata["parameters"] = sum(p.numel() for p in model.parameters())
         part = _select(name, model, features)
-        shape = _shape(name, part, transform, features == "dense")
+        shape = _shape(name, part, crop, features == "dense")
         metadata["num_features"] = shape[0]
         return cls(
-            name=name,
-            model=part,
-            transform=transform,
-            shape=shape,
-            precision=resolved,
-            metadata=metadata,
+            name=name, model=part, transform=crop, shape=shape, precision=mode, metadata=metadata
         )
 
     @cached_property
@@ -198,17 +194,22 @@ def _is_plain(value: object) -> bool:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Return a tensor's values as bytes, for any dtype and memory format."""
     data = tensor.detach().cpu().contiguous().flatten()
     return data.view(torch.uint8).numpy().tobytes()
 
 
-def _create(
-    name: str, untrained: bool, seed: int, file: Path | None, classifier: bool, hint: str
-) -> nn.Module:
+def create_model(
+    name: str,
+    file: Path | None = None,
+    classifier: bool = True,
+    untrained: bool = False,
+    seed: int = 0,
+    hint: str = "",
+) -> Any:
+    """Create a timm model by name or folder; every weight must be in its file."""
     folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model {name} is not a folder with a config.json; pass another model")
+        raise ValueError(f"{name} is not a folder with a config.json; pass another model")
     if file is not None and not file.is_file():
         raise ValueError(f"--file {file} is not a file; pass a file with weights of {name}")
     # timm ignores the file for models from these sources.
@@ -237,7 +238,7 @@ def _create(
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
             hint = near or "timm.list_models(), hf-hub:OWNER/NAME, or a folder with a config.json"
             problem, hint = " is not a timm model", f"choose from {hint}"
-        raise ValueError(f"--model {name}{problem}{hint and f'; {hint}'}") from error
+        raise ValueError(f"{name}{problem}{hint and f'; {hint}'}") from error
 
 
 @contextmanager
@@ -245,11 +246,12 @@ def _all_keys_required() -> Iterator[None]:
     """Raise RuntimeError if weights lack keys, which timm ignores if it removes the classifier."""
     load = nn.Module.load_state_dict
 
-    def load_all(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = load(module, *args, **kwargs)
-        if result.missing_keys:
-            missing = f"{len(result.missing_keys)} keys, such as {result.missing_keys[0]}"
-            raise RuntimeError(f"the weights lack {missing}; use weights of this model")
+    def load_all(module: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        result = load(module, state, strict=False, assign=assign)
+        missing, unexpected = result.missing_keys, result.unexpected_keys * strict
+        if missing or unexpected:
+            keys = f"missing keys: {summarize(missing)}, unexpected keys: {summarize(unexpected)}"
+            raise RuntimeError(f"the weights do not match the model ({keys})")
         return result
 
     nn.Module.load_state_dict = load_all  # type: ignore[method-assign,assignment]
@@ -314,7 +316,6 @@ class _Pooled(_Dense):
 
 
 def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
-    """Return a module that computes the requested features of a model."""
     has_projector = isinstance(getattr(model, "proj", None), Projector)
     missing = ""
     if features == "projector" and not has_projector:
@@ -336,7 +337,6 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
 
 @torch.inference_mode()
 def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> tuple[int, ...]:
-    """Return the shape of one image's features."""
     try:
         output = model(torch.zeros(1, 3, *transform.size, device=device_of(model)))
     except RuntimeError as error:

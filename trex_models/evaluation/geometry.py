@@ -136,7 +136,6 @@ def analyze(
 
 
 def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
-    """Return singular values, effective rank, and number of axes for 95 % of the variance."""
     variances = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     # Rounding errors are relative to the rows of unit length, not to the variances.
     variances[variances <= len(variances) * torch.finfo(torch.float64).eps] = 0

@@ -229,7 +229,6 @@ def _nearest(
 
 
 def _normalize(features: Tensor) -> Tensor:
-    """Return unit vectors in float32, without over- or underflow; zeros stay zeros."""
     features = features.float()
     largest = features.abs().amax(1, keepdim=True)
     return F.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)

@@ -365,7 +365,6 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _class_counts(features: Tensor, labels: Tensor, chunk: int) -> Tensor:
-    """Check features and labels; return the number of samples of each class, (K,)."""
     require_samples(features, labels)
     classes, counts = labels.to(torch.int64).unique(return_counts=True)
     low, high = int(classes[0]), int(classes[-1])

@@ -113,7 +113,6 @@ def extract(
 
 
 def _metadata(frozen: FrozenModel, protocol: str, file: Path | None, root: Path) -> dict[str, str]:
-    """Return the metadata from which ``neighbors`` restores the model and the image paths."""
     return {
         "format": "trex_models.features 1",
         "model": frozen.name,

@@ -48,7 +48,6 @@ def absolute(path: Path) -> str:
 
 
 def _find(argument: str, skipped: set[str]) -> tuple[str, list[str]]:
-    """Return the folder and the images of an argument, as absolute paths."""
     path = Path(argument).expanduser()
     if path.is_dir():
         found = _images_below(path, skipped)

@@ -85,7 +85,6 @@ def find(
 
 
 def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
-    """Return the row of a query in the feature file; None for other images."""
     if query in rows:
         return rows[query]
     path = Path(query).expanduser()
@@ -99,7 +98,6 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
 def _compute(
     stored: Features, queries: Sequence[str], name: str | None, file: Path | None, device: str
 ) -> np.ndarray:
-    """Return the features of other images, (M, F), computed by the model of the feature file."""
     metadata: dict[str, Any] = stored.metadata
     if file is None and name is None and metadata["file"]:
         file = Path(metadata["file"])

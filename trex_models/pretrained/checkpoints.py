@@ -228,20 +228,19 @@ def sort_keys(contents: Mapping[str, Any]) -> SortedKeys:
 
 
 def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the weights of a training state and the names of its other entries."""
     container = next((n for n in CONTAINERS if isinstance(contents.get(n), Mapping)), None)
     if container is not None:
         others = [name for name in contents if name != container]
         expected = CONTAINERS[container]
         if unknown := [name for name in others if name not in expected]:
-            listed = f"next to {container!r}: {_summary(unknown)}"
+            listed = f"next to {container!r}: {summarize(unknown)}"
             raise CheckpointError(f"unknown entries {listed}; expected only {sorted(expected)}")
         if container == "method":
             _check_entries(contents)
         return contents[container], others
     if not any(isinstance(value, Tensor) for value in contents.values()):
         expected = f"expected a state dict, or one under {' or '.join(map(repr, CONTAINERS))}"
-        raise CheckpointError(f"no tensors in entries: {_summary(list(contents))}; {expected}")
+        raise CheckpointError(f"no tensors in entries: {summarize(list(contents))}; {expected}")
     return contents, []
 
 
@@ -363,7 +362,6 @@ def _prototypes(
 
 
 def _check_projector(projector: Mapping[str, Tensor]) -> int:
-    """Require a complete projector and return its output dimension, D; 0 without a projector."""
     if not projector:
         return 0
     layers = sorted({int(key.split(".")[0]) for key in projector if re.match(r"\d+\.", key)})
@@ -396,7 +394,7 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        return f"missing keys: {_summary(missing)}, unexpected keys: {_summary(unexpected)}"
+        return f"missing keys: {summarize(missing)}, unexpected keys: {summarize(unexpected)}"
     for key, tensor in expected.items():
         value = state[key]
         if not isinstance(tensor, Tensor):
@@ -423,7 +421,8 @@ def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def _summary(keys: list[str]) -> str:
+def summarize(keys: list[str]) -> str:
+    """Return the number of keys and the first three, or "0"."""
     shown = ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
     return f"{len(keys)} ({shown})" if keys else "0"
 

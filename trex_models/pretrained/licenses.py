@@ -52,7 +52,6 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
 
 
 def _stated(path: Path) -> str:
-    """Return the license stated in a safetensors file's metadata or in config.json next to it."""
     stated: list[Any] = []
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         stated.append((file.metadata() or {}).get("license"))

@@ -63,7 +63,6 @@ def url(file: str) -> str:
 
 
 def _base() -> SplitResult:
-    """Return the URL of NAVER's folder or of the mirror in TREX_MODELS_NAVER_URL."""
     address = os.environ.get("TREX_MODELS_NAVER_URL") or BASE_URL
     with suppress(ValueError):  # whose message may contain a password
         base = urlsplit(address)
@@ -157,7 +156,6 @@ def download(file: str, path: Path) -> None:
 
 
 def _receive(file: str, stream: BinaryIO) -> None:
-    """Append the data received over one connection."""
     # Backbone files are 94 MB, full training states 350 to 450 MB.
     limit = 1_000_000_000 if "full" in file else 200_000_000
     with _open(file, stream.tell()) as response:
@@ -266,7 +264,6 @@ def _cache_paths(file: str, cache: Path) -> tuple[Path, Path]:
 
 
 def _recorded(record: Path) -> tuple[str, str]:
-    """Return the recorded SHA-256 of the original and of the converted file."""
     try:
         contents = json.loads(record.read_text())
         return str(contents["sha256"]), str(contents["converted_sha256"])

@@ -190,8 +190,6 @@ class PlainUnpickler(pickle._Unpickler):
 
 
 class _TensorUnpickler(PlainUnpickler):
-    """Unpickler for tensors, which stay memory-mapped."""
-
     remedy = "weights do not need this call; save model.state_dict() instead of the model"
     names: ClassVar = PlainUnpickler.names | _STORAGES.keys() | _REBUILD | _IGNORED
 

@@ -64,7 +64,6 @@ def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | No
 
 
 def _share_without_prototype(size: int, counts: np.ndarray) -> float:
-    """Return the expected share of classes without an image among Q drawn at random."""
     total = counts.sum()
     if size >= total:
         return 0.0

@@ -105,7 +105,6 @@ def _complete_model(
     backbone_args: dict[str, Any],
     cfg: dict[str, Any],
 ) -> nn.Module | None:
-    """Return the backbone with its head; None if it has no head or cannot be built."""
     objective: Any = method.objective
     backbone = config.model.backbone
     linear = objective.classifier if isinstance(objective, LinearSoftmax) else None

@@ -69,7 +69,6 @@ def init_from(
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the file that a path names, and its contents."""
     if (path / "checkpoints").is_dir():
         return checkpointing.last(path)
     if path.is_dir():
@@ -85,7 +84,6 @@ def _read(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _sort(path: Path, contents: dict[str, Any]) -> _File:
-    """Group the contents of a file by parts."""
     form, parts, _ = checkpoints.sort_keys(contents)
     stated = license_of(path, contents, form)
     if form == "trainer":
@@ -106,7 +104,6 @@ def _sort(path: Path, contents: dict[str, Any]) -> _File:
 
 
 def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> list[str]:
-    """Copy the parts that match into the method; return a line for each part."""
     encoder = method.encoder
     _take_head_out_of_backbone(encoder.backbone, file)
     if not file.parts["backbone"]:
@@ -162,7 +159,6 @@ def _restore_momentum_encoder(method: TReX, file: _File, reason: str) -> list[st
 
 
 def _restore_head(objective: Objective, file: _File, reason: str, same_images: bool) -> list[str]:
-    """Restore the bank or the class weights, unless there is a ``reason`` not to."""
     has_bank = file.value("bank features") is not None
     has_weights = file.value("class weights") is not None
     if objective.bank is None:
@@ -177,7 +173,6 @@ def _restore_head(objective: Objective, file: _File, reason: str, same_images: b
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
-    """Copy the class weights; return the reason if they do not match."""
     classifier, biases = objective.classifier, file.value("class biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
         return "those of the file are for cosine similarity, without biases"
@@ -195,7 +190,6 @@ def _restore_class_weights(objective: Any, file: _File) -> str:
 
 
 def _restore_bank(bank: MemoryBank, file: _File, same_images: bool) -> str:
-    """Copy the bank; return the reason if it does not match."""
     features, indices = file.value("bank features"), file.value("bank indices")
     if features.shape != bank.embeddings.shape:
         own, files = tuple(bank.embeddings.shape), tuple(features.shape)

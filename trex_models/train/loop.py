@@ -56,7 +56,6 @@ def train(config: Config, exits: bool = False) -> list[Path]:
 
 
 def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
-    """Run the remaining steps: batch, step, report, validation, checkpoint."""
     process, system, sampler = run.process, run.config.system, run.sampler
     if sampler.start_step == sampler.total_steps:
         return
@@ -86,7 +85,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         done = step + 1
         last = done == sampler.total_steps
         reports = last or done % system.log_every == 0
-        # To measure how far this step moves the class vectors.
+        # To measure how far this step moves the prototypes.
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
@@ -146,7 +145,6 @@ def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Vali
 
 
 def _report(run: Run, reporter: Reporter, done: int, measured: dict[str, float]) -> None:
-    """Report metrics; save and end the run if too many images are unreadable."""
     run.exchange_unreadable(reporter.log)
     run.report_changed_files(reporter.log)
     if run.unreadable.training:

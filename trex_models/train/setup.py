@@ -165,7 +165,6 @@ def _check(
     method: TReX,
     process: Process,
 ) -> list[str]:
-    """Run the preflight checks that apply to this configuration; return warnings."""
     specs, workers = build.crop_specs(config.crops), build.num_workers(config.system)
     share = config.optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)

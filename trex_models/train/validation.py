@@ -110,7 +110,6 @@ class Validator:
         return measured | ({"val_knn": nearest / images} if self.neighbors else {})
 
     def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Count the images of this process: correct by top-1, top-5 and k-NN, and in total."""
         counts = torch.zeros(4, dtype=torch.int64, device=self.process.device)
         pending: list[tuple[Tensor, Tensor]] = []  # large batches of queries are faster
         indices = np.arange(len(self.dataset.source))
@@ -131,7 +130,6 @@ class Validator:
         return counts
 
     def _references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
-        """Return the features and labels of the references on all ranks."""
         features = torch.empty(0, 0, device=self.process.device)
         parts: list[Tensor] = []
         with raise_on_all_ranks():
@@ -162,13 +160,11 @@ class Validator:
         return topk_correct(votes, labels, 1).sum()
 
     def _own(self, indices: np.ndarray) -> np.ndarray:
-        """Return the indices of this process."""
         return indices[self.process.rank :: self.process.world_size]
 
     def _features(
         self, method: TReX, dataset: ValidationDataset, indices: np.ndarray, name: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the backbone's features, (<= B, F), and labels of this process's images."""
         size, device, own = self.batch_size, self.process.device, self._own(indices).tolist()
         on_skip = self.on_skip if dataset is self.dataset else self.on_skip_reference
         batches = [own[at : at + size] for at in range(0, len(own), size)]

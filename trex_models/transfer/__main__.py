@@ -113,7 +113,6 @@ def evaluate_model(
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
-    """Return the command line that repeats an evaluation, without options at their default."""
     words = ["python", "-m", "trex_models.transfer", "evaluate"]
     for name, parameter in signature(evaluate_model).parameters.items():
         if options[name] != parameter.default:

@@ -61,7 +61,6 @@ def _fractals(first_class: int = 0) -> tuple[Source, Source]:
 def _downloaded(
     title: str, kind: Any, sizes: Sizes, folder: str, *splits: str, read: Reader | None = None
 ) -> Dataset:
-    """Return a dataset in the layout in which a torchvision class downloads it."""
     read = read or readers.from_torchvision(kind, folder, *splits)
     home = f"torchvision.datasets.{kind.__name__}(ROOT, download=True)"
     return Dataset(title.lower(), title, read, sizes, f"{folder}/, downloaded by torchvision", home)
@@ -201,7 +200,6 @@ def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
 
 
 def _check(train: Source, test: Source, sizes: Sizes) -> None:
-    """Check the training and test images, the cheapest checks first."""
     classes = list(train.classes)
     if classes != list(test.classes):
         odd = ", ".join(sorted(set(classes) ^ set(test.classes))[:3])
@@ -229,7 +227,6 @@ def _check(train: Source, test: Source, sizes: Sizes) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error's message in one line, without torchvision's advice to its callers."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError):  # the second sentence is about a torchvision argument
         return text.split(". ")[0].rstrip(".")
@@ -238,7 +235,6 @@ def _reason(error: Exception) -> str:
 
 
 def _own(name: str, text: str) -> Dataset:
-    """Return the user's class folders as a dataset."""
     if name in DATASETS or name in GROUPS or not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
             f"{name}={text}: {name!r} is reserved or invalid; use letters, digits, - _ and ."

@@ -196,7 +196,6 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
 
 
 def _read_scores(path: Path, key: str) -> dict[str, Any] | None:
-    """Return the cached scores; None if there are none for this key."""
     try:
         cached = json.loads(path.read_text())
         return dict(cached["scores"]) if cached["key"] == key else None

@@ -134,7 +134,6 @@ def draw_bars(figure: Any, reports: Sequence[Report]) -> None:
 
 
 def _rows(reports: Sequence[Report]) -> list[list[str]]:
-    """Return the names of all datasets, split into rows of about ``BARS_PER_ROW`` bars."""
     names = list(_titles(reports))
     rows = min(-(-len(names) * len(reports) // BARS_PER_ROW), len(names))
     return [list(part) for part in np.array_split(np.array(names, object), rows)] if rows else []
@@ -219,10 +218,8 @@ def _label(report: Report) -> str:
 
 
 def _titles(reports: Sequence[Report]) -> dict[str, str]:
-    """Return the titles of all datasets by name."""
     return {n: entry["title"] for report in reports for n, entry in report["datasets"].items()}
 
 
 def _table(cells: Sequence[Sequence[dict[str, Any] | None]], key: str) -> np.ndarray:
-    """Return the value of a key in each cell, (models, datasets); NaN if it is missing."""
     return np.array([[(cell or {}).get(key, np.nan) for cell in row] for row in cells], float)

@@ -105,7 +105,6 @@ def _escaped(text: str) -> str:
 
 
 def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells: a header, one row per dataset, and the mean scores."""
     several = len(reports) > 1
     header = ["dataset", "test images"]
     for report in reports:
