@@ -213,7 +213,7 @@ def effects(results: Results) -> Any:
             axis.set_ylim(len(names) - 0.4, -0.6)
             axis.set_title(title)
             axis.set_xlabel("difference in top-1, points")
-            axis.legend(fontsize=9, loc="upper right")
+            axis.legend(fontsize=9, loc="center right", bbox_to_anchor=(1, 0.7))
     return figure
 
 
