@@ -46,7 +46,7 @@ def test_projector_initial_values() -> None:
             (Projector, sizes, "hidden_layers >= 0 and widths >= 1")
             for sizes in ((8, -1, 4, 2), (0, 1, 4, 2), (8, 1, 0, 2), (8, 1, 4, 0))
         ),
-        *((CosineClassifier, (4, 2, value), "above 0") for value in (0.0, -1.0, math.nan)),
+        *((CosineClassifier, (4, 2, value), "must be positive") for value in (0.0, -1.0, math.nan)),
     ],
 )
 def test_values_out_of_range(make: Any, arguments: tuple[float, ...], message: str) -> None:

@@ -99,7 +99,7 @@ PROTOTYPES = "class weights, from the bank's prototypes"
 @pytest.mark.parametrize(
     ("source", "overrides", "expected"),
     [
-        ("ocm", DEEPER, "projector: not restored .* missing, .* unexpected.$"),
+        ("ocm", DEEPER, "projector: not restored .missing keys: .*, unexpected keys: .*.$"),
         ("ocm", DEEPER, f"momentum encoder: copy of the encoder .{LOST}.$"),
         ("ocm", DEEPER, f"memory bank: not restored .{LOST}.$"),
         ("ocm", PLAIN, "projector: not restored .the run has none.$"),

@@ -92,8 +92,8 @@ def _require(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        remedy = "pip install trex-models[transfer]"
-        raise ImportError(f"this dataset requires the package {error.name}: {remedy}") from error
+        packages = "scikit-learn and scikit-image: pip install trex-models[transfer]"
+        raise ImportError(f"this dataset requires {packages}") from error
 
 
 def _photograph(file: str, package: str, folder: str) -> np.ndarray:

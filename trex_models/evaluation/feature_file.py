@@ -61,9 +61,7 @@ def load(path: str | Path) -> Features:
             raise ValueError("the names do not match the features")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         reason = error.strerror if isinstance(error, OSError) else "incomplete or another format"
-        raise ValueError(
-            f"{path} cannot be read ({reason}); pass another file, or extract it again"
-        ) from error
+        raise ValueError(f"{path} is not a feature file ({reason}); extract it again") from error
     return loaded
 
 
