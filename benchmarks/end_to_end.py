@@ -32,7 +32,7 @@ from benchmarks import measure, step
 from benchmarks.photographs import write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset
 from trex_models.data.image_files import FolderSource
-from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
+from trex_models.data.loading import NUM_BUFFERS, load_batches, to_device
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
 
 
@@ -122,7 +122,7 @@ def _measure(
 
 
 def _ours(root: Path, cores: int, options: argparse.Namespace, device: torch.device) -> Trainer:
-    dataset = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
+    dataset = MultiCropDataset(FolderSource(root), SPECS, seed=0, num_buffers=NUM_BUFFERS)
     take = step.our_step(options, device)
 
     def train(batch: Any) -> None:

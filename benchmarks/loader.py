@@ -31,7 +31,7 @@ from benchmarks import measure
 from benchmarks.photographs import KINDS, NUM_CLASSES, write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
 from trex_models.data.image_files import FolderSource
-from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.loading import NUM_BUFFERS, load_batches
 from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
 
 
@@ -39,7 +39,7 @@ class Files:
     """Our dataset and the reference's for the same folder of photographs."""
 
     def __init__(self, root: Path) -> None:
-        self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, live_batches=LIVE_BATCHES)
+        self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, num_buffers=NUM_BUFFERS)
         self.reference = reference_dataset(root, SPECS)
 
     def make_ours(self, keys: Sequence[Key]) -> Batch:

@@ -1,7 +1,7 @@
 """Shared helpers of the benchmarks: alternating measurements, machine description and records.
 
 On a shared machine, absolute times are unreliable. Variants are therefore measured alternately, and
-the quoted result is the median of the ratios within the rounds.
+the reported ratio is the median of the ratios of all rounds.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    facts: dict[str, Any] = {
+    description: dict[str, Any] = {
         "processor": processor(),
         "instructions": _instructions(),
         "cores": free_cores(),
@@ -125,12 +125,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         **installed,
     }
     if device.startswith("cuda"):
-        facts |= {
+        description |= {
             "device": torch.cuda.get_device_name(device),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
         }
-    return facts
+    return description
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 OUTPUT/trex_resnet50.in1k_r2         backbone, for timm without this package
 OUTPUT/trex_resnet50_proj.in1k_r2    backbone and projector
 OUTPUT/trex_resnet50_cls.in1k_r2     backbone, projector and classifier
-OUTPUT/FILE.report.tsv               new name of every key of the file
+OUTPUT/STEM.report.tsv               new name of every key of STEM.pth
 
 A backbone file yields only the first folder. All models are built and compared with the source
 before the first is written, and all are written before the first is moved to OUTPUT.
@@ -44,7 +44,7 @@ WIDTHS = {"proj_hidden_dim": 2048, "proj_dim": 256}
 NUM_CLASSES = 1000
 
 PUBLISHED_TAGS = {name.partition(".")[2] for name in naver.FILES}
-# The first file of a backbone contains only the backbone.
+# naver.FILES lists the backbone-only file first.
 BACKBONE_FILES = {files[0]: name for name, files in naver.FILES.items() if "50." in name}
 
 
@@ -91,9 +91,10 @@ def convert_official(
 
     print("computing the source's outputs and checksums", flush=True)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    # Mapped a second time, so that deleting this mapping frees the pages read through it.
+    # A separate memory map: deleting it below releases its pages.
     contents = load_checkpoint(file)
-    classes = NUM_CLASSES if checkpoint.class_weights is None else len(checkpoint.class_weights)
+    weights = checkpoint.classifier_weights
+    classes = NUM_CLASSES if weights is None else len(weights)
     expected = source.outputs(
         contents, images, momentum_encoder=momentum_encoder, num_classes=classes
     )
@@ -125,13 +126,13 @@ def convert_official(
     for key, value in metadata.items():
         print(f"{key:<10}{value}")
     print(f"contents  {_description(checkpoint, rows)}")
-    if checkpoint.class_weights is not None:
+    if checkpoint.classifier_weights is not None:
         absent = checkpoint.absent_classes
         listed = ", ".join(map(str, absent[:10])) + (", ..." if len(absent) > 10 else "")
-        print(f"absent    {len(absent)} classes{': ' if absent else ''}{listed}")
+        print(f"no entry  {len(absent)} classes{': ' if absent else ''}{listed}")
     print(f"keys      {len(rows)}")
-    for fate, count in key_report.counts(rows).items():
-        print(f"{count:>10}  {fate}")
+    for new_key, count in key_report.counts(rows).items():
+        print(f"{count:>10}  {new_key}")
     print(f"checked   error relative to the largest value, tolerance {TOLERANCE:.0e}:")
     for name, error in errors.items():
         print(f"{error:>10.1e}  {name}")
@@ -149,13 +150,13 @@ def convert_official(
 def _description(checkpoint: Checkpoint, rows: list[key_report.KeyRow]) -> str:
     if not checkpoint.projector:
         return "a ResNet-50 backbone only"
-    sizes = checkpoint.head_args()
-    assert checkpoint.class_weights is not None
-    entries = [row.shape.partition("x")[0] for row in rows if row.fate.startswith("prototypes:")]
+    sizes = checkpoint.projector_args()
+    assert checkpoint.classifier_weights is not None
+    entries = [row.shape.partition("x")[0] for row in rows if row.new_key.startswith("prototypes:")]
     return (
         f"a full training state: ResNet-50, projector with {sizes['proj_layers']} hidden layers of "
         f"width {sizes['proj_hidden_dim']}, {sizes['proj_dim']}-dimensional embeddings, "
-        f"{len(checkpoint.class_weights)} classes with "
+        f"{len(checkpoint.classifier_weights)} classes with "
         f"{f'prototypes from a bank of {entries[0]}' if entries else 'learned weights'}"
     )
 
@@ -203,7 +204,7 @@ def _identify(
                 "state, which its projector identifies; remove --model"
             )
         return _identify_full(path, checkpoint, momentum_encoder, num_classes)
-    if checkpoint.projector or checkpoint.class_weights is not None:
+    if checkpoint.projector or checkpoint.classifier_weights is not None:
         raise CheckpointError(
             f"{path} is a converted model, not an official file; timm loads it directly with "
             f"pretrained_cfg_overlay=dict(file={path.name!r})"
@@ -219,20 +220,19 @@ def _identify(
 def _identify_full(
     path: Path, checkpoint: Checkpoint, momentum_encoder: bool, num_classes: int | None
 ) -> tuple[str, str]:
-    if checkpoint.class_weights is None:
+    if checkpoint.classifier_weights is None:
         raise CheckpointError(
-            f"{path} contains neither a memory bank nor class weights; use the complete training "
-            "state"
+            f"{path} contains neither a memory bank nor classifier weights; use the complete file"
         )
     learned = "fc.weight" in checkpoint.key_report.values()
-    classes = len(checkpoint.class_weights)
+    classes = len(checkpoint.classifier_weights)
     if num_classes not in (None, classes):
         raise ValueError(
-            f"{path}: --num-classes {num_classes} does not match the learned class weights of "
+            f"{path}: --num-classes {num_classes} does not match the learned classifier weights of "
             f"{classes} classes; remove --num-classes"
         )
     # The tag lists all differences from the published models, to prevent confusion with them.
-    sizes = checkpoint.head_args()
+    sizes = checkpoint.projector_args()
     marks = ["in1k_r2" if classes == NUM_CLASSES else f"c{classes}"]
     if sizes["proj_layers"] not in DEPTHS.values():
         marks.append(f"l{sizes['proj_layers']}")
@@ -287,11 +287,11 @@ def _build(
     """Build the models, by name and tag; they share their tensors with the checkpoint."""
     state = checkpoint.state_dict()
     backbone = f"{family}_resnet50"
-    # As timm's resnet50, which timm and transformers load without this package.
+    # timm's resnet50, so that timm and transformers load it without this package.
     models = {f"{backbone}.{tag}": _model("resnet50", backbone, tag, state, expected.features)}
     if expected.embeddings is not None and expected.logits is not None:
         standard = {"proj_layers": DEPTHS[family], **WIDTHS}
-        args = {k: v for k, v in checkpoint.head_args().items() if v != standard[k]}
+        args = {k: v for k, v in checkpoint.projector_args().items() if v != standard[k]}
         for part, outputs in (("proj", expected.embeddings), ("cls", expected.logits)):
             name = f"{backbone}_{part}"
             models[f"{name}.{tag}"] = _model(name, name, tag, state, outputs, **args)
@@ -333,7 +333,7 @@ def _check_errors(path: Path, errors: dict[str, float]) -> None:
 
 @contextmanager
 def _staged(output: Path, names: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Yield a temporary folder inside ``output``, and a list for names that were moved out of it.
+    """Yield a temporary folder inside ``output``, and a list for the names of finished outputs.
 
     Args:
         output: Output folder; created if missing, and removed again if it remains empty.

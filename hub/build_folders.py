@@ -13,7 +13,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from hub import cards, notices
-from hub.hub_folder import Model, inspect_folder
+from hub.hub_folder import HubModel, inspect_folder
 from hub.imagenet import read_results
 from trex_models.pretrained import naver, timm_folder
 from trex_models.pretrained.licenses import license_of
@@ -82,9 +82,9 @@ def build_folders(
         print(f"built {folder}")
         written.append(folder)
     if own := [str(folder) for folder in written if folder.name not in naver.FILES]:
-        rebuild = " (after building again with --namespace YOU)" * (namespace == NAMESPACE)
+        rebuild = "build again with --namespace YOU, then " * (namespace == NAMESPACE)
         print(
-            f"to publish your models{rebuild}: python -m hub publish {shlex.join(own)} "
+            f"to publish your models: {rebuild}python -m hub publish {shlex.join(own)} "
             f"--namespace {'YOU' if rebuild else namespace} --manifest manifest.json"
         )
     return written
@@ -92,15 +92,14 @@ def build_folders(
 
 @contextmanager
 def _name_folder(folder: Path) -> Iterator[None]:
-    """Add the folder to operating system errors, such as a full disk."""
+    """Name the folder in OSError messages."""
     try:
         yield
     except OSError as error:
         if error.errno is None:  # the message already has the folder
             raise
         raise OSError(
-            f"{folder} cannot be written ({error.strerror}); free some space or choose another "
-            "--output"
+            f"{folder} cannot be written ({error.strerror}); fix this, or choose another --output"
         ) from error
 
 
@@ -122,8 +121,8 @@ def _timm_folders(path: Path) -> list[Path]:
     return found
 
 
-def _license(model: Model, owner: str | None, chosen: str | None) -> str:
-    """Return the license's identifier: NAVER's, or the owner's choice, which has no default."""
+def _license(model: HubModel, owner: str | None, chosen: str | None) -> str:
+    """Return the license's identifier: NAVER's, ``chosen``, or the one stated in the files."""
     if model.is_naver:
         if owner:
             raise ValueError(
@@ -154,7 +153,7 @@ def _license(model: Model, owner: str | None, chosen: str | None) -> str:
     return identifier
 
 
-def _measured(model: Model, results: Path | None) -> dict[str, Any] | None:
+def _measured(model: HubModel, results: Path | None) -> dict[str, Any] | None:
     if results is None:
         return None
     found = read_results(results).get(model.name)
@@ -166,7 +165,7 @@ def _measured(model: Model, results: Path | None) -> dict[str, Any] | None:
     return found
 
 
-def _write(model: Model, identifier: str, owner: str | None, card: str, folder: Path) -> None:
+def _write(model: HubModel, identifier: str, owner: str | None, card: str, folder: Path) -> None:
     config = dict(model.config)
     config["pretrained_cfg"] = config["pretrained_cfg"] | {"license": identifier}
     if model.is_naver:

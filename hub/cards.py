@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from hub import notices, structure
-from hub.hub_folder import Model
+from hub.hub_folder import HubModel
 from trex_models.pretrained import naver
 from trex_models.transfer.published import reported
 
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
 
 
 def render(
-    model: Model,
+    model: HubModel,
     identifier: str,
     owner: str | None,
     namespace: str,
@@ -67,7 +67,7 @@ def render(
     return f"{card}\n"
 
 
-def _classes(model: Model) -> list[str]:
+def _classes(model: HubModel) -> list[str]:
     """Return the class names as Markdown code, [] if the model has none."""
     cfg = model.config["pretrained_cfg"]
     names = model.config.get("label_names") or cfg.get("label_names") or ()
@@ -92,7 +92,7 @@ def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata(model: Model, identifier: str) -> ModelCardData:
+def metadata(model: HubModel, identifier: str) -> ModelCardData:
     """Return the card's YAML header.
 
     The header has no results, since the reported ones are the authors' and not measured by us.

@@ -28,7 +28,7 @@ _LOCAL_PATH = re.compile(
 
 
 @dataclass(frozen=True)
-class Model:
+class HubModel:
     """A model in a timm folder."""
 
     name: str
@@ -58,7 +58,7 @@ def load_folder(folder: Path, pretrained: bool = True) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=pretrained).eval()
 
 
-def inspect_folder(folder: Path, name: str) -> Model:
+def inspect_folder(folder: Path, name: str) -> HubModel:
     """Check a timm folder or a Hub folder and describe its model.
 
     Args:
@@ -93,8 +93,8 @@ def inspect_folder(folder: Path, name: str) -> Model:
         ) from error
     is_stock = model_entrypoint(config["architecture"]).__module__.startswith("timm.")
     part = "cls" if network.num_classes else "backbone" if is_stock else "proj"
-    model = Model(name, folder, config, part, is_stock, absent)
-    _check_kind(model)
+    model = HubModel(name, folder, config, part, is_stock, absent)
+    _check_ownership(model)
     return model
 
 
@@ -149,20 +149,22 @@ def _check_weights(path: Path) -> tuple[int, ...]:
     return absent
 
 
-def _check_kind(model: Model) -> None:
-    """Require that NAVER's weights match their names and that no other model is NAVER's."""
+def _check_ownership(model: HubModel) -> None:
+    """Require that the names and the origin_url of NAVER's weights occur only together."""
     architecture, classes = model.config["architecture"], model.config["num_classes"]
     path = model.folder / "config.json"
     if not model.is_naver:
         if model.config["pretrained_cfg"].get("origin_url") == ORIGIN:
             raise ValueError(
                 f"{path}: origin_url says that the weights are NAVER's, but {model.name!r} is not "
-                f"one of their names ({', '.join(naver.FILES)}); use such a name for NAVER's "
+                f"one of their names ({', '.join(naver.FILES)}); use one for NAVER's own "
                 f"weights, and publish derived ones by hand, with attribution and {naver.LICENSE}"
             )
         return
     if model.is_stock and classes != 0:
-        raise ValueError(f"{path}: num_classes must be 0 for a backbone, got {classes}")
+        raise ValueError(
+            f"{path}: num_classes of a backbone must be 0, got {classes}; export it again"
+        )
     base, _, tag = model.name.partition(".")
     expected = base if base.endswith(("_proj", "_cls")) else "resnet50"
     if architecture != expected:
@@ -172,7 +174,8 @@ def _check_kind(model: Model) -> None:
         )
     if model.license not in (None, naver.LICENSE):
         raise ValueError(
-            f"{path}: license of NAVER's weights must be {naver.LICENSE}, got {model.license!r}"
+            f"{path}: license of NAVER's weights must be {naver.LICENSE}, got {model.license!r}; "
+            "convert NAVER's file again"
         )
     cfg = model.config["pretrained_cfg"]
     if (cfg.get("origin_url"), cfg.get("tag")) != (ORIGIN, tag):

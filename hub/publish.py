@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from hub import fixed_input
 from hub.build_folders import NAMESPACE
 from hub.errors import LOG_IN, HubError, explain_errors
-from hub.hub_folder import FILES, Model, inspect_folder, load_folder
+from hub.hub_folder import FILES, HubModel, inspect_folder, load_folder
 from trex_models.cli import first_line
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import (
@@ -78,7 +78,7 @@ def publish(
         print(f"  recorded {repository}@{revision} in {path}", flush=True)
 
 
-def _checked(folder: Path, namespace: str) -> Model:
+def _checked(folder: Path, namespace: str) -> HubModel:
     """Inspect a folder and check the license and the examples in its model card."""
     for file in FILES:
         if not (folder / file).is_file():
@@ -112,7 +112,7 @@ def _user_name(api: HfApi) -> str:
         return str(api.whoami()["name"])
 
 
-def _upload(model: Model, repository: str, api: HfApi, dry_run: bool) -> str | None:
+def _upload(model: HubModel, repository: str, api: HfApi, dry_run: bool) -> str | None:
     """Upload changed files to a repository; return the last commit, or None for a dry run."""
     with explain_errors(repository):
         last, files = _read(repository, api)

@@ -11,7 +11,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from hub.hub_folder import Model, load_folder
+from hub.hub_folder import HubModel, load_folder
 from trex_models.cli import first_line
 from trex_models.heads import CosineClassifier, Projector
 
@@ -36,7 +36,7 @@ class ModelStructure:
 
 
 @torch.inference_mode()
-def inspect_model(model: Model) -> ModelStructure:
+def inspect_model(model: HubModel) -> ModelStructure:
     """Load a model and describe it.
 
     Raises:

@@ -272,7 +272,8 @@ class Tormentor:
 
     def _live_once(self, kill: bool) -> None:
         """Start the command, kill it unless it finishes first, and check how it ended."""
-        saved = [int(path.stem[5:]) for path in checkpointing.files(self._folder / "run")]
+        paths = checkpointing.list_checkpoints(self._folder / "run")
+        saved = [int(path.stem[5:]) for path in paths]
         life = Life(self.setting, self._folder)
         victims: list[int] = []
         if kill:

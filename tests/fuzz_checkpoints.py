@@ -118,7 +118,7 @@ class Bench:
         self.folder = folder
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert train([*SETTINGS, "--output", str(folder / "run")]) == 0
-        (path,) = checkpointing.files(folder / "run")
+        (path,) = checkpointing.list_checkpoints(folder / "run")
         self.name = path.name
         state = checkpointing.load(path)
         self.config = from_dict(state["config"])

@@ -95,7 +95,7 @@ def write_folder(model: Any, path: Path) -> Path:
 
 
 def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
-    """A trainer's export of a whole model in small, with ``weight`` as its class weights."""
+    """A trainer's export of a whole model in small, with ``weight`` as its classifier weights."""
     torch.manual_seed(1)
     model: Any = timm.create_model(
         "trex_resnet",

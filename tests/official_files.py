@@ -75,7 +75,7 @@ def full_checkpoint(
     """Build the contents of a full checkpoint with 3 (t-ReX) or 1 (t-ReX*) hidden layers.
 
     With ``memory``, it has a bank without the ``absent`` classes and a momentum encoder; otherwise
-    learned class weights. With ``optimizer``, it has momentum buffers.
+    learned classifier weights. With ``optimizer``, it has momentum buffers.
     """
     generator = torch.Generator().manual_seed(seed)
     names = layout(depth, memory, num_classes, bank_size)

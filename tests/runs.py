@@ -52,7 +52,7 @@ def status_of(command: Callable[..., int], *arguments: Any) -> object:
 
 
 def last_state(folder: Path) -> dict[str, Any]:
-    return checkpointing.load(checkpointing.files(folder)[-1])
+    return checkpointing.load(checkpointing.list_checkpoints(folder)[-1])
 
 
 def assert_same_state(a: Any, b: Any, where: str = "state") -> None:

@@ -57,7 +57,7 @@ def test_damage_at_any_offset_is_noticed_or_harmless(
     finished: Path, tmp_path: Path, damage: Callable[[bytes, int], bytes]
 ) -> None:
     """Harmless: in the padding between tensors, and in fields of the zip file that are unused."""
-    data = checkpointing.files(finished)[-1].read_bytes()
+    data = checkpointing.list_checkpoints(finished)[-1].read_bytes()
     whole = copy.deepcopy(last_state(finished))
     draw = random.Random(0)
     ends = [*range(0, 200, 3), *range(len(data) - 400, len(data), 3)]  # records of the zip format
@@ -92,7 +92,7 @@ def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
 
 
 def test_a_run_whose_checkpoints_are_all_torn_does_not_begin_anew(copied: Path) -> None:
-    for path in checkpointing.files(copied):
+    for path in checkpointing.list_checkpoints(copied):
         path.write_bytes(path.read_bytes()[:-100])
     lines = logged(copied)
     for _ in range(2):
@@ -168,7 +168,7 @@ def test_an_export_reads_without_changing_anything(copied: Path, tmp_path: Path)
 
 def test_a_continued_run_does_not_hold_its_checkpoint(copied: Path) -> None:
     """An open checkpoint would occupy memory, or disk space after it is deleted."""
-    checkpointing.files(copied)[-1].unlink()
+    checkpointing.list_checkpoints(copied)[-1].unlink()
     held: list[bool] = []
 
     def step(*arguments: Any) -> Any:
@@ -188,7 +188,7 @@ def test_foreign_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
         assert f"step_12.pt {message}" in refused(copied, *MIDWAY)
 
     shutil.copy(copied / "checkpoints/step_8.pt", foreign)
-    is_refused("belongs to another run (step: 8); move it to")
+    is_refused("belongs to another run (its step is 8); move it to")
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", foreign)
     is_refused("belongs to another run (seed: 5 -> 0; step: 8)")
@@ -216,7 +216,7 @@ def test_a_folder_with_other_settings_is_refused_by_their_names(finished: Path) 
 
 
 def test_what_does_not_change_the_result_may_change(copied: Path, finished: Path) -> None:
-    checkpointing.files(copied)[-1].unlink()
+    checkpointing.list_checkpoints(copied)[-1].unlink()
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
     out = told(copied, *free.split())
     assert "continues from" in out
@@ -226,17 +226,17 @@ def test_what_does_not_change_the_result_may_change(copied: Path, finished: Path
 
 
 def test_processes_that_normalize_other_parts_of_a_batch_are_refused(copied: Path) -> None:
-    path = checkpointing.files(copied)[-1]
+    path = checkpointing.list_checkpoints(copied)[-1]
     state = copy.deepcopy(checkpointing.load(path))
     four = {"environment": state["environment"] | {"processes": 4}}
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
-    assert "was saved by 4 processes: BatchNorm normalized 4 parts" in refused(copied, *MIDWAY)
+    assert "was saved by a run with 4 BatchNorm groups per batch" in refused(copied, *MIDWAY)
     checkpointing.write(path, state | four)  # synchronized
     assert "was saved in another environment (processes: 4 -> 1)" in told(copied, *MIDWAY)
 
 
 def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
-    checkpointing.files(copied)[-1].unlink()
+    checkpointing.list_checkpoints(copied)[-1].unlink()
     (copied / "checkpoints/.step_7.pt.tmp").write_bytes(b"half")
     (copied / "export/.backbone.x1.tmp").mkdir()
     (copied / "export/.git").mkdir()
@@ -259,7 +259,7 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     (path,) = (tmp_path / "run").glob("nonfinite_step_*.pt")
     assert "no longer finite" in err
     assert "lower --optim.base-lr" in err
-    assert not checkpointing.files(tmp_path / "run")
+    assert not checkpointing.list_checkpoints(tmp_path / "run")
     assert f"trex_models.train.export.load_step('{path}')" in err
     method, (crops, labels, ids), precision = export.load_step(path)
     before = copy.deepcopy(method.state_dict())
@@ -291,7 +291,7 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(tmp_path: Path) -> N
     assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     assert "the run is finished" in told(tmp_path / "run", *folder, str(moved))
-    checkpointing.files(tmp_path / "run")[-1].unlink()
+    checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
     save_image(moved / "a/3.jpg", seed=9)
     out = told(tmp_path / "run", *folder, str(moved))
     assert out.count("warning: 1 of 16 training images have new ") == 1

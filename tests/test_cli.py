@@ -28,7 +28,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     given = ["~/a b", "--output=~/x", "--data.path", "~", "--label=a=~/x", "a~/x", "--half"]
     home = ["/home/me/a b", "--output=/home/me/x", "--data.path", "/home/me", *given[4:]]
-    assert cli.prepare(given) == home
+    assert cli.expand_arguments(given) == home
 
 
 @pytest.mark.parametrize(

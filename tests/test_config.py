@@ -43,7 +43,7 @@ def test_recipes_are_the_papers(
     # Epochs, batch size, both learning rates, epochs of warm-up, momentum, weight decay.
     assert optim == [100, 256, 0.1, 1e-6, 10, 0.9, 1e-4]
     found = config.objective
-    assert found.bank_entries == (8192 if objective == "ocm" else 0)
+    assert found.resolved_bank_size == (8192 if objective == "ocm" else 0)
     assert (found.name, found.temperature, found.ema_momentum) == (objective, 0.1, 0.999)
 
 

@@ -284,18 +284,18 @@ def test_report_covers_every_key_once(conversion: Conversion) -> None:
     kept = set()
     for row in rows:
         if row["key"] in others:
-            assert row["fate"] == "dropped: not weights"
+            assert row["new_key"] == "dropped: not weights"
             assert row["sha256_16"] == row["shape"] == "-"
             continue
         tensor = held[row["key"]]
         assert row["shape"] == ("x".join(map(str, tensor.shape)) or "scalar")
         assert f"torch.{row['dtype']}" == str(tensor.dtype)
         assert row["sha256_16"] == checksum(tensor)
-        if row["fate"] in whole:
-            assert row["sha256_16"] == checksum(whole[row["fate"]])
-            kept.add(row["fate"])
+        if row["new_key"] in whole:
+            assert row["sha256_16"] == checksum(whole[row["new_key"]])
+            kept.add(row["new_key"])
         else:
-            assert row["fate"].startswith(("dropped:", "prototypes:")), row
+            assert row["new_key"].startswith(("dropped:", "prototypes:")), row
     has_bank = name in FULL and name != "learned"
     assert whole.keys() - kept == ({"fc.weight"} if has_bank else set())
 
@@ -309,13 +309,13 @@ def checksum(tensor: Tensor) -> str:
 
 
 def test_fates_of_the_encoders(trexstar: Conversion, momentum: Conversion) -> None:
-    def fates(conversion: Conversion) -> dict[str, str]:
-        return {row["key"]: row["fate"] for row in conversion.report()[1]}
+    def new_keys(conversion: Conversion) -> dict[str, str]:
+        return {row["key"]: row["new_key"] for row in conversion.report()[1]}
 
     online, average = "module.model.encoder.conv1.weight", "module.model_ema.encoder.conv1.weight"
-    assert fates(trexstar)[online] == fates(momentum)[average] == "conv1.weight"
-    assert fates(trexstar)[average] == "dropped: momentum encoder"
-    assert fates(momentum)[online] == "dropped: online encoder"
+    assert new_keys(trexstar)[online] == new_keys(momentum)[average] == "conv1.weight"
+    assert new_keys(trexstar)[average] == "dropped: momentum encoder"
+    assert new_keys(momentum)[online] == "dropped: online encoder"
 
 
 def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) -> None:
@@ -359,8 +359,8 @@ def test_wrong_models_are_not_written(
         if part == "projector":
             layers = found.projector | {"1.bn.bias": found.projector["1.bn.bias"] + 1e-3}
             return dataclasses.replace(found, projector=layers)
-        assert found.class_weights is not None
-        return dataclasses.replace(found, class_weights=found.class_weights.roll(1, 0))
+        assert found.classifier_weights is not None
+        return dataclasses.replace(found, classifier_weights=found.classifier_weights.roll(1, 0))
 
     monkeypatch.setattr(official, "read", changed)
     status, _, err = run(narrow.path, tmp_path / "out", *narrow.options)

@@ -68,7 +68,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: s
     config = json.loads((tmp_path / "whole/config.json").read_text())
     assert config["precision"] == precision.replace("auto", "bf16")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    checkpointing.files(tmp_path / "cut")[-1].unlink()
+    checkpointing.list_checkpoints(tmp_path / "cut")[-1].unlink()
     assert run(tmp_path / "cut", *options) == 0
     assert logged(tmp_path / "cut")[-1]["loss"] == pytest.approx(
         logged(tmp_path / "whole")[-1]["loss"], rel=0.05

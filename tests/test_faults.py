@@ -133,7 +133,7 @@ def stopped_at(life: Life, reason: str) -> int:
     )
     assert said, last
     assert life.err() == ""
-    assert checkpointing.files(life.run)[-1].name == f"step_{said[1]}.pt"
+    assert checkpointing.list_checkpoints(life.run)[-1].name == f"step_{said[1]}.pt"
     return int(said[1])
 
 

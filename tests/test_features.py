@@ -363,7 +363,7 @@ def test_missing_packages_and_maps_are_told(
     missing = ModuleNotFoundError("no simplejpeg", name="simplejpeg")
     monkeypatch.setattr("trex_models.features.images.find_images", Mock(side_effect=missing))
     assert run(models, *dense) == 2
-    assert "simplejpeg: pip install trex-models[features]" in capsys.readouterr().err
+    assert "simplejpeg: pip install '.[features]' in a clone" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("place")

@@ -73,7 +73,7 @@ def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCapt
     assert images.names(find_images(["odd/x[1].png"])[0]) == ["x[1].png"]
     caplog.clear()
     find_images(["images/a", "images/b", "images/**"])
-    assert caplog.messages == [f"{place}/images: 1 file(s) skipped (1 with extension '.md')"]
+    assert caplog.messages == [f"{place}/images: 1 file(s) ignored (1 with extension '.md')"]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, dama
 
 def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"backbone": torch.ones(2)}, tmp_path / "other.pth")
-    message = "resnet18 cannot be loaded from .*other.pth: the weights do not match the model .missing keys: 100"
+    message = "resnet18 cannot be loaded from .*other.pth: .* do not match .* .missing keys: 100"
     with pytest.raises(ValueError, match=message):
         load("resnet18", file=tmp_path / "other.pth")
     assert nn.Module.load_state_dict.__module__ == "torch.nn.modules.module"

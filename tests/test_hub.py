@@ -28,7 +28,7 @@ from hub import cards, fixed_input, imagenet, notices
 from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.errors import HubError
-from hub.hub_folder import FILES, Model, inspect_folder, load_folder
+from hub.hub_folder import FILES, HubModel, inspect_folder, load_folder
 from hub.import_naver import import_naver
 from hub.publish import publish
 from hub.verify import verify
@@ -316,7 +316,7 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
 # cards
 
 
-def naver_model(name: str) -> Model:
+def naver_model(name: str) -> HubModel:
     """One of NAVER's models, without its weights."""
     architecture, _, tag = name.partition(".")
     part = (re.findall("_(proj|cls)", architecture) or ["backbone"])[0]
@@ -327,7 +327,7 @@ def naver_model(name: str) -> Model:
         "num_features": 2048,
         "pretrained_cfg": cfg,
     }
-    return Model(name, Path("unused"), config, part, part == "backbone")
+    return HubModel(name, Path("unused"), config, part, part == "backbone")
 
 
 @pytest.mark.parametrize("name", naver.FILES)
@@ -701,7 +701,7 @@ def test_verify_compares_keys_and_shapes(desk: Desk, tmp_path: Path) -> None:
     assert re.search(r"DIFFERS: layer4\S+ is \(.*\) torch.float32, expected \(", line)
     other = {key: tensor for key, tensor in state.items() if key != "bn1.bias"}
     other["extra"] = torch.zeros(1)
-    assert ": missing keys: 1 (bn1.bias), unexpected keys: 1 (extra)" in changed(config, other)
+    assert ": missing keys: 1 (bn1.bias), unexpected: 1 (extra)" in changed(config, other)
     assert "the model does not load" in changed(config | {"architecture": "resnet_9000"}, state)
 
 

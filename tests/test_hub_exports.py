@@ -228,7 +228,7 @@ def test_build_says_how_to_publish_or_that_the_disk_is_full(
     monkeypatch.setattr(shutil, "copyfile", full)
     assert main(command) == 2
     assert capsys.readouterr().err == (
-        f"error: {out / 'own'} cannot be written (No space left on device); free some space or "
+        f"error: {out / 'own'} cannot be written (No space left on device); fix this, or "
         "choose another --output\n"
     )
     assert {path.name for path in out.iterdir()} == {"mine", "own"}

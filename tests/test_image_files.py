@@ -170,7 +170,7 @@ def test_files_without_the_ending_of_an_image_are_counted(
         (tmp_path / name).touch()
     FolderSource(tmp_path)
     assert caplog.messages == [
-        f"{tmp_path}: 4 file(s) skipped (2 with extension '.heic', 1 outside the class folders, "
+        f"{tmp_path}: 4 file(s) ignored (2 with extension '.heic', 1 outside the class folders, "
         "1 without an extension)"
     ]
 

@@ -48,7 +48,7 @@ def started(path: Path, folder: Path, *more: str) -> list[str]:
 
 def file_of(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
-        return checkpointing.files(path)[-1]
+        return checkpointing.list_checkpoints(path)[-1]
     return path / "model.safetensors" if path.is_dir() else path
 
 
@@ -93,13 +93,13 @@ def test_every_part_of_the_same_method_is_restored(
 DEEPER, PLAIN, FEW = "--model.hidden-layers 2", "--model.projector none", "--objective.bank-size 16"
 COSINE, SOFTMAX = "--objective.name cosine", "--objective.name softmax"
 LOST = "the projector was not restored"
-PROTOTYPES = "class weights, from the bank's prototypes"
+PROTOTYPES = "classifier weights, from the bank's prototypes"
 
 
 @pytest.mark.parametrize(
     ("source", "overrides", "expected"),
     [
-        ("ocm", DEEPER, "projector: not restored .missing keys: .*, unexpected keys: .*.$"),
+        ("ocm", DEEPER, "projector: not restored .missing keys: .*, unexpected: .*.$"),
         ("ocm", DEEPER, f"momentum encoder: copy of the encoder .{LOST}.$"),
         ("ocm", DEEPER, f"memory bank: not restored .{LOST}.$"),
         ("ocm", PLAIN, "projector: not restored .the run has none.$"),
@@ -114,8 +114,8 @@ PROTOTYPES = "class weights, from the bank's prototypes"
         ("ocm", "--objective.name look", "memory bank: restored"),
         ("cosine", "", "momentum encoder: copy of the encoder .the file has none"),
         ("cosine", "", "memory bank: not restored .the file has none"),
-        ("cosine", "", "class weights: not used .the objective has none"),
-        ("softmax", COSINE, "class weights: not restored .*biases"),
+        ("cosine", "", "classifier weights: not used .the objective has none"),
+        ("softmax", COSINE, "classifier weights: not restored .*biases"),
         ("official ocm", "--data.num-classes 9", "memory bank: not restored .* 3 .* 9 classes"),
     ],
 )
@@ -151,7 +151,7 @@ def test_timm_folders_are_taken(part: str, sources: dict[str, Path], tmp_path: P
     options = ["--objective.name", "cosine", "--optim.epochs", "1"]
     lines = started(sources["cosine"] / "export" / part, tmp_path / "run", *options)
     fate = "restored" if part == "cls" else "not restored (the file has none)"
-    assert lines == ["backbone: restored", f"projector: {fate}", f"class weights: {fate}"]
+    assert lines == ["backbone: restored", f"projector: {fate}", f"classifier weights: {fate}"]
 
 
 def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
         config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"
     # It also covers models that are trained from this run, resumed or exported.
-    checkpointing.files(tmp_path / "run")[-1].unlink()
-    left = checkpointing.files(tmp_path / "run")
+    checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
+    left = checkpointing.list_checkpoints(tmp_path / "run")
     for more in (command, ["--init-from", str(tmp_path / "run")]):
         folder = tmp_path / ("run" if more is command else "next")
         assert "license cannot be mit: the run" in refused(folder, *more, "--license", "mit")
-        assert checkpointing.files(tmp_path / "run") == left  # refused before a step
+        assert checkpointing.list_checkpoints(tmp_path / "run") == left  # refused before a step
     export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--license"]
     assert main([*export, "mit"]) == 2
     assert main([*export, "cc-by-nc-sa-4.0"]) == 0
@@ -206,7 +206,7 @@ def test_weights_of_other_classes_or_another_order_are_not_restored(
     for path in (sources["cosine"], sources["cosine"] / "export" / "cls"):
         for names, difference in (other, another_order):
             method, untouched = (build.build_method(from_dict(saved["config"]), 4) for _ in "ab")
-            assert init(path, method, names)["class weights"] == (
+            assert init(path, method, names)["classifier weights"] == (
                 f"not restored (the file's 4 classes differ from the run's 4{difference})"
             )
             assert_same_state(method.objective.state_dict(), untouched.objective.state_dict())
@@ -228,7 +228,7 @@ def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
         logits = trained.eval().objective.logits(trained.encoder.backbone(images))
         torch.testing.assert_close(whole(images), logits)
     assert type(whole) is timm.models.VisionTransformer
-    assert init(folder, method, names) == {"backbone": "restored", "class weights": "restored"}
+    assert init(folder, method, names) == {"backbone": "restored", "classifier weights": "restored"}
     assert_same_state(method.state_dict(), trained.state_dict())
 
 

@@ -221,9 +221,9 @@ NAN = X.index_fill(0, torch.tensor([4]), torch.nan)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"C": 0.0}, "C must be above 0 and finite, got 0.0"),
-        ({"C": float("nan")}, "C must be above 0 and finite, got nan"),
-        ({"C": float("inf")}, "C must be above 0 and finite, got inf"),
+        ({"C": 0.0}, "C must be positive and finite, got 0.0"),
+        ({"C": float("nan")}, "C must be positive and finite, got nan"),
+        ({"C": float("inf")}, "C must be positive and finite, got inf"),
         ({"features": X[0]}, r"features must be of shape \(N, F\) .*got \(7,\)"),
         ({"features": X[:0], "labels": Y[:0]}, "not empty"),
         ({"features": NAN}, "features must be finite, but row 4"),

@@ -75,7 +75,7 @@ def test_ocm_logits_and_loss_by_hand() -> None:
 def test_cosine_softmax_learns_its_weights() -> None:
     torch.manual_seed(0)
     objective = CosineSoftmax(4, 3, 0.1)
-    weight = objective.class_weights()
+    weight = objective.classifier_weights()
     assert weight.abs().max() <= 1 / math.sqrt(4)  # nn.Linear's default
     z = torch.randn(5, 4)
     loss, logits = objective(z, torch.tensor([0, 1, 2, 0, 1]), torch.arange(5))

@@ -10,7 +10,7 @@ import torch
 
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.fractals import FractalSource
-from trex_models.data.loading import LIVE_BATCHES, load_batches
+from trex_models.data.loading import NUM_BUFFERS, load_batches
 from trex_models.data.multicrop import (
     TREX_CROPS,
     CropSpec,
@@ -75,7 +75,7 @@ def test_memory_is_written_over_only_after_the_next_batch_is_asked_for(workers: 
     keys = [[(epoch, index) for index in range(4)] for epoch in range(12)]
     keys[5] = keys[5][:3]  # a smaller batch
     expected = [dataset().__getitems__(some) for some in keys]
-    reusing = MultiCropDataset(dataset().source, SPECS, 0, live_batches=LIVE_BATCHES)
+    reusing = MultiCropDataset(dataset().source, SPECS, 0, num_buffers=NUM_BUFFERS)
     held = []
     for batch, other in zip(load_batches(reusing, keys, workers), expected, strict=True):
         time.sleep(0.05)  # lets the workers load ahead as far as possible

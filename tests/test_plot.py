@@ -133,7 +133,7 @@ def test_a_picture_that_fails_leaves_the_old_one(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = captured(plot.main, folder)
     assert status == 2
-    assert "pip install trex-models[train]" in err
+    assert "pip install '.[train]' in a clone" in err
     assert (folder / "curves.png").read_text() == "old"
     assert len(list(folder.iterdir())) == 3
 

@@ -131,7 +131,7 @@ def test_size_of_a_checkpoint_and_of_a_bank(
         --objective.bank-size 4""".split()
     warned = "warning: --objective.bank-size 4 leaves about " in told(tmp_path / "run", *options)
     assert warned == (objective == "ocm")
-    path = checkpointing.files(tmp_path / "run")[-1]
+    path = checkpointing.list_checkpoints(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
     size = checks.checkpoint_bytes(method)
     assert size == pytest.approx(path.stat().st_size, rel=0.1)

@@ -57,8 +57,8 @@ def test_processes_that_would_train_apart_do_not_start(images: Path, tmp_path: P
     ends = run_two([*arguments, str(images)], [*arguments, str(other), "--optim.base-lr", "3"])
     assert [status for status, _ in ends] == [2, 2]
     assert ends[0][1] == (
-        f"{images}: 1 file(s) skipped (1 with extension '.txt')\n"
-        "error: process 1: this process and process 0 differ in optim.base_lr: 0.8 -> 3.0; the "
+        f"{images}: 1 file(s) ignored (1 with extension '.txt')\n"
+        "error: process 1: this process differs from rank 0 in optim.base_lr: 0.8 -> 3.0; the "
         "images; start all processes with the same command and the same data\n"
     )
     assert ends[1][1] == ""

@@ -149,7 +149,7 @@ def test_run_may_change_to_it_on_the_way(tmp_path: Path) -> None:
     expected = last_state(without)["method"]
     assert_same_state(last_state(with_it)["method"], expected)
     assert logged(without) == logged(with_it)
-    checkpointing.files(without)[-1].unlink()
+    checkpointing.list_checkpoints(without)[-1].unlink()
     assert run(without, OPTION) == 0
     assert_same_state(last_state(without)["method"], expected)
 

@@ -79,7 +79,7 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
     def recording(model: Any, method: Any, optimizer: Any, *args: Any) -> tuple[Tensor, Tensor]:
         seen = dict(zip(("precision", "crops", "labels", "indices", "rate"), args, strict=True))
         seen["seed"] = torch.initial_seed()
-        seen["files"] = {path.name for path in checkpointing.files(Path(config.output))}
+        seen["files"] = {path.name for path in checkpointing.list_checkpoints(Path(config.output))}
         loss, logits = training_step(model, method, optimizer, *args)
         seen["group_rates"] = {group["lr"] for group in optimizer.param_groups}
         steps.append(seen | {"loss": loss, "logits": logits})
@@ -207,7 +207,7 @@ def test_checkpoints_come_every_so_many_minutes(trained: Trained) -> None:
     for done, seen in enumerate(steps):
         saved = [f"step_{step}.pt" for step in (3, 6, 9, 12, 15, 18) if step <= done]
         assert seen["files"] == set(saved[-2:])
-    assert {p.name for p in checkpointing.files(folder)} == {"step_18.pt", "step_20.pt"}
+    assert {p.name for p in checkpointing.list_checkpoints(folder)} == {"step_18.pt", "step_20.pt"}
 
 
 def test_each_process_has_its_part_of_a_batch_and_its_own_seeds(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_all_processes_start_from_the_weights_of_init_from(
     second = build_run(config, Process(1, 2, CPU)).method.state_dict()
     assert not sent
     assert_same_state(second, first)
-    saved = checkpointing.load(checkpointing.files(folder)[-1])["method"]
+    saved = checkpointing.load(checkpointing.list_checkpoints(folder)[-1])["method"]
     key = "encoder.backbone.conv1.0.weight"
     assert torch.equal(first[key], saved[key])
     # 20 batches of 6 in a bank of 18.
@@ -267,6 +267,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="no longer finite after step 4 and were not sav"):
                 run.save(4)
             tensor.data[0] = value
-        assert not checkpointing.files(run.folder)
+        assert not checkpointing.list_checkpoints(run.folder)
         run.save(4)
-        assert [path.name for path in checkpointing.files(run.folder)] == ["step_4.pt"]
+        assert [path.name for path in checkpointing.list_checkpoints(run.folder)] == ["step_4.pt"]

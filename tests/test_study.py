@@ -127,7 +127,7 @@ def test_the_trainer_takes_every_cell(scale: str, tmp_path: Path) -> None:
         assert config.precision == cell.precision
         assert (config.seed, config.optim.epochs, config.optim.base_lr) == (3, 20, 0.2)
         train = SCALES[scale].images
-        assert config.objective.bank_entries <= train.num_classes * train.per_class
+        assert config.objective.resolved_bank_size <= train.num_classes * train.per_class
         build_backbone(config.model.backbone, config.model.parsed_backbone_args(), [32])
 
 
@@ -288,7 +288,7 @@ def test_a_failed_command_names_its_log_and_one_that_diverges_scores_nothing(
     assert run.search() == 0
     with pytest.raises(runs.DivergedError, match=r"status 2; see .*log"):
         run.complete(tmp_path / "result.json")
-    assert new_run(tmp_path, "look-1")._head() is None  # no class weights
+    assert new_run(tmp_path, "look-1")._head() is None  # no classifier weights
 
 
 def test_results_and_searches_of_other_conditions_are_not_gone_on_with(

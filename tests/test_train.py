@@ -110,7 +110,7 @@ def test_interrupted_run_continues_exactly(finished: Path, tmp_path: Path) -> No
     step = Mock(side_effect=[*[DEFAULT] * 6, KeyboardInterrupt], wraps=training_step)
     with patch.object(loop, "training_step", step):
         assert run(tmp_path / "run") == 128 + signal.SIGINT
-    assert [p.name for p in checkpointing.files(tmp_path / "run")] == ["step_4.pt"]
+    assert [p.name for p in checkpointing.list_checkpoints(tmp_path / "run")] == ["step_4.pt"]
     assert logged(tmp_path / "run")[-1]["step"] == 6
     assert run(tmp_path / "run", "--system.workers", "2") == 0
     ours, theirs = last_state(tmp_path / "run"), last_state(finished)

@@ -111,7 +111,7 @@ def test_groups_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dataset.name == name
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     message = refused(DATASETS["digits"], Path("/absent"))
-    assert "requires scikit-learn and scikit-image: pip install trex-models[transfer]" in message
+    assert "requires scikit-learn and scikit-image: pip install '.[transfer]' in a clone" in message
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
     err = refused(tmp_path / "run", *command)
     assert any(f"{name} cannot be read as an image" in err for name in BROKEN)
     assert "or skip unreadable images with --data.unreadable skip" in err
-    (kept,) = checkpointing.files(tmp_path / "run")  # saved after the last complete step
+    (kept,) = checkpointing.list_checkpoints(tmp_path / "run")  # saved after the last complete step
     assert checkpointing.load(kept)["step"] > 0
     assert run(tmp_path / "run", *command, *SKIP) == 0
     assert_same_run(tmp_path / "run", folder)
@@ -142,14 +142,14 @@ def test_mended_and_moved_images(skipped: tuple[list[str], Path], tmp_path: Path
     shutil.copytree(images, tmp_path / "moved")
     moved = [option.replace(str(images), str(tmp_path / "moved")) for option in options]
     shutil.copytree(folder, tmp_path / "run")
-    checkpointing.files(tmp_path / "run")[-1].unlink()
+    checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
     assert run(tmp_path / "run", *moved, *SKIP) == 0
     assert logged(tmp_path / "run") == logged(folder)  # no image is counted twice
     listed = (tmp_path / "run" / "unreadable.txt").read_text()
     assert str(tmp_path / "moved") in listed
     assert str(images) not in listed
 
-    checkpointing.files(tmp_path / "run")[-1].unlink()
+    checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
     make_folder(tmp_path / "moved", [])
     assert "skipped" not in told(tmp_path / "run", *moved, *SKIP[:3], "0")
     assert not (tmp_path / "run" / "unreadable.txt").exists()

@@ -167,7 +167,7 @@ def test_tensorboard_is_asked_for_only_where_it_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install trex-models[train]" in refused(tmp_path / "with", "--system.tensorboard")
+    assert "pip install '.[train]' in a clone" in refused(tmp_path / "with", "--system.tensorboard")
     assert not (tmp_path / "with").exists()
     assert run(tmp_path / "without", "--optim.epochs", "1") == 0
 

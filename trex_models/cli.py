@@ -34,7 +34,7 @@ Command = Callable[..., Any]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """Early end of a command on request; prints a message, only once if on all ranks."""
+    """Requested end of a command with a message; ``on_all_ranks``: only rank 0 prints it."""
 
     def __init__(self, message: str, status: int, on_all_ranks: bool = False) -> None:
         super().__init__(message)
@@ -66,9 +66,9 @@ def call(
 ) -> Any:
     """Parse a command line with tyro, call the command and return its result.
 
-    Help and usage errors (status 2) are printed and raise SystemExit. ``prog`` is the program's
-    name in the help, ``description`` the help of a program with subcommands, and ``options`` are
-    further arguments of ``tyro.cli``.
+    Help (status 0) and usage errors (status 2) are printed and raise SystemExit. ``prog`` is the
+    program's name in the help, ``description`` the help of a program with subcommands, and
+    ``options`` are further arguments of tyro.
     """
     import tyro
 
@@ -105,8 +105,8 @@ def call(
 
 
 def _deferred(command: Command) -> Command:
-    """Let parsing return a call of the command, so that only tyro's own output is captured."""
-    _prepare(command)
+    """Wrap a command so that parsing returns a call of it, and does not run it yet."""
+    _adapt(command)
     if is_dataclass(command):
         return command
 
@@ -122,11 +122,11 @@ def _usage_error(text: str) -> str:
     sections = [part for part in re.split(r"\n +-{3,} *\n", text)[1:] if "helptext: " not in part]
     lines = [" ".join(re.findall(r"^ {1,6}(\S.*?)[. ]*$", part, re.M)) for part in sections]
     message = re.sub("For full helptext, (run|see):?", "see", "; ".join(lines) or text)
-    return re.sub(r"^Error parsing \w+: (?=--)", "", message)  # the option is in our own message
+    return re.sub(r"^Error parsing \w+: (?=--)", "", message)  # our messages name the option
 
 
 @cache
-def _prepare(command: Any) -> None:
+def _adapt(command: Any) -> None:
     """Adapt a command to tyro: join the lines of descriptions, and reject empty lists."""
     if not is_dataclass(command):
         command.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.getdoc(command) or "")
@@ -143,14 +143,14 @@ def _prepare(command: Any) -> None:
             fields[ast.unparse(field.target)] = " ".join(ast.literal_eval(text.value).split())
     for section in get_type_hints(command).values():
         if is_dataclass(section):
-            _prepare(section)  # type: ignore[arg-type]  # is hashable
+            _adapt(section)  # type: ignore[arg-type]  # is hashable
     entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
     summary = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     command.__doc__ = f"{summary}\n\nArgs:{entries}"
 
 
 def _one_or_more(hint: Any) -> Any:
-    """Return a parameter's type hint, changed to reject empty values if a list or tuple."""
+    """Make the type hint of a list or tuple parameter require at least one value."""
     from tyro import conf, constructors
 
     bare = hint.__origin__ if get_origin(hint) is Annotated else hint
@@ -180,12 +180,12 @@ def run(
     """Run a command and return its exit status.
 
     The status is 0; 1 if ``work`` returns False or another process failed; 2, with a short message,
-    for invalid input (ValueError, OSError, ImportError or one of ``errors``); 130 on Ctrl-C.
-    ``TREX_TRACEBACK=1`` shows tracebacks. ``extra`` is the extra of trex-models that the command
-    requires.
+    for invalid input (ValueError, OSError, ImportError or one of ``errors``) or out of memory; and
+    128 + the signal's number if stopped. ``TREX_TRACEBACK=1`` shows tracebacks. ``extra`` is the
+    pip extra that the command requires.
     """
     try:
-        passed = work(prepare(arguments))
+        passed = work(expand_arguments(arguments))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -202,17 +202,17 @@ def run(
             raise
         message, shared = str(error), getattr(error, "on_all_ranks", False)
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("trex_models"):
-            remedy = f"pip install trex-models[{extra}]"
+            remedy = f"pip install '.[{extra}]' in a clone"
             message = f"this command requires the package {error.name}: {remedy}"
         elif out_of_memory:
-            message = f"{first_line(error)} Use a smaller batch size or more processes"
+            message = f"{first_line(error)} Use a smaller batch size"
         if not shared or not rank():
             for line in message.splitlines():
                 print(f"error: {'' if shared else process_prefix()}{line}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         if not rank():
-            print("interrupted; run the same command again", file=sys.stderr)
+            print("interrupted; run the same command again to continue", file=sys.stderr)
         return 128 + signal.SIGINT
     return 1 if passed is False else 0
 
@@ -228,7 +228,7 @@ def process_prefix() -> str:
     return f"process {rank()} of {processes}: " if processes > 1 else ""
 
 
-def prepare(arguments: Sequence[str]) -> list[str]:
+def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Expand ``~`` in arguments, and make stdout escape unsupported characters."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # stderr's default
@@ -253,7 +253,7 @@ def require_writable(output: Path, *suffixes: str) -> None:
 
 
 def require_at_least(minimum: int, **options: int) -> None:
-    """Raise a ValueError if an option, by its parameter's name, is below the minimum."""
+    """Raise a ValueError if an option, named by its parameter, is below the minimum."""
     for name, value in options.items():
         if value < minimum:
             option = name.replace("_", "-")
@@ -264,7 +264,7 @@ def progress_bar(total: float, description: str, unit: str, **options: Any) -> t
     """Return a progress bar with rate and remaining time, shown if stderr is a terminal."""
     from tqdm import tqdm
 
-    scaled = unit.startswith(" ")  # abbreviates large counts: 12k samples
+    scaled = unit.startswith(" ")  # a leading space abbreviates large counts: 12k samples
     return tqdm(
         total=total,
         desc=description,

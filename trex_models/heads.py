@@ -27,7 +27,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def cosine_logits(embeddings: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Return cos(z, w_c) / tau, (B, C), for z (B, D) and w (C, D), in float32 or wider.
+    """Return cos(z, w_c) / tau, (B, C), for z (B, D) and w (C, D), in float32 or float64.
 
     This holds under autocast, too. The logits of a zero vector are exactly 0.
     """
@@ -53,7 +53,7 @@ def require_temperature(temperature: float) -> None:
 def class_means(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Return L2-normalized class means, (C, D), of embeddings, (Q, D): the prototypes of Eq. 2.
 
-    The mean of a class without embeddings is zero.
+    They are unit vectors, or zero for a class without embeddings.
     """
     sums = embeddings.new_zeros(num_classes, embeddings.shape[1])
     sums.index_add_(0, labels, embeddings)
@@ -70,7 +70,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
 
 
 class Projector(nn.Sequential):
-    """MLP head g, used in training only: t-ReX (arXiv 2206.15369), section 3.1.
+    """MLP head g between backbone and loss: t-ReX (arXiv 2206.15369), section 3.1.
 
     L2-normalizes its input, then applies ``hidden_layers`` times
     [Linear with bias -> BatchNorm1d -> GELU], then a bias-free Linear (the bottleneck). Maps
@@ -118,7 +118,7 @@ class Projector(nn.Sequential):
 
 
 class L2Norm(nn.Module):
-    """L2 normalization of rows, (B, D) -> (B, D), computed in float32 or wider."""
+    """L2 normalization of rows, (B, D) -> (B, D), computed in float32 or float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` with rows of unit length, in its own dtype."""
@@ -126,7 +126,7 @@ class L2Norm(nn.Module):
 
 
 class HiddenLayer(nn.Module):
-    """Linear with bias -> BatchNorm1d -> GELU, (B, d_in) -> (B, d_out)."""
+    """Linear with bias -> BatchNorm1d -> GELU, (B, in_dim) -> (B, out_dim)."""
 
     def __init__(
         self,
@@ -143,12 +143,12 @@ class HiddenLayer(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, (B, d_out)."""
+        """Return the layer's output, (B, out_dim)."""
         return self.act(self.bn(self.fc(x)))
 
 
 class CosineClassifier(nn.Module):
-    """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
+    """Cosine softmax with learned classifier weights: logits = cos(z, w_c) / tau.
 
     Equation 1 of t-ReX (arXiv 2206.15369); ``weight``, (C, D), may also hold the class
     prototypes of Eq. 2. A drop-in replacement for the last layer of a classifier:

@@ -54,7 +54,7 @@ class TRexResNet(ResNet):
     Args:
         block: Class of the residual blocks.
         layers: Number of blocks in each stage.
-        num_classes: Number of classes, C; with 0 the model returns embeddings.
+        num_classes: Number of classes, C; with 0 there is no classifier.
         global_pool: Type of global pooling, as in timm; "" for none.
         proj_layers: Number of hidden layers of the projector, L.
         proj_hidden_dim: Width of the projector's hidden layers.
@@ -123,7 +123,7 @@ class TRexResNet(ResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return regular expressions of layer groups: timm's, and the projector as one more."""
+        """Return regular expressions of layer groups: timm's, plus the projector."""
         return {**super().group_matcher(coarse=coarse), "proj": r"^proj"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -164,11 +164,11 @@ class TRexResNet(ResNet):
         return x if pre_logits else self.fc(x)
 
 
-def _fit(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _check_weights(found: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Drop parts of the head that ``model`` lacks, and check that all other weights match.
 
-    The file of a complete model can thus initialize the smaller ones. The check is needed as timm
-    loads with strict=False if the number of classes changes, even another architecture's file.
+    The file of a complete model can thus initialize the smaller ones. timm loads with strict=False
+    if the number of classes changes, so that it would accept other architectures.
     """
     wanted = model.state_dict()
     for part in ("fc.", "proj."):
@@ -254,7 +254,7 @@ def _create(
             found = given
         else:
             found = checkpoints.split(found, num_classes=cfg.num_classes).state_dict()
-        return _fit(found, model)
+        return _check_weights(found, model)
 
     try:
         return build_model_with_cfg(
@@ -277,19 +277,19 @@ def _read(cfg: PretrainedCfg, overlay: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights of the file or state dict passed to timm, under our models' keys.
 
     Sets two entries of the overlay: the number of classes, by which timm decides whether to keep
-    the classifier, and the license if known (else the weights may be NAVER's, saved again).
+    the classifier, and the license; if that is unknown, NAVER's is kept, to be safe.
     """
     contents: Any = cfg.state_dict
     if contents is None:
         contents = checkpoints.load_checkpoint(str(cfg.file))
-    # timm's train.py sets it below 0 with a file, to create a new head.
+    # timm's train.py passes num_classes < 0 with a file, to create a new head.
     num_classes = overlay.get("num_classes") if cfg.num_classes > 0 else 0
     try:
         checkpoint = checkpoints.split(contents, num_classes=num_classes)
     except checkpoints.CheckpointError as error:
         raise checkpoints.CheckpointError(f"{cfg.file or 'state_dict'}: {error}") from error
-    if cfg.num_classes and checkpoint.class_weights is not None:
-        overlay["num_classes"] = len(checkpoint.class_weights)
+    if cfg.num_classes and checkpoint.classifier_weights is not None:
+        overlay["num_classes"] = len(checkpoint.classifier_weights)
     path = Path(cfg.file) if cfg.file else None
     found = licenses.license_of(path, contents, checkpoint.form)
     if found == naver.LICENSE:
@@ -360,7 +360,7 @@ def _build_on(backbone: str, zero_init_last: bool = False, **kwargs: Any) -> TRe
 
 @register_model
 def trex_resnet(pretrained: bool = False, backbone: str = "resnet50", **kwargs: Any) -> TRexResNet:
-    """Build the t-ReX head on any timm ResNet, such as "resnext50_32x4d"; no weights."""
+    """Build any timm ResNet, such as "resnext50_32x4d", with the t-ReX head; no weights."""
     model = _create(_build_on, "trex_resnet", pretrained, backbone=backbone, **kwargs)
     model.pretrained_cfg["first_conv"] = model._traits["first_conv"]
     return model

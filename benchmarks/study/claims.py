@@ -142,7 +142,7 @@ CLAIMS = [
     Claim("Depth helps transfer, no local crops", "cosine-3-global", "cosine-1-global", "transfer"),
     Claim("Depth helps transfer, OCM", "ocm-3", "ocm-1", "transfer"),
     *(
-        Claim(f"OCM is above learned class weights {where}, L = {layers}", ocm, learned, measure)
+        Claim(f"OCM is above a learned classifier {where}, L = {layers}", ocm, learned, measure)
         for measure, where in (("task", "on the training task"), ("transfer", "in transfer"))
         for layers, ocm, learned in ((1, "ocm-1", "cosine-1"), (3, "ocm-3", "cosine-3"))
     ),
@@ -173,7 +173,7 @@ EFFECTS = {
         "learned": ("cosine-3", "cosine-1"),
         "OCM": ("ocm-3", "ocm-1"),
     },
-    "OCM instead of learned class weights": {
+    "OCM instead of a learned classifier": {
         "L = 1": ("ocm-1", "cosine-1"),
         "L = 3": ("ocm-3", "cosine-3"),
     },

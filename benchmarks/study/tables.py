@@ -76,8 +76,8 @@ def claims(tested: Iterable[Tested]) -> str:
         measure = MEASURES[test.claim.measure]
         pooled, paired, welch = (measure.text(e, "+") for e in test[1:])
         rows.append([test.claim.text, measure.title, pooled, test.verdict, paired, welch])
-    blocks = "seeds as blocks, pooled (95 %)"
-    others = "blocks, only these two", "independent runs (Welch)"
+    blocks = "pooled 95 % interval"
+    others = "paired interval", "Welch's interval"
     return _table(["claim", "difference in", blocks, "verdict", *others], rows)
 
 

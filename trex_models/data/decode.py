@@ -69,13 +69,13 @@ class UnreadableImageError(ValueError):
 
 
 def quoted(name: str) -> str:
-    """Quote a name with invisible characters, such as leading or trailing spaces."""
+    """Return the repr of a name with invisible characters or backslashes; others unchanged."""
     parts = name.replace(os.sep, "/").split("/")
     plain = name.isprintable() and all(p == p.strip() and "\\" not in p for p in parts)
     return name if plain else repr(name)
 
 
-def unreadable(name: str, reason: object) -> UnreadableImageError:
+def unreadable_error(name: str, reason: object) -> UnreadableImageError:
     """Create the one-line error of an unreadable image from an exception or a phrase."""
     if isinstance(reason, UnidentifiedImageError):  # its text shows a file object
         reason = "unknown format, or not supported by the installed Pillow"
@@ -87,7 +87,7 @@ def unreadable(name: str, reason: object) -> UnreadableImageError:
     )
 
 
-def or_skip(error: Exception, option: str = "--data.unreadable") -> UnreadableImageError:
+def with_skip_hint(error: Exception, option: str = "--data.unreadable") -> UnreadableImageError:
     """Add the option that skips unreadable images to an error about one."""
     return UnreadableImageError(f"{error}, or skip unreadable images with {option} skip")
 
@@ -101,11 +101,11 @@ def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], objec
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode an image file, whatever its extension, with ``decode_image``: (H, W, 3) uint8."""
+    """Read and decode an image file by its content, (H, W, 3) uint8 RGB."""
     try:
         data = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: null byte in the path
-        raise unreadable(str(path), error) from error
+        raise unreadable_error(str(path), error) from error
     return decode_image(data, str(path))
 
 
@@ -145,7 +145,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise any type of error for broken files
-        raise unreadable(name, error) from error
+        raise unreadable_error(name, error) from error
 
 
 def _with_pillow(read: Callable[[Image.Image], T], data: bytes) -> T:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trex_models.data.decode import decode_image, read_image, unreadable
+from trex_models.data.decode import decode_image, read_image, unreadable_error
 from trex_models.data.image_files import walk
 from trex_models.data.sources import digest, encode_labels
 
@@ -60,7 +60,7 @@ class HuggingFaceSource:
         except ImportError as error:
             raise ValueError(
                 "Hugging Face datasets require the package datasets: "
-                "pip install trex-models[datasets]"
+                "pip install '.[datasets]' in a clone"
             ) from error
         self.path = Path(path)
         rows, split = _open(self.path, split)
@@ -101,7 +101,7 @@ class HuggingFaceSource:
             return decode_image(data, self._name(index, path))
         if path:
             return read_image((self.path if self.path.is_dir() else self.path.parent) / path)
-        raise unreadable(self._name(index, path), "the row contains neither bytes nor a path")
+        raise unreadable_error(self._name(index, path), "the row contains neither bytes nor a path")
 
     def name(self, index: int) -> str:
         """Return the sample's name: dataset, row and, if known, the image's original file."""

@@ -65,7 +65,7 @@ class FileSource:
     def stats(self, require: bool = True) -> np.ndarray:
         """Return file sizes in bytes, mtimes in seconds, devices and inodes, (N, 4) int64.
 
-        Missing files have zeros, or with ``require`` raise an UnreadableImageError like empty ones.
+        Missing files are 0; with ``require``, they and empty files raise UnreadableImageError.
         """
         # Threads, because on network file systems each stat takes almost a millisecond.
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -98,7 +98,7 @@ class FolderSource(FileSource):
 
     Classes and files are sorted by name, so that an index is the same image on every machine.
     Folders and files whose names begin with a dot are ignored. Files without an image extension
-    (``decode.IMAGE_EXTENSIONS``) are skipped, and a log line says how many. Images are decoded only
+    (``decode.IMAGE_EXTENSIONS``) are ignored, and a log line says how many. Images are decoded only
     by ``read``.
 
         source = FolderSource("imagenet/train")
@@ -110,8 +110,8 @@ class FolderSource(FileSource):
             the names of the class folders.
 
     Raises:
-        ValueError: A folder cannot be listed, there are fewer than two class folders, one of them
-            has no images or an unknown class, or two of them are links to the same folder.
+        ValueError: A folder cannot be listed, there are fewer than two class folders (one with
+            ``classes``), one has no images or an unknown class, or two are the same folder.
     """
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -217,7 +217,7 @@ def walk(
 ) -> Iterator[bytes]:
     """Yield the files of a folder at any depth, as paths relative to ``root``.
 
-    Links to a visited folder are skipped if it is of the same class, otherwise an error.
+    A link to a visited folder is ignored within a class, and an error across classes.
     """
     visited = {} if visited is None else visited
     top, of_class = os.fsencode(root), os.path.join(os.fsencode(folder), b"")  # noqa: PTH118
@@ -246,12 +246,13 @@ def split_images(paths: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
     return sorted(images), others
 
 
-def log_ignored(root: object, skipped: Iterable[bytes]) -> None:
-    """Log how many files were skipped, by extension, in one line; nothing if there are none."""
-    kinds = Counter(sorted(map(_kind, skipped)))  # sorted, so that ties are in order of names
+def log_ignored(root: object, ignored: Iterable[bytes]) -> None:
+    """Log how many files were ignored, by extension, in one line; nothing if there are none."""
+    kinds = Counter(sorted(map(_kind, ignored)))  # sorted, so that ties are in order of names
     if kinds:
         parts = [f"{count:,} {kind}" for kind, count in kinds.most_common(6)]
-        _logger.warning("%s: %d file(s) skipped (%s)", root, kinds.total(), ", ".join(parts))
+        parts += [f"{len(kinds) - 6} other extensions"] * (len(kinds) > 6)
+        _logger.warning("%s: %d file(s) ignored (%s)", root, kinds.total(), ", ".join(parts))
 
 
 def _kind(path: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Batches from loader workers, in order even if workers die, and their copy to the device."""
+"""Batch loading that survives crashes of loader workers, and copies to the device."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from torch.utils.data import DataLoader, Dataset
 from trex_models.data.decode import UnreadableImageError
 
 _MAX_DEATHS = 3
-_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged, or ended if requested
+_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged; until it ends, once asked
 _PREFETCHED = 2  # batches that each worker loads ahead
-# Number of buffers that a worker uses in turn. DataLoader requests the batch that overwrites a
-# buffer only when it yields the batch after the buffer's current one, so the buffer is free.
-LIVE_BATCHES = _PREFETCHED + 1
+# Buffers per worker, reused in turn: each worker loads at most _PREFETCHED batches ahead of the one
+# in use, so that no batch is overwritten while it is used.
+NUM_BUFFERS = _PREFETCHED + 1
 
 
 class LoaderStalledError(Exception):
-    """Error if no batch arrives within ten seconds although ``load_batches`` must stop."""
+    """No batch arrived within ten seconds of a request to stop."""
 
 
 class BatchDataset(Protocol):
-    """Dataset that returns complete batches; a batch is a function of its keys."""
+    """Dataset that returns complete batches; equal keys must give equal batches."""
 
     def __getitems__(self, keys: Sequence[Any], /) -> Any:
-        """Return the batch of some samples; raise a ValueError for an unreadable one."""
+        """Load a batch; raise a ValueError for an unreadable sample."""
         ...
 
 
@@ -46,7 +46,7 @@ def load_batches(
     workers: int = 0,
     pin_memory: bool = False,
     log: Callable[[str], object] = print,
-    asked_to_stop: Callable[[], object] = lambda: False,
+    should_stop: Callable[[], object] = lambda: False,
 ) -> Iterator[Any]:
     """Yield a dataset's batches in order; each is valid until the next one is requested.
 
@@ -58,11 +58,11 @@ def load_batches(
 
     Args:
         dataset: Dataset that returns batches, such as ``MultiCropDataset``.
-        batches: Keys of every batch; must be the same each time it is iterated.
+        batches: Keys of every batch. Must yield the same keys each time it is iterated.
         workers: Number of worker processes; 0 loads in this process.
         pin_memory: Copy the batches to page-locked memory.
-        log: Called with a message when a worker dies or a batch takes longer than a minute.
-        asked_to_stop: Returns True to stop waiting for a batch that takes longer than ten seconds.
+        log: Callback for messages: a worker has died, or a batch takes longer than a minute.
+        should_stop: Callback. Once it returns True, waiting for a worker ends after ten seconds.
 
     Raises:
         LoaderStalledError: A batch took longer than ten seconds after a request to stop.
@@ -79,7 +79,7 @@ def load_batches(
             pin_memory=pin_memory,
             worker_init_fn=_init_worker,
         )
-        watchdog = _Watchdog(log, asked_to_stop)
+        watchdog = _Watchdog(log, should_stop)
         try:
             for batch in watchdog.timed(_start(loader)):
                 if isinstance(batch, ValueError):
@@ -88,7 +88,7 @@ def load_batches(
                 done, deaths = done + 1, 0
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker causes "DataLoader worker exited", a broken connection, or an error in
-            # the pinning thread. Errors of the dataset begin with torch's "Caught".
+            # the pinning thread. torch prefixes errors raised by the dataset with "Caught".
             if not workers or str(error).startswith("Caught "):
                 raise
             if watchdog.gave_up:
@@ -98,7 +98,7 @@ def load_batches(
             if deaths == _MAX_DEATHS:
                 raise ValueError(
                     f"loader workers died {deaths} times on the same batch ({reason}); the machine "
-                    "may have run out of memory (see dmesg): lower --system.workers"
+                    "may have run out of memory (see dmesg): use fewer loader workers"
                 ) from error
             log(f"a loader worker died ({reason}); restarting the workers from the same batch")
         else:
@@ -108,7 +108,7 @@ def load_batches(
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start the workers without DataLoader's SIGCHLD handler.
 
-    The handler raises its error at any line of the main thread, even in the middle of a step.
+    The handler may interrupt the main thread at any line, even in the middle of a step.
     Without the handler, the loader raises the error within 5 seconds.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
@@ -123,11 +123,11 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
 class _Watchdog(threading.Thread):
     """Thread that times the workers; the main thread blocks while it waits for a batch."""
 
-    def __init__(self, log: Callable[[str], object], asked_to_stop: Callable[[], object]) -> None:
+    def __init__(self, log: Callable[[str], object], should_stop: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.gave_up = False
         self._log = log
-        self._asked_to_stop = asked_to_stop
+        self._should_stop = should_stop
         self._since = math.inf
         self._ended = threading.Event()
 
@@ -157,7 +157,7 @@ class _Watchdog(threading.Thread):
         logged, asked = -math.inf, math.inf
         while not self._ended.wait(1):
             now, since = time.monotonic(), self._since
-            if self._asked_to_stop():
+            if self._should_stop():
                 asked = min(asked, now)
             with suppress(AttributeError, KeyError):  # the batch arrived, or it was the last one
                 if now - since > _LOG_AFTER and since != logged:
@@ -204,7 +204,7 @@ def _suppress_lost_parent(error: threading.ExceptHookArgs) -> None:
 
 
 class _ReturnErrors(Dataset[Any]):
-    """Dataset that returns ValueErrors: DataLoader would add a traceback to raised ones."""
+    """Dataset that returns ValueErrors, because DataLoader adds a traceback to raised ones."""
 
     def __init__(self, dataset: BatchDataset) -> None:
         self._dataset = dataset
@@ -234,7 +234,7 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
     current.wait_stream(copying)
     for tensor in copies:
-        tensor.record_stream(current)  # do not reuse the memory before
+        tensor.record_stream(current)  # no reuse of its memory before this stream is done
     return copies
 
 

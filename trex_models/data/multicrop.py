@@ -2,11 +2,11 @@
 
 Boxes follow torchvision's RandomResizedCrop. Crops are resized by torch's uint8 kernel (bicubic,
 antialiased), which reads the box as a channels-last view of the decoded image, without a copy. The
-random numbers of a sample depend only on (seed, epoch, index), so that a run depends neither on the
-number of loader workers or processes nor on interruptions.
+random numbers of a sample depend only on (seed, epoch, index): crops depend neither on the number
+of loader workers or processes nor on interruptions.
 
-Shapes: batch B, crops of one resolution N, crop side S in pixels, photometric parameters P, image
-height H, image width W.
+Shapes: batch B, crops per image of one resolution N, crop side S in pixels, photometric parameters
+P, image height H, image width W.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from trex_models.data import photometric
-from trex_models.data.decode import UnreadableImageError, or_skip, rgb_pixels
+from trex_models.data.decode import UnreadableImageError, rgb_pixels, with_skip_hint
 from trex_models.data.loading import to_device
 from trex_models.data.photometric import NUM_DRAWS, PhotometricAugmentation
 from trex_models.data.sources import Source, require_rgb
@@ -65,9 +65,9 @@ class CropSpec:
     def draw(
         self, rng: np.random.Generator, image: np.ndarray, out: Tensor, draws: np.ndarray
     ) -> None:
-        """Write the crops of an image, (H, W, 3) uint8 RGB, and their augmentation draws.
+        """Write the crops of an image, (H, W, 3) uint8 RGB, and random numbers for ``parameters``.
 
-        ``out`` is (N, S, S, 3) uint8, ``draws`` a contiguous (N, NUM_DRAWS) for ``parameters``.
+        ``out`` is (N, S, S, 3) uint8, ``draws`` a contiguous (N, NUM_DRAWS) float64 array.
         """
         require_rgb(image)
         rng.random(out=draws)
@@ -89,14 +89,14 @@ TREX_CROPS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of crops, valid until the next one is requested (`load_batches`).
+    """A batch of crops, valid until the next one is requested (``load_batches``).
 
     Args:
         crops: Crops, one tensor per resolution, (N * B, S, S, 3) uint8, crop-major.
         parameters: Augmentation parameters for ``augment``, one tensor per resolution, (N * B, P).
         labels: Class labels, (B,).
         indices: Indices of the samples in the source, (B,).
-        unreadable: Error messages of the samples that were replaced, by index.
+        unreadable: {index: error message} of the samples that were replaced.
     """
 
     crops: list[Tensor]
@@ -116,7 +116,7 @@ class Batch:
 
 
 class MultiCropDataset(Dataset[Batch]):
-    """Dataset of random crops of a source's images that loads complete batches.
+    """Dataset that returns complete batches of random crops.
 
     Multi-crop (SwAV, arXiv 2006.09882) as in t-ReX (arXiv 2206.15369), section 3.1. Loader workers
     return uint8 crops, and ``augment`` augments them on the device. With torchvision's datasets,
@@ -132,8 +132,8 @@ class MultiCropDataset(Dataset[Batch]):
         seed: Seed of all random draws.
         substitute: Replace an unreadable sample by another one, which depends only on (seed,
             epoch, index).
-        live_batches: Number of batches whose memory a loader worker reuses in turn. 0 allocates
-            memory for each batch, which takes a tenth of a worker's time.
+        num_buffers: Number of buffers per loader worker, reused in turn. 0 allocates memory for
+            each batch, which takes a tenth of a worker's time.
     """
 
     def __init__(
@@ -142,18 +142,18 @@ class MultiCropDataset(Dataset[Batch]):
         specs: Sequence[CropSpec] = TREX_CROPS,
         seed: int = 0,
         substitute: bool = False,
-        live_batches: int = 0,
+        num_buffers: int = 0,
     ) -> None:
         self.source = source
         self.specs = list(specs)
         self.seed = seed
         self.substitute = substitute
-        self.live_batches = live_batches
+        self.num_buffers = num_buffers
         self._memory: dict[int, list[Tensor]] = {}
         self._num_batches = 0
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """Return the batch of some samples; raise a ValueError for an unreadable one."""
+        """Load a batch; raise an UnreadableImageError for an unreadable image."""
         size = len(keys)
         indices: list[int] = []
         unreadable: dict[int, str] = {}
@@ -175,8 +175,8 @@ class MultiCropDataset(Dataset[Batch]):
 
     def _crops(self, size: int) -> list[Tensor]:
         """Return memory for a batch of ``size`` images, (N, B, S, S, 3) uint8 each."""
-        shared = self.live_batches > 0 and get_worker_info() is not None
-        slot = self._num_batches % self.live_batches if shared else 0
+        shared = self.num_buffers > 0 and get_worker_info() is not None
+        slot = self._num_batches % self.num_buffers if shared else 0
         self._num_batches += 1
         crops = self._memory.get(slot)
         if crops is None or crops[0].shape[1] != size:
@@ -195,19 +195,19 @@ class MultiCropDataset(Dataset[Batch]):
                 return self.source.read(index), index
             except UnreadableImageError as error:
                 if not self.substitute:
-                    raise or_skip(error) from error
+                    raise with_skip_hint(error) from error
                 unreadable[index] = str(error)
                 # Created only when needed, because it takes 12 us.
                 rng = rng or np.random.default_rng(key)
                 index = int(rng.integers(len(self.source)))
         raise ValueError(
-            f"{_MAX_SUBSTITUTES} images in a row cannot be read, for example: "
+            f"{_MAX_SUBSTITUTES} images in a row are unreadable; check the storage. First error: "
             f"{next(iter(unreadable.values()))}"
         )
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """Batch sampler of all batches of a run, starting at any step.
+    """Batch sampler over all epochs of a run, starting at any step.
 
     Yields the (epoch, index) keys that ``MultiCropDataset`` expects. Each epoch is a permutation
     that is split into batches; an incomplete last batch is dropped. Each process receives its block
@@ -223,8 +223,8 @@ class EpochSampler(Sampler[list[Key]]):
         start_step: First step to yield.
 
     Raises:
-        ValueError: A batch is larger than the dataset, or not divisible into an equal number of
-            images, at least 2, for each process.
+        ValueError: ``batch_size`` is larger than the dataset, or not a multiple of ``world_size``
+            with at least 2 images for each process.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ def augment(
     Args:
         batch: Batch of crops and their augmentation parameters.
         device: Device to augment on.
-        compiled: Fuse the color jitter with torch.compile; see ``photometric.apply``.
+        compiled: Compile the color jitter, which takes half a minute at the first call.
 
     Returns:
         Crops, one tensor per resolution, (N * B, 3, S, S) float32, crop-major, channels last,
@@ -303,7 +303,7 @@ class MultiCrop:
 
     Random numbers come from torch's generator, which DataLoader seeds in each worker. Crops have
     the same distribution as those of ``MultiCropDataset`` and ``augment``, but each worker augments
-    its images one by one and transfers four times as many bytes.
+    its images one by one and transfers float32 instead of uint8.
 
     Args:
         specs: Crops of each resolution, global crops first.
@@ -333,9 +333,9 @@ class MultiCrop:
 def draw_boxes(
     rng: np.random.Generator, count: int, height: int, width: int, scale: tuple[float, float]
 ) -> list[Box]:
-    """Draw boxes with the distribution of torchvision's `RandomResizedCrop.get_params`.
+    """Draw boxes with the distribution of torchvision's ``RandomResizedCrop.get_params``.
 
-    The number of random numbers drawn from `rng` is always the same.
+    Always draws the same number of random numbers from ``rng``.
     """
     draws = rng.random((4, count, _ATTEMPTS)).tolist()
     return [_first_box(attempts, height, width, scale) for attempts in zip(*draws, strict=True)]
@@ -368,7 +368,7 @@ def _first_box(
 
 
 def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
-    """Resize only a box of an image, (H, W, 3) uint8, and write it to `out`, (S, S, 3)."""
+    """Resize only a box of an image, (H, W, 3) uint8, and write it to ``out``, (S, S, 3)."""
     top, left, height, width = box
     if not image.flags.writeable:  # torch does not support read-only arrays
         image, top, left = image[top : top + height, left : left + width].copy(), 0, 0
@@ -381,8 +381,8 @@ def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
 def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:
     """Resize images, (B, 3, H, W) uint8, antialiased; fastest in channels_last format.
 
-    Levels are rounded after each axis, so the order of the axes matters (0.2 levels on average). As
-    in Pillow 13 (but not earlier), the height is resized first, for speed, if it shrinks by more
+    Values are rounded after each axis, so the order of the axes matters (by 0.2 of 255 on average).
+    As in Pillow 13 (not earlier), the height is resized first, for speed, if it shrinks by more
     than twice as many pixels as the width.
     """
     removed = images.shape[2] - height

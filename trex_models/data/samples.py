@@ -92,7 +92,7 @@ def _require(module: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        packages = "scikit-learn and scikit-image: pip install trex-models[transfer]"
+        packages = "scikit-learn and scikit-image: pip install '.[transfer]' in a clone"
         raise ImportError(f"this dataset requires {packages}") from error
 
 

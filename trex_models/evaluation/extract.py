@@ -1,4 +1,4 @@
-"""Extract features from images, into memory or into a file that survives interruptions.
+"""Extract features from images, into memory or into a file, with exact resume.
 
 Loader workers decode, resize and crop the images. The uint8 crops are copied to the model's device
 and normalized there. The host never waits for the current batch: while the device computes it, the
@@ -132,7 +132,7 @@ def feature_identity(
 def images_digest(source: Source, require: bool = True) -> str:
     """Return the SHA-256 of a source's digest and, for files, of their sizes and times.
 
-    If ``require`` is True, missing and empty files raise ValueError. Archives preserve the times.
+    If ``require`` is True, missing and empty files raise ValueError.
     """
     stats = [source.stats(require)[:, :2]] if isinstance(source, FileSource) else []
     return digest(source.digest(), *stats)
@@ -145,7 +145,7 @@ def as_text(value: object) -> str:
 
 @dataclass(kw_only=True)
 class Extraction:
-    """Extraction of features into a file, which is written once and resumed if interrupted."""
+    """Resumable extraction of features into a file."""
 
     model: FrozenModel
     source: Source
@@ -183,7 +183,7 @@ class Extraction:
         path = self.path
         metadata = read_metadata(path)
         if not path.exists() and path.suffix == ".npy" and metadata is None:
-            path = names_path(path)  # users may have a file of this name
+            path = names_path(path)  # may be a file of the user
         if not path.exists():
             return False
         problem = self._difference(metadata)
@@ -213,8 +213,8 @@ class Extraction:
         self.part = GrowingFile(self.path, header, row_bytes)
         self.key = digest(*self.identity.values())
         notes = json.loads(self.part.notes or "{}")
-        is_other = notes.get("key", self.key) != self.key  # an .npy header has no metadata
-        if is_other or (notes.get("skipped") and not self.skip):  # those images must be read now
+        is_other = notes.get("key", self.key) != self.key  # not in the header of an .npy file
+        if is_other or (notes.get("skipped") and not self.skip):  # then start over
             self.part.rows, notes = 0, {}
         skipped = {int(index): reason for index, reason in notes.get("skipped", {}).items()}
         self.start = _image_index(self.part.rows, skipped) if self.part.rows else 0
@@ -270,7 +270,7 @@ class Extraction:
     def _finish(self) -> None:
         count = len(self.source)
         if len(self.skipped) == count:
-            raise ValueError(f"none of {count} images can be read; first error: {self.skipped[0]}")
+            raise ValueError(f"all {count} images are unreadable; first error: {self.skipped[0]}")
         listed = self.path.with_name(f"{self.path.name}.skipped.txt")
         listed.unlink(missing_ok=True)  # left by an earlier attempt
         if self.skipped:

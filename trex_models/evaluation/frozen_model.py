@@ -32,10 +32,10 @@ from trex_models.data.sources import Source, digest
 from trex_models.heads import Projector
 from trex_models.precision import Precision, PrecisionName, choose_device
 from trex_models.pretrained import licenses, timm_folder
-from trex_models.pretrained.checkpoints import summarize
+from trex_models.pretrained.checkpoints import key_summary
 
 PIXELS = "pixels"
-"""Name of the baseline without a model: the pixels of the image, resized to 16 x 16."""
+"""Name of the baseline without a model: the pixels of a 16 x 16 center crop."""
 Preprocessing = Literal["transfer", "validation", "model"]
 FeaturesName = Literal["backbone", "projector", "logits", "dense"]
 _PACKAGES = ("torch", "torchvision", "timm", "pillow")
@@ -104,7 +104,7 @@ class FrozenModel:
 
     @cached_property
     def modules_sha256(self) -> str:
-        """Hash of the modules at first access, since some modules record their last input."""
+        """Hash of the modules, cached, since some modules later record their last input."""
         return modules_digest(self.model)
 
     def identity(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def create_model(
     seed: int = 0,
     hint: str = "",
 ) -> Any:
-    """Create a timm model by name or folder; every weight must be in its file."""
+    """Create a timm model by name or folder; pretrained weights must be complete."""
     folder = timm_folder.find_timm_folder(name)
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"{name} is not a folder with a config.json; pass another model")
@@ -250,7 +250,7 @@ def _all_keys_required() -> Iterator[None]:
         result = load(module, state, strict=False, assign=assign)
         missing, unexpected = result.missing_keys, result.unexpected_keys * strict
         if missing or unexpected:
-            keys = f"missing keys: {summarize(missing)}, unexpected keys: {summarize(unexpected)}"
+            keys = f"missing keys: {key_summary(missing)}, unexpected: {key_summary(unexpected)}"
             raise RuntimeError(f"the weights do not match the model ({keys})")
         return result
 
@@ -287,7 +287,7 @@ def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
     metadata = {
-        "source": f"image pixels in [0, 1], resized to {_PIXEL_SIDE} x {_PIXEL_SIDE}",
+        "source": f"image pixels in [0, 1], center crop of {_PIXEL_SIDE} x {_PIXEL_SIDE}",
         "architecture": PIXELS,
         "tag": "",
         "license": "none (no weights)",

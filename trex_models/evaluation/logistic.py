@@ -43,7 +43,7 @@ _ARMIJO, _CURVATURE = 1e-4, 0.1  # an accurate search, since its trials need no 
 _TRIALS = 30
 
 Progress = Callable[[float, int, float, float], None]
-"""Called once per iteration with C, iteration, objective and the bound on its excess."""
+"""Called once per iteration with C, iteration, objective and its estimated excess."""
 
 _Pair = tuple[Tensor, Tensor, Tensor]  # step, change of the gradient, their product
 
@@ -53,13 +53,13 @@ class LogisticFit:
     """Linear classifier and convergence information, the result of ``fit`` or ``fit_path``.
 
     Args:
-        C: Weight of the sum of the losses.
+        C: Inverse regularization c, as in scikit-learn.
         weight: Weights, (K, F).
         intercept: Intercepts, (K,), with zero mean as in scikit-learn.
         objective: Objective of the weights and intercepts on the original features.
         gradient_norm: Norm of the objective's gradient on the centered features.
         iterations: Number of iterations, with two products with the features each.
-        converged: True if the excess over the minimum is within the tolerance.
+        converged: True if the estimated excess over the minimum is within the tolerance.
     """
 
     C: float
@@ -108,11 +108,11 @@ def fit_path(
         fits = logistic.fit_path(features, labels, [0.01, 0.1, 1.0, 10.0])
 
     Runs on the device of the features, in float64 if they are float64, otherwise in float32,
-    regardless of autocast and TF32. In addition to the features, allocates N (R + 5 K) numbers,
-    40 times K R, and a few R x F matrices to compute the principal axes (R^3 operations).
+    regardless of autocast and TF32. In addition to the features, allocates N (R + 5 K) + 40 K R
+    numbers, and a few R x F matrices to compute the principal axes (R^3 operations).
 
-    The excess of the objective over its minimum is at most half the squared norm of its gradient
-    with respect to W, since the penalty has curvature 1; a fit stops once this bound is within
+    The excess of the objective over its minimum is estimated by half the squared gradient norm (the
+    penalty has curvature 1; that of the intercepts is estimated). A fit stops once this is within
     ``tolerance``. For C >= 1000 and separable classes, it may stop earlier because of float32 or
     ``max_iterations``, with ``converged`` False.
 
@@ -122,11 +122,11 @@ def fit_path(
     Args:
         features: Features, (N, F). Integers and half precision are converted to float32.
         labels: Integer labels, (N,). Each class in [0, K) must occur.
-        Cs: Weights of the sum of the losses against the penalty ||W||^2 / 2, ascending.
+        Cs: Inverse regularization strengths, as in scikit-learn, ascending.
         tolerance: Allowed excess of the objective, relative to it.
         max_iterations: Maximum number of iterations for each C.
         chunk: Number of samples per block, in steps that do not need all samples at once.
-        axes: ``principal_axes``, (F, R), of a set that contains these samples.
+        axes: Result of ``principal_axes``, (F, R), for a superset of these samples.
         progress: Callback, called once per iteration.
 
     Raises:
@@ -135,7 +135,7 @@ def fit_path(
     """
     for C in Cs:  # noqa: N806
         if not 0 < C < torch.inf:
-            raise ValueError(f"C must be above 0 and finite, got {C}")
+            raise ValueError(f"C must be positive and finite, got {C}")
     for lower, upper in pairwise(Cs):
         if upper < lower:
             raise ValueError(f"values of C must ascend, got {upper} after {lower}; sort them")
@@ -220,49 +220,49 @@ class _Problem:
         self._differentiate()
 
     def minimize(
-        self, strength: float, tolerance: float, max_iterations: int, progress: Progress | None
+        self, c: float, tolerance: float, max_iterations: int, progress: Progress | None
     ) -> LogisticFit:
         """Return the fit for one C, which is the starting point of the next call."""
-        pairs = deque((self._pair(*moves, strength) for moves in self.history), _HISTORY)
+        pairs = deque((self._pair(*moves, c) for moves in self.history), _HISTORY)
         start = self.parameters, self.logits.clone()
         iterations = 0
         while True:
-            gradient = strength * self.slopes + self.penalty * self.parameters
-            curvature = strength * self.spread * self.variances + self.penalty
-            value = strength * self.loss
+            gradient = c * self.slopes + self.penalty * self.parameters
+            curvature = c * self.spread * self.variances + self.penalty
+            value = c * self.loss
             value += 0.5 * _dot(self.penalty * self.parameters, self.parameters)
             # Intercepts have no penalty; their curvature is used instead.
             least = torch.where(self.penalty > 0, self.penalty, curvature)
             excess = 0.5 * _dot(gradient / least, gradient)
             if progress is not None:
-                progress(strength, iterations, value, excess)
+                progress(c, iterations, value, excess)
             converged = excess <= tolerance * value
             if converged or iterations == max_iterations:
                 break
             direction, change = self.line
-            length = 0.0 if iterations else self._search(direction, change, gradient, strength)
+            length = 0.0 if iterations else self._search(direction, change, gradient, c)
             if not length:
                 direction = _descent(gradient, pairs, curvature)
                 change = self.samples @ direction.T
-                length = self._search(direction, change, gradient, strength)
+                length = self._search(direction, change, gradient, c)
             if not length:  # further descent is below rounding
                 break
             self.parameters = self.parameters + length * direction
             slopes = self.slopes
             self._differentiate()
             self.history.append((length * direction, self.slopes - slopes))
-            pairs.append(self._pair(*self.history[-1], strength))
+            pairs.append(self._pair(*self.history[-1], c))
             iterations += 1
         if iterations:
             self.line = self.parameters - start[0], self.logits - start[1]
         weight = self.parameters[:, :-1] @ self.axes.T
         intercept = self.parameters[:, -1] - weight @ self.mean
         intercept -= intercept.mean()
-        reached = objective(self.features, self.labels, weight, intercept, strength, self.chunk)
+        reached = objective(self.features, self.labels, weight, intercept, c, self.chunk)
         # If features are far from the origin, the original intercept loses precision.
         converged &= abs(reached - value) <= max(tolerance, 1e-4) * value
         norm = gradient.norm().item()
-        return LogisticFit(strength, weight, intercept, reached, norm, iterations, converged)
+        return LogisticFit(c, weight, intercept, reached, norm, iterations, converged)
 
     def _differentiate(self) -> None:
         """Compute the gradient of the losses and the mean p (1 - p) of each class."""
@@ -271,13 +271,11 @@ class _Problem:
         spread = (first - second.square()) / len(self.residual)  # |r| (1 - |r|) is p (1 - p)
         self.spread = spread.clamp_min(1e-6)[:, None]
 
-    def _pair(self, step: Tensor, change: Tensor, strength: float) -> _Pair:
-        change = (strength * change + self.penalty * step).flatten()
+    def _pair(self, step: Tensor, change: Tensor, c: float) -> _Pair:
+        change = (c * change + self.penalty * step).flatten()
         return step.flatten(), change, step.flatten().dot(change)
 
-    def _search(
-        self, direction: Tensor, change: Tensor, gradient: Tensor, strength: float
-    ) -> float:
+    def _search(self, direction: Tensor, change: Tensor, gradient: Tensor, c: float) -> float:
         """Find a step length along a descent direction by the strong Wolfe conditions.
 
         The objective is convex, so the step is between any two steps with slopes of opposite sign.
@@ -292,8 +290,8 @@ class _Problem:
         low, low_slope, high, high_slope, length = 0.0, first, 0.0, 0.0, 1.0
         for _ in range(_TRIALS):
             loss, slope = self._evaluate(change, length)
-            rise = strength * (loss - self.loss) + length * (linear + 0.5 * length * square)
-            slope = strength * slope + linear + length * square
+            rise = c * (loss - self.loss) + length * (linear + 0.5 * length * square)
+            slope = c * slope + linear + length * square
             if rise <= _ARMIJO * length * first and abs(slope) <= -_CURVATURE * first:
                 self.logits.add_(change, alpha=length)
                 self.loss = loss

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from trex_models import cli, plotting
-from trex_models.data.decode import UnreadableImageError, or_skip
+from trex_models.data.decode import UnreadableImageError, with_skip_hint
 from trex_models.evaluation.extract import Extraction, feature_identity
 from trex_models.evaluation.feature_file import DTYPES, FORMATS, load
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
@@ -108,7 +108,7 @@ def extract(
             remedy="choose another --output, or replace it with --overwrite",
         ).run()
     except UnreadableImageError as error:
-        raise or_skip(error, "--unreadable") from error
+        raise with_skip_hint(error, "--unreadable") from error
     print(f"wrote {output}" if written else f"{output} already contains these features")
 
 

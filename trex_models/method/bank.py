@@ -55,7 +55,7 @@ class MemoryBank(nn.Module):
         batches: Number of batches enqueued so far.
     """
 
-    features: Tensor
+    features: Tensor  # embeddings, under their name in state dicts
     labels: Tensor
     indices: Tensor
     written: Tensor
@@ -90,7 +90,7 @@ class MemoryBank(nn.Module):
             indices: Sample indices, (B,), integers from 0; only ``LOOK`` reads them.
 
         Raises:
-            ValueError: Shapes do not match, or labels are not in [0, C).
+            ValueError: Shapes do not match, or (on the CPU) labels are not in [0, C).
         """
         size, dim = self.embeddings.shape
         if embeddings.shape != (len(labels), dim) or labels.ndim != 1:

@@ -36,8 +36,8 @@ class Encoder(nn.Module):
         """Run the backbone once per resolution and the projector once over all crops.
 
         Args:
-            crops: One tensor per crop, (B, 3, S, S), or per resolution, (N_r * B, 3, S_r, S_r),
-                crop-major, global crops first; or a single tensor.
+            crops: One tensor, or a list of tensors, one per crop, (B, 3, S, S), or per resolution,
+                (crops * B, 3, S, S); crop-major, global crops first.
 
         Returns:
             Embeddings, (N * B, D), in the order of the crops.
@@ -109,10 +109,10 @@ class TReX(nn.Module):
     def update_bank(
         self, crops: Tensor | Sequence[Tensor], labels: Tensor, indices: Tensor | None = None
     ) -> None:
-        """Update the momentum encoder and enqueue its embeddings of all processes, in rank order.
+        """Update the momentum encoder, and enqueue its embeddings gathered from all processes.
 
         Call it after ``forward``, with the same arguments, and before the optimizer's step. It uses
-        the first crop of each image, a global crop. A no-op without a bank.
+        the first crop of each image, a global crop. Does nothing without a bank.
         """
         if self.objective.bank is None or self.momentum_encoder is None:
             return

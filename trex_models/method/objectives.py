@@ -20,13 +20,13 @@ from trex_models.heads import (
 )
 from trex_models.method.bank import MemoryBank, check_labels
 
-_ROWS = 256  # queries per chunk: 67 MB of similarities to a bank of 65536
+_ROWS = 256  # embeddings per chunk: 67 MB of similarities to a bank of 65536
 
 
 class Objective(nn.Module):
     """Base class of the losses: cross-entropy of a subclass's logits, averaged over all crops.
 
-    To add a loss, override ``logits`` (or ``forward``) and ``class_weights``.
+    To add a loss, override ``logits``, ``classifier_weights`` and, if needed, ``forward``.
 
     Args:
         bank: Memory bank, if the objective has one; ``TReX.update_bank`` fills it.
@@ -40,8 +40,8 @@ class Objective(nn.Module):
         """Return logits, (N * B, C), for embeddings, (N * B, D)."""
         raise NotImplementedError
 
-    def class_weights(self) -> Tensor | None:
-        """Return the class weights or prototypes, (C, D); None if there are none."""
+    def classifier_weights(self) -> Tensor | None:
+        """Return the classifier weights or prototypes, (C, D); None if there are none."""
         raise NotImplementedError
 
     def forward(
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         """Return the loss, a scalar, and the logits, (N * B, C).
 
         Args:
-            embeddings: Embeddings, (N * B, D), crop-major: first crops of all images, then second.
+            embeddings: Embeddings, (N * B, D), crop-major: crop 1 of all images, then crop 2.
             labels: Class labels, (B,), integers in [0, C).
             indices: Sample indices, (B,); only ``LOOK`` reads them.
         """
@@ -75,17 +75,17 @@ class LinearSoftmax(Objective):
         self.classifier = nn.Linear(dim, num_classes)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return W z + b, in float32 or wider."""
+        """Return W z + b, in float32 or float64."""
         with without_autocast(embeddings.device.type):
             return self.classifier(widen(embeddings))
 
-    def class_weights(self) -> Tensor:
-        """Return the learned class weights, without the bias."""
+    def classifier_weights(self) -> Tensor:
+        """Return the learned classifier weights, without the bias."""
         return self.classifier.weight
 
 
 class CosineSoftmax(Objective):
-    """Cosine softmax with learned class weights: logits = cos(z, w_c) / tau.
+    """Cosine softmax with learned classifier weights: logits = cos(z, w_c) / tau.
 
     Equation 1 of t-ReX (arXiv 2206.15369), computed by ``CosineClassifier``.
 
@@ -105,11 +105,11 @@ class CosineSoftmax(Objective):
         self.classifier = CosineClassifier(dim, num_classes, temperature)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return cosine logits for the learned class weights."""
+        """Return cosine logits for the learned classifier weights."""
         return self.classifier(embeddings)
 
-    def class_weights(self) -> Tensor:
-        """Return the learned class weights."""
+    def classifier_weights(self) -> Tensor:
+        """Return the learned classifier weights."""
         return self.classifier.weight
 
 
@@ -122,7 +122,7 @@ class OnlineClassMeans(Objective):
         loss, logits = OnlineClassMeans(bank)(embeddings, labels)
 
     Args:
-        bank: Memory bank, without gradient; the training loop fills it by ``TReX.update_bank``.
+        bank: Memory bank, without gradient; fill it with ``enqueue`` or ``TReX.update_bank``.
         temperature: Temperature, tau.
 
     Raises:
@@ -138,9 +138,9 @@ class OnlineClassMeans(Objective):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return cosine logits for the class means; 0 for a class without entries."""
-        return cosine_logits(embeddings, self.class_weights(), self.temperature)
+        return cosine_logits(embeddings, self.classifier_weights(), self.temperature)
 
-    def class_weights(self) -> Tensor:
+    def classifier_weights(self) -> Tensor:
         """Return the class means of the memory bank."""
         return self.bank.class_means()
 
@@ -150,21 +150,21 @@ class LOOK(Objective):
 
     This is a reconstruction of Feng et al., "Rethinking supervised pre-training for better
     downstream transferring" (ICLR 2022, arXiv 2110.06014), from its abstract; the authors' code is
-    not public. An image must only share its label with most of its nearest neighbors, so that a
-    class may have several modes. Let N_k(i) be the k entries of the bank most similar to z_i,
+    not public. Only the nearest neighbors of an image need to share its label, so that a class may
+    have several modes. Let N_k(i) be the k entries of the bank most similar to z_i,
     excluding those of image i itself, and s_ij the cosine similarity:
 
         L_i = -log(sum_{j in N_k(i), y_j = y_i} exp(s_ij / tau) / sum_{j in N_k(i)} exp(s_ij / tau))
 
-    Our own choices are the defaults and one rule: if no neighbor shares the image's label, the
-    nearest entry of the bank that does is added; if there is none, the loss is 0. k = Q is SNCA
-    (Wu et al., ECCV 2018).
+    The defaults are our choice, and so is one rule: if no neighbor shares the image's label, the
+    nearest entry of the bank that does is added; if there is none, the loss is 0. With k = Q this
+    is SNCA (Wu et al., ECCV 2018).
 
         bank = MemoryBank(65536, dim=256, num_classes=1000)
-        loss, votes = LOOK(bank)(embeddings, labels, indices)
+        loss, log_votes = LOOK(bank)(embeddings, labels, indices)
 
     Args:
-        bank: Memory bank, without gradient; the training loop fills it by ``TReX.update_bank``.
+        bank: Memory bank, without gradient; fill it with ``enqueue`` or ``TReX.update_bank``.
         temperature: Temperature, tau.
         neighbors: Number of neighbors, k; at most the size of the bank.
 
@@ -182,11 +182,11 @@ class LOOK(Objective):
         self.temperature = temperature
         self.neighbors = min(neighbors, len(bank.labels))
 
-    def class_weights(self) -> None:
-        """Return None: there are neither class weights nor prototypes."""
+    def classifier_weights(self) -> None:
+        """Return None: there are neither classifier weights nor prototypes."""
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Return the log of each class's share of the votes, (N * B, C); -inf without votes."""
+        """Return the log of each class's share of the votes, (N * B, C); -inf for no votes."""
         bank = F.normalize(self.bank.embeddings, dim=1)
         votes = []
         for part in embeddings.detach().split(_ROWS):
@@ -200,7 +200,7 @@ class LOOK(Objective):
         """Return the mean loss over all crops, and the log-votes of their neighbors, (N * B, C).
 
         Arguments are those of ``Objective.forward``. Entries with the index of the sample are
-        excluded; without ``indices`` (or with -1) the bank must not contain the samples.
+        excluded. Without ``indices`` (or with -1), the bank must not contain these samples.
         """
         check_labels(labels, self.bank.num_classes)
         bank = F.normalize(self.bank.embeddings, dim=1)
@@ -225,23 +225,23 @@ class LOOK(Objective):
             others = scores.masked_fill(own, -math.inf)
             nearest, entries = others.topk(self.neighbors, dim=1)
             votes = self._votes(nearest, entries)
-            counts = nearest > -math.inf  # excludes own entries
-            alike = counts & of_class.gather(1, entries)
+            valid = nearest > -math.inf  # excludes own entries
+            same_class = valid & of_class.gather(1, entries)
             best, entry = others.masked_fill(~of_class, -math.inf).max(1)
-            joins = (~alike.any(1) & (best > -math.inf))[:, None]
+            added = (~same_class.any(1) & (best > -math.inf))[:, None]
             entries = torch.cat([entries, entry[:, None]], 1)
-            counts = torch.cat([counts, joins], 1)
-            alike = torch.cat([alike, joins], 1)
+            valid = torch.cat([valid, added], 1)
+            same_class = torch.cat([same_class, added], 1)
             # If the bank has no entry of the class, both sums are equal, and the loss is 0.
-            none = ~alike.any(1, keepdim=True)
-            counts, alike = counts | none, alike | none
-        chosen = scores.gather(1, entries)
-        every = chosen.masked_fill(~counts, -math.inf).logsumexp(1)
-        same = chosen.masked_fill(~alike, -math.inf).logsumexp(1)
-        return every - same, votes
+            no_match = ~same_class.any(1, keepdim=True)
+            valid, same_class = valid | no_match, same_class | no_match
+        selected = scores.gather(1, entries)
+        log_all = selected.masked_fill(~valid, -math.inf).logsumexp(1)
+        log_same = selected.masked_fill(~same_class, -math.inf).logsumexp(1)
+        return log_all - log_same, votes
 
     def _scores(self, embeddings: Tensor, bank: Tensor) -> Tensor:
-        """Return similarities divided by temperature, (B, Q), in float32 or wider."""
+        """Return similarities divided by temperature, (B, Q), in float32 or float64."""
         with without_autocast(embeddings.device.type):
             return F.linear(F.normalize(widen(embeddings), dim=1), bank) / self.temperature
 

@@ -1,11 +1,10 @@
 """Safe reading of t-ReX checkpoints and translation of their keys to our models' names.
 
-Four forms are supported: the official backbone files (flat, with torchvision's names), the official
-full training states (online encoder, momentum encoder, memory bank, optimizer, arguments), official
-training states with learned class weights instead of a bank, and the files of this package (a
-trainer's checkpoint or an exported model). Pickles cannot run code (``unpickling``). A key that the
-table below does not list is an error in a training state; in a model's file it counts as a backbone
-key and is checked later. Every command reads files with `load_checkpoint` and `sort_keys`.
+Four kinds of files are supported: the official backbone files (flat, with torchvision's names), the
+official full training states (online encoder, momentum encoder, memory bank, optimizer, arguments),
+official training states with a learned classifier instead of a bank, and the files of this package
+(a trainer's checkpoint or an exported model). Pickles cannot run code (``unpickling``). Unknown
+keys are errors in training states; in a model's file they are later checked as backbone keys.
 
 Shapes: C classes, D embedding dimension, Q bank size.
 """
@@ -32,15 +31,15 @@ from trex_models.pretrained.unpickling import RefusedError, load_torch
 
 
 class CheckpointError(ValueError):
-    """The file is damaged, unsafe or not a t-ReX checkpoint; the message says what to do."""
+    """The file is damaged, unsafe or not a t-ReX checkpoint."""
 
 
 class DamagedError(CheckpointError):
-    """The file is truncated, or its contents do not match its checksums."""
+    """The file is truncated, corrupt, or of an unknown format."""
 
 
-class Row(NamedTuple):
-    """Part that keys with a prefix belong to; a prefix without a final dot is a complete key."""
+class KeyPattern(NamedTuple):
+    """Maps keys with a prefix, or one complete key (no final dot), to a part of the model."""
 
     form: str
     prefix: str
@@ -49,32 +48,31 @@ class Row(NamedTuple):
 
 # The longest matching prefix wins.
 KEY_TABLE = (
-    Row("official", "model.encoder.", "backbone"),
-    Row("official", "model.head.layers.", "projector"),
-    Row("official", "model_ema.encoder.", "momentum backbone"),
-    Row("official", "model_ema.head.layers.", "momentum projector"),
-    Row("official", "memory.features", "bank features"),
-    Row("official", "memory.labels", "bank labels"),
-    Row("official", "memory.ptr", "bank pointer"),
-    Row("official", "clf.fc.weight", "class weights"),
-    Row("trainer", "encoder.backbone.", "backbone"),
-    Row("trainer", "encoder.projector.", "projector"),
-    Row("trainer", "momentum_encoder.encoder.backbone.", "momentum backbone"),
-    Row("trainer", "momentum_encoder.encoder.projector.", "momentum projector"),
-    Row("trainer", "objective.bank.features", "bank features"),
-    Row("trainer", "objective.bank.labels", "bank labels"),
-    Row("trainer", "objective.bank.indices", "bank indices"),
-    Row("trainer", "objective.bank.written", "bank ages"),
-    Row("trainer", "objective.bank._extra_state", "bank pointer"),
-    Row("trainer", "objective.classifier.weight", "class weights"),
-    Row("trainer", "objective.classifier.bias", "class biases"),
-    Row("model", "proj.", "projector"),
-    Row("model", "fc.weight", "class weights"),
-    Row("model", "fc.bias", "class biases"),
-    Row("model", "", "backbone"),
+    KeyPattern("official", "model.encoder.", "backbone"),
+    KeyPattern("official", "model.head.layers.", "projector"),
+    KeyPattern("official", "model_ema.encoder.", "momentum backbone"),
+    KeyPattern("official", "model_ema.head.layers.", "momentum projector"),
+    KeyPattern("official", "memory.features", "bank features"),
+    KeyPattern("official", "memory.labels", "bank labels"),
+    KeyPattern("official", "memory.ptr", "bank pointer"),
+    KeyPattern("official", "clf.fc.weight", "classifier weights"),
+    KeyPattern("trainer", "encoder.backbone.", "backbone"),
+    KeyPattern("trainer", "encoder.projector.", "projector"),
+    KeyPattern("trainer", "momentum_encoder.encoder.backbone.", "momentum backbone"),
+    KeyPattern("trainer", "momentum_encoder.encoder.projector.", "momentum projector"),
+    KeyPattern("trainer", "objective.bank.features", "bank features"),
+    KeyPattern("trainer", "objective.bank.labels", "bank labels"),
+    KeyPattern("trainer", "objective.bank.indices", "bank indices"),
+    KeyPattern("trainer", "objective.bank.written", "bank steps"),
+    KeyPattern("trainer", "objective.bank._extra_state", "bank pointer"),
+    KeyPattern("trainer", "objective.classifier.weight", "classifier weights"),
+    KeyPattern("trainer", "objective.classifier.bias", "classifier biases"),
+    KeyPattern("model", "proj.", "projector"),
+    KeyPattern("model", "fc.weight", "classifier weights"),
+    KeyPattern("model", "fc.bias", "classifier biases"),
+    KeyPattern("model", "", "backbone"),
 )
 
-# Entry that contains the weights of a training state -> the other entries allowed next to it.
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
 _TRAINER: dict[str, tuple[type, ...]] = {  # type of each entry, then the types of its items
     **dict.fromkeys(("config", "optimizer", "scaler"), (dict,)),
@@ -87,6 +85,7 @@ _TRAINER: dict[str, tuple[type, ...]] = {  # type of each entry, then the types 
     "environment": (dict, int, str),
     "files": (dict, Tensor),
 }
+# Entry that contains the weights of a training state -> the other entries allowed next to it.
 CONTAINERS: dict[str, Collection[str]] = {
     "state_dict_ema": _TIMM,  # timm's trainer; before "state_dict", as in timm's own loader
     "state_dict": _TIMM,
@@ -99,7 +98,7 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FLOAT_NAMES = (".weight", ".bias", ".running_mean", ".running_var")
-_INTEGERS = {"bank labels", "bank indices", "bank ages"}  # parts
+_INTEGERS = {"bank labels", "bank indices", "bank steps"}  # parts
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ class Checkpoint:
     form: str  # official, trainer or model
     backbone: dict[str, Tensor]
     projector: dict[str, Tensor] = field(default_factory=dict)
-    class_weights: Tensor | None = None  # prototypes (Eq. 2) or learned weights (Eq. 1), (C, D)
-    class_biases: Tensor | None = None  # (C,)
+    classifier_weights: Tensor | None = None  # prototypes (Eq. 2) or learned (Eq. 1), (C, D)
+    classifier_biases: Tensor | None = None  # (C,)
     absent_classes: tuple[int, ...] = ()  # classes without bank entries; their prototypes are zero
     key_report: dict[str, str] = field(default_factory=dict)  # key of the file -> new key or reason
 
@@ -119,8 +118,8 @@ class Checkpoint:
         """Number of the projector's hidden layers, L; also 0 without a projector."""
         return sum(key.endswith(".fc.weight") for key in self.projector)
 
-    def head_args(self) -> dict[str, int]:
-        """Return the ``TRexResNet`` arguments that describe the projector's depth and widths."""
+    def projector_args(self) -> dict[str, int]:
+        """Return the ``TRexResNet`` arguments that describe the projector, which must exist."""
         out_dim, hidden_dim = self.projector[f"{self.proj_layers + 1}.weight"].shape
         widths = {"proj_hidden_dim": hidden_dim, "proj_dim": out_dim}
         return {"proj_layers": self.proj_layers, **widths}
@@ -128,10 +127,10 @@ class Checkpoint:
     def state_dict(self) -> dict[str, Tensor]:
         """Return a contiguous state dict of the complete model: backbone, ``proj.*``, ``fc.*``."""
         state = self.backbone | {f"proj.{key}": value for key, value in self.projector.items()}
-        if self.class_weights is not None:
-            state["fc.weight"] = self.class_weights
-        if self.class_biases is not None:
-            state["fc.bias"] = self.class_biases
+        if self.classifier_weights is not None:
+            state["fc.weight"] = self.classifier_weights
+        if self.classifier_biases is not None:
+            state["fc.bias"] = self.classifier_biases
         return {key: value.contiguous() for key, value in state.items()}
 
 
@@ -142,7 +141,7 @@ def read(
     num_classes: int | None = None,
     backbone: str | None = "resnet50",
 ) -> Checkpoint:
-    """Read a file or a timm folder, split it and check it against timm's ``backbone`` if given."""
+    """Read and split a file or timm folder; check it against timm's ``backbone`` unless None."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -153,7 +152,7 @@ def read(
             with torch.device("meta"):
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
             _check_keys(checkpoint.backbone, expected, backbone)
-            if checkpoint.class_biases is not None and not checkpoint.projector:
+            if checkpoint.classifier_biases is not None and not checkpoint.projector:
                 raise CheckpointError(f"this is a linear {backbone} classifier, not a t-ReX model")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -166,31 +165,31 @@ def split(
     """Split a state dict, or a training state that contains one, into the parts of our models.
 
     ``num_classes`` is the number of classes of a memory bank, C. The default is the number in a
-    trainer's checkpoint, otherwise 1000 (ImageNet-1K); 0 omits the class weights.
+    trainer's checkpoint, otherwise 1000 (ImageNet-1K); 0 omits the classifier weights.
     """
     form, parts, locations = sort_keys(contents)
     encoder = "momentum " if momentum_encoder else ""
     backbone, projector = parts[f"{encoder}backbone"], parts[f"{encoder}projector"]
     if not backbone:
         missing = f"no {encoder}encoder" if encoder else "no backbone"
-        raise CheckpointError(f"{missing} among {len(locations)} keys; use a complete checkpoint")
+        raise CheckpointError(f"{missing} in {len(locations)} keys; use a complete checkpoint")
     if form == "official" and not projector:
         raise CheckpointError(f"the {encoder}projector is missing; use a complete checkpoint")
     check_finite(parts)
     width = _check_projector(projector)
     if num_classes is None and form == "trainer" and "classes" in contents:
         num_classes = len(contents["classes"])
-    class_weights, class_biases = (parts[f"class {name}"].get("") for name in ("weights", "biases"))
+    weights, biases = (parts[f"classifier {name}"].get("") for name in ("weights", "biases"))
     absent: tuple[int, ...] = ()
     if num_classes == 0:
-        class_weights = class_biases = None
+        weights = biases = None
     elif parts["bank features"]:
-        if class_weights is not None:
-            raise CheckpointError("the checkpoint has both a memory bank and learned class weights")
-        class_weights, absent = _prototypes(parts, num_classes)
-    _check_classifier(class_weights, class_biases, width)
+        if weights is not None:
+            raise CheckpointError("memory bank and learned classifier exclude each other")
+        weights, absent = _prototypes(parts, num_classes)
+    _check_classifier(weights, biases, width)
     key_report = {key: _new_key(part, name, encoder) for key, (part, name) in locations.items()}
-    return Checkpoint(form, backbone, projector, class_weights, class_biases, absent, key_report)
+    return Checkpoint(form, backbone, projector, weights, biases, absent, key_report)
 
 
 class SortedKeys(NamedTuple):
@@ -215,7 +214,7 @@ def sort_keys(contents: Mapping[str, Any]) -> SortedKeys:
     for key, row in rows.items():
         name = names[key].removeprefix(row.prefix)
         if row.form != form:
-            raise CheckpointError(f"unexpected key {key!r} among keys of the {form} form")
+            raise CheckpointError(f"{key!r} is not a key of the {form} format")
         if name in parts[row.part]:
             raise CheckpointError(f"{names[key]!r} occurs twice in the file, once as {key!r}")
         if row.part != "bank pointer":
@@ -233,14 +232,14 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
         others = [name for name in contents if name != container]
         expected = CONTAINERS[container]
         if unknown := [name for name in others if name not in expected]:
-            listed = f"next to {container!r}: {summarize(unknown)}"
+            listed = f"next to {container!r}: {key_summary(unknown)}"
             raise CheckpointError(f"unknown entries {listed}; expected only {sorted(expected)}")
         if container == "method":
             _check_entries(contents)
         return contents[container], others
     if not any(isinstance(value, Tensor) for value in contents.values()):
         expected = f"expected a state dict, or one under {' or '.join(map(repr, CONTAINERS))}"
-        raise CheckpointError(f"no tensors in entries: {summarize(list(contents))}; {expected}")
+        raise CheckpointError(f"no tensors in entries: {key_summary(list(contents))}; {expected}")
     return contents, []
 
 
@@ -260,8 +259,8 @@ def _check_entries(contents: Mapping[str, Any]) -> None:
             raise CheckpointError(f"entry {name!r} is not of type {expected}; use another file")
 
 
-def _row(name: str) -> Row:
-    def matches(row: Row) -> bool:
+def _row(name: str) -> KeyPattern:
+    def matches(row: KeyPattern) -> bool:
         is_start = not row.prefix or row.prefix.endswith(".")
         return name.startswith(row.prefix) if is_start else name == row.prefix
 
@@ -280,7 +279,7 @@ def _check_type(key: str, part: str, value: Any) -> None:
     if value.dtype not in allowed or value.layout != torch.strided:
         kind = "floating-point numbers" if torch.float32 in allowed else "64-bit integers"
         raise CheckpointError(
-            f"{key!r} must contain dense {kind}, got {value.dtype}, {value.layout}; if the model "
+            f"{key!r} must be a dense tensor of {kind}, got {value.dtype}, {value.layout}; if it "
             "was quantized or pruned, save the original weights"
         )
 
@@ -307,8 +306,8 @@ def _check_bank(parts: Mapping[str, Mapping[str, Any]], num_classes: int | None)
 def _check_labels(labels: Tensor, num_classes: int | None, remedy: str) -> None:
     low, high = (int(label) for label in labels.aminmax())
     if low < 0 or high >= (num_classes or sys.maxsize):
-        classes = f"[0, {num_classes or 'number of classes'})"
-        raise CheckpointError(f"bank labels must be in {classes}, got {low} to {high}; {remedy}")
+        allowed = f"in [0, {num_classes})" if num_classes else "non-negative"
+        raise CheckpointError(f"bank labels must be {allowed}, got {low} to {high}; {remedy}")
 
 
 def bank_pointer(parts: Mapping[str, Mapping[str, Any]]) -> int:
@@ -332,7 +331,7 @@ def _new_key(part: str, name: str, encoder: str) -> str:
     if part.startswith("bank "):
         return "dropped: state of the bank"
     if part.startswith("class "):
-        return "fc.weight" if part == "class weights" else "fc.bias"
+        return "fc.weight" if part == "classifier weights" else "fc.bias"
     if part.startswith("momentum ") != bool(encoder):
         return f"dropped: {'online' if encoder else 'momentum'} encoder"
     return name if part.endswith("backbone") else f"proj.{name}"
@@ -344,7 +343,7 @@ _REMEDY = "set --num-classes, or num_classes in pretrained_cfg_overlay"
 def _prototypes(
     parts: Mapping[str, Any], given_classes: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the bank's L2-normalized class sums, (C, D), and the classes without bank entries."""
+    """Return the bank's L2-normalized class means, (C, D), and the classes without entries."""
     features, labels = parts["bank features"][""], parts["bank labels"][""]
     num_classes = 1000 if given_classes is None else given_classes
     _check_labels(labels, num_classes, _REMEDY)
@@ -355,7 +354,7 @@ def _prototypes(
         raise CheckpointError(f"the bank has entries of only {present} classes; {_REMEDY}")
     if num_classes * features.shape[1] > 1 << 28:
         dim = features.shape[1]
-        raise CheckpointError(f"{num_classes} prototypes of dimension {dim} exceed 2**28 values")
+        raise CheckpointError(f"{num_classes} classes x {dim} exceed 2**28 values; {_REMEDY}")
     prototypes = class_means(widen(features), labels, num_classes)
     check_finite({"class means": {"": prototypes}})
     return prototypes, absent
@@ -377,24 +376,24 @@ def _check_projector(projector: Mapping[str, Tensor]) -> int:
 
 def _check_classifier(weights: Tensor | None, biases: Tensor | None, width: int) -> None:
     if weights is not None and (weights.ndim != 2 or not len(weights)):
-        raise CheckpointError(f"class weights must be (C, D), got {tuple(weights.shape)}")
+        raise CheckpointError(f"classifier weights must be (C, D), got {tuple(weights.shape)}")
     if biases is not None and (weights is None or biases.shape != weights.shape[:1]):
-        raise CheckpointError(f"class biases {tuple(biases.shape)} do not match the class weights")
+        raise CheckpointError(f"{tuple(biases.shape)} classifier biases do not match the weights")
     if weights is not None and width not in (0, weights.shape[1]):
-        raise CheckpointError(f"class weights {tuple(weights.shape)} do not match D = {width}")
+        raise CheckpointError(f"classifier weights {tuple(weights.shape)} do not match D = {width}")
 
 
 def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
     if difference := mismatch(state, expected, exact=True):
-        raise CheckpointError(f"the weights do not match a {name}: {difference}")
+        raise CheckpointError(f"the weights do not match a {name} ({difference}); use another file")
 
 
 def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bool = False) -> str:
-    """Describe the first difference of two states, or return ""; ``exact``: compare precisions."""
+    """Describe the first difference of two states, or return ""; ``exact`` also compares dtypes."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
-        return f"missing keys: {summarize(missing)}, unexpected keys: {summarize(unexpected)}"
+        return f"missing keys: {key_summary(missing)}, unexpected: {key_summary(unexpected)}"
     for key, tensor in expected.items():
         value = state[key]
         if not isinstance(tensor, Tensor):
@@ -421,7 +420,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def summarize(keys: list[str]) -> str:
+def key_summary(keys: list[str]) -> str:
     """Return the number of keys and the first three, or "0"."""
     shown = ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
     return f"{len(keys)} ({shown})" if keys else "0"
@@ -433,8 +432,8 @@ def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
     Tensors are memory-mapped where the format allows it.
 
     Raises:
-        DamagedError: The file is truncated, or its contents do not match its checksums or lengths.
-        CheckpointError: The file is missing, unreadable, unsafe or not a checkpoint.
+        DamagedError: The file is truncated, corrupt, or of an unknown format.
+        CheckpointError: The file is missing, unreadable, unsafe or not a state dict.
     """
     path = Path(path)
     try:
@@ -465,9 +464,9 @@ def load_checkpoint(path: Path | str) -> Mapping[str, Any]:
     except (DamagedError, MemoryError):
         raise
     except RefusedError as error:
-        raise CheckpointError(f"{path}: refused: {error}") from error
+        raise CheckpointError(f"{path} was not loaded: {error}") from error
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a corrupt field led to a seek before the file's start
+        if error.errno == errno.EINVAL:  # a corrupt offset, before the file's start
             raise damaged from error
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # the libraries raise many types for a damaged file

@@ -247,7 +247,7 @@ def check_contents(checkpoint: checkpoints.Checkpoint, file: str) -> None:
     """Raise CheckpointError unless one of NAVER's files has the parts that its name implies."""
     expected = (1 if file.startswith("trexstar") else 3) if "full" in file else None
     layers = checkpoint.proj_layers if checkpoint.projector else None
-    if layers != expected or (checkpoint.class_weights is None) != (expected is None):
+    if layers != expected or (checkpoint.classifier_weights is None) != (expected is None):
         raise checkpoints.CheckpointError(
             f"{file} must contain {_head(expected)}, got {_head(layers)}; the file was renamed or "
             "is not NAVER's: download it again"

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trex_models import distributed
-from trex_models.data.loading import LIVE_BATCHES, load_batches, to_device
+from trex_models.data.loading import NUM_BUFFERS, load_batches, to_device
 from trex_models.data.multicrop import Batch, augment
 from trex_models.precision import free_cores, processor
 from trex_models.train.build import available_cores, build_sampler
@@ -125,7 +125,7 @@ class _Bench:
             self._batch = next(batches)
 
         # Skip the batches that the first workers loaded while the other workers started.
-        self._repeat(load, SECONDS / 4, max(1, LIVE_BATCHES * workers))
+        self._repeat(load, SECONDS / 4, max(1, NUM_BUFFERS * workers))
         seconds = self._repeat(load, SECONDS, max(_MIN_REPEATS, workers))
         rate = sum(distributed.gather_objects(self._batch_size / world_size / seconds))
         each = f"{workers} worker{'s' * (workers != 1)} for each of {world_size}"
@@ -156,7 +156,7 @@ class _Bench:
             self._train(batch)
 
         # Consume the batches that a slower loader has prefetched: later steps find none.
-        ahead = LIVE_BATCHES * self._run.workers if loader_is_slower else 0
+        ahead = NUM_BUFFERS * self._run.workers if loader_is_slower else 0
         self._repeat(train, SECONDS / 4, max(2, ahead))
         waited, started = 0.0, time.monotonic()
         seconds = self._repeat(train, SECONDS, max(_MIN_REPEATS, self._run.workers))
@@ -174,7 +174,7 @@ class _Bench:
         optim = replace(run.config.optim, epochs=_ENDLESS)
         sampler = build_sampler(optim, run.config.seed, len(run.dataset.source), run.process)
         sampler.start_step = self._read
-        self._read += LIVE_BATCHES * run.workers
+        self._read += NUM_BUFFERS * run.workers
         for batch in load_batches(run.dataset, sampler, run.workers, self.is_cuda, self._log):
             self._read += 1
             yield batch

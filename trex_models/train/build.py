@@ -147,7 +147,7 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Obj
         return LinearSoftmax(dim, num_classes)
     if config.name == "cosine":
         return CosineSoftmax(dim, num_classes, config.temperature)
-    bank = MemoryBank(config.bank_entries, dim, num_classes)
+    bank = MemoryBank(config.resolved_bank_size, dim, num_classes)
     if config.name == "look":
         return LOOK(bank, config.temperature, config.neighbors)
     return OnlineClassMeans(bank, config.temperature)

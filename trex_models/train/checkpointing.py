@@ -1,9 +1,9 @@
-"""Run directory: configuration and checkpoints. Every file is either complete or absent.
+"""Run directory. Configuration and checkpoints are either complete or absent.
 
 DIR/config.json                resolved configuration
 DIR/metrics.jsonl              one line per report
 DIR/checkpoints/step_N.pt      state after N steps; the last two are kept
-DIR/export/backbone, .../cls   models for timm; .../proj if there are no class weights
+DIR/export/backbone, .../cls   models for timm; .../proj if there are no classifier weights
 DIR/unreadable.txt             images that were skipped, if any
 DIR/tensorboard                metrics for TensorBoard, if enabled
 
@@ -36,7 +36,7 @@ _ENTRIES = {
     *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
-_STEP = {"process", "crops", "labels", "indices"}  # in the file of a step with a non-finite loss
+_FAILED_STEP = {"process", "crops", "labels", "indices"}  # entries of a failed step's file
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def lock_run_dir(config: Config) -> Iterator[None]:
                 f"{folder} already contains a run with other settings ({'; '.join(different)}); "
                 f"{other}, or use the settings of that run to continue it"
             )
-    elif folder.is_file() or (folder.is_dir() and any(map(_foreign, folder.iterdir()))):
+    elif folder.is_file() or (folder.is_dir() and any(map(_is_foreign, folder.iterdir()))):
         raise ValueError(f"{folder} exists, but is not the folder of a run; {other}")
     make_folder(folder / "checkpoints")
     lock = FileLock(folder / ".lock", timeout=0)
@@ -87,7 +87,7 @@ def lock_run_dir(config: Config) -> Iterator[None]:
         lock.release()
 
 
-def _foreign(path: Path) -> bool:
+def _is_foreign(path: Path) -> bool:
     """Return False for the files that a run creates before its config.json."""
     if path.name == "checkpoints" and path.is_dir():
         return any(path.iterdir())
@@ -104,14 +104,14 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def files(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
     directory = folder / "checkpoints"
     entries = directory.iterdir() if directory.is_dir() else ()  # glob would hide errors
-    return sorted((p for p in entries if re.fullmatch(r"step_\d+\.pt", p.name)), key=_step)
+    return sorted((p for p in entries if re.fullmatch(r"step_\d+\.pt", p.name)), key=_step_number)
 
 
-def _step(path: Path) -> int:
+def _step_number(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
@@ -123,7 +123,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 
 def prune(folder: Path) -> None:
     """Delete all but the last two checkpoints; a process that was killed may have left three."""
-    for old in files(folder)[:-MAX_CHECKPOINTS]:
+    for old in list_checkpoints(folder)[:-MAX_CHECKPOINTS]:
         old.unlink()
 
 
@@ -143,7 +143,7 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def newest(
+def load_newest(
     folder: Path, on_damaged: Callable[[Path, DamagedError], object]
 ) -> tuple[Path, dict[str, Any]] | None:
     """Read the last intact checkpoint of a run; None if the run has no checkpoint yet.
@@ -153,7 +153,7 @@ def newest(
     Raises:
         ValueError: A file is not a checkpoint of this trainer, or all checkpoints are damaged.
     """
-    for path in reversed(files(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
             return path, load(path)
         except DamagedError as error:
@@ -165,9 +165,9 @@ def newest(
     return None
 
 
-def last(folder: Path) -> tuple[Path, dict[str, Any]]:
+def load_last(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Read the last intact checkpoint of a run, which must have one; no file is renamed."""
-    found = newest(folder, lambda _, error: print(error))
+    found = load_newest(folder, lambda _, error: print(error))
     if found is None:
         raise ValueError(f"{folder} contains no checkpoint; pass another run or a checkpoint file")
     return found
@@ -198,7 +198,7 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this trainer; pass a run's step_N.pt")
     try:
         parts = checkpoints.sort_keys(state).parts
-        if not state.keys() >= _STEP:  # the file of a failed step may be non-finite
+        if not state.keys() >= _FAILED_STEP:  # the file of a failed step may be non-finite
             checkpoints.check_finite(parts)
         from_dict(state["config"])
     except ValueError as error:
@@ -210,10 +210,10 @@ def check_belongs(
     path: Path, state: Mapping[str, Any], config: Config, data_fingerprint: Mapping[str, Any]
 ) -> None:
     """Raise ValueError if a checkpoint belongs to another run, or to other data."""
-    refuse_step(path, state)
+    reject_failed_step(path, state)
     different = config_diff(state["config"], config)
-    if state["step"] != _step(path):
-        different.append(f"step: {state['step']}")
+    if state["step"] != _step_number(path):
+        different.append(f"its step is {state['step']}")
     if different:
         raise ValueError(
             f"{path} belongs to another run ({'; '.join(different)}); move it to another folder"
@@ -226,7 +226,7 @@ def check_belongs(
         )
 
 
-def refuse_step(path: Path, state: Mapping[str, Any]) -> None:
+def reject_failed_step(path: Path, state: Mapping[str, Any]) -> None:
     """Raise ValueError if a file contains a step with a non-finite loss, not a checkpoint."""
     if "crops" in state:
         raise ValueError(f"{path} is a failed step, not a checkpoint; pass a run or its step_N.pt")

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from trex_models.data.decode import UnreadableImageError, or_skip
-from trex_models.data.loading import LIVE_BATCHES
+from trex_models.data.decode import UnreadableImageError, with_skip_hint
+from trex_models.data.loading import NUM_BUFFERS
 from trex_models.data.sources import Source
 
 _TOLERATED = 0.01  # warn if a larger share of the classes has no prototype
@@ -89,7 +89,7 @@ def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return
-    needed = batch_bytes * workers * processes * LIVE_BATCHES
+    needed = batch_bytes * workers * processes * NUM_BUFFERS
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free < needed:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
             image = source.read(index)
         except UnreadableImageError as error:
             if not skip:
-                raise or_skip(error) from error
+                raise with_skip_hint(error) from error
             reasons.append(str(error))
             continue
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -137,7 +137,7 @@ def check_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
-        package = "the package tensorboard: pip install trex-models[train]"
+        package = "the package tensorboard: pip install '.[train]' in a clone"
         raise ValueError(f"--system.tensorboard requires {package}") from error
 
 

@@ -31,7 +31,7 @@ def _require_at_least(least: float, section: Any, prefix: str, *names: str) -> N
 
 
 def _require_source(data: DataConfig, option: str, value: str, *sources: str) -> None:
-    """Reject an option that is set, but which only ``sources`` read."""
+    """Raise ValueError if an option is set that only other ``sources`` use."""
     _require(
         not value or data.source in sources,
         f"{option} is not available with --data.source {data.source}; leave it unset, or use "
@@ -133,8 +133,8 @@ class ModelConfig:
     """mlp: the paper's projector, which the exported backbone does not include. none: the objective
     uses the backbone's features; the options below are ignored."""
     hidden_layers: int = 3
-    """Number of hidden layers of the projector, L. More layers improve transfer, fewer improve the
-    accuracy on the training classes. 0: only L2 normalization and a linear layer."""
+    """Number of hidden layers of the projector, L. In the paper, more layers improve transfer, and
+    fewer the accuracy on the training classes. 0: only L2 normalization and a linear layer."""
     hidden_dim: int = 2048
     """Width of the projector's hidden layers."""
     embedding_dim: int = 256
@@ -171,8 +171,8 @@ class ObjectiveConfig:
     """Classification loss."""
 
     name: Literal["ocm", "cosine", "look", "softmax"] = "ocm"
-    """ocm: online class means of the memory bank (Eq. 2). cosine: learned class weights (Eq. 1).
-    look: the nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022). softmax: a
+    """ocm: online class means of the memory bank (Eq. 2). cosine: learned classifier (Eq. 1).
+    look: the nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022). softmax:
     linear classifier with bias, as a baseline."""
     temperature: float = 0.1
     """Temperature of the cosine similarities, tau (all but softmax)."""
@@ -184,14 +184,14 @@ class ObjectiveConfig:
     """Momentum of the momentum encoder, m, whose embeddings fill the bank (ocm, look)."""
 
     @property
-    def bank_entries(self) -> int:
+    def resolved_bank_size(self) -> int:
         """Number of bank entries, Q; 0 for an objective without a bank."""
         default = {"ocm": 8192, "look": 65536}.get(self.name, 0)
         return (self.bank_size or default) if default else 0
 
     def resolved(self) -> ObjectiveConfig:
         """Return a copy with the default bank size filled in, if there is a bank."""
-        return replace(self, bank_size=self.bank_entries or self.bank_size)
+        return replace(self, bank_size=self.resolved_bank_size or self.bank_size)
 
     def __post_init__(self) -> None:
         tau, m = self.temperature, self.ema_momentum
@@ -207,7 +207,7 @@ class OptimConfig:
     epochs: int = 100
     """Number of epochs."""
     batch_size: int = 256
-    """Number of images per step, in all processes together."""
+    """Number of images per step, over all processes."""
     base_lr: float = 0.1
     """Learning rate for batches of 256: the peak is base_lr * batch_size / 256."""
     final_lr: float = 1e-6
@@ -248,9 +248,9 @@ class SystemConfig:
     """Compile encoder and augmentation with torch.compile, which takes minutes at the start."""
     checkpoint_activations: bool = False
     """Recompute the backbone's activations in the backward pass instead of storing them: saves
-    device memory, at 29 % more computation with the trex recipe (docs/memory.md)."""
+    device memory, for 29 % more computation with the trex recipe (docs/memory.md)."""
     log_every: int = 20
-    """Number of steps between two lines of metrics.jsonl."""
+    """Number of steps between two reports of the training metrics."""
     save_minutes: float = 15.0
     """Minutes between two checkpoints; 0 disables saving by time. The last two are kept."""
     save_steps: int = 0
@@ -279,8 +279,8 @@ class ValidationConfig:
     neighbors: int = 0
     """Number of neighbors of the k-NN classifier on features, k; 0 disables it."""
     neighbors_among: int = 50_000
-    """Number of training images that k-NN searches, a random subset. Each validation reads them.
-    With a ResNet-50, 250,000 take 2 GB of device memory in one process, twice that in several."""
+    """Number of training images that k-NN searches, a random subset. Each validation extracts
+    their features: 2 GB of device memory per 250,000 (ResNet-50), twice that if distributed."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "validation", "every", "neighbors_among")
@@ -319,8 +319,8 @@ class Config:
 
 
 # Fields that may change when a run is resumed, because they do not affect the trained weights. The
-# path of the images is among them: a digest of the file names verifies that the images are equal.
-_FREE_FIELDS = {
+# path of the images is among them: a digest of names and labels detects another dataset.
+_CHANGEABLE_ON_RESUME = {
     "output",
     "license",
     *("data.path", "data.unreadable", "data.max_unreadable"),
@@ -384,7 +384,7 @@ def config_diff(saved: Mapping[str, Any], config: Config) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _FREE_FIELDS
+        if old.get(key) != new.get(key) and key not in _CHANGEABLE_ON_RESUME
     ]
 
 

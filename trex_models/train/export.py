@@ -39,7 +39,7 @@ def export_checkpoint(path: Path, folder: Path, weights_license: str | None = No
         ValueError: There is no valid checkpoint, or its license does not permit another one.
     """
     method, state = load_method(path)
-    checkpointing.refuse_step(path, state)
+    checkpointing.reject_failed_step(path, state)
     config = from_dict(state["config"])
     chosen = config.license if weights_license is None else weights_license
     config = replace(config, license=resolve_license(chosen, state["inherited_license"]))
@@ -51,8 +51,8 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
     """Write ``folder/backbone`` and, if timm or this package can build it, the complete model.
 
     The complete model is ``folder/cls``, or ``folder/proj``, which returns embeddings, if the
-    objective has no class weights. It is a model of this package if the backbone is a ResNet, and
-    of timm if a linear classifier follows the backbone directly. Load them
+    objective has no classifier. It is a model of this package if the backbone is a ResNet, and of
+    timm if a linear classifier follows the backbone directly. Load them
     with ``timm.create_model("local-dir:...", pretrained=True)``; the backbone needs only timm.
     Earlier exports are replaced atomically. ``method`` must be on the CPU; eval mode is set.
 
@@ -68,7 +68,7 @@ def export_method(method: TReX, config: Config, classes: list[str], folder: Path
     images = torch.randn(2, 3, size, size, generator=torch.Generator())
     features = method.encoder.backbone(images)
     embeddings = method.encoder.projector(features)
-    has_classes = method.objective.class_weights() is not None
+    has_classes = method.objective.classifier_weights() is not None
     trained = checkpoints.split(method.state_dict(), num_classes=len(classes) if has_classes else 0)
     # Not timm's configuration of the architecture: mean, crop and license are of this training.
     stock_cfg = timm.get_pretrained_cfg(backbone)
@@ -117,12 +117,12 @@ def _complete_model(
         classifier.load_state_dict(linear.state_dict())
         return model
     is_resnet = isinstance(method.encoder.backbone, ResNet)
-    if not is_resnet or (trained.class_weights is None and not trained.projector):
+    if not is_resnet or (trained.classifier_weights is None and not trained.projector):
         return None
     name, args = "trex_resnet", {"backbone": backbone, **backbone_args}
     known = (backbone, config.model.hidden_layers)
     if known in _ZOO and trained.projector and not backbone_args:
-        name, args = f"{_ZOO[known]}_{'proj' if trained.class_weights is None else 'cls'}", {}
+        name, args = f"{_ZOO[known]}_{'proj' if trained.classifier_weights is None else 'cls'}", {}
     if linear is not None:
         args["linear_classifier"] = True
     model = timm.create_model(
@@ -169,7 +169,10 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     Raises:
         ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
     """
-    path, state = checkpointing.last(path) if path.is_dir() else (path, checkpointing.load(path))
+    if path.is_dir():
+        path, state = checkpointing.load_last(path)
+    else:
+        state = checkpointing.load(path)
     config, num_classes = from_dict(state["config"]), len(state["classes"])
     # First without memory: the configuration may describe a network of any size.
     too_large = "its configuration describes a larger network than its tensors"

@@ -70,7 +70,7 @@ def init_from(
 
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     if (path / "checkpoints").is_dir():
-        return checkpointing.last(path)
+        return checkpointing.load_last(path)
     if path.is_dir():
         path /= "model.safetensors"
         if not path.is_file():
@@ -134,10 +134,10 @@ def _restore(method: TReX, file: _File, classes: Sequence[str], images: str) -> 
 
 
 def _take_head_out_of_backbone(backbone: nn.Module, file: _File) -> None:
-    """Move a timm classifier to the class weights; the key table only knows the name fc."""
+    """Move a timm classifier to the classifier weights; the key table only knows the name fc."""
     cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
     name, own = cfg.get("classifier"), backbone.state_dict()
-    for suffix, part in (("weight", "class weights"), ("bias", "class biases")):
+    for suffix, part in (("weight", "classifier weights"), ("bias", "classifier biases")):
         key = f"{name}.{suffix}"
         if key in file.parts["backbone"] and key not in own:
             file.parts[part][""] = file.parts["backbone"].pop(key)
@@ -160,25 +160,25 @@ def _restore_momentum_encoder(method: TReX, file: _File, reason: str) -> list[st
 
 def _restore_head(objective: Objective, file: _File, reason: str, same_images: bool) -> list[str]:
     has_bank = file.value("bank features") is not None
-    has_weights = file.value("class weights") is not None
+    has_weights = file.value("classifier weights") is not None
     if objective.bank is None:
-        name = "class weights" + (", from the bank's prototypes" if has_bank else "")
+        name = "classifier weights" + (", from the bank's prototypes" if has_bank else "")
         mismatch = "" if has_bank or has_weights else "the file has none"
         mismatch = mismatch or reason or _restore_class_weights(objective, file)
         return [_line(name, mismatch and f"not restored ({mismatch})")]
-    unused = [_line("class weights", "not used (the objective has none)")] if has_weights else []
+    unused = [_line("classifier weights", "not used (the objective has none)")] * has_weights
     mismatch = "" if has_bank else "the file has none"
     mismatch = mismatch or reason or _restore_bank(objective.bank, file, same_images)
     return [*unused, _line("memory bank", mismatch and f"not restored ({mismatch})")]
 
 
 def _restore_class_weights(objective: Any, file: _File) -> str:
-    classifier, biases = objective.classifier, file.value("class biases")
+    classifier, biases = objective.classifier, file.value("classifier biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
         return "those of the file are for cosine similarity, without biases"
     if not isinstance(objective, LinearSoftmax) and biases is not None:
         return "those of the file are of a linear classifier with biases"
-    features, weights = file.value("bank features"), file.value("class weights")
+    features, weights = file.value("bank features"), file.value("classifier weights")
     if features is not None:
         labels = file.value("bank labels")
         weights = class_means(features.float(), labels, len(classifier.weight))
@@ -210,7 +210,7 @@ def _compare_classes(file: _File, classes: Sequence[str]) -> str:
         odd = sorted(set(names) ^ set(classes))
         example = f", such as {odd[0]}" if odd else " in their order"
         return f"the file's {len(names)} classes differ from the run's {len(classes)}{example}"
-    weights, labels = file.value("class weights"), file.value("bank labels")
+    weights, labels = file.value("classifier weights"), file.value("bank labels")
     if weights is not None and weights.shape[:1] != (len(classes),):
         return f"weights {tuple(weights.shape)} in the file, {len(classes)} classes in the run"
     if labels is not None:

@@ -19,9 +19,10 @@ from trex_models.train.validation import Validator
 
 
 def train(config: Config, exits: bool = False) -> list[Path]:
-    """Train a new run, or resume the one in ``config.output``, to its end; then export the models.
+    """Start or resume the run in ``config.output``, finish it, and export the models.
 
-    Returns the exported folders on rank 0. Set ``exits`` if the process exits afterwards.
+    Returns the exported folders on rank 0. Set ``exits`` if the process exits afterwards: later
+    signals are then ignored.
 
     Raises:
         ValueError: The config, data or output directory is invalid, a checkpoint cannot be
@@ -63,7 +64,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     steps_between_validations = run.config.validation.every * sampler.steps_per_epoch
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
     pinned = process.device.type == "cuda"  # copies of page-locked batches overlap with steps
-    log, asked = reporter.log_from_any, lambda: signals.received
+    log, asked = reporter.log_on_any_rank, lambda: signals.received
     batches = reporter.timed(load_batches(run.dataset, sampler, run.workers, pinned, log, asked))
 
     for step in range(sampler.start_step, sampler.total_steps):
@@ -85,7 +86,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         done = step + 1
         last = done == sampler.total_steps
         reports = last or done % system.log_every == 0
-        # To measure how far this step moves the prototypes.
+        # head_health compares these with the prototypes after the step.
         before = class_directions(run.method.objective) if reports else None
         try:
             loss, logits = training_step(
@@ -120,7 +121,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         if last or stop or due or (system.save_steps and done % system.save_steps == 0):
             with reporter.untimed():
                 run.save(done)
-        if stop and not last:  # a finished run is exported all the same
+        if stop and not last:  # after the last step, the run is exported
             flags.finish()  # a rank that exits during an exchange would hang
             raise StoppedBySignal(Signals(stop), done, sampler.total_steps)
     flags.finish()
@@ -136,8 +137,8 @@ def _build_validator(run: Run, signals: StopSignals, reporter: Reporter) -> Vali
         run.config.optim.batch_size // run.process.world_size,
         run.workers,
         neighbors=run.neighbors,
-        log=reporter.log_from_any,
-        asked_to_stop=lambda: signals.received,
+        log=reporter.log_on_any_rank,
+        should_stop=lambda: signals.received,
         with_progress=reporter.with_progress,
         on_skip=run.unreadable.validation.update,
         on_skip_reference=run.unreadable.training.update,

@@ -44,12 +44,12 @@ def trexstar(output: str = "") -> Config:
 
 
 def plain3(output: str = "") -> Config:
-    """t-ReX-3: like trex, but with learned class weights (Eq. 1) instead of class means."""
+    """t-ReX-3: like trex, with a learned cosine classifier (Eq. 1) instead of class means."""
     return replace(trex(output), objective=ObjectiveConfig(name="cosine"))
 
 
 def plain1(output: str = "") -> Config:
-    """t-ReX-1: like trexstar, but with learned class weights (Eq. 1) instead of class means."""
+    """t-ReX-1: like trexstar, with a learned cosine classifier (Eq. 1) instead of class means."""
     return replace(trexstar(output), objective=ObjectiveConfig(name="cosine"))
 
 

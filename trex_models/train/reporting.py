@@ -113,7 +113,7 @@ class Reporter:
         if self._process.is_main:
             tqdm.write(message)
 
-    def log_from_any(self, message: str) -> None:
+    def log_on_any_rank(self, message: str) -> None:
         """Print a line above the progress bar, on any rank."""
         rank = "" if self._process.is_main else f"process {self._process.rank}: "
         tqdm.write(rank + message)
@@ -218,8 +218,8 @@ def duration(seconds: float) -> str:
 
 @torch.no_grad()
 def class_directions(objective: Objective) -> Tensor | None:
-    """Return normalized class weights or prototypes, (C, D); None if the objective has none."""
-    weights = objective.class_weights()
+    """Return normalized classifier weights or prototypes, (C, D); None if there are none."""
+    weights = objective.classifier_weights()
     return None if weights is None else F.normalize(weights.float(), dim=1)
 
 

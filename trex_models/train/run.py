@@ -28,7 +28,7 @@ _REMEDY = "lower --optim.base-lr, raise --optim.warmup-epochs, or use --precisio
 
 @dataclass
 class Run:
-    """Parts of a run, at step ``sampler.start_step``."""
+    """Parts of a run; ``sampler.start_step`` is its first step."""
 
     config: Config  # with resolved precision
     process: Process
@@ -107,7 +107,7 @@ class Run:
             state["files"] = self.files.state()
             self.report_changed_files(print)
             checkpointing.save(self.folder, state)
-        distributed.barrier()  # if a rank exited early, the others would be ended, too
+        distributed.barrier()  # an early exit of one rank would end the others
 
     def save_failed_step(
         self, step: int, crops: list[Tensor], labels: Tensor, indices: Tensor
@@ -123,7 +123,7 @@ class Run:
         }
         problem = f"the loss of step {step} is no longer finite; {_REMEDY}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)  # it is missing on other machines
+            self.folder.mkdir(parents=True, exist_ok=True)  # other machines may not share it
             checkpointing.write(path, self._state_after(step) | inputs)
         except (OSError, ValueError) as error:
             return f"{problem} ({error})"

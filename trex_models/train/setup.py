@@ -21,7 +21,7 @@ from torch import nn
 from trex_models import distributed
 from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.loading import LIVE_BATCHES
+from trex_models.data.loading import NUM_BUFFERS
 from trex_models.data.multicrop import MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.distributed import Process, raise_on_all_ranks
@@ -56,44 +56,44 @@ def setup_run(config: Config, process: Process) -> Iterator[Run]:
             if process.is_main:
                 stack.enter_context(checkpointing.lock_run_dir(run.config))
         _resume(run)
-        # DistributedDataParallel broadcasts the weights of rank 0 when it is created, so last.
+        # DistributedDataParallel broadcasts the weights of rank 0 when it is created: wrap last.
         if run.sampler.start_step < run.sampler.total_steps:
             run.model = wrap_model(run)
         yield run
 
 
 def build_run(config: Config, process: Process) -> Run:
-    """Build and check a run at its first step, without locking, writing or wrapping anything."""
-    # An error on one rank (its data, its memory) must end all ranks: they would wait for it.
+    """Build and check a run before its first step; do not lock, write or wrap anything."""
+    # An error on one rank (its data, its memory) must end all ranks, or the others would hang.
     with raise_on_all_ranks():
-        # Precision and device first: the checks below depend on what "auto" means.
+        # Precision and device first: the checks below need the values that "auto" stands for.
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
 
-        # Data before the method, whose head has one output per class.
+        # Data before the method: it sets the number of classes.
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
         # The sampler rejects an invalid batch size before a network is built.
         sampler = build.build_sampler(config.optim, config.seed, len(source), process)
-        # On the CPU, from the seed only: the weights are equal on all ranks and devices.
+        # Built on the CPU from the seed, so that all ranks and devices get equal weights.
         method = build.build_method(config, len(source.classes))
 
         # Problems that would otherwise end or waste the run after hours.
         warnings = _check(config, source, validation, method, process)
         classes = list(source.classes)
         fingerprint = {"classes": classes, "images": source.digest()}
-        is_new = not checkpointing.files(Path(config.output))
+        is_new = not checkpointing.list_checkpoints(Path(config.output))
         if process.is_main and is_new:
-            with tempfile.TemporaryDirectory() as trial:  # fails if a model cannot be exported
+            with tempfile.TemporaryDirectory() as trial:  # to fail now, not at the end
                 export_method(method, config, classes, Path(trial))
 
-    # On the CPU, before the method is copied to the device and wrapped. A resumed run finds these
-    # weights in its checkpoint.
+    # Loaded on the CPU, before the method is moved to the device and wrapped. A resumed run has
+    # these weights in its checkpoint, and does not load them again.
     report, inherited = _warm_start(config, method, fingerprint, is_new, process)
     config = replace(config, license=resolve_license(config.license, inherited))
 
-    # Before the optimizer is created: it would keep references to the tensors on the CPU.
+    # Moved before the optimizer is created, which would keep references to tensors on the CPU.
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -102,9 +102,9 @@ def build_run(config: Config, process: Process) -> Run:
         config=config,
         process=process,
         precision=precision,
-        # A worker reuses the memory of a batch after this number of later batches.
+        # With buffers, workers do not allocate shared memory for each batch.
         dataset=MultiCropDataset(
-            source, specs, config.seed, config.data.skips_unreadable, live_batches=LIVE_BATCHES
+            source, specs, config.seed, config.data.skips_unreadable, num_buffers=NUM_BUFFERS
         ),
         validation=validation,
         neighbors=build.build_neighbors(config, source),
@@ -126,7 +126,7 @@ def build_run(config: Config, process: Process) -> Run:
             *report,
         ],
     )
-    # Otherwise ranks that were started with other settings or data would train silently.
+    # Ranks that were started with other settings or data would train without an error.
     first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
         differences = config_diff(json.loads(first), config)
@@ -134,22 +134,22 @@ def build_run(config: Config, process: Process) -> Run:
             differences.append("the images")
         if differences:
             raise ValueError(
-                f"this process and process 0 differ in {'; '.join(differences)}; start all "
+                f"this process differs from rank 0 in {'; '.join(differences)}; start all "
                 "processes with the same command and the same data"
             )
     return run
 
 
 def wrap_model(run: Run) -> nn.Module:
-    """Return the module to train: compiled if enabled, and parallel over several processes."""
-    # In place, which keeps state-dict keys, and only the encoder, not the momentum encoder. The
-    # compilation itself, at the first step, takes minutes.
+    """Return the module to train: compiled if enabled, in DDP if there are several processes."""
+    # Compiled in place, which keeps state-dict keys; not the momentum encoder, which would double
+    # the minutes that compilation takes at the first step.
     if run.config.system.compile:
         run.method.encoder.compile()
     model = distributed.data_parallel(run.method, run.process, run.config.system.sync_batchnorm)
     share, device = run.config.optim.batch_size // run.process.world_size, run.process.device
     shapes = [(spec.count * share, 3, spec.size, spec.size) for spec in run.dataset.specs]
-    layout = torch.channels_last
+    layout = torch.channels_last  # as augment returns
     crops = [torch.zeros(shape, device=device).to(memory_format=layout) for shape in shapes]
     labels, indices = torch.zeros(2, share, dtype=torch.int64, device=device)
     # Under autocast, for gradients of the same data type as in the steps.
@@ -184,14 +184,15 @@ def _check(
     ]
     if validation is not None:
         calls.append(partial(checks.check_samples, "validation", validation.source, skip))
-    if entries := config.objective.bank_entries:
+    if entries := config.objective.resolved_bank_size:
         calls.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
     if process.is_main and config.system.tensorboard:
         calls.append(checks.check_tensorboard)
     if process.is_main and config.output:
         # One more than is kept: the next file is written before the oldest is deleted.
         folder = Path(config.output)
-        count = max(1, checkpointing.MAX_CHECKPOINTS + 1 - len(checkpointing.files(folder)))
+        saved = len(checkpointing.list_checkpoints(folder))
+        count = max(1, checkpointing.MAX_CHECKPOINTS + 1 - saved)
         size = count * checks.checkpoint_bytes(method)
         calls.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(calls)
@@ -215,8 +216,9 @@ def _warm_start(
                 Path(config.init_from), method, fingerprint["classes"], fingerprint["images"]
             )
             stated = resolve_license(config.license, inherited)
-            text = f"{stated}, which covers derived weights, too" if stated else "not stated"
-            lines.append(f"  license of the weights: {text} (NAVER's weights: {naver.LICENSE})")
+            text = f"{stated}, which covers derived weights, too" if stated else ""
+            text = text or f"not stated; if they are NAVER's, {naver.LICENSE}"
+            lines.append(f"  license of the weights: {text}")
     # Only rank 0 needs to see the file: the other ranks receive the tensors from it.
     state, inherited = distributed.broadcast((method.state_dict(), inherited))
     method.load_state_dict(state)
@@ -228,12 +230,12 @@ def _resume(run: Run) -> None:
     saved = None
     with raise_on_all_ranks():
         if run.process.is_main:
-            saved = checkpointing.newest(run.folder, checkpointing.rename_damaged)
+            saved = checkpointing.load_newest(run.folder, checkpointing.rename_damaged)
             if saved is not None:
                 checkpointing.check_belongs(*saved, run.config, run.data_fingerprint)
                 _check_environment(run, *saved)
                 checkpointing.prune(run.folder)
-            # A thread compares file sizes and times: images may have been replaced since.
+            # Images may have been replaced since: a thread compares file sizes and times.
             sources = {"training": run.dataset.source}
             if run.validation is not None:
                 sources["validation"] = run.validation.source
@@ -244,7 +246,7 @@ def _resume(run: Run) -> None:
         return
     path, state = saved
     checkpointing.restore({**run.parts, "meter": run.meter}, state, path)
-    match_memory_format(run.optimizer)  # after loading, which adopts the strides of the file
+    match_memory_format(run.optimizer)  # after loading, which keeps the strides of the file
     run.inherited_license = state["inherited_license"]
     chosen = resolve_license(run.config.license, run.inherited_license)
     run.config = replace(run.config, license=chosen)
@@ -259,7 +261,7 @@ def _reread_unreadable(run: Run, indices: list[int]) -> None:
     with raise_on_all_ranks():
         for index in indices:
             if not 0 <= index < len(run.dataset.source):
-                raise ValueError(f"the last checkpoint of {run.folder} lists an image {index}")
+                raise ValueError(f"{run.folder}: the images lack index {index}; restore them")
             try:
                 run.dataset.source.read(index)
             except UnreadableImageError as error:
@@ -274,8 +276,8 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
     if groups != run.batchnorm_groups:
         processes = before.get("processes")
         raise ValueError(
-            f"{path} was saved by {processes} processes: BatchNorm normalized {groups} parts of "
-            f"each batch separately, now {run.batchnorm_groups}; start {processes} processes"
+            f"{path} was saved by a run with {groups} BatchNorm groups per batch, this one has "
+            f"{run.batchnorm_groups}; use the same type of device and {processes} processes"
         )
     changed = [
         f"{name}: {before.get(name)} -> {value}"
@@ -285,7 +287,7 @@ def _check_environment(run: Run, path: Path, state: dict[str, Any]) -> None:
     if changed:
         run.messages.append(
             f"warning: {path.name} was saved in another environment ({'; '.join(changed)}): "
-            "results will be the same up to rounding, not bit for bit"
+            "results will be equal up to rounding, not bit for bit"
         )
 
 

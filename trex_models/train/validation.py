@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trex_models.data.center_crop import PROTOCOLS, CenterCropDataset, CropBatch
-from trex_models.data.decode import UnreadableImageError, or_skip
+from trex_models.data.decode import UnreadableImageError, with_skip_hint
 from trex_models.data.loading import load_batches, to_device
 from trex_models.data.sources import Source
 from trex_models.distributed import (
@@ -43,7 +43,7 @@ class ValidationDataset(CenterCropDataset):
         try:
             return super().__getitems__(indices)
         except UnreadableImageError as error:
-            raise or_skip(error) from error
+            raise with_skip_hint(error) from error
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Validator:
         process: This process.
         precision: Precision of the computation.
         batch_size: Batch size of this process.
-        workers: Number of loader workers; ``log`` and ``asked_to_stop`` are for them, too.
+        workers: Number of loader workers; ``log`` and ``should_stop`` are for them, too.
         neighbors: References of the k-NN classifier; None disables it.
         with_progress: Function of (batches, their number, a title) that adds a progress bar.
         on_skip: Callback that receives {index: reason} of skipped validation images.
@@ -80,7 +80,7 @@ class Validator:
     workers: int
     neighbors: Neighbors | None = None
     log: Callable[[str], object] = print
-    asked_to_stop: Callable[[], object] = lambda: False
+    should_stop: Callable[[], object] = lambda: False
     with_progress: Callable[[Iterator[CropBatch], int, str], Iterator[CropBatch]] = (
         lambda batches, *_: batches
     )
@@ -169,7 +169,7 @@ class Validator:
         on_skip = self.on_skip if dataset is self.dataset else self.on_skip_reference
         batches = [own[at : at + size] for at in range(0, len(own), size)]
         loaded = load_batches(
-            dataset, batches, self.workers, device.type == "cuda", self.log, self.asked_to_stop
+            dataset, batches, self.workers, device.type == "cuda", self.log, self.should_stop
         )
         for batch in self.with_progress(loaded, len(batches), name):
             on_skip(batch.unreadable)

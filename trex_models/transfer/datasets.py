@@ -69,7 +69,7 @@ def _downloaded(
 def _offline(
     name: str, title: str, create: Callable[[], tuple[Source, Source]], sizes: Sizes
 ) -> Dataset:
-    home = "pip install trex-models[transfer]"
+    home = "pip install '.[transfer]' in a clone"
     return Dataset(name, title, lambda _root: create(), sizes, "no files", home)
 
 

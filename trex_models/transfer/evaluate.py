@@ -73,7 +73,7 @@ class FeatureCache:
         """Return memory-mapped features, (N, F); extract them first if they are not cached.
 
         ``title`` is the dataset and split, for the file name and the progress bar. ``identity`` is
-        the result of ``feature_identity``; pass it if known, since it reads the size of all files.
+        the result of ``feature_identity``; pass it if known, as it reads all file sizes.
         """
         identity = identity or feature_identity(model, source)
         key = digest(as_text({**identity, "dtype": self.dtype}))
@@ -101,7 +101,7 @@ class Plan:
     """Evaluation settings."""
 
     seeds: int = 5
-    """Number of validation splits, from seed 0. The seed also sets the data order of SGD."""
+    """Number of validation splits, with seeds 0, 1, ...; the seed also sets the order of SGD."""
     training_task: str | None = None
     """Dataset that the model was trained on; it is excluded from the transfer score."""
     geometry: bool = False
@@ -182,7 +182,7 @@ def score(model: FrozenModel, task: Task, cache: FeatureCache, plan: Plan) -> di
         try:
             write_text_file(path, json.dumps({"key": key, "scores": scores}, indent=2) + "\n")
         except OSError as error:  # the report contains the scores in any case
-            print(f"      cannot cache the scores for other runs ({error})", flush=True)
+            print(f"      the scores were not cached for other runs ({error})", flush=True)
     entry = {**description, **scores}
     if plan.geometry:
         try:
