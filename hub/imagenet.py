@@ -1,4 +1,4 @@
-"""ImageNet-1K top-1 accuracy of converted models, compared with the authors' figures.
+"""ImageNet-1K top-1 accuracy of converted models, compared with the authors' results.
 
 Backbones are scored with the transfer evaluation's protocol for ImageNet: a linear layer trained by
 SGD with one seed. Complete classifiers are scored with their prototypes, a different protocol.
@@ -31,7 +31,7 @@ from trex_models.transfer.published import reported
 
 LINEAR, PROTOTYPES = "a linear layer on the features", "its own prototypes"
 TOLERANCES = {LINEAR: 0.5, PROTOTYPES: 1.5}
-"""Largest differences from the authors' figures, in percentage points."""
+"""Largest differences from the authors' results, in percentage points."""
 CLASSES = tuple(ImageNetInfo().label_names())
 """Names of ImageNet's class folders, in the order of the labels."""
 
@@ -126,7 +126,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """Format a table of the results and the authors' figures."""
+    """Format a table of the results and the authors' results."""
     lines = [f"{'top-1, %':<36}{'ours':>8}{'reported':>10}{'difference':>12}  within"]
     for name, result in results.items():
         title = f"{name} (*)" if result["protocol"] == PROTOTYPES else name
@@ -135,6 +135,6 @@ def format_results(results: dict[str, Any]) -> str:
         numbers = f"{top1:8.2f}{figure:10.1f}{top1 - figure:+12.2f}"
         lines.append(f"{title:<36}{numbers}  {verdict} ({tolerance:g})")
     return "\n".join(lines) + (
-        "\nours: measured here; reported: the authors' figures for the backbone with a linear\n"
+        "\nours: measured here; reported: the authors' results for the backbone with a linear\n"
         "layer. (*) measured with the model's prototypes, a different protocol"
     )

@@ -2,7 +2,7 @@
 
 DIR/files/trex.pth ...          NAVER's files
 DIR/converted/NAME.TAG          timm folders, for `python -m hub build`
-DIR/imagenet.json               top-1 and the authors' figures
+DIR/imagenet.json               top-1 and the authors' results
 
 NAVER publishes no hashes: those of the first download are recorded in the manifest, and different
 files are refused from then on. Finished steps are not repeated.
@@ -48,7 +48,7 @@ def import_naver(
 
     Returns:
         True if files that contain the same backbone agree, and all measured results are within
-        their tolerance of the authors' figures.
+        their tolerance of the authors' results.
     """
     files, path = files or naver.ALL_FILES, manifest or manifest_path()
     for file in files:

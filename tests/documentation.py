@@ -1,6 +1,6 @@
-"""Pages of the documentation as programs: their blocks, run in order in a folder of their own.
+"""Documentation pages as programs: their code blocks are executed in order in a separate folder.
 
-Where a test cannot have or run what a page says, tests/pages/PAGE.toml has other settings:
+tests/pages/PAGE.toml replaces settings that tests cannot run:
 
     slow = true                  # takes more than ten seconds
     [replace]                    # text of the page -> what is run; each must occur in a block

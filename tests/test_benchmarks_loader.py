@@ -43,7 +43,7 @@ def test_photographs_have_the_promised_sizes(kind: str, tmp_path: Path) -> None:
         write_photographs(tmp_path, 3, kind)
 
 
-def test_reference_makes_the_recipes_crops(tmp_path: Path) -> None:
+def test_reference_creates_the_recipes_crops(tmp_path: Path) -> None:
     write_photographs(tmp_path, NUM_CLASSES + 2, "standard")
     dataset = reference_dataset(tmp_path, SPECS)
     [(crops, labels)] = DataLoader(dataset, batch_size=3, sampler=[0, 1, 9])

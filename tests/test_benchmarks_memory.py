@@ -28,7 +28,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.client
-def test_accounting_is_what_a_real_step_allocates_and_adds_up(table: dict[str, Any]) -> None:
+def test_accounting_matches_a_real_step_and_adds_up(table: dict[str, Any]) -> None:
     assert table["check"]["ratio"] == pytest.approx(1, abs=0.05)
     for row in table["rows"]:
         assert row["parameters"] == row["gradients"] == row["optimizer"]
@@ -43,7 +43,7 @@ def test_accounting_is_what_a_real_step_allocates_and_adds_up(table: dict[str, A
     assert recomputed < 0.7 * bf16
 
 
-def test_largest_batch_fits_and_slope_is_that_of_the_line() -> None:
+def test_largest_batch_and_slope() -> None:
     rows = [{"options": "x", "batch": b, "peak": 10**9 + b * 10**8} for b in (16, 64)]
     (found,) = memory.fits(rows, [8])
     assert (found["fixed"], found["per_image"]) == (10**9, 10**8)

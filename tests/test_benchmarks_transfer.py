@@ -61,7 +61,7 @@ def test_images_repeat_and_promises_are_those_of_the_docstrings(tmp_path: Path) 
     assert promised("geometry", real) == 8 * (5 * 2048**2 + 4 * 1000 * 2048 + 4 * 8192 * 2048)
 
 
-def test_peak_counts_what_is_held_for_a_while_and_no_mapped_pages(tmp_path: Path) -> None:
+def test_peak_counts_temporary_memory_but_no_mapped_pages(tmp_path: Path) -> None:
     path = tmp_path / "array"
     np.ones(48 << 20, np.uint8).tofile(path)
     with Peak() as peak:

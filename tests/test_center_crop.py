@@ -165,7 +165,7 @@ def test_timms_data_config_is_honored() -> None:
         ({"crop_mode": "border"}, "crop_mode must be center or squash, got border"),
     ],
 )
-def test_what_cannot_be_done_is_refused(change: dict[str, Any], message: str) -> None:
+def test_impossible_requests_are_rejected(change: dict[str, Any], message: str) -> None:
     config = resolve_data_config({"img_size": 8}) | change
     with pytest.raises(ValueError, match=message):
         CenterCrop.from_data_config(config)
@@ -187,7 +187,7 @@ class Torn(ArraySource):
         return super().read(index)
 
 
-def test_images_that_cannot_be_read_are_named_or_left_out() -> None:
+def test_unreadable_images_are_reported_or_skipped() -> None:
     images = [noise(30, 40), noise(30, 40), noise(50, 20)]
     source, crop = Torn(images, [0, 1, 2], ["a", "b", "c"]), PROTOCOLS["validation"]
     with pytest.raises(UnreadableImageError, match="^torn$"):

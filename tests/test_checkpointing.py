@@ -76,7 +76,7 @@ def test_damage_at_any_offset_is_noticed_or_harmless(
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", bytes(5000)])
-def test_torn_checkpoint_is_put_aside_and_the_one_before_it_taken(
+def test_damaged_checkpoints_are_renamed_and_the_previous_one_is_used(
     copied: Path, finished: Path, content: bytes
 ) -> None:
     assert names(copied) == ["step_6.pt", "step_8.pt"]
@@ -215,7 +215,7 @@ def test_a_folder_with_other_settings_is_refused_by_their_names(finished: Path) 
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 
-def test_what_does_not_change_the_result_may_change(copied: Path, finished: Path) -> None:
+def test_settings_that_do_not_affect_the_result_may_change(copied: Path, finished: Path) -> None:
     checkpointing.list_checkpoints(copied)[-1].unlink()
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
     out = told(copied, *free.split())
@@ -300,7 +300,7 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(tmp_path: Path) -> N
     assert "was saved with different images" in refused(tmp_path / "run", *folder, str(moved))
 
 
-def test_torch_and_torchvision_that_do_not_fit_are_told_in_one_line(tmp_path: Path) -> None:
+def test_incompatible_torchvision_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision/__init__.py").write_text(
         "raise RuntimeError('operator torchvision::nms does not exist')"

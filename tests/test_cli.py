@@ -66,9 +66,7 @@ def test_every_command_expands_home(
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-def test_what_stdout_cannot_encode_is_escaped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unencodable_output_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
     assert train.main(["smoke", "--output", str(tmp_path / "日本"), *TINY]) == 0

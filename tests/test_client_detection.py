@@ -74,7 +74,7 @@ def test_every_model_is_a_backbone(name: str) -> None:
 
 
 @torch.no_grad()
-def test_the_pyramid_stands_on_the_pretrained_features() -> None:
+def test_the_pyramid_uses_the_pretrained_features() -> None:
     images = torch.stack(squares()[0])
     backbone = BackboneWithFPN(body(), STAGES, CHANNELS, 256)
     stock = timm.create_model(

@@ -43,7 +43,7 @@ def last_accuracy(learner: Any) -> float:
     return float(learner.recorder.values[-1][-1])
 
 
-def test_learner_tunes_a_whole_model(batches: Any) -> None:
+def test_learner_fine_tunes_a_complete_model(batches: Any) -> None:
     torch.manual_seed(0)
     model = small_model()
     learner = Learner(batches, model, metrics=accuracy)
@@ -75,7 +75,7 @@ def test_vision_learner_tunes_a_backbone(batches: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["trexstar_resnet50", "trex_resnet50_cls"])
-def test_vision_learner_takes_backbone_and_whole_models(name: str, batches: Any) -> None:
+def test_vision_learner_accepts_backbones_and_complete_models(name: str, batches: Any) -> None:
     learner = vision_learner(batches, name, pretrained=False)
     body, head = learner.splitter(learner.model)
     assert len([*body, *head]) == len(params(learner.model))

@@ -55,7 +55,7 @@ def trainer(folder: Path, **kwargs: object) -> Trainer:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_lightning_fits_and_its_checkpoint_restores(precision: str, tmp_path: Path) -> None:
+def test_lightning_trains_and_restores(precision: str, tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     tuner, test = Tuner(), colored(30, 1)
     first = trainer(tmp_path, max_epochs=12, precision=precision)

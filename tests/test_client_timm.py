@@ -74,7 +74,7 @@ def create(**kwargs: Any) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's reader
-def test_what_the_script_does_learns_resumes_and_validates(images: Path, tmp_path: Path) -> None:
+def test_calls_of_the_script_learn_resume_and_validate(images: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = quick(create(checkpoint_path=""))
     train, test = loaders(images, model)

@@ -90,7 +90,7 @@ def test_features_and_pixels_are_timms(backbone: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_whole_model_is_whole(whole: Path) -> None:
+def test_complete_models_have_all_parts(whole: Path) -> None:
     stock: Any = timm.create_model(f"local-dir:{whole}", pretrained=True).eval()
     embeddings = stock.forward_head(stock.forward_features(IMAGES), pre_logits=True)
     assert torch.equal(AutoModel.from_pretrained(whole).eval()(IMAGES).pooler_output, embeddings)

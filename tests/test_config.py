@@ -91,7 +91,7 @@ def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
         ("system", "log_every", 0),
     ],
 )
-def test_impossible_values_are_named(group: str, field: str, value: Any) -> None:
+def test_impossible_values_are_rejected(group: str, field: str, value: Any) -> None:
     part = getattr(Config(output="out"), group)
     with pytest.raises(ValueError, match=f"--{group}.{field} ".replace("_", "-")):
         dataclasses.replace(part, **{field: value})

@@ -438,7 +438,7 @@ def test_full_disk_midway_leaves_nothing(
     assert left(tmp_path) == before
 
 
-def test_message_tells_what_was_moved_before_an_error(
+def test_errors_list_what_was_already_moved(
     narrow: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -517,7 +517,7 @@ def test_contradicting_name(trexstar: Conversion, backbone: Conversion, tmp_path
         ("learned", ("--momentum-encoder",), "no momentum encoder among"),
     ],
 )
-def test_options_that_do_not_fit(
+def test_incompatible_options_are_rejected(
     file: str,
     options: tuple[str, ...],
     message: str,

@@ -74,7 +74,7 @@ def test_boxes_of_few_pixels_match_pil(box: Box) -> None:
     assert np.abs(out.numpy() - theirs).max() <= 4
 
 
-def test_cut_reads_its_box_and_writes_its_row_alone() -> None:
+def test_resized_crop_reads_only_its_box_and_writes_only_its_row() -> None:
     image = bundled()[0]
     box = (40, 50, 100, 120)
     inside = slice(40, 140), slice(50, 170)

@@ -131,7 +131,7 @@ def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
     assert 0 < meter.read()["loss"] < 10
 
 
-def test_copies_on_a_stream_of_their_own_are_whole() -> None:
+def test_copies_on_a_separate_stream_are_complete() -> None:
     device = torch.device("cuda:0")
     busy = torch.randn(4096, 4096, device=device)
     sums = []

@@ -328,7 +328,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_files_and_what_is_none(tmp_path: Path) -> None:
+def test_files_and_missing_files(tmp_path: Path) -> None:
     data = encode(picture(), "JPEG")
     (tmp_path / "photo.jpg").write_bytes(data)
     same(read_image(tmp_path / "photo.jpg"), decode_image(data, "x.img"))
@@ -346,7 +346,7 @@ def test_files_and_what_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_what_is_not_a_regular_file_is_refused_at_once(
+def test_irregular_files_are_rejected_immediately(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
@@ -421,7 +421,7 @@ def test_damaged_parts_that_pixels_depend_on_are_refused(kind: bytes) -> None:
         ("a\u200b.jpg", r"'a\u200b.jpg'"),
     ],
 )
-def test_names_show_what_would_be_overlooked(name: str, shown: str) -> None:
+def test_names_show_invisible_characters(name: str, shown: str) -> None:
     with pytest.raises(UnreadableImageError) as caught:
         decode_image(b"", name)
     assert str(caught.value).startswith(f"{shown} cannot be read")

@@ -177,7 +177,7 @@ def test_errors_and_flags_are_seen_by_all(seen: Seen) -> None:
     assert alike(seen, "flags") == [down, down, [True, False], [False, True], down]
 
 
-def test_what_is_no_longer_identical_is_named(seen: Seen) -> None:
+def test_differences_between_ranks_are_reported(seen: Seen) -> None:
     found: dict[str, str] = alike(seen, "identical")
     passing = {name for name, message in found.items() if not message}
     assert passing == {"equal", "strides", "nan alike"}
@@ -217,7 +217,7 @@ def test_meter_of_many_processes(seen: Seen) -> None:
     assert one.read() == pytest.approx(seen[0]["read"])
 
 
-def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with process_group("cpu") as process:
         assert process == Process(0, 1, torch.device("cpu"))

@@ -78,7 +78,7 @@ def test_images_arrive_in_channels_last_format_and_autocast_is_entered() -> None
     assert seen == [True] * 3
 
 
-def test_what_is_missing_is_named_and_the_mode_restored_after_errors() -> None:
+def test_missing_outputs_are_reported_and_the_mode_is_restored() -> None:
     model, source = ChannelMeans(), random_source(2)
     with pytest.raises(ValueError, match="ChannelMeans has no pretrained_cfg"):
         extract_features(model, source)

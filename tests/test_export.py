@@ -80,7 +80,7 @@ def test_torchvision_loads_a_classifier_strictly(stock: Path, tmp_path: Path, su
     torch.testing.assert_close(ImageClassification(**values)(image), expected)
 
 
-def test_files_have_their_own_license_and_missing_packages_are_said_first(
+def test_file_licenses_and_missing_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, path = tmp_path / "own.safetensors", tmp_path / "model.pth"
@@ -99,7 +99,7 @@ def test_files_have_their_own_license_and_missing_packages_are_said_first(
     assert "pip install '.[export]'" in error
 
 
-def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) -> None:
+def test_the_backbone_of_a_complete_model_has_no_head(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "backbone.safetensors"
     arguments = (whole, "--to", "torchvision", "--output", path, "--features", "backbone")
     assert run(*arguments)[0] == 0
@@ -125,7 +125,7 @@ def test_the_backbone_of_a_whole_model_has_no_head(whole: Path, tmp_path: Path) 
         ("resnet18", {"num_classes": 0, "output_stride": 16}, r"does not reproduce"),
     ],
 )
-def test_what_torchvision_cannot_compute_is_refused(
+def test_models_unknown_to_torchvision_are_rejected(
     tmp_path: Path, name: str, kwargs: dict[str, Any], words: str
 ) -> None:
     folder = write_model(tmp_path / "model", name, **kwargs)
@@ -200,7 +200,7 @@ def test_bad_input_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder.onnx"]
 
 
-def test_the_images_compared_are_of_several_sizes_and_numbers_alone_are_small() -> None:
+def test_comparisons_use_several_sizes_and_batches() -> None:
     assert resolutions(224, 224) == [(224, 224), (160, 160), (288, 224)]
     found = list(batches(3, resolutions(SIDE, SIDE)))
     assert [tuple(b.shape) for b in found] == [(1, 3, 64, 64), (2, 3, 32, 32), (5, 3, 96, 64)]

@@ -49,7 +49,7 @@ def close(found: np.ndarray, expected: Tensor, tolerance: float = 1e-5) -> None:
 
 
 @torch.no_grad()
-def test_a_whole_model_gives_its_logits_at_any_size(whole: Path, tmp_path: Path) -> None:
+def test_complete_models_return_logits_at_any_size(whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "whole.onnx"
     status, printed, error = run(whole, "--to", "onnx", "--output", path)
     assert (status, error) == (0, "")

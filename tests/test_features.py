@@ -77,7 +77,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("out", ["out/f.safetensors", "f.npy"])
-def test_a_file_holds_features_names_and_what_made_them(
+def test_feature_files_contain_features_names_and_metadata(
     place: Path, models: Path, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(models, "images", "--output", out) == 0
@@ -178,7 +178,7 @@ def test_other_files_are_not_replaced_unasked(
 
 @pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("out", ["f.npy", "f.safetensors", "empty.npy", "shorter.npy"])
-def test_a_damaged_file_is_not_taken_for_a_finished_one(
+def test_damaged_files_do_not_count_as_finished(
     models: Path, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert run(models, "images", "--output", out) == 0
@@ -261,7 +261,7 @@ def test_an_image_that_was_skipped_is_looked_at_again_when_it_must_be_read(
     assert_right(found, place, models)
 
 
-def test_images_that_cannot_be_read_are_errors_or_left_out_and_listed(
+def test_unreadable_images_raise_or_are_skipped_and_listed(
     place: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = "f.safetensors"
@@ -330,7 +330,7 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
         (["nothing"], "nothing: there is no such file or folder"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_line(
+def test_impossible_requests_are_reported_in_one_line(
     models: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = [] if "--output" in arguments else ["--output", "f.npy"]
@@ -342,7 +342,7 @@ def test_what_cannot_be_done_is_told_in_a_line(
 
 
 @pytest.mark.usefixtures("place")
-def test_own_weights_are_taken(tmp_path: Path) -> None:
+def test_own_weights_are_loaded(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = timm.create_model("test_resnet", num_classes=0)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
@@ -354,7 +354,7 @@ def test_own_weights_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_missing_packages_and_maps_are_told(
+def test_missing_packages_and_feature_maps_are_reported(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = ["images", "--output", "f.npy", "--features", "dense"]
@@ -367,7 +367,7 @@ def test_missing_packages_and_maps_are_told(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_model_without_weights_is_told_with_what_this_command_has(
+def test_models_without_weights_are_reported_with_a_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("f.pth").write_bytes(b"nothing")
@@ -380,7 +380,7 @@ def test_a_model_without_weights_is_told_with_what_this_command_has(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow UTF-8 names alone")
-def test_images_whose_names_are_not_utf8_are_skipped_and_told(
+def test_images_with_non_utf8_names_are_skipped_and_reported(
     models: Path, place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     name = os.fsdecode(b"gr\xfcn.png")
@@ -404,7 +404,7 @@ def test_many_names_do_not_fill_the_header(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_a_damaged_file_is_told(models: Path) -> None:
+def test_damaged_feature_files_are_reported(models: Path) -> None:
     path, array = Path("f.safetensors"), Path("f.npy")
     for out in (path, array):
         assert run(models, "images", "--output", str(out)) == 0

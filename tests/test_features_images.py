@@ -40,7 +40,7 @@ ALL = ["a/deep/3.PNG", "b/1.jpg", "b/2.png", "top.jpeg"]
         (["images/b/*.png"], "images/b", ["2.png"]),
     ],
 )
-def test_images_are_found_in_order_with_names_below_what_was_named(
+def test_images_are_found_in_order_with_relative_names(
     place: Path, arguments: list[str], root: str, names: list[str]
 ) -> None:
     source, repeated = find_images(arguments)
@@ -91,7 +91,7 @@ def test_images_are_counted_once_by_any_name(place: Path, caplog: pytest.LogCapt
         ("blank-end.txt", r"line 1: 'top.jpeg ' has no image extension"),
     ],
 )
-def test_what_names_no_images_is_told(place: Path, argument: str, message: str) -> None:
+def test_arguments_without_images_are_reported(place: Path, argument: str, message: str) -> None:
     (place / "list.csv").write_text("path\nimages/top.jpeg\n")
     (place / "blank.txt").write_text("\n \n")
     (place / "bad.txt").write_text("images/top.jpeg\nmodel.pt\n")

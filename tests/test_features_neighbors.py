@@ -110,7 +110,7 @@ def test_weights_of_your_own_may_be_moved(place: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("root", ["moved", "images/../moved/", None])
-def test_a_query_by_its_path_is_no_neighbor_of_its_own(place: Path, root: str | None) -> None:
+def test_a_query_by_path_is_not_its_own_neighbor(place: Path, root: str | None) -> None:
     if root:
         shutil.copytree(place / "images", place / "moved")
     path = f"{'moved' if root else 'images'}/a/0.png"
@@ -171,14 +171,14 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 @pytest.mark.usefixtures("place")
-def test_what_is_wrong_is_told(
+def test_invalid_checkpoints_are_reported(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["neighbors", "f.npy", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_names_are_whole_or_shortened_and_images_keep_their_shape(tmp_path: Path) -> None:
+def test_long_names_are_shortened_and_images_keep_their_shape(tmp_path: Path) -> None:
     Image.new("RGB", (400, 100), "red").save(tmp_path / "wide.png")
     Image.new("RGB", (20, 60), "blue").save(tmp_path / "$high_.png")
     long = "x" * 90 + "/../wide.png"

@@ -17,7 +17,7 @@ from trex_models.atomic import append, open_new, replacing, write_safetensors, w
 from trex_models.pretrained import timm_folder
 
 
-def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> None:
+def test_files_are_replaced_once_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text_file(path, "old")
     with replacing(path) as file:
@@ -32,7 +32,7 @@ def test_a_file_takes_the_old_one_s_place_when_it_is_whole(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
-def test_an_error_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseException]) -> None:
+def test_errors_keep_the_old_file(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file"
     write_text_file(path, "old")
     with pytest.raises(error), replacing(path) as file:  # noqa: PT012

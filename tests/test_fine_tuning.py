@@ -79,7 +79,7 @@ def test_both_starts_share_the_network_and_not_the_weights(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "fitted", "held_out"), [("digits", 4, 2), ("photographs", 6, 30)])
-def test_images_to_choose_the_rate_by_are_neither_fitted_on_nor_tested_on(
+def test_images_for_rate_selection_are_not_used_elsewhere(
     name: str, fitted: int, held_out: int
 ) -> None:
     task = fine_tuning.task(name, 6, CFG)
@@ -117,7 +117,7 @@ def test_the_command_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFi
         (["--tasks", "letters:9"], "--tasks must be digits:3 to digits:110 or "),
     ],
 )
-def test_wrong_arguments_are_said_in_one_line(
+def test_wrong_arguments_are_reported_in_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = ["--run", str(tmp_path), "--output", str(tmp_path / "out")]

@@ -16,7 +16,7 @@ def _nearest_mean_accuracy(features: np.ndarray, labels: np.ndarray, train: np.n
     return float((distances.argmin(1) == labels[~train]).mean())
 
 
-def test_reads_what_the_protocol_promises() -> None:
+def test_sources_follow_the_protocol() -> None:
     source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5, variation=0.7)
     assert len(source) == 6
     assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -109,7 +109,7 @@ def test_refuses(argument: str, value: float) -> None:
         FractalSource(**{argument: value})  # type: ignore[arg-type]
 
 
-def test_a_given_turn_changes_the_pose_alone() -> None:
+def test_rotation_changes_only_the_pose() -> None:
     own = draw_fractal(0, 0, 32)
     assert abs(own.rotation) <= np.pi / 12
     np.testing.assert_array_equal(draw_fractal(0, 0, 32, rotation=own.rotation).image, own.image)

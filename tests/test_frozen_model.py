@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(path, "resnet10t", cfg, seed=3, num_classes=5, channels=CHANNELS)
 
 
-def test_a_folder_is_loaded_without_its_classifier_and_normalized_its_own_way(folder: Path) -> None:
+def test_folders_load_without_classifier_and_with_their_normalization(folder: Path) -> None:
     encoder = load(str(folder))
     assert encoder.shape == (32,)
     assert encoder.metadata["architecture"] == "resnet10t"
@@ -63,7 +63,7 @@ def test_preprocessing_is_chosen_by_name(folder: Path) -> None:
         assert asdict(transform) == asdict(PROTOCOLS[name])
 
 
-def test_runs_stand_for_backbones_and_files_have_own_licenses(folder: Path, tmp_path: Path) -> None:
+def test_runs_mean_their_backbones_and_files_keep_licenses(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "export").mkdir(parents=True)
     (tmp_path / "run" / "export" / "backbone").symlink_to(folder)
     encoder = load(str(tmp_path / "run"))
@@ -76,7 +76,7 @@ def test_runs_stand_for_backbones_and_files_have_own_licenses(folder: Path, tmp_
     assert (facts["license"], facts["tag"]) == ("not stated", "")
 
 
-def test_weights_are_told_apart_by_content_alone_and_random_ones_are_seeded(folder: Path) -> None:
+def test_weights_are_identified_by_content_and_random_ones_are_seeded(folder: Path) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     digest = weights_digest(model)
     assert weights_digest(model.to(memory_format=torch.channels_last)) == digest
@@ -139,7 +139,7 @@ def test_pixels_are_an_encoder() -> None:
         ("resnet200", "resnet200 cannot be loaded: No pretrained .*; --untrained evaluates"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(name: str, message: str) -> None:
+def test_models_that_cannot_be_loaded_are_reported(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(name, hint="--untrained evaluates")
 

@@ -147,7 +147,7 @@ def test_cuda_agrees_with_the_processor() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("row", [0, 57])
-def test_a_row_that_is_not_finite_is_named(value: float, row: int) -> None:
+def test_non_finite_rows_are_reported(value: float, row: int) -> None:
     features, labels = sample()
     features[[row, 88], 3] = value
     with pytest.raises(ValueError, match=f"row {row} has a NaN or an infinity"):
@@ -166,6 +166,6 @@ def test_a_row_that_is_not_finite_is_named(value: float, row: int) -> None:
         (np.zeros((4, 2)), np.arange(4) // 2, "there are 0 classes, the largest of 0"),
     ],
 )
-def test_what_cannot_be_analyzed(images: np.ndarray, labels: np.ndarray, message: str) -> None:
+def test_unsuitable_data_is_rejected(images: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyze(images, labels)

@@ -97,7 +97,7 @@ def test_float32_islands_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_whole_modules_in_one_type(dtype: torch.dtype) -> None:
+def test_complete_modules_in_one_dtype(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Projector(16, 1, 32, 8), CosineClassifier(8, 4)).eval()
     x = 100 * torch.randn(5, 16)  # the sum of squares overflows float16

@@ -168,13 +168,13 @@ def test_own_model_becomes_a_hub_folder(tiny: Path, tmp_path: Path) -> None:
         "pipeline_tag": "image-feature-extraction",
         "tags": ["image-feature-extraction", "timm", "trex"],
     }
-    for word in ("non-commercial", "not for commercial", "1.17", "78.0", "authors' figures"):
+    for word in ("non-commercial", "not for commercial", "1.17", "78.0", "authors' results"):
         assert word not in card.text
     weights_files = (path / "model.safetensors" for path in (folder, tiny / "small_trex"))
     assert len(set(map(sha256, weights_files))) == 1
 
 
-def test_license_of_own_model_is_its_owners_choice_each_time(tiny: Path, tmp_path: Path) -> None:
+def test_owners_choose_the_license_of_their_models(tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "export"
     shutil.copytree(tiny / "small_trex", source)
     with pytest.raises(ValueError, match=r"states no license for export; choose one with --li"):
@@ -355,7 +355,7 @@ def test_card_of_naver_model(name: str) -> None:
     own = reported(name)
     shown = re.findall(r"^\| (\d.*) % \| (.*) \|$", card, re.MULTILINE)
     assert shown == [(f"{100 * own.top1:.1f}", f"{own.mean_log_odds:.4f}")]
-    assert "**authors' figures**" in text
+    assert "**authors' results**" in text
     assert "**Not measured by us yet.**" in text
     assert f"**This is {'t-ReX*' if 'star' in name else 't-ReX'}.**" in text
 
@@ -369,7 +369,7 @@ def test_card_of_naver_model(name: str) -> None:
     assert ("It needs the package trex_models" in text) is (backbone != name)
 
 
-def test_cards_have_what_was_measured_and_figures_those_of_the_specification() -> None:
+def test_cards_contain_measured_and_reported_results() -> None:
     measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
     render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
     card = render(naver_model("trex_resnet50.in1k"), measured=measured)
@@ -449,7 +449,7 @@ def test_from_publication_to_the_examples_in_the_cards(
 # publish
 
 
-def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: Desk) -> None:
+def test_publish_records_files_and_uploads_them_once(desk: Desk) -> None:
     published = desk.push("small_trex")
     entry, folder = published.models["small_trex"], desk.built / "small_trex"
     (_, commit) = desk.commits()
@@ -473,7 +473,7 @@ def test_publish_records_what_a_user_then_fetches_and_sends_nothing_again(desk: 
         desk.push("small_trex", namespace="ada")
 
 
-def test_a_changed_file_alone_is_committed(desk: Desk) -> None:
+def test_only_changed_files_are_committed(desk: Desk) -> None:
     folder = desk.built / "small_trex"
     first = desk.push(folder).models["small_trex"]
     desk.server.log.clear()
@@ -573,7 +573,7 @@ def test_errors_of_the_hub_are_one_line(
     assert list(desk.push("small_trex").models) == ["small_trex"]  # a second command continues
 
 
-def test_what_cannot_be_recorded_is_not_sent(desk: Desk) -> None:
+def test_models_that_cannot_be_recorded_are_not_uploaded(desk: Desk) -> None:
     with pytest.raises(ValueError, match="2 folders have the name small_trex"):
         desk.push("small_trex", "small_trex")
     with pytest.raises(ValueError, match="none is not writable; choose another --manifest"):
@@ -974,7 +974,7 @@ def test_import_keeps_no_other_file(
         fetch()
 
 
-def test_import_goes_on_warns_and_makes_again_what_is_damaged(
+def test_import_continues_and_rebuilds_damaged_folders(
     files: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "manifest.json", tmp_path / "out"

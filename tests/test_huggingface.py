@@ -224,7 +224,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
     refused(saved(tmp_path / "two", data), "no unambiguous label column")
 
 
-def test_columns_of_other_types_are_told_with_what_to_do(tmp_path: Path) -> None:
+def test_columns_of_wrong_types_are_reported_with_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "away.png").write_bytes(content(0))
     paths = datasets.Dataset.from_dict(
         {"image": [str(tmp_path / "away.png")] * 2, "label": [0.0, 1.0]}
@@ -285,9 +285,7 @@ def test_labels_in_a_training_sets_classes(tmp_path: Path) -> None:
         HuggingFaceSource(path, classes=["ant", "cat"])
 
 
-def test_what_is_wrong_with_a_data_set_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_problems_of_datasets_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "absent", "does not exist; specify")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "a.txt").write_text("no data")

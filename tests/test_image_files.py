@@ -84,7 +84,7 @@ def test_a_part_keeps_classes_and_order(tmp_path: Path) -> None:
     assert part.classes == ["x", "y", "z"]
 
 
-def test_labels_must_fit() -> None:
+def test_labels_must_match() -> None:
     for labels, message in (
         ([0], r"need 2 labels, one per image, got shape \(1,\)"),
         ([0, 2], r"labels must be in \[0, 2\), got 0 to 2"),
@@ -106,7 +106,7 @@ def test_sorted_classes_and_files_at_any_depth(tmp_path: Path) -> None:
     assert source.read(0).shape == (30, 40, 3)
 
 
-def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
+def test_problems_of_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent cannot be listed \(No such file or directory"):
         FolderSource(tmp_path / "absent")
     with pytest.raises(ValueError, match="0 class folders"):
@@ -294,7 +294,7 @@ def test_labels_of_a_csv_file_in_a_training_sets_classes(tmp_path: Path) -> None
         ('path,label\na,x\n"b"c,y\n', "line 3: .*; fix the quotes of the row"),
     ],
 )
-def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, message: str) -> None:
+def test_problems_of_csv_files_are_reported(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "list.csv", text)
     with pytest.raises(ValueError, match=message) as caught:
         CsvSource(path)
@@ -302,7 +302,7 @@ def test_what_is_wrong_with_a_csv_file_is_said(tmp_path: Path, text: str, messag
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_csv_file_is_said(tmp_path: Path) -> None:
+def test_invalid_csv_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.csv cannot be read \(No such file or directory"):
         CsvSource(tmp_path / "absent.csv")
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\); use a CSV file"):

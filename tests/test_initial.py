@@ -119,7 +119,7 @@ PROTOTYPES = "classifier weights, from the bank's prototypes"
         ("official ocm", "--data.num-classes 9", "memory bank: not restored .* 3 .* 9 classes"),
     ],
 )
-def test_what_does_not_fit_is_told(
+def test_mismatched_parts_are_reported(
     source: str, overrides: str, expected: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     config = parse("smoke", ["--output", str(tmp_path), *TINY, *overrides.split()])
@@ -129,9 +129,7 @@ def test_what_does_not_fit_is_told(
     assert any(re.match(expected, f"{part}: {fate}") for part, fate in report.items()), report
 
 
-def test_what_is_not_restored_keeps_its_random_weights(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_parts_that_are_not_restored_stay_random(sources: dict[str, Path], tmp_path: Path) -> None:
     config = parse("smoke", ["--output", str(tmp_path), *TINY, "--model.hidden-layers", "2"])
     method, untouched = (build.build_method(config, 4) for _ in range(2))
     init(sources["ocm"], method, ["a", "b", "c", "d"])
@@ -147,7 +145,7 @@ def test_what_is_not_restored_keeps_its_random_weights(
 
 
 @pytest.mark.parametrize("part", ["backbone", "cls"])
-def test_timm_folders_are_taken(part: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_timm_folders_are_accepted(part: str, sources: dict[str, Path], tmp_path: Path) -> None:
     options = ["--objective.name", "cosine", "--optim.epochs", "1"]
     lines = started(sources["cosine"] / "export" / part, tmp_path / "run", *options)
     fate = "restored" if part == "cls" else "not restored (the file has none)"
@@ -212,7 +210,7 @@ def test_weights_of_other_classes_or_another_order_are_not_restored(
             assert_same_state(method.objective.state_dict(), untouched.objective.state_dict())
 
 
-def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
+def test_timm_classifiers_are_classifier_weights(tmp_path: Path) -> None:
     """For any name of the classifier in timm."""
     options = """--model.backbone vit_tiny_patch16_224 --model.backbone-args depth=1
         --model.projector none --objective.name softmax""".split()
@@ -232,7 +230,7 @@ def test_timms_own_heads_are_class_weights(tmp_path: Path) -> None:
     assert_same_state(method.state_dict(), trained.state_dict())
 
 
-def test_files_that_will_not_do(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_unusable_files_are_rejected(sources: dict[str, Path], tmp_path: Path) -> None:
     page = tmp_path / "page.pth"
     page.write_text("<!doctype html><p>Not found")
     spoilt = last_state(sources["ocm"])

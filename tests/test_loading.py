@@ -165,7 +165,7 @@ def test_workers_leave_signals_to_the_parent(tmp_path: Path, kind: str) -> None:
     assert logged == []
 
 
-def test_death_does_not_disturb_what_the_consumer_does(tmp_path: Path) -> None:
+def test_worker_deaths_do_not_disturb_the_consumer(tmp_path: Path) -> None:
     logged: list[str] = []
     batches = load_batches(Numbers(tmp_path), BATCHES, 2, log=logged.append)
     keys, maker = next(batches)
@@ -184,7 +184,7 @@ def kill(process: int) -> None:
         time.sleep(0.01)
 
 
-def test_handler_of_childrens_deaths_is_left_alone(tmp_path: Path) -> None:
+def test_the_sigchld_handler_is_unchanged(tmp_path: Path) -> None:
     def own(*_: object) -> None: ...
 
     before = signal.signal(signal.SIGCHLD, own)
@@ -235,7 +235,7 @@ def test_stopped_workers_are_reported_and_given_up(
     assert any(f"process ID {worker}, which is stopped" in line for worker in workers)
 
 
-def test_what_the_consumer_raises_is_its_own(tmp_path: Path) -> None:
+def test_errors_of_the_consumer_are_not_caught(tmp_path: Path) -> None:
     """A RuntimeError of the consumer does not count as a dead worker, whatever its message."""
     logged: list[str] = []
 

@@ -114,7 +114,7 @@ def test_reported_gradient_is_that_of_the_objective() -> None:
     assert fitted.gradient_norm == pytest.approx(float(norm), rel=1e-6)
 
 
-def test_a_path_follows_the_line_through_its_last_two_fits() -> None:
+def test_a_path_extrapolates_its_last_two_fits() -> None:
     x, y, _ = digits()
     strengths = np.logspace(-3, 2, 11).tolist()
     path = fit_path(x, y, strengths)

@@ -53,7 +53,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(k: int) -> None:
     assert ours.abs().sum() > 0
 
 
-def test_the_whole_bank_as_neighbors_is_snca() -> None:
+def test_the_complete_bank_as_neighbors_is_snca() -> None:
     """Wu, Efros, Yu 2018, Eq. 4 and 5: p_ij is a softmax over all but i; the loss -log sum p_ij."""
     bank = make_bank(size=12 * C)
     bank.indices.copy_(torch.arange(len(bank.indices)))
@@ -72,7 +72,7 @@ def test_the_whole_bank_as_neighbors_is_snca() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, snca)))
 
 
-def test_own_entries_do_not_count() -> None:
+def test_own_entries_are_excluded() -> None:
     bank = make_bank()
     z, labels, ids = batch(images=1, crops=1)
     before, votes = LOOK(bank, TAU, 5)(z, labels, ids)

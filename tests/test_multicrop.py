@@ -121,7 +121,7 @@ def test_sampler_continues_at_any_step(start: int) -> None:
     assert list(EpochSampler(10, 4, 3, seed=0, start_step=start)) == whole[start:]
 
 
-def test_stand_in_brings_its_own_label_and_id() -> None:
+def test_substitutes_keep_their_label_and_index() -> None:
     """Crops, label and index at each position belong to the same image."""
 
     class Torn(ArraySource):

@@ -129,7 +129,7 @@ def test_importing_the_package_loads_no_extras_and_nothing_that_timm_does_not() 
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_alone_and_works_outside_the_checkout(tmp_path: Path) -> None:
+def test_the_wheel_contains_only_the_package_and_works_elsewhere(tmp_path: Path) -> None:
     pip = partial(run_python, "-m", "pip", "--quiet", "--disable-pip-version-check")
     pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT)
     (wheel,) = tmp_path.glob("*.whl")

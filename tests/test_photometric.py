@@ -89,7 +89,7 @@ def test_hue_strong_jitter_and_gray_images_match_pil() -> None:
 
 
 @pytest.mark.parametrize("augmentation", [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION])
-def test_whole_augmentation_matches_pil(augmentation: PhotometricAugmentation) -> None:
+def test_the_complete_augmentation_matches_pil(augmentation: PhotometricAugmentation) -> None:
     error = photometric_error(crop(96, 48), draw_rows(augmentation, 48))
     assert np.abs(error).mean() <= 0.3
     assert abs(error.mean()) <= 0.05
@@ -106,7 +106,7 @@ def test_tiny_images_match_pil(size: tuple[int, int]) -> None:
     ).any()
 
 
-def test_rows_of_zeros_change_nothing_and_inputs_are_left_alone() -> None:
+def test_zero_rows_have_no_effect_and_inputs_are_unchanged() -> None:
     images = crop(40, 6)
     assert torch.equal(augment(images, np.zeros((6, ph.NUM_PARAMETERS), np.float32)), images)
     off = PhotometricAugmentation(flip=0, jitter=0, gray=0, blur=0, solarize=0)

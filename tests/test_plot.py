@@ -187,7 +187,7 @@ def test_labels_are_distinct(tmp_path: Path) -> None:
     assert plot.labels([Path()]) == [Path.cwd().name]
 
 
-def test_headline_says_what_differs(make_run: Make) -> None:
+def test_headline_shows_the_differences(make_run: Make) -> None:
     one = trex("x")
     two = replace(one, output="y", objective=ObjectiveConfig(name="cosine"))
     first, second = (

@@ -262,7 +262,7 @@ def test_pil_images_are_converted_as_files_are() -> None:
         assert all(map(torch.equal, *crops))
 
 
-def test_a_backbone_that_does_not_pool_is_named() -> None:
+def test_backbones_without_pooling_are_rejected() -> None:
     encoder = Encoder(nn.Conv2d(3, 8, 3), Projector(8))
     with pytest.raises(ValueError, match=r"vector per image, not \(2, 8, 6, 6\).*num_classes=0"):
         encoder(torch.randn(2, 3, 8, 8))
@@ -302,6 +302,6 @@ def test_accuracy_of_neighbors_is_that_of_their_votes() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:
+def test_wrong_arguments_are_rejected(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

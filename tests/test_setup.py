@@ -210,7 +210,7 @@ def test_checkpoints_come_every_so_many_minutes(trained: Trained) -> None:
     assert {p.name for p in checkpointing.list_checkpoints(folder)} == {"step_18.pt", "step_20.pt"}
 
 
-def test_each_process_has_its_part_of_a_batch_and_its_own_seeds(tmp_path: Path) -> None:
+def test_processes_have_separate_parts_of_a_batch_and_seeds(tmp_path: Path) -> None:
     seeds = {}
     short = replace(CONFIG, optim=replace(CONFIG.optim, epochs=2), validation=ValidationConfig())
     for rank in (0, 1):

@@ -26,7 +26,7 @@ def test_order_is_that_of_the_hashes_for_ever() -> None:
     assert [fewer[i] for i in hashed_order(fewer)] == [key for key in order if key in fewer]
 
 
-def test_each_class_holds_out_its_own_share_for_ever() -> None:
+def test_held_out_images_of_a_class_never_change() -> None:
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 9], (10, 2, 25, 3, 13)))
     mask = held_out(labels)
     assert [int(mask[labels == c].sum()) for c in (0, 1, 2, 3, 9)] == [2, 1, 5, 1, 3]

@@ -96,7 +96,7 @@ class _Drawn(Images):
             raise OSError(28, "No space left on device")
 
 
-def test_images_are_whole_or_absent(tmp_path: Path) -> None:
+def test_written_images_are_complete_or_absent(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         _Drawn(num_classes=1, per_class=1, size=1).write(tmp_path / "full")
     assert not (tmp_path / "full" / "set" / "train").exists()
@@ -187,7 +187,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_one_seed_makes_no_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_seed_gives_no_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(tmp_path, *(_result(cell, 0) for cell in ("cosine-1", "ocm-3", "look-1")))
     assert claims.tested(claims.read_results(tmp_path), CLAIMS) == []
     command = ["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]
@@ -317,7 +317,7 @@ def test_results_and_searches_of_other_conditions_are_not_gone_on_with(
         study.best_rate(replace(trial, epochs=8), out)
 
 
-def test_mean_head_leaves_out_an_images_own_embedding() -> None:
+def test_mean_head_excludes_the_images_own_embedding() -> None:
     # The second image is classified correctly only if its own embedding counts: its score is
     # 0.89 with it and 0.6 without, and that of the other class is 0.8.
     known = np.array([[1, 0], [0.6, 0.8], [0, 1], [0, 1]], np.float32)
@@ -336,7 +336,7 @@ def test_a_failed_task_does_not_end_the_others(capsys: pytest.CaptureFixture[str
     assert printed.index("[1/3] failed: ended with status 2") < printed.index("[3/3] third")
 
 
-def test_sigterm_reaches_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_reaches_running_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trap = "trap 'echo saved; exit 3' TERM"
     put_python(tmp_path, monkeypatch, trap, "echo on", "while :; do sleep 0.1; done")
     run = new_run(tmp_path)

@@ -95,7 +95,7 @@ def test_owner_chooses_the_license(finished: Path, tmp_path: Path) -> None:
     assert license_of(tmp_path / "backbone") == "cc-by-4.0"
 
 
-def test_backbone_export_needs_timm_alone(finished: Path) -> None:
+def test_backbone_exports_load_with_timm_only(finished: Path) -> None:
     code = (
         "import sys, timm, torch; "
         f"model = timm.create_model('local-dir:{finished}/export/backbone', pretrained=True); "
@@ -219,7 +219,7 @@ def test_bad_commands(capsys: pytest.CaptureFixture[str], arguments: str, messag
     assert message in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     for name, content, folder, message in (
         ("config.json", "[]", tmp_path, "is not the configuration of a run; choose another"),
         ("file", "", tmp_path / "file" / "run", "cannot be created"),

@@ -110,7 +110,9 @@ def test_an_image_that_cannot_be_read_is_an_error_of_one_line(images: Path) -> N
     assert "3.jpg cannot be read as an image" in err
 
 
-def test_flag_is_of_the_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_flag_may_be_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Config] = []
     monkeypatch.setattr(module, "benchmark", asked.append)
     output = ["--output", str(tmp_path)]

@@ -64,7 +64,7 @@ def report(place: Path) -> dict[str, Any]:
     return read_report(place / "out" / "report.json")
 
 
-def test_a_report_says_what_repeats_it(report: dict[str, Any], place: Path) -> None:
+def test_reports_contain_the_command_that_repeats_them(report: dict[str, Any], place: Path) -> None:
     json.dumps(report, allow_nan=False)
     assert report["complete"]
     model = {"label": "Small", "source": str(place / "model"), "license": "apache-2.0"}
@@ -100,7 +100,7 @@ def test_scores_are_those_of_the_chosen_classifiers(report: dict[str, Any]) -> N
     assert 0.4 < hard["mean"] < 0.95
 
 
-def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -> None:
+def test_a_table_is_written_next_to_the_report(report: dict[str, Any], place: Path) -> None:
     text = (place / "out" / "report.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["dataset", "easy", "hard", "mean log-odds of 2 datasets"]
@@ -113,7 +113,7 @@ def test_a_table_stands_beside_the_report(report: dict[str, Any], place: Path) -
     assert "INCOMPLETE" not in text
 
 
-def test_the_same_command_takes_over_what_was_found(
+def test_the_same_command_reuses_scores(
     report: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any, **__: Any) -> Any:
@@ -198,7 +198,7 @@ def test_features_of_zeros_have_no_geometry(
     assert main(["plot", str(out), "--kind", "geometry", "--output", str(tmp_path / "a.png")]) == 2
 
 
-def test_what_does_not_compare_is_refused_or_said(
+def test_incomparable_reports_are_rejected_or_noted(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place / "easy", tmp_path / "easy")
@@ -328,7 +328,7 @@ def test_bad_input_is_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_unreadable_images_are_named(
+def test_unreadable_images_are_reported(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(place / "easy", tmp_path / "easy")

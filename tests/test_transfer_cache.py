@@ -86,7 +86,7 @@ def test_features_are_those_of_the_model_and_extracted_once(cache: FeatureCache)
 
 
 @pytest.mark.parametrize("damage", ["none", "no mark", "mark", "header", "short"])
-def test_what_a_cut_left_is_used_but_where_it_is_damaged(cache: FeatureCache, damage: str) -> None:
+def test_interrupted_files_are_resumed_unless_damaged(cache: FeatureCache, damage: str) -> None:
     model, source = encoder(), cut_source()
     with pytest.raises(ValueError, match="torn"):
         cache.features(model, source, "set-train")
@@ -222,7 +222,7 @@ def test_features_of_other_weights_under_this_name_are_refused(cache: FeatureCac
         cache.features(encoder(), images(), "set-train")
 
 
-def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
+def test_non_finite_features_are_reported(cache: FeatureCache) -> None:
     class Broken(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             bad = torch.arange(len(x))[:, None] == 2
@@ -243,7 +243,9 @@ def test_features_that_are_not_finite_are_named(cache: FeatureCache) -> None:
     assert np.isfinite(cache.features(large, images(), "set-train")).all()
 
 
-def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disks_are_reported_first(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     source = cut_source()
     with pytest.raises(ValueError, match=r"1\.0 MB of free space, but 67\.1 MB are required"):
@@ -251,7 +253,7 @@ def test_a_full_disk_is_told_first(cache: FeatureCache, monkeypatch: pytest.Monk
     assert source.reads == 0
 
 
-def test_what_another_process_extracts_is_waited_for(
+def test_extraction_waits_for_another_process(
     cache: FeatureCache, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = cache.features(encoder(), images(), "set-train")

@@ -75,7 +75,7 @@ def test_each_part_has_its_files_and_labels(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_wrong_files_are_told_with_layout_and_home(tmp_path: Path, name: str) -> None:
+def test_wrong_files_are_reported_with_layout_and_url(tmp_path: Path, name: str) -> None:
     message = refused(DATASETS[name], tmp_path)
     assert message.startswith(f"{name}: ")
     assert f"needed below {tmp_path}: {DATASETS[name].layout}; from " in message
@@ -155,7 +155,7 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
         (" , ", "--datasets is empty; choose from"),
     ],
 )
-def test_what_is_wrong_with_a_list_is_said(text: str, message: str) -> None:
+def test_problems_of_lists_are_reported(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select(text)
 
@@ -173,14 +173,14 @@ def test_eurosats_division_of_a_class_does_not_depend_on_the_others(tmp_path: Pa
     assert len(found) == 8
 
 
-def test_the_size_of_own_folders_decides_their_classifier() -> None:
+def test_the_number_of_images_selects_the_classifier() -> None:
     [own] = select("mine=anywhere")
     test = FractalSource(2, 5, 16)
     for count, classifier in ((10, "logistic"), (50_001, "sgd")):
         assert Task(own, FractalSource(2, count, 16), test).classifier == classifier
 
 
-def test_own_folders_in_three_parts_are_fitted_on_two(tmp_path: Path) -> None:
+def test_own_folders_with_three_parts_train_on_two(tmp_path: Path) -> None:
     train, val = folders(tmp_path, "train", 3), folders(tmp_path, "val", 1)
     found = open_checked(own(tmp_path), Path("/elsewhere"))
     assert [files(part, tmp_path) for part in found] == [train, val]
@@ -212,7 +212,7 @@ def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) 
     assert one.items() < two.items()
 
 
-def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: Path) -> None:
+def test_unsuitable_folders_are_reported(tmp_path: Path) -> None:
     message = refused(own(tmp_path / "absent"), tmp_path)
     assert message.startswith(f"mine: {tmp_path}/absent cannot be listed")
     assert message.endswith(f"or only {tmp_path}/absent/CLASS")
@@ -234,7 +234,7 @@ def test_own_folders_that_are_none_and_flat_ones_of_imagenet_are_told(tmp_path: 
 
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])
-def test_a_link_to_the_training_images_is_told(tmp_path: Path, link: str) -> None:
+def test_links_to_training_images_are_reported(tmp_path: Path, link: str) -> None:
     folders(tmp_path, "train", 2)
     if link == "symbolic":
         (tmp_path / "test").symlink_to(tmp_path / "train")
@@ -249,7 +249,7 @@ def test_a_link_to_the_training_images_is_told(tmp_path: Path, link: str) -> Non
 
 
 @pytest.mark.parametrize("place", ["SUN397", ".", "Partitions"])
-def test_lists_of_sun397_may_lie_beside_it(tmp_path: Path, place: str) -> None:
+def test_sun397_lists_may_be_next_to_its_folder(tmp_path: Path, place: str) -> None:
     expected = replicas.sun397(tmp_path)
     (tmp_path / place).mkdir(exist_ok=True)
     for path in (tmp_path / "SUN397" / "Partitions").iterdir():

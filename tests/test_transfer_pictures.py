@@ -99,7 +99,7 @@ def test_a_model_is_a_point_with_its_name_and_two_intervals() -> None:
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))
-def test_authors_points_are_hollow_and_named(name: str) -> None:
+def test_published_points_are_hollow_and_labeled(name: str) -> None:
     figure = pictures.scatter([report("ours")], name)
     authors = PUBLISHED[name]
     expected = [(100 * point.top1, point.mean_log_odds) for point in authors.points]
@@ -199,7 +199,7 @@ def test_geometry_are_a_spectrum_and_three_panels() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
 
 
-def test_geometry_of_some_models_and_sets_alone() -> None:
+def test_geometry_of_some_models_and_datasets() -> None:
     one, two, three = report("one"), report("two"), report("three")
     for entry in (*one["datasets"].values(), *list(two["datasets"].values())[:2]):
         del entry["geometry"]
@@ -219,7 +219,7 @@ def test_names_may_hold_any_characters(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_does_not_compare_or_is_nothing_is_refused() -> None:
+def test_incomparable_or_empty_reports_are_rejected() -> None:
     one, other, fewer = report("one"), report("other"), report("fewer", sets=("digits", "cars"))
     other["training_task"] = "digits"
     with pytest.raises(ValueError, match="one was trained on imagenet, other on digits"):

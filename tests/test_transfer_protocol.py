@@ -65,7 +65,7 @@ def logistic_top1(strength: float, *arrays: np.ndarray) -> float:
     return (votes == test_y).double().mean().item()
 
 
-def test_logistic_is_chosen_on_the_held_out_and_fitted_to_all(task: Task) -> None:
+def test_logistic_selects_on_held_out_samples_and_fits_to_all(task: Task) -> None:
     x, y, test_x, test_y = task
     choices = protocol.logistic_scores(*task, seeds=[0, 1], Cs=CS)
     assert [choice.seed for choice in choices] == [0, 1]
@@ -101,7 +101,7 @@ def test_smallest_c_wins_a_tie_and_a_path_serves_all_seeds(monkeypatch: pytest.M
     assert fitted == [(24, 0.1, 1.0, 10.0)] * 3 + [(30, 0.1)]
 
 
-def test_sgd_is_chosen_on_the_held_out_and_fitted_to_all(task: Task) -> None:
+def test_sgd_selects_on_held_out_samples_and_fits_to_all(task: Task) -> None:
     x, y, test_x, test_y = task
     (choice,) = protocol.sgd_scores(*task, seeds=[4], settings=SETTINGS, epochs=8, batch_size=50)
     mask = torch.from_numpy(held_out(y, 0.2, 4))
@@ -186,7 +186,7 @@ def test_bad_input_is_refused(task: Task, scores: Callable[..., Any]) -> None:
             scores(*given)
 
 
-def test_a_terminal_sees_what_is_done(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terminals_show_progress(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -55,7 +55,7 @@ def test_the_list_names_file_and_reason(skipped: tuple[list[str], Path]) -> None
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_stand_ins_do_not_depend_on_the_workers(
+def test_substitutes_do_not_depend_on_workers(
     workers: str, skipped: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     options, folder = skipped
@@ -65,7 +65,7 @@ def test_stand_ins_do_not_depend_on_the_workers(
     assert_same_run(tmp_path / "run", folder)
 
 
-def test_raise_ends_the_run_where_it_is_and_skip_goes_on(
+def test_raise_ends_the_run_and_skip_continues(
     skipped: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     options, folder = skipped
@@ -156,7 +156,7 @@ def test_mended_and_moved_images(skipped: tuple[list[str], Path], tmp_path: Path
     assert "unreadable" not in logged(tmp_path / "run")[-1]
 
 
-def test_many_are_listed_in_the_file_and_a_few_said(tmp_path: Path) -> None:
+def test_many_reasons_are_listed_in_the_file_and_a_few_logged(tmp_path: Path) -> None:
     images = UnreadableImages(tmp_path / "unreadable.txt", 100, 0.5)
     said: list[str] = []
     images.training |= {i: f"image {i}" for i in range(50)}

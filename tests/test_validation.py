@@ -187,7 +187,7 @@ def validate_in_a_group(folder: Path) -> dict[str, Any]:
         }
 
 
-def test_many_processes_measure_what_one_does(tmp_path: Path) -> None:
+def test_several_processes_measure_what_one_does(tmp_path: Path) -> None:
     """Their BatchNorm statistics differ: those of process 0 are used."""
     world_size, source = 3, Recording(37, 20)
     method = make_method(source, offset=0.4)
@@ -221,7 +221,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 STOCHASTIC = ["--model.backbone-args", "channels=(8,8,16,16)", "drop_path_rate=0.5"]
 
 
-def test_validation_leaves_no_trace_in_what_is_learned(validated: Path, tmp_path: Path) -> None:
+def test_validation_does_not_affect_training(validated: Path, tmp_path: Path) -> None:
     assert run(tmp_path / "run", *STOCHASTIC, "--validation.images-per-class", "0") == 0
     ours, theirs = last_state(validated), last_state(tmp_path / "run")
     for part in ("method", "optimizer", "meter", "step"):

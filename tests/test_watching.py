@@ -116,7 +116,7 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     }
 
 
-def test_tensorboard_shows_what_the_lines_hold(watched: Path) -> None:
+def test_tensorboard_shows_the_metrics(watched: Path) -> None:
     shown = scalars(watched)
     lines = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
     for name in {name for line in lines for name in line} - {"step"}:
@@ -126,7 +126,7 @@ def test_tensorboard_shows_what_the_lines_hold(watched: Path) -> None:
         assert shown[name] == expected, name
 
 
-def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     for start, value in ((0, 1.0), (2, 2.0)):
         with reporter(tmp_path, start_step=start, tensorboard=tmp_path / "tensorboard") as report:
             for done in range(start + 1, 5):

@@ -197,7 +197,7 @@ def test_connection_that_breaks_is_resumed(server: FileServer, release: Path) ->
     ],
     ids="404 500 cut silent hang drip endless page damaged".split(),
 )
-def test_what_naver_does_not_give(
+def test_missing_files_of_naver_are_reported(
     cache: Path, server: FileServer, fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults = [fault]

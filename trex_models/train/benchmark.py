@@ -58,10 +58,8 @@ def benchmark(config: Config) -> None:
         loader = bench.loader()
         step = bench.step()
         both = bench.both(loader < step)
-        log(
-            "\n"
-            + throughput_advice(loader, step, both, run.workers, available_cores(), bench.is_cuda)
-        )
+        cores = available_cores()
+        log("\n" + throughput_advice(loader, step, both, run.workers, cores, bench.is_cuda))
         if bench.is_cuda:
             used = torch.cuda.max_memory_allocated(process.device) / 1e9
             total = torch.cuda.get_device_properties(process.device).total_memory / 1e9

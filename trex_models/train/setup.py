@@ -66,7 +66,7 @@ def build_run(config: Config, process: Process) -> Run:
     """Build and check a run before its first step; do not lock, write or wrap anything."""
     # An error on one rank (its data, its memory) must end all ranks, or the others would hang.
     with raise_on_all_ranks():
-        # Precision and device first: the checks below need the values that "auto" stands for.
+        # Precision and device first: the checks below need the values of "auto".
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())

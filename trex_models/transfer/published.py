@@ -35,7 +35,6 @@ _RELEASED = {  # by model and tag of the weights
     ("trexstar", "in1k_r2"): Point("t-ReX* (retrained)", 0.802, 0.8800),
 }
 
-
 PUBLISHED = {
     "paper": PublishedResults(
         "ImageNet-1K, 13 transfer datasets",
