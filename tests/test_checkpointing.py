@@ -191,7 +191,7 @@ def test_foreign_checkpoint_is_refused(copied: Path, tmp_path: Path) -> None:
     is_refused("belongs to another run (its step is 8); move it to")
     assert run(tmp_path / "other", *MIDWAY, "--seed", "5") == 0
     shutil.move(tmp_path / "other/checkpoints/step_8.pt", foreign)
-    is_refused("belongs to another run (seed: 5 -> 0; step: 8)")
+    is_refused("belongs to another run (seed: 5 -> 0; its step is 8)")
     torch.save({"weights": torch.zeros(3)}, foreign)
     is_refused("is not a checkpoint of this trainer")
     assert names(copied) == ["step_12.pt", "step_6.pt", "step_8.pt"]

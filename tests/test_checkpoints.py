@@ -135,10 +135,10 @@ BN = "module.model.encoder.bn1"
     ("change", "message"),
     [
         (drop("model.encoder.layer4.2.conv3"), r"missing keys: 1 \(layer4\.2\.conv3\.weight\)"),
-        (drop("module.model.encoder."), "no backbone among"),
+        (drop("module.model.encoder."), "no backbone in"),
         (drop(HEAD), "the projector is missing"),
         (drop(f"{HEAD}2.weight"), "projector is incomplete"),
-        (drop(f"{HEAD}1.bn.bias"), r"projector of 1 hidden layers: missing keys: 1 \(1\.bn"),
+        (drop(f"{HEAD}1.bn.bias"), r"projector of 1 hidden layers .missing keys: 1 \(1\.bn"),
         (drop("memory.labels"), "bank has no labels"),
         (drop("memory.features"), "bank has no features"),
         (put("module.clf.fc.weight", torch.ones(1000, 256)), "bank and learned classifier exc"),
@@ -152,11 +152,14 @@ BN = "module.model.encoder.bn1"
         (fill(CONV, float("nan")), r"conv1\.weight has 1 non-finite values of 9408;"),
         (fill(f"{HEAD}2.weight", float("inf")), r"projector 2\.weight has 1 non-finite values of "),
         (fill("module.memory.features", float("nan")), "bank features has 1 non-finite values"),
-        (put(CONV, torch.ones(64, 3, 7, 7).char()), "got torch.int8, .* if the model was quantize"),
-        (put(f"{BN}.running_mean", torch.ones(64).long()), "must contain dense .* torch.int64"),
+        (put(CONV, torch.ones(64, 3, 7, 7).char()), "got torch.int8, .* if it was quantized"),
+        (put(f"{BN}.running_mean", torch.ones(64).long()), "must be a dense tensor .* torch.int64"),
         (put(f"{BN}.num_batches_tracked", torch.ones(())), "64-bit integers"),
         (put("module.memory.features", torch.ones(1200, 256).int()), "got torch.int32"),
-        (put("module.memory.labels", torch.ones(1200)), "dense 64-bit integers, got torch.float"),
+        (
+            put("module.memory.labels", torch.ones(1200)),
+            "tensor of 64-bit integers, got torch.float",
+        ),
         (put("module.memory.ptr", torch.tensor([1200])), r"pointer must be in \[0, 1200\), got 1"),
         (put("module.memory.ptr", "text"), "pointer must be an integer, got str"),
         (fill("module.memory.labels", 1000), r"labels must be in \[0, 1000\), got 0 to 1000; set"),
@@ -164,7 +167,7 @@ BN = "module.model.encoder.bn1"
         (put("module.memory.labels", torch.zeros(1200).long()), "entries of only 1 of 1000 cl"),
         (put("module.memory.labels", torch.zeros(7).long()), "do not match the bank fea"),
         (put("module.memory.features", torch.randn(1200, 9)), "do not match D = 256"),
-        (rename(CONV, "module.model.encodr.conv1.weight"), "unexpected key .*encodr"),
+        (rename(CONV, "module.model.encodr.conv1.weight"), "encodr.* is not a key of"),
     ],
 )
 def test_refused_states(
@@ -197,7 +200,7 @@ def test_banks_in_half_precision_and_of_other_classes_and_unknown_entries(star: 
 @pytest.mark.parametrize("name", ["resnet18", "resnet101", "resnet50", "convnext_atto"])
 def test_other_networks(name: str, tmp_path: Path) -> None:
     state = timm.create_model(name).state_dict()
-    message = r"do not match a resnet50: missing keys: \d+.*unexpected: \d"
+    message = r"do not match a resnet50 .missing keys: \d+.*unexpected: \d"
     if name == "resnet50":
         message = "this is a linear resnet50 classifier, not a t-ReX model"
     with pytest.raises(CheckpointError, match=message):

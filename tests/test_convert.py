@@ -323,11 +323,11 @@ def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) 
         r"file +trex_2_checkpoint_full\.pth",
         rf"bytes +{trex.path.stat().st_size}",
         r"contents +.*3 hidden layers of width 2048, 256-dim.*1000 classes .* bank of 2048",
-        r"absent +2 classes: 3, 998",
+        r"no entry +2 classes: 3, 998",
         r"keys +687",
         r" +318  backbone",
         r" +22  projector",
-        r" +2  prototypes: L2-normalized class sums",
+        r" +2  prototypes: L2-normalized class means",
         r" +340  dropped: momentum encoder",
         r" +\d\.\de-0\d  trex_resnet50_cls\.in1k_r2",
         rf"report +{re.escape(str(trex.out))}/trex_2_checkpoint_full\.report\.tsv",
@@ -340,7 +340,11 @@ def test_summaries(trex: Conversion, backbone: Conversion, learned: Conversion) 
         assert f"{size(folder) / 1e6:.1f} MB  {digest}  {folder}\n" in trex.printed
     assert re.search(r"^contents +a ResNet-50 backbone only$", backbone.printed, re.MULTILINE)
     assert "absent" not in backbone.printed
-    for line in ("absent +0 classes", "contents .* classes with learned weights", " +1  class .*"):
+    for line in (
+        "no entry +0 classes",
+        "contents .* classes with learned weights",
+        " +1  classifier .*",
+    ):
         assert re.search(f"^{line}$", learned.printed, re.MULTILINE), line
 
 
@@ -506,15 +510,19 @@ def test_contradicting_name(trexstar: Conversion, backbone: Conversion, tmp_path
         ("renamed", ("--model", "trex_resnet50.a/b"), "the tag 'a/b' becomes part of folder name"),
         ("renamed", (*TREX, "--tag", "in1k_r2"), "--tag in1k_r2 is reserved for published we"),
         ("renamed", (*TREX, "--num-classes", "9"), "--num-classes 9 requires a memory b"),
-        ("renamed", (*TREX, "--momentum-encoder"), "no momentum encoder among"),
+        ("renamed", (*TREX, "--momentum-encoder"), "no momentum encoder in"),
         ("backbone", TREX, "--model trex_resnet50.in1k contradicts the file name"),
         ("trexstar", TREX, "--model trex_resnet50.in1k is only for backbone files.*remove "),
         ("trexstar", ("--num-classes", "9"), r"labels must be in \[0, 9\), got 0 to 999"),
         ("trexstar", ("--momentum-encoder", "--tag", "in1k_r2"), "is in1k_r2_momentum; choose an"),
         ("narrow", (), r"entries of only 6 of 1000 classes; set --num-classes, or num_cl"),
         ("narrow", ("--num-classes", "7", "--tag", "in1k"), "--tag in1k is reserved for publ"),
-        ("learned", ("--num-classes", "9"), "--num-classes 9 does not match the learned class wei"),
-        ("learned", ("--momentum-encoder",), "no momentum encoder among"),
+        (
+            "learned",
+            ("--num-classes", "9"),
+            "--num-classes 9 does not match the learned classifier",
+        ),
+        ("learned", ("--momentum-encoder",), "no momentum encoder in"),
     ],
 )
 def test_incompatible_options_are_rejected(

@@ -289,7 +289,7 @@ def test_unreadable_images_raise_or_are_skipped_and_listed(
     (place / "one").mkdir()
     (place / "one" / "x.png").write_bytes(b"torn")
     assert run(models, "one", "--output", "none.npy", "--unreadable", "skip") == 2
-    assert "none of 1 images can be read" in capsys.readouterr().err
+    assert "all 1 images are unreadable" in capsys.readouterr().err
     assert not Path("none.npy").exists()
 
 

@@ -270,7 +270,7 @@ def test_names_are_refused(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text("{}")
     for folder, name, owner, message in (
-        (stock, naver_name, {}, "num_classes must be 0 for a backbone, got 3"),
+        (stock, naver_name, {}, "num_classes of a backbone must be 0, got 3"),
         (own, naver_name, {}, "origin_url or tag do not match"),
         (tiny / "small_trex", naver_name, {}, r"architecture of trex_resnet50.in1k must be 'res"),
         (tiny / "small_trex", "a/b", OWNER, "not a valid repository name"),

@@ -76,15 +76,15 @@ def run_here(folder: Path, card: str, capsys: pytest.CaptureFixture[str]) -> str
     [
         ("ocm", "mlp", "backbone", "images to 16 features. It is a standard timm model, with"),
         ("look", "mlp", "proj", "images to 8-dimensional embeddings, without a classifier."),
-        ("ocm", "mlp", "cls", "backbone, projector and cosine classifier, images to 4 logits. They "
-         "are the cosines of the projector's 8-dimensional embeddings with one vector per "
-         "class, divided by the temperature 0.2."),
-        ("cosine", "none", "cls", "backbone and cosine classifier, images to 4 logits. They are "
-         "the cosines of the backbone's 16 features with one vector per class, d"),
-        ("softmax", "mlp", "cls", "backbone, projector and linear classifier, images to 4 logits. "
-         "The classifier is a linear layer on the projector's 8-dimensional embeddings."),
-        ("softmax", "none", "cls", "backbone and linear classifier, images to 4 logits. The "
-         "classifier is a linear layer on the backbone's 16 features."),
+        ("ocm", "mlp", "cls", "backbone, projector and cosine classifier. It maps images to "
+         "4 logits. They are the cosines of the projector's 8-dimensional embeddings with one "
+         "vector per class, divided by the temperature 0.2."),
+        ("cosine", "none", "cls", "backbone and cosine classifier. It maps images to 4 logits. "
+         "They are the cosines of the backbone's 16 features with one vector per class, d"),
+        ("softmax", "mlp", "cls", "backbone, projector and linear classifier. It maps images to "
+         "4 logits. The classifier is a linear layer on the projector's 8-dimensional embeddings."),
+        ("softmax", "none", "cls", "backbone and linear classifier. It maps images to 4 logits. "
+         "The classifier is a linear layer on the backbone's 16 features."),
     ],
 )  # fmt: skip
 def test_every_export_of_a_resnet(
@@ -219,7 +219,7 @@ def test_build_says_how_to_publish_or_that_the_disk_is_full(
     assert "hf-hub:ada/mine" in (out / "mine" / "README.md").read_text()
     assert main(command) == 0
     publish = publish.replace("mine", "own")
-    hint = f"models (after building again with --namespace YOU): {publish} YOU --manifest"
+    hint = f"models: build again with --namespace YOU, then {publish} YOU --manifest"
     assert hint in capsys.readouterr().out
 
     def full(*_: object) -> None:

@@ -318,7 +318,7 @@ def test_problems_of_datasets_are_reported(tmp_path: Path, monkeypatch: pytest.M
     fail_to_list(monkeypatch, hub / "data" / "more")
     refused(hub, r"data/more/ cannot be listed \(Input/output error\)", split="train")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install trex-models\[datasets\]"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[datasets\]' in a clone"):
         HuggingFaceSource(tmp_path)
 
 

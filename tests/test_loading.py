@@ -151,7 +151,7 @@ def test_worker_that_always_dies_ends_the_loading(tmp_path: Path, workers: int) 
     logged: list[str] = []
     dataset = Numbers(tmp_path, 0, "SIGKILL", times=99)
     message = error_of(load_batches(dataset, BATCHES, workers, log=logged.append))
-    assert re.fullmatch("ValueError: .*died 3 times.*lower --system.workers.*", message)
+    assert re.fullmatch("ValueError: .*died 3 times.*use fewer loader workers.*", message)
     assert dataset.happened() == 3
     assert len(logged) == 2
 

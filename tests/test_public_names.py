@@ -52,7 +52,6 @@ NAMES = {
         "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CenterCrop CropSpec "
         "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop "
         "MultiCropDataset PhotometricAugmentation Source UnreadableImageError augment load_batches"
-        " read_image"
     ),
     "trex_models.evaluation": (
         "LogisticFit extract_features knn_accuracy knn_votes logistic nearest_neighbors "

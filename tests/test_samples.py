@@ -122,7 +122,7 @@ class TestPhotographs:
 @pytest.mark.parametrize("module", ["sklearn", "skimage"])
 def test_a_missing_package_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install trex-models\[transfer\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[transfer\]' in a clone"):
         photographs()
 
 

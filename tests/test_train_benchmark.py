@@ -130,7 +130,7 @@ def test_the_benchmark_flag_may_be_anywhere(
 
 def test_interrupted_it_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "build_run", Mock(side_effect=KeyboardInterrupt))
-    assert measure() == (130, "", "interrupted; run the same command again\n")
+    assert measure() == (130, "", "interrupted; run the same command again to continue\n")
 
 
 def test_help_tells_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +180,6 @@ def test_two_processes() -> None:
     ],
 )
 def test_advice(rates: tuple[float, float, float], workers: int, cuda: bool, expected: str) -> None:
-    line = module.throughput_advice(*rates, workers=workers, cores=8, cuda=cuda)
+    line = module.describe_throughput(*rates, workers=workers, cores=8, cuda=cuda)
     assert expected in line
     assert line.startswith(f"loader / step = {rates[0] / rates[1]:.3g}. ")

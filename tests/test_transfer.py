@@ -170,7 +170,7 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
 
     monkeypatch.setattr(evaluate_module, "write_text_file", refuse)
     assert run(place, tmp_path / "report.json") == 0
-    assert "cannot cache the scores for other runs" in capsys.readouterr().out
+    assert "the scores were not cached for other runs" in capsys.readouterr().out
     again = read_report(tmp_path / "report.json")
     assert again["complete"]
     for name, entry in again["datasets"].items():

@@ -85,7 +85,7 @@ def crop_sheet(config: Config, source: Source, indices: Sequence[int]) -> list[l
 
 
 def draw_demo(
-    trained: plot.Run, sheet: list[list[np.ndarray]], reports: list[dict[str, Any]]
+    trained: plot.RunMetrics, sheet: list[list[np.ndarray]], reports: list[dict[str, Any]]
 ) -> Any:
     """Draw the training curves, the crops and the accuracies."""
     with plotting.new_figure(14, 8.4) as figure:

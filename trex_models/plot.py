@@ -72,7 +72,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
 
 
 @dataclass(frozen=True)
-class Run:
+class RunMetrics:
     """Metrics and settings of a training run."""
 
     folder: Path
@@ -87,7 +87,7 @@ class Run:
         return column[np.isfinite(column)]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunMetrics:
     """Read the metrics and settings in a run folder."""
     metrics, config = folder / "metrics.jsonl", folder / "config.json"
     if not metrics.is_file():
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{config} is not the config of a run; restore or remove it") from error
     keys = {key for line in lines for key in line}
     columns = {key: np.array([line.get(key, np.nan) for line in lines], float) for key in keys}
-    return Run(folder, columns, settings)
+    return RunMetrics(folder, columns, settings)
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
@@ -133,7 +133,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(parent)) for path in paths]
 
 
-def headline(runs: Sequence[Run]) -> str:
+def headline(runs: Sequence[RunMetrics]) -> str:
     """Describe a single run, or the settings in which several runs differ."""
     if len(runs) == 1:
         config, columns = runs[0].config, runs[0].columns
@@ -158,7 +158,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def draw_curves(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
+def draw_curves(runs: Sequence[RunMetrics], unit: Unit = "epoch") -> Any:
     """Draw a panel for each metric that at least one run has logged."""
     logged = {key for run in runs for key in run.columns if len(run.values(key))}
     panels = [[p for p in row if logged & {*p.keys}] for row in (LARGE, RATES, HEAD)]
@@ -176,7 +176,7 @@ def draw_curves(runs: Sequence[Run], unit: Unit = "epoch") -> Any:
     return figure
 
 
-def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch") -> None:
+def draw_panel(axis: Any, panel: Panel, runs: Sequence[RunMetrics], unit: Unit = "epoch") -> None:
     """Draw a panel's curves of all runs, one color per run."""
     for run, color in zip(runs, plotting.colors(len(runs)), strict=True):
         for key in (key for key in panel.keys if len(run.values(key))):
@@ -197,7 +197,7 @@ def draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: Unit = "epoch
         axis.set_ylim(-0.03 * (high or 1), 1.05 * (high or 1))
 
 
-def format_summary(runs: Sequence[Run]) -> str:
+def format_summary(runs: Sequence[RunMetrics]) -> str:
     """Format the last, best or median metrics of runs as a table."""
     rows = [["", *(header for header, *_ in COLUMNS)]]
     for run, name in zip(runs, labels([run.folder for run in runs]), strict=True):

@@ -1,7 +1,7 @@
 """Image sources, multi-crop, augmentation and loading; see docs/library.md for examples."""
 
 from trex_models.data.center_crop import CenterCrop
-from trex_models.data.decode import UnreadableImageError, read_image
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.image_files import CsvSource, FolderSource
@@ -42,5 +42,4 @@ __all__ = [
     "UnreadableImageError",
     "augment",
     "load_batches",
-    "read_image",
 ]

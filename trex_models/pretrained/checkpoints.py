@@ -327,10 +327,10 @@ def _new_key(part: str, name: str, encoder: str) -> str:
     if not part:
         return "dropped: not weights"
     if part in ("bank features", "bank labels"):
-        return "prototypes: L2-normalized class sums"
+        return "prototypes: L2-normalized class means"
     if part.startswith("bank "):
         return "dropped: state of the bank"
-    if part.startswith("class "):
+    if part.startswith("classifier "):
         return "fc.weight" if part == "classifier weights" else "fc.bias"
     if part.startswith("momentum ") != bool(encoder):
         return f"dropped: {'online' if encoder else 'momentum'} encoder"

@@ -59,7 +59,7 @@ def benchmark(config: Config) -> None:
         step = bench.step()
         both = bench.both(loader < step)
         cores = available_cores()
-        log("\n" + throughput_advice(loader, step, both, run.workers, cores, bench.is_cuda))
+        log("\n" + describe_throughput(loader, step, both, run.workers, cores, bench.is_cuda))
         if bench.is_cuda:
             used = torch.cuda.max_memory_allocated(process.device) / 1e9
             total = torch.cuda.get_device_properties(process.device).total_memory / 1e9
@@ -73,7 +73,7 @@ def benchmark(config: Config) -> None:
         )
 
 
-def throughput_advice(
+def describe_throughput(
     loader: float, step: float, both: float, workers: int, cores: int, cuda: bool
 ) -> str:
     """Return one line that names the bottleneck and the most effective remedy.
