@@ -421,4 +421,4 @@ def test_a_study(
     monkeypatch.setitem(SCALES, "cpu", changed)
     capsys.readouterr()
     assert study.main(command) == 2
-    assert "has objective.ema-momentum 0.9, expected 0.5; delete the file" in capsys.readouterr().err
+    assert "has objective.ema-momentum 0.9, expected 0.5; delete" in capsys.readouterr().err
