@@ -123,7 +123,7 @@ def _cut(name: str, model: Any, features: str | None) -> str:
     available = [part for part in OUTPUTS if present[part]]
     features = features or available[-1]
     if features not in available:
-        raise ValueError(f"--features {features}: {name} only has {' and '.join(available)}")
+        raise ValueError(f"--features {features}: {name} has none; use {' or '.join(available)}")
     if features != "logits" and model.num_classes:
         model.reset_classifier(0)
     if features == "backbone" and has_projector:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,7 +127,8 @@ def test_the_parser_requires_a_list_that_must_not_be_empty(
             "--optim.epoch, 3; Perhaps .*--optim.epochs",
         ),
         (train.main, "trex", "Missing from python -m trex_models.train trex: --output STR"),
-        (transfer.main, "table --markdwn", r"Unrecognized options: --markdwn"),
+        (transfer.main, "table --markdwn ../..", r"Unrecognized options: --markdwn, \.\./\.\."),
+        (train.main, f"trex --no {'/long' * 40}", f"--no {'/long' * 40}"),
         (
             transfer.main,
             "plot --kind pie --output x",
@@ -161,3 +164,15 @@ def test_help_shows_no_empty_defaults(
     help_text = capsys.readouterr().out
     assert re.search(shown, help_text, re.S)
     assert not re.search(r"\{None|default:\s*(None|''|)\)", help_text)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(("main", "start"), [(train.main, ["trex"]), (convert.main, [])])
+def test_shell_completions_are_not_reformatted(
+    main: Main, start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*start, "--tyro-print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert "complete" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -184,8 +184,14 @@ def test_a_wrong_copy_is_found_and_not_written(
         ("./nowhere --to onnx --output m.onnx", "./nowhere is not a folder"),
         ("trex_resnet50 --file no.pth --to onnx --output m.onnx", "no.pth is not a file"),
         ("trex_resnet50 --file file.txt --to onnx --output m.onnx", "file.txt"),
-        ("STOCK --file file.txt --to onnx --output m.onnx", "requires a timm architecture"),
-        ("STOCK --to onnx --output m.onnx --features projector", "only has backbone and logits"),
+        (
+            "STOCK --file file.txt --to onnx --output m.onnx",
+            "requires the name of a timm architecture",
+        ),
+        (
+            "STOCK --to onnx --output m.onnx --features projector",
+            "has none; use backbone or logits",
+        ),
     ],
 )
 def test_bad_input_is_one_line(

@@ -325,7 +325,7 @@ def test_outputs_of_a_model(place: Path, models: Path, output: str, shape: tuple
         (["--output", "f.txt"], r"must be a .safetensors or .npy file, got f.txt"),
         (["--output", "images/a/0.png/f.npy"], "cannot be written"),
         (["--file", "missing.pth"], "missing.pth is not a file"),
-        (["--file", "images/a/0.png"], "--file requires a timm architecture"),
+        (["--file", "images/a/0.png"], "--file requires the name of a timm architecture"),
         (["--output", "new/f.npy", "--features", "logits"], "has no classifier"),
         (["nothing"], "nothing: there is no such file or folder"),
     ],

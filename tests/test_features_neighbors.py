@@ -166,7 +166,7 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--query", "c/0.png"], "--query c/0.png is neither a name (such as a/0.png)"),
+        (["--query", "c/0.png"], "--query c/0.png is neither a name in the file (a/0.png)"),
         (["--query", "a/0.png", "--output", "p.txt"], "file, got p.txt"),
     ],
 )

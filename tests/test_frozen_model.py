@@ -150,7 +150,7 @@ def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, dama
     if damage == "weights":
         data = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
-    elif damage == "keys":
+    elif damage == "keys":  # normalization layers may be missing, as in timm's FCMAE weights
         state = load_file(copy / "model.safetensors")
         del state["conv1.0.weight"]
         save_file(state, copy / "model.safetensors", {"format": "pt"})
@@ -162,7 +162,7 @@ def test_damaged_or_other_weights_are_refused(folder: Path, tmp_path: Path, dama
 
 def test_a_file_of_other_weights_is_refused(tmp_path: Path) -> None:
     torch.save({"backbone": torch.ones(2)}, tmp_path / "other.pth")
-    message = "resnet18 cannot be loaded from .*other.pth: .* do not match .* .missing keys: 100"
+    message = "resnet18 cannot be loaded from .*other.pth: .* do not match .* .missing keys: 20"
     with pytest.raises(ValueError, match=message):
         load("resnet18", file=tmp_path / "other.pth")
     assert nn.Module.load_state_dict.__module__ == "torch.nn.modules.module"
@@ -178,5 +178,5 @@ def test_wrong_choices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--device: {device} is not avail"):
         load("test_resnet", untrained=True, device=device)
     (tmp_path / "w.pth").write_bytes(b"x")
-    with pytest.raises(ValueError, match="--file requires a timm architecture"):
+    with pytest.raises(ValueError, match="--file requires the name of a timm architecture"):
         load("pixels", file=tmp_path / "w.pth")

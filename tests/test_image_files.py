@@ -276,9 +276,9 @@ def test_labels_of_a_csv_file_in_a_training_sets_classes(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"has no columns named 'path' \(columns: none\); add a header or specify --data\.im"),
-        ("\n", r"has no columns named 'path' \(columns: none\)"),
-        ("a.png,dog\n", r"no columns named 'path' \(columns: 'a.png', 'dog'\); add a header"),
+        ("", r"has 0 columns named 'path' \(columns: none\); add a header or specify --data\.im"),
+        ("\n", r"has 0 columns named 'path' \(columns: none\)"),
+        ("a.png,dog\n", r"0 columns named 'path' \(columns: 'a.png', 'dog'\); add a header"),
         ("path;class\n", r"named 'label' \(columns: 'path', 'class'\).*--data\.label-column"),
         ("path,label,path\n", "has 2 columns named 'path' .*; rename all but one"),
         ("path,label\na,x\nb,y\na,y\n", "line 4: a has the label 'y' here and 'x' above; remove"),

@@ -24,6 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from unittest.mock import patch
 
 from trex_models.atomic import existing_folder
 
@@ -83,9 +84,11 @@ def call(
     else:
         commands = _deferred(commands)
     options = {"config": (tyro.conf.FlagCreatePairsOff,), **options}
+    shows_help = bool({"-h", "--help"} & set(arguments))
     printed, failed = io.StringIO(), io.StringIO()
+    unwrapped = patch.dict(os.environ, {} if shows_help else {"COLUMNS": "9999"})
     try:
-        with redirect_stdout(printed), redirect_stderr(failed):
+        with unwrapped, redirect_stdout(printed), redirect_stderr(failed):
             parsed = parse(
                 commands, args=list(arguments), prog=prog, description=description, **options
             )
@@ -94,14 +97,18 @@ def call(
             print(f"error: {_usage_error(failed.getvalue())}", file=sys.stderr)
         raise
     finally:
-        width = shutil.get_terminal_size().columns
-        help_text = re.sub(r"\s*\(default:\s*(None|''|)\)", "", printed.getvalue())
-        help_text = help_text.replace("{None,", "{")
-        help_text = re.sub(r"\[\[(\w+) \[\1\s+\.\.\.\]\]\]", r"[\1 ...]", help_text)
-        help_text = re.sub(r"\{None\}\|(\S+)", r"\1       ", help_text)
-        for line in help_text.splitlines():  # tyro does not wrap descriptions
-            print(textwrap.fill(line, width) if len(line) > width else line.rstrip())
+        print(_tidy(printed.getvalue()) if shows_help else printed.getvalue(), end="")
     return parsed() if isinstance(parsed, partial) else parsed
+
+
+def _tidy(text: str) -> str:
+    """Remove empty defaults from tyro's help, and wrap the descriptions of commands."""
+    text = re.sub(r"\s*\(default:\s*(None|''|)\)", "", text).replace("{None,", "{")
+    text = re.sub(r"\[\[(\w+) \[\1\s+\.\.\.\]\]\]", r"[\1 ...]", text)
+    text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text)
+    width = shutil.get_terminal_size().columns
+    fits = ((len(line) <= width, line.rstrip()) for line in text.splitlines())
+    return "".join(f"{line if fit else textwrap.fill(line, width)}\n" for fit, line in fits)
 
 
 def _deferred(command: Command) -> Command:
@@ -120,9 +127,10 @@ def _deferred(command: Command) -> Command:
 def _usage_error(text: str) -> str:
     """Return tyro's usage error, a title and sections, as one line without descriptions."""
     sections = [part for part in re.split(r"\n +-{3,} *\n", text)[1:] if "helptext: " not in part]
-    lines = [" ".join(re.findall(r"^ {1,6}(\S.*?)[. ]*$", part, re.M)) for part in sections]
-    message = re.sub("For full helptext, (run|see):?", "see", "; ".join(lines) or text)
-    return re.sub(r"^Error parsing \w+: (?=--)", "", message)  # our messages name the option
+    lines = [" ".join(re.findall(r"^ {1,6}(\S.*?) *$", part, re.M)) for part in sections]
+    message = re.sub(r"(values|\))\.;", r"\1;", "; ".join(lines) or text)  # tyro's full stops
+    message = re.sub("For full helptext, (run|see):?", "see", message)
+    return re.sub(r"^Error parsing (\w+: (?=--))?", "", message)  # our messages name the option
 
 
 @cache

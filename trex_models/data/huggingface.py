@@ -192,7 +192,6 @@ def _choose_column(
     suitable: Sequence[str],
     defaults: Sequence[str],
 ) -> str:
-    """Return the requested column; if it is empty, the default one, if there is only one."""
     if column in suitable:
         return column
     if not column and len(defaults) == 1:

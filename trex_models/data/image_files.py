@@ -308,7 +308,7 @@ def _csv_column(path: Path, header: list[str], column: str, option: str) -> int:
     if count != 1:
         remedy = "rename all but one" if count else f"add a header or specify {option} NAME"
         raise ValueError(
-            f"{path}: the first line has {count or 'no'} columns named {column!r} (columns: "
+            f"{path}: the first line has {count} columns named {column!r} (columns: "
             f"{', '.join(map(repr, header)) or 'none'}); {remedy}"
         )
     return header.index(column)

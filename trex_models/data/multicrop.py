@@ -239,7 +239,7 @@ class EpochSampler(Sampler[list[Key]]):
     ) -> None:
         if batch_size > num_samples:
             raise ValueError(
-                f"batch size {batch_size} exceeds the dataset's {num_samples} images; reduce it"
+                f"batch size {batch_size} exceeds the dataset's {num_samples} images; use fewer"
             )
         share, rest = divmod(batch_size, world_size)
         if rest or share < 2:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import timm
 import torch
@@ -214,7 +215,7 @@ def create_model(
         raise ValueError(f"--file {file} is not a file; pass a file with weights of {name}")
     # timm ignores the file for models from these sources.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
-        raise ValueError(f"--file requires a timm architecture as --model, got {name}")
+        raise ValueError(f"--file requires the name of a timm architecture, got {name}")
     options: dict[str, Any] = {"pretrained": not untrained}
     if untrained or not classifier:
         options["num_classes"] = 0
@@ -232,33 +233,30 @@ def create_model(
         architecture = name.partition(".")[0]
         reason = first_line(error).removeprefix(f"{file}: ").rstrip(".")
         if not isinstance(error, ValueError | RuntimeError | OSError):
-            reason = f"{type(error).__name__}: {reason}"
+            reason = "not a file of weights" if file else f"{type(error).__name__}: {reason}"
         problem = f" cannot be loaded{f' from {file}' if file else ''}: {reason}"
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
-            hint = near or "timm.list_models(), hf-hub:OWNER/NAME, or a folder with a config.json"
-            problem, hint = " is not a timm model", f"choose from {hint}"
+            problem = " has no config.json" if Path(name).is_dir() else " is not a timm model"
+            hint = f"choose from {near or 'timm.list_models(), hf-hub:OWNER/NAME, timm folders'}"
         raise ValueError(f"{name}{problem}{hint and f'; {hint}'}") from error
 
 
-@contextmanager
-def _all_keys_required() -> Iterator[None]:
-    """Raise RuntimeError if weights lack keys, which timm ignores if it removes the classifier."""
+def _all_keys_required() -> AbstractContextManager[object]:
+    """Require all weights, which timm does not if it removes the classifier; not thread-safe."""
     load = nn.Module.load_state_dict
 
     def load_all(module: nn.Module, state: Any, strict: bool = True, assign: bool = False) -> Any:
         result = load(module, state, strict=False, assign=assign)
-        missing, unexpected = result.missing_keys, result.unexpected_keys * strict
+        own, unexpected = module.state_dict(), result.unexpected_keys * strict
+        # Some files lack normalization layers on purpose: ConvNeXt's FCMAE in timm.
+        missing = [key for key in result.missing_keys if strict or own[key].ndim > 1]
         if missing or unexpected:
             keys = f"missing keys: {key_summary(missing)}, unexpected: {key_summary(unexpected)}"
             raise RuntimeError(f"the weights do not match the model ({keys})")
         return result
 
-    nn.Module.load_state_dict = load_all  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+    return patch.object(nn.Module, "load_state_dict", load_all)
 
 
 def _transform(model: nn.Module, protocol: Preprocessing) -> CenterCrop:

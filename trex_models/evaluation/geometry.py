@@ -148,7 +148,6 @@ def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
 
 
 def _distances(sums: Tensor, counts: Tensor) -> tuple[float, float]:
-    """Return mean cosine distances within and between classes, from sums of unit rows."""
     squares = sums.square().sum(1)
     several = counts > 1
     cosines = (squares - counts)[several] / (counts * (counts - 1))[several]

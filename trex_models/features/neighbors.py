@@ -90,7 +90,7 @@ def _row(query: str, rows: dict[str, int], root: Path) -> int | None:
     path = Path(query).expanduser()
     if not path.is_file():
         example = next(iter(rows))
-        raise ValueError(f"--query {query} is neither a name (such as {example}) nor an image file")
+        raise ValueError(f"--query {query} is neither a name in the file ({example}) nor an image")
     path = Path(images.absolute(path))
     return rows.get(path.relative_to(root).as_posix()) if path.is_relative_to(root) else None
 

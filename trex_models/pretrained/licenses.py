@@ -63,7 +63,6 @@ def _stated(path: Path) -> str:
 
 
 def _chosen(*stated: object) -> str:
-    """Return NAVER's license if it is among those stated, otherwise the first one."""
     names = [name for name in stated if isinstance(name, str) and name]
     is_naver = any(name.lower() == naver.LICENSE for name in names)
     return naver.LICENSE if is_naver else next(iter(names), "")

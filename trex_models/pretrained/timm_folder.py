@@ -63,7 +63,6 @@ def write_timm_folder(model: nn.Module, folder: Path, images: Tensor, expected: 
 
 
 def _write_license(weights: Path, license_: str | None) -> None:
-    """Add the license to the file's metadata, since the file may be shared without its folder."""
     metadata = {"format": "pt"} | ({"license": license_} if license_ else {})
     copy = weights.with_name("licensed")
     with weights.open("rb") as old, copy.open("wb") as new:  # copies bytes, parses no tensors

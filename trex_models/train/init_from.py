@@ -164,7 +164,7 @@ def _restore_head(objective: Objective, file: _File, reason: str, same_images: b
     if objective.bank is None:
         name = "classifier weights" + (", from the bank's prototypes" if has_bank else "")
         mismatch = "" if has_bank or has_weights else "the file has none"
-        mismatch = mismatch or reason or _restore_class_weights(objective, file)
+        mismatch = mismatch or reason or _restore_classifier(objective, file)
         return [_line(name, mismatch and f"not restored ({mismatch})")]
     unused = [_line("classifier weights", "not used (the objective has none)")] * has_weights
     mismatch = "" if has_bank else "the file has none"
@@ -172,7 +172,7 @@ def _restore_head(objective: Objective, file: _File, reason: str, same_images: b
     return [*unused, _line("memory bank", mismatch and f"not restored ({mismatch})")]
 
 
-def _restore_class_weights(objective: Any, file: _File) -> str:
+def _restore_classifier(objective: Any, file: _File) -> str:
     classifier, biases = objective.classifier, file.value("classifier biases")
     if isinstance(objective, LinearSoftmax) and biases is None:
         return "those of the file are for cosine similarity, without biases"

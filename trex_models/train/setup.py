@@ -257,7 +257,6 @@ def _resume(run: Run) -> None:
 
 
 def _reread_unreadable(run: Run, indices: list[int]) -> None:
-    """Read the unreadable images again: some may have been fixed in the meantime."""
     with raise_on_all_ranks():
         for index in indices:
             if not 0 <= index < len(run.dataset.source):
