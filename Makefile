@@ -1,9 +1,9 @@
-# make demo, make test and make clients do everything on a machine with Python >= 3.11, pip and make.
+# make demo, make test and make clients need only Python >= 3.11, pip and make.
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.ready
 
-# Threads that wait without spinning: two processes on two cores do not slow each other down.
+# Idle threads must not spin: otherwise two processes on two cores slow each other down.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test clients lint oldest release-check setup clean
@@ -11,13 +11,13 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(PY) -m trex_models.demo --output runs/demo
 
-# Two workers on two cores: a thread each.
+# Two workers on two cores, with one thread each.
 test: export OMP_NUM_THREADS = 1
 test: lint
 	$(PY) -m pytest -n 2 --dist worksteal -m "not client"
 
-# Other people's code with ours: timm's own tests, each client, every block of the documentation.
-# And long proofs that seldom notice a fault alone.
+# Third-party code with ours: timm's own tests, other libraries, every code block of the documentation;
+# and long tests that rarely find a bug on their own.
 clients: export OMP_NUM_THREADS = 1
 clients: $(READY)
 	$(PY) -m pytest -n 2 --dist worksteal -m client
@@ -27,14 +27,14 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The tests with the oldest versions that we support, in an environment of their own. Old packages
-# call what newer ones, on which they set no limit, have deprecated since.
+# Tests with the oldest supported versions, in a separate environment. Old packages call functions
+# that newer dependencies have deprecated.
 OLDEST ?= .venv-oldest
 oldest: export OMP_NUM_THREADS = 1
 oldest: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
-# What PyPI would be given: built, its README and the citation checked. docs/versions.md has the rest.
+# Build and check the release for PyPI, and the citation; docs/versions.md lists the other steps.
 RELEASE := build/release
 release-check: $(READY)
 	rm -rf dist $(RELEASE)
@@ -48,7 +48,7 @@ setup: $(READY)
 
 # timm's wheel has no tests; its source distribution of the same version has.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is required; run make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'

@@ -3,11 +3,11 @@
 tests/pages/PAGE.toml replaces settings that tests cannot run:
 
     slow = true                  # takes more than ten seconds
-    [replace]                    # text of the page -> what is run; each must occur in a block
+    [replace]                    # text of the page -> what is run; each text must occur in a block
     "--epochs 300" = "--epochs 1"
     [skip]                       # first line of a block -> why it is not run
     "sbatch docs/slurm.sh" = "tests/test_slurm.py runs it"
-    "pip install '.[export]'" = "docs/export.md"    # which has the same lines, and runs them
+    "pip install '.[export]'" = "docs/export.md"    # which runs the same lines
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LANGUAGES = ("python", "sh", "text", "json", "bibtex")
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INDENTED = re.compile(r"(?:\A|\n\n)((?: {4}.*\n)+)")
 
-# Setting up is not what pages are tested for, but what they ask for must exist.
+# Setup commands are not run, but the files that they mention must exist.
 _PIP = """
 from importlib.metadata import version
 from packaging.requirements import Requirement
@@ -71,7 +71,7 @@ for language, text, line in json.load(open(sys.argv[1])):
 
 
 class Block(NamedTuple):
-    """A fenced block of a page, and the line of its opening fence, from 1."""
+    """Fenced code block of a page, with the line number of its opening fence."""
 
     language: str
     text: str
@@ -91,7 +91,7 @@ def settings(page: Path) -> Settings:
 
 
 def blocks(markdown: str) -> list[Block]:
-    """Return the fenced blocks of a page; refuse indented ones and other languages."""
+    """Return the fenced code blocks of a page; reject indented blocks and other languages."""
     fenced = list(_FENCED.finditer(markdown))
     found = [Block(m[1], m[2], markdown.count("\n", 0, m.start()) + 1) for m in fenced]
     for block in found:
@@ -108,7 +108,7 @@ def python_blocks(markdown: str) -> list[str]:
 
 
 def program(page: Path) -> list[Block]:
-    """Return the blocks of a page that are run, as its settings want them; refuse unused ones."""
+    """Return the blocks to run, with the replacements of the page; reject unused settings."""
     chosen = settings(page)
     unused = set(chosen.replace) | set(chosen.skip)
     found = []
@@ -137,7 +137,7 @@ def _check_reason(reason: str, block: Block) -> None:
 
 
 def furnish(folder: Path, release: Path) -> dict[str, str]:
-    """Make what the pages take for given: images, official weights; return the variables to set.
+    """Create the files that pages assume, images and official weights; return the variables to set.
 
     ``images/`` holds 4 classes of 8 photographs, ``image.jpg`` is one. The weights are random, in
     the official format, in the cache and (a full training state) in the folder.

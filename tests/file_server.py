@@ -1,4 +1,4 @@
-"""A plain file server on 127.0.0.1, in the place of NAVER's."""
+"""File server on 127.0.0.1 that replaces NAVER's."""
 
 from collections.abc import Mapping
 from urllib.parse import unquote
@@ -14,11 +14,11 @@ class FileServer(Server):
     def __init__(self, files: Mapping[str, Content]) -> None:
         super().__init__(FileHandler)
         self.files = dict(files)
-        self.ranges = True  # whether it can resume
+        self.ranges = True  # supports resuming
 
     @property
     def url(self) -> str:
-        """Address of the folder, with a slash at the end as in NAVER's base address."""
+        """URL of the folder, with a trailing slash like NAVER's."""
         return super().url + PREFIX
 
 

@@ -126,9 +126,9 @@ def replay(case: dict[str, Any], process: Process = ALONE) -> dict[str, Any]:
     }
     for step, rate in enumerate(rates):
         crops, labels = step_inputs(case, step, rank, world_size)
-        ids = torch.arange(len(labels))  # no matter: no recorded objective looks at them
+        indices = torch.arange(len(labels))  # no matter: no recorded objective looks at them
         loss, logits = training_step(
-            model, method, optimizer, precision, crops, labels, ids, float(rate)
+            model, method, optimizer, precision, crops, labels, indices, float(rate)
         )
         seen["loss"].append(loss.item())
         seen["logits_abs_sum"].append(logits.abs().sum().item())

@@ -17,7 +17,7 @@ from PIL import Image
 def save_image(
     path: Path, seed: int = 0, size: tuple[int, int] = (40, 30), **options: object
 ) -> np.ndarray:
-    """Save a smooth random picture; return its pixels before compression."""
+    """Save a smooth random image; return its pixels before compression."""
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     pixels = picture(height, width, seed=seed)
@@ -26,7 +26,7 @@ def save_image(
 
 
 def fail_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let a folder fail as on a broken disk; permissions do not bind root."""
+    """Make listing a folder fail as on a broken disk; permissions do not affect root."""
     scandir = os.scandir
 
     def failing(path: bytes) -> object:
@@ -57,7 +57,7 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
 def save_classes(
     root: Path, count: int, classes: Iterable[str] = "ab", name: str = "{}.jpg"
 ) -> Path:
-    """Save class folders of so many pictures each, the same in each class; return ``root``."""
+    """Save class folders of ``count`` images each, equal in all classes; return ``root``."""
     for label in classes:
         for index in range(count):
             save_image(root / label / name.format(index), seed=index)
@@ -65,7 +65,7 @@ def save_classes(
 
 
 def save_colors(root: Path, count: int, side: int, classes: int = 3) -> None:
-    """Save so many pictures of each class, whose color is their brightest channel."""
+    """Save images of each class, whose color is the brightest channel."""
     rng = np.random.default_rng(count)
     for label in range(classes):
         for index in range(count):

@@ -1,4 +1,4 @@
-"""Small models, and their folders."""
+"""Small models and timm folders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny_method(bank: bool) -> TReX:
 
 
 class TinyBackbone(nn.Module):
-    """A convolution with BatchNorm, pooled; counts its calls."""
+    """Pooled convolution with BatchNorm that counts its calls."""
 
     num_features = 6
 
@@ -68,7 +68,7 @@ class TinyBackbone(nn.Module):
 
 
 def quick(model: nn.Module) -> nn.Module:
-    """Let batch norm's averages follow within the few steps of a test."""
+    """Make BatchNorm's running statistics adapt within the few steps of a test."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = 0.5
@@ -76,26 +76,26 @@ def quick(model: nn.Module) -> nn.Module:
 
 
 def small_model() -> nn.Module:
-    """Return a whole t-ReX model of 3 classes, ready to be trained."""
+    """Return a complete t-ReX model with 3 classes, ready for training."""
     return quick(timm.create_model("trex_resnet", num_classes=NUM_CLASSES, **SMALL))
 
 
 def tiny_folder(path: Path, seed: int = 0) -> Path:
-    """A trainer's backbone export in small."""
+    """Return a small backbone as the trainer exports it."""
     torch.manual_seed(seed)
     model = timm.create_model("resnet10t", num_classes=0, pretrained_cfg=CFG, **TINY).eval()
     return write_folder(model, path)
 
 
 def write_folder(model: Any, path: Path) -> Path:
-    """Write a model of images of 32 pixels as a timm folder."""
+    """Write a model for images of 32 pixels as a timm folder."""
     images = torch.randn(2, 3, 32, 32)
     path.parent.mkdir(parents=True, exist_ok=True)
     return timm_folder.write_timm_folder(model.eval(), path, images, model(images).detach())
 
 
 def tiny_classifier(path: Path, weight: torch.Tensor | None = None) -> Path:
-    """A trainer's export of a whole model in small, with ``weight`` as its classifier weights."""
+    """Return a small complete model as the trainer exports it, with classifier ``weight``."""
     torch.manual_seed(1)
     model: Any = timm.create_model(
         "trex_resnet",
@@ -132,7 +132,7 @@ def batch(images: int = 4, crops: int = 3, seed: int = 1) -> tuple[Tensor, Tenso
 
 
 def write_model(folder: Path, name: str, license: str = "mit", **kwargs: Any) -> Path:  # noqa: A002
-    """Write a model as a timm folder; every one of its tensors counts in its outputs."""
+    """Write a model as a timm folder; each of its tensors affects its outputs."""
     torch.manual_seed(0)
     args: Args = {"zero_init_last": False} if "resnet" in name else {}
     model = timm.create_model(name, **args, **kwargs)

@@ -1,4 +1,4 @@
-"""Processes that tests start, and a clock that they set.
+"""Helpers that start processes, and a clock for tests.
 
 Importing torch takes seconds. What does not test an import, a start-up or a launcher runs in a
 process that is forked from a server which has imported everything, and has computed nothing.
@@ -26,14 +26,14 @@ import torch.multiprocessing as mp
 Work = Callable[[Path], Any]
 
 forkserver = get_context("forkserver")
-# Nothing of this computes, so that there is no thread when a process is forked.
+# These imports start no threads, which must not exist when a process is forked.
 forkserver.set_forkserver_preload(["trex_models.train.loop", "tyro", "torch._dynamo"])
 
 
 def run_python(
     *arguments: object, fails: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run an interpreter of its own, and require that it ends well unless it ``fails``."""
+    """Run a new interpreter, and require status 0 unless it ``fails``."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert fails or not done.returncode, done.stdout + done.stderr
@@ -47,19 +47,19 @@ def free_port() -> int:
 
 
 def environments(world_size: int) -> list[dict[str, str]]:
-    """Return the variables of each rank on this host, as torchrun sets them."""
+    """Return the environment variables of each rank on this host, as set by torchrun."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def start_processes(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
-    """Call a function with a rank and arguments in processes of their own, as ``mp.spawn``."""
+    """Call a function with a rank and arguments in new processes, like ``mp.spawn``."""
     mp.start_processes(function, args, nprocs, start_method="forkserver")
 
 
 def spawn(work: Work, world_size: int, folder: Path) -> list[Any]:
-    """Call a function in that many processes, set up as by torchrun; return what each returned."""
+    """Call a function in several processes, set up like torchrun's; return their results."""
     start_processes(_member, (work, environments(world_size), folder), world_size)
     return [pickle.loads(file.read_bytes()) for file in results(folder, world_size)]
 
@@ -76,7 +76,7 @@ def _member(rank: int, work: Work, variables: list[dict[str, str]], folder: Path
 
 
 class Forked:
-    """``python -c CODE ARGUMENTS`` or ``python -m MODULE ARGUMENTS``, forked."""
+    """Forked process that runs ``python -c CODE ARGUMENTS`` or ``python -m MODULE ARGUMENTS``."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Forked:
     ) -> None:
         self.command = command
         self.out = self.err = ""
-        """What it has printed, and its errors; known from its end on."""
+        """Standard output and standard error, available once the process has ended."""
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, name) for name in ("out", "err")]
         for file in self._files:
@@ -99,7 +99,7 @@ class Forked:
         self.process.start()
 
     def end(self, seconds: float = 240) -> int:
-        """Wait for its end; return its exit status, negative for a signal's number."""
+        """Wait until the process ends; return its exit status, or minus the signal's number."""
         self.process.join(seconds)
         status = self.process.exitcode
         if status is None:
@@ -116,7 +116,7 @@ class Forked:
 
 
 def output_to(*files: Path) -> None:
-    """Append what this process prints, and its errors, to two files."""
+    """Redirect standard output and standard error of this process to two files."""
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
 
@@ -128,12 +128,12 @@ def _interpret(
     files: list[Path],
     start_method: str,
 ) -> None:
-    set_start_method(start_method, force=True)  # of loader workers: the usual one, not ours
+    set_start_method(start_method, force=True)  # of loader workers: the default, not ours
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     output_to(*files)
-    torch.set_num_threads(1)  # as OMP_NUM_THREADS=1, which has been read already
+    torch.set_num_threads(1)  # OMP_NUM_THREADS was read before the fork
     option, code, *arguments = command
     sys.argv = [option, *arguments]
     if option == "-m":
@@ -143,7 +143,7 @@ def _interpret(
 
 
 class Clock:
-    """A time that tests set."""
+    """Clock whose time is set by tests."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -153,7 +153,7 @@ class Clock:
 
 
 def captured(main: Callable[[list[str]], int], *arguments: str | Path) -> tuple[int, str, str]:
-    """Run a command in this process; return its status, and what it printed to each stream."""
+    """Run a command in this process; return its status, standard output and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main([str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""What a release file computes, from torchvision and plain formulas, to compare ours with."""
+"""Reference outputs of an official file, computed with torchvision and plain formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Outputs(NamedTuple):
-    """Outputs for a batch of images; a backbone file has features alone."""
+    """Outputs for a batch of images; only features for a backbone file."""
 
     features: Tensor
     embeddings: Tensor | None
@@ -74,7 +74,7 @@ def embeddings(layers: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the normalized sum of each class's features, zero where it has none."""
+    """Return the normalized sum of each class's features; zero for empty classes."""
     sums = torch.zeros(num_classes, features.shape[1], dtype=features.dtype)
     for feature, label in zip(features, labels.tolist(), strict=True):
         sums[label] += feature
@@ -84,7 +84,7 @@ def prototypes(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def pictures(count: int, side: int, seed: int = 0) -> Tensor:
-    """Smooth random images that differ from one another, as normalized images do."""
+    """Return smooth random images with the statistics of normalized images."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 5, 5, generator=generator)
     return F.interpolate(coarse, size=(side, side), mode="bicubic", antialias=True)

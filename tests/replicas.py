@@ -1,4 +1,4 @@
-"""Small replicas of the transfer data sets' layouts: the right files in the right places.
+"""Small replicas of the layouts of the transfer datasets.
 
 Each writer returns the training and the test images: path below the data root -> class.
 """
@@ -36,14 +36,14 @@ def write(path: Path, *lines: str) -> None:
 
 
 def folders(root: Path, folder: str, count: int, classes: Iterable[str] = CLASSES) -> Files:
-    """Write class folders of so many images."""
+    """Write class folders with a number of images each."""
     files = {f"{folder}/{name}/{i}.JPEG": name for name in classes for i in range(count)}
     touch(root, files)
     return files
 
 
 def replica(writer: Callable[..., Iterator[Files]]) -> Callable[..., Parts]:
-    """Let a writer that yields each part's files write their images, too; the last is the test."""
+    """Write the images of the files that a writer yields for each part, the test part last."""
 
     @functools.wraps(writer)
     def write_images(root: Path, *options: int) -> Parts:

@@ -1,4 +1,4 @@
-"""Runs that last seconds, and what they leave."""
+"""Training runs that take seconds, and their files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trex_models.train import checkpointing
 from trex_models.train.__main__ import main
 from trex_models.train.reporting import TIMINGS
 
-# A run of two epochs of four steps, seconds long.
+# Options of a run of two epochs with four steps, which takes seconds.
 TINY = """--data.num-classes 4 --data.images-per-class 8 --data.image-size 32
     --optim.epochs 2 --optim.batch-size 8 --objective.bank-size 32 --system.workers 0
     --crops.local-crops 2 --model.hidden-dim 16 --model.embedding-dim 8
@@ -28,15 +28,15 @@ def run(output: Path, *overrides: str, recipe: str = "smoke") -> int:
     return main([recipe, "--output", str(output), *TINY, *overrides])
 
 
-def told(output: Path, *overrides: str) -> str:
-    """Run to the end; return what it printed."""
+def output_of(output: Path, *overrides: str) -> str:
+    """Train to the end; return the output."""
     with redirect_stdout(io.StringIO()) as out:
         assert run(output, *overrides) == 0
     return out.getvalue()
 
 
 def refused(output: Path, *overrides: str) -> str:
-    """Start a run that must fail; return its error, one line."""
+    """Start a run that must fail; return its error, which is one line."""
     with redirect_stderr(io.StringIO()) as errors:
         assert run(output, *overrides) == 2
     (line,) = errors.getvalue().splitlines()
@@ -44,7 +44,7 @@ def refused(output: Path, *overrides: str) -> str:
 
 
 def status_of(command: Callable[..., int], *arguments: Any) -> object:
-    """Return the exit status of a command, be it returned or raised by the parser."""
+    """Return the exit status of a command, whether returned or raised by the parser."""
     try:
         return command(*arguments)
     except SystemExit as ended:

@@ -36,9 +36,9 @@ def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: s
 
 
 def test_ids_are_one_for_each_embedding() -> None:
-    for ids in (torch.tensor([7]), torch.arange(3)):
+    for indices in (torch.tensor([7]), torch.arange(3)):
         with pytest.raises(ValueError, match=r"indices must be \(4,\) like labels, got \(.*\)"):
-            filled().enqueue(EMBEDDINGS, LABELS, ids)
+            filled().enqueue(EMBEDDINGS, LABELS, indices)
 
 
 def test_entries_of_no_sample_are_nobodys_own() -> None:
@@ -47,8 +47,8 @@ def test_entries_of_no_sample_are_nobodys_own() -> None:
     look = LOOK(bank)
     loss, _ = look(EMBEDDINGS, LABELS)
     assert loss > 0
-    for ids in (torch.full((4,), -1), torch.arange(4)):
-        assert torch.equal(look(EMBEDDINGS, LABELS, ids)[0], loss)
+    for indices in (torch.full((4,), -1), torch.arange(4)):
+        assert torch.equal(look(EMBEDDINGS, LABELS, indices)[0], loss)
     bank.enqueue(EMBEDDINGS, LABELS, torch.arange(4))
     assert look(EMBEDDINGS, LABELS)[0] < look(EMBEDDINGS, LABELS, torch.arange(4))[0]
 

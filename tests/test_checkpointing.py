@@ -18,7 +18,7 @@ import torch
 
 from tests.images import save_classes, save_image
 from tests.processes import captured, run_python
-from tests.runs import assert_same_state, last_state, logged, refused, run, told
+from tests.runs import assert_same_state, last_state, logged, output_of, refused, run
 from trex_models.pretrained.checkpoints import DamagedError
 from trex_models.train import checkpointing, export, loop
 from trex_models.train.__main__ import main
@@ -81,7 +81,7 @@ def test_damaged_checkpoints_are_renamed_and_the_previous_one_is_used(
 ) -> None:
     assert names(copied) == ["step_6.pt", "step_8.pt"]
     (copied / "checkpoints/step_8.pt").write_bytes(content)
-    out = told(copied, *MIDWAY)
+    out = output_of(copied, *MIDWAY)
     assert "step_8.pt cannot be read as a checkpoint: it is damaged; it was renamed to" in out
     assert f"continues from {copied}/checkpoints/step_6.pt" in out
     assert names(copied) == ["step_6.pt", "step_8.pt", "step_8.pt.damaged"]
@@ -120,7 +120,7 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
         (20_000, r"error: .*/step_6\.pt cannot be written \(File too large\); fix this, .*\n"),
         (100, r"error: .*File too large: '.*/metrics\.jsonl'\n"),
     ],
-    ids=["checkpoint", "metrics"],
+    indices=["checkpoint", "metrics"],
 )
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     finished: Path, tmp_path: Path, limit: int, message: str
@@ -218,7 +218,7 @@ def test_a_folder_with_other_settings_is_refused_by_their_names(finished: Path) 
 def test_settings_that_do_not_affect_the_result_may_change(copied: Path, finished: Path) -> None:
     checkpointing.list_checkpoints(copied)[-1].unlink()
     free = "--system.workers 1 --system.save-minutes 0 --system.no-channels-last --license mit"
-    out = told(copied, *free.split())
+    out = output_of(copied, *free.split())
     assert "continues from" in out
     assert "was saved in another environment (channels_last: True -> False)" in out
     assert names(copied) == ["step_6.pt", "step_8.pt"]
@@ -232,7 +232,7 @@ def test_processes_that_normalize_other_parts_of_a_batch_are_refused(copied: Pat
     checkpointing.write(path, state | four | {"batchnorm_groups": 4})
     assert "was saved by a run with 4 BatchNorm groups per batch" in refused(copied, *MIDWAY)
     checkpointing.write(path, state | four)  # synchronized
-    assert "was saved in another environment (processes: 4 -> 1)" in told(copied, *MIDWAY)
+    assert "was saved in another environment (processes: 4 -> 1)" in output_of(copied, *MIDWAY)
 
 
 def test_temporary_files_of_a_killed_process_do_not_stay(copied: Path) -> None:
@@ -261,11 +261,11 @@ def test_a_step_that_diverged_can_be_repeated(tmp_path: Path) -> None:
     assert "lower --optim.base-lr" in err
     assert not checkpointing.list_checkpoints(tmp_path / "run")
     assert f"trex_models.train.export.load_step('{path}')" in err
-    method, (crops, labels, ids), precision = export.load_step(path)
+    method, (crops, labels, indices), precision = export.load_step(path)
     before = copy.deepcopy(method.state_dict())
     assert all(parameter.isfinite().all() for parameter in method.parameters())
     with precision.autocast():
-        loss, _ = method(crops, labels, ids)
+        loss, _ = method(crops, labels, indices)
     assert not loss.isfinite()
     assert len(labels) == 8
     assert [tuple(c.shape) for c in crops] == [(8, 3, 32, 32), (16, 3, 16, 16)]
@@ -290,10 +290,10 @@ def test_moved_images_are_the_same_and_renamed_ones_are_not(tmp_path: Path) -> N
     folder += ["--data.source", "folder", "--data.path"]
     assert run(tmp_path / "run", *folder, str(tmp_path / "images")) == 0
     moved = (tmp_path / "images").rename(tmp_path / "moved")
-    assert "the run is finished" in told(tmp_path / "run", *folder, str(moved))
+    assert "the run is finished" in output_of(tmp_path / "run", *folder, str(moved))
     checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
     save_image(moved / "a/3.jpg", seed=9)
-    out = told(tmp_path / "run", *folder, str(moved))
+    out = output_of(tmp_path / "run", *folder, str(moved))
     assert out.count("warning: 1 of 16 training images have new ") == 1
     assert f"such as {moved}/a/3.jpg" in out
     (moved / "a/3.jpg").rename(moved / "a/9.jpg")

@@ -1,4 +1,4 @@
-"""Adapters and quantization tools on whole models: the logits stay, or the tool refuses."""
+"""Adapters and quantization of complete models: equal logits, or an error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Change = Callable[[nn.Module, Path], Callable[[Tensor], Tensor]]
 @pytest.fixture(scope="module")
 @torch.no_grad()
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A timm folder of a whole model that puts every image into a class of its own."""
+    """Timm folder of a complete model that assigns every image to a different class."""
     torch.manual_seed(0)
     model: Any = quick(timm.create_model("trex_resnet", backbone="resnet18", num_classes=CLASSES))
     for _ in range(5):  # move BatchNorm's running statistics

@@ -1,4 +1,4 @@
-"""Any combination of crops, projector and objective trains, and exports what it is."""
+"""Training and export of all combinations of crops, projector and objective."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def train_a_step(config: Config) -> TReX:
         torch.randn(6 * spec.count, 3, spec.size, spec.size)
         for spec in build.crop_specs(config.crops)
     ]
-    labels, ids = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
+    labels, indices = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
     optimizer, precision = build_sgd(method, 0.9, 1e-4), Precision.from_name("fp32", "cpu")
-    loss, logits = training_step(method, method, optimizer, precision, crops, labels, ids, 0.1)
+    loss, logits = training_step(method, method, optimizer, precision, crops, labels, indices, 0.1)
     assert loss.isfinite()
     assert logits.shape == (sum(len(part) for part in crops), len(CLASSES))
     moved = [n for n, value in method.named_parameters() if not torch.equal(value, before[n])]
-    trained = {name for name in before if name.startswith("encoder.")}  # not its average yet
+    trained = {
+        name for name in before if name.startswith("encoder.")
+    }  # the momentum encoder is not updated yet
     assert {name for name in trained if name.endswith("conv1.weight")} <= set(moved)
     return method
 

@@ -1,4 +1,4 @@
-"""Training on CUDA: two processes against one, resume, no waiting, a loss that is not finite."""
+"""Training on CUDA: two processes and one, resume, asynchronous steps, non-finite losses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_close_runs(a: Path, b: Path) -> None:
 
 
 def test_two_synchronized_processes_equal_one_of_the_double_batch(tmp_path: Path) -> None:
-    """Both on the same GPU, which nccl refuses: by gloo."""
+    """Both processes use the same GPU, which nccl does not support: with gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", "-m", "trex_models.train", "smoke", *TINY, *CUDA]
     command += ["--precision", "fp32", "--system.backend", "gloo"]
@@ -62,7 +62,7 @@ def test_two_synchronized_processes_equal_one_of_the_double_batch(tmp_path: Path
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "auto"])
 def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, precision: str) -> None:
-    """To rounding: on CUDA the order of atomic additions is not fixed."""
+    """Equal up to rounding, as the order of atomic additions varies on CUDA."""
     options = [*CUDA, "--precision", precision]
     assert run(tmp_path / "whole", *options) == 0
     config = json.loads((tmp_path / "whole/config.json").read_text())
@@ -97,19 +97,19 @@ def test_every_objective_with_its_validation(tmp_path: Path, objective: str) -> 
 
 
 def test_look_is_that_of_the_cpu() -> None:
-    """Float32 without TF32, under autocast too."""
-    bank, (z, labels, ids) = make_bank().float(), batch()
-    expected, votes = LOOK(bank, 0.1, 7)(z.float(), labels, ids)
+    """The scores are float32 without TF32, also under autocast."""
+    bank, (z, labels, indices) = make_bank().float(), batch()
+    expected, votes = LOOK(bank, 0.1, 7)(z.float(), labels, indices)
     torch.backends.cuda.matmul.allow_tf32 = False
     with torch.autocast("cuda", torch.bfloat16):
-        loss, on_cuda = LOOK(bank.cuda(), 0.1, 7)(z.float().cuda(), labels.cuda(), ids.cuda())
+        loss, on_cuda = LOOK(bank.cuda(), 0.1, 7)(z.float().cuda(), labels.cuda(), indices.cuda())
     torch.testing.assert_close(loss.cpu(), expected)
     torch.testing.assert_close(on_cuda.cpu(), votes)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
-    """Except for the event behind the loss, which nothing waits for."""
+    """Nothing else waits for the device; the event after the loss is not waited for here."""
     device = torch.device("cuda:0")
     method = build.build_method(STEP, 5).train().to(device)
     method.to(memory_format=torch.channels_last)
@@ -123,8 +123,10 @@ def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
             pinned = dataset.__getitems__([(number, index) for index in range(8)]).pin_memory()
             torch.cuda.set_sync_debug_mode("error" if number > 2 else "default")
             crops = augment(pinned, device)
-            labels, ids = to_device([pinned.labels, pinned.indices], device)
-            loss, logits = training_step(method, method, optimizer, types, crops, labels, ids, 0.01)
+            labels, indices = to_device([pinned.labels, pinned.indices], device)
+            loss, logits = training_step(
+                method, method, optimizer, types, crops, labels, indices, 0.01
+            )
             meter.update(loss, logits[: len(labels)], labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -141,5 +143,5 @@ def test_copies_on_a_separate_stream_are_complete() -> None:
             busy = (busy @ busy).clamp(-1, 1)
         (copy,) = to_device([pinned], device)
         sums.append(copy.long().sum())
-        del copy, pinned  # their memory is free for the next ones
+        del copy, pinned  # so that the next ones may use their memory
     assert [int(s) for s in sums] == [(number % 200) << 22 for number in range(50)]

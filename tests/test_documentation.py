@@ -1,4 +1,4 @@
-"""Every Python and shell block of README.md and docs/ runs, in the order of its page."""
+"""All Python and shell blocks of README.md and docs/ are executed, page by page."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_page_runs(page: Path, furnished: tuple[Path, dict[str, str]], tmp_path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_links_to_what_exists(page: Path) -> None:
+def test_links_of_pages_exist(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         assert (page.parent / link[0]).exists(), link[0]
 
 
-def test_every_setting_is_of_a_page() -> None:
+def test_every_settings_file_belongs_to_a_page() -> None:
     assert {path.stem for path in SETTINGS.glob("*.toml")} <= {page.stem for page in PAGES}
     assert ROOT / "README.md" in PAGES

@@ -1,4 +1,4 @@
-"""Features of images."""
+"""Feature extraction in memory."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ def test_feature_files_contain_features_names_and_metadata(
     place: Path, models: Path, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(models, "images", "--output", out) == 0
-    told = capsys.readouterr().out
-    assert "11 images x 32 float32" in told
-    assert "license of the weights: cc-by-nc-sa-4.0" in told
+    output = capsys.readouterr().out
+    assert "11 images x 32 float32" in output
+    assert "license of the weights: cc-by-nc-sa-4.0" in output
     found = trex_models.features.load(out)
     assert found.names == sorted(found.names)
     assert found.names[:2] == ["a/0.png", "a/10.png"]

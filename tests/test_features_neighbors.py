@@ -171,7 +171,7 @@ def test_the_command_prints_and_draws(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 @pytest.mark.usefixtures("place")
-def test_invalid_checkpoints_are_reported(
+def test_invalid_queries_are_reported(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["neighbors", "f.npy", *arguments]) == 2

@@ -1,4 +1,4 @@
-"""Files are whole or absent."""
+"""Atomic writes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_remains_of_killed_processes_and_links(tmp_path: Path) -> None:
     assert found == {"file", "folder", "folder/new"}
 
 
-def test_two_writers_of_one_place_do_not_mix(tmp_path: Path) -> None:
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     with timm_folder.replaced_folder(tmp_path / "folder") as first:
         (first / "a").write_text("first")
         with timm_folder.replaced_folder(tmp_path / "folder") as second:

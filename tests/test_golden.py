@@ -1,4 +1,4 @@
-"""Our modules against the official implementation's recorded trajectories."""
+"""Comparison of our modules with recorded trajectories of the official implementation."""
 
 from __future__ import annotations
 

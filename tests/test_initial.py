@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import trex_models  # noqa: F401  # registers the models
 from tests.models import load
 from tests.official_files import official_form
-from tests.runs import TINY, assert_same_state, last_state, refused, run, told
+from tests.runs import TINY, assert_same_state, last_state, output_of, refused, run
 from trex_models.method.model import TReX
 from trex_models.pretrained import naver
 from trex_models.train import build, checkpointing, init_from
@@ -39,7 +39,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def started(path: Path, folder: Path, *more: str) -> list[str]:
     """Start a run from a file; return the report of its parts."""
-    lines = told(folder, "--init-from", str(path), *more).splitlines()
+    lines = output_of(folder, "--init-from", str(path), *more).splitlines()
     first = lines.index(f"from {file_of(path)}:")
     *parts, last = [line.strip() for line in lines[first + 1 :] if line.startswith("  ")]
     assert last.startswith("license of the weights: ")
@@ -158,9 +158,9 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
     err = refused(tmp_path / "run", *command, "--license", "mit")
     assert "license cannot be mit: the run starts from weights under cc-by-nc-sa-4.0" in err
     assert not (tmp_path / "run").exists()
-    out = told(tmp_path / "run", *command)
+    out = output_of(tmp_path / "run", *command)
     assert "weights: cc-by-nc-sa-4.0, which covers derived weights" in out
-    assert f"from {sources['official ocm']}" not in told(tmp_path / "run", *command)
+    assert f"from {sources['official ocm']}" not in output_of(tmp_path / "run", *command)
     for part in ("backbone", "cls"):
         config = json.loads((tmp_path / "run/export" / part / "config.json").read_text())
         assert config["pretrained_cfg"]["license"] == "cc-by-nc-sa-4.0"

@@ -35,9 +35,9 @@ def loss_by_hand(bank: MemoryBank, z: Tensor, label: int, sample: int, k: int) -
 @pytest.mark.parametrize("k", [1, 2, 7, 40, 1000])
 def test_loss_and_gradient_are_those_of_a_plain_loop(k: int) -> None:
     bank = make_bank()
-    z, labels, ids = batch()
+    z, labels, indices = batch()
     bank.labels[bank.labels == labels[0]] = (labels[0] + 1) % C  # the bank has none of its class
-    loss, _ = LOOK(bank, TAU, k)(z, labels, ids)
+    loss, _ = LOOK(bank, TAU, k)(z, labels, indices)
     rows = [
         loss_by_hand(bank, z[crop * 4 + image], int(labels[image]), image, k)
         for crop in range(3)
@@ -74,20 +74,20 @@ def test_the_complete_bank_as_neighbors_is_snca() -> None:
 
 def test_own_entries_are_excluded() -> None:
     bank = make_bank()
-    z, labels, ids = batch(images=1, crops=1)
-    before, votes = LOOK(bank, TAU, 5)(z, labels, ids)
+    z, labels, indices = batch(images=1, crops=1)
+    before, votes = LOOK(bank, TAU, 5)(z, labels, indices)
     own = bank.indices == 0
     bank.embeddings[own] = z.detach()  # nearest of all, of the right class, if they counted
     bank.labels[own] = labels[0]
-    after, same_votes = LOOK(bank, TAU, 5)(z, labels, ids)
+    after, same_votes = LOOK(bank, TAU, 5)(z, labels, indices)
     assert torch.equal(before, after)
     assert torch.equal(votes, same_votes)
-    counted, _ = LOOK(bank, TAU, 5)(z, labels, ids + 100)
+    counted, _ = LOOK(bank, TAU, 5)(z, labels, indices + 100)
     assert counted < 0.5 * after
     bank = make_bank()
     bank.indices.zero_()
-    z, labels, ids = batch(images=1, crops=2)
-    loss, votes = LOOK(bank, TAU, 3)(z, labels, ids)
+    z, labels, indices = batch(images=1, crops=2)
+    loss, votes = LOOK(bank, TAU, 3)(z, labels, indices)
     (gradient,) = torch.autograd.grad(loss, z)
     assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(z))

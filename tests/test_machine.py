@@ -1,4 +1,4 @@
-"""What this machine is."""
+"""Description of the machine."""
 
 from __future__ import annotations
 

@@ -89,9 +89,9 @@ def test_cosine_softmax_learns_its_weights() -> None:
 def test_float32_islands_under_autocast() -> None:
     method = tiny_method()
     with torch.autocast("cpu", torch.bfloat16):
-        labels, ids = torch.tensor([[0, 1, 2, 0], [4, 5, 6, 7]])
-        loss, logits = method([torch.randn(4, 3, 8, 8)], labels, ids)
-        method.update_bank(torch.randn(4, 3, 8, 8), labels, ids)
+        labels, indices = torch.tensor([[0, 1, 2, 0], [4, 5, 6, 7]])
+        loss, logits = method([torch.randn(4, 3, 8, 8)], labels, indices)
+        method.update_bank(torch.randn(4, 3, 8, 8), labels, indices)
     assert method.objective.bank is not None
     assert logits.dtype == loss.dtype == method.objective.bank.embeddings.dtype == torch.float32
 

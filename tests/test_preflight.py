@@ -18,7 +18,7 @@ import torch
 
 from tests.images import save_classes, save_image
 from tests.processes import captured
-from tests.runs import refused, run, told
+from tests.runs import output_of, refused, run
 from trex_models.atomic import require_space
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource
@@ -129,7 +129,9 @@ def test_size_of_a_checkpoint_and_of_a_bank(
     """The estimate is close to the size of a real file, which also contains names."""
     options = f"""--objective.name {objective} --model.hidden-dim 1024 --optim.epochs 1
         --objective.bank-size 4""".split()
-    warned = "warning: --objective.bank-size 4 leaves about " in told(tmp_path / "run", *options)
+    warned = "warning: --objective.bank-size 4 leaves about " in output_of(
+        tmp_path / "run", *options
+    )
     assert warned == (objective == "ocm")
     path = checkpointing.list_checkpoints(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)

@@ -61,9 +61,9 @@ def train(
     losses = []
     for step in range(3):
         seed_step(0, step, rank)
-        crops, labels, ids = inputs(10 * step + rank)
+        crops, labels, indices = inputs(10 * step + rank)
         crops = [c.to(dtype) for c in crops]
-        loss, _ = training_step(model, method, optimizer, types, crops, labels, ids, 0.1)
+        loss, _ = training_step(model, method, optimizer, types, crops, labels, indices, 0.1)
         losses.append(loss)
     gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return {"state": method.state_dict(), "gradients": gradients}, losses

@@ -1,4 +1,4 @@
-"""What a release says of itself, in five files, is one thing."""
+"""Consistency of version, date and requirements in the five files of a release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 
 
 def lower_bounds() -> dict[str, Version]:
-    """Return the lower bound of each requirement, those of the extras too."""
+    """Return the lower bound of each requirement, including those of the extras."""
     bounds: dict[str, Version] = {}
     extras = itertools.chain.from_iterable(PROJECT["optional-dependencies"].values())
     for line in (*PROJECT["dependencies"], *extras):
@@ -43,7 +43,7 @@ def pins(name: str) -> dict[str, Version]:
 
 
 def changelog() -> list[tuple[str, str]]:
-    """Return version and date of each release that the changelog has, the latest first."""
+    """Return version and date of each release in the changelog, the latest first."""
     text = (ROOT / "CHANGELOG.md").read_text()
     return re.findall(r"^## (?!\[Unreleased\]$)\[?([^\]\s]+)\]?(?: - (\S+))?$", text, re.MULTILINE)
 

@@ -27,7 +27,7 @@ _SECONDS = 120.0
 
 @contextmanager
 def two_hosts() -> Iterator[list[str]]:
-    """Yield the names of two namespaces that can reach each other and nothing else."""
+    """Yield the names of two network namespaces that can only reach each other."""
     names = [f"trex-{os.getpid()}-{index}" for index in range(2)]
     with ExitStack() as stack:
         for name in names:
@@ -51,7 +51,7 @@ def _ip(*arguments: str) -> str:
 
 
 def start(host: str, folder: Path, interface: str, *launcher: str) -> subprocess.Popen[bytes]:
-    """Start torchrun on a host in ``folder``; its output goes to HOST.log there."""
+    """Start torchrun on a host in ``folder``, with its output in HOST.log."""
     command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"]
     command += [*launcher, "-m", "trex_models.train", *SETTING.command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}

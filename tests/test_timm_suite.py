@@ -23,17 +23,17 @@ ROOT = Path(__file__).parent.parent
 TIMM_SOURCE = ROOT / ".timm-src" / f"timm-{timm.__version__}"
 # timm's test files whose tests name models or build ResNets.
 FILES = ("models", "model_input", "input_conv", "checkpoint_loading", "utils")
-# Without the network.
+# These need no network.
 DESELECTED = {"tests/test_models.py::test_model_inference": "its expected outputs are on the Hub"}
-# Tests that resnet50 passed under timm 1.0.31. Fewer means that the plugin finds them no more.
+# Tests that resnet50 passed under timm 1.0.31. If there are fewer, the plugin no longer finds them.
 NUM_TESTS = 51
 
 
 def run_timm_tests(folder: Path) -> dict[str, dict[str, str]]:
-    """Run timm's tests in a process of their own; return model -> test -> outcome."""
+    """Run timm's tests in a new process; return model -> test -> outcome."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "timm_suite_plugin", "-p", "no:cacheprovider"]
-    # A folder of its own: pytest makes the one of all its runs private again, under other tests.
+    # A separate folder: pytest changes the permissions of the common one while other tests run.
     command += ["-q", f"--junitxml={report}", f"--basetemp={folder / 'tests'}"]
     command += [f"--deselect={test}" for test in DESELECTED]
     command += [f"tests/test_{name}.py" for name in FILES]
@@ -55,7 +55,7 @@ def run_timm_tests(folder: Path) -> dict[str, dict[str, str]]:
         assert key
         outcome = next((e.tag for e in case if e.tag in ("failure", "error", "skipped")), "passed")
         tests = outcomes.setdefault(model, {})
-        # A model runs a test once a tag, and passes if it does so for all of them.
+        # A test runs once per tag, and passes if it passes for all tags.
         tests[key] = outcome if tests.get(key, "passed") == "passed" else tests[key]
     return outcomes
 

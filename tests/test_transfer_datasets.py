@@ -291,6 +291,6 @@ def test_torchvisions_name_of_inaturalists_folder(tmp_path: Path) -> None:
 def test_damaged_lists(tmp_path: Path, name: str, path: str, text: str, message: str) -> None:
     expected = REPLICAS[name](tmp_path)
     (tmp_path / path).write_text(text)
-    told = refused(small(name, expected), tmp_path)
-    assert re.search(message, told)
-    assert DATASETS[name].layout in told
+    output = refused(small(name, expected), tmp_path)
+    assert re.search(message, output)
+    assert DATASETS[name].layout in output

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import save_image
-from tests.runs import assert_same_state, last_state, logged, refused, run, told
+from tests.runs import assert_same_state, last_state, logged, output_of, refused, run
 from trex_models.train import checkpointing
 from trex_models.train.unreadable import UnreadableImages
 
@@ -59,7 +59,7 @@ def test_substitutes_do_not_depend_on_workers(
     workers: str, skipped: tuple[list[str], Path], tmp_path: Path
 ) -> None:
     options, folder = skipped
-    out = told(tmp_path / "run", *options, *SKIP, "--system.workers", workers)
+    out = output_of(tmp_path / "run", *options, *SKIP, "--system.workers", workers)
     assert f"2 unreadable images were skipped; see {tmp_path}" in out
     assert out.count("skipped: ") == 2  # once per image, not per epoch
     assert_same_run(tmp_path / "run", folder)
@@ -99,7 +99,7 @@ def test_before_the_start(tmp_path: Path) -> None:
     err = refused(tmp_path / "run", *options)
     assert "or skip unreadable images with --data.unreadable skip" in err
     warning = "warning: 1 of 16 sampled training images are unreadable, "
-    assert warning in told(tmp_path / "run", *options, *SKIP)
+    assert warning in output_of(tmp_path / "run", *options, *SKIP)
     options = make_folder(tmp_path / "broken", NAMES)
     assert "none of 16 sampled training images" in refused(tmp_path / "other", *options, *SKIP)
     assert not (tmp_path / "other").exists()
@@ -129,7 +129,7 @@ def test_images_to_compare_with_count_once(tmp_path: Path) -> None:
     options = make_folder(tmp_path / "images", BROKEN)
     make_folder(tmp_path / "held", ["a/5.png"])
     knn = ["--validation.path", str(tmp_path / "held"), "--validation.neighbors", "3"]
-    out = told(tmp_path / "run", *options, *SKIP, *knn)
+    out = output_of(tmp_path / "run", *options, *SKIP, *knn)
     assert "3 unreadable images were skipped" in out
     assert logged(tmp_path / "run")[-1]["unreadable"] == 2
     listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
@@ -151,7 +151,7 @@ def test_mended_and_moved_images(skipped: tuple[list[str], Path], tmp_path: Path
 
     checkpointing.list_checkpoints(tmp_path / "run")[-1].unlink()
     make_folder(tmp_path / "moved", [])
-    assert "skipped" not in told(tmp_path / "run", *moved, *SKIP[:3], "0")
+    assert "skipped" not in output_of(tmp_path / "run", *moved, *SKIP[:3], "0")
     assert not (tmp_path / "run" / "unreadable.txt").exists()
     assert "unreadable" not in logged(tmp_path / "run")[-1]
 

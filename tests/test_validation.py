@@ -17,7 +17,7 @@ from torchvision import transforms
 from tests.images import picture, save_classes
 from tests.models import TinyBackbone
 from tests.processes import spawn
-from tests.runs import assert_same_state, last_state, logged, refused, run, told
+from tests.runs import assert_same_state, last_state, logged, output_of, refused, run
 from trex_models.data.image_files import FolderSource
 from trex_models.data.sources import ArraySource, Source
 from trex_models.distributed import Process, process_group
@@ -254,7 +254,7 @@ def test_folder_of_held_out_images(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
         shutil.rmtree(held_out)
     save_classes(held_out, 3, "b")
-    assert "validation: 3 images of 1 of the 2 classes\n" in told(tmp_path / "run", *folders)
+    assert "validation: 3 images of 1 of the 2 classes\n" in output_of(tmp_path / "run", *folders)
     method, _ = export.load_method(tmp_path / "run")
     expected = by_hand(method, FolderSource(held_out, "ab"), side=32)
     assert {name: logged(tmp_path / "run")[-1][name] for name in expected} == expected

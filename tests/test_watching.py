@@ -134,7 +134,7 @@ def test_tensorboard_hides_repeated_steps(tmp_path: Path) -> None:
     assert scalars(tmp_path)["loss"] == {1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0}
 
 
-def test_every_line_tells_the_heads_health(watched: Path) -> None:
+def test_every_line_contains_the_heads_health(watched: Path) -> None:
     last = logged(watched)[-1]
     expected: dict[str, float] = {"bank_classes": 1, "bank_initial": 0, "empty_prototypes": 0}
     expected |= {"bank_age": 1.5, "bank_oldest": 3}  # 32 entries of batches of 8
@@ -163,7 +163,7 @@ def test_summary(watched: Path) -> None:
         assert expected in "\n".join(rest)
 
 
-def test_tensorboard_is_asked_for_only_where_it_is_wanted(
+def test_tensorboard_is_only_required_if_enabled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -36,13 +36,13 @@ import trex_models  # noqa: F401  # registers the models
 from trex_models.pretrained import resolve
 
 STOCK = "resnet50"
-# Of models that differ in the depth of the projector alone, one of each kind.
+# One model of each kind; the others differ only in the depth of the projector.
 OURS = ["trex_resnet", "trex_resnet50", "trex_resnet50_cls", "trexstar_resnet50_proj"]
 FOLDER = tempfile.TemporaryDirectory()
 WEIGHTS = Path(FOLDER.name)
 STAND_IN = re.compile(r"(?:create_model|resolve_model_input_args)\(\s*'(?:test_resnet|resnet18)'")
 
-# Most of the suite's time would go into drawing initial values.
+# Random initialization would take most of the time.
 NUMBERS = torch.randn(1 << 24)
 NOT_PASSED: set[str] = set()
 PASSED: set[str] = set()
@@ -52,7 +52,7 @@ _split_name = timm.models._factory.split_model_name_tag
 
 
 def list_models(*args: Any, **kwargs: Any) -> list[str]:
-    """Return resnet50 and our models where timm's list holds resnet50, else nothing."""
+    """Return resnet50 and our models if timm's list contains resnet50, otherwise nothing."""
     names = _list_models(*args, **kwargs)
     stock = next((name for name in names if name.split(".")[0] == STOCK), None)
     if stock is None:
@@ -86,7 +86,7 @@ def kaiming(
     nonlinearity: init._NonlinearityType = "leaky_relu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Initialize by normal numbers drawn before, from a random one of them on."""
+    """Initialize from precomputed normal numbers, starting at a random position."""
     if tensor.is_meta:
         return tensor
     fan = init._calculate_correct_fan(tensor, mode)
@@ -104,7 +104,7 @@ init.kaiming_normal_ = init.kaiming_uniform_ = kaiming
 
 @pytest.fixture
 def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the names of small ResNets in a test's body mean the model under test."""
+    """Replace the names of small ResNets in a test by the model under test."""
 
     stood_in = []
 
@@ -127,7 +127,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if argnames[0].strip() not in ("model_name", "name") or not isinstance(rows, list):
             continue
         if len(argnames) == 1:
-            # An empty list is one of list_models, from which timm leaves ResNets out.
+            # Empty lists come from list_models with filters that exclude ResNets.
             if rows and rows[0].split(".")[0] != STOCK:
                 rows[:] = [STOCK, *OURS]
             return
@@ -151,7 +151,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         name = next((params.pop(k) for k in ("model_name", "name", "stand_in") if k in params), "")
         model = str(name).split(".")[0]
         key = f"{item.nodeid.partition('[')[0]} {sorted(params.items(), key=str)}"
-        # The half of a test with vit=True builds no ResNet.
+        # With vit=True, the test builds no ResNet.
         if model in (STOCK, *OURS) and not params.get("vit"):
             item.user_properties += [("model", model), ("key", key)]
             selected.append(item)

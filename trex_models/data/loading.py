@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from trex_models.data.decode import UnreadableImageError
 
 _MAX_DEATHS = 3
-_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds until a wait is logged; until it ends, once asked
+_LOG_AFTER, _STOP_AFTER = 60.0, 10.0  # seconds: log a long wait; give up after a request to stop
 _PREFETCHED = 2  # batches that each worker loads ahead
 # Buffers per worker, reused in turn: each worker loads at most _PREFETCHED batches ahead of the one
 # in use, so that no batch is overwritten while it is used.
