@@ -120,7 +120,7 @@ def test_a_passing_trouble_does_not_condemn_a_checkpoint(
         (20_000, r"error: .*/step_6\.pt cannot be written \(File too large\); fix this, .*\n"),
         (100, r"error: .*File too large: '.*/metrics\.jsonl'\n"),
     ],
-    indices=["checkpoint", "metrics"],
+    ids=["checkpoint", "metrics"],
 )
 def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(
     finished: Path, tmp_path: Path, limit: int, message: str

@@ -41,9 +41,8 @@ def train_a_step(config: Config) -> TReX:
     assert loss.isfinite()
     assert logits.shape == (sum(len(part) for part in crops), len(CLASSES))
     moved = [n for n, value in method.named_parameters() if not torch.equal(value, before[n])]
-    trained = {
-        name for name in before if name.startswith("encoder.")
-    }  # the momentum encoder is not updated yet
+    # The momentum encoder is not updated yet.
+    trained = {name for name in before if name.startswith("encoder.")}
     assert {name for name in trained if name.endswith("conv1.weight")} <= set(moved)
     return method
 
