@@ -33,7 +33,7 @@ from trex_models.data.sources import Source, digest
 from trex_models.heads import Projector
 from trex_models.precision import Precision, PrecisionName, choose_device
 from trex_models.pretrained import licenses, timm_folder
-from trex_models.pretrained.checkpoints import key_summary
+from trex_models.pretrained.checkpoints import key_difference
 
 PIXELS = "pixels"
 """Name of the baseline without a model: the pixels of a 16 x 16 center crop."""
@@ -216,11 +216,9 @@ def create_model(
     # timm ignores the file for models from these sources.
     if file is not None and (folder is not None or ":" in name or name == PIXELS):
         raise ValueError(f"--file requires the name of a timm architecture, got {name}")
-    options: dict[str, Any] = {"pretrained": not untrained}
-    if untrained or not classifier:
-        options["num_classes"] = 0
-    if file:
-        options["pretrained_cfg_overlay"] = {"file": str(file)}
+    options: dict[str, Any] = {"num_classes": 0} if untrained or not classifier else {}
+    overlay = {"file": str(file)} if file else None
+    options |= {"pretrained": not untrained, "pretrained_cfg_overlay": overlay}
     torch.manual_seed(seed)
     try:
         source = f"local-dir:{folder}" if folder else name
@@ -251,9 +249,8 @@ def _all_keys_required() -> AbstractContextManager[object]:
         own, unexpected = module.state_dict(), result.unexpected_keys * strict
         # Some files lack normalization layers on purpose: ConvNeXt's FCMAE in timm.
         missing = [key for key in result.missing_keys if strict or own[key].ndim > 1]
-        if missing or unexpected:
-            keys = f"missing keys: {key_summary(missing)}, unexpected: {key_summary(unexpected)}"
-            raise RuntimeError(f"the weights do not match the model ({keys})")
+        if difference := key_difference(missing, unexpected):
+            raise RuntimeError(f"the weights do not match the model ({difference})")
         return result
 
     return patch.object(nn.Module, "load_state_dict", load_all)

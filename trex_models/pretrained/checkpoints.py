@@ -232,14 +232,14 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
         others = [name for name in contents if name != container]
         expected = CONTAINERS[container]
         if unknown := [name for name in others if name not in expected]:
-            listed = f"next to {container!r}: {key_summary(unknown)}"
+            listed = f"next to {container!r}: {_summary(unknown)}"
             raise CheckpointError(f"unknown entries {listed}; expected only {sorted(expected)}")
         if container == "method":
             _check_entries(contents)
         return contents[container], others
     if not any(isinstance(value, Tensor) for value in contents.values()):
         expected = f"expected a state dict, or one under {' or '.join(map(repr, CONTAINERS))}"
-        raise CheckpointError(f"no tensors in entries: {key_summary(list(contents))}; {expected}")
+        raise CheckpointError(f"no tensors in entries: {_summary(list(contents))}; {expected}")
     return contents, []
 
 
@@ -392,8 +392,8 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
     """Describe the first difference of two states, or return ""; ``exact`` also compares dtypes."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
-    if missing or unexpected:
-        return f"missing keys: {key_summary(missing)}, unexpected: {key_summary(unexpected)}"
+    if difference := key_difference(missing, unexpected):
+        return difference
     for key, tensor in expected.items():
         value = state[key]
         if not isinstance(tensor, Tensor):
@@ -403,6 +403,12 @@ def mismatch(state: Mapping[str, Any], expected: Mapping[str, Any], *, exact: bo
             expectation = f"{tuple(tensor.shape)} {tensor.dtype}"
             return f"{key} is {tuple(value.shape)} {value.dtype}, expected {expectation}"
     return ""
+
+
+def key_difference(missing: list[str], unexpected: list[str]) -> str:
+    """Describe missing and unexpected keys, or return "" if there are none."""
+    counts = f"missing keys: {_summary(missing)}, unexpected: {_summary(unexpected)}"
+    return counts if missing or unexpected else ""
 
 
 def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -420,8 +426,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def key_summary(keys: list[str]) -> str:
-    """Return the number of keys and the first three, or "0"."""
+def _summary(keys: list[str]) -> str:
     shown = ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
     return f"{len(keys)} ({shown})" if keys else "0"
 

@@ -169,10 +169,8 @@ def load_method(path: Path) -> tuple[TReX, dict[str, Any]]:
     Raises:
         ValueError: There is no checkpoint, or it is damaged or does not match its configuration.
     """
-    if path.is_dir():
-        path, state = checkpointing.load_last(path)
-    else:
-        state = checkpointing.load(path)
+    saved = checkpointing.load_last(path) if path.is_dir() else (path, checkpointing.load(path))
+    path, state = saved
     config, num_classes = from_dict(state["config"]), len(state["classes"])
     # First without memory: the configuration may describe a network of any size.
     too_large = "its configuration describes a larger network than its tensors"
