@@ -35,7 +35,7 @@ from trex_models.atomic import write_text_file
 from trex_models.cli import run
 from trex_models.data.samples import digits, photographs
 from trex_models.data.sources import Source
-from trex_models.transfer.report import student_interval
+from trex_models.transfer.intervals import student_interval
 
 STARTS = {"pretrained": "t-ReX weights", "scratch": "from scratch"}
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

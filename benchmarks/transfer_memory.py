@@ -44,7 +44,7 @@ from trex_models.evaluation.geometry import analyze
 from trex_models.evaluation.inputs import as_tensor, require_finite
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
-from trex_models.transfer.evaluate import FeatureCache
+from trex_models.transfer.cache import FeatureCache
 
 _STATUS = Path("/proc/self/status")
 _SIDE = 8

@@ -25,7 +25,7 @@ from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.precision import choose_device, free_cores
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import sha256
-from trex_models.transfer.evaluate import FeatureCache
+from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.models import CHANNELS, save_model
 from trex_models.atomic import write_text_file
-from trex_models.transfer import evaluate as evaluate_module
+from trex_models.transfer import cache as cache_module
 from trex_models.transfer import protocol
 from trex_models.transfer import report as report_module
 from trex_models.transfer.__main__ import main, plot
@@ -168,7 +168,7 @@ def test_scores_that_cannot_be_kept_are_reported_and_repeat_from_nothing(
             raise OSError(30, "Read-only file system", str(path))
         write_text_file(path, text)
 
-    monkeypatch.setattr(evaluate_module, "write_text_file", refuse)
+    monkeypatch.setattr(cache_module, "write_text_file", refuse)
     assert run(place, tmp_path / "report.json") == 0
     assert "the scores were not cached for other runs" in capsys.readouterr().out
     again = read_report(tmp_path / "report.json")
@@ -348,7 +348,7 @@ def test_other_files_are_refused(
     assert main(["table", str(path)]) == 2
     err = capsys.readouterr().err
     assert str(path) in err
-    assert ("report format 1, expected 2; evaluate" in err) == ("format" in text)
+    assert ("report format 1, expected 3; evaluate" in err) == ("format" in text)
     assert main(["table", str(tmp_path / "none.json")]) == 2
 
 

@@ -29,7 +29,7 @@ from trex_models.evaluation import frozen_model
 from trex_models.evaluation.extract import extract_features
 from trex_models.evaluation.frozen_model import FrozenModel, modules_digest, weights_digest
 from trex_models.precision import Precision
-from trex_models.transfer.evaluate import FeatureCache
+from trex_models.transfer.cache import FeatureCache
 
 
 def images(count: int = 23, seed: int = 0) -> ArraySource:

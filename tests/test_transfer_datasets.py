@@ -18,8 +18,15 @@ from tests.replicas import REPLICAS, Files, Parts, folders, touch
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import Source
 from trex_models.transfer import readers
-from trex_models.transfer.datasets import DATASETS, GROUPS, Dataset, Sizes, open_checked, select
-from trex_models.transfer.evaluate import Task
+from trex_models.transfer.datasets import (
+    DATASETS,
+    GROUPS,
+    Dataset,
+    OpenedDataset,
+    Sizes,
+    open_checked,
+    select,
+)
 
 ON_DISK = sorted(REPLICAS)
 
@@ -65,11 +72,11 @@ def refused(dataset: Dataset, root: Path) -> str:
 def test_each_part_has_its_files_and_labels(tmp_path: Path, name: str) -> None:
     tmp_path, moved = tmp_path / "one", tmp_path / "two" / "three"
     expected = REPLICAS[name](tmp_path)
-    train, test = open_checked(small(name, expected), tmp_path)
+    train, test = open_checked(small(name, expected), tmp_path).sources
     assert (files(train, tmp_path), files(test, tmp_path)) == expected
     assert train.read(0).shape == (6, 8, 3)
     shutil.copytree(tmp_path, moved)
-    digests = [part.digest() for part in open_checked(small(name, expected), moved)]
+    digests = [part.digest() for part in open_checked(small(name, expected), moved).sources]
     assert digests == [train.digest(), test.digest()]  # independent of the location
     assert len(set(digests)) == 2
 
@@ -102,7 +109,7 @@ def test_groups_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(GROUPS["transfer"]) == 15
     assert GROUPS["paper"] == ("imagenet", *GROUPS["transfer"])
     assert set(GROUPS["paper"]) == set(REPLICAS)
-    assert {*GROUPS["paper"], *GROUPS["offline"]} == set(DATASETS)
+    assert set().union(*GROUPS.values()) == set(DATASETS)
     assert set(GROUPS["small"]) < set(GROUPS["transfer"])
     for name in GROUPS["paper"]:
         fits = "logistic" if name in GROUPS["small"] else "sgd"
@@ -145,7 +152,7 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("pets,aircaft", "'aircaft' is not a known dataset; choose from"),
-        ("xyz", "choose from imagenet, .*groups paper, transfer, small, offline, and NAME="),
+        ("xyz", "choose from imagenet, .*groups paper, transfer, small, landmarks, offline, and NAME="),
         ("mine=/a,mine=/b", "mine is both /a and /b; rename"),
         ("pets=/a", "pets=/a: 'pets' is reserved or invalid"),
         ("small=/a", "'small' is reserved"),
@@ -177,18 +184,18 @@ def test_the_number_of_images_selects_the_classifier() -> None:
     [own] = select("mine=anywhere")
     test = FractalSource(2, 5, 16)
     for count, classifier in ((10, "logistic"), (50_001, "sgd")):
-        assert Task(own, FractalSource(2, count, 16), test).classifier == classifier
+        assert OpenedDataset(own, (FractalSource(2, count, 16), test)).classifier == classifier
 
 
 def test_own_folders_with_three_parts_train_on_two(tmp_path: Path) -> None:
     train, val = folders(tmp_path, "train", 3), folders(tmp_path, "val", 1)
-    found = open_checked(own(tmp_path), Path("/elsewhere"))
+    found = open_checked(own(tmp_path), Path("/elsewhere")).sources
     assert [files(part, tmp_path) for part in found] == [train, val]
     test = folders(tmp_path, "test", 2)
-    found = open_checked(own(tmp_path), tmp_path)
+    found = open_checked(own(tmp_path), tmp_path).sources
     assert [files(part, tmp_path) for part in found] == [train | val, test]
     shutil.rmtree(tmp_path / "val")
-    found = open_checked(own(tmp_path), tmp_path)
+    found = open_checked(own(tmp_path), tmp_path).sources
     assert [files(part, tmp_path) for part in found] == [train, test]
     folders(tmp_path, "val", 1, ["dog", "emu"])
     assert "must contain the same class folders" in refused(own(tmp_path), tmp_path)
@@ -198,7 +205,7 @@ def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) 
     path = tmp_path / "mine"
     for name, count in (("ant", 4), ("bee", 10), ("cow", 13), ("test", 3)):
         folders(tmp_path, "mine", count, [name])
-    train, test = open_checked(own(path), tmp_path)
+    train, test = open_checked(own(path), tmp_path).sources
     assert np.bincount(test.labels).tolist() == [1, 2, 3, 1]
     assert np.bincount(train.labels).tolist() == [3, 8, 10, 2]
     assert not set(files(train, path)) & set(files(test, path))
@@ -206,7 +213,7 @@ def test_of_undivided_folders_a_fifth_of_each_class_is_held_out(tmp_path: Path) 
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     folders(tmp_path, "two", 3, ["aardvark"])
     one, two = (
-        files(open_checked(own(tmp_path / name), tmp_path)[1], tmp_path / name)
+        files(open_checked(own(tmp_path / name), tmp_path).sources[1], tmp_path / name)
         for name in ("one", "two")
     )
     assert one.items() < two.items()
@@ -254,7 +261,7 @@ def test_sun397_lists_may_be_next_to_its_folder(tmp_path: Path, place: str) -> N
     (tmp_path / place).mkdir(exist_ok=True)
     for path in (tmp_path / "SUN397" / "Partitions").iterdir():
         shutil.move(path, tmp_path / place)
-    train, test = open_checked(small("sun397", expected), tmp_path)
+    train, test = open_checked(small("sun397", expected), tmp_path).sources
     assert (files(train, tmp_path), files(test, tmp_path)) == expected
     (tmp_path / place / "Testing_01.txt").unlink()
     assert "Testing_01.txt is missing" in refused(DATASETS["sun397"], tmp_path)
@@ -262,11 +269,11 @@ def test_sun397_lists_may_be_next_to_its_folder(tmp_path: Path, place: str) -> N
 
 def test_torchvisions_name_of_inaturalists_folder(tmp_path: Path) -> None:
     expected = replicas.inaturalist(tmp_path, 2018)
-    train, _ = open_checked(small("inat2018", expected), tmp_path)
+    train, _ = open_checked(small("inat2018", expected), tmp_path).sources
     assert train.classes == ["Bos taurus", "Formica rufa", "Apis mellifera"]  # by id
     digest = train.digest()
     (tmp_path / "inat2018" / "train_val2018").rename(tmp_path / "inat2018" / "2018")
-    train, _ = open_checked(small("inat2018", expected), tmp_path)
+    train, _ = open_checked(small("inat2018", expected), tmp_path).sources
     assert files(train, tmp_path) == {
         path.replace("train_val2018", "2018"): name for path, name in expected[0].items()
     }

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
+from trex_models.transfer.intervals import student_interval, wilson_interval
 from trex_models.transfer.report import (
     accuracy,
     knn_scores,
     log_odds,
-    student_interval,
     summary,
-    wilson_interval,
 )
 
 

@@ -23,9 +23,12 @@ from trex_models.train.config import Config
 from trex_models.train.loop import train
 from trex_models.train.recipes import RECIPES
 from trex_models.transfer import pictures
+from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import open_checked, select
-from trex_models.transfer.evaluate import FeatureCache, Plan, Task, evaluate
+from trex_models.transfer.evaluate import evaluate
+from trex_models.transfer.plan import Plan
 from trex_models.transfer.report import format_table
+from trex_models.transfer.tasks import TASKS, Job
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -49,21 +52,23 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
     """
     output = folder / "transfer"
     output.mkdir(exist_ok=True)
-    tasks = [Task(dataset, *open_checked(dataset, Path())) for dataset in select("offline")]
-    for source in (part for task in tasks for part in (task.train, task.test)):
+    opened = [open_checked(dataset, Path()) for dataset in select("offline")]
+    for source in (source for dataset in opened for source in dataset.sources):
         vars(source)["read"] = cache(source.read)  # rendering is slower than features
     backbone = str(folder / "export" / "backbone")
     untrained = FrozenModel.load(backbone, untrained=True, seed=seed)
+    name = opened[0].dataset.name
     models = {
         "pixels": FrozenModel.load(PIXELS),
-        "untrained": untrained.recalibrate_batchnorm(tasks[0].train, tasks[0].dataset.name),
+        "untrained": untrained.recalibrate_batchnorm(opened[0].sources[0], name),
         "t-ReX*": FrozenModel.load(backbone),
     }
     # A single validation split; the five of the protocol would take minutes longer.
-    plan = Plan(seeds=1, training_task=tasks[0].dataset.name)
+    plan = Plan(seeds=1, training_task=name)
     features = FeatureCache(root=output / "features")
+    jobs = [Job(TASKS["classification"], dataset) for dataset in opened]
     return [
-        evaluate(model, tasks, features, plan, output / f"{label.strip('*')}.json", label)
+        evaluate({None: model}, jobs, features, plan, output / f"{label.strip('*')}.json", label)
         for label, model in models.items()
     ]
 

@@ -20,7 +20,7 @@ from scipy.stats import t, ttest_ind
 
 from benchmarks.study.cells import CELLS
 from benchmarks.study.runs import TRAINING_TASK, differing, read
-from trex_models.transfer.report import student_interval
+from trex_models.transfer.intervals import student_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """Configuration -> results of its runs, one per seed."""

@@ -14,6 +14,7 @@ import io
 import math
 import mmap
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,12 +48,16 @@ _STORAGES = {
 }
 _PARAMETER = "torch._utils._rebuild_parameter"
 _REBUILD = {"torch._utils._rebuild_tensor_v2", _PARAMETER, f"{_PARAMETER}_with_state"}
+# NumPy 2 renamed the module of these functions.
+_NUMPY = {"numpy.ndarray", "numpy.dtype"} | {
+    f"numpy.{core}.multiarray.{name}"
+    for core in ("core", "_core")
+    for name in ("_reconstruct", "scalar")
+}
 # Calls in entries that are not weights. The arguments in official training states include a
-# float64 array; NumPy 2 renamed the module of its constructor.
-_IGNORED = {
-    *("argparse.Namespace", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.Float64DType"),
-    *("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+# float64 array.
+_IGNORED = _NUMPY | {
+    *("argparse.Namespace", "numpy.dtypes.Float64DType"),
     *("torch.device", "torch.Size", "builtins.complex", "builtins.bytearray"),
     *map(str, _STORAGES.values()),
 }
@@ -260,6 +266,53 @@ def _check_view(storage: Tensor, offset: int, size: Any, stride: Any) -> None:
         raise ValueError(f"a tensor of shape {tuple(size)} exceeds its storage of {len(storage)}")
     if 0 not in size and math.prod(size) > len(storage):
         raise RefusedError("a tensor is expanded; save a contiguous copy of it")
+
+
+class _Dtype(str):
+    """NumPy data type, such as i8, and its byte order."""
+
+    order = "<"
+
+    def read(self, data: str | bytes) -> list[Any]:
+        """Return the numbers in the memory of an array; Python 2 pickled it as a string."""
+        if not re.fullmatch("[iuf][1248]", self) or self.order not in "<>|":
+            raise RefusedError(f"an array has the type {self.order}{self}, not a numeric one")
+        raw = data.encode("latin1") if isinstance(data, str) else data
+        return np.frombuffer(raw, np.dtype(self.order + self)).tolist()
+
+
+class _Array(list[Any]):
+    """NumPy array as a flat list of numbers."""
+
+
+class _ArrayUnpickler(PlainUnpickler):
+    names: ClassVar = PlainUnpickler.names | _NUMPY
+
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        if name not in _NUMPY:
+            return super().call(name, args)
+        if name == "numpy.dtype":
+            return _Dtype(args[0])
+        return _Array() if name.endswith("_reconstruct") else args[0].read(args[1])[0]
+
+    def load_array(self) -> None:
+        """Set the byte order of a data type or the contents of an array."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is _Dtype:
+            target.order = state[1]
+        elif type(target) is _Array:
+            target[:] = state[2].read(state[4])
+
+    dispatch: ClassVar = PlainUnpickler.dispatch | {pickle.BUILD[0]: load_array}
+
+
+def load_arrays(path: Path) -> Any:
+    """Read a pickle of containers, strings, numbers and numeric arrays, which become flat lists.
+
+    Other contents raise RefusedError or another ValueError; damaged files raise many types.
+    """
+    with path.open("rb") as file:
+        return _ArrayUnpickler(file).load()
 
 
 def load_torch(path: Path) -> Any:

@@ -1,9 +1,13 @@
-"""Evaluate the frozen features of any timm model with the protocol of the t-ReX paper."""
+"""Evaluate the frozen features of timm models.
+
+Tasks: the transfer protocol of the t-ReX paper, few-shot classification, and retrieval.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -11,12 +15,23 @@ from shlex import join
 from typing import Any, Literal
 
 from trex_models import cli, plotting
-from trex_models.evaluation.frozen_model import FrozenModel, Preprocessing
+from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
 from trex_models.precision import PrecisionName, choose_device, free_cores
 from trex_models.transfer import pictures
-from trex_models.transfer.datasets import DATASETS, GROUPS, open_checked, select
-from trex_models.transfer.evaluate import FeatureCache, Plan, Task, evaluate
+from trex_models.transfer.cache import FeatureCache, slug
+from trex_models.transfer.datasets import (
+    DATASETS,
+    GROUPS,
+    Dataset,
+    OpenedDataset,
+    open_checked,
+    select,
+    split_list,
+)
+from trex_models.transfer.evaluate import evaluate
+from trex_models.transfer.plan import SHOTS, Plan
 from trex_models.transfer.report import format_table, read_report, require_same_images
+from trex_models.transfer.tasks import TASKS, Job, Task, select_tasks
 
 # Without CUDA, the model itself needs the cores.
 _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
@@ -25,7 +40,7 @@ _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status: 0, or 2 with a short message on bad input."""
     return cli.main(
-        {"evaluate": evaluate_model, "table": print_table, "plot": plot, "list": list_datasets},
+        {"evaluate": evaluate_models, "table": print_table, "plot": plot, "list": list_datasets},
         arguments,
         prog="python -m trex_models.transfer",
         description=__doc__,
@@ -33,11 +48,16 @@ def main(arguments: Sequence[str]) -> int:
     )
 
 
-def evaluate_model(
+def evaluate_models(
     *,
     model: str,
     datasets: str,
     output: Path,
+    task: str = "",
+    shots: str = "",
+    episodes: int = 20,
+    whiten: str = "",
+    iterations: int | None = None,
     data_root: Path = Path("data"),
     training_task: str | None = None,
     label: str = "",
@@ -52,15 +72,23 @@ def evaluate_model(
     batch_size: int = 256,
     workers: int = _WORKERS,
 ) -> None:
-    """Evaluate a model on datasets. The same command resumes an interrupted evaluation.
+    """Evaluate models on datasets. The same command resumes an interrupted evaluation.
 
     Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
     Args:
-        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, or "pixels".
+        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, or "pixels"; or
+            several, separated by commas.
         datasets: Comma-separated names and groups, see the command "list", and NAME=PATH for your
-            own class folders. The group "offline" needs no data.
-        output: Report to write, .json. A table, .md, is written next to it.
+            own images. The group "offline" needs no data.
+        output: Report to write, .json. A table, .md, and pictures are written next to it. For
+            several models, the folder of their reports.
+        task: Comma-separated tasks, see the command "list". Defaults to the datasets' own tasks.
+        shots: Comma-separated numbers of training images per class; adds the task few-shot.
+            Defaults to 1,2,5,10 in that task.
+        episodes: Number of random draws of the images in the task few-shot.
+        whiten: Dataset from whose training images PCA whitening is learned, for retrieval.
+        iterations: Training iterations of the segmentation head. Defaults to the dataset's own.
         data_root: Folder that contains the datasets.
         training_task: Dataset that the model was trained on; it is excluded from the transfer
             score. Defaults to imagenet, if that is among the datasets.
@@ -78,43 +106,125 @@ def evaluate_model(
         workers: Number of loader workers.
     """
     command = _command_line(locals())
-    cli.require_writable(output, ".json")
-    cli.require_at_least(1, seeds=seeds, batch_size=batch_size)
+    outputs = _outputs(model, label, output)
+    cli.require_at_least(1, seeds=seeds, batch_size=batch_size, episodes=episodes)
     cli.require_at_least(0, workers=workers)
-    chosen_device = choose_device(device)
-    device = chosen_device.type if device == "auto" else device
-    chosen = select(datasets)
-    names = [dataset.name for dataset in chosen]
-    if training_task is None and "imagenet" in names:
-        training_task = "imagenet"
-    if training_task not in (None, *names):
-        raise ValueError(f"--training-task {training_task} is not in --datasets; add it there")
-    frozen = FrozenModel.load(
-        model,
-        preprocessing=preprocessing,
-        precision=precision,
-        untrained=untrained,
-        device=device,
-        hint="" if untrained else "--untrained evaluates the architecture with random weights",
-    )
-    tasks = [Task(dataset, *open_checked(dataset, data_root)) for dataset in chosen]
-    if untrained and frozen.metadata["parameters"]:
-        first = next((task for task in tasks if task.dataset.name == training_task), tasks[0])
-        frozen = frozen.recalibrate_batchnorm(first.train, first.dataset.name, workers)
-    root = cache or output.parent / "features"
+    if iterations is not None:
+        cli.require_at_least(1, iterations=iterations)
+    folder = output if len(outputs) > 1 else output.parent
+    root = cache or folder / "features"
     if root.exists() and not root.is_dir():
         raise ValueError(f"--cache {root} is not a folder; pass a folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
-    plan = Plan(seeds=seeds, training_task=training_task, geometry=geometry, device=device)
-    report = evaluate(frozen, tasks, features, plan, output, label, command)
-    print(f"\n{format_table([report])}\n")
-    print(f"wrote {output} and {output.with_suffix('.md')}")
+    chosen_device = choose_device(device)
+    device = chosen_device.type if device == "auto" else device
+    pairs = select_tasks(task, select(datasets), bool(shots))
+    plan = Plan(
+        seeds=seeds,
+        training_task=_training_task(training_task, pairs),
+        geometry=geometry,
+        device=device,
+        shots=_parse_shots(shots) if shots else SHOTS,
+        episodes=episodes,
+        iterations=iterations,
+    )
+    load = partial(_load, [task for task, _ in pairs], preprocessing, precision, untrained, device)
+    first, *_ = outputs
+    loaded = {first: load(first)}  # an invalid model is reported before the data are opened
+    opened = {dataset.name: open_checked(dataset, data_root) for _, dataset in pairs}
+    if whiten:
+        plan = replace(plan, whiten=_open_whitening(whiten, pairs, data_root, opened))
+    jobs = [Job(task, opened[dataset.name]) for task, dataset in pairs]
+    calibration = opened.get(plan.training_task or "", jobs[0].data)
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = []
+    for name, path in outputs.items():
+        models = loaded.pop(name, None) or load(name)
+        if untrained:
+            models = {k: _recalibrated(m, calibration, workers) for k, m in models.items()}
+        features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
+        reports.append(evaluate(models, jobs, features, plan, path, label, command))
+    print(f"\n{format_table(reports)}\n")
+    for path in outputs.values():
+        print(f"wrote {path} and {path.with_suffix('.md')}")
+
+
+def _outputs(model: str, label: str, output: Path) -> dict[str, Path]:
+    """Return the report of each model of the list; check that they can be written."""
+    names = split_list(model)
+    outputs = {name: output / f"{slug(name)}.json" for name in names}
+    if len(names) == 1:
+        outputs = {names[0]: output}
+    elif label:
+        raise ValueError(f"--label names one model, but --model lists {len(names)}; omit --label")
+    if not names or len(set(outputs.values())) < len(names):
+        raise ValueError(f"--model {model} must be one model or several with different names")
+    for path in outputs.values():
+        cli.require_writable(path, ".json")
+    return outputs
+
+
+def _training_task(name: str | None, pairs: Sequence[tuple[Task, Dataset]]) -> str | None:
+    known = {dataset.name for task, dataset in pairs if task.name == "classification"}
+    if name is None and "imagenet" in known:
+        return "imagenet"
+    if name not in (None, *known):
+        raise ValueError(f"--training-task {name} is not in --datasets; add it there")
+    return name
+
+
+def _load(
+    tasks: Sequence[Task],
+    preprocessing: Preprocessing,
+    precision: PrecisionName,
+    untrained: bool,
+    device: str,
+    name: str,
+) -> dict[FeaturesName | None, FrozenModel]:
+    """Load a model once for each kind of features that the tasks require."""
+    return {
+        kind: FrozenModel.load(
+            name,
+            features=kind,
+            preprocessing=preprocessing,
+            precision=precision,
+            untrained=untrained,
+            device=device,
+            hint="" if untrained else "--untrained evaluates the architecture with random weights",
+        )
+        for kind in dict.fromkeys(task.features for task in tasks)
+    }
+
+
+def _recalibrated(frozen: FrozenModel, opened: OpenedDataset, workers: int) -> FrozenModel:
+    if not frozen.metadata["parameters"]:  # pixels
+        return frozen
+    return frozen.recalibrate_batchnorm(opened.sources[0], opened.dataset.name, workers)
+
+
+def _parse_shots(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ValueError(f"--shots must be positive integers such as 1,2,5,10, got {text}")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def _open_whitening(
+    text: str,
+    pairs: Sequence[tuple[Task, Dataset]],
+    root: Path,
+    opened: Mapping[str, OpenedDataset],
+) -> OpenedDataset:
+    if "retrieval" not in {task.name for task, _ in pairs}:
+        raise ValueError(f"--whiten {text} is for the task retrieval; add --task retrieval")
+    dataset, *others = select(text)
+    if others or dataset.kind == "imagenet":
+        raise ValueError(f"--whiten {text} must be one dataset with training images or a gallery")
+    return opened.get(dataset.name) or open_checked(dataset, root)
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
     words = ["python", "-m", "trex_models.transfer", "evaluate"]
-    for name, parameter in signature(evaluate_model).parameters.items():
+    for name, parameter in signature(evaluate_models).parameters.items():
         if options[name] != parameter.default:
             words.append(f"--{name.replace('_', '-')}")
             words += [] if options[name] is True else [str(options[name])]
@@ -169,12 +279,18 @@ def plot(
 
 
 def list_datasets() -> None:
-    """List the datasets with their required files, and the groups of datasets.
+    """List the tasks, the datasets with sizes and required files, and the groups of datasets.
 
     Example: python -m trex_models.transfer list
     """
+    for task in TASKS.values():
+        print(f"--task {task.name:<16}{task.title}")
+    print()
     for dataset in DATASETS.values():
-        print(f"{dataset.name:<18}{dataset.title}; {dataset.layout}")
+        tasks = [task.name for task in TASKS.values() if dataset.kind in task.kinds]
+        counts = zip(dataset.sizes, ("classes", "training", "test"), strict=True)
+        sizes = ", ".join(f"{count:,} {name}" for count, name in counts if count)
+        print(f"{dataset.name:<18}{dataset.title} ({sizes}); {dataset.layout}; {', '.join(tasks)}")
     print()
     for group, names in GROUPS.items():
         print(f"{group:<18}{', '.join(names)}")

@@ -21,8 +21,13 @@ from trex_models.transfer import readers
 # The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, with this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
 TRAIN_PER_CLASS, TEST_PER_CLASS = 50, 25
-Reader = Callable[[Path], tuple[Source, Source]]
-"""Function that maps the data root to the training images and the test images."""
+Kind = Literal["classes", "labels", "masks", "gallery", "landmarks", "imagenet"]
+"""Annotations of a dataset: a class or several labels per image, a class per pixel, classes of
+queries and a gallery, relevant images of each query, or ImageNet-1K classes of test images only."""
+Reader = Callable[[Path], tuple[Source, ...]]
+"""Function that maps the data root to the training images, if any, and the test images."""
+LARGE = 100_000
+"""Number of training images above which the user's own datasets use the SGD classifier."""
 
 
 class Sizes(NamedTuple):
@@ -35,7 +40,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Dataset that is classified from frozen features."""
+    """Dataset of the evaluation."""
 
     name: str
     title: str
@@ -48,6 +53,44 @@ class Dataset:
     """URL of the dataset, or how to install it; empty for the user's own datasets."""
     classifier: Literal["logistic", "sgd"] | None = "logistic"
     """Classifier in the protocol; None to choose it by the number of training images."""
+    kind: Kind = "classes"
+
+
+class OpenedDataset(NamedTuple):
+    """Dataset whose images were opened and checked."""
+
+    dataset: Dataset
+    sources: tuple[Source, ...]
+    """Training images, or the gallery, and test images, or queries; or only test images."""
+
+    @property
+    def classifier(self) -> str:
+        """Classifier of the dataset, logistic or sgd."""
+        is_large = len(self.sources[0]) > LARGE
+        return self.dataset.classifier or ("sgd" if is_large else "logistic")
+
+    def describe(self) -> dict[str, Any]:
+        """Return title, number of classes, numbers of images and their hashes, for the report."""
+        parts = [{"images": len(source), "sha256": source.digest()} for source in self.sources]
+        return {
+            "title": self.dataset.title,
+            "num_classes": len(self.sources[-1].classes),
+            **dict(zip(("train", "test")[-len(parts) :], parts, strict=True)),
+        }
+
+    def summary(self) -> str:
+        """Return title and numbers of images and classes as text."""
+        names = ("gallery", "query") if self.dataset.kind in _RANKED else ("training", "test")
+        counts = [
+            f"{len(source):,} {name}"
+            for source, name in zip(self.sources, names[-len(self.sources) :], strict=True)
+        ]
+        classes = f" of {len(self.sources[-1].classes):,} classes"
+        shown = classes if self.dataset.kind != "landmarks" else ""
+        return f"{self.dataset.title}: {' and '.join(counts)} images{shown}"
+
+
+_RANKED = ("gallery", "landmarks")
 
 
 def _fractals(first_class: int = 0) -> tuple[Source, Source]:
@@ -139,6 +182,21 @@ _KNOWN = [
         )
         for year, sizes in ((2018, Sizes(8142, 437513, 24426)), (2019, Sizes(1010, 265213, 3030)))
     ),
+    *(
+        Dataset(
+            name,
+            title,
+            partial(readers.landmarks, name=name),
+            Sizes(1, images, 70),
+            f"{name}/gnd_{name}.pkl and {name}/jpg/*.jpg",
+            "https://github.com/filipradenovic/revisitop",
+            kind="landmarks",
+        )
+        for name, title, images in (
+            ("roxford5k", "Revisited Oxford", 4993),
+            ("rparis6k", "Revisited Paris", 6322),
+        )
+    ),
     _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
     _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
@@ -154,6 +212,7 @@ GROUPS = {
     "paper": ("imagenet", *_SMALL, *_LARGE),
     "transfer": (*_SMALL, *_LARGE),
     "small": _SMALL,
+    "landmarks": ("roxford5k", "rparis6k"),
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
 }
 _CHOICES = (
@@ -169,8 +228,7 @@ def select(text: str) -> list[Dataset]:
     """
     chosen: dict[str, Dataset] = {}
     paths: dict[str, str] = {}
-    words = (word.strip().replace("\\,", ",") for word in re.split(r"(?<!\\),", text))
-    for word in filter(None, words):
+    for word in split_list(text):
         name, is_own, path = word.partition("=")
         if not is_own:
             members = GROUPS.get(name, (name,))
@@ -186,36 +244,43 @@ def select(text: str) -> list[Dataset]:
     return list(chosen.values())
 
 
-def open_checked(dataset: Dataset, root: Path) -> tuple[Source, Source]:
-    """Open the training and test images; check all that needs no decoding."""
+def split_list(text: str) -> list[str]:
+    """Return the distinct items of a comma-separated list; a backslash escapes a comma."""
+    words = (word.strip().replace("\\,", ",") for word in re.split(r"(?<!\\),", text))
+    return list(dict.fromkeys(filter(None, words)))
+
+
+def open_checked(dataset: Dataset, root: Path) -> OpenedDataset:
+    """Open the images of a dataset; check all that needs no decoding."""
     try:
-        train, test = dataset.open(root.expanduser())
-        _check(train, test, dataset.sizes)
+        sources = dataset.open(root.expanduser())
+        _check(dataset, sources)
     except Exception as error:  # torchvision and SciPy raise errors of any type
         needed = f"needed: {dataset.layout}"
         if dataset.home:
             needed = f"needed below {root}: {dataset.layout}; from {dataset.home}"
         raise ValueError(f"{dataset.name}: {_reason(error)}; {needed}") from error
-    return train, test
+    return OpenedDataset(dataset, sources)
 
 
-def _check(train: Source, test: Source, sizes: Sizes) -> None:
+def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
+    train, test = sources[0], sources[-1]
     classes = list(train.classes)
     if classes != list(test.classes):
         odd = ", ".join(sorted(set(classes) ^ set(test.classes))[:3])
         raise ValueError(f"training and test images must have the same classes; only one has {odd}")
     counts = {"classes": len(classes), "training images": len(train), "test images": len(test)}
-    for (kind, count), expected in zip(counts.items(), sizes, strict=True):
+    for (kind, count), expected in zip(counts.items(), dataset.sizes, strict=True):
         if expected is not None and count != expected:
             remedy = "unpack the dataset again" if count < expected else "remove the extra ones"
             raise ValueError(f"expected {expected} {kind}, got {count}; {remedy}")
     scarce = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) < 2)
-    if len(scarce):
+    if dataset.kind == "classes" and len(scarce):
         raise ValueError(
             f"{len(scarce)} classes have fewer than 2 training images and cannot be split, the "
             f"first is {classes[scarce[0]]}; add images or remove these classes"
         )
-    if isinstance(train, FileSource) and isinstance(test, FileSource):
+    if len(sources) > 1 and isinstance(train, FileSource) and isinstance(test, FileSource):
         fitted, tested = (list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test))
         training_files = set(fitted)
         shared = [index for index, file in enumerate(tested) if file in training_files]
@@ -242,7 +307,16 @@ def _own(name: str, text: str) -> Dataset:
     if not text:
         raise ValueError(f"{name}= has no path; pass {name}=PATH with the path of class folders")
     path = Path(text).expanduser()
+    kind, read, layout = _layout(path)
+    return Dataset(name, name, lambda _: read(path), Sizes(), layout, "", None, kind)
+
+
+def _layout(path: Path) -> tuple[Kind, Reader, str]:
+    """Return kind, reader and required files of the user's own dataset."""
+    if (path / "gallery").is_dir() and (path / "query").is_dir():
+        layout = f"class folders {path}/gallery/CLASS and {path}/query/CLASS"
+        return "gallery", readers.query_and_gallery, layout
     layout = (
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )
-    return Dataset(name, name, lambda _: readers.class_folders(path), Sizes(), layout, "", None)
+    return "classes", readers.class_folders, layout

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.image_files import FileSource, FolderSource
+from trex_models.data.sources import digest
 from trex_models.evaluation.splits import hashed_order
+from trex_models.pretrained.unpickling import load_arrays
 
 Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
@@ -169,6 +172,75 @@ def cog(root: Path, level: int) -> Parts:
             f"{splits_file} lacks a list of training or test images ({error})"
         ) from error
     return train, test
+
+
+def query_and_gallery(path: Path) -> Parts:
+    """Read class folders of a gallery and of queries, which may lack some of its classes."""
+    gallery = FolderSource(path / "gallery")
+    return gallery, FolderSource(path / "query", gallery.classes)
+
+
+class LandmarkSource(FileSource):
+    """Queries of revisited Oxford or Paris, cropped to their box.
+
+    Args:
+        root: Folder of the images.
+        paths: Paths of the N queries, relative to ``root``.
+        boxes: Box of each query in pixels: left, top, right, bottom, (N, 4).
+        ground_truth: Indices of ``easy``, ``hard`` and ``junk`` images of each query.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: list[str],
+        boxes: list[list[float]],
+        ground_truth: list[dict[str, list[int]]],
+    ) -> None:
+        super().__init__(root, paths, [0] * len(paths), ["landmark"])
+        self.boxes = np.array(boxes, np.float64).round().astype(np.int64)
+        self.ground_truth = ground_truth
+
+    def read(self, index: int) -> np.ndarray:
+        """Return a query cropped to its box, (H, W, 3) uint8 RGB."""
+        image = super().read(index)
+        left, top, right, bottom = self.boxes[index].clip(0).tolist()
+        cropped = image[top:bottom, left:right]
+        if not cropped.size:
+            raise UnreadableImageError(
+                f"{self.name(index)}: the box {(left, top, right, bottom)} is outside the image"
+            )
+        return np.ascontiguousarray(cropped)
+
+    def digest(self) -> str:
+        """Return a hash of the paths, the boxes and the ground truth."""
+        return digest(super().digest(), self.boxes, json.dumps(self.ground_truth))
+
+
+def landmarks(root: Path, name: str) -> Parts:
+    """Read revisited Oxford or Paris: NAME/gnd_NAME.pkl and NAME/jpg."""
+    path, images = root / name / f"gnd_{name}.pkl", root / name / "jpg"
+    try:
+        content = load_arrays(path)
+        database, queries = ([f"{n}.jpg" for n in content[key]] for key in ("imlist", "qimlist"))
+        boxes = [list(map(float, query["bbx"])) for query in content["gnd"]]
+        truth = [
+            {kind: list(map(int, query[kind])) for kind in ("easy", "hard", "junk")}
+            for query in content["gnd"]
+        ]
+    except (KeyError, TypeError, ValueError, EOFError, IndexError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not the ground truth of {name}: {reason}") from error
+    for number, query in enumerate(truth):
+        for index in (index for indices in query.values() for index in indices):
+            if not 0 <= index < len(database):
+                raise ValueError(
+                    f"{path}: query {number} lists image {index}, but there are {len(database)}"
+                )
+    if not len(queries) == len(truth) or any(len(box) != 4 for box in boxes):
+        raise ValueError(f"{path}: {len(queries)} queries have {len(truth)} boxes of 4 numbers")
+    gallery = FileSource(images, database, [0] * len(database), ["landmark"])
+    return gallery, LandmarkSource(images, queries, boxes, truth)
 
 
 def _read_json(path: Path) -> Any:

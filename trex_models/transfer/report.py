@@ -20,14 +20,15 @@ import trex_models
 from trex_models.cli import align_columns
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.precision import free_cores, processor
+from trex_models.transfer.intervals import student_interval, wilson_interval
 
-FORMAT = 2
+FORMAT = 3
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg", "scipy")
 _LABEL_WIDTH = 40  # maximum number of characters of a model name in a table
 
 
 def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "") -> dict[str, Any]:
-    """Return a report without datasets; ``settings``, such as ``protocol``, become entries."""
+    """Return a report without results; ``settings``, such as ``protocol``, become entries."""
     return {
         "format": FORMAT,
         "complete": False,
@@ -38,6 +39,7 @@ def new_report(model: FrozenModel, settings: Mapping[str, Any], label: str = "")
         **settings,
         "datasets": {},
         "transfer": None,
+        "tasks": {},
         **environment(),
     }
 
@@ -74,30 +76,52 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
+def entries(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the results of a report by task and dataset."""
+    found = {("classification", name): entry for name, entry in report["datasets"].items()}
+    for task, datasets in report["tasks"].items():
+        found |= {(task, name): entry for name, entry in datasets.items()}
+    return found
+
+
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
     """Check that datasets with the same name have the same images in all reports."""
-    first: dict[str, tuple[str, Any]] = {}
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
-        for name, entry in report["datasets"].items():
-            images = [entry[part]["sha256"] for part in ("train", "test")]
-            other, expected = first.setdefault(name, (label, images))
+        for (task, name), entry in entries(report).items():
+            images = [entry[part]["sha256"] for part in ("train", "test") if part in entry]
+            other, expected = first.setdefault((task, name), (label, images))
             if images != expected:
                 both = f"{label} and {other}"
                 raise ValueError(f"{name}: {both} used different images; evaluate on the same copy")
 
 
 def format_table(reports: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
-    """Return the scores of models as a text or Markdown table, one row per dataset."""
+    """Return the scores of models as text or Markdown tables.
+
+    The first table has one row per dataset with the protocol of the paper, the second one row per
+    score of the other tasks.
+    """
     require_same_images(reports)
-    rows, notes = _rows(reports), _notes(reports)
+    tables = [_rows(reports)] if any(report["datasets"] for report in reports) else []
+    tables += [_task_rows(reports)] if any(report["tasks"] for report in reports) else []
+    notes = _notes(reports)
     if markdown:
-        lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
-        lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
-        return "\n".join([*lines, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
-    lines = align_columns(rows)
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", *notes])
+        text = "\n\n".join(map(_markdown, tables))
+        return "\n".join([text, "", *(f"{_escaped(note)}  " for note in notes)]) + "\n"
+    blocks = []
+    for rows in tables:
+        lines = align_columns(rows)
+        lines.insert(1, "-" * len(lines[0]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, "\n".join(notes)])
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:
@@ -135,6 +159,32 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [*rows, last]
 
 
+def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return one row per task, dataset and score, with a column per model."""
+    rows = [["task, dataset", "score, %", *(r["model"]["label"][:_LABEL_WIDTH] for r in reports)]]
+    found = [{k: e for k, e in entries(r).items() if "scores" in e} for r in reports]
+    for key in dict.fromkeys(key for part in found for key in part):
+        known = [part.get(key, {"scores": {}}) for part in found]
+        title = next(entry["title"] for entry in known if "title" in entry)
+        for name in dict.fromkeys(name for entry in known for name in entry["scores"]):
+            cells = [entry["scores"].get(name) for entry in known]
+            rows.append([f"{key[0]}, {title}", name, *map(_cell, cells)])
+    return rows
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    return _with_interval(score["value"], score["interval"], 100, 1) if score else "-"
+
+
+def describe_score(entry: Mapping[str, Any]) -> str:
+    """Return the first scores of a task as text, for the progress messages."""
+    if "top1" in entry:
+        top1, knn = 100 * entry["top1"]["mean"], 100 * entry["knn"]["top1"]
+        return f"top-1 {top1:.2f} %, k-NN {knn:.2f} %"
+    first = list(entry["scores"].items())[:4]
+    return ", ".join(f"{name} {100 * score['value']:.2f} %" for name, score in first)
+
+
 def _with_interval(mean: float, interval: Sequence[float] | None, scale: float, digits: int) -> str:
     text, *ends = (f"{scale * value:.{digits}f}" for value in (mean, *(interval or ())))
     return f"{text} ({' to '.join(ends)})" if ends else text
@@ -149,8 +199,22 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
             f"preprocessing {model['preprocessing']}, {report['precision']}, features in "
             f"{report['cache_dtype']}"
         )
+    if any(report["datasets"] for report in reports):
+        notes += _protocol_notes(reports)
+    if any(report["tasks"] for report in reports):
+        notes.append(
+            "Other tasks: 95 % intervals over test images, queries or, for few-shot, episodes; "
+            "protocols are in the reports."
+        )
+    if not all(report["complete"] for report in reports):
+        notes.append("INCOMPLETE: the evaluation is unfinished; rerun the command to continue.")
+    return notes
+
+
+def _protocol_notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the notes on the classification table."""
     seeds = sorted({len(report["protocol"]["seeds"]) for report in reports})
-    notes += [
+    notes = [
         f"top-1: mean over {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])} (95 % "
         "interval due to the test set size); mean log-odds: 95 % interval over the seeds.",
         reports[0]["protocol"]["note"],
@@ -158,17 +222,15 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     means = {frozenset(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     if len(means) > 1:
         notes.append("The mean log-odds are not comparable: they are over different datasets.")
-    entries = [entry for report in reports for entry in report["datasets"].values()]
-    ends = [e["title"] for e in entries if any("C" in c["at_end"] for c in e["choices"])]
+    results = [entry for report in reports for entry in report["datasets"].values()]
+    ends = [e["title"] for e in results if any("C" in c["at_end"] for c in e["choices"])]
     if ends:
         notes.append(f"C is at an end of its search range on {', '.join(dict.fromkeys(ends))}.")
-    loose = [e["title"] for e in entries if not all(c["converged"] for c in e["choices"])]
+    loose = [e["title"] for e in results if not all(c["converged"] for c in e["choices"])]
     if loose:
         notes.append(f"The last fit did not reach its tolerance on {', '.join(loose)}.")
-    if any(entry[score]["clipped"] for entry in entries for score in ("top1", "knn")):
+    if any(entry[score]["clipped"] for entry in results for score in ("top1", "knn")):
         notes.append("For the log-odds, accuracies of 0 and 1 are clipped by half a test image.")
-    if not all(report["complete"] for report in reports):
-        notes.append("INCOMPLETE: the evaluation is unfinished; rerun the command to continue.")
     return notes
 
 
@@ -200,27 +262,6 @@ def log_odds(top1: float, images: int) -> float:
     """Return ln(p / (1 - p)) of an accuracy p, clipped to half an image from 0 and 1."""
     p = min(max(top1, 0.5 / images), 1 - 0.5 / images)
     return math.log(p / (1 - p))
-
-
-def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean by Student's t; None for one value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(t.ppf(0.975, len(values) - 1)) * error
-    return mean - half, mean + half
-
-
-def wilson_interval(share: float, images: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a proportion (Wilson, "Probable Inference", 1927)."""
-    z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-    center = share + z**2 / (2 * images)
-    half = z * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
-    total = 1 + z**2 / images
-    return (center - half) / total, (center + half) / total
 
 
 def summary(datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

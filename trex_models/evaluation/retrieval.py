@@ -1,0 +1,190 @@
+"""Image retrieval by cosine similarity: exact rankings in bounded memory, and their metrics.
+
+Retrieval by class: Recall@K, average precision, and MAP@R of Musgrave et al., "A Metric Learning
+Reality Check" (arXiv 2003.08505). Landmarks: the protocol of Radenovic et al., "Revisiting Oxford
+and Paris" (arXiv 1803.11285). PCA whitening: Jegou and Chum, "Negative evidences and co-occurrences
+in image retrieval: the benefit of PCA and whitening" (ECCV 2012).
+
+Shapes: N images of the gallery, M queries, F features, Q queries of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trex_models.evaluation.inputs import as_tensor, require_finite, require_samples
+from trex_models.precision import full_float32
+
+RECALLS = (1, 5, 10)
+_PAIRS = 1 << 24  # pairs of query and image in memory, 24 bytes each
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class ClassRetrieval:
+    """Metrics of each query, (M,); NaN for queries without another image of their class.
+
+    Args:
+        recall: Whether one of the first K = 1, 5, 10 images has the query's class, (M, 3).
+        average_precision: Mean precision at the ranks of all images of the class.
+        map_at_r: Sum of the precisions at these ranks up to R, over R, the number of these images.
+        neighbors: Indices of the first images, (M, K).
+    """
+
+    recall: np.ndarray
+    average_precision: np.ndarray
+    map_at_r: np.ndarray
+    neighbors: np.ndarray
+
+
+def class_retrieval(
+    gallery: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    queries: Tensor | np.ndarray | None = None,
+    query_labels: Tensor | np.ndarray | None = None,
+    neighbors: int = 10,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+) -> ClassRetrieval:
+    """Rank the gallery for each query; images of the query's class are relevant.
+
+        result = class_retrieval(features, labels)
+
+    Args:
+        gallery: Features of the gallery, (N, F); may be memory-mapped.
+        labels: Labels of the gallery, (N,).
+        queries: Features of the queries, (M, F). By default, each image of the gallery is a query
+            for all others.
+        query_labels: Labels of the queries, (M,).
+        neighbors: Number of neighbors to return.
+        device: Device of the computation.
+        progress: Callback, called with the number of queries of each block.
+
+    Raises:
+        ValueError: Shapes do not match, or features are not finite.
+    """
+    labels = as_tensor(labels).to(device)
+    targets = labels if query_labels is None else as_tensor(query_labels).to(device)
+    parts = []
+    for rows, order in rankings(gallery, queries, device, progress):
+        relevant = labels[order] == targets[rows, None]
+        parts.append((*_metrics(relevant), order[:, :neighbors]))
+    return ClassRetrieval(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
+
+
+def _metrics(relevant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return recall, average precision and MAP@R of rankings, (Q, N) bool."""
+    total = relevant.sum(1)
+    row, rank = relevant.nonzero(as_tuple=True)
+    first = total.cumsum(0) - total  # index of each query's first relevant image in `rank`
+    position = torch.arange(len(row), device=row.device) - first[row]
+    precision = (position + 1).double() / (rank + 1)
+    sums = [
+        torch.zeros(len(relevant), dtype=torch.float64, device=row.device).index_add_(0, row, part)
+        for part in (precision, precision * (rank < total[row]))
+    ]
+    recall = torch.stack([relevant[:, :k].any(1) for k in RECALLS], 1).double()
+    recall[total == 0] = torch.nan
+    return recall, sums[0] / total, sums[1] / total
+
+
+@torch.no_grad()
+def rankings(
+    gallery: Tensor | np.ndarray,
+    queries: Tensor | np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of queries and the gallery's indices by descending cosine similarity, (Q, N).
+
+    Equal similarities keep the order of the gallery. Without ``queries``, each image is a query,
+    and is left out of its own ranking by its index, (Q, N - 1).
+    """
+    images = as_tensor(gallery)
+    require_samples(images, name="gallery")
+    require_finite("gallery", images)
+    asked = images if queries is None else as_tensor(queries)
+    require_samples(asked, name="queries", width=images.shape[1])
+    require_finite("queries", asked)
+    count = max(1, _PAIRS // len(images))
+    similarities = torch.empty(min(count, len(asked)), len(images), device=device)
+    for start in range(0, len(asked), count):
+        rows = slice(start, min(start + count, len(asked)))
+        block = similarities[: rows.stop - start]
+        with full_float32(torch.device(device)):
+            unit = _normalize(asked[rows].to(device))
+            for column in range(0, len(images), _BLOCK):
+                part = slice(column, column + _BLOCK)
+                torch.mm(unit, _normalize(images[part].to(device)).T, out=block[:, part])
+        own = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        if queries is None:
+            block.scatter_(1, own, -torch.inf)
+        order = block.sort(dim=1, descending=True, stable=True).indices
+        yield rows, order[:, :-1] if queries is None else order
+        if progress is not None:
+            progress(rows.stop - start)
+
+
+def _normalize(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=1)
+
+
+def landmark_metrics(
+    order: np.ndarray, positives: Sequence[int] | np.ndarray, junk: Sequence[int] | np.ndarray
+) -> tuple[float, list[float]]:
+    """Return average precision and precisions at 1, 5 and 10 of one query; NaN without positives.
+
+    Junk images are removed from the ranking. The average precision is that of the trapezoidal rule,
+    which differs from the usual one: ranks 0, 2 and 5 of three positives give 0.678, not 0.722. The
+    precisions are at min(K, rank of the last positive).
+
+    Args:
+        order: Indices of the gallery by descending similarity, (N,).
+        positives: Indices of the relevant images.
+        junk: Indices of the images to ignore.
+    """
+    if not len(positives):
+        return np.nan, [np.nan] * len(RECALLS)
+    kept = order[~np.isin(order, junk)]
+    ranks = np.flatnonzero(np.isin(kept, positives))
+    found = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
+    precision = (before + (found + 1) / (ranks + 1)) / 2
+    ends = [min(k, int(ranks[-1]) + 1) for k in RECALLS]
+    return float(precision.mean()), [float((ranks < end).sum() / end) for end in ends]
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """PCA whitening of L2-normalized features: mean, (F,), and projection, (F, D)."""
+
+    mean: Tensor
+    projection: Tensor
+
+    @classmethod
+    def learn(cls, features: Tensor | np.ndarray) -> Whitening:
+        """Learn the whitening from features, (N, F); D is the number of axes with variance."""
+        samples = as_tensor(features)
+        require_samples(samples)
+        require_finite("features", samples)
+        mean = samples.new_zeros(samples.shape[1], dtype=torch.float64)
+        for block in samples.split(_BLOCK):
+            mean += _normalize(block).double().sum(0) / len(samples)
+        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for block in samples.split(_BLOCK):
+            centered = _normalize(block).double() - mean
+            covariance += centered.T @ centered / len(samples)
+        values, axes = torch.linalg.eigh(covariance)
+        kept = values > 1e-6 * values[-1]
+        return cls(mean.float(), (axes[:, kept] / values[kept].sqrt()).float())
+
+    def __call__(self, features: Tensor | np.ndarray) -> Tensor:
+        """Map features, (N, F), to whitened features, (N, D) float32, in memory."""
+        blocks = as_tensor(features).split(_BLOCK)
+        return torch.cat([(_normalize(block) - self.mean) @ self.projection for block in blocks])

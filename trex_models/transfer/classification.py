@@ -1,0 +1,60 @@
+"""Task classification: the transfer protocol of the paper on a dataset of class labels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+from trex_models.cli import progress_bar
+from trex_models.evaluation.frozen_model import FrozenModel
+from trex_models.evaluation.geometry import analyze
+from trex_models.transfer import protocol
+from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.datasets import OpenedDataset
+from trex_models.transfer.plan import Entry, Plan
+from trex_models.transfer.report import accuracy, knn_scores
+
+
+def settings(opened: OpenedDataset, _: Plan) -> Entry:
+    """Return the classifier of the dataset; the report describes the protocol once."""
+    return {"classifier": opened.classifier}
+
+
+def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
+    """Choose and fit the linear classifiers, and score them and k-NN on the test images."""
+    name, (train, test) = opened.dataset.name, opened.sources
+    started = time.monotonic()
+    features = [
+        cache.features(model, source, f"{name}-{split}")
+        for split, source in zip(("train", "test"), opened.sources, strict=True)
+    ]
+    samples = features[0], train.labels, features[1], test.labels
+    extracted = time.monotonic()
+    fit = protocol.sgd_scores if opened.classifier == "sgd" else protocol.logistic_scores
+    choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
+    fitted = time.monotonic()
+    knn = protocol.knn_score(*samples, device=plan.device)
+    seconds = {
+        "features": extracted - started,
+        "classifiers": fitted - extracted,
+        "knn": time.monotonic() - fitted,
+    }
+    return {
+        **accuracy([choice.top1 for choice in choices], len(test)),
+        "choices": [asdict(choice) for choice in choices],
+        "knn": knn_scores(knn, len(test)),
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+    }
+
+
+def geometry(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
+    """Return the geometry of the training images' features, or the reason why it has none."""
+    source = opened.sources[0]
+    features = cache.features(model, source, f"{opened.dataset.name}-train")
+    try:
+        with progress_bar(len(source), "geometry", " images") as bar:
+            result = analyze(features, source.labels, device=plan.device, progress=bar.update)
+    except ValueError as error:  # such as constant features
+        print(f"      geometry is not available: {error}", flush=True)
+        return {"train": None, "reason": str(error)}
+    return {"train": asdict(result)}

@@ -1,0 +1,123 @@
+"""Task few-shot: classifiers fitted to k training images per class, over random episodes.
+
+The images of an episode are those with the smallest hashes of class, file and episode, so that
+every model uses the same ones, and those of 1 shot are among those of 2. Two classifiers:
+
+- multinomial logistic regression on L2-normalized features with a fixed C, since so few images
+  cannot be split to choose it;
+- the nearest class mean of the L2-normalized features by cosine similarity (Snell et al., arXiv
+  1703.05175; Wang et al., "SimpleShot", arXiv 1911.04623, named L2N there).
+
+All classes and all test images are used in each episode. Classes with fewer than k images
+contribute all that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trex_models.cli import progress_bar
+from trex_models.data.image_files import FileSource
+from trex_models.data.sources import Source
+from trex_models.evaluation import logistic
+from trex_models.evaluation.frozen_model import FrozenModel
+from trex_models.evaluation.inputs import as_tensor
+from trex_models.evaluation.splits import hashed_order
+from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.datasets import OpenedDataset
+from trex_models.transfer.intervals import score, student_interval
+from trex_models.transfer.plan import Entry, Plan
+
+C = 10.0
+CLASSIFIERS = {
+    "logistic regression": f"L2-normalized features, C = {C:g}",
+    "nearest class mean": "L2-normalized features, cosine similarity",
+}
+
+
+def settings(opened: OpenedDataset, plan: Plan) -> Entry:
+    """Return the protocol; raise a ValueError if no class has as many images as shots."""
+    largest = int(np.bincount(opened.sources[0].labels).max())
+    if plan.shots[-1] > largest:
+        raise ValueError(
+            f"--shots {plan.shots[-1]}: the largest class of {opened.dataset.name} has {largest} "
+            "training images; pass fewer shots"
+        )
+    counts = np.bincount(opened.sources[0].labels)
+    return {
+        "classifiers": CLASSIFIERS,
+        "shots": list(plan.shots),
+        "episodes": plan.episodes,
+        "images": "the smallest hashes of class, file and episode",
+        "interval": "Student's t over episodes",
+        "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in plan.shots},
+    }
+
+
+def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
+    """Fit and score both classifiers for each number of shots and each episode."""
+    name, (train, test) = opened.dataset.name, opened.sources
+    train_features, test_features = (
+        as_tensor(cache.features(model, source, f"{name}-{split}"))
+        for split, source in (("train", train), ("test", test))
+    )
+    labels, targets = (torch.from_numpy(source.labels).to(plan.device) for source in (train, test))
+    queries = _normalize(test_features, plan.device)
+    keys = _keys(train)
+    accuracies = np.empty((len(CLASSIFIERS), len(plan.shots), plan.episodes))
+    with progress_bar(plan.episodes * len(plan.shots), f"few-shot, {name}", "fit") as bar:
+        for episode in range(plan.episodes):
+            ranks = _ranks(train.labels, hashed_order(keys, seed=episode))
+            for column, shots in enumerate(plan.shots):
+                rows = torch.from_numpy(np.flatnonzero(ranks < shots))
+                x, y = _normalize(train_features[rows], plan.device), labels[rows]
+                for row, predict in enumerate((_logistic, _class_means)):
+                    correct = predict(x, y, queries) == targets
+                    accuracies[row, column, episode] = correct.double().mean().item()
+                bar.update()
+    return {"scores": _scores(accuracies, plan.shots), "episodes": accuracies.tolist()}
+
+
+def _normalize(features: Tensor, device: str) -> Tensor:
+    return F.normalize(features.to(device).float())
+
+
+def _keys(source: Source) -> list[bytes]:
+    """Return class and name of each image, which do not depend on where the files are stored."""
+    names = [b"%d" % index for index in range(len(source))]
+    if isinstance(source, FileSource):
+        names = source.paths.tolist()
+    classes = [name.encode(errors="surrogateescape") for name in source.classes]
+    return [classes[label] + b"/" + name for label, name in zip(source.labels, names, strict=True)]
+
+
+def _ranks(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return the rank of each sample, (N,), among those of its class in an order, from 0."""
+    ranks = np.empty(len(labels), np.int64)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.unique(labels[by_class], return_index=True)[1]
+    sizes = np.diff([*starts, len(labels)])
+    ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return ranks
+
+
+def _logistic(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
+    return logistic.fit(x, y, C).logits(queries).argmax(1)
+
+
+def _class_means(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
+    means = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device).index_add_(0, y, x)
+    return (queries @ F.normalize(means).T).argmax(1)
+
+
+def _scores(accuracies: np.ndarray, shots: Sequence[int]) -> Entry:
+    return {
+        f"{classifier}, {k}-shot": score(values.mean(), student_interval(values.tolist()))
+        for classifier, rows in zip(CLASSIFIERS, accuracies, strict=True)
+        for k, values in zip(shots, rows, strict=True)
+    }

@@ -1,0 +1,60 @@
+"""Scores in [0, 1] with 95 % confidence intervals, as entries of reports."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+_Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+_REPLICATES = 500
+
+
+def score(value: float, interval: Sequence[float] | None) -> dict[str, Any]:
+    """Return the entry of a score and its interval."""
+    return {"value": float(value), "interval": interval and [float(end) for end in interval]}
+
+
+def share_score(correct: np.ndarray) -> dict[str, Any]:
+    """Return the entry of the share of test images or queries that are correct, (N,) bool."""
+    share = float(correct.mean())
+    return score(share, wilson_interval(share, len(correct)))
+
+
+def mean_score(values: np.ndarray) -> dict[str, Any]:
+    """Return the entry of a mean over queries, (N,), with a normal interval."""
+    mean, half = float(values.mean()), _Z * float(values.std()) / math.sqrt(len(values))
+    return score(mean, (max(mean - half, 0.0), min(mean + half, 1.0)))
+
+
+def bootstrap_score(measure: Callable[[np.ndarray], float], count: int) -> dict[str, Any]:
+    """Return the entry of a measure over N test images, with a percentile bootstrap interval.
+
+    ``measure`` maps indices of test images, which may repeat, to the score.
+    """
+    rng = np.random.default_rng(0)
+    samples = [measure(rng.integers(count, size=count)) for _ in range(_REPLICATES)]
+    return score(measure(np.arange(count)), np.nanquantile(samples, (0.025, 0.975)).tolist())
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of the mean by Student's t; None for one value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = float(t.ppf(0.975, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def wilson_interval(share: float, images: int) -> tuple[float, float]:
+    """Return the 95 % score interval of a proportion (Wilson, "Probable Inference", 1927)."""
+    center = share + _Z**2 / (2 * images)
+    half = _Z * math.sqrt(share * (1 - share) / images + _Z**2 / (4 * images**2))
+    total = 1 + _Z**2 / images
+    return (center - half) / total, (center + half) / total
