@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torchvision.datasets import Flowers102
 
 from tests.images import encode
@@ -220,3 +222,31 @@ REPLICAS: dict[str, Callable[[Path], Parts]] = {
     **{f"cog-l{level}": _of(cog, level) for level in range(1, 6)},
     **{f"inat{year}": _of(inaturalist, year) for year in (2018, 2019)},
 }
+
+
+def landmarks(root: Path, name: str) -> None:
+    """Write revisited Oxford or Paris with 6 images of colors that move away from the queries'.
+
+    Only the right half of a query, its box, has the color of image 0.
+    """
+    folder = root / name / "jpg"
+    folder.mkdir(parents=True)
+    for index in range(6):
+        angle = index * np.pi / 12
+        color = (255 * np.array([np.cos(angle), np.sin(angle), 0])).round().astype(np.uint8)
+        Image.fromarray(np.tile(color, (20, 20, 1))).save(folder / f"all_{index}.jpg", quality=95)
+    halves = np.zeros((20, 20, 3), np.uint8)
+    halves[:, :10, 1], halves[:, 10:, 0] = 255, 255
+    for index in range(2):
+        Image.fromarray(halves).save(folder / f"query_{index}.jpg", quality=95, subsampling=0)
+    box = {"bbx": np.array([9.6, 0.0, 20.0, 20.0])}
+    ground_truth = [
+        box | {"easy": np.array([1]), "hard": np.array([3], np.int32), "junk": [np.int64(0)]},
+        box | {"easy": [0], "hard": [], "junk": np.array([], np.int64)},
+    ]
+    content = {
+        "imlist": [f"all_{index}" for index in range(6)],
+        "qimlist": ["query_0", "query_1"],
+        "gnd": ground_truth,
+    }
+    (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(content, protocol=2))

@@ -286,9 +286,11 @@ class _Array(list[Any]):
 
 
 class _ArrayUnpickler(PlainUnpickler):
-    names: ClassVar = PlainUnpickler.names | _NUMPY
+    names: ClassVar = PlainUnpickler.names | _NUMPY | {"__builtin__.bytes"}
 
     def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        if name == "__builtin__.bytes" and not args:  # an empty array, before protocol 3
+            return b""
         if name not in _NUMPY:
             return super().call(name, args)
         if name == "numpy.dtype":

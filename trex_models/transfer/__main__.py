@@ -216,10 +216,12 @@ def _open_whitening(
 ) -> OpenedDataset:
     if "retrieval" not in {task.name for task, _ in pairs}:
         raise ValueError(f"--whiten {text} is for the task retrieval; add --task retrieval")
+    if text in opened:  # perhaps the user's own
+        return opened[text]
     dataset, *others = select(text)
     if others or dataset.kind == "imagenet":
         raise ValueError(f"--whiten {text} must be one dataset with training images or a gallery")
-    return opened.get(dataset.name) or open_checked(dataset, root)
+    return open_checked(dataset, root)
 
 
 def _command_line(options: Mapping[str, Any]) -> str:
@@ -248,7 +250,7 @@ def plot(
     /,
     *,
     output: Path,
-    kind: Literal["scatter", "bars", "geometry"] = "scatter",
+    kind: Literal["scatter", "bars", "geometry", "shots", "tasks"] = "scatter",
     dataset: str | None = None,
     published: Literal["paper", "released"] | None = None,
 ) -> None:
@@ -259,7 +261,8 @@ def plot(
     Args:
         reports: Reports written by the command "evaluate"; optional with --published.
         output: Image to write, .png, .svg or .pdf.
-        kind: Scatter plot as in the paper, bars of accuracies, or geometry of the features.
+        kind: Scatter plot as in the paper, bars of accuracies, geometry of the features, few-shot
+            accuracies over the number of shots, or bars of the first score of the other tasks.
         dataset: Dataset of the spectra in --kind geometry. Defaults to the first with geometry.
         published: Add the authors' results to the scatter plot, from the paper's figure (13
             datasets) or from the table of released models (15 datasets).
@@ -273,6 +276,8 @@ def plot(
         "scatter": partial(pictures.scatter, loaded, published),
         "bars": partial(pictures.bars, loaded),
         "geometry": partial(pictures.geometry, loaded, dataset),
+        "shots": partial(pictures.shots, loaded),
+        "tasks": partial(pictures.tasks, loaded),
     }[kind]
     plotting.save(draw(), output)
     print(f"wrote {output}")

@@ -1,11 +1,11 @@
-"""Plots of reports: scatter plot of the two scores, bars of accuracies, and geometry.
+"""Plots of reports: scatter plot of the two scores, bars, geometry, and few-shot curves.
 
 Accuracies are fractions in reports and percentages in plots. A model has one color in all plots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from trex_models import plotting
 from trex_models.transfer.published import PUBLISHED
+from trex_models.transfer.report import results_by_task
 
 Report = dict[str, Any]
 BARS_PER_ROW = 64
@@ -60,8 +61,10 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
         axis.margins(0.1)
         axis.set_xlabel(f"training task: top-1 accuracy on {title}, %", parse_math=False)
         axis.set_ylabel(f"transfer: mean log-odds over {count} dataset{'s' * (count > 1)}")
-        for report, color in zip(reports, plotting.colors(len(reports)), strict=True):
+        own_colors = dict(zip(map(_label, reports), plotting.colors(len(reports)), strict=False))
+        for report in reports:
             if _has_both_scores(report):
+                color = own_colors[_label(report)]
                 top1 = report["datasets"][report["training_task"]]["top1"]
                 x, y = 100 * top1["mean"], report["transfer"]["mean_log_odds"]
                 ends = [100 * end for end in top1["test_interval"]]
@@ -71,7 +74,8 @@ def scatter(reports: Sequence[Report], published: str | None = None) -> Any:
                 axis.plot(x, y, "o", color=color, ms=7, mec="white", mew=0.8, zorder=3, label=name)
         unused_colors = islice(cycle(plotting.PALETTE), len(reports), None)
         for point, marker in zip(authors.points if authors else (), MARKERS, strict=False):
-            position, color = (100 * point.top1, point.mean_log_odds), next(unused_colors)
+            position = 100 * point.top1, point.mean_log_odds
+            color = own_colors.get(point.name) or next(unused_colors)  # of the measured model
             axis.plot(*position, marker, mfc="none", mec=color, ms=8, label=point.name)
         axis.set_title("\n".join(notes), fontsize=9, color=plotting.GRAY, parse_math=False)
         for text in figure.legend(loc="outside right upper").get_texts():
@@ -137,6 +141,66 @@ def _rows(reports: Sequence[Report]) -> list[list[str]]:
     names = list(_titles(reports))
     rows = min(-(-len(names) * len(reports) // BARS_PER_ROW), len(names))
     return [list(part) for part in np.array_split(np.array(names, object), rows)] if rows else []
+
+
+def tasks(reports: Sequence[Report]) -> Any:
+    """Draw the first score of all tasks but classification as bars."""
+    found = [{k: e for k, e in results_by_task(r).items() if "scores" in e} for r in reports]
+    keys = list(dict.fromkeys(key for part in found for key in part))
+    if not keys:
+        raise ValueError("no report contains other tasks than classification; use --kind bars")
+    titles, values = [], np.full((len(reports), len(keys)), np.nan)
+    for column, key in enumerate(keys):
+        for row, part in enumerate(found):
+            if key in part:
+                title, (name, first) = part[key]["title"], next(iter(part[key]["scores"].items()))
+                values[row, column] = 100 * first["value"]
+        titles.append(f"{title}\n{key[0]}\n{name}")
+    with plotting.new_figure(_width(len(keys), len(reports)), 4.8) as figure:
+        axis = figure.add_subplot()
+        _grouped_bars(axis, titles, values, np.full_like(values, np.nan), "{:.1f}")
+        axis.set(ylim=(0, 108), yticks=range(0, 101, 20), ylabel="score, %")
+        plotting.legend(figure, [_label(report) for report in reports])
+    return figure
+
+
+def shots(reports: Sequence[Report]) -> Any:
+    """Draw few-shot accuracies over the number of shots, a panel per dataset."""
+    found = [report["tasks"].get("few-shot", {}) for report in reports]
+    names = {name: entry["title"] for part in found for name, entry in part.items()}
+    if not names:
+        raise ValueError("no report contains the task few-shot; evaluate with --shots 1,2,5,10")
+    columns = min(len(names), 3)
+    rows = -(-len(names) // columns)
+    with plotting.new_figure(4.4 * columns + 0.6, 3.6 * rows + 0.8) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axis, name in zip(panels, names, strict=False):
+            for part, color in zip(found, plotting.colors(len(reports)), strict=True):
+                if name in part:
+                    _draw_shots(axis, part[name], color)
+            axis.set_title(names[name], parse_math=False)
+            axis.set(xscale="log", xlabel="training images per class", ylabel="accuracy, %")
+            ticks = sorted({k for part in found if name in part for k in part[name]["shots"]})
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.set_xticks([], minor=True)
+        for axis in panels[len(names) :]:
+            axis.remove()
+        plotting.legend(figure, [_label(report) for report in reports])
+        figure.suptitle(
+            "solid: logistic regression; dashed: nearest class mean; bands: 95 % over episodes",
+            fontsize=9,
+            color=plotting.GRAY,
+        )
+    return figure
+
+
+def _draw_shots(axis: Any, entry: Mapping[str, Any], color: Any) -> None:
+    for classifier, style in zip(entry["classifiers"], ("-", "--"), strict=True):
+        scores = [entry["scores"][f"{classifier}, {k}-shot"] for k in entry["shots"]]
+        values = [100 * score["value"] for score in scores]
+        axis.plot(entry["shots"], values, style, marker="o", ms=4, color=color)
+        ends = np.array([score["interval"] or [score["value"]] * 2 for score in scores])
+        axis.fill_between(entry["shots"], *(100 * ends.T), color=color, alpha=0.15, lw=0)
 
 
 def geometry(reports: Sequence[Report], dataset: str | None = None) -> Any:

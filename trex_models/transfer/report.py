@@ -76,7 +76,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def entries(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+def results_by_task(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
     """Return the results of a report by task and dataset."""
     found = {("classification", name): entry for name, entry in report["datasets"].items()}
     for task, datasets in report["tasks"].items():
@@ -89,7 +89,7 @@ def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
     first: dict[tuple[str, str], tuple[str, Any]] = {}
     for report in reports:
         label = report["model"]["label"]
-        for (task, name), entry in entries(report).items():
+        for (task, name), entry in results_by_task(report).items():
             images = [entry[part]["sha256"] for part in ("train", "test") if part in entry]
             other, expected = first.setdefault((task, name), (label, images))
             if images != expected:
@@ -161,14 +161,14 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return one row per task, dataset and score, with a column per model."""
-    rows = [["task, dataset", "score, %", *(r["model"]["label"][:_LABEL_WIDTH] for r in reports)]]
-    found = [{k: e for k, e in entries(r).items() if "scores" in e} for r in reports]
+    rows = [["task, dataset: score, %", *(r["model"]["label"][:_LABEL_WIDTH] for r in reports)]]
+    found = [{k: e for k, e in results_by_task(r).items() if "scores" in e} for r in reports]
     for key in dict.fromkeys(key for part in found for key in part):
         known = [part.get(key, {"scores": {}}) for part in found]
         title = next(entry["title"] for entry in known if "title" in entry)
         for name in dict.fromkeys(name for entry in known for name in entry["scores"]):
             cells = [entry["scores"].get(name) for entry in known]
-            rows.append([f"{key[0]}, {title}", name, *map(_cell, cells)])
+            rows.append([f"{key[0]}, {title}: {name}", *map(_cell, cells)])
     return rows
 
 

@@ -165,7 +165,7 @@ def draw(model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: Feature
         for row, example in zip(cells, entry["examples"], strict=True):
             for cell in row:
                 cell.axis("off")
-            row[0].set_title(f"AP {example['average_precision']:.2f}", fontsize=9)
+            row[0].set_title(f"query, AP {example['average_precision']:.2f}", fontsize=9)
             _draw_image(row[0], queries, example["query"], "black")
             neighbors = zip(row[1:], example["neighbors"], example["relevant"], strict=False)
             for cell, index, relevant in neighbors:
