@@ -5,8 +5,8 @@
 Takes 16 minutes on two shared cores and 4.1 GB of temporary disk space. Requires Linux, since
 memory is read from /proc. Each part runs in a separate process, with the functions of the
 evaluation: feature extraction into the cache, with tiny generated images and a trivial network;
-k-NN for a number of queries; the SGD layers of the complete grid, on some batches sampled from the
-complete feature file; geometry.
+k-NN and retrieval for a number of queries; the SGD layers of the complete grid, on some batches
+sampled from the complete feature file; geometry.
 
 Two peaks are reported, relative to the memory of the process after its imports. *Held* is anonymous
 memory (RssAnon, read every 20 ms). *With pages* also counts pages of the mapped file (VmHWM), which
@@ -42,6 +42,7 @@ from trex_models.evaluation.feature_file import DTYPES
 from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
 from trex_models.evaluation.geometry import analyze
 from trex_models.evaluation.inputs import as_tensor, require_finite
+from trex_models.evaluation.retrieval import class_retrieval
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
@@ -181,6 +182,12 @@ def look(setup: Setup) -> dict[str, Any]:
     return {"coding_length": found.coding_length, "effective_rank": found.effective_rank}
 
 
+def rank(setup: Setup) -> dict[str, Any]:
+    """Rank all images for each query."""
+    found = class_retrieval(*setup.samples("train"), *setup.samples("test"))
+    return {"mAP": float(found.average_precision.mean())}
+
+
 def promised(part: str, setup: Setup) -> int | None:
     """Return the documented memory of a part in bytes; None without a documented formula."""
     width, classes, k = setup.width, setup.classes, protocol.K
@@ -205,6 +212,7 @@ def _at_once(setup: Setup) -> int:
 PARTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "extraction": extract,
     "k-NN": vote,
+    "retrieval": rank,
     "SGD layers": train,
     "geometry": look,
 }
@@ -270,27 +278,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=12, help="batches for the SGD layers")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of features")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="for features")
     options = parser.parse_args(arguments)
     if not _STATUS.exists():
         parser.error("memory is read from /proc, which this system does not have; use Linux")
-    sizes = {name: value for name, value in vars(options).items() if name != "out"}
+    sizes = {name: value for name, value in vars(options).items() if name in Setup.__annotations__}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         setup = Setup(**sizes | {"folder": Path(folder)})
-        parts = _parts(setup)
+        parts = _parts(setup, options.parts)
     _show(parts)
     shape = {name: value for name, value in asdict(setup).items() if name != "folder"}
     file = {"setup": shape, "file_bytes": setup.file_bytes}
     measure.record(options.out, {"machine": measure.machine(), **file, "parts": parts})
 
 
-def _parts(setup: Setup) -> dict[str, dict[str, Any]]:
+def _parts(setup: Setup, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Run each part in a separate process, sequentially."""
     found: dict[str, dict[str, Any]] = {}
     # Spawned, since a forked process would inherit this one's memory.
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
-        for number, part in enumerate(PARTS, start=1):
-            print(f"[{number}/{len(PARTS)}] {part}", file=sys.stderr)
+        for number, part in enumerate(names, start=1):
+            print(f"[{number}/{len(names)}] {part}", file=sys.stderr)
             found[part] = processes.submit(measured, part, setup).result()
     return found
 

@@ -50,9 +50,9 @@ def test_class_retrieval_equals_plain_loops(
     monkeypatch.setattr(retrieval, "_BLOCK", 17)
     gallery, labels = samples()
     queries, targets = samples(1) if separate else (gallery, labels)
-    asked = (queries, targets) if separate else (None, None)
+    own = (queries, targets) if separate else (None, None)
     counts: list[int] = []
-    result = class_retrieval(gallery, labels, *asked, neighbors=4, progress=counts.append)
+    result = class_retrieval(gallery, labels, own[0], own[1], 4, progress=counts.append)
     assert sum(counts) == 60
     unit = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
     for query in range(60):

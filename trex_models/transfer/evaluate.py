@@ -56,6 +56,8 @@ def evaluate(
         "command": command,
     }
     report = new_report(model, settings, label)
+    for task, opened in jobs:
+        task.settings(opened, plan)  # errors are reported before anything is computed
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.data.summary()}, {job.task.name}", flush=True)
         entry = evaluate_job(models[job.task.features], job, cache, plan)

@@ -68,11 +68,10 @@ def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Pl
     )
     labels, targets = (torch.from_numpy(source.labels).to(plan.device) for source in (train, test))
     queries = _normalize(test_features, plan.device)
-    keys = _keys(train)
     accuracies = np.empty((len(CLASSIFIERS), len(plan.shots), plan.episodes))
     with progress_bar(plan.episodes * len(plan.shots), f"few-shot, {name}", "fit") as bar:
         for episode in range(plan.episodes):
-            ranks = _ranks(train.labels, hashed_order(keys, seed=episode))
+            ranks = image_ranks(train, episode)
             for column, shots in enumerate(plan.shots):
                 rows = torch.from_numpy(np.flatnonzero(ranks < shots))
                 x, y = _normalize(train_features[rows], plan.device), labels[rows]
@@ -87,27 +86,27 @@ def _normalize(features: Tensor, device: str) -> Tensor:
     return F.normalize(features.to(device).float())
 
 
-def _keys(source: Source) -> list[bytes]:
-    """Return class and name of each image, which do not depend on where the files are stored."""
+def image_ranks(source: Source, episode: int) -> np.ndarray:
+    """Return the rank of each image, (N,), from 0, in the random order of its class.
+
+    The order is that of the hashes of episode, class and name, which do not depend on where the
+    files are stored.
+    """
     names = [b"%d" % index for index in range(len(source))]
     if isinstance(source, FileSource):
         names = source.paths.tolist()
     classes = [name.encode(errors="surrogateescape") for name in source.classes]
-    return [classes[label] + b"/" + name for label, name in zip(source.labels, names, strict=True)]
-
-
-def _ranks(labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return the rank of each sample, (N,), among those of its class in an order, from 0."""
-    ranks = np.empty(len(labels), np.int64)
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    starts = np.unique(labels[by_class], return_index=True)[1]
-    sizes = np.diff([*starts, len(labels)])
-    ranks[by_class] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    pairs = zip(source.labels.tolist(), names, strict=True)
+    order = hashed_order([classes[label] + b"/" + name for label, name in pairs], seed=episode)
+    by_class = order[np.argsort(source.labels[order], kind="stable")]
+    _, starts, counts = np.unique(source.labels[by_class], return_index=True, return_counts=True)
+    ranks = np.empty(len(source), np.int64)
+    ranks[by_class] = np.arange(len(source)) - np.repeat(starts, counts)
     return ranks
 
 
 def _logistic(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
-    return logistic.fit(x, y, C).logits(queries).argmax(1)
+    return logistic.fit(x, y, C, tolerance=1e-7).logits(queries).argmax(1)
 
 
 def _class_means(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
