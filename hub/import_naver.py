@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from convert.official import convert_official
 from hub.imagenet import format_results, measure
 from trex_models.pretrained import checkpoints, naver
+from trex_models.pretrained.download import download
 from trex_models.pretrained.manifest import (
     WeightsError,
     check_sha256,
@@ -91,8 +92,9 @@ def _obtain(path: Path, manifest: Path) -> str:
         return digest
     part = path.with_name(f".{path.name}.part")
     try:
-        print(f"{path.name}: downloading {naver.url(path.name)}", flush=True)
-        naver.download(path.name, part)
+        remote = naver.remote_file(path.name)
+        print(f"{path.name}: downloading {remote.url}", flush=True)
+        download(remote, part)
         digest = _check(part, path.name, manifest)
         part.replace(path)
     finally:

@@ -122,7 +122,7 @@ def test_importing_the_package_loads_no_extras_and_nothing_that_timm_does_not() 
         "print(*sorted(set(sys.modules) - known))"
     )
     out = run_python("-c", code)
-    pretrained = "checkpoints licenses manifest naver resolve unpickling".split()
+    pretrained = "checkpoints download licenses manifest naver resolve unpickling".split()
     modules = ["atomic", "heads", "pretrained", *(f"pretrained.{name}" for name in pretrained)]
     expected = ["trex_models", *(f"trex_models.{name}" for name in (*modules, "trex"))]
     assert out.stdout.split() == expected

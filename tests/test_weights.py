@@ -35,7 +35,7 @@ from tests.models import tiny_method
 from tests.processes import Forked, run_python
 from tests.reference_resnet import outputs, pictures
 from trex_models import CheckpointError, WeightsError
-from trex_models.pretrained import licenses, manifest, naver, resolve
+from trex_models.pretrained import download, licenses, manifest, naver, resolve
 
 ROOT = Path(__file__).parents[1]
 # Model -> the corresponding tensor of the reference's outputs, and the file with its weights.
@@ -116,7 +116,7 @@ def test_every_name_from_naver(
         assert "file" not in model.pretrained_cfg
         assert_outputs(model, reference)
     assert sorted(r.path for r in server.log) == sorted(
-        naver.url(file).removeprefix(server.url.removesuffix(PREFIX))
+        naver.remote_file(file).url.removeprefix(server.url.removesuffix(PREFIX))
         for file in {file for _, file in MODELS.values()}
     )
     assert all(request.authorization is None for request in server.log)
@@ -201,7 +201,7 @@ def test_missing_files_of_naver_are_reported(
     cache: Path, server: FileServer, fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults = [fault]
-    monkeypatch.setattr(naver, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(WeightsError, match=reason) as caught:
         timm.create_model("trex_resnet50", pretrained=True)
@@ -267,7 +267,7 @@ def test_servers_that_are_not_there_or_cannot_resume(
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "http://127.0.0.1:9")
     assert_refused(r"trex\.pth is not available: .*refused")
     # One message per attempt; the last one is the error.
-    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == naver.ATTEMPTS
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == download.ATTEMPTS
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", server.url)
     server.ranges = False
     server.faults = [Fault("GET", cut_after=31_000_000)]
@@ -330,7 +330,7 @@ def test_malformed_addresses(cache: Path, address: str, monkeypatch: pytest.Monk
     assert visible(cache) == []
     monkeypatch.setenv("TREX_MODELS_NAVER_URL", "https://127.0.0.1")
     response = SimpleNamespace(headers={}, url="http://127.0.0.1/trex.pth", close=lambda: None)
-    monkeypatch.setattr(naver, "urlopen", lambda *_, **__: response)
+    monkeypatch.setattr(download, "urlopen", lambda *_, **__: response)
     assert_refused("the server redirects from https to http")
 
 

@@ -32,7 +32,7 @@ from trex_models.data.center_crop import PROTOCOLS, CenterCrop, image_batches
 from trex_models.data.sources import Source, digest
 from trex_models.heads import Projector
 from trex_models.precision import Precision, PrecisionName, choose_device
-from trex_models.pretrained import licenses, timm_folder
+from trex_models.pretrained import figure, licenses, timm_folder
 from trex_models.pretrained.checkpoints import key_difference
 
 PIXELS = "pixels"
@@ -74,7 +74,7 @@ class FrozenModel:
         seed: int = 0,
         hint: str = "",
     ) -> FrozenModel:
-        """Load a timm model, a timm folder, the backbone of a finished run, or "pixels".
+        """Load a timm model, a model of ``pretrained.figure``, a timm folder, a run or "pixels".
 
         ``features`` is "backbone" (pooled, before any projector), "projector", "logits" or "dense"
         (last feature map); None means the model's output without its classifier. ``preprocessing``
@@ -207,28 +207,31 @@ def create_model(
     seed: int = 0,
     hint: str = "",
 ) -> Any:
-    """Create a timm model by name or folder; pretrained weights must be complete."""
+    """Create a model by name or timm folder; pretrained weights must be complete."""
     folder = timm_folder.find_timm_folder(name)
+    source = f"local-dir:{folder}" if folder else name
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"{name} is not a folder with a config.json; pass another model")
     if file is not None and not file.is_file():
         raise ValueError(f"--file {file} is not a file; pass a file with weights of {name}")
     # timm ignores the file for models from these sources.
-    if file is not None and (folder is not None or ":" in name or name == PIXELS):
+    if file is not None and (folder is not None or ":" in name or name in {PIXELS, *figure.MODELS}):
         raise ValueError(f"--file requires the name of a timm architecture, got {name}")
     options: dict[str, Any] = {"num_classes": 0} if untrained or not classifier else {}
     overlay = {"file": str(file)} if file else None
     options |= {"pretrained": not untrained, "pretrained_cfg_overlay": overlay}
     torch.manual_seed(seed)
     try:
-        source = f"local-dir:{folder}" if folder else name
+        if source in figure.MODELS:
+            source = figure.ARCHITECTURE
+            options["pretrained_cfg"] = figure.pretrained_cfg(name, not untrained)
         if untrained:
             with suppress(TypeError):  # most architectures have no such argument
                 return timm.create_model(source, zero_init_last=False, **options)
         with _all_keys_required():
             return timm.create_model(source, **options)
     except Exception as error:  # timm, the Hub and safetensors raise errors of any type
-        architecture = name.partition(".")[0]
+        architecture = source.partition(".")[0]
         reason = first_line(error).removeprefix(f"{file}: ").rstrip(".")
         if not isinstance(error, ValueError | RuntimeError | OSError):
             reason = "not a file of weights" if file else f"{type(error).__name__}: {reason}"
@@ -271,7 +274,7 @@ def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     stated = cfg.get("license") or "not stated"
     own_weights = file or timm_folder.find_timm_folder(name)
     return {
-        "source": str(own_weights or name),
+        "source": str(own_weights or (name in figure.MODELS and cfg.get("origin_url")) or name),
         "architecture": architecture,
         "tag": "" if file else cfg.get("tag", ""),
         "license": licenses.describe(own_weights, architecture) if own_weights else stated,

@@ -151,7 +151,7 @@ def read(
         if backbone is not None:
             with torch.device("meta"):
                 expected = timm.create_model(backbone, num_classes=0).state_dict()
-            _check_keys(checkpoint.backbone, expected, backbone)
+            check_keys(checkpoint.backbone, expected, backbone)
             if checkpoint.classifier_biases is not None and not checkpoint.projector:
                 raise CheckpointError(f"this is a linear {backbone} classifier, not a t-ReX model")
     except CheckpointError as error:
@@ -218,7 +218,7 @@ def sort_keys(contents: Mapping[str, Any]) -> SortedKeys:
         if name in parts[row.part]:
             raise CheckpointError(f"{names[key]!r} occurs twice in the file, once as {key!r}")
         if row.part != "bank pointer":
-            _check_type(key, row.part, state[key])
+            check_type(key, row.part, state[key])
         parts[row.part][name] = state[key]
         locations[key] = row.part, name
     if any(parts[part] for part in parts if part.startswith("bank")):
@@ -267,7 +267,7 @@ def _row(name: str) -> KeyPattern:
     return max(filter(matches, KEY_TABLE), key=lambda row: len(row.prefix))
 
 
-def _check_type(key: str, part: str, value: Any) -> None:
+def check_type(key: str, part: str, value: Any) -> None:
     """Require a dense tensor with the type that its part or buffer needs: floats or integers."""
     if not isinstance(value, Tensor):
         raise CheckpointError(f"{key!r} must be a tensor, got {type(value).__name__}")
@@ -370,7 +370,7 @@ def _check_projector(projector: Mapping[str, Tensor]) -> int:
         raise CheckpointError(f"the projector is incomplete: the file has only layers {layers}")
     with torch.device("meta"):
         expected = Projector(first.shape[1], len(layers) - 1, last.shape[1], last.shape[0])
-    _check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
+    check_keys(projector, expected.state_dict(), f"projector of {len(layers) - 1} hidden layers")
     return last.shape[0]
 
 
@@ -383,7 +383,8 @@ def _check_classifier(weights: Tensor | None, biases: Tensor | None, width: int)
         raise CheckpointError(f"classifier weights {tuple(weights.shape)} do not match D = {width}")
 
 
-def _check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> None:
+    """Raise CheckpointError unless a state has exactly the keys, shapes and types expected."""
     if difference := mismatch(state, expected, exact=True):
         raise CheckpointError(f"the weights do not match a {name} ({difference}); use another file")
 

@@ -97,7 +97,7 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
     try:
         return naver.obtain(name, cache, published)
     except (CheckpointError, WeightsError) as error:
-        file = naver.FILES[name][0]
+        file, folder = naver.FILES[name][0], cache / "naver"
         hub = "see the warning above" if entry else f"{name} is not published there yet"
         if constants.HF_HUB_OFFLINE:
             hub = "skipped, HF_HUB_OFFLINE is set"
@@ -107,8 +107,8 @@ def _from_naver(name: str, cache: Path, published: Manifest, entry: Published | 
             f"  Hub: {hub}\n"
             f"  NAVER: {error}\n"
             f"Solutions (one is enough):\n"
-            f"  - download {naver.url(file)} to {cache / 'naver' / file}; it is converted once\n"
-            f"  - copy {cache / 'naver'} from a machine that has the weights\n"
+            f"  - download {naver.remote_file(file).url} to {folder / file}; it is converted once\n"
+            f"  - copy {folder} from a machine that has the weights\n"
             f"  - pass pretrained_cfg_overlay=dict(file={file!r}) with the path of your copy\n"
             f"  - in a checkout, run python -m convert naver {file} --output OUT, then "
             f'create_model("local-dir:OUT/{name}", pretrained=True)'
