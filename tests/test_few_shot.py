@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from tests.images import save_image
 from trex_models.data.sources import ArraySource
 from trex_models.evaluation.frozen_model import FrozenModel
+from trex_models.pretrained import figure
+from trex_models.transfer import __main__ as main_module
 from trex_models.transfer import few_shot
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.cache import FeatureCache
@@ -118,6 +121,23 @@ def test_one_call_mixes_tasks_and_models(
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("features/*/*")}
     assert {path: after.pop(path) for path in before} == before
     assert not after
+
+
+def test_the_group_figure_names_its_models(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(name: str, **_: Any) -> FrozenModel:
+        loaded.append(name)
+        return FrozenModel.load("pixels")
+
+    monkeypatch.setattr(main_module, "FrozenModel", SimpleNamespace(load=load))
+    assert run(place, tmp_path, "--shots", "1", "--episodes", "2", model="figure,pixels") == 0
+    assert {*loaded[:8]} == {*figure.FIGURE, "pixels"}  # all, before anything is computed
+    reports = [json.loads((tmp_path / f"{name}.json").read_text()) for name in figure.FIGURE]
+    labels = [report["model"]["label"] for report in reports]
+    assert labels == ["DINO", "SwAV", "PAWS", "SupCon", "RSB-A1", "t-ReX", "t-ReX*"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from trex_models import cli, plotting
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
 from trex_models.precision import PrecisionName, choose_device, free_cores
+from trex_models.pretrained import figure
 from trex_models.transfer import pictures
 from trex_models.transfer.cache import FeatureCache, slug
 from trex_models.transfer.datasets import (
@@ -77,8 +78,9 @@ def evaluate_models(
     Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
     Args:
-        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, or "pixels"; or
-            several, separated by commas.
+        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, a model of the
+            paper's figure, such as dino_resnet50, or "pixels"; or several, separated by commas.
+            "figure" is all models of the paper's figure.
         datasets: Comma-separated names and groups, see the command "list", and NAME=PATH for your
             own images. The group "offline" needs no data.
         output: Report to write, .json. A table, .md, and pictures are written next to it. For
@@ -92,7 +94,7 @@ def evaluate_models(
         data_root: Folder that contains the datasets.
         training_task: Dataset that the model was trained on; it is excluded from the transfer
             score. Defaults to imagenet, if that is among the datasets.
-        label: Name of the model in tables and plots. Defaults to the value of --model.
+        label: Name of the model in tables and plots. Defaults to its name.
         preprocessing: Resize the shorter side to the crop size (transfer), to 256 for a crop of
             224 (validation), or as in the model's configuration (model).
         precision: Floating-point precision of the model.
@@ -128,8 +130,8 @@ def evaluate_models(
         iterations=iterations,
     )
     load = partial(_load, [task for task, _ in pairs], preprocessing, precision, untrained, device)
-    first, *_ = outputs
-    loaded = {first: load(first)}  # an invalid model is reported before the data are opened
+    for name in reversed(outputs):  # invalid models are reported before the data are opened
+        loaded, first = load(name), name
     opened = {dataset.name: open_checked(dataset, data_root) for _, dataset in pairs}
     if whiten:
         plan = replace(plan, whiten=_open_whitening(whiten, pairs, data_root, opened))
@@ -138,11 +140,12 @@ def evaluate_models(
     folder.mkdir(parents=True, exist_ok=True)
     reports = []
     for name, path in outputs.items():
-        models = loaded.pop(name, None) or load(name)
+        models = loaded if name == first else load(name)
         if untrained:
             models = {k: _recalibrated(m, calibration, workers) for k, m in models.items()}
         features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
-        reports.append(evaluate(models, jobs, features, plan, path, label, command))
+        title = label or figure.TITLES.get(name, name)
+        reports.append(evaluate(models, jobs, features, plan, path, title, command))
     print(f"\n{format_table(reports)}\n")
     for path in outputs.values():
         print(f"wrote {path} and {path.with_suffix('.md')}")
@@ -150,7 +153,8 @@ def evaluate_models(
 
 def _outputs(model: str, label: str, output: Path) -> dict[str, Path]:
     """Return the report of each model of the list; check that they can be written."""
-    names = split_list(model)
+    listed = [figure.FIGURE if name == "figure" else [name] for name in split_list(model)]
+    names = list(dict.fromkeys(name for part in listed for name in part))
     outputs = {name: output / f"{slug(name)}.json" for name in names}
     if len(names) == 1:
         outputs = {names[0]: output}
