@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 from tests import replicas
 from tests.images import save_image
 from trex_models.evaluation import retrieval
-from trex_models.evaluation.retrieval import Whitening, class_retrieval, landmark_metrics, rankings
+from trex_models.evaluation.retrieval import class_retrieval, landmark_metrics, rankings, whiten
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, open_checked
 
@@ -79,12 +79,12 @@ def test_class_retrieval_equals_plain_loops(
 
 def test_landmark_precision_by_hand() -> None:
     order = np.array([4, 0, 3, 1, 5, 2])
-    average, precisions = landmark_metrics(order, [4, 3, 2], [])
+    average, *precisions = landmark_metrics(order, [4, 3, 2], [])
     assert average == pytest.approx((1 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 3 / 6) / 2) / 3)
     assert average == pytest.approx(0.6778, abs=1e-4)  # not 0.7222
     assert precisions == [1.0, pytest.approx(2 / 5), pytest.approx(3 / 6)]
     # Without images 0 and 5, the positives have ranks 0, 1 and 3; the last one ends the precision.
-    average, precisions = landmark_metrics(order, [4, 3, 2], [0, 5])
+    average, *precisions = landmark_metrics(order, [4, 3, 2], [0, 5])
     assert average == pytest.approx((1 + 1 + (2 / 3 + 3 / 4) / 2) / 3)
     assert precisions == [1.0, 3 / 4, 3 / 4]
     assert np.isnan(landmark_metrics(order, [], [0])[0])
@@ -96,7 +96,7 @@ def test_whitening_equals_scikit_learn() -> None:
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test)]
     pca = PCA(whiten=True).fit(unit[0])
     kept = pca.explained_variance_ > 1e-6 * pca.explained_variance_[0]
-    whitened = Whitening.learn(train)(test).numpy()
+    whitened = whiten(train, test)[0].numpy()
     theirs = pca.transform(unit[1])[:, kept] * np.sqrt(200 / 199)
     assert whitened.shape == theirs.shape
     np.testing.assert_allclose(whitened @ whitened.T, theirs @ theirs.T, rtol=1e-3, atol=1e-3)

@@ -137,7 +137,7 @@ def _normalize(features: Tensor) -> Tensor:
 
 def landmark_metrics(
     order: np.ndarray, positives: Sequence[int] | np.ndarray, junk: Sequence[int] | np.ndarray
-) -> tuple[float, list[float]]:
+) -> list[float]:
     """Return average precision and precisions at 1, 5 and 10 of one query; NaN without positives.
 
     Junk images are removed from the ranking. The average precision is that of the trapezoidal rule,
@@ -150,41 +150,42 @@ def landmark_metrics(
         junk: Indices of the images to ignore.
     """
     if not len(positives):
-        return np.nan, [np.nan] * len(RECALLS)
+        return [np.nan] * (1 + len(RECALLS))
     kept = order[~np.isin(order, junk)]
     ranks = np.flatnonzero(np.isin(kept, positives))
     found = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
     precision = (before + (found + 1) / (ranks + 1)) / 2
     ends = [min(k, int(ranks[-1]) + 1) for k in RECALLS]
-    return float(precision.mean()), [float((ranks < end).sum() / end) for end in ends]
+    return [float(precision.mean()), *(float((ranks < end).sum() / end) for end in ends)]
 
 
-@dataclass(frozen=True)
-class Whitening:
-    """PCA whitening of L2-normalized features: mean, (F,), and projection, (F, D)."""
+def whiten(train: Tensor | np.ndarray, *parts: Tensor | np.ndarray) -> list[Tensor]:
+    """Learn PCA whitening of L2-normalized features and apply it to others, in memory.
 
-    mean: Tensor
-    projection: Tensor
+    Args:
+        train: Features to learn it from, (N, F).
+        parts: Features to map to the D axes with variance, (M, F) each.
 
-    @classmethod
-    def learn(cls, features: Tensor | np.ndarray) -> Whitening:
-        """Learn the whitening from features, (N, F); D is the number of axes with variance."""
-        samples = as_tensor(features)
-        require_samples(samples)
-        require_finite("features", samples)
-        mean = samples.new_zeros(samples.shape[1], dtype=torch.float64)
-        for block in samples.split(_BLOCK):
-            mean += _normalize(block).double().sum(0) / len(samples)
-        covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        for block in samples.split(_BLOCK):
-            centered = _normalize(block).double() - mean
-            covariance += centered.T @ centered / len(samples)
-        values, axes = torch.linalg.eigh(covariance)
-        kept = values > 1e-6 * values[-1]
-        return cls(mean.float(), (axes[:, kept] / values[kept].sqrt()).float())
-
-    def __call__(self, features: Tensor | np.ndarray) -> Tensor:
-        """Map features, (N, F), to whitened features, (N, D) float32, in memory."""
-        blocks = as_tensor(features).split(_BLOCK)
-        return torch.cat([(_normalize(block) - self.mean) @ self.projection for block in blocks])
+    Returns:
+        Whitened features, (M, D) float32 each.
+    """
+    samples = as_tensor(train)
+    require_samples(samples)
+    require_finite("features", samples)
+    mean = torch.zeros(samples.shape[1], dtype=torch.float64)
+    for block in samples.split(_BLOCK):
+        mean += _normalize(block).double().sum(0) / len(samples)
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for block in samples.split(_BLOCK):
+        centered = _normalize(block).double() - mean
+        covariance += centered.T @ centered / len(samples)
+    values, axes = torch.linalg.eigh(covariance)
+    kept = values > 1e-6 * values[-1]
+    projection = (axes[:, kept] / values[kept].sqrt()).float()
+    return [
+        torch.cat(
+            [(_normalize(b) - mean.float()) @ projection for b in as_tensor(part).split(_BLOCK)]
+        )
+        for part in parts
+    ]

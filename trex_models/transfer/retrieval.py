@@ -7,9 +7,11 @@ cropped to their box, and relevant and ignored images depend on the difficulty.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from trex_models import plotting
 from trex_models.cli import progress_bar
@@ -18,10 +20,10 @@ from trex_models.data.sources import Source
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.retrieval import (
     RECALLS,
-    Whitening,
     class_retrieval,
     landmark_metrics,
     rankings,
+    whiten,
 )
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
@@ -34,6 +36,7 @@ DIFFICULTIES = {  # relevant images and ignored images
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
+Rows = Sequence[np.ndarray] | np.ndarray
 _NEIGHBORS, _THUMBNAIL = 6, CenterCrop(size=(96, 96), crop_pct=1.0, interpolation="bicubic")
 
 
@@ -74,19 +77,19 @@ def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Pl
     }
     if plan.whiten:
         title = f"{plan.whiten.dataset.name}-train"
-        whiten = Whitening.learn(cache.features(model, plan.whiten.sources[0], title))
-        parts = {split: whiten(features) for split, features in parts.items()}
-    queries = opened.sources[-1]
-    with progress_bar(len(queries), f"retrieval, {name}", " queries") as bar:
-        if isinstance(queries, LandmarkSource):
-            return _landmarks(parts["train"], parts["test"], queries, plan.device, bar.update)
-        gallery, labels = ("test" if alone else "train"), [s.labels for s in opened.sources]
-        gallery_labels = labels[1 if alone else 0]
+        fitted = cache.features(model, plan.whiten.sources[0], title)
+        parts = dict(zip(parts, whiten(fitted, *parts.values()), strict=True))
+    gallery, queries = parts["test" if alone else "train"], None if alone else parts["test"]
+    source = opened.sources[-1]
+    with progress_bar(len(source), f"retrieval, {name}", " queries") as bar:
+        if isinstance(source, LandmarkSource):
+            return _landmarks(source, rankings(gallery, queries, plan.device, bar.update))
+        labels = source.labels if alone else opened.sources[0].labels
         result = class_retrieval(
-            parts[gallery],
-            gallery_labels,
-            None if alone else parts["test"],
-            None if alone else labels[1],
+            gallery,
+            labels,
+            queries,
+            None if alone else source.labels,
             neighbors=_NEIGHBORS,
             device=plan.device,
             progress=bar.update,
@@ -96,58 +99,45 @@ def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Pl
     scores = {"mAP": mean_score(precision), "mAP@R": mean_score(result.map_at_r[valid])}
     for k, found in zip(RECALLS, result.recall[valid].T, strict=True):
         scores[f"Recall@{k}"] = share_score(found)
-    examples = [
-        {
-            "query": int(query),
-            "average_precision": float(result.average_precision[query]),
-            "neighbors": result.neighbors[query].tolist(),
-            "relevant": (gallery_labels[result.neighbors[query]] == labels[1][query]).tolist(),
-        }
-        for query in valid[_best_median_worst(precision)]
-    ]
+    relevant = labels[result.neighbors] == source.labels[:, None]
+    examples = _examples(result.average_precision, result.neighbors, relevant)
     return {"scores": scores, "queries": len(valid), "examples": examples}
 
 
-def _landmarks(
-    gallery: Any, queries: Any, source: LandmarkSource, device: str, progress: Any
-) -> Entry:
-    order = np.concatenate(
-        [o.cpu().numpy() for _, o in rankings(gallery, queries, device, progress)]
-    )
+def _landmarks(source: LandmarkSource, blocks: Iterable[tuple[slice, Tensor]]) -> Entry:
+    orders = np.concatenate([block.cpu().numpy() for _, block in blocks])
     scores, examples = {}, []
-    for difficulty, (relevant, ignored) in DIFFICULTIES.items():
+    for difficulty, kinds in DIFFICULTIES.items():
         truth = [
-            [np.concatenate([query[kind] for kind in kinds]) for kinds in (relevant, ignored)]
+            [np.concatenate([query[kind] for kind in part]) for part in kinds]
             for query in source.ground_truth
         ]
-        results = [landmark_metrics(o, *t) for o, t in zip(order, truth, strict=True)]
-        precision = np.array([result[0] for result in results])
-        valid = np.flatnonzero(np.isfinite(precision))
-        scores[f"mAP ({difficulty})"] = mean_score(precision[valid])
-        for column, k in enumerate(RECALLS):
-            at_k = np.array([results[query][1][column] for query in valid])
-            scores[f"mP@{k} ({difficulty})"] = mean_score(at_k)
+        results = np.array([landmark_metrics(o, *t) for o, t in zip(orders, truth, strict=True)]).T
+        for name, values in zip(("mAP", *(f"mP@{k}" for k in RECALLS)), results, strict=True):
+            if np.isfinite(values).any():
+                scores[f"{name} ({difficulty})"] = mean_score(values[np.isfinite(values)])
         if difficulty == "medium":
-            for query in valid[_best_median_worst(precision[valid])]:
-                positives, junk = truth[query]
-                neighbors = order[query][~np.isin(order[query], junk)][:_NEIGHBORS]
-                examples.append(
-                    {
-                        "query": int(query),
-                        "average_precision": float(precision[query]),
-                        "neighbors": neighbors.tolist(),
-                        "relevant": np.isin(neighbors, positives).tolist(),
-                    }
-                )
+            kept = [o[~np.isin(o, junk)] for o, (_, junk) in zip(orders, truth, strict=True)]
+            nearest = [order[:_NEIGHBORS] for order in kept]
+            relevant = [np.isin(n, found) for n, (found, _) in zip(nearest, truth, strict=True)]
+            examples = _examples(results[0], nearest, relevant)
     return {"scores": scores, "queries": len(source), "examples": examples}
 
 
-def _best_median_worst(precision: np.ndarray) -> np.ndarray:
-    """Return the indices of the two best, median and worst values."""
-    order = np.argsort(-precision, kind="stable")
+def _examples(precision: np.ndarray, neighbors: Rows, relevant: Rows) -> list[Entry]:
+    """Return the neighbors of the two best, median and worst queries."""
+    order = np.argsort(-precision, kind="stable")[: np.isfinite(precision).sum()]  # NaN is last
     middle = len(order) // 2
-    rows = [0, 1, middle - 1, middle, len(order) - 2, len(order) - 1]
-    return order[sorted({row for row in rows if 0 <= row < len(order)})]
+    ranks = {0, 1, middle - 1, middle, len(order) - 2, len(order) - 1}
+    return [
+        {
+            "query": int(query),
+            "average_precision": float(precision[query]),
+            "neighbors": neighbors[query].tolist(),
+            "relevant": relevant[query].tolist(),
+        }
+        for query in order[sorted(rank for rank in ranks if 0 <= rank < len(order))]
+    ]
 
 
 def draw(model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache) -> Any:
