@@ -102,7 +102,7 @@ def test_groups_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(GROUPS["transfer"]) == 15
     assert GROUPS["paper"] == ("imagenet", *GROUPS["transfer"])
     assert set(GROUPS["paper"]) == set(REPLICAS)
-    assert {*GROUPS["paper"], *GROUPS["offline"]} == set(DATASETS)
+    assert {*GROUPS["paper"], *GROUPS["offline"], *GROUPS["packages"]} == set(DATASETS)
     assert set(GROUPS["small"]) < set(GROUPS["transfer"])
     for name in GROUPS["paper"]:
         fits = "logistic" if name in GROUPS["small"] else "sgd"
@@ -145,7 +145,7 @@ def test_a_list_of_names_groups_and_folders(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("pets,aircaft", "'aircaft' is not a known dataset; choose from"),
-        ("xyz", "choose from imagenet, .*groups paper, transfer, small, offline, and NAME="),
+        ("xyz", "choose from imagenet, .*groups paper, .*offline, packages, and NAME="),
         ("mine=/a,mine=/b", "mine is both /a and /b; rename"),
         ("pets=/a", "pets=/a: 'pets' is reserved or invalid"),
         ("small=/a", "'small' is reserved"),
