@@ -116,6 +116,13 @@ def _offline(
     return Dataset(name, title, lambda _root: create(), sizes, "no files", home)
 
 
+def _packaged(name: str, title: str, sizes: Sizes, layout: str) -> Dataset:
+    home = "python -m benchmarks.package_images --output ROOT in a clone"
+    return Dataset(
+        name, title, lambda root: readers.class_folders(root / name), sizes, layout, home
+    )
+
+
 _KNOWN = [
     Dataset(
         "imagenet",
@@ -203,6 +210,8 @@ _KNOWN = [
     _offline(
         "photographs", "Photographs", partial(samples.photographs, SIZE), Sizes(20, 1200, 600)
     ),
+    _packaged("clipart", "Clip art", Sizes(56, 1572, 393), "clipart/CLASS/*.png"),
+    _packaged("emoji", "Emoji", Sizes(200, 1000, 652), "emoji/train/NAME/ and emoji/test/NAME/"),
 ]
 
 DATASETS = {dataset.name: dataset for dataset in _KNOWN}
@@ -214,6 +223,7 @@ GROUPS = {
     "small": _SMALL,
     "landmarks": ("roxford5k", "rparis6k"),
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
+    "packages": ("clipart", "emoji"),
 }
 _CHOICES = (
     f"choose from {', '.join(DATASETS)}, the groups {', '.join(GROUPS)}, and NAME=PATH for your "
