@@ -13,13 +13,15 @@ from typing import Any
 from tyro.conf import Positional
 
 from hub import cards, notices
-from hub.hub_folder import HubModel, inspect_folder
+from hub.hub_folder import EVAL_RESULTS, HubModel, inspect_folder
 from hub.imagenet import read_results
+from hub.results import benchmark_yaml, match_reports, merge_results
 from trex_models.pretrained import naver, timm_folder
 from trex_models.pretrained.licenses import license_of
 from trex_models.pretrained.manifest import sha256
 
 NAMESPACE = "trex-models"
+Texts = dict[str, str]  # by file name
 
 CHANGES = {
     "backbone": "Converted from PyTorch's format to safetensors. Names and values of the tensors "
@@ -40,7 +42,8 @@ def build_folders(
     owner: str | None = None,
     license: str | None = None,  # noqa: A002 - the option's name
     namespace: str = NAMESPACE,
-    results: Path | None = None,
+    results: tuple[Path, ...] = (),
+    benchmark: tuple[str, ...] = (),
 ) -> list[Path]:
     """Build Hub folders from timm folders. All models are checked before any folder is written.
 
@@ -56,29 +59,35 @@ def build_folders(
         license: License of your own model, as the Hub's identifier. The default is the license
             stated in the weights or in config.json.
         namespace: Organization or user on the Hub, for the examples in the model cards.
-        results: File imagenet.json of import-naver, for the model cards.
-
-    Returns:
-        Paths of the Hub folders.
+        results: Reports of the transfer evaluation and imagenet.json of import-naver, for the
+            model cards. A report is used for the models that have the evaluated weights.
+        benchmark: Datasets that are benchmarks on the Hub, as DATASET=OWNER/NAME/TASK_ID.
     """
     sources = _timm_folders(converted)
     if name is not None and len(sources) > 1:
         raise ValueError(
             f"--name requires one model, but {converted} has {len(sources)}; pass one timm folder"
         )
+    models = [inspect_folder(source, name or source.resolve().name) for source in sources]
+    reports = [path for path in results if "format" in read_results(path)]
+    matched = match_reports(models, reports)
     checked = []
-    for source in sources:
-        model = inspect_folder(source, name or source.resolve().name)
+    for model in models:
         identifier = _license(model, owner, license)
-        card = cards.render(model, identifier, owner, namespace, _measured(model, results))
-        checked.append((model, identifier, card))
+        imagenet = [_measured(model, path) for path in results if path not in reports]
+        found = merge_results(matched[model.name], f"{namespace}/{model.name}")
+        first = next(filter(None, imagenet), None)
+        texts = {"README.md": cards.render(model, identifier, owner, namespace, first, found)}
+        if benchmark:
+            texts[EVAL_RESULTS] = benchmark_yaml(found, benchmark)
+        checked.append((model, identifier, texts))
     with _name_folder(output):
         output.mkdir(parents=True, exist_ok=True)
     written = []
-    for model, identifier, card in checked:
+    for model, identifier, texts in checked:
         folder = output / model.name
         with _name_folder(folder):
-            _write(model, identifier, owner, card, folder)
+            _write(model, identifier, owner, texts, folder)
         print(f"built {folder}")
         written.append(folder)
     if own := [str(folder) for folder in written if folder.name not in naver.FILES]:
@@ -153,19 +162,17 @@ def _license(model: HubModel, owner: str | None, chosen: str | None) -> str:
     return identifier
 
 
-def _measured(model: HubModel, results: Path | None) -> dict[str, Any] | None:
-    if results is None:
-        return None
-    found = read_results(results).get(model.name)
+def _measured(model: HubModel, path: Path) -> dict[str, Any] | None:
+    found = read_results(path).get(model.name)
     if found and found["sha256"] != sha256(model.folder / "model.safetensors"):
         raise ValueError(
-            f"{results}: {model.name} was measured with a model.safetensors that differs from the "
+            f"{path}: {model.name} was measured with a model.safetensors that differs from the "
             f"one in {model.folder}; measure it again"
         )
     return found
 
 
-def _write(model: HubModel, identifier: str, owner: str | None, card: str, folder: Path) -> None:
+def _write(model: HubModel, identifier: str, owner: str | None, texts: Texts, folder: Path) -> None:
     config = dict(model.config)
     config["pretrained_cfg"] = config["pretrained_cfg"] | {"license": identifier}
     if model.is_naver:
@@ -177,4 +184,6 @@ def _write(model: HubModel, identifier: str, owner: str | None, card: str, folde
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (new / "LICENSE").write_text(notices.license_text(identifier))
         (new / "NOTICE").write_text(notice, encoding="utf-8")
-        (new / "README.md").write_text(card, encoding="utf-8")
+        for file, text in texts.items():
+            (new / file).parent.mkdir(exist_ok=True)
+            (new / file).write_text(text, encoding="utf-8")

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 
 from hub import notices, structure
 from hub.hub_folder import HubModel
+from hub.results import Results
 from trex_models.pretrained import naver
 from trex_models.transfer.published import reported
+from trex_models.transfer.report import format_table
 
 TEMPLATE = Path(__file__).parents[1] / "MODEL_CARD.md"
 
@@ -24,6 +26,7 @@ def render(
     owner: str | None,
     namespace: str,
     measured: Mapping[str, Any] | None = None,
+    results: Results = (),
 ) -> str:
     """Return the README.md of a model's repository.
 
@@ -33,12 +36,13 @@ def render(
         owner: Owner of the weights; None for NAVER's weights.
         namespace: Organization or user on the Hub.
         measured: Results of the model in imagenet.json, if available.
+        results: Results of the model in reports of the transfer evaluation.
     """
     architecture, _, tag = model.name.partition(".")
     backbone = f"{architecture.partition('_')[0]}_resnet50.{tag}"
     repository = f"{namespace}/{model.name}"
     card = ModelCard.from_template(
-        metadata(model, identifier),
+        metadata(model, identifier, [result for result, _ in results]),
         template_path=str(TEMPLATE),
         name=model.name,
         repository=repository,
@@ -63,6 +67,8 @@ def render(
         owner=owner,
         figures=reported(model.name) if model.is_naver else None,
         ours=measured,
+        reports=list({report["path"]: report for _, report in results}.values()),
+        format_table=format_table,
     )
     return f"{card}\n"
 
@@ -92,11 +98,8 @@ def _transform(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metadata(model: HubModel, identifier: str) -> ModelCardData:
-    """Return the card's YAML header.
-
-    The header has no results, since the reported ones are the authors' and not measured by us.
-    """
+def metadata(model: HubModel, identifier: str, results: list[EvalResult]) -> ModelCardData:
+    """Return the card's YAML header, with our own results only, not those of the authors."""
     tags = ["image-feature-extraction", "timm", "trex"]
     if model.part == "cls":
         tags.append("image-classification")
@@ -106,4 +109,6 @@ def metadata(model: HubModel, identifier: str) -> ModelCardData:
         pipeline_tag="image-classification" if model.part == "cls" else tags[0],
         tags=tags,
         datasets=["imagenet-1k"] if model.is_naver else None,
+        model_name=model.name if results else None,
+        eval_results=results or None,
     )

@@ -21,6 +21,7 @@ from trex_models.pretrained import naver
 
 TIMM_FILES = ("config.json", "model.safetensors")
 FILES = (*TIMM_FILES, "README.md", "LICENSE", "NOTICE")
+EVAL_RESULTS = ".eval_results/trex_models.yaml"  # optional
 _ENTRIES = ("architecture", "num_classes", "num_features", "pretrained_cfg")
 _LOCAL_PATH = re.compile(
     r"/|~|\.{1,2}/|file:|[A-Za-z]:[\\/]|(?!https?://).*\.(bin|ckpt|pt|pth|safetensors|tar)$"
@@ -62,7 +63,7 @@ def inspect_folder(folder: Path, name: str) -> HubModel:
     """Check a timm folder or a Hub folder and describe its model.
 
     Args:
-        folder: Folder with config.json and model.safetensors; other files must be in FILES.
+        folder: Timm folder or Hub folder; files not in FILES or EVAL_RESULTS are refused.
         name: Name of the repository.
 
     Raises:
@@ -73,9 +74,9 @@ def inspect_folder(folder: Path, name: str) -> HubModel:
         validate_repo_id(f"owner/{name}")
     except HFValidationError as error:
         raise ValueError(f"{name!r} is not a valid repository name: {error}") from error
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
     for file in found:
-        if file not in FILES:
+        if file not in (*FILES, EVAL_RESULTS):
             raise ValueError(
                 f"{folder / file} is not a file of a Hub folder ({', '.join(FILES)}); move it to "
                 "another folder"

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from hub import fixed_input
 from hub.build_folders import NAMESPACE
 from hub.errors import LOG_IN, HubError, explain_errors
-from hub.hub_folder import FILES, HubModel, inspect_folder, load_folder
+from hub.hub_folder import EVAL_RESULTS, FILES, HubModel, inspect_folder, load_folder
 from trex_models.cli import first_line
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import (
@@ -116,15 +116,16 @@ def _upload(model: HubModel, repository: str, api: HfApi, dry_run: bool) -> str 
     """Upload changed files to a repository; return the last commit, or None for a dry run."""
     with explain_errors(repository):
         last, files = _read(repository, api)
-    if unexpected := sorted(files.keys() - {*FILES, ".gitattributes"}):
+    local = [*FILES, *[EVAL_RESULTS] * (model.folder / EVAL_RESULTS).exists()]
+    if unexpected := sorted(files.keys() - {*local, ".gitattributes"}):
         raise ValueError(
             f"{repository} has unexpected files on the Hub: {', '.join(unexpected)}; delete them "
             "there or choose another --namespace"
         )
-    changed = [file for file in FILES if not _same(model.folder / file, files.get(file))]
+    changed = [file for file in local if not _same(model.folder / file, files.get(file))]
     state = "unchanged" if not changed else "new" if last is None else "changed"
     print(f"{repository}: {state}")
-    for file in FILES:
+    for file in local:
         path = model.folder / file
         verb = "upload" if file in changed else "skip (unchanged)"
         shown = f"would {verb}" if dry_run else verb

@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from hub import fixed_input
 from hub.errors import HubError, explain_errors
-from hub.hub_folder import FILES, TIMM_FILES, load_folder
+from hub.hub_folder import EVAL_RESULTS, FILES, TIMM_FILES, load_folder
 from trex_models.cli import first_line
 from trex_models.pretrained import naver
 from trex_models.pretrained.checkpoints import mismatch
@@ -72,7 +72,7 @@ def _compare(name: str, entry: Published, api: HfApi, cache: Path, manifest: Pat
         )
         config, weights = (Path(download(file)) for file in TIMM_FILES)
     files = {sibling.rfilename for sibling in info.siblings or []}
-    if unexpected := sorted(files - {*FILES, ".gitattributes"}):
+    if unexpected := sorted(files - {*FILES, EVAL_RESULTS, ".gitattributes"}):
         return f"unexpected files: {', '.join(unexpected)}"
     if missing := [file for file in FILES if file not in files]:
         return f"missing files: {', '.join(missing)}"

@@ -79,7 +79,7 @@ def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Pl
                     correct = predict(x, y, queries) == targets
                     accuracies[row, column, episode] = correct.double().mean().item()
                 bar.update()
-    return {"scores": _scores(accuracies, plan.shots), "episodes": accuracies.tolist()}
+    return {"scores": _scores(accuracies, plan.shots), "accuracies": accuracies.tolist()}
 
 
 def _normalize(features: Tensor, device: str) -> Tensor:

@@ -161,14 +161,16 @@ def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return one row per task, dataset and score, with a column per model."""
-    rows = [["task, dataset: score, %", *(r["model"]["label"][:_LABEL_WIDTH] for r in reports)]]
+    labels = [report["model"]["label"][:_LABEL_WIDTH] for report in reports]
+    rows = [["task, dataset: score, %", "test images", *labels]]
     found = [{k: e for k, e in results_by_task(r).items() if "scores" in e} for r in reports]
     for key in dict.fromkeys(key for part in found for key in part):
         known = [part.get(key, {"scores": {}}) for part in found]
-        title = next(entry["title"] for entry in known if "title" in entry)
+        first = next(entry for entry in known if "title" in entry)
+        title, images = f"{key[0]}, {first['title']}", f"{first['test']['images']:,}"
         for name in dict.fromkeys(name for entry in known for name in entry["scores"]):
             cells = [entry["scores"].get(name) for entry in known]
-            rows.append([f"{key[0]}, {title}: {name}", *map(_cell, cells)])
+            rows.append([f"{title}: {name}", images, *map(_cell, cells)])
     return rows
 
 

@@ -45,7 +45,7 @@ def settings(opened: OpenedDataset, plan: Plan) -> Entry:
     images, queries = opened.sources[0], opened.sources[-1]
     protocol: Entry = {"similarity": "cosine, ties in the order of the images", "whitening": None}
     if opened.dataset.kind == "landmarks":
-        protocol["queries"] = "cropped to their box, ranked against the database"
+        protocol["ranking"] = "queries cropped to their box, ranked against the database"
         protocol["average_precision"] = "trapezoidal, junk images removed (arXiv 1803.11285)"
     else:
         alone = opened.dataset.kind == "classes"
@@ -56,7 +56,7 @@ def settings(opened: OpenedDataset, plan: Plan) -> Entry:
                 "one of them; add images, or omit the task retrieval"
             )
         ranked = "the other test images" if alone else "the gallery"
-        protocol["queries"] = f"each test image is ranked against {ranked}"
+        protocol["ranking"] = f"each test image is ranked against {ranked}"
     if plan.whiten:
         source = plan.whiten.sources[0]
         protocol["whitening"] = {
