@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from torchvision.datasets import Flowers102
 
 from tests.images import encode
+from trex_models.transfer.datasets import Dataset, open_checked, select
+from trex_models.transfer.label_readers import VOC_CLASSES
 
 Files = dict[str, str]
 Parts = tuple[Files, Files]
@@ -33,6 +36,18 @@ def touch(root: Path, paths: Iterable[str]) -> None:
 def write(path: Path, *lines: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def own(path: Path) -> Dataset:
+    (dataset,) = select(f"mine={path}")
+    return dataset
+
+
+def refused(dataset: Dataset, root: Path) -> str:
+    with pytest.raises(ValueError, match=f"^{dataset.name}: .*; needed") as caught:
+        open_checked(dataset, root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def folders(root: Path, folder: str, count: int, classes: Iterable[str] = CLASSES) -> Files:
@@ -208,6 +223,22 @@ def inaturalist(root: Path, year: int) -> Iterator[Files]:
         }
         write(root / f"inat{year}" / f"{part}{year}.json", json.dumps(content))
         yield {f"inat{year}/{file}": species[key] for _, key, file in rows}
+
+
+def voc2007(root: Path) -> dict[str, dict[str, list[int]]]:
+    """Write VOC2007; return the values of its lists (1, -1, 0) by part and image."""
+    folder = root / "VOCdevkit" / "VOC2007"
+    parts = {}
+    for first, part in ((1, "trainval"), (10, "test")):
+        cells = np.random.default_rng(first).choice([1, -1, 0], (9, len(VOC_CLASSES)))
+        cells[:4] = [[1], [1], [-1], [-1]]
+        parts[part] = {f"{first + row:06d}": values for row, values in enumerate(cells.tolist())}
+        write(folder / "ImageSets" / "Main" / f"{part}.txt", *parts[part])
+        for column, name in enumerate(VOC_CLASSES):
+            rows = (f"{image} {values[column]:2d}" for image, values in parts[part].items())
+            write(folder / "ImageSets" / "Main" / f"{name}_{part}.txt", *rows)
+        touch(folder, (f"JPEGImages/{image}.jpg" for image in parts[part]))
+    return parts
 
 
 def _of(writer: Callable[..., Parts], option: int) -> Callable[[Path], Parts]:

@@ -177,7 +177,15 @@ class CsvSource(FileSource):
         self.path = Path(path)
         label_of: dict[str, str] = {}
         paths, labels = [], []
-        for line, image, label in _csv_rows(self.path, image_column, label_column):
+        rows = csv_rows(self.path)
+        _, header = next(rows)
+        columns = [
+            csv_column(self.path, header, image_column, "--data.image-column"),
+            csv_column(self.path, header, label_column, "--data.label-column"),
+        ]
+        for line, row in rows:
+            image, label = (csv_value(self.path, line, header, row, column) for column in columns)
+            label = label.strip()
             file = os.path.normpath(image) if "./" in image or "//" in image else image
             if label_of.setdefault(file, label) != label:
                 raise ValueError(
@@ -273,28 +281,25 @@ def _stats(files: Sequence[bytes]) -> np.ndarray:
     return stats
 
 
-def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tuple[int, str, str]]:
+def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line number and the fields of the header, then those of each row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             delimiter = max(_DELIMITERS, key=file.readline().count)
             file.seek(0)
             rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             header = [column.strip() for column in next(rows, [])]
-            image = _csv_column(path, header, image_column, "--data.image-column")
-            label = _csv_column(path, header, label_column, "--data.label-column")
+            yield rows.line_num, header
             for row in rows:
                 if not any(field.strip() for field in row):
                     continue
-                line = rows.line_num
                 if len(row) != len(header):
                     raise ValueError(
-                        f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}"
-                        f"; fix the row (text that contains {delimiter!r} must be quoted)"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, but the header has "
+                        f"{len(header)}; fix the row (text that contains {delimiter!r} must be "
+                        "quoted)"
                     )
-                for column, value in ((image_column, row[image]), (label_column, row[label])):
-                    if not value.strip():
-                        raise ValueError(f"{path}, line {line}: no value for {column!r}; add one")
-                yield line, row[image], row[label].strip()
+                yield rows.line_num, row
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error.reason}"
         raise ValueError(f"{path} cannot be read ({reason}); use a CSV file in UTF-8") from error
@@ -303,12 +308,21 @@ def _csv_rows(path: Path, image_column: str, label_column: str) -> Iterator[tupl
         raise ValueError(f"{path}, line {line}: {error}; fix the quotes of the row") from error
 
 
-def _csv_column(path: Path, header: list[str], column: str, option: str) -> int:
+def csv_column(path: Path, header: list[str], column: str, option: str = "") -> int:
+    """Return the index of a column; ``option`` is the flag of its name, if there is one."""
     count = header.count(column)
     if count != 1:
-        remedy = "rename all but one" if count else f"add a header or specify {option} NAME"
+        remedy = f"add a header{option and f' or specify {option} NAME'}"
         raise ValueError(
             f"{path}: the first line has {count} columns named {column!r} (columns: "
-            f"{', '.join(map(repr, header)) or 'none'}); {remedy}"
+            f"{', '.join(map(repr, header)) or 'none'}); "
+            f"{'rename all but one' if count else remedy}"
         )
     return header.index(column)
+
+
+def csv_value(path: Path, line: int, header: list[str], row: list[str], column: int) -> str:
+    """Return the field of a row in a column, which must not be blank."""
+    if not row[column].strip():
+        raise ValueError(f"{path}, line {line}: no value for {header[column]!r}; add one")
+    return row[column]

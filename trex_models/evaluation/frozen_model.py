@@ -316,14 +316,14 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
     if features == "projector" and not has_projector:
         missing = "projector (trex_resnet50_proj and a run's export/cls have one)"
     elif features == "logits" and not getattr(model, "num_classes", 0):
-        missing = "classifier (trex_resnet50_cls has one)"
+        missing = "classifier (trex_resnet50_cls and resnet50.a1_in1k have one)"
     elif features == "dense" and (
         not hasattr(model, "forward_features") or "NHWC" in str(getattr(model, "output_fmt", ""))
     ):
         missing = "feature map (C, H, W)"
     if missing:
         raise ValueError(
-            f"--features {features}: {name} has no {missing}; choose --features backbone"
+            f"{name} has no {missing}, required for {features}; choose another model or output"
         )
     if features == "dense":
         return _Dense(model)

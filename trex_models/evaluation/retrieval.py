@@ -31,7 +31,7 @@ class ClassRetrieval:
     """Metrics of each query, (M,); NaN for queries without another image of their class.
 
     Args:
-        recall: Whether one of the first K = 1, 5, 10 images has the query's class, (M, 3).
+        recall: 1 if one of the first K = 1, 5, 10 images has the query's class, else 0, (M, 3).
         average_precision: Mean precision at the ranks of all images of the class.
         map_at_r: Sum of the precisions at these ranks up to R, over R, the number of these images.
         neighbors: Indices of the first images, (M, K).

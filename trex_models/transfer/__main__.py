@@ -1,6 +1,7 @@
 """Evaluate the frozen features of timm models.
 
-Tasks: the transfer protocol of the t-ReX paper, few-shot classification, and retrieval.
+Tasks: the transfer protocol of the t-ReX paper, few-shot and multi-label classification, retrieval,
+and the robustness of ImageNet classifiers.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def evaluate_models(
     chosen_device = choose_device(device)
     device = chosen_device.type if device == "auto" else device
     pairs = select_tasks(task, select(datasets), bool(shots))
+    if untrained and any(task.features == "logits" for task, _ in pairs):
+        raise ValueError("--untrained has no classifier for the task robustness; omit one of them")
     plan = Plan(
         seeds=seeds,
         training_task=_training_task(training_task, pairs),
@@ -181,7 +184,7 @@ def _load(
     name: str,
 ) -> dict[FeaturesName | None, FrozenModel]:
     """Load a model once for each kind of features that the tasks require."""
-    return {
+    models = {
         kind: FrozenModel.load(
             name,
             features=kind,
@@ -193,6 +196,10 @@ def _load(
         )
         for kind in dict.fromkeys(task.features for task in tasks)
     }
+    for task in tasks:
+        if task.check:
+            task.check(models[task.features])
+    return models
 
 
 def _recalibrated(frozen: FrozenModel, opened: OpenedDataset, workers: int) -> FrozenModel:

@@ -16,7 +16,7 @@ from trex_models.data import samples
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
-from trex_models.transfer import readers
+from trex_models.transfer import label_readers, readers
 
 # The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, with this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
@@ -197,6 +197,33 @@ _KNOWN = [
             ("rparis6k", "Revisited Paris", 6322),
         )
     ),
+    Dataset(
+        "voc2007",
+        "VOC2007",
+        label_readers.voc2007,
+        Sizes(20, 5011, 4952),
+        "VOCdevkit/VOC2007/ImageSets/Main/*.txt and VOCdevkit/VOC2007/JPEGImages/*.jpg",
+        "torchvision.datasets.VOCDetection(ROOT, '2007', SPLIT, download=True), trainval and test",
+        kind="labels",
+    ),
+    *(
+        Dataset(
+            title.lower(),
+            title,
+            partial(readers.imagenet_variant, folder=folder, title=title),
+            Sizes(counts[0], None, counts[1]),
+            f"class folders {folder}/WNID{' or 0 to 999' * (title == 'ImageNet-V2')}",
+            f"https://github.com/{repository}",
+            kind="imagenet",
+        )
+        for title, folder, counts, repository in (
+            ("ImageNet-V2", "imagenet-v2", (1000, 10000), "modestyachts/ImageNetV2"),
+            ("ImageNet-A", "imagenet-a", (200, 7500), "hendrycks/natural-adv-examples"),
+            ("ImageNet-R", "imagenet-r", (200, 30000), "hendrycks/imagenet-r"),
+            ("ImageNet-Sketch", "imagenet-sketch", (1000, None), "HaohanWang/ImageNet-Sketch"),
+            ("ImageNet-ReaL", "imagenet/val", (1000, 50000), "google-research/reassessed-imagenet"),
+        )
+    ),
     _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
     _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
@@ -213,11 +240,13 @@ GROUPS = {
     "transfer": (*_SMALL, *_LARGE),
     "small": _SMALL,
     "landmarks": ("roxford5k", "rparis6k"),
+    "multi-label": ("voc2007",),
+    "robustness": tuple(f"imagenet-{name}" for name in ("v2", "a", "r", "sketch", "real")),
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
 }
 _CHOICES = (
     f"choose from {', '.join(DATASETS)}, the groups {', '.join(GROUPS)}, and NAME=PATH for your "
-    "own class folders (escape a comma in PATH as \\,)"
+    "own class folders or CSV files (escape a comma in PATH as \\,)"
 )
 
 
@@ -274,11 +303,13 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
         if expected is not None and count != expected:
             remedy = "unpack the dataset again" if count < expected else "remove the extra ones"
             raise ValueError(f"expected {expected} {kind}, got {count}; {remedy}")
-    scarce = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) < 2)
-    if dataset.kind == "classes" and len(scarce):
+    sizes = _class_counts(train)
+    scarce = np.array(classes[-len(sizes) :])[sizes < 2]
+    if dataset.kind in ("classes", "labels") and len(scarce):
+        where = " with or without them" if dataset.kind == "labels" else ""
         raise ValueError(
-            f"{len(scarce)} classes have fewer than 2 training images and cannot be split, the "
-            f"first is {classes[scarce[0]]}; add images or remove these classes"
+            f"{len(scarce)} classes have fewer than 2 training images{where} and cannot be split, "
+            f"the first is {scarce[0]}; add images or remove these classes"
         )
     if len(sources) > 1 and isinstance(train, FileSource) and isinstance(test, FileSource):
         fitted, tested = (list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test))
@@ -289,6 +320,14 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
                 f"{len(shared)} files are both training and test images (the same file or a link "
                 f"to it), such as {test.name(shared[0])}; remove them from one of the two"
             )
+
+
+def _class_counts(source: Source) -> np.ndarray:
+    """Return the number of images with each class or, of several labels, with or without it."""
+    targets = getattr(source, "targets", None)
+    if targets is None:
+        return np.bincount(source.labels, minlength=len(source.classes))
+    return np.minimum((targets == 1).sum(0), (targets == 0).sum(0))
 
 
 def _reason(error: Exception) -> str:
@@ -316,6 +355,11 @@ def _layout(path: Path) -> tuple[Kind, Reader, str]:
     if (path / "gallery").is_dir() and (path / "query").is_dir():
         layout = f"class folders {path}/gallery/CLASS and {path}/query/CLASS"
         return "gallery", readers.query_and_gallery, layout
+    if path.suffix == ".csv" or (path / "train.csv").is_file():
+        kind: Kind = "classes" if label_readers.has_one_label(path) else "labels"
+        columns = "path, and label, labels (separated by ;) or one column of 0 and 1 per class"
+        files = f"{path}/train.csv and test.csv (or val.csv)" if path.is_dir() else str(path)
+        return kind, lambda _: label_readers.csv_files(path), f"{files} with the columns {columns}"
     layout = (
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )

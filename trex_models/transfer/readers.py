@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,34 @@ def imagenet(root: Path) -> Parts:
     return FolderSource(root / "imagenet" / "train"), FolderSource(root / "imagenet" / "val")
 
 
+def timm_file(name: str) -> str:
+    """Return a list of ImageNet classes or labels that timm contains."""
+    return files("timm.data").joinpath("_info", name).read_text()
+
+
+def imagenet_classes(title: str = "ImageNet") -> list[str]:
+    """Return the sorted WordNet ids of ImageNet-1K, ImageNet-A or ImageNet-R."""
+    return timm_file(f"{title.lower().replace('-', '_')}_synsets.txt").split()
+
+
+def imagenet_variant(root: Path, folder: str, title: str) -> tuple[FileSource]:
+    """Read test images of ImageNet classes; folders may be the numbers 0 to 999 in ImageNet-V2."""
+    classes = imagenet_classes(title if title in ("ImageNet-A", "ImageNet-R") else "ImageNet")
+    source = FolderSource(root / folder)
+    is_numbered = title == "ImageNet-V2" and source.classes[0].isdecimal()
+    expected = list(map(str, range(len(classes)))) if is_numbered else classes
+    if odd := sorted(set(source.classes) ^ set(expected)):
+        raise ValueError(
+            f"{root / folder} must contain the {len(expected)} class folders of {title}; missing "
+            f"or unexpected: {', '.join(odd[:3])} ({len(odd)} in all); unpack the archive again"
+        )
+    labels = np.array([expected.index(name) for name in source.classes])[source.labels]
+    return (FileSource(source.root, source.paths, labels, classes),)
+
+
 def eurosat(root: Path) -> Parts:
     """Read EuroSAT; its test images are selected by a hash, the same ones everywhere."""
-    return _split(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
+    return split_by_hash(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
 
 
 def class_folders(path: Path) -> Parts:
@@ -62,7 +88,7 @@ def class_folders(path: Path) -> Parts:
     """
     found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
     if "train" not in found:
-        return _split(FolderSource(path), lambda count: max(1, round(count / 5)))
+        return split_by_hash(FolderSource(path), lambda count: max(1, round(count / 5)))
     if len(found) == 1:
         raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
     train, *val, test = (FolderSource(path / name) for name in found)
@@ -76,7 +102,7 @@ def class_folders(path: Path) -> Parts:
     return FileSource(path, files, labels, train.classes), test
 
 
-def _split(source: FileSource, test_images: Callable[[int], int]) -> Parts:
+def split_by_hash(source: FileSource, test_images: Callable[[int], int]) -> Parts:
     """Hold out ``test_images(count)`` images of each class, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
@@ -90,7 +116,7 @@ def pets(root: Path) -> Parts:
     """Read Oxford-IIIT Pets by breed."""
     folder = root / "oxford-iiit-pet"
     train, test = (
-        [line.split() for line in _lines(folder / "annotations" / f"{part}.txt")]
+        [line.split() for line in read_lines(folder / "annotations" / f"{part}.txt")]
         for part in ("trainval", "test")
     )
     # Columns: image, breed (from 1), species (cat or dog), breed within the species.
@@ -113,7 +139,7 @@ def sun397(root: Path) -> Parts:
         found = [path for path in paths if path.is_file()]
         if not found:
             raise ValueError(f"{paths[0]} is missing; unpack Partitions.zip there")
-        return [line.lstrip("/") for line in _lines(found[0])]
+        return [line.lstrip("/") for line in read_lines(found[0])]
 
     classes = names("ClassName.txt")
     label_of = {name: label for label, name in enumerate(classes)}
@@ -250,5 +276,6 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); copy it again") from error
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file that are not blank, without surrounding spaces."""
     return [line.strip() for line in path.read_text().splitlines() if line.strip()]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from trex_models.evaluation.frozen_model import FeaturesName
-from trex_models.transfer import classification, few_shot, retrieval
+from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
+from trex_models.transfer import classification, few_shot, multi_label, retrieval, robustness
 from trex_models.transfer.datasets import Dataset, OpenedDataset
 
 
@@ -27,6 +27,8 @@ class Task:
     """Function from model, dataset, results and cache to a figure."""
     features: FeaturesName | None = None
     """Output of the model that the task requires; see ``FrozenModel.load``."""
+    check: Callable[[FrozenModel], None] | None = None
+    """Function that raises a ValueError if the task does not support the model."""
 
 
 class Job(NamedTuple):
@@ -59,6 +61,22 @@ _ALL = [
         settings=retrieval.settings,
         run=retrieval.run,
         draw=retrieval.draw,
+    ),
+    Task(
+        name="multi-label",
+        title="one-vs-rest logistic regression, several labels per image",
+        kinds=("labels",),
+        settings=multi_label.settings,
+        run=multi_label.run,
+    ),
+    Task(
+        name="robustness",
+        title="accuracy of ImageNet-1K classifiers on other test images",
+        kinds=("imagenet",),
+        settings=robustness.settings,
+        run=robustness.run,
+        features="logits",
+        check=robustness.check,
     ),
 ]
 TASKS = {task.name: task for task in _ALL}
