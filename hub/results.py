@@ -11,7 +11,7 @@ from huggingface_hub.utils import yaml_dump
 
 from hub.hub_folder import HubModel, load_folder
 from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
-from trex_models.transfer.report import entries, read_report
+from trex_models.transfer.report import read_report, results_by_task
 
 _HUB_TASKS = {"retrieval": "image-feature-extraction", "segmentation": "image-segmentation"}
 Results = Sequence[tuple[EvalResult, Mapping[str, Any]]]  # each with its report
@@ -48,7 +48,7 @@ def merge_results(reports: Sequence[Any], repository: str) -> Results:
     """Return the results on a model; raise ValueError if reports contain different values."""
     merged: dict[str, tuple[EvalResult, Any]] = {}
     for report in reports:
-        for (task, dataset), entry in entries(report).items():
+        for (task, dataset), entry in results_by_task(report).items():
             for name, value in _scores(entry).items():
                 # The Hub's client merges the results on a dataset and keeps only their metrics.
                 result = EvalResult(

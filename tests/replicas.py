@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from torchvision.datasets import Flowers102
 
 from tests.images import encode
+from trex_models.transfer.datasets import Dataset, open_checked, select
 from trex_models.transfer.label_readers import VOC_CLASSES
 
 Files = dict[str, str]
@@ -36,6 +38,18 @@ def touch(root: Path, paths: Iterable[str]) -> None:
 def write(path: Path, *lines: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def own(path: Path) -> Dataset:
+    (dataset,) = select(f"mine={path}")
+    return dataset
+
+
+def refused(dataset: Dataset, root: Path) -> str:
+    with pytest.raises(ValueError, match=f"^{dataset.name}: .*; needed") as caught:
+        open_checked(dataset, root)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def folders(root: Path, folder: str, count: int, classes: Iterable[str] = CLASSES) -> Files:

@@ -26,7 +26,6 @@ from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import sha256
 from trex_models.transfer.__main__ import main as transfer_main
-from trex_models.transfer.report import entries
 from trex_models.transfer.tasks import TASKS
 
 OWNER: dict[str, Any] = {"owner": "Ada", "license": "cc-by-4.0"}
@@ -70,7 +69,7 @@ def test_each_model_gets_its_own_results(work: Path, tmp_path: Path) -> None:
         assert list(results.values()) == [result for result, _ in merged]
         linear = results["mine", "classification: top-1 of a linear classifier (%)"]
         assert linear.metric_value == round(100 * report["datasets"]["mine"]["top1"]["mean"], 2)
-        for (task, name), entry in entries(report).items():
+        for (task, name), entry in results_by_task(report).items():
             for score, found in entry.get("scores", {}).items():
                 result = results[name, f"{task}: {score} (%)"]
                 value, start, end = (100 * x for x in (found["value"], *found["interval"]))

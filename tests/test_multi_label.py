@@ -13,8 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from tests import replicas
-from tests.replicas import touch, write
-from tests.test_transfer_datasets import own, refused
+from tests.replicas import own, refused, touch, write
 from trex_models.evaluation import logistic
 from trex_models.evaluation.average_precision import RULES, average_precision
 from trex_models.evaluation.splits import held_out

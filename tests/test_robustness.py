@@ -12,8 +12,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from tests.models import TINY, save_model
-from tests.replicas import touch
-from tests.test_transfer_datasets import refused
+from tests.replicas import refused, touch
 from trex_models.transfer import readers, robustness
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, Dataset, OpenedDataset, Sizes, open_checked

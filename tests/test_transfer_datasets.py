@@ -14,7 +14,7 @@ import pytest
 import torchvision
 
 from tests import replicas
-from tests.replicas import REPLICAS, Files, Parts, folders, touch
+from tests.replicas import REPLICAS, Files, Parts, folders, own, refused, touch
 from trex_models.data.fractals import FractalSource
 from trex_models.data.sources import Source
 from trex_models.transfer import readers
@@ -54,18 +54,6 @@ def files(source: Source, root: Path) -> Files:
         name: source.classes[label]
         for name, label in zip(names, source.labels.tolist(), strict=True)
     }
-
-
-def own(path: Path) -> Dataset:
-    (dataset,) = select(f"mine={path}")
-    return dataset
-
-
-def refused(dataset: Dataset, root: Path) -> str:
-    with pytest.raises(ValueError, match=f"^{dataset.name}: .*; needed") as caught:
-        open_checked(dataset, root)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ON_DISK)
