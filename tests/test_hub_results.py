@@ -26,6 +26,7 @@ from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import sha256
 from trex_models.transfer.__main__ import main as transfer_main
+from trex_models.transfer.report import results_by_task
 from trex_models.transfer.tasks import TASKS
 
 OWNER: dict[str, Any] = {"owner": "Ada", "license": "cc-by-4.0"}

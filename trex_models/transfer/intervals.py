@@ -14,8 +14,9 @@ _REPLICATES = 500
 
 
 def score(value: float, interval: Sequence[float] | None) -> dict[str, Any]:
-    """Return the entry of a score and its interval."""
-    return {"value": float(value), "interval": interval and [float(end) for end in interval]}
+    """Return the entry of a score and its interval, which is clipped to [0, 1]."""
+    ends = interval and [min(max(float(end), 0.0), 1.0) for end in interval]
+    return {"value": float(value), "interval": ends}
 
 
 def share_score(correct: np.ndarray) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def share_score(correct: np.ndarray) -> dict[str, Any]:
 def mean_score(values: np.ndarray) -> dict[str, Any]:
     """Return the entry of a mean over queries, (N,), with a normal interval."""
     mean, half = float(values.mean()), _Z * float(values.std()) / math.sqrt(len(values))
-    return score(mean, (max(mean - half, 0.0), min(mean + half, 1.0)))
+    return score(mean, (mean - half, mean + half))
 
 
 def bootstrap_score(measure: Callable[[np.ndarray], float], count: int) -> dict[str, Any]:
