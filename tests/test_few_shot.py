@@ -21,7 +21,8 @@ from trex_models.transfer import few_shot
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset, OpenedDataset, Sizes
-from trex_models.transfer.plan import Plan
+from trex_models.transfer.few_shot import FewShot
+from trex_models.transfer.task import Plan
 
 
 def source(per_class: list[int], seed: int) -> ArraySource:
@@ -42,7 +43,7 @@ def opened(per_class: list[int]) -> OpenedDataset:
 def test_episodes_equal_scikit_learn(tmp_path: Path) -> None:
     data, plan = opened([4, 6, 6]), Plan(shots=(1, 5), episodes=3)
     cache = FeatureCache(root=tmp_path)
-    entry = few_shot.run(FrozenModel.load("pixels"), data, cache, plan)
+    entry = FewShot().evaluate(FrozenModel.load("pixels"), data, cache, plan)
     images = [np.stack([part.read(i) for i in range(len(part))]) for part in data.sources]
     x, queries = (part.reshape(len(part), -1) / 255.0 for part in images)
     x, queries = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, queries))
@@ -66,7 +67,7 @@ def test_episodes_equal_scikit_learn(tmp_path: Path) -> None:
     score = entry["scores"]["logistic regression, 5-shot"]
     assert score["value"] == pytest.approx(np.mean(entry["accuracies"][0][1]))
     assert score["interval"][0] < score["value"] < score["interval"][1]
-    description = few_shot.settings(data, plan)
+    description = FewShot().protocol(data, plan)
     assert description["classes_with_fewer_images"] == {"1": 0, "5": 1}
 
 

@@ -16,9 +16,9 @@ from tests.replicas import refused, touch
 from trex_models.transfer import readers, robustness
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, Dataset, OpenedDataset, Sizes, open_checked
-from trex_models.transfer.plan import Plan
 from trex_models.transfer.readers import imagenet_classes, timm_file
 from trex_models.transfer.report import read_report
+from trex_models.transfer.task import Plan
 
 WNIDS = ImageNetInfo().label_names()[::20]  # 50 classes
 SUBSETS = {
@@ -51,7 +51,7 @@ def scores(opened: OpenedDataset, logits: np.ndarray) -> dict[str, float]:
             return logits
 
     stand_in: Any = Cache()
-    entry = robustness.run(stand_in, opened, stand_in, Plan())
+    entry = robustness.Robustness().evaluate(stand_in, opened, stand_in, Plan())
     return {name: score["value"] for name, score in entry["scores"].items()}
 
 
@@ -95,7 +95,10 @@ def test_real_labels_are_those_of_the_file_name(tmp_path: Path) -> None:
     numbers = np.random.default_rng(0).permutation(50) + 1
     touch(tmp_path / "imagenet/val", map("{}/ILSVRC2012_val_{:08d}.JPEG".format, WNIDS, numbers))
     opened = open_checked(DATASETS["imagenet-real"], tmp_path)
-    assert "; 1 images without any" in robustness.settings(opened, Plan())["ReaL"]
+    assert (
+        "; 1 images without any are left out"
+        in robustness.Robustness().protocol(opened, Plan())["ReaL"]
+    )
     logits = np.zeros((50, 50), np.float32)
     for row, number in zip(logits, numbers, strict=True):
         row[REAL[number - 1][-1:]] = 1
@@ -125,7 +128,7 @@ def test_other_models_are_refused_before_the_data(
     options = f"--datasets imagenet-a --data-root {tmp_path} --output {out} --workers 0".split()
     for model, message in (
         ("pixels", "pixels has no classifier (trex_resnet50_cls and resnet50.a1_in1k have one)"),
-        (f"{tmp_path}/four", "has 4 logits, but the task robustness requires the 1,000"),
+        (f"{tmp_path}/four", "has 4 logits, but the task robustness needs the 1,000"),
         ("resnet10t --untrained", "--untrained has no classifier for the task robustness"),
     ):
         assert main(["evaluate", *options, "--model", *model.split()]) == 2

@@ -26,8 +26,8 @@ from trex_models.transfer import pictures
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import open_checked, select
 from trex_models.transfer.evaluate import evaluate
-from trex_models.transfer.plan import Plan
 from trex_models.transfer.report import format_table
+from trex_models.transfer.task import Plan
 from trex_models.transfer.tasks import TASKS, Job
 
 

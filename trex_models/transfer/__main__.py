@@ -31,9 +31,9 @@ from trex_models.transfer.datasets import (
     split_list,
 )
 from trex_models.transfer.evaluate import evaluate
-from trex_models.transfer.plan import SHOTS, Plan
 from trex_models.transfer.report import format_table, read_report, require_same_images
-from trex_models.transfer.tasks import TASKS, Job, Task, select_tasks
+from trex_models.transfer.task import SHOTS, Plan, Task
+from trex_models.transfer.tasks import TASKS, Job, select_tasks
 
 # Without CUDA, the model itself needs the cores.
 _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
@@ -201,8 +201,7 @@ def _load(
         for kind in dict.fromkeys(task.features for task in tasks)
     }
     for task in tasks:
-        if task.check:
-            task.check(models[task.features])
+        task.check_model(models[task.features])
     return models
 
 

@@ -11,40 +11,44 @@ from trex_models.evaluation.geometry import analyze
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
-from trex_models.transfer.plan import Entry, Plan
 from trex_models.transfer.report import accuracy, knn_scores
+from trex_models.transfer.task import Entry, Plan, Task
 
 
-def settings(opened: OpenedDataset, _: Plan) -> Entry:
-    """Return the classifier of the dataset; the report describes the protocol once."""
-    return {"classifier": opened.classifier}
+class Classification(Task):
+    """Linear classifiers and k-NN on a dataset of class labels."""
 
+    name = "classification"
+    title = "linear classifiers and k-NN, the transfer protocol of the paper"
+    kinds = ("classes",)
 
-def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
-    """Choose and fit the linear classifiers, and score them and k-NN on the test images."""
-    name, (train, test) = opened.dataset.name, opened.sources
-    started = time.monotonic()
-    features = [
-        cache.features(model, source, f"{name}-{split}")
-        for split, source in zip(("train", "test"), opened.sources, strict=True)
-    ]
-    samples = features[0], train.labels, features[1], test.labels
-    extracted = time.monotonic()
-    fit = protocol.sgd_scores if opened.classifier == "sgd" else protocol.logistic_scores
-    choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
-    fitted = time.monotonic()
-    knn = protocol.knn_score(*samples, device=plan.device)
-    seconds = {
-        "features": extracted - started,
-        "classifiers": fitted - extracted,
-        "knn": time.monotonic() - fitted,
-    }
-    return {
-        **accuracy([choice.top1 for choice in choices], len(test)),
-        "choices": [asdict(choice) for choice in choices],
-        "knn": knn_scores(knn, len(test)),
-        "seconds": {key: round(value, 2) for key, value in seconds.items()},
-    }
+    def protocol(self, opened: OpenedDataset, _: Plan) -> Entry:
+        """Return the classifier of the dataset; the report describes the protocol once."""
+        return {"classifier": opened.classifier}
+
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
+    ) -> Entry:
+        """Choose and fit the linear classifiers, and score them and k-NN on the test images."""
+        started = time.monotonic()
+        features, (train, test) = self.extract(model, opened, cache), opened.sources
+        samples = features[0], train.labels, features[1], test.labels
+        extracted = time.monotonic()
+        fit = protocol.sgd_scores if opened.classifier == "sgd" else protocol.logistic_scores
+        choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
+        fitted = time.monotonic()
+        knn = protocol.knn_score(*samples, device=plan.device)
+        seconds = {
+            "features": extracted - started,
+            "classifiers": fitted - extracted,
+            "knn": time.monotonic() - fitted,
+        }
+        return {
+            **accuracy([choice.top1 for choice in choices], len(test)),
+            "choices": [asdict(choice) for choice in choices],
+            "knn": knn_scores(knn, len(test)),
+            "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        }
 
 
 def geometry(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:

@@ -16,7 +16,6 @@ from trex_models.atomic import write_text_file
 from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
 from trex_models.transfer import classification, protocol
 from trex_models.transfer.cache import FeatureCache
-from trex_models.transfer.plan import Entry, Plan
 from trex_models.transfer.report import (
     describe_score,
     environment,
@@ -24,6 +23,7 @@ from trex_models.transfer.report import (
     new_report,
     summary,
 )
+from trex_models.transfer.task import Entry, Plan
 from trex_models.transfer.tasks import Job
 
 
@@ -57,7 +57,7 @@ def evaluate(
     }
     report = new_report(model, settings, label)
     for task, opened in jobs:
-        task.settings(opened, plan)  # errors are reported before anything is computed
+        task.protocol(opened, plan)  # errors are reported before anything is computed
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.data.summary()}, {job.task.name}", flush=True)
         entry = evaluate_job(models[job.task.features], job, cache, plan)
@@ -72,7 +72,7 @@ def evaluate(
         write_text_file(output, json.dumps(report, indent=2) + "\n")
         write_text_file(output.with_suffix(".md"), format_table([report], markdown=True))
         print(f"      {describe_score(entry)}", flush=True)
-        if job.task.draw:
+        if job.task.has_picture:
             picture = output.with_name(f"{output.stem}.{name}.{job.task.name}.png")
             figure = job.task.draw(models[job.task.features], job.data, entry, cache)
             plotting.save(figure, picture)
@@ -83,7 +83,7 @@ def evaluate(
 def evaluate_job(model: FrozenModel, job: Job, cache: FeatureCache, plan: Plan) -> Entry:
     """Evaluate a model on one task and dataset; return the entry of the report."""
     task, opened = job
-    description = opened.describe() | task.settings(opened, plan)
+    description = opened.describe() | task.protocol(opened, plan)
     settings = {
         **description,
         "task": task.name,
@@ -96,7 +96,7 @@ def evaluate_job(model: FrozenModel, job: Job, cache: FeatureCache, plan: Plan) 
 
     def compute() -> Entry:
         started = time.monotonic()
-        entry = task.run(model, opened, cache, plan)
+        entry = task.evaluate(model, opened, cache, plan)
         entry.setdefault("seconds", {})["total"] = round(time.monotonic() - started, 2)
         return entry
 

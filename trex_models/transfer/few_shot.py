@@ -31,7 +31,7 @@ from trex_models.evaluation.splits import hashed_order
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import score, student_interval
-from trex_models.transfer.plan import Entry, Plan
+from trex_models.transfer.task import Entry, Plan, Task
 
 C = 100.0  # from 1, 10, 100 and 1000, the best on drawings and digits with 1 and 5 images
 CLASSIFIERS = {
@@ -40,46 +40,53 @@ CLASSIFIERS = {
 }
 
 
-def settings(opened: OpenedDataset, plan: Plan) -> Entry:
-    """Return the protocol; raise a ValueError if no class has as many images as shots."""
-    largest = int(np.bincount(opened.sources[0].labels).max())
-    if plan.shots[-1] > largest:
-        raise ValueError(
-            f"--shots {plan.shots[-1]}: the largest class of {opened.dataset.name} has {largest} "
-            "training images; pass fewer shots"
+class FewShot(Task):
+    """Classifiers fitted to a few images per class."""
+
+    name = "few-shot"
+    title = "logistic regression and nearest class mean on a few images per class"
+    kinds = ("classes",)
+
+    def protocol(self, opened: OpenedDataset, plan: Plan) -> Entry:
+        """Return the protocol; raise a ValueError if no class has as many images as shots."""
+        largest = int(np.bincount(opened.sources[0].labels).max())
+        if plan.shots[-1] > largest:
+            raise ValueError(
+                f"--shots {plan.shots[-1]}: the largest class of {opened.dataset.name} has "
+                f"{largest} training images; pass fewer shots"
+            )
+        counts = np.bincount(opened.sources[0].labels)
+        return {
+            "classifiers": CLASSIFIERS,
+            "shots": list(plan.shots),
+            "episodes": plan.episodes,
+            "images": "the smallest hashes of class, file and episode",
+            "interval": "Student's t over episodes",
+            "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in plan.shots},
+        }
+
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
+    ) -> Entry:
+        """Fit and score both classifiers for each number of shots and each episode."""
+        name, (train, test) = opened.dataset.name, opened.sources
+        train_features, test_features = map(as_tensor, self.extract(model, opened, cache))
+        labels, targets = (
+            torch.from_numpy(source.labels).to(plan.device) for source in (train, test)
         )
-    counts = np.bincount(opened.sources[0].labels)
-    return {
-        "classifiers": CLASSIFIERS,
-        "shots": list(plan.shots),
-        "episodes": plan.episodes,
-        "images": "the smallest hashes of class, file and episode",
-        "interval": "Student's t over episodes",
-        "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in plan.shots},
-    }
-
-
-def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
-    """Fit and score both classifiers for each number of shots and each episode."""
-    name, (train, test) = opened.dataset.name, opened.sources
-    train_features, test_features = (
-        as_tensor(cache.features(model, source, f"{name}-{split}"))
-        for split, source in (("train", train), ("test", test))
-    )
-    labels, targets = (torch.from_numpy(source.labels).to(plan.device) for source in (train, test))
-    queries = _normalize(test_features, plan.device)
-    accuracies = np.empty((len(CLASSIFIERS), len(plan.shots), plan.episodes))
-    with progress_bar(plan.episodes * len(plan.shots), f"few-shot, {name}", "fit") as bar:
-        for episode in range(plan.episodes):
-            ranks = image_ranks(train, episode)
-            for column, shots in enumerate(plan.shots):
-                rows = torch.from_numpy(np.flatnonzero(ranks < shots))
-                x, y = _normalize(train_features[rows], plan.device), labels[rows]
-                for row, predict in enumerate((_logistic, _class_means)):
-                    correct = predict(x, y, queries) == targets
-                    accuracies[row, column, episode] = correct.double().mean().item()
-                bar.update()
-    return {"scores": _scores(accuracies, plan.shots), "accuracies": accuracies.tolist()}
+        queries = _normalize(test_features, plan.device)
+        accuracies = np.empty((len(CLASSIFIERS), len(plan.shots), plan.episodes))
+        with progress_bar(plan.episodes * len(plan.shots), f"few-shot, {name}", "fit") as bar:
+            for episode in range(plan.episodes):
+                ranks = image_ranks(train, episode)
+                for column, shots in enumerate(plan.shots):
+                    rows = torch.from_numpy(np.flatnonzero(ranks < shots))
+                    x, y = _normalize(train_features[rows], plan.device), labels[rows]
+                    for row, predict in enumerate((_logistic, _class_means)):
+                        correct = predict(x, y, queries) == targets
+                        accuracies[row, column, episode] = correct.double().mean().item()
+                    bar.update()
+        return {"scores": _scores(accuracies, plan.shots), "accuracies": accuracies.tolist()}
 
 
 def _normalize(features: Tensor, device: str) -> Tensor:

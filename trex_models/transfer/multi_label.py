@@ -19,28 +19,63 @@ from trex_models.evaluation.splits import held_out
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import bootstrap_score
-from trex_models.transfer.plan import Entry, Plan
 from trex_models.transfer.protocol import C_GRID, VALIDATION_SHARE
+from trex_models.transfer.task import Entry, Plan, Task
 
 
-def settings(opened: OpenedDataset, plan: Plan) -> Entry:
-    """Return the protocol, with the classes that the test images cannot score."""
-    test: Any = opened.sources[-1]
-    scored = _scored(test.targets)
-    if not len(scored):
-        raise ValueError(
-            f"{opened.dataset.name}: no class is present in one test image and absent in another, "
-            "so there is no average precision; add test images"
-        )
-    return {
-        "classifier": "one-vs-rest logistic regression by L-BFGS, L2 penalty, features unchanged",
-        "C": list(C_GRID),
-        "selection": "per class, the smallest C with the highest average precision on a fifth of "
-        f"the images with and without it, averaged over the splits of {plan.seeds} seeds",
-        "final": "fitted to all training images; images whose label is ignored are left out",
-        "score": "mean over classes, with a bootstrap interval over test images",
-        "classes_left_out": np.delete(_names(test), scored).tolist(),
-    }
+class MultiLabel(Task):
+    """One-vs-rest logistic regression on images with several labels."""
+
+    name = "multi-label"
+    title = "one-vs-rest logistic regression, several labels per image"
+    kinds = ("labels",)
+
+    def protocol(self, opened: OpenedDataset, plan: Plan) -> Entry:
+        """Return the protocol, with the classes that the test images cannot score."""
+        test: Any = opened.sources[-1]
+        scored = _scored(test.targets)
+        if not len(scored):
+            raise ValueError(
+                f"{opened.dataset.name}: no class is present in one test image and absent in "
+                "another, so there is no average precision; add test images"
+            )
+        return {
+            "classifier": "one-vs-rest logistic regression by L-BFGS, L2 penalty",
+            "inputs": "features, unchanged",
+            "C": list(C_GRID),
+            "selection": "per class, the smallest C with the highest average precision on a fifth "
+            f"of the images with and without it, averaged over the splits of {plan.seeds} seeds",
+            "final": "fitted to all training images; images whose label is ignored are left out",
+            "score": "mean over classes, with a bootstrap interval over test images",
+            "classes_left_out": np.delete(_names(test), scored).tolist(),
+        }
+
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
+    ) -> Entry:
+        """Choose C and fit a classifier for each class, and score the test images."""
+        name, (train, test) = opened.dataset.name, cast("tuple[Any, Any]", opened.sources)
+        parts = self.extract(model, opened, cache)
+        x, test_x = (as_tensor(part).to(plan.device) for part in parts)
+        axes, scored, classes = logistic.principal_axes(x), _scored(test.targets), {}
+        truth = test.targets[:, scored]
+        scores = np.empty(truth.shape)
+        with progress_bar(len(scored), f"multi-label, {name}", " classes", miniters=0) as bar:
+            for column, index in enumerate(scored):
+                classifier, curve = fit_class(x, train.targets[:, index], range(plan.seeds), axes)
+                scores[:, column] = binary_scores(classifier, test_x)
+                classes[_names(test)[index]] = {
+                    **average_precision(scores[:, column], truth[:, column]),
+                    "C": C_GRID[int(np.argmax(curve))],
+                    "curve": curve,
+                    "converged": classifier.converged,
+                }
+                bar.update()
+        measures = {rule: partial(mean_precision, scores, truth, rule) for rule in RULES}
+        return {
+            "scores": {rule: bootstrap_score(mean, len(truth)) for rule, mean in measures.items()},
+            "classes": classes,
+        }
 
 
 def _scored(targets: np.ndarray) -> np.ndarray:
@@ -51,35 +86,6 @@ def _scored(targets: np.ndarray) -> np.ndarray:
 def _names(source: Any) -> Sequence[str]:
     """Return the names of the targets; the background of scenes has none."""
     return source.classes[-source.targets.shape[1] :]
-
-
-def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
-    """Choose C and fit a classifier for each class, and score the test images."""
-    name, sources = opened.dataset.name, opened.sources
-    x, test_x = (
-        as_tensor(cache.features(model, source, f"{name}-{split}")).to(plan.device)
-        for split, source in zip(("train", "test"), sources, strict=True)
-    )
-    train, test = cast("tuple[Any, Any]", sources)
-    axes, scored, classes = logistic.principal_axes(x), _scored(test.targets), {}
-    truth = test.targets[:, scored]
-    scores = np.empty(truth.shape)
-    with progress_bar(len(scored), f"multi-label, {name}", " classes", miniters=0) as bar:
-        for column, index in enumerate(scored):
-            classifier, curve = fit_class(x, train.targets[:, index], range(plan.seeds), axes)
-            scores[:, column] = binary_scores(classifier, test_x)
-            classes[_names(test)[index]] = {
-                **average_precision(scores[:, column], truth[:, column]),
-                "C": C_GRID[int(np.argmax(curve))],
-                "curve": curve,
-                "converged": classifier.converged,
-            }
-            bar.update()
-    measures = {rule: partial(mean_precision, scores, truth, rule) for rule in RULES}
-    return {
-        "scores": {rule: bootstrap_score(mean, len(truth)) for rule, mean in measures.items()},
-        "classes": classes,
-    }
 
 
 def fit_class(

@@ -28,8 +28,8 @@ from trex_models.evaluation.retrieval import (
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import mean_score, share_score
-from trex_models.transfer.plan import Entry, Plan
 from trex_models.transfer.readers import LandmarkSource
+from trex_models.transfer.task import Entry, Plan, Task
 
 DIFFICULTIES = {  # relevant images and ignored images
     "easy": (("easy",), ("junk", "hard")),
@@ -40,68 +40,98 @@ Rows = Sequence[np.ndarray] | np.ndarray
 _NEIGHBORS, _THUMBNAIL = 6, CenterCrop(size=(96, 96), crop_pct=1.0, interpolation="bicubic")
 
 
-def settings(opened: OpenedDataset, plan: Plan) -> Entry:
-    """Return the protocol; raise a ValueError if the queries have nothing to find."""
-    images, queries = opened.sources[0], opened.sources[-1]
-    protocol: Entry = {"similarity": "cosine, ties in the order of the images", "whitening": None}
-    if opened.dataset.kind == "landmarks":
-        protocol["ranking"] = "queries cropped to their box, ranked against the database"
-        protocol["average_precision"] = "trapezoidal, junk images removed (arXiv 1803.11285)"
-    else:
-        alone = opened.dataset.kind == "classes"
-        counts = np.bincount((queries if alone else images).labels)
-        if (counts > alone).sum() < 1 or (counts > 0).sum() < 2:
-            raise ValueError(
-                f"{opened.dataset.name}: retrieval requires two classes, and two test images of "
-                "one of them; add images, or omit the task retrieval"
+class Retrieval(Task):
+    """Ranking of images by cosine similarity."""
+
+    name = "retrieval"
+    title = "ranking of images by cosine similarity"
+    kinds = ("gallery", "landmarks", "classes")
+    has_picture = True
+
+    def protocol(self, opened: OpenedDataset, plan: Plan) -> Entry:
+        """Return the protocol; raise a ValueError if the queries have nothing to find."""
+        images, queries = opened.sources[0], opened.sources[-1]
+        protocol: Entry = {"similarity": "cosine, ties by image order", "whitening": None}
+        if opened.dataset.kind == "landmarks":
+            protocol["ranking"] = "queries cropped to their box, ranked against the database"
+            protocol["average_precision"] = "trapezoidal, junk images removed (arXiv 1803.11285)"
+        else:
+            alone = opened.dataset.kind == "classes"
+            counts = np.bincount((queries if alone else images).labels)
+            if (counts > alone).sum() < 1 or (counts > 0).sum() < 2:
+                raise ValueError(
+                    f"{opened.dataset.name}: retrieval requires two classes, and two test images "
+                    "of one of them; add images, or omit the task retrieval"
+                )
+            ranked = "the other test images" if alone else "the gallery"
+            protocol["ranking"] = f"each test image is ranked against {ranked}"
+        if plan.whiten:
+            source = plan.whiten.sources[0]
+            protocol["whitening"] = {
+                "dataset": plan.whiten.dataset.title,
+                "images": len(source),
+                "sha256": source.digest(),
+            }
+        return protocol
+
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
+    ) -> Entry:
+        """Rank the images for all queries and score the rankings."""
+        if opened.dataset.kind == "classes":  # the test images among themselves
+            opened = opened._replace(sources=opened.sources[-1:])
+        parts: list[Any] = self.extract(model, opened, cache)
+        if plan.whiten:
+            title = f"{plan.whiten.dataset.name}-train"
+            parts = whiten(cache.features(model, plan.whiten.sources[0], title), *parts)
+        source, labels = opened.sources[-1], opened.sources[0].labels
+        gallery, queries = parts[0], parts[1] if len(parts) > 1 else None
+        with progress_bar(len(source), f"retrieval, {opened.dataset.name}", " queries") as bar:
+            if isinstance(source, LandmarkSource):
+                return _landmarks(source, rankings(gallery, queries, plan.device, bar.update))
+            result = class_retrieval(
+                gallery,
+                labels,
+                queries,
+                source.labels,
+                neighbors=_NEIGHBORS,
+                device=plan.device,
+                progress=bar.update,
             )
-        ranked = "the other test images" if alone else "the gallery"
-        protocol["ranking"] = f"each test image is ranked against {ranked}"
-    if plan.whiten:
-        source = plan.whiten.sources[0]
-        protocol["whitening"] = {
-            "dataset": plan.whiten.dataset.title,
-            "images": len(source),
-            "sha256": source.digest(),
-        }
-    return protocol
+        valid = np.flatnonzero(np.isfinite(result.average_precision))
+        precision = result.average_precision[valid]
+        scores = {"mAP": mean_score(precision), "mAP@R": mean_score(result.map_at_r[valid])}
+        for k, found in zip(RECALLS, result.recall[valid].T, strict=True):
+            scores[f"Recall@{k}"] = share_score(found)
+        relevant = labels[result.neighbors] == source.labels[:, None]
+        examples = _examples(result.average_precision, result.neighbors, relevant)
+        return {"scores": scores, "queries": len(valid), "examples": examples}
 
-
-def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
-    """Rank the images for all queries and score the rankings."""
-    name, alone = opened.dataset.name, opened.dataset.kind == "classes"
-    parts: dict[str, Any] = {
-        split: cache.features(model, source, f"{name}-{split}")
-        for split, source in zip(("train", "test"), opened.sources, strict=True)
-        if split == "test" or not alone
-    }
-    if plan.whiten:
-        title = f"{plan.whiten.dataset.name}-train"
-        fitted = cache.features(model, plan.whiten.sources[0], title)
-        parts = dict(zip(parts, whiten(fitted, *parts.values()), strict=True))
-    gallery, queries = parts["test" if alone else "train"], None if alone else parts["test"]
-    source = opened.sources[-1]
-    with progress_bar(len(source), f"retrieval, {name}", " queries") as bar:
-        if isinstance(source, LandmarkSource):
-            return _landmarks(source, rankings(gallery, queries, plan.device, bar.update))
-        labels = source.labels if alone else opened.sources[0].labels
-        result = class_retrieval(
-            gallery,
-            labels,
-            queries,
-            None if alone else source.labels,
-            neighbors=_NEIGHBORS,
-            device=plan.device,
-            progress=bar.update,
-        )
-    valid = np.flatnonzero(np.isfinite(result.average_precision))
-    precision = result.average_precision[valid]
-    scores = {"mAP": mean_score(precision), "mAP@R": mean_score(result.map_at_r[valid])}
-    for k, found in zip(RECALLS, result.recall[valid].T, strict=True):
-        scores[f"Recall@{k}"] = share_score(found)
-    relevant = labels[result.neighbors] == source.labels[:, None]
-    examples = _examples(result.average_precision, result.neighbors, relevant)
-    return {"scores": scores, "queries": len(valid), "examples": examples}
+    def draw(
+        self, model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache
+    ) -> Any:
+        """Draw the best, median and worst queries and their neighbors, framed by relevance."""
+        del model, cache
+        queries = opened.sources[-1]
+        images = queries if opened.dataset.kind == "classes" else opened.sources[0]
+        with plotting.new_figure(
+            1.4 * (1 + _NEIGHBORS), 1.55 * len(entry["examples"]) + 0.6
+        ) as figure:
+            figure.suptitle(
+                f"{opened.dataset.title}: best, median and worst queries and their neighbors "
+                "(blue: relevant, orange: not)",
+                fontsize=10,
+            )
+            cells = figure.subplots(len(entry["examples"]), 1 + _NEIGHBORS, squeeze=False)
+            for row, example in zip(cells, entry["examples"], strict=True):
+                for cell in row:
+                    cell.axis("off")
+                row[0].set_title(f"query, AP {example['average_precision']:.2f}", fontsize=9)
+                _draw_image(row[0], queries, example["query"], "black")
+                neighbors = zip(row[1:], example["neighbors"], example["relevant"], strict=False)
+                for cell, index, relevant in neighbors:
+                    _draw_image(cell, images, index, plotting.PALETTE[0 if relevant else 1])
+        return figure
 
 
 def _landmarks(source: LandmarkSource, blocks: Iterable[tuple[slice, Tensor]]) -> Entry:
@@ -138,29 +168,6 @@ def _examples(precision: np.ndarray, neighbors: Rows, relevant: Rows) -> list[En
         }
         for query in order[sorted(rank for rank in ranks if 0 <= rank < len(order))]
     ]
-
-
-def draw(model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache) -> Any:
-    """Draw the best, median and worst queries and their neighbors, framed by relevance."""
-    del model, cache
-    queries = opened.sources[-1]
-    images = queries if opened.dataset.kind == "classes" else opened.sources[0]
-    with plotting.new_figure(1.4 * (1 + _NEIGHBORS), 1.55 * len(entry["examples"]) + 0.6) as figure:
-        figure.suptitle(
-            f"{opened.dataset.title}: best, median and worst queries and their neighbors "
-            "(blue: relevant, orange: not)",
-            fontsize=10,
-        )
-        cells = figure.subplots(len(entry["examples"]), 1 + _NEIGHBORS, squeeze=False)
-        for row, example in zip(cells, entry["examples"], strict=True):
-            for cell in row:
-                cell.axis("off")
-            row[0].set_title(f"query, AP {example['average_precision']:.2f}", fontsize=9)
-            _draw_image(row[0], queries, example["query"], "black")
-            neighbors = zip(row[1:], example["neighbors"], example["relevant"], strict=False)
-            for cell, index, relevant in neighbors:
-                _draw_image(cell, images, index, plotting.PALETTE[0 if relevant else 1])
-    return figure
 
 
 def _draw_image(cell: Any, source: Source, index: int, color: str) -> None:

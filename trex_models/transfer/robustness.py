@@ -19,50 +19,60 @@ from trex_models.evaluation.inputs import as_tensor
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import share_score
-from trex_models.transfer.plan import Entry, Plan
 from trex_models.transfer.readers import imagenet_classes, timm_file
+from trex_models.transfer.task import Entry, Plan, Task
 
 
-def check(model: FrozenModel) -> None:
-    """Raise a ValueError unless the model is an ImageNet-1K classifier."""
-    if model.shape != (1000,):
-        raise ValueError(
-            f"--model {model.name} has {model.shape[0]} logits, but the task robustness requires "
-            "the 1,000 of ImageNet-1K; choose a model that has them, such as trex_resnet50_cls or "
-            "resnet50.a1_in1k"
-        )
+class Robustness(Task):
+    """ImageNet-1K classifiers on other test images."""
 
+    name = "robustness"
+    title = "accuracy of ImageNet-1K classifiers on other test images"
+    kinds = ("imagenet",)
+    features = "logits"
 
-def settings(opened: OpenedDataset, _: Plan) -> Entry:
-    """Return the protocol; raise a ValueError if images have no ReaL labels by their names."""
-    protocol = {"predictions": "the highest of the logits of the dataset's classes"}
-    source: Any = opened.sources[0]
-    if opened.dataset.name == "imagenet-real":
-        count = sum(not labels for labels in real_labels(source))
-        protocol["ReaL"] = f"one of the labels is predicted; {count} images without any left out"
-    return protocol
+    def check_model(self, model: FrozenModel) -> None:
+        """Raise a ValueError unless the model is an ImageNet-1K classifier."""
+        if model.shape != (1000,):
+            raise ValueError(
+                f"--model {model.name} has {model.shape[0]} logits, but the task robustness needs "
+                "the 1,000 of ImageNet-1K; choose a model that has them, such as "
+                "trex_resnet50_cls or resnet50.a1_in1k"
+            )
 
+    def protocol(self, opened: OpenedDataset, _: Plan) -> Entry:
+        """Return the protocol; raise a ValueError if images have no ReaL labels by their names."""
+        protocol = {"predictions": "the highest of the logits of the dataset's classes"}
+        source: Any = opened.sources[0]
+        if opened.dataset.name == "imagenet-real":
+            count = sum(not labels for labels in real_labels(source))
+            protocol["ReaL"] = (
+                f"any of the labels is correct; {count} images without any are left out"
+            )
+        return protocol
 
-def run(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, _: Plan) -> Entry:
-    """Score the predictions of the test images."""
-    source: Any = opened.sources[0]
-    logits = cache.features(model, source, f"{opened.dataset.name}-test")
-    ranked = _ranked(logits, source.classes)
-    correct = ranked == source.labels[:, None]
-    scores = {"top-1": share_score(correct[:, 0])}
-    if len(source.classes) == len(imagenet_classes()):
-        scores["top-5"] = share_score(correct.any(1))
-    if opened.dataset.name == "imagenet-real":
-        pairs = zip(ranked[:, 0].tolist(), real_labels(source), strict=True)
-        real = np.array([first in labels for first, labels in pairs if labels])
-        scores = {"ReaL": share_score(real), **scores}
-        for subset in ("ImageNet-A", "ImageNet-R"):
-            classes = imagenet_classes(subset)
-            members = np.array([name in classes for name in source.classes])[source.labels]
-            first = np.array(classes)[_ranked(logits[members], classes)[:, 0]]
-            truth = np.array(source.classes)[source.labels[members]]
-            scores[f"top-1, {subset} classes"] = share_score(first == truth)
-    return {"scores": scores}
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, _: Plan
+    ) -> Entry:
+        """Score the predictions of the test images."""
+        source: Any = opened.sources[0]
+        (logits,) = self.extract(model, opened, cache)
+        ranked = _ranked(logits, source.classes)
+        correct = ranked == source.labels[:, None]
+        scores = {"top-1": share_score(correct[:, 0])}
+        if len(source.classes) == len(imagenet_classes()):
+            scores["top-5"] = share_score(correct.any(1))
+        if opened.dataset.name == "imagenet-real":
+            pairs = zip(ranked[:, 0].tolist(), real_labels(source), strict=True)
+            real = np.array([first in labels for first, labels in pairs if labels])
+            scores = {"ReaL": share_score(real), **scores}
+            for subset in ("ImageNet-A", "ImageNet-R"):
+                classes = imagenet_classes(subset)
+                members = np.array([name in classes for name in source.classes])[source.labels]
+                first = np.array(classes)[_ranked(logits[members], classes)[:, 0]]
+                truth = np.array(source.classes)[source.labels[members]]
+                scores[f"top-1, {subset} classes"] = share_score(first == truth)
+        return {"scores": scores}
 
 
 def _ranked(logits: np.ndarray, classes: Sequence[str]) -> np.ndarray:

@@ -1,34 +1,17 @@
-"""Tasks of the evaluation: names, required datasets and model outputs; selecting them."""
+"""The tasks of the evaluation, and selecting them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
-from trex_models.transfer import classification, few_shot, multi_label, retrieval, robustness
+from trex_models.transfer.classification import Classification
 from trex_models.transfer.datasets import Dataset, OpenedDataset
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """Task on frozen features."""
-
-    name: str
-    title: str
-    kinds: tuple[str, ...]
-    """Kinds of datasets that have this task."""
-    settings: Callable[..., dict[str, Any]]
-    """Function from the dataset and the plan to the protocol, for the report."""
-    run: Callable[..., dict[str, Any]]
-    """Function from model, dataset, cache and plan to the results, with ``scores``."""
-    draw: Callable[..., Any] | None = None
-    """Function from model, dataset, results and cache to a figure."""
-    features: FeaturesName | None = None
-    """Output of the model that the task requires; see ``FrozenModel.load``."""
-    check: Callable[[FrozenModel], None] | None = None
-    """Function that raises a ValueError if the task does not support the model."""
+from trex_models.transfer.few_shot import FewShot
+from trex_models.transfer.multi_label import MultiLabel
+from trex_models.transfer.retrieval import Retrieval
+from trex_models.transfer.robustness import Robustness
+from trex_models.transfer.task import Task
 
 
 class Job(NamedTuple):
@@ -39,47 +22,8 @@ class Job(NamedTuple):
 
 
 # The default task of a dataset is the first one that supports its kind.
-_ALL = [
-    Task(
-        name="classification",
-        title="linear classifiers and k-NN, the transfer protocol of the paper",
-        kinds=("classes",),
-        settings=classification.settings,
-        run=classification.run,
-    ),
-    Task(
-        name="few-shot",
-        title="logistic regression and nearest class mean on a few images per class",
-        kinds=("classes",),
-        settings=few_shot.settings,
-        run=few_shot.run,
-    ),
-    Task(
-        name="retrieval",
-        title="ranking of images by cosine similarity",
-        kinds=("gallery", "landmarks", "classes"),
-        settings=retrieval.settings,
-        run=retrieval.run,
-        draw=retrieval.draw,
-    ),
-    Task(
-        name="multi-label",
-        title="one-vs-rest logistic regression, several labels per image",
-        kinds=("labels",),
-        settings=multi_label.settings,
-        run=multi_label.run,
-    ),
-    Task(
-        name="robustness",
-        title="accuracy of ImageNet-1K classifiers on other test images",
-        kinds=("imagenet",),
-        settings=robustness.settings,
-        run=robustness.run,
-        features="logits",
-        check=robustness.check,
-    ),
-]
-TASKS = {task.name: task for task in _ALL}
+_ALL = (Classification(), FewShot(), Retrieval(), MultiLabel(), Robustness())
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def select_tasks(

@@ -1,0 +1,77 @@
+"""Interface of the tasks, and the settings that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
+from trex_models.transfer.cache import FeatureCache
+from trex_models.transfer.datasets import OpenedDataset
+
+SHOTS = (1, 2, 5, 10)
+Entry = dict[str, Any]
+"""Results of a task on a dataset, as JSON; ``scores`` maps names to ``value`` and ``interval``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Evaluation settings."""
+
+    seeds: int = 5
+    """Number of validation splits, with seeds 0, 1, ...; the seed also sets the order of SGD."""
+    training_task: str | None = None
+    """Dataset that the model was trained on; it is excluded from the transfer score."""
+    geometry: bool = False
+    """If True, also measure the geometry of the training images' features."""
+    device: str = "cpu"
+    """Device of the classifiers."""
+    shots: tuple[int, ...] = SHOTS
+    """Numbers of training images per class in the task few-shot, ascending."""
+    episodes: int = 20
+    """Number of random draws of these images."""
+    whiten: OpenedDataset | None = None
+    """Dataset from whose training images PCA whitening is learned for retrieval."""
+    iterations: int | None = None
+    """Training iterations of the segmentation head; None for the dataset's default."""
+
+
+class Task:
+    """Task on frozen features; a subclass for each."""
+
+    name: str
+    title: str
+    kinds: tuple[str, ...]
+    """Kinds of datasets that have this task."""
+    features: FeaturesName | None = None
+    """Output of the model that the task requires; see ``FrozenModel.load``."""
+    has_picture = False
+
+    def check_model(self, model: FrozenModel) -> None:
+        """Raise a ValueError if the task does not support the model."""
+
+    def protocol(self, opened: OpenedDataset, plan: Plan) -> Entry:
+        """Return the protocol for the report; raise a ValueError for an unsuitable dataset."""
+        raise NotImplementedError
+
+    def evaluate(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
+    ) -> Entry:
+        """Return the results, with ``scores``."""
+        raise NotImplementedError
+
+    def extract(
+        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache
+    ) -> list[np.ndarray]:
+        """Return the features of the training images, if any, and of the test images."""
+        name, splits = opened.dataset.name, ("train", "test")[-len(opened.sources) :]
+        pairs = zip(opened.sources, splits, strict=True)
+        return [cache.features(model, source, f"{name}-{split}") for source, split in pairs]
+
+    def draw(
+        self, model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache
+    ) -> Any:
+        """Return a figure of the results."""
+        raise NotImplementedError
