@@ -82,7 +82,7 @@ def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
 
 def benchmark_yaml(results: Results, benchmarks: Sequence[str]) -> str:
     """Return the first results on datasets as entries of benchmarks of the Hub."""
-    first = {result.dataset_type: (result, report) for result, report in reversed(results)}
+    first = {r.dataset_type: (r, report["created"]) for r, report in reversed(results)}
     found = []
     for text in benchmarks:
         dataset, _, target = text.partition("=")
@@ -92,8 +92,7 @@ def benchmark_yaml(results: Results, benchmarks: Sequence[str]) -> str:
                 f"--benchmark {text} must be DATASET=OWNER/NAME/TASK_ID with a dataset of the "
                 f"reports on the model: {', '.join(first) or 'none'}"
             )
-        result, report = first[dataset]
+        result, date = first[dataset]
         notes = f"{result.metric_name}; protocol and versions in the model card"
-        value, date = result.metric_value, report["created"]
-        found.append(EvalResultEntry(name, task_id, value, date=date, notes=notes))
+        found.append(EvalResultEntry(name, task_id, result.metric_value, date=date, notes=notes))
     return yaml_dump(eval_result_entries_to_yaml(found))

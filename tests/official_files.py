@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import pickle
-import re
 import types
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,9 +15,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-
-from hub.hub_folder import HubModel
-from trex_models.trex import default_cfgs
 
 KEYS = Path(__file__).parent / "data" / "full_checkpoint_keys.json"
 BACKBONE = "module.model.encoder."
@@ -238,17 +234,3 @@ def write_release(folder: Path) -> None:
             del full["model"][key]
         write(full, folder / f"{name}_2_checkpoint_full.pth")
         write(backbone_of(full), folder / f"{name}_2.pth")
-
-
-def naver_model(name: str) -> HubModel:
-    """Describe one of NAVER's models, without its weights."""
-    architecture, _, tag = name.partition(".")
-    part = (re.findall("_(proj|cls)", architecture) or ["backbone"])[0]
-    cfg = default_cfgs[architecture].cfgs[tag].to_dict()
-    config = {
-        "architecture": "resnet50" if part == "backbone" else architecture,
-        "num_classes": cfg["num_classes"],
-        "num_features": 2048,
-        "pretrained_cfg": cfg,
-    }
-    return HubModel(name, Path("unused"), config, part, part == "backbone")

@@ -28,7 +28,7 @@ from hub import cards, fixed_input, imagenet, notices
 from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.errors import HubError
-from hub.hub_folder import FILES, inspect_folder, load_folder
+from hub.hub_folder import FILES, HubModel, inspect_folder, load_folder
 from hub.import_naver import import_naver
 from hub.publish import publish
 from hub.verify import verify
@@ -37,7 +37,6 @@ from tests.file_server import FileServer
 from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
 from tests.models import CFG, COLORS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
-from tests.official_files import naver_model
 from tests.processes import run_python
 from trex_models.evaluation.feature_file import load as load_features
 from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
@@ -51,6 +50,7 @@ from trex_models.pretrained.manifest import (
 )
 from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
+from trex_models.trex import default_cfgs
 
 pytestmark = pytest.mark.filterwarnings(LFS_WARNING)
 
@@ -314,6 +314,20 @@ def test_official_file_becomes_hub_folders(official: Path, tmp_path: Path) -> No
 
 
 # cards
+
+
+def naver_model(name: str) -> HubModel:
+    """One of NAVER's models, without its weights."""
+    architecture, _, tag = name.partition(".")
+    part = (re.findall("_(proj|cls)", architecture) or ["backbone"])[0]
+    cfg = default_cfgs[architecture].cfgs[tag].to_dict()
+    config = {
+        "architecture": "resnet50" if part == "backbone" else architecture,
+        "num_classes": cfg["num_classes"],
+        "num_features": 2048,
+        "pretrained_cfg": cfg,
+    }
+    return HubModel(name, Path("unused"), config, part, part == "backbone")
 
 
 @pytest.mark.parametrize("name", naver.FILES)

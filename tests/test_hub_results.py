@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from huggingface_hub import EvalResultEntry, HfApi, ModelCard, parse_eval_result_entries
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hub import cards
 from hub.__main__ import main as hub_main
 from hub.build_folders import build_folders
-from hub.hub_folder import EVAL_RESULTS, load_folder
+from hub.hub_folder import EVAL_RESULTS, HubModel, load_folder
 from hub.publish import publish
 from hub.results import merge_results
 from hub.verify import verify
 from tests.images import save_colors
 from tests.loopback_hub import LFS_WARNING, HubServer
 from tests.models import tiny_classifier, tiny_folder
-from tests.official_files import naver_model
 from trex_models.evaluation.frozen_model import weights_digest
 from trex_models.pretrained import naver
-from trex_models.pretrained.manifest import sha256
 from trex_models.transfer.__main__ import main as transfer_main
 from trex_models.transfer.report import results_by_task
 from trex_models.transfer.retrieval import Retrieval
@@ -56,12 +55,9 @@ def header(folder: Path) -> dict[Any, Any]:
 
 
 def test_each_model_gets_its_own_results(work: Path, tmp_path: Path) -> None:
-    digest = sha256(work / "models" / "cls" / "model.safetensors")
-    imagenet = tmp_path / "imagenet.json"
-    imagenet.write_text(json.dumps({"cls": {"sha256": digest}}))
     paths = [work / "reports" / f"{name}.json" for name in ("cls", "small")]
     command = f"build {work}/models --output {tmp_path} --owner Ada --license mit --namespace ada"
-    assert hub_main([*command.split(), "--results", *map(str, (*paths, imagenet))]) == 0
+    assert hub_main([*command.split(), "--results", *map(str, paths)]) == 0
     for path in paths:
         report, folder = json.loads(path.read_text()), tmp_path / path.stem
         results, text = header(folder), (folder / "README.md").read_text()
@@ -75,7 +71,7 @@ def test_each_model_gets_its_own_results(work: Path, tmp_path: Path) -> None:
                 value, start, end = (100 * x for x in (found["value"], *found["interval"]))
                 assert result.metric_value == round(value, 2)
                 assert ("feature-extraction" in result.task_type) is (task == "retrieval")
-                row = f"| {task}, {name} | 21 | {score} | {value:.1f} ({start:.1f} to {end:.1f}) |"
+                row = f"| {task}, {name}: {score} | 21 | {value:.1f} ({start:.1f} to {end:.1f}) |"
                 assert row in text
         for words in (
             "**Measured by the maintainers of this repository**",
@@ -105,7 +101,10 @@ def test_reports_are_combined(work: Path, tmp_path: Path) -> None:
     assert results["imagenet", "classification: top-1 of k-NN (%)"].dataset_split == "validation"
     assert (folder / "README.md").read_text().count("with trex_models") == 2
     merged = merge_results([report | {"path": other}], "x/y")
-    card = cards.render(naver_model("trex_resnet50.in1k"), naver.LICENSE, None, "x", None, merged)
+    cfg: Any = timm.get_pretrained_cfg("trex_resnet50")
+    config = {"num_classes": 0, "num_features": 2048, "pretrained_cfg": cfg.to_dict()}
+    naver_model = HubModel("trex_resnet50.in1k", model, config, "backbone", is_stock=True)
+    card = cards.render(naver_model, naver.LICENSE, None, "x", None, merged)
     assert card.index("**authors' results**") < card.index("## Measured results")
     assert not any(words in card for words in ("Not measured by us", "\n\n\n"))
 
