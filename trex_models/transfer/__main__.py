@@ -1,6 +1,6 @@
 """Evaluate the frozen features of timm models.
 
-Tasks: the transfer protocol of the t-ReX paper, few-shot classification, and retrieval.
+Tasks: the transfer protocol of the t-ReX paper, few-shot classification, retrieval, segmentation.
 """
 
 from __future__ import annotations

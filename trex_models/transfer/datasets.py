@@ -15,6 +15,7 @@ from torchvision import datasets as tv
 from trex_models.data import samples
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
+from trex_models.data.scenes import SceneSource
 from trex_models.data.sources import Source
 from trex_models.transfer import readers
 
@@ -101,6 +102,10 @@ def _fractals(first_class: int = 0) -> tuple[Source, Source]:
     return part(TRAIN_PER_CLASS), part(TEST_PER_CLASS, first_image=IMAGES_PER_CLASS)
 
 
+def _scenes() -> tuple[Source, Source]:
+    return SceneSource(400), SceneSource(200, first=400)
+
+
 def _downloaded(
     title: str, kind: Any, sizes: Sizes, folder: str, *splits: str, read: Reader | None = None
 ) -> Dataset:
@@ -110,10 +115,14 @@ def _downloaded(
 
 
 def _offline(
-    name: str, title: str, create: Callable[[], tuple[Source, Source]], sizes: Sizes
+    name: str,
+    title: str,
+    create: Callable[[], tuple[Source, Source]],
+    sizes: Sizes,
+    kind: Kind = "classes",
 ) -> Dataset:
     home = "pip install '.[transfer]' in a clone"
-    return Dataset(name, title, lambda _root: create(), sizes, "no files", home)
+    return Dataset(name, title, lambda _root: create(), sizes, "no files", home, kind=kind)
 
 
 _KNOWN = [
@@ -197,12 +206,32 @@ _KNOWN = [
             ("rparis6k", "Revisited Paris", 6322),
         )
     ),
+    Dataset(
+        "voc2012",
+        "VOC2012",
+        readers.voc,
+        Sizes(21, 1464, 1449),
+        "VOCdevkit/VOC2012/, downloaded by torchvision",
+        "torchvision.datasets.VOCSegmentation(ROOT, download=True)",
+        kind="masks",
+    ),
+    Dataset(
+        "ade20k",
+        "ADE20K",
+        readers.ade20k,
+        Sizes(150, 20210, 2000),
+        "images/training, annotations/training, the same for validation, and objectInfo150.txt in "
+        "ADEChallengeData2016/",
+        "https://groups.csail.mit.edu/vision/datasets/ADE20K/ (scene parsing benchmark)",
+        kind="masks",
+    ),
     _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
     _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
     _offline(
         "photographs", "Photographs", partial(samples.photographs, SIZE), Sizes(20, 1200, 600)
     ),
+    _offline("scenes", "Scenes", _scenes, Sizes(9, 400, 200), "masks"),
 ]
 
 DATASETS = {dataset.name: dataset for dataset in _KNOWN}
@@ -213,6 +242,7 @@ GROUPS = {
     "transfer": (*_SMALL, *_LARGE),
     "small": _SMALL,
     "landmarks": ("roxford5k", "rparis6k"),
+    "segmentation": ("voc2012", "ade20k", "scenes"),
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
 }
 _CHOICES = (
@@ -289,6 +319,8 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
                 f"{len(shared)} files are both training and test images (the same file or a link "
                 f"to it), such as {test.name(shared[0])}; remove them from one of the two"
             )
+    if isinstance(train, readers.MaskSource) and isinstance(test, readers.MaskSource):
+        readers.check_masks(train, test)
 
 
 def _reason(error: Exception) -> str:
@@ -316,6 +348,14 @@ def _layout(path: Path) -> tuple[Kind, Reader, str]:
     if (path / "gallery").is_dir() and (path / "query").is_dir():
         layout = f"class folders {path}/gallery/CLASS and {path}/query/CLASS"
         return "gallery", readers.query_and_gallery, layout
+    if any(
+        (base / "images").is_dir() and (base / "masks").is_dir() for base in (path, path / "train")
+    ):
+        layout = (
+            f"{path}/train/images, {path}/train/masks and the same in test/ (or val/), or only "
+            f"{path}/images and {path}/masks; masks are PNG files with the images' names"
+        )
+        return "masks", readers.mask_folders, layout
     layout = (
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from trex_models.evaluation.frozen_model import FeaturesName
-from trex_models.transfer import classification, few_shot, retrieval
+from trex_models.transfer import classification, few_shot, retrieval, segmentation
 from trex_models.transfer.datasets import Dataset, OpenedDataset
 
 
@@ -59,6 +59,15 @@ _ALL = [
         settings=retrieval.settings,
         run=retrieval.run,
         draw=retrieval.draw,
+    ),
+    Task(
+        name="segmentation",
+        title="a linear head on the last feature map, DINOv2's protocol",
+        kinds=("masks",),
+        settings=segmentation.settings,
+        run=segmentation.run,
+        draw=segmentation.draw,
+        features="features_only",
     ),
 ]
 TASKS = {task.name: task for task in _ALL}
