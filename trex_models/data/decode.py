@@ -109,6 +109,17 @@ def read_image(path: str | Path) -> np.ndarray:
     return decode_image(data, str(path))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return the height and width of an image, upright, from the header of its file."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            width, height = image.size
+            is_turned = _orientation(image) in (5, 6, 7, 8)
+    except (OSError, ValueError) as error:
+        raise unreadable_error(str(path), error) from error
+    return (width, height) if is_turned else (height, width)
+
+
 def _read_file(path: str | Path) -> bytes:
     # fstat of the open file: on a network file system, stat by path costs another round trip.
     with open(path, "rb", buffering=0, opener=_open) as file:

@@ -305,8 +305,8 @@ def _render(system: _System, rotation: float, size: int, rng: np.random.Generato
 
     light, dark = rng.uniform(0.6, 1.0), rng.uniform(0.0, 0.4)
     front, back = (light, dark) if rng.random() < 0.5 else (dark, light)
-    ink = _palette(front, rng)[(mean_tone * 255).astype(np.intp)]
-    paper = _palette(back, rng)[(_clouds(size, rng) * 255).astype(np.intp)]
+    ink = draw_palette(front, rng)[(mean_tone * 255).astype(np.intp)]
+    paper = draw_palette(back, rng)[(clouds(size, rng) * 255).astype(np.intp)]
     image = (255 * (paper + opacity[..., None] * (ink - paper)) + 0.5).astype(np.uint8)
     red, green, blue = np.einsum("ij,ijc->c", opacity, ink) / max(opacity.sum(), 1e-6)
     return Fractal(image, rotation, side < 0, (float(red), float(green), float(blue)))
@@ -320,7 +320,8 @@ def _pixel_sums(cells: np.ndarray, size: int) -> np.ndarray:
     return np.sum([p[:, c::_OVERSAMPLING] for p in parts for c in range(_OVERSAMPLING)], axis=0)
 
 
-def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
+def draw_palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw a gradient of colors, (256, 3) in [0, 1]."""
     hue = rng.random() + rng.uniform(-0.35, 0.35) * np.linspace(-1, 1, 4)
     chroma = rng.uniform(0.05, 0.6)
     phase = 2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3]))
@@ -331,7 +332,7 @@ def _palette(lightness: float, rng: np.random.Generator) -> np.ndarray:
     return np.stack([np.interp(steps, stops, channel) for channel in anchors.T], 1).clip(0, 1)
 
 
-def _clouds(size: int, rng: np.random.Generator) -> np.ndarray:
+def clouds(size: int, rng: np.random.Generator) -> np.ndarray:
     """Draw smooth noise, (S, S) in [0, 1], as a sum of bilinearly interpolated grids."""
     total = np.zeros((size, size))
     roughness = rng.uniform(0.3, 0.7)

@@ -24,6 +24,7 @@ from unittest.mock import patch
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import Format
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -38,10 +39,18 @@ from trex_models.pretrained.checkpoints import key_difference
 PIXELS = "pixels"
 """Name of the baseline without a model: the pixels of a 16 x 16 center crop."""
 Preprocessing = Literal["transfer", "validation", "model"]
-FeaturesName = Literal["backbone", "projector", "logits", "dense"]
+FeaturesName = Literal["backbone", "projector", "logits", "dense", "features_only"]
 _PACKAGES = ("torch", "torchvision", "timm", "pillow")
 _PIXEL_SIDE = 16  # 32 is not more accurate on fractals, and takes four times as long
+_PIXEL_STRIDE = 8  # of the feature map
 _CALIBRATION_IMAGES = 2048
+# Arguments of models for images of any size, by the architectures that have them.
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"dynamic_img_size": True},
+    {"strict_img_size": False},
+    {},
+)
 _FP32 = Precision.from_name("fp32", "cpu")
 
 
@@ -76,8 +85,9 @@ class FrozenModel:
     ) -> FrozenModel:
         """Load a timm model, a model of ``pretrained.figure``, a timm folder, a run or "pixels".
 
-        ``features`` is "backbone" (pooled, before any projector), "projector", "logits" or "dense"
-        (last feature map); None means the model's output without its classifier. ``preprocessing``
+        ``features`` is "backbone" (pooled, before any projector), "projector", "logits", "dense"
+        (last feature map) or "features_only" (last feature map of timm's ``features_only``, for
+        images of any size); None means the model's output without its classifier. ``preprocessing``
         resizes the shorter side to the crop size, bicubic ("transfer", as the authors do), to 256
         for a crop of 224, bilinear ("validation"), or as the model's configuration says ("model").
         Crop size, mean and standard deviation are always the model's. ``file`` contains weights
@@ -86,10 +96,11 @@ class FrozenModel:
         """
         target = choose_device("cpu" if name == PIXELS else device)
         mode = Precision.from_name(precision, target.type)
+        maps = features == "features_only"
         if name == PIXELS and file is None:
-            model, crop, metadata = _pixels()
+            model, crop, metadata = _pixels(maps)
         else:
-            model = create_model(name, file, features == "logits", untrained, seed, hint)
+            model = create_model(name, file, features == "logits", untrained, seed, hint, maps)
             model = model.to(target).to(memory_format=torch.channels_last).eval()
             crop = _transform(model, preprocessing)
             metadata = _metadata(name, model, file) | {"preprocessing": preprocessing}
@@ -97,8 +108,11 @@ class FrozenModel:
         metadata["weights_sha256"] = weights_digest(model)
         metadata["parameters"] = sum(p.numel() for p in model.parameters())
         part = _select(name, model, features)
-        shape = _shape(name, part, crop, features == "dense")
+        shape = _shape(name, part, crop, features in ("dense", "features_only"))
         metadata["num_features"] = shape[0]
+        if maps:
+            info = getattr(model, "feature_info", None)
+            metadata["stride"] = info.reduction()[-1] if info else _PIXEL_STRIDE
         return cls(
             name=name, model=part, transform=crop, shape=shape, precision=mode, metadata=metadata
         )
@@ -206,8 +220,12 @@ def create_model(
     untrained: bool = False,
     seed: int = 0,
     hint: str = "",
+    features_only: bool = False,
 ) -> Any:
-    """Create a model by name or timm folder; pretrained weights must be complete."""
+    """Create a model by name or timm folder; pretrained weights must be complete.
+
+    ``features_only`` creates timm's network of the last feature map instead, for any image size.
+    """
     folder = timm_folder.find_timm_folder(name)
     source = f"local-dir:{folder}" if folder else name
     if folder is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -220,15 +238,21 @@ def create_model(
     options: dict[str, Any] = {"num_classes": 0} if untrained or not classifier else {}
     overlay = {"file": str(file)} if file else None
     options |= {"pretrained": not untrained, "pretrained_cfg_overlay": overlay}
-    torch.manual_seed(seed)
+    attempts: tuple[dict[str, Any], ...] = _ANY_SIZE if features_only else ({},)
+    if untrained:
+        attempts = ({"zero_init_last": False}, *attempts)
+    if features_only:
+        options = {**options, "num_classes": 0, "features_only": True, "out_indices": (-1,)}
     try:
         if source in figure.MODELS:
             source = figure.ARCHITECTURE
             options["pretrained_cfg"] = figure.pretrained_cfg(name, not untrained)
-        if untrained:
-            with suppress(TypeError):  # most architectures have no such argument
-                return timm.create_model(source, zero_init_last=False, **options)
         with _all_keys_required():
+            for arguments in attempts[:-1]:
+                torch.manual_seed(seed)
+                with suppress(TypeError):  # most architectures have no such arguments
+                    return timm.create_model(source, **arguments, **options)
+            torch.manual_seed(seed)
             return timm.create_model(source, **options)
     except Exception as error:  # timm, the Hub and safetensors raise errors of any type
         architecture = source.partition(".")[0]
@@ -236,6 +260,8 @@ def create_model(
         if not isinstance(error, ValueError | RuntimeError | OSError):
             reason = "not a file of weights" if file else f"{type(error).__name__}: {reason}"
         problem = f" cannot be loaded{f' from {file}' if file else ''}: {reason}"
+        if features_only and "features_only" in str(error):
+            hint = "choose a model that timm's features_only supports"
         if folder is None and ":" not in name and architecture not in timm.list_models():
             near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), 3))
             problem = " has no config.json" if Path(name).is_dir() else " is not a timm model"
@@ -281,18 +307,21 @@ def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
     }
 
 
-def _pixels() -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
+def _pixels(maps: bool) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
+    shape = f"center crop of {_PIXEL_SIDE} x {_PIXEL_SIDE}"
+    if maps:
+        shape = f"blocks of {_PIXEL_STRIDE} x {_PIXEL_STRIDE}"
     metadata = {
-        "source": f"image pixels in [0, 1], center crop of {_PIXEL_SIDE} x {_PIXEL_SIDE}",
+        "source": f"image pixels in [0, 1], {shape}",
         "architecture": PIXELS,
         "tag": "",
         "license": "none (no weights)",
         "untrained": True,
         "preprocessing": PIXELS,
     }
-    return nn.Flatten(), crop, metadata
+    return nn.PixelUnshuffle(_PIXEL_STRIDE) if maps else nn.Flatten(), crop, metadata
 
 
 class _Dense(nn.Module):
@@ -304,6 +333,18 @@ class _Dense(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.forward_features(images)
+
+
+class _LastMap(_Dense):
+    """Wrapper that returns the map of a features_only model: (B, 3, S, S) -> (B, C, H, W)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.nhwc = getattr(model, "output_fmt", None) == Format.NHWC
+
+    def forward(self, images: Tensor) -> Tensor:
+        (output,) = self.model(images)
+        return output.permute(0, 3, 1, 2) if self.nhwc else output
 
 
 class _Pooled(_Dense):
@@ -330,6 +371,8 @@ def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
         )
     if features == "dense":
         return _Dense(model)
+    if features == "features_only":
+        return model if name == PIXELS else _LastMap(model)
     return _Pooled(model) if features == "backbone" and has_projector else model
 
 

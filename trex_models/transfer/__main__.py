@@ -1,7 +1,7 @@
 """Evaluate the frozen features of timm models.
 
 Tasks: the transfer protocol of the t-ReX paper, few-shot and multi-label classification, retrieval,
-and the robustness of ImageNet classifiers.
+segmentation, and the robustness of ImageNet classifiers.
 """
 
 from __future__ import annotations

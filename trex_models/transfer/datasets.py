@@ -15,6 +15,7 @@ from torchvision import datasets as tv
 from trex_models.data import samples
 from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
+from trex_models.data.scenes import SceneSource
 from trex_models.data.sources import Source
 from trex_models.transfer import label_readers, readers
 
@@ -101,6 +102,10 @@ def _fractals(first_class: int = 0) -> tuple[Source, Source]:
     return part(TRAIN_PER_CLASS), part(TEST_PER_CLASS, first_image=IMAGES_PER_CLASS)
 
 
+def _scenes() -> tuple[Source, Source]:
+    return SceneSource(400), SceneSource(200, first=400)
+
+
 def _downloaded(
     title: str, kind: Any, sizes: Sizes, folder: str, *splits: str, read: Reader | None = None
 ) -> Dataset:
@@ -110,10 +115,14 @@ def _downloaded(
 
 
 def _offline(
-    name: str, title: str, create: Callable[[], tuple[Source, Source]], sizes: Sizes
+    name: str,
+    title: str,
+    create: Callable[[], tuple[Source, Source]],
+    sizes: Sizes,
+    kind: Kind = "classes",
 ) -> Dataset:
     home = "pip install '.[transfer]' in a clone"
-    return Dataset(name, title, lambda _root: create(), sizes, "no files", home)
+    return Dataset(name, title, lambda _root: create(), sizes, "no files", home, kind=kind)
 
 
 def _packaged(name: str, title: str, sizes: Sizes, layout: str) -> Dataset:
@@ -231,6 +240,25 @@ _KNOWN = [
             ("ImageNet-ReaL", "imagenet/val", (1000, 50000), "google-research/reassessed-imagenet"),
         )
     ),
+    Dataset(
+        "voc2012",
+        "VOC2012",
+        readers.voc,
+        Sizes(21, 1464, 1449),
+        "VOCdevkit/VOC2012/, downloaded by torchvision",
+        "torchvision.datasets.VOCSegmentation(ROOT, download=True)",
+        kind="masks",
+    ),
+    Dataset(
+        "ade20k",
+        "ADE20K",
+        readers.ade20k,
+        Sizes(150, 20210, 2000),
+        "images/training, annotations/training, the same for validation, and objectInfo150.txt in "
+        "ADEChallengeData2016/",
+        "https://groups.csail.mit.edu/vision/datasets/ADE20K/ (scene parsing benchmark)",
+        kind="masks",
+    ),
     _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
     _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
@@ -239,6 +267,8 @@ _KNOWN = [
     ),
     _packaged("clipart", "Clip art", Sizes(56, 1572, 393), "clipart/CLASS/*.png"),
     _packaged("emoji", "Emoji", Sizes(200, 1000, 652), "emoji/train/NAME/ and emoji/test/NAME/"),
+    _offline("scenes", "Scenes", _scenes, Sizes(9, 400, 200), "masks"),
+    _offline("scene-labels", "Scene labels", _scenes, Sizes(9, 400, 200), "labels"),
 ]
 
 DATASETS = {dataset.name: dataset for dataset in _KNOWN}
@@ -249,8 +279,9 @@ GROUPS = {
     "transfer": (*_SMALL, *_LARGE),
     "small": _SMALL,
     "landmarks": ("roxford5k", "rparis6k"),
-    "multi-label": ("voc2007",),
+    "multi-label": ("voc2007", "scene-labels"),
     "robustness": tuple(f"imagenet-{name}" for name in ("v2", "a", "r", "sketch", "real")),
+    "segmentation": ("voc2012", "ade20k", "scenes"),
     "offline": ("fractals", "fractals-unseen", "digits", "photographs"),
     "packages": ("clipart", "emoji"),
 }
@@ -330,6 +361,8 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
                 f"{len(shared)} files are both training and test images (the same file or a link "
                 f"to it), such as {test.name(shared[0])}; remove them from one of the two"
             )
+    if isinstance(train, readers.MaskSource) and isinstance(test, readers.MaskSource):
+        readers.check_masks(train, test)
 
 
 def _class_counts(source: Source) -> np.ndarray:
@@ -370,6 +403,14 @@ def _layout(path: Path) -> tuple[Kind, Reader, str]:
         columns = "path, and label, labels (separated by ;) or one column of 0 and 1 per class"
         files = f"{path}/train.csv and test.csv (or val.csv)" if path.is_dir() else str(path)
         return kind, lambda _: label_readers.csv_files(path), f"{files} with the columns {columns}"
+    if any(
+        (base / "images").is_dir() and (base / "masks").is_dir() for base in (path, path / "train")
+    ):
+        layout = (
+            f"{path}/train/images, {path}/train/masks and the same in test/ (or val/), or only "
+            f"{path}/images and {path}/masks; masks are PNG files with the images' names"
+        )
+        return "masks", readers.mask_folders, layout
     layout = (
         f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
     )

@@ -7,22 +7,36 @@ Folder names are torchvision's. A damaged dataset may raise any error, to which
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import sha256
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from torchvision.datasets import VOCSegmentation
 
-from trex_models.data.decode import UnreadableImageError
-from trex_models.data.image_files import FileSource, FolderSource
+from trex_models.cli import progress_bar
+from trex_models.data.decode import UnreadableImageError, image_size, unreadable_error
+from trex_models.data.image_files import FileSource, FolderSource, split_images, walk
 from trex_models.data.sources import digest
+from trex_models.evaluation.segmentation import IGNORED
 from trex_models.evaluation.splits import hashed_order
 from trex_models.pretrained.unpickling import load_arrays
 
 Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
 NUM_LEVELS = 5
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+)
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
@@ -267,6 +281,171 @@ def landmarks(root: Path, name: str) -> Parts:
         raise ValueError(f"{path}: {len(queries)} queries have {len(truth)} boxes of 4 numbers")
     gallery = FileSource(images, database, [0] * len(database), ["landmark"])
     return gallery, LandmarkSource(images, queries, boxes, truth)
+
+
+class MaskSource(FileSource):
+    """Source of images with masks, PNG files of class indices.
+
+    Images are rotated as their EXIF orientation says; masks must match the rotated images.
+
+    Args:
+        root: Folder of the images and masks.
+        files: Paths of the N images and their masks, relative to ``root``.
+        classes: Class names, by label.
+        reduce_zero: If True, label 0 is ignored, and label k is class k - 1.
+    """
+
+    def __init__(
+        self, root: Path, files: Sequence[Any], classes: Sequence[str], reduce_zero: bool = False
+    ) -> None:
+        super().__init__(root, [image for image, _ in files], [0] * len(files), classes)
+        self.masks = FileSource(root, [mask for _, mask in files], self.labels, classes)
+        self.reduce_zero = reduce_zero
+
+    def mask(self, index: int) -> np.ndarray:
+        """Return the labels of an image's pixels, (H, W) uint8."""
+        mask = read_mask(self.masks.name(index))
+        if self.reduce_zero:
+            mask[mask == 0] = IGNORED
+            mask[mask < IGNORED] -= 1
+        return mask
+
+    def part(self, indices: np.ndarray) -> MaskSource:
+        """Return a source of the images at the given indices."""
+        files = zip(self.paths[indices].tolist(), self.masks.paths[indices].tolist(), strict=True)
+        return MaskSource(self.root, list(files), self.classes, self.reduce_zero)
+
+    def digest(self) -> str:
+        """Return a hash of the paths, the classes and the contents of the masks."""
+        return digest(super().digest(), self.masks.digest(), *(sha for _, sha in self.scan))
+
+    @cached_property
+    def scan(self) -> list[tuple[np.ndarray, bytes]]:
+        """Labels in each mask, (256,) bool, and its hash; checks the sizes of all masks."""
+        title, results = f"masks of {self.root}", []
+        with ThreadPoolExecutor() as pool, progress_bar(len(self), title, "mask") as bar:
+            for result in pool.map(self._scan_mask, range(len(self))):
+                results.append(result)
+                bar.update()
+        return results
+
+    def _scan_mask(self, index: int) -> tuple[np.ndarray, bytes]:
+        mask, size = self.mask(index), image_size(self.name(index))
+        if mask.shape != size:
+            raise ValueError(
+                f"{self.masks.name(index)} has {mask.shape[1]} x {mask.shape[0]} pixels, but the "
+                f"image, upright, {size[1]} x {size[0]}; save the mask in the image's size"
+            )
+        return np.bincount(mask.ravel(), minlength=256) > 0, sha256(mask.tobytes()).digest()
+
+
+def read_mask(path: str) -> np.ndarray:
+    """Read a mask, a PNG file of class indices, (H, W) uint8."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            mode, values = image.mode, np.array(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise unreadable_error(path, error) from error
+    if mode not in ("1", "L", "P", "I", "I;16") or values.max() > IGNORED:
+        problem = f"labels up to {values.max()}" if mode[0] == "I" else f"the mode {mode}"
+        raise ValueError(
+            f"{path} has {problem}; save class indices below {IGNORED} as a grayscale or palette "
+            f"PNG, and {IGNORED} for ignored pixels"
+        )
+    return values.astype(np.uint8)
+
+
+def check_masks(train: MaskSource, test: MaskSource) -> None:
+    """Check that all labels are classes, and that each class is in a training mask."""
+    count = len(train.classes)
+    for source in (train, test):
+        for index, (found, _) in enumerate(source.scan):
+            if found[count:IGNORED].any():
+                label = count + int(found[count:].argmax()) + source.reduce_zero
+                raise ValueError(
+                    f"{source.masks.name(index)} has the label {label}, but there are {count} "
+                    f"classes; correct the mask, or use {IGNORED} for ignored pixels"
+                )
+    present = np.any([found for found, _ in train.scan], axis=0)[:count]
+    if not present.all():
+        label = int(present.argmin())
+        raise ValueError(
+            f"no training mask has the class {train.classes[label]} (label {label}); add images "
+            "of it, or remove it from the classes and renumber the labels"
+        )
+
+
+def mask_folders(path: Path) -> Parts:
+    """Read images/ and masks/ in train/, val/ and test/, or else split them by a hash.
+
+    Parts are as in ``class_folders``. Class names are the lines of ``classes.txt``, if it exists.
+    """
+    names = read_lines(path / "classes.txt") if (path / "classes.txt").is_file() else []
+    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
+    if "train" in found:
+        if len(found) == 1:
+            raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
+        files = [pair_masks(path, f"{name}/images", f"{name}/masks") for name in found]
+        parts: Any = [chain(*files[:-1]), files[-1]]
+        train, test = (MaskSource(path, list(part), names or ["class 0"]) for part in parts)
+    else:
+        source = MaskSource(path, pair_masks(path, "images", "masks"), names or ["class 0"])
+        parts = split_by_hash(source, lambda count: max(1, round(count / 5)))
+        train, test = parts
+    if not names:
+        present = np.any([labels for labels, _ in train.scan], axis=0)[:IGNORED]
+        names = [f"class {label}" for label in range(1 + np.flatnonzero(present).max(initial=0))]
+        train.classes = test.classes = names
+    return train, test
+
+
+def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
+    """Return the paths of images and of masks with the same names, relative to ``root``."""
+    found = list(map(os.fsdecode, split_images(walk(root, images))[0]))
+    if not found:
+        raise ValueError(f"{root / images} contains no images; add images")
+    stems = [Path(path).relative_to(images).with_suffix("") for path in found]
+    expected = [f"{masks}/{stem}.png" for stem in stems]
+    existing = list(map(os.fsdecode, walk(root, masks)))
+    # A mask of two images is listed twice.
+    for name in sorted(Counter(expected) - Counter(existing)):
+        problem = "is the mask of two images" if name in existing else "is missing"
+        raise ValueError(f"{root / name} {problem}; each image needs its own mask, named like it")
+    if unused := sorted(set(existing) - set(expected)):
+        raise ValueError(f"{root / unused[0]} is the mask of no image; add the image or remove it")
+    return list(zip(found, expected, strict=True))
+
+
+def voc(root: Path) -> Parts:
+    """Read VOC2012 segmentation; the validation images are used for testing."""
+    train, test = (
+        MaskSource(
+            root,
+            [
+                [Path(path).relative_to(root).as_posix() for path in pair]
+                for pair in zip(part.images, part.masks, strict=True)
+            ],
+            VOC_CLASSES.split(),
+        )
+        for part in (VOCSegmentation(root, image_set=split) for split in ("train", "val"))
+    )
+    return train, test
+
+
+def ade20k(root: Path) -> Parts:
+    """Read ADE20K's scene parsing benchmark; the validation images are used for testing."""
+    base, info = "ADEChallengeData2016", root / "ADEChallengeData2016" / "objectInfo150.txt"
+    classes = [line.split("\t")[-1].split(",")[0] for line in read_lines(info)[1:]]
+    train, test = (
+        MaskSource(
+            root,
+            pair_masks(root, f"{base}/images/{split}", f"{base}/annotations/{split}"),
+            classes,
+            reduce_zero=True,
+        )
+        for split in ("training", "validation")
+    )
+    return train, test
 
 
 def _read_json(path: Path) -> Any:

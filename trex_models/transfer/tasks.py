@@ -11,6 +11,7 @@ from trex_models.transfer.few_shot import FewShot
 from trex_models.transfer.multi_label import MultiLabel
 from trex_models.transfer.retrieval import Retrieval
 from trex_models.transfer.robustness import Robustness
+from trex_models.transfer.segmentation import Segmentation
 from trex_models.transfer.task import Task
 
 
@@ -22,7 +23,7 @@ class Job(NamedTuple):
 
 
 # The default task of a dataset is the first one that supports its kind.
-_ALL = (Classification(), FewShot(), Retrieval(), MultiLabel(), Robustness())
+_ALL = (Classification(), FewShot(), Retrieval(), MultiLabel(), Segmentation(), Robustness())
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
