@@ -41,7 +41,7 @@ def opened(per_class: list[int]) -> OpenedDataset:
 
 
 def test_episodes_equal_scikit_learn(tmp_path: Path) -> None:
-    data, plan = opened([4, 6, 6]), Plan(shots=(1, 5), episodes=3)
+    data, plan = opened([4, 6, 6]), Plan(shots=(1, 5, 7), episodes=3)
     cache = FeatureCache(root=tmp_path)
     entry = FewShot().evaluate(FrozenModel.load("pixels"), data, cache, plan)
     images = [np.stack([part.read(i) for i in range(len(part))]) for part in data.sources]

@@ -9,7 +9,7 @@ every model uses the same ones, and those of 1 shot are among those of 2. Two cl
   1703.05175; Wang et al., "SimpleShot", arXiv 1911.04623, named L2N there).
 
 All classes and all test images are used in each episode. Classes with fewer than k images
-contribute all that they have.
+contribute all that they have; a k that no class has is left out.
 """
 
 from __future__ import annotations
@@ -49,20 +49,19 @@ class FewShot(Task):
 
     def protocol(self, opened: OpenedDataset, plan: Plan) -> Entry:
         """Return the protocol; raise a ValueError if no class has as many images as shots."""
-        largest = int(np.bincount(opened.sources[0].labels).max())
-        if plan.shots[-1] > largest:
-            raise ValueError(
-                f"--shots {plan.shots[-1]}: the largest class of {opened.dataset.name} has "
-                f"{largest} training images; pass fewer shots"
-            )
         counts = np.bincount(opened.sources[0].labels)
+        if not (shots := _shots(opened, plan)):
+            raise ValueError(
+                f"--shots {plan.shots[0]}: the largest class of {opened.dataset.name} has "
+                f"{counts.max()} training images; pass fewer shots"
+            )
         return {
             "classifiers": CLASSIFIERS,
-            "shots": list(plan.shots),
+            "shots": shots,
             "episodes": plan.episodes,
             "images": "the smallest hashes of class, file and episode",
             "interval": "Student's t over episodes",
-            "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in plan.shots},
+            "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in shots},
         }
 
     def evaluate(
@@ -75,18 +74,25 @@ class FewShot(Task):
             torch.from_numpy(source.labels).to(plan.device) for source in (train, test)
         )
         queries = _normalize(test_features, plan.device)
-        accuracies = np.empty((len(CLASSIFIERS), len(plan.shots), plan.episodes))
-        with progress_bar(plan.episodes * len(plan.shots), f"few-shot, {name}", "fit") as bar:
+        numbers = _shots(opened, plan)
+        accuracies = np.empty((len(CLASSIFIERS), len(numbers), plan.episodes))
+        with progress_bar(plan.episodes * len(numbers), f"few-shot, {name}", "fit") as bar:
             for episode in range(plan.episodes):
                 ranks = image_ranks(train, episode)
-                for column, shots in enumerate(plan.shots):
+                for column, shots in enumerate(numbers):
                     rows = torch.from_numpy(np.flatnonzero(ranks < shots))
                     x, y = _normalize(train_features[rows], plan.device), labels[rows]
                     for row, predict in enumerate((_logistic, _class_means)):
                         correct = predict(x, y, queries) == targets
                         accuracies[row, column, episode] = correct.double().mean().item()
                     bar.update()
-        return {"scores": _scores(accuracies, plan.shots), "accuracies": accuracies.tolist()}
+        return {"scores": _scores(accuracies, numbers), "accuracies": accuracies.tolist()}
+
+
+def _shots(opened: OpenedDataset, plan: Plan) -> list[int]:
+    """Return the numbers of shots that the largest class has."""
+    largest = np.bincount(opened.sources[0].labels).max()
+    return [shots for shots in plan.shots if shots <= largest]
 
 
 def _normalize(features: Tensor, device: str) -> Tensor:
