@@ -42,7 +42,7 @@ from trex_models.evaluation.feature_file import DTYPES
 from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
 from trex_models.evaluation.geometry import analyze
 from trex_models.evaluation.inputs import as_tensor, require_finite
-from trex_models.evaluation.retrieval import class_retrieval
+from trex_models.evaluation.ranking import class_retrieval
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache

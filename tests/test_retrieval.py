@@ -14,8 +14,8 @@ from sklearn.metrics import average_precision_score
 
 from tests import replicas
 from tests.images import save_image
-from trex_models.evaluation import retrieval
-from trex_models.evaluation.retrieval import class_retrieval, landmark_metrics, rankings, whiten
+from trex_models.evaluation import ranking
+from trex_models.evaluation.ranking import class_retrieval, landmark_metrics, rankings, whiten
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, open_checked
 
@@ -46,8 +46,8 @@ def expected(similarity: np.ndarray, relevant: np.ndarray) -> tuple[list[float],
 def test_class_retrieval_equals_plain_loops(
     monkeypatch: pytest.MonkeyPatch, pairs: int, separate: bool
 ) -> None:
-    monkeypatch.setattr(retrieval, "_PAIRS", pairs)  # 130: two queries per block
-    monkeypatch.setattr(retrieval, "_BLOCK", 17)
+    monkeypatch.setattr(ranking, "_PAIRS", pairs)  # 130: two queries per block
+    monkeypatch.setattr(ranking, "_BLOCK", 17)
     gallery, labels = samples()
     queries, targets = samples(1) if separate else (gallery, labels)
     own = (queries, targets) if separate else (None, None)

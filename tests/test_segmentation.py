@@ -18,9 +18,9 @@ from sklearn.metrics import confusion_matrix
 
 from tests.replicas import write
 from trex_models.data.scenes import SceneSource
-from trex_models.evaluation import segmentation
+from trex_models.evaluation import segmentation_head
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.evaluation.segmentation import LinearSegmentation, Settings
+from trex_models.evaluation.segmentation_head import LinearSegmentation, Settings
 from trex_models.transfer import segmentation as task
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, OpenedDataset, Sizes, open_checked, select
@@ -46,7 +46,7 @@ def pixels() -> FrozenModel:
 def miou(model: FrozenModel, source: Any, settings: Settings, path: Path) -> float:
     segmenter = LinearSegmentation(model, len(source.classes), settings, path, "key")
     segmenter.train(source, "test")
-    return float(np.nanmean(segmentation.class_iou(segmenter.test(source, "test").sum(0))))
+    return float(np.nanmean(segmentation_head.class_iou(segmenter.test(source, "test").sum(0))))
 
 
 def test_iou_equals_that_of_a_confusion_matrix() -> None:
@@ -54,14 +54,14 @@ def test_iou_equals_that_of_a_confusion_matrix() -> None:
     labels, predicted = rng.integers(0, 4, (2, 20, 30), dtype=np.uint8)
     labels[labels == 2] = 0  # only predicted
     labels[:5] = 255
-    counts = segmentation.class_counts(
+    counts = segmentation_head.class_counts(
         torch.from_numpy(predicted), torch.from_numpy(labels), 6
     ).numpy()
     valid = labels != 255
     matrix = confusion_matrix(labels[valid], predicted[valid], labels=range(6))
     correct = matrix.diagonal()
     assert np.array_equal(counts, [correct, matrix.sum(0), matrix.sum(1)])
-    for label, iou in enumerate(segmentation.class_iou(counts)):
+    for label, iou in enumerate(segmentation_head.class_iou(counts)):
         is_true, is_found = labels[valid] == label, predicted[valid] == label
         union = (is_true | is_found).sum()
         assert iou == (is_true & is_found).sum() / union if union else np.isnan(iou)
@@ -69,8 +69,10 @@ def test_iou_equals_that_of_a_confusion_matrix() -> None:
 
 def test_windows_cover_an_axis() -> None:
     expected = {512: [0], 513: [0, 1], 853: [0, 341], 854: [0, 341, 342]}
-    assert {length: segmentation.window_starts(length, 512, 341) for length in expected} == expected
-    starts = segmentation.window_starts(2048, 512, 341)
+    assert {
+        length: segmentation_head.window_starts(length, 512, 341) for length in expected
+    } == expected
+    starts = segmentation_head.window_starts(2048, 512, 341)
     assert set().union(*(range(s, s + 512) for s in starts)) == set(range(2048))
 
 
@@ -84,17 +86,17 @@ def test_merged_windows_equal_the_plain_computation(resized: list[Any]) -> None:
         overlaps[rows, columns] += 1
     upsampled = F.interpolate((total / overlaps)[None], size, mode="bilinear")[0]
     one = F.interpolate(logits[:1], (32, 32), mode="bilinear")[0].argmax(0)
-    labels = segmentation.merge_windows(logits, boxes, (40, 52), size)
+    labels = segmentation_head.merge_windows(logits, boxes, (40, 52), size)
     assert torch.equal(labels.long(), upsampled.argmax(0))
     assert max(out.numel() for _, out in resized[-150:]) == 70 * 90  # one class at a time
     assert torch.equal(
-        segmentation.merge_windows(logits[:1], boxes[:1], (32, 32), (32, 32)).long(), one
+        segmentation_head.merge_windows(logits[:1], boxes[:1], (32, 32), (32, 32)).long(), one
     )
 
 
 def test_training_crops_move_images_and_masks_alike() -> None:
     settings = Settings(crop=48, scale=(0.4, 1.5), augmentation=PLAIN)
-    crops = segmentation._TrainingCrops(Colored(10, 96), settings, (1.0, 1.0, 1.0))
+    crops = segmentation_head._TrainingCrops(Colored(10, 96), settings, (1.0, 1.0, 1.0))
     images, masks = (batch.numpy() for batch in crops.__getitems__(range(60)))
     inside = masks != 255
     assert np.array_equal(images.min(3) < 255, inside)
@@ -118,7 +120,7 @@ def test_an_interrupted_evaluation_continues_exactly(
 ) -> None:
     source = SceneSource(5, 40)
     expected = miou(pixels(), source, SMALL, tmp_path / "a.safetensors")
-    monkeypatch.setattr(segmentation, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(segmentation_head, "_SAVE_EVERY", 0.0)
     original, left = getattr(LinearSegmentation, method), [calls]
 
     def interrupted(self: LinearSegmentation, *args: Any) -> Any:

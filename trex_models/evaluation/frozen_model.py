@@ -39,7 +39,8 @@ from trex_models.pretrained.checkpoints import key_difference
 PIXELS = "pixels"
 """Name of the baseline without a model: the pixels of a 16 x 16 center crop."""
 Preprocessing = Literal["transfer", "validation", "model"]
-FeaturesName = Literal["backbone", "projector", "logits", "dense", "features_only"]
+FeaturesName = Literal["backbone", "projector", "logits", "dense"]
+ModelOutput = FeaturesName | Literal["features_only"] | None
 _PACKAGES = ("torch", "torchvision", "timm", "pillow")
 _PIXEL_SIDE = 16  # 32 is not more accurate on fractals, and takes four times as long
 _PIXEL_STRIDE = 8  # of the feature map
@@ -74,7 +75,7 @@ class FrozenModel:
         cls,
         name: str,
         *,
-        features: FeaturesName | None = None,
+        features: ModelOutput = None,
         preprocessing: Preprocessing = "transfer",
         precision: PrecisionName = "fp32",
         device: str = "cpu",
@@ -354,7 +355,7 @@ class _Pooled(_Dense):
         return self.model.global_pool(super().forward(images))
 
 
-def _select(name: str, model: Any, features: FeaturesName | None) -> nn.Module:
+def _select(name: str, model: Any, features: ModelOutput) -> nn.Module:
     has_projector = isinstance(getattr(model, "proj", None), Projector)
     missing = ""
     if features == "projector" and not has_projector:

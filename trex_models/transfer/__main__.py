@@ -7,7 +7,7 @@ segmentation, and the robustness of ImageNet classifiers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -16,7 +16,7 @@ from shlex import join
 from typing import Any, Literal
 
 from trex_models import cli, plotting
-from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel, Preprocessing
+from trex_models.evaluation.frozen_model import FrozenModel, ModelOutput, Preprocessing
 from trex_models.precision import PrecisionName, choose_device, free_cores
 from trex_models.pretrained import figure
 from trex_models.transfer import pictures
@@ -32,8 +32,8 @@ from trex_models.transfer.datasets import (
 )
 from trex_models.transfer.evaluate import evaluate
 from trex_models.transfer.report import format_table, read_report, require_same_images
-from trex_models.transfer.task import SHOTS, Plan, Task
-from trex_models.transfer.tasks import TASKS, Job, select_tasks
+from trex_models.transfer.task import Plan, Task
+from trex_models.transfer.tasks import TASKS, Job, parse_shots, select_tasks
 
 # Without CUDA, the model itself needs the cores.
 _WORKERS = min(free_cores(), 16) if choose_device().type == "cuda" else 1
@@ -59,7 +59,7 @@ def evaluate_models(
     shots: str = "",
     episodes: int = 20,
     whiten: str = "",
-    iterations: int | None = None,
+    iterations: int = 0,
     data_root: Path = Path("data"),
     training_task: str | None = None,
     label: str = "",
@@ -79,22 +79,21 @@ def evaluate_models(
     Example: python -m trex_models.transfer evaluate --model pixels --datasets small --output r.json
 
     Args:
-        model: A timm model, hf-hub:OWNER/NAME, a timm folder, a run directory, a model of the
-            paper's figure, such as dino_resnet50, or "pixels"; or several, separated by commas.
-            "figure" is all models of the paper's figure.
+        model: Comma-separated models: a timm model, hf-hub:OWNER/NAME, a timm folder, a run
+            directory, a model of the paper's figure, such as dino_resnet50, "figure" for all of
+            these, or "pixels".
         datasets: Comma-separated names and groups, see the command "list", and NAME=PATH for your
             own images. The group "offline" needs no data.
-        output: Report to write, .json. A table, .md, and pictures are written next to it. For
-            several models, the folder of their reports.
-        task: Comma-separated tasks, see the command "list". Defaults to the datasets' own tasks.
-        shots: Comma-separated numbers of training images per class; adds the task few-shot.
-            Defaults to 1,2,5,10 in that task.
-        episodes: Number of random draws of the images in the task few-shot.
+        output: Report to write, .json, with a table, .md, and pictures next to it. For several
+            models, the folder of their reports.
+        task: Comma-separated tasks, see the command "list". Defaults to each dataset's first task.
+        shots: Comma-separated numbers of images per class for the task few-shot, which they add.
+        episodes: Number of random draws of these images.
         whiten: Dataset from whose training images PCA whitening is learned, for retrieval.
-        iterations: Training iterations of the segmentation head. Defaults to the dataset's own.
+        iterations: Training iterations of the segmentation head; 0 for the dataset's default.
         data_root: Folder that contains the datasets.
-        training_task: Dataset that the model was trained on; it is excluded from the transfer
-            score. Defaults to imagenet, if that is among the datasets.
+        training_task: Dataset that the model was trained on, excluded from the transfer score.
+            Defaults to imagenet, if that is among the datasets.
         label: Name of the model in tables and plots. Defaults to its name.
         preprocessing: Resize the shorter side to the crop size (transfer), to 256 for a crop of
             224 (validation), or as in the model's configuration (model).
@@ -109,45 +108,50 @@ def evaluate_models(
         workers: Number of loader workers.
     """
     command = _command_line(locals())
-    outputs = _outputs(model, label, output)
     cli.require_at_least(1, seeds=seeds, batch_size=batch_size, episodes=episodes)
-    cli.require_at_least(0, workers=workers)
-    if iterations is not None:
-        cli.require_at_least(1, iterations=iterations)
-    folder = output if len(outputs) > 1 else output.parent
-    root = cache or folder / "features"
+    cli.require_at_least(0, workers=workers, iterations=iterations)
+    outputs, pairs = _outputs(model, label, output), select_tasks(task, select(datasets), shots)
+    root = cache or (output if len(outputs) > 1 else output.parent) / "features"
     if root.exists() and not root.is_dir():
         raise ValueError(f"--cache {root} is not a folder; pass a folder")
-    chosen_device = choose_device(device)
-    device = chosen_device.type if device == "auto" else device
-    pairs = select_tasks(task, select(datasets), bool(shots))
-    if untrained and any(task.features == "logits" for task, _ in pairs):
-        raise ValueError("--untrained has no classifier for the task robustness; omit one of them")
-    plan = Plan(
-        seeds=seeds,
-        training_task=_training_task(training_task, pairs),
-        geometry=geometry,
-        device=device,
-        shots=_parse_shots(shots) if shots else SHOTS,
-        episodes=episodes,
-        iterations=iterations,
-    )
-    load = partial(_load, [task for task, _ in pairs], preprocessing, precision, untrained, device)
+    device = choose_device().type if device == "auto" else device
+    features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
+    plan = Plan(seeds=seeds, geometry=geometry, device=device, episodes=episodes)
+    plan = replace(plan, shots=parse_shots(shots), iterations=iterations)
+    plan = replace(plan, training_task=_training_task(training_task, pairs))
+    load = partial(_load, pairs, preprocessing, precision, untrained, device)
+    open_dataset = partial(open_checked, root=data_root)
+    _evaluate(outputs, pairs, plan, features, load, open_dataset, whiten, label, command)
+
+
+def _evaluate(
+    outputs: Mapping[str, Path],
+    pairs: Sequence[tuple[Task, Dataset]],
+    plan: Plan,
+    features: FeatureCache,
+    load: Callable[[str], dict[ModelOutput, FrozenModel]],
+    open_dataset: Callable[[Dataset], OpenedDataset],
+    whiten: str,
+    label: str,
+    command: str,
+) -> None:
+    """Open the datasets, evaluate the models one after the other, and print their table."""
     for name in reversed(outputs):  # invalid models are reported before the data are opened
         loaded, first = load(name), name
-    opened = {dataset.name: open_checked(dataset, data_root) for _, dataset in pairs}
+    opened = {dataset.name: open_dataset(dataset) for _, dataset in pairs}
     if whiten:
-        plan = replace(plan, whiten=_open_whitening(whiten, pairs, data_root, opened))
+        plan = replace(plan, whiten=opened.get(whiten) or open_dataset(_whitening(whiten, pairs)))
     jobs = [Job(task, opened[dataset.name]) for task, dataset in pairs]
     calibration = opened.get(plan.training_task or "", jobs[0].data)
-    folder.mkdir(parents=True, exist_ok=True)
     reports = []
     for name, path in outputs.items():
         models = loaded if name == first else load(name)
-        if untrained:
-            models = {k: _recalibrated(m, calibration, workers) for k, m in models.items()}
-        features = FeatureCache(root=root, dtype=dtype, batch_size=batch_size, workers=workers)
+        for kind, frozen in models.items():
+            if frozen.metadata["untrained"] and frozen.metadata["parameters"]:
+                title, source = calibration.dataset.name, calibration.sources[0]
+                models[kind] = frozen.recalibrate_batchnorm(source, title, features.workers)
         title = label or figure.TITLES.get(name, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         reports.append(evaluate(models, jobs, features, plan, path, title, command))
     print(f"\n{format_table(reports)}\n")
     for path in outputs.values():
@@ -180,14 +184,17 @@ def _training_task(name: str | None, pairs: Sequence[tuple[Task, Dataset]]) -> s
 
 
 def _load(
-    tasks: Sequence[Task],
+    pairs: Sequence[tuple[Task, Dataset]],
     preprocessing: Preprocessing,
     precision: PrecisionName,
     untrained: bool,
     device: str,
     name: str,
-) -> dict[FeaturesName | None, FrozenModel]:
+) -> dict[ModelOutput, FrozenModel]:
     """Load a model once for each kind of features that the tasks require."""
+    tasks = [task for task, _ in pairs]
+    if untrained and any(task.features == "logits" for task in tasks):
+        raise ValueError("--untrained has no classifier for the task robustness; omit one of them")
     models = {
         kind: FrozenModel.load(
             name,
@@ -205,33 +212,13 @@ def _load(
     return models
 
 
-def _recalibrated(frozen: FrozenModel, opened: OpenedDataset, workers: int) -> FrozenModel:
-    if not frozen.metadata["parameters"]:  # pixels
-        return frozen
-    return frozen.recalibrate_batchnorm(opened.sources[0], opened.dataset.name, workers)
-
-
-def _parse_shots(text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise ValueError(f"--shots must be positive integers such as 1,2,5,10, got {text}")
-    return tuple(sorted({int(word) for word in words}))
-
-
-def _open_whitening(
-    text: str,
-    pairs: Sequence[tuple[Task, Dataset]],
-    root: Path,
-    opened: Mapping[str, OpenedDataset],
-) -> OpenedDataset:
+def _whitening(name: str, pairs: Sequence[tuple[Task, Dataset]]) -> Dataset:
     if "retrieval" not in {task.name for task, _ in pairs}:
-        raise ValueError(f"--whiten {text} is for the task retrieval; add --task retrieval")
-    if text in opened:  # perhaps the user's own
-        return opened[text]
-    dataset, *others = select(text)
+        raise ValueError(f"--whiten {name} is for the task retrieval; add --task retrieval")
+    dataset, *others = select(name)
     if others or dataset.kind == "imagenet":
-        raise ValueError(f"--whiten {text} must be one dataset with training images or a gallery")
-    return open_checked(dataset, root)
+        raise ValueError(f"--whiten {name} must be one dataset with training images or a gallery")
+    return dataset
 
 
 def _command_line(options: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ class FeatureCache:
     dtype: str = "float32"
     batch_size: int = 256
     workers: int = 0
-    _identities: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+    _identities: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False)
 
     def features(self, model: FrozenModel, source: Source, title: str) -> np.ndarray:
         """Return memory-mapped features, (N, F); extract them first if they are not cached.
@@ -54,9 +54,9 @@ class FeatureCache:
 
     def identity(self, model: FrozenModel, source: Source) -> dict[str, str]:
         """Return ``feature_identity``, remembered since it reads the sizes of all files."""
-        key = id(model), id(source)
-        if key not in self._identities:  # with the objects, so that no other one gets their id
-            self._identities[key] = feature_identity(model, source), model, source
+        key = as_text(model.identity()), id(source)
+        if key not in self._identities:  # with the source, so that no other one gets its id
+            self._identities[key] = feature_identity(model, source), source
         return dict(self._identities[key][0])
 
     def scores(

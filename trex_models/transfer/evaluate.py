@@ -13,7 +13,7 @@ from typing import Any
 
 from trex_models import plotting
 from trex_models.atomic import write_text_file
-from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
+from trex_models.evaluation.frozen_model import FrozenModel, ModelOutput
 from trex_models.transfer import classification, protocol
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.report import (
@@ -28,7 +28,7 @@ from trex_models.transfer.tasks import Job
 
 
 def evaluate(
-    models: Mapping[FeaturesName | None, FrozenModel],
+    models: Mapping[ModelOutput, FrozenModel],
     jobs: Sequence[Job],
     cache: FeatureCache,
     plan: Plan,
@@ -48,7 +48,7 @@ def evaluate(
         command: Command line to report.
     """
     # With the classifier, if a task scores it: the hash of the weights identifies the report.
-    model = models.get("logits") or next(iter(models.values()))
+    model = models.get("logits") or models.get(None) or next(iter(models.values()))
     settings = {
         "protocol": protocol.describe(range(plan.seeds)),
         "cache_dtype": cache.dtype,

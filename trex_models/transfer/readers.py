@@ -26,7 +26,7 @@ from trex_models.cli import progress_bar
 from trex_models.data.decode import UnreadableImageError, image_size, unreadable_error
 from trex_models.data.image_files import FileSource, FolderSource, split_images, walk
 from trex_models.data.sources import digest
-from trex_models.evaluation.segmentation import IGNORED
+from trex_models.evaluation.segmentation_head import IGNORED
 from trex_models.evaluation.splits import hashed_order
 from trex_models.pretrained.unpickling import load_arrays
 

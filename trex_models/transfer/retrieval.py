@@ -18,7 +18,7 @@ from trex_models.cli import progress_bar
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.sources import Source
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.evaluation.retrieval import (
+from trex_models.evaluation.ranking import (
     RECALLS,
     class_retrieval,
     landmark_metrics,

@@ -11,7 +11,7 @@ from trex_models import plotting
 from trex_models.data.sources import digest
 from trex_models.evaluation.extract import as_text
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.evaluation.segmentation import (
+from trex_models.evaluation.segmentation_head import (
     IGNORED,
     LinearSegmentation,
     Settings,
@@ -99,13 +99,13 @@ class Segmentation(Task):
         return figure
 
 
-def _settings(opened: OpenedDataset, iterations: int | None) -> Settings:
+def _settings(opened: OpenedDataset, iterations: int) -> Settings:
     default = _DATASETS.get(opened.dataset.name, Settings())
     return replace(default, iterations=iterations or default.iterations)
 
 
 def _trained(
-    model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, iterations: int | None
+    model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, iterations: int
 ) -> LinearSegmentation:
     train: Any = opened.sources[0]
     chosen = _settings(opened, iterations)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from trex_models.evaluation.frozen_model import FeaturesName, FrozenModel
+from trex_models.evaluation.frozen_model import FrozenModel, ModelOutput
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 
@@ -34,8 +34,8 @@ class Plan:
     """Number of random draws of these images."""
     whiten: OpenedDataset | None = None
     """Dataset from whose training images PCA whitening is learned for retrieval."""
-    iterations: int | None = None
-    """Training iterations of the segmentation head; None for the dataset's default."""
+    iterations: int = 0
+    """Training iterations of the segmentation head; 0 for the dataset's default."""
 
 
 class Task:
@@ -45,7 +45,7 @@ class Task:
     title: str
     kinds: tuple[str, ...]
     """Kinds of datasets that have this task."""
-    features: FeaturesName | None = None
+    features: ModelOutput = None
     """Output of the model that the task requires; see ``FrozenModel.load``."""
     has_picture = False
 
