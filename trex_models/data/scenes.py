@@ -25,21 +25,17 @@ def _half_planes(x: np.ndarray, y: np.ndarray, sides: int) -> np.ndarray:
     return np.max([np.cos(angle) * x + np.sin(angle) * y for angle in angles], axis=0)
 
 
-def _largest(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(x), abs(y))
-
-
 # Functions that return which points of the plane are inside; shapes fit into the unit circle.
 _SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "disc": lambda x, y: x**2 + y**2 < 0.8,
-    "square": lambda x, y: _largest(x, y) < 0.7,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 0.7,
     "triangle": lambda x, y: _half_planes(x, y, 3) < 0.5,
     "ring": lambda x, y: abs(x**2 + y**2 - 0.65) < 0.35,
-    "cross": lambda x, y: (_largest(x, y) < 0.95) & (np.minimum(abs(x), abs(y)) < 0.25),
+    "cross": lambda x, y: (np.maximum(abs(x), abs(y)) < 0.95) & (np.minimum(abs(x), abs(y)) < 0.25),
     # A star is the union of two triangles.
     "star": lambda x, y: np.minimum(_half_planes(x, y, 3), _half_planes(-x, y, 3)) < 0.5,
     "crescent": lambda x, y: (x**2 + y**2 < 0.95) & ((x - 0.55) ** 2 + y**2 > 0.6),
-    "corner": lambda x, y: (_largest(x, y) < 0.7) & (np.minimum(x, y) < -0.2),
+    "corner": lambda x, y: (np.maximum(abs(x), abs(y)) < 0.7) & (np.minimum(x, y) < -0.2),
 }
 
 

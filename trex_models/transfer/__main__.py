@@ -125,7 +125,7 @@ def evaluate_models(
 
 
 def _evaluate(
-    outputs: Mapping[str, Path],
+    outputs: dict[str, Path],
     pairs: Sequence[tuple[Task, Dataset]],
     plan: Plan,
     features: FeatureCache,

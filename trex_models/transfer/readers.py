@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets import VOCSegmentation
 
 from trex_models.cli import progress_bar
 from trex_models.data.decode import UnreadableImageError, image_size, unreadable_error
@@ -386,8 +385,8 @@ def mask_folders(path: Path) -> Parts:
         if len(found) == 1:
             raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
         files = [pair_masks(path, f"{name}/images", f"{name}/masks") for name in found]
-        parts: Any = [chain(*files[:-1]), files[-1]]
-        train, test = (MaskSource(path, list(part), names or ["class 0"]) for part in parts)
+        parts: Any = [*chain(*files[:-1])], files[-1]
+        train, test = (MaskSource(path, part, names or ["class 0"]) for part in parts)
     else:
         source = MaskSource(path, pair_masks(path, "images", "masks"), names or ["class 0"])
         parts = split_by_hash(source, lambda count: max(1, round(count / 5)))
@@ -418,34 +417,27 @@ def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
 
 def voc(root: Path) -> Parts:
     """Read VOC2012 segmentation; the validation images are used for testing."""
-    train, test = (
-        MaskSource(
-            root,
-            [
-                [Path(path).relative_to(root).as_posix() for path in pair]
-                for pair in zip(part.images, part.masks, strict=True)
-            ],
-            VOC_CLASSES.split(),
-        )
-        for part in (VOCSegmentation(root, image_set=split) for split in ("train", "val"))
-    )
-    return train, test
+    base, classes = root / "VOCdevkit" / "VOC2012", VOC_CLASSES.split()
+
+    def listed(split: str) -> MaskSource:
+        names = read_lines(base / "ImageSets" / "Segmentation" / f"{split}.txt")
+        files = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
+        return MaskSource(base, files, classes)
+
+    return listed("train"), listed("val")
 
 
 def ade20k(root: Path) -> Parts:
     """Read ADE20K's scene parsing benchmark; the validation images are used for testing."""
-    base, info = "ADEChallengeData2016", root / "ADEChallengeData2016" / "objectInfo150.txt"
-    classes = [line.split("\t")[-1].split(",")[0] for line in read_lines(info)[1:]]
-    train, test = (
-        MaskSource(
-            root,
-            pair_masks(root, f"{base}/images/{split}", f"{base}/annotations/{split}"),
-            classes,
-            reduce_zero=True,
-        )
-        for split in ("training", "validation")
-    )
-    return train, test
+    base = root / "ADEChallengeData2016"
+    rows = read_lines(base / "objectInfo150.txt")[1:]
+    classes = [row.split("\t")[-1].split(",")[0] for row in rows]
+
+    def listed(split: str) -> MaskSource:
+        files = pair_masks(base, f"images/{split}", f"annotations/{split}")
+        return MaskSource(base, files, classes, reduce_zero=True)
+
+    return listed("training"), listed("validation")
 
 
 def _read_json(path: Path) -> Any:
