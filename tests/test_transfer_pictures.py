@@ -112,6 +112,9 @@ def test_published_points_are_hollow_and_labeled(name: str) -> None:
     assert f"{authors.num_datasets} transfer datasets" in authors.title
     note = f"means over 3 and over the authors' {authors.num_datasets} datasets are not comparable"
     assert note in notes(figure)
+    lines = pictures.scatter([report("t-ReX*")], name).axes[0].lines  # measured and published
+    measured, published = (line for line in lines if line.get_label() == "t-ReX*")
+    assert published.get_markeredgecolor() == measured.get_color()
     figure = pictures.scatter([], name)  # without reports
     np.testing.assert_allclose(points(figure.axes[0], hollow=True), expected)
     assert notes(figure) == [reported]

@@ -291,7 +291,7 @@ def list_datasets() -> None:
     for dataset in DATASETS.values():
         tasks = [task.name for task in TASKS.values() if dataset.kind in task.kinds]
         counts = zip(dataset.sizes, ("classes", "training", "test"), strict=True)
-        sizes = ", ".join(f"{count:,} {name}" for count, name in counts if count)
+        sizes = ", ".join(f"{count:,} {name}" for count, name in counts if (count or 1) > 1)
         print(f"{dataset.name:<18}{dataset.title} ({sizes}); {dataset.layout}; {', '.join(tasks)}")
     print()
     for group, names in GROUPS.items():
