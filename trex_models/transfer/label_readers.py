@@ -9,13 +9,10 @@ import numpy as np
 
 from trex_models.data.image_files import CsvSource, FileSource, csv_column, csv_rows, csv_value
 from trex_models.data.sources import digest
+from trex_models.transfer import readers
 from trex_models.transfer.readers import Parts, read_lines, split_by_hash
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
+VOC_CLASSES = readers.VOC_CLASSES[1:]  # without the background
 _VOC_TARGETS = {"1": 1, "-1": 0, "0": -1}  # 0: only difficult objects
 _CSV_TARGETS = {"1": 1, "0": 0, "-1": -1, "": -1}
 
@@ -71,7 +68,7 @@ def csv_files(path: Path) -> Parts:
     """Read a CSV file, of which a fifth is held out for testing, or train.csv and test or val."""
     read = CsvSource if has_one_label(path) else read_csv_labels
     if path.suffix == ".csv":
-        return split_by_hash(read(path), lambda count: max(1, round(count / 5)))
+        return split_by_hash(read(path))
     tests = [path / name for name in ("test.csv", "val.csv") if (path / name).exists()]
     if len(tests) != 1:
         raise ValueError(f"{path} has {len(tests)} of the files test.csv and val.csv; keep one")
@@ -109,13 +106,9 @@ def read_csv_labels(path: Path, classes: list[str] | None = None) -> LabelsSourc
 def _row_targets(place: str, row: dict[str, str]) -> dict[str, int]:
     if "labels" in row:
         return {name.strip(): 1 for name in row["labels"].split(";") if name.strip()}
-    targets = {}
-    for name, value in row.items():
-        if name != "path":
-            if value.strip() not in _CSV_TARGETS:
-                raise ValueError(
-                    f"{place}: {name!r} is {value!r}; use 1 (present), 0 (absent), or -1 or "
-                    "nothing (ignored)"
-                )
-            targets[name] = _CSV_TARGETS[value.strip()]
-    return targets
+    targets = {name: value for name, value in row.items() if name != "path"}
+    for name, value in targets.items():
+        if value.strip() not in _CSV_TARGETS:
+            allowed = "1 (present), 0 (absent), or -1 or nothing (ignored)"
+            raise ValueError(f"{place}: {name!r} is {value!r}; use {allowed}")
+    return {name: _CSV_TARGETS[value.strip()] for name, value in targets.items()}

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from importlib.resources import files
 from itertools import chain
@@ -33,8 +33,9 @@ Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
 NUM_LEVELS = 5
 VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
 )
 
 
@@ -44,18 +45,22 @@ def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Pa
     def read(root: Path) -> Parts:
         splits = *train, "test"
         *fitted, tested = (kind(root, split, loader=str) for split in splits)
-        classes = tested.classes
-        if any(part.classes != classes for part in fitted):  # labels would differ
+        if any(part.classes != tested.classes for part in fitted):  # labels would differ
             raise ValueError(f"the splits {', '.join(splits)} list different classes")
 
-        def listed(parts: list[Any]) -> FileSource:
-            rows = [part[index] for part in parts for index in range(len(part))]
-            paths = [Path(path).relative_to(root / folder).as_posix() for path, _ in rows]
-            return FileSource(root / folder, paths, [int(label) for _, label in rows], classes)
+        def listed(*parts: Any) -> FileSource:
+            files = [part[index] for part in parts for index in range(len(part))]
+            rows = [(Path(path).relative_to(root / folder).as_posix(), n) for path, n in files]
+            return from_rows(root / folder, rows, tested.classes)
 
-        return listed(fitted), listed([tested])
+        return listed(*fitted), listed(tested)
 
     return read
+
+
+def from_rows(root: Path, rows: Sequence[tuple[str, Any]], classes: Sequence[str]) -> FileSource:
+    """Return a source from pairs of path and label."""
+    return FileSource(root, [path for path, _ in rows], [int(label) for _, label in rows], classes)
 
 
 def imagenet(root: Path) -> Parts:
@@ -90,7 +95,7 @@ def imagenet_variant(root: Path, folder: str, title: str) -> tuple[FileSource]:
 
 def eurosat(root: Path) -> Parts:
     """Read EuroSAT; its test images are selected by a hash, the same ones everywhere."""
-    return split_by_hash(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
+    return split_by_hash(FolderSource(root / "eurosat" / "2750"), EUROSAT_TEST_PER_CLASS)
 
 
 def class_folders(path: Path) -> Parts:
@@ -99,29 +104,35 @@ def class_folders(path: Path) -> Parts:
     Training images are those in ``train/`` and, if there is also ``test/``, in ``val/``. Without
     ``train/``, a fifth of each class is held out for testing.
     """
-    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
-    if "train" not in found:
-        return split_by_hash(FolderSource(path), lambda count: max(1, round(count / 5)))
-    if len(found) == 1:
-        raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
+    if not (found := _parts(path)):
+        return split_by_hash(FolderSource(path))
     train, *val, test = (FolderSource(path / name) for name in found)
     if not val:
         return train, test
     if train.classes != val[0].classes:
         raise ValueError(f"{path}/train and {path}/val must contain the same class folders")
-    files = [b"train/" + file for file in train.paths.tolist()]
-    files += [b"val/" + file for file in val[0].paths.tolist()]
+    files = [
+        f"{part.root.name}/{os.fsdecode(file)}" for part in (train, *val) for file in part.paths
+    ]
     labels = np.concatenate([train.labels, val[0].labels])
     return FileSource(path, files, labels, train.classes), test
 
 
-def split_by_hash(source: FileSource, test_images: Callable[[int], int]) -> Parts:
-    """Hold out ``test_images(count)`` images of each class, by the hash of their paths."""
+def _parts(path: Path) -> list[str]:
+    """Return which of train, val and test are folders; none if train is not."""
+    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
+    if found == ["train"]:
+        raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
+    return found if "train" in found else []
+
+
+def split_by_hash(source: FileSource, count: int = 0) -> Parts:
+    """Hold out images of each class, by default a fifth, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
         order = hashed_order(source.paths[members].tolist(), seed=0)
-        mask[members[order[: test_images(len(members))]]] = True
+        mask[members[order[: count or max(1, round(len(members) / 5))]]] = True
     return source.part(np.flatnonzero(~mask)), source.part(np.flatnonzero(mask))
 
 
@@ -137,8 +148,8 @@ def pets(root: Path) -> Parts:
     classes = [names[breed] for breed in range(1, len(names) + 1)]
 
     def listed(rows: list[list[str]]) -> FileSource:
-        paths = [f"images/{image}.jpg" for image, *_ in rows]
-        return FileSource(folder, paths, [int(breed) - 1 for _, breed, *_ in rows], classes)
+        files = [(f"images/{image}.jpg", int(breed) - 1) for image, breed, *_ in rows]
+        return from_rows(folder, files, classes)
 
     return listed(train), listed(test)
 
@@ -156,12 +167,13 @@ def sun397(root: Path) -> Parts:
 
     classes = names("ClassName.txt")
     label_of = {name: label for label, name in enumerate(classes)}
-
-    def listed(paths: list[str]) -> FileSource:
-        labels = [label_of[path.rsplit("/", 1)[0]] for path in paths]
-        return FileSource(folder, paths, labels, classes)
-
-    return listed(names("Training_01.txt")), listed(names("Testing_01.txt"))
+    train, test = (
+        from_rows(
+            folder, [(path, label_of[path.rsplit("/", 1)[0]]) for path in names(file)], classes
+        )
+        for file in ("Training_01.txt", "Testing_01.txt")
+    )
+    return train, test
 
 
 def inaturalist(root: Path, year: int) -> Parts:
@@ -173,15 +185,13 @@ def inaturalist(root: Path, year: int) -> Parts:
         categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = content["annotations"]
-        files = [file_of[row["image_id"]].removeprefix(f"{images}/") for row in rows]
-        renamed = files and (folder / str(year) / files[0]).exists()  # by torchvision
-        return FileSource(
-            folder / (str(year) if renamed else images),
-            files,
-            [label_of[row["category_id"]] for row in rows],
-            [str(category["name"]) for category in categories],
-        )
+        rows = [
+            (file_of[row["image_id"]].removeprefix(f"{images}/"), label_of[row["category_id"]])
+            for row in content["annotations"]
+        ]
+        renamed = rows and (folder / str(year) / rows[0][0]).exists()  # by torchvision
+        classes = [str(category["name"]) for category in categories]
+        return from_rows(folder / (str(year) if renamed else images), rows, classes)
 
     return listed("train"), listed("val")
 
@@ -196,21 +206,19 @@ def cog(root: Path, level: int) -> Parts:
     if len(levels) != NUM_LEVELS:
         raise ValueError(f"{levels_file} has {len(levels)} levels; it must be a list of 5 lists")
     concepts = sorted(levels[level - 1])
+
+    def listed(part: str) -> FileSource:
+        numbered = enumerate(concepts)
+        rows = [
+            (f"{name}/{file}", label) for label, name in numbered for file in splits[name][part]
+        ]
+        return from_rows(root / "imagenet21k", rows, concepts)
+
     try:
-        train, test = (
-            FileSource(
-                root / "imagenet21k",
-                [f"{concept}/{name}" for concept in concepts for name in splits[concept][part]],
-                [label for label, concept in enumerate(concepts) for _ in splits[concept][part]],
-                concepts,
-            )
-            for part in ("train", "test")
-        )
+        return listed("train"), listed("test")
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{splits_file} lacks a list of training or test images ({error})"
-        ) from error
-    return train, test
+        reason = f"lacks a list of training or test images ({error})"
+        raise ValueError(f"{splits_file} {reason}") from error
 
 
 def query_and_gallery(path: Path) -> Parts:
@@ -246,9 +254,8 @@ class LandmarkSource(FileSource):
         left, top, right, bottom = self.boxes[index].clip(0).tolist()
         cropped = image[top:bottom, left:right]
         if not cropped.size:
-            raise UnreadableImageError(
-                f"{self.name(index)}: the box {(left, top, right, bottom)} is outside the image"
-            )
+            box = left, top, right, bottom
+            raise UnreadableImageError(f"{self.name(index)}: the box {box} is outside the image")
         return np.ascontiguousarray(cropped)
 
     def digest(self) -> str:
@@ -271,11 +278,10 @@ def landmarks(root: Path, name: str) -> Parts:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not the ground truth of {name}: {reason}") from error
     for number, query in enumerate(truth):
-        for index in (index for indices in query.values() for index in indices):
+        for index in chain(*query.values()):
             if not 0 <= index < len(database):
-                raise ValueError(
-                    f"{path}: query {number} lists image {index}, but there are {len(database)}"
-                )
+                counts = f"lists image {index}, but there are {len(database)}"
+                raise ValueError(f"{path}: query {number} {counts}")
     if not len(queries) == len(truth) or any(len(box) != 4 for box in boxes):
         raise ValueError(f"{path}: {len(queries)} queries have {len(truth)} boxes of 4 numbers")
     gallery = FileSource(images, database, [0] * len(database), ["landmark"])
@@ -321,12 +327,9 @@ class MaskSource(FileSource):
     @cached_property
     def scan(self) -> list[tuple[np.ndarray, bytes]]:
         """Labels in each mask, (256,) bool, and its hash; checks the sizes of all masks."""
-        title, results = f"masks of {self.root}", []
-        with ThreadPoolExecutor() as pool, progress_bar(len(self), title, "mask") as bar:
-            for result in pool.map(self._scan_mask, range(len(self))):
-                results.append(result)
-                bar.update()
-        return results
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(self._scan_mask, range(len(self)))
+            return list(progress_bar(len(self), f"masks of {self.root}", "mask", iterable=results))
 
     def _scan_mask(self, index: int) -> tuple[np.ndarray, bytes]:
         mask, size = self.mask(index), image_size(self.name(index))
@@ -380,16 +383,12 @@ def mask_folders(path: Path) -> Parts:
     Parts are as in ``class_folders``. Class names are the lines of ``classes.txt``, if it exists.
     """
     names = read_lines(path / "classes.txt") if (path / "classes.txt").is_file() else []
-    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
-    if "train" in found:
-        if len(found) == 1:
-            raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
-        files = [pair_masks(path, f"{name}/images", f"{name}/masks") for name in found]
-        parts: Any = [*chain(*files[:-1])], files[-1]
-        train, test = (MaskSource(path, part, names or ["class 0"]) for part in parts)
+    create = partial(MaskSource, path, classes=names or ["class 0"])
+    if found := _parts(path):
+        *fitted, tested = (pair_masks(path, f"{part}/images", f"{part}/masks") for part in found)
+        train, test = create([*chain(*fitted)]), create(tested)
     else:
-        source = MaskSource(path, pair_masks(path, "images", "masks"), names or ["class 0"])
-        parts = split_by_hash(source, lambda count: max(1, round(count / 5)))
+        parts: Any = split_by_hash(create(pair_masks(path, "images", "masks")))
         train, test = parts
     if not names:
         present = np.any([labels for labels, _ in train.scan], axis=0)[:IGNORED]
@@ -406,8 +405,7 @@ def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
     stems = [Path(path).relative_to(images).with_suffix("") for path in found]
     expected = [f"{masks}/{stem}.png" for stem in stems]
     existing = list(map(os.fsdecode, walk(root, masks)))
-    # A mask of two images is listed twice.
-    for name in sorted(Counter(expected) - Counter(existing)):
+    for name in sorted(Counter(expected) - Counter(existing)):  # twice, if of two images
         problem = "is the mask of two images" if name in existing else "is missing"
         raise ValueError(f"{root / name} {problem}; each image needs its own mask, named like it")
     if unused := sorted(set(existing) - set(expected)):
@@ -417,12 +415,12 @@ def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
 
 def voc(root: Path) -> Parts:
     """Read VOC2012 segmentation; the validation images are used for testing."""
-    base, classes = root / "VOCdevkit" / "VOC2012", VOC_CLASSES.split()
+    base = root / "VOCdevkit" / "VOC2012"
 
     def listed(split: str) -> MaskSource:
         names = read_lines(base / "ImageSets" / "Segmentation" / f"{split}.txt")
         files = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
-        return MaskSource(base, files, classes)
+        return MaskSource(base, files, VOC_CLASSES)
 
     return listed("train"), listed("val")
 
