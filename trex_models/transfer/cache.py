@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class FeatureCache:
         self,
         model: FrozenModel,
         title: str,
-        settings: Mapping[str, Any],
+        settings: object,
         compute: Callable[[], dict[str, Any]],
     ) -> dict[str, Any]:
         """Return the scores cached for these settings; compute and cache them if there are none."""

@@ -238,11 +238,7 @@ class LandmarkSource(FileSource):
     """
 
     def __init__(
-        self,
-        root: Path,
-        paths: list[str],
-        boxes: list[list[float]],
-        ground_truth: list[dict[str, list[int]]],
+        self, root: Path, paths: list[str], boxes: Any, ground_truth: list[dict[str, list[int]]]
     ) -> None:
         super().__init__(root, paths, [0] * len(paths), ["landmark"])
         self.boxes = np.array(boxes, np.float64).round().astype(np.int64)
