@@ -140,12 +140,8 @@ def landmark_metrics(
 
     Junk images are removed from the ranking. The average precision is that of the trapezoidal rule,
     which differs from the usual one: ranks 0, 2 and 5 of three positives give 0.678, not 0.722. The
-    precisions are at min(K, rank of the last positive).
-
-    Args:
-        order: Indices of the gallery by descending similarity, (N,).
-        positives: Indices of the relevant images.
-        junk: Indices of the images to ignore.
+    precisions are at min(K, rank of the last positive). ``order`` are the indices of the gallery by
+    descending similarity, (N,); ``positives`` and ``junk`` those of images to find and to ignore.
     """
     if not len(positives):
         return [np.nan] * (1 + len(RECALLS))

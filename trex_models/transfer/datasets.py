@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -110,12 +110,12 @@ def _dataset(
 
 
 def _downloaded(
-    title: str, kind: Any, sizes: Sizes, folder: str, split: str | Reader, *splits: str
+    title: str, data: Any, sizes: Sizes, folder: str, split: str | Reader, *splits: str
 ) -> Dataset:
     """Return a dataset from torchvision, with its training splits or our own reader."""
     if isinstance(split, str):
-        split = readers.from_torchvision(kind, folder, split, *splits)
-    home = f"torchvision.datasets.{kind.__name__}(ROOT, download=True)"
+        split = readers.from_torchvision(data, folder, split, *splits)
+    home = f"torchvision.datasets.{data.__name__}(ROOT, download=True)"
     return _dataset(title, split, sizes, f"{folder}/, downloaded by torchvision", home)
 
 
@@ -133,6 +133,9 @@ def _packaged(title: str, name: str, sizes: Sizes, layout: str) -> Dataset:
     )
 
 
+_VOC2012 = _downloaded(
+    "VOC2012", tv.VOCSegmentation, Sizes(21, 1464, 1449), "VOCdevkit/VOC2012", readers.voc
+)
 _KNOWN = [
     _dataset(
         "ImageNet-1K",
@@ -230,14 +233,7 @@ _KNOWN = [
             ("ReaL", "imagenet/val", 1000, 50000, "google-research/reassessed-imagenet"),
         )
     ),
-    _dataset(
-        "VOC2012",
-        readers.voc,
-        Sizes(21, 1464, 1449),
-        "VOCdevkit/VOC2012/, downloaded by torchvision",
-        "torchvision.datasets.VOCSegmentation(ROOT, download=True)",
-        kind="masks",
-    ),
+    replace(_VOC2012, kind="masks"),
     _dataset(
         "ADE20K",
         readers.ade20k,
