@@ -144,12 +144,9 @@ class FrozenModel:
         images = image_batches(source, self.transform, 64, workers, device_of(self.model), indices)
         update_bn(images, self.model)
         self.model.eval()
-        metadata = {
-            **self.metadata,
-            "batchnorm": f"statistics of {count} training images of {title}",
-            "weights_sha256": weights_digest(self.model),
-        }
-        return replace(self, metadata=metadata)
+        statistics = f"statistics of {count} training images of {title}"
+        changes = {"batchnorm": statistics, "weights_sha256": weights_digest(self.model)}
+        return replace(self, metadata={**self.metadata, **changes})
 
 
 def preprocessing(model: nn.Module) -> CenterCrop:
@@ -311,14 +308,9 @@ def _pixels(maps: bool) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
     shape, side = ("blocks", _PIXEL_STRIDE) if maps else ("center crop", _PIXEL_SIDE)
-    metadata = {
-        "source": f"image pixels in [0, 1], {shape} of {side} x {side}",
-        "architecture": PIXELS,
-        "tag": "",
-        "license": "none (no weights)",
-        "untrained": True,
-        "preprocessing": PIXELS,
-    }
+    source = f"image pixels in [0, 1], {shape} of {side} x {side}"
+    weights = {"architecture": PIXELS, "tag": "", "license": "none (no weights)", "untrained": True}
+    metadata = {"source": source, **weights, "preprocessing": PIXELS}
     return nn.PixelUnshuffle(_PIXEL_STRIDE) if maps else nn.Flatten(), crop, metadata
 
 

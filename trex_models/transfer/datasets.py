@@ -17,7 +17,7 @@ from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
 from trex_models.data.scenes import SceneSource
 from trex_models.data.sources import Source
-from trex_models.transfer import label_readers, readers
+from trex_models.transfer import readers
 
 # The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, with this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
@@ -73,11 +73,9 @@ class OpenedDataset(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Return title, number of classes, numbers of images and their hashes, for the report."""
         parts = [{"images": len(source), "sha256": source.digest()} for source in self.sources]
-        return {
-            "title": self.dataset.title,
-            "num_classes": len(self.sources[-1].classes),
-            **dict(zip(("train", "test")[-len(parts) :], parts, strict=True)),
-        }
+        splits = dict(zip(("train", "test")[-len(parts) :], parts, strict=True))
+        count = len(self.sources[-1].classes)
+        return {"title": self.dataset.title, "num_classes": count, **splits}
 
     def summary(self) -> str:
         """Return title and numbers of images and classes as text."""
@@ -210,7 +208,7 @@ _KNOWN = [
     ),
     _dataset(
         "VOC2007",
-        label_readers.voc2007,
+        readers.voc2007,
         Sizes(20, 5011, 4952),
         "VOCdevkit/VOC2007/ImageSets/Main/*.txt and VOCdevkit/VOC2007/JPEGImages/*.jpg",
         "torchvision.datasets.VOCDetection(ROOT, '2007', SPLIT, download=True), trainval and test",
@@ -382,10 +380,10 @@ def _layout(path: Path) -> tuple[Kind, Reader, str]:
         layout = f"class folders {path}/gallery/CLASS and {path}/query/CLASS"
         return "gallery", readers.query_and_gallery, layout
     if path.suffix == ".csv" or (path / "train.csv").is_file():
-        kind: Kind = "classes" if label_readers.has_one_label(path) else "labels"
+        kind: Kind = "classes" if readers.has_one_label(path) else "labels"
         columns = "path, and label, labels (separated by ;) or one column of 0 and 1 per class"
         files = f"{path}/train.csv and test.csv (or val.csv)" if path.is_dir() else str(path)
-        return kind, lambda _: label_readers.csv_files(path), f"{files} with the columns {columns}"
+        return kind, lambda _: readers.csv_files(path), f"{files} with the columns {columns}"
     pairs = [(base / "images", base / "masks") for base in (path, path / "train")]
     if any(images.is_dir() and masks.is_dir() for images, masks in pairs):
         layout = (

@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from trex_models.cli import progress_bar
+from trex_models.data import image_files
 from trex_models.data.decode import UnreadableImageError, image_size, unreadable_error
-from trex_models.data.image_files import FileSource, FolderSource, split_images, walk
+from trex_models.data.image_files import CsvSource, FileSource, FolderSource, split_images, walk
 from trex_models.data.sources import digest
 from trex_models.evaluation.segmentation_head import IGNORED
 from trex_models.evaluation.splits import hashed_order
@@ -33,10 +34,12 @@ Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
 NUM_LEVELS = 5
 VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
-    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
     *("train", "tvmonitor"),
 )
+_VOC_TARGETS = {"1": 1, "-1": 0, "0": -1}  # 0: only difficult objects
+_CSV_TARGETS = {"1": 1, "0": 0, "-1": -1, "": -1}
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
@@ -230,11 +233,8 @@ def query_and_gallery(path: Path) -> Parts:
 class LandmarkSource(FileSource):
     """Queries of revisited Oxford or Paris, cropped to their box.
 
-    Args:
-        root: Folder of the images.
-        paths: Paths of the N queries, relative to ``root``.
-        boxes: Box of each query in pixels: left, top, right, bottom, (N, 4).
-        ground_truth: Indices of ``easy``, ``hard`` and ``junk`` images of each query.
+    ``boxes`` contains left, top, right and bottom of each query in pixels, (N, 4); ``ground_truth``
+    the indices of its ``easy``, ``hard`` and ``junk`` images.
     """
 
     def __init__(
@@ -276,24 +276,118 @@ def landmarks(root: Path, name: str) -> Parts:
     for number, query in enumerate(truth):
         for index in chain(*query.values()):
             if not 0 <= index < len(database):
-                counts = f"lists image {index}, but there are {len(database)}"
-                raise ValueError(f"{path}: query {number} {counts}")
+                raise ValueError(
+                    f"{path}: query {number} lists image {index}, but there are {len(database)}"
+                )
     if not len(queries) == len(truth) or any(len(box) != 4 for box in boxes):
         raise ValueError(f"{path}: {len(queries)} queries have {len(truth)} boxes of 4 numbers")
     gallery = FileSource(images, database, [0] * len(database), ["landmark"])
     return gallery, LandmarkSource(images, queries, boxes, truth)
 
 
+class LabelsSource(FileSource):
+    """Source of image files with ``targets``, (N, C) int8: 1 present, 0 absent, -1 ignored."""
+
+    def __init__(
+        self, root: Path, paths: Sequence[str] | np.ndarray, targets: np.ndarray, classes: list[str]
+    ) -> None:
+        super().__init__(root, paths, np.zeros(len(paths)), classes)
+        self.targets = targets.astype(np.int8)
+
+    def digest(self) -> str:
+        """Return a hash of the paths, the targets and the classes."""
+        return digest(super().digest(), self.targets)
+
+    def part(self, indices: np.ndarray) -> LabelsSource:
+        """Return a source of the images at the given indices, in this order."""
+        return LabelsSource(self.root, self.paths[indices], self.targets[indices], self.classes)
+
+
+def voc2007(root: Path) -> Parts:
+    """Read the classification task of PASCAL VOC 2007."""
+    folder = root / "VOCdevkit" / "VOC2007"
+    lists = folder / "ImageSets" / "Main"
+
+    def listed(part: str) -> LabelsSource:
+        images = read_lines(lists / f"{part}.txt")
+        columns = []
+        for name in VOC_CLASSES:
+            values = dict(line.split() for line in read_lines(lists / f"{name}_{part}.txt"))
+            columns.append([_VOC_TARGETS[values[image]] for image in images])
+        paths = [f"JPEGImages/{image}.jpg" for image in images]
+        return LabelsSource(folder, paths, np.array(columns).T, list(VOC_CLASSES))
+
+    return listed("trainval"), listed("test")
+
+
+def has_one_label(path: Path) -> bool:
+    """Return True if the CSV file or files at PATH have the column ``label``, a class per image."""
+    return "label" in _header(path if path.suffix == ".csv" else path / "train.csv", "path")
+
+
+def _header(path: Path, *required: str) -> list[str]:
+    _, header = next(image_files.csv_rows(path))
+    for column in required:
+        image_files.csv_column(path, header, column)
+    return header
+
+
+def csv_files(path: Path) -> Parts:
+    """Read a CSV file, of which a fifth is held out for testing, or train.csv and test or val."""
+    read = CsvSource if has_one_label(path) else read_csv_labels
+    if path.suffix == ".csv":
+        return split_by_hash(read(path))
+    tests = [path / name for name in ("test.csv", "val.csv") if (path / name).exists()]
+    if len(tests) != 1:
+        raise ValueError(f"{path} has {len(tests)} of the files test.csv and val.csv; keep one")
+    train = read(path / "train.csv")
+    _header(tests[0], "path", *["label"] * (read is CsvSource))
+    return train, read(tests[0], classes=train.classes)
+
+
+def read_csv_labels(path: Path, classes: list[str] | None = None) -> LabelsSource:
+    """Read images with several labels each.
+
+    ``classes`` are those of the training images. Columns that other files lack are ignored there.
+    """
+    rows = image_files.csv_rows(path)
+    _, header = next(rows)
+    columns = {name: image_files.csv_column(path, header, name) for name in ("path", *header)}
+    found: dict[str, dict[str, int]] = {}
+    for line, row in rows:
+        place = f"{path}, line {line}"
+        image = image_files.csv_value(path, line, header, row, columns["path"])
+        targets = _row_targets(place, dict(zip(header, row, strict=True)))
+        if image in found:
+            raise ValueError(f"{place}: {image} is listed above; remove one of the rows")
+        if odd := sorted(targets.keys() - (classes or targets)):
+            raise ValueError(f"{place}: {odd[0]!r} is not in train.csv; fix or remove it")
+        found[image] = targets
+    classes = classes or sorted(set().union(*found.values()))
+    if not found or not classes:
+        raise ValueError(f"{path} has no rows with labels; add a row for each image")
+    missing = 0 if "labels" in header else -1
+    values = [[targets.get(name, missing) for name in classes] for targets in found.values()]
+    return LabelsSource(path.parent, list(found), np.array(values), classes)
+
+
+def _row_targets(place: str, row: dict[str, str]) -> dict[str, int]:
+    if "labels" in row:
+        return {name.strip(): 1 for name in row["labels"].split(";") if name.strip()}
+    targets = {name: value for name, value in row.items() if name != "path"}
+    for name, value in targets.items():
+        if value.strip() not in _CSV_TARGETS:
+            allowed = "1 (present), 0 (absent), or -1 or nothing (ignored)"
+            raise ValueError(f"{place}: {name!r} is {value!r}; use {allowed}")
+    return {name: _CSV_TARGETS[value.strip()] for name, value in targets.items()}
+
+
 class MaskSource(FileSource):
     """Source of images with masks, PNG files of class indices.
 
     Images are rotated as their EXIF orientation says; masks must match the rotated images.
-
-    Args:
-        root: Folder of the images and masks.
-        files: Paths of the N images and their masks, relative to ``root``.
-        classes: Class names, by label.
-        reduce_zero: If True, label 0 is ignored, and label k is class k - 1.
+    ``files`` are pairs of an image and its mask, relative to ``root``. If ``reduce_zero`` is True,
+    label 0 is ignored, and label k is class k - 1.
     """
 
     def __init__(
@@ -416,7 +510,7 @@ def voc(root: Path) -> Parts:
     def listed(split: str) -> MaskSource:
         names = read_lines(base / "ImageSets" / "Segmentation" / f"{split}.txt")
         files = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
-        return MaskSource(base, files, VOC_CLASSES)
+        return MaskSource(base, files, ["background", *VOC_CLASSES])
 
     return listed("train"), listed("val")
 

@@ -61,12 +61,9 @@ class Retrieval(Task):
             ranked = "the other test images" if alone else "the gallery"
             protocol["ranking"] = f"each test image is ranked against {ranked}"
         if plan.whiten:
-            source = plan.whiten.sources[0]
-            protocol["whitening"] = {
-                "dataset": plan.whiten.dataset.title,
-                "images": len(source),
-                "sha256": source.digest(),
-            }
+            source, title = plan.whiten.sources[0], plan.whiten.dataset.title
+            whitening = {"dataset": title, "images": len(source), "sha256": source.digest()}
+            protocol["whitening"] = whitening
         return protocol
 
     def evaluate(
