@@ -19,7 +19,7 @@ from torchvision.datasets import Flowers102
 
 from tests.images import encode
 from trex_models.transfer.datasets import Dataset, open_checked, select
-from trex_models.transfer.label_readers import VOC_CLASSES
+from trex_models.transfer.readers import VOC_CLASSES
 
 Files = dict[str, str]
 Parts = tuple[Files, Files]

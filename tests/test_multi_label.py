@@ -20,8 +20,8 @@ from trex_models.evaluation.splits import held_out
 from trex_models.transfer import multi_label
 from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, Sizes, open_checked
-from trex_models.transfer.label_readers import VOC_CLASSES, LabelsSource
 from trex_models.transfer.protocol import C_GRID
+from trex_models.transfer.readers import VOC_CLASSES, LabelsSource
 from trex_models.transfer.report import read_report
 
 

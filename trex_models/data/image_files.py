@@ -196,9 +196,8 @@ class CsvSource(FileSource):
             labels.append(sys.intern(label))
         if not labels:
             raise ValueError(f"{self.path} has a header but no rows; add a row for each image")
-        classes, codes = encode_labels(
-            labels, classes, str(self.path), lambda row: quoted(paths[row])
-        )
+        where = str(self.path)
+        classes, codes = encode_labels(labels, classes, where, lambda row: quoted(paths[row]))
         super().__init__(self.path.parent, paths, codes, classes)
 
 

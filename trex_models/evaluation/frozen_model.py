@@ -50,7 +50,6 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {"dynamic_img_size": True, "dynamic_img_pad": True},
     {"dynamic_img_size": True},
     {"strict_img_size": False},
-    {},
 )
 _FP32 = Precision.from_name("fp32", "cpu")
 
@@ -145,12 +144,9 @@ class FrozenModel:
         images = image_batches(source, self.transform, 64, workers, device_of(self.model), indices)
         update_bn(images, self.model)
         self.model.eval()
-        metadata = {
-            **self.metadata,
-            "batchnorm": f"statistics of {count} training images of {title}",
-            "weights_sha256": weights_digest(self.model),
-        }
-        return replace(self, metadata=metadata)
+        statistics = f"statistics of {count} training images of {title}"
+        changes = {"batchnorm": statistics, "weights_sha256": weights_digest(self.model)}
+        return replace(self, metadata={**self.metadata, **changes})
 
 
 def preprocessing(model: nn.Module) -> CenterCrop:
@@ -236,20 +232,20 @@ def create_model(
     # timm ignores the file for models from these sources.
     if file is not None and (folder is not None or ":" in name or name in {PIXELS, *figure.MODELS}):
         raise ValueError(f"--file requires the name of a timm architecture, got {name}")
-    options: dict[str, Any] = {"num_classes": 0} if untrained or not classifier else {}
     overlay = {"file": str(file)} if file else None
-    options |= {"pretrained": not untrained, "pretrained_cfg_overlay": overlay}
-    attempts: tuple[dict[str, Any], ...] = _ANY_SIZE if features_only else ({},)
-    if untrained:
-        attempts = ({"zero_init_last": False}, *attempts)
+    options: dict[str, Any] = {"pretrained": not untrained, "pretrained_cfg_overlay": overlay}
+    if untrained or not classifier or features_only:
+        options["num_classes"] = 0
+    attempts: list[dict[str, Any]] = [{"zero_init_last": False}] if untrained else []
     if features_only:
-        options = {**options, "num_classes": 0, "features_only": True, "out_indices": (-1,)}
+        options |= {"features_only": True, "out_indices": (-1,)}
+        attempts += _ANY_SIZE
     try:
         if source in figure.MODELS:
             source = figure.ARCHITECTURE
             options["pretrained_cfg"] = figure.pretrained_cfg(name, not untrained)
         with _all_keys_required():
-            for arguments in attempts[:-1]:
+            for arguments in attempts:
                 torch.manual_seed(seed)
                 with suppress(TypeError):  # most architectures have no such arguments
                     return timm.create_model(source, **arguments, **options)
@@ -311,17 +307,10 @@ def _metadata(name: str, model: Any, file: Path | None) -> dict[str, Any]:
 def _pixels(maps: bool) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     size = (_PIXEL_SIDE, _PIXEL_SIDE)
     crop = replace(PROTOCOLS["transfer"], size=size, mean=(0, 0, 0), std=(1, 1, 1))
-    shape = f"center crop of {_PIXEL_SIDE} x {_PIXEL_SIDE}"
-    if maps:
-        shape = f"blocks of {_PIXEL_STRIDE} x {_PIXEL_STRIDE}"
-    metadata = {
-        "source": f"image pixels in [0, 1], {shape}",
-        "architecture": PIXELS,
-        "tag": "",
-        "license": "none (no weights)",
-        "untrained": True,
-        "preprocessing": PIXELS,
-    }
+    shape, side = ("blocks", _PIXEL_STRIDE) if maps else ("center crop", _PIXEL_SIDE)
+    source = f"image pixels in [0, 1], {shape} of {side} x {side}"
+    weights = {"architecture": PIXELS, "tag": "", "license": "none (no weights)", "untrained": True}
+    metadata = {"source": source, **weights, "preprocessing": PIXELS}
     return nn.PixelUnshuffle(_PIXEL_STRIDE) if maps else nn.Flatten(), crop, metadata
 
 
@@ -357,14 +346,13 @@ class _Pooled(_Dense):
 
 def _select(name: str, model: Any, features: ModelOutput) -> nn.Module:
     has_projector = isinstance(getattr(model, "proj", None), Projector)
+    is_nhwc = "NHWC" in str(getattr(model, "output_fmt", ""))
     missing = ""
     if features == "projector" and not has_projector:
         missing = "projector (trex_resnet50_proj and a run's export/cls have one)"
     elif features == "logits" and not getattr(model, "num_classes", 0):
         missing = "classifier (trex_resnet50_cls and resnet50.a1_in1k have one)"
-    elif features == "dense" and (
-        not hasattr(model, "forward_features") or "NHWC" in str(getattr(model, "output_fmt", ""))
-    ):
+    elif features == "dense" and (is_nhwc or not hasattr(model, "forward_features")):
         missing = "feature map (C, H, W)"
     if missing:
         raise ValueError(
@@ -388,9 +376,8 @@ def _shape(name: str, model: nn.Module, transform: CenterCrop, dense: bool) -> t
         ) from error
     shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
     if len(shape) != (3 if dense else 1):
-        expected = "(C, H, W); choose --features backbone"
-        if not dense:
-            expected = "(F,); choose a model that pools its features"
+        pooled = "(F,); choose a model that pools its features"
+        expected = "(C, H, W); choose --features backbone" if dense else pooled
         actual = shape or type(output).__name__
         raise ValueError(f"--model {name} returns {actual} for an image, expected {expected}")
     return shape

@@ -85,10 +85,8 @@ def _metrics(relevant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = total.cumsum(0) - total  # index of each query's first relevant image in `rank`
     position = torch.arange(len(row), device=row.device) - first[row]
     precision = (position + 1).double() / (rank + 1)
-    sums = [
-        torch.zeros(len(relevant), dtype=torch.float64, device=row.device).index_add_(0, row, part)
-        for part in (precision, precision * (rank < total[row]))
-    ]
+    parts = precision, precision * (rank < total[row])
+    sums = [precision.new_zeros(len(relevant)).index_add_(0, row, part) for part in parts]
     recall = torch.stack([relevant[:, :k].any(1) for k in RECALLS], 1).double()
     recall[total == 0] = torch.nan
     return recall, sums[0] / total, sums[1] / total
@@ -142,12 +140,8 @@ def landmark_metrics(
 
     Junk images are removed from the ranking. The average precision is that of the trapezoidal rule,
     which differs from the usual one: ranks 0, 2 and 5 of three positives give 0.678, not 0.722. The
-    precisions are at min(K, rank of the last positive).
-
-    Args:
-        order: Indices of the gallery by descending similarity, (N,).
-        positives: Indices of the relevant images.
-        junk: Indices of the images to ignore.
+    precisions are at min(K, rank of the last positive). ``order`` are the indices of the gallery by
+    descending similarity, (N,); ``positives`` and ``junk`` those of images to find and to ignore.
     """
     if not len(positives):
         return [np.nan] * (1 + len(RECALLS))
@@ -163,12 +157,8 @@ def landmark_metrics(
 def whiten(train: Tensor | np.ndarray, *parts: Tensor | np.ndarray) -> list[Tensor]:
     """Learn PCA whitening of L2-normalized features and apply it to others, in memory.
 
-    Args:
-        train: Features to learn it from, (N, F).
-        parts: Features to map to the D axes with variance, (M, F) each.
-
-    Returns:
-        Whitened features, (M, D) float32 each.
+    ``train`` are the features to learn it from, (N, F); ``parts``, (M, F) each, are mapped to the
+    D axes with variance, (M, D) float32.
     """
     samples = as_tensor(train)
     require_samples(samples)
@@ -183,9 +173,5 @@ def whiten(train: Tensor | np.ndarray, *parts: Tensor | np.ndarray) -> list[Tens
     values, axes = torch.linalg.eigh(covariance)
     kept = values > 1e-6 * values[-1]
     projection = (axes[:, kept] / values[kept].sqrt()).float()
-    return [
-        torch.cat(
-            [(_normalize(b) - mean.float()) @ projection for b in as_tensor(part).split(_BLOCK)]
-        )
-        for part in parts
-    ]
+    split = [as_tensor(part).split(_BLOCK) for part in parts]
+    return [torch.cat([(_normalize(b) - mean.float()) @ projection for b in p]) for p in split]

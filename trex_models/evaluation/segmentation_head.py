@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -111,10 +112,8 @@ class _TrainingCrops:
         # Only the part of the image that becomes the crop is resized.
         extents = [max(1, round(target / scale)) for target in (height, width)]
         for _ in range(s.attempts):
-            starts = [
-                int(rng.integers(max(0, length - extent) + 1))
-                for length, extent in zip(mask.shape, extents, strict=True)
-            ]
+            sides = zip(mask.shape, extents, strict=True)
+            starts = [int(rng.integers(max(0, length - extent) + 1)) for length, extent in sides]
             box = tuple(slice(a, a + extent) for a, extent in zip(starts, extents, strict=True))
             labels = F.interpolate(mask[box][None, None], (height, width), mode="nearest-exact")
             counts = labels.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
@@ -181,14 +180,12 @@ class LinearSegmentation:
 
     def train(self, source: MaskedSource, title: str, workers: int = 0) -> None:
         """Train the head from the saved iteration on."""
-        s = self.settings
-        batches = [
-            range(i * s.batch_size, (i + 1) * s.batch_size)
-            for i in range(self.iteration, s.iterations)
-        ]
+        s, initial = self.settings, self.iteration
+        numbers = range(initial * s.batch_size, s.iterations * s.batch_size)
+        batches = [numbers[i : i + s.batch_size] for i in range(0, len(numbers), s.batch_size)]
         dataset = _TrainingCrops(source, s, self.model.transform.mean)
         self.head.train()
-        title, initial = f"segmentation head, {title}", self.iteration
+        title = f"segmentation head, {title}"
         with progress_bar(s.iterations, title, "iteration", initial=initial) as bar:
             for batch in load_batches(dataset, batches, workers, self.device.type == "cuda"):
                 self._step(*to_device(batch, self.device))
@@ -198,12 +195,11 @@ class LinearSegmentation:
 
     def test(self, source: MaskedSource, title: str, workers: int = 0) -> np.ndarray:
         """Return the pixels of each class that are correct, predicted and labeled, (N, 3, K)."""
-        dataset, done, count = (
+        done, count = len(self.counts), len(source)
+        dataset, batches = (
             _TestImages(source, self.settings.crop),
-            len(self.counts),
-            len(source),
+            [[i] for i in range(done, count)],
         )
-        batches = [[index] for index in range(done, count)]
         with progress_bar(count, f"segmentation, {title}", "image", initial=done) as bar:
             for image, mask in load_batches(dataset, batches, workers):
                 counts = class_counts(self._segment(image, mask.shape), mask, self.counts.shape[2])
@@ -264,9 +260,10 @@ class LinearSegmentation:
     def _save(self, finished: bool) -> None:
         if not finished and time.monotonic() < self._saved + _SAVE_EVERY:
             return
-        tensors = {f"head {name}": value for name, value in self.head.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{number} {name}": value for name, value in state.items()}
+        states = {"head": self.head.state_dict(), **self.optimizer.state_dict()["state"]}
+        tensors = {
+            f"{part} {name}": t for part, state in states.items() for name, t in state.items()
+        }
         metadata = {"key": self.key, "iteration": str(self.iteration)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
@@ -280,10 +277,10 @@ class LinearSegmentation:
         if metadata["key"] != self.key:
             return
         self.iteration, self.counts = int(metadata["iteration"]), tensors.pop("counts")
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
             part, name = key.split(" ")
-            parts.setdefault(part, {})[name] = value
+            parts[part][name] = value
         self.head.load_state_dict(parts.pop("head"))
         states = {int(number): state for number, state in parts.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": states})
@@ -300,13 +297,9 @@ def merge_windows(
 ) -> Tensor:
     """Return the labels of the highest logits, averaged over overlapping windows, (H, W) uint8.
 
-    One class at a time, because the upsampled logits of all classes could exceed the memory.
-
-    Args:
-        logits: Logits of the windows, (windows, K, h, w).
-        boxes: Rows and columns of each window.
-        shape: Height and width of the resized image.
-        size: Height and width of the labels.
+    ``logits`` are those of the windows, (windows, K, h, w), at the rows and columns ``boxes`` of
+    the resized image of size ``shape``; ``size`` is (H, W). One class at a time, because the
+    upsampled logits of all classes could exceed the memory.
     """
     overlaps = logits.new_zeros(shape)
     for box in boxes:

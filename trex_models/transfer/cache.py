@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,9 @@ class FeatureCache:
         identity = self.identity(model, source)
         key = digest(as_text({**identity, "dtype": self.dtype}))
         path = self.folder(model) / f"{slug(title)}-{key[:12]}.safetensors"
-        Extraction(
-            model=model,
-            source=source,
-            path=path,
-            identity=identity,
-            title=title,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            workers=self.workers,
-        ).run()
+        settings = partial(Extraction, dtype=self.dtype, batch_size=self.batch_size)
+        extraction = partial(settings, model=model, source=source, path=path, identity=identity)
+        extraction(title=title, workers=self.workers).run()
         return load(path).features
 
     def identity(self, model: FrozenModel, source: Source) -> dict[str, str]:
@@ -60,11 +54,7 @@ class FeatureCache:
         return dict(self._identities[key][0])
 
     def scores(
-        self,
-        model: FrozenModel,
-        title: str,
-        settings: Mapping[str, Any],
-        compute: Callable[[], dict[str, Any]],
+        self, model: FrozenModel, title: str, settings: Any, compute: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """Return the scores cached for these settings; compute and cache them if there are none."""
         key = digest(as_text(settings))

@@ -38,11 +38,8 @@ class Classification(Task):
         choices = fit(*samples, seeds=range(plan.seeds), device=plan.device)
         fitted = time.monotonic()
         knn = protocol.knn_score(*samples, device=plan.device)
-        seconds = {
-            "features": extracted - started,
-            "classifiers": fitted - extracted,
-            "knn": time.monotonic() - fitted,
-        }
+        seconds = {"features": extracted - started, "classifiers": fitted - extracted}
+        seconds["knn"] = time.monotonic() - fitted
         return {
             **accuracy([choice.top1 for choice in choices], len(test)),
             "choices": [asdict(choice) for choice in choices],

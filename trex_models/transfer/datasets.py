@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ from trex_models.data.fractals import FractalSource
 from trex_models.data.image_files import FileSource
 from trex_models.data.scenes import SceneSource
 from trex_models.data.sources import Source
-from trex_models.transfer import label_readers, readers
+from trex_models.transfer import readers
 
 # The recipe demo trains on images 0 to 149 of fractal classes 0 to 39, with this variation.
 NUM_CLASSES, IMAGES_PER_CLASS, SIZE, VARIATION = 40, 150, 64, 0.4
@@ -73,25 +73,18 @@ class OpenedDataset(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Return title, number of classes, numbers of images and their hashes, for the report."""
         parts = [{"images": len(source), "sha256": source.digest()} for source in self.sources]
-        return {
-            "title": self.dataset.title,
-            "num_classes": len(self.sources[-1].classes),
-            **dict(zip(("train", "test")[-len(parts) :], parts, strict=True)),
-        }
+        splits = dict(zip(("train", "test")[-len(parts) :], parts, strict=True))
+        count = len(self.sources[-1].classes)
+        return {"title": self.dataset.title, "num_classes": count, **splits}
 
     def summary(self) -> str:
         """Return title and numbers of images and classes as text."""
-        names = ("gallery", "query") if self.dataset.kind in _RANKED else ("training", "test")
-        counts = [
-            f"{len(source):,} {name}"
-            for source, name in zip(self.sources, names[-len(self.sources) :], strict=True)
-        ]
-        classes = f" of {len(self.sources[-1].classes):,} classes"
-        shown = classes if self.dataset.kind != "landmarks" else ""
-        return f"{self.dataset.title}: {' and '.join(counts)} images{shown}"
-
-
-_RANKED = ("gallery", "landmarks")
+        kind = self.dataset.kind
+        names = ("gallery", "query") if kind in ("gallery", "landmarks") else ("training", "test")
+        pairs = zip(self.sources, names[-len(self.sources) :], strict=True)
+        counts = " and ".join(f"{len(source):,} {name}" for source, name in pairs)
+        classes = f" of {len(self.sources[-1].classes):,} classes" * (kind != "landmarks")
+        return f"{self.dataset.title}: {counts} images{classes}"
 
 
 def _fractals(first_class: int = 0) -> tuple[Source, Source]:
@@ -106,48 +99,56 @@ def _scenes() -> tuple[Source, Source]:
     return SceneSource(400), SceneSource(200, first=400)
 
 
-def _downloaded(
-    title: str, kind: Any, sizes: Sizes, folder: str, *splits: str, read: Reader | None = None
+def _dataset(
+    title: str, read: Reader, sizes: Sizes, layout: str, home: str, name: str = "", **options: Any
 ) -> Dataset:
-    read = read or readers.from_torchvision(kind, folder, *splits)
-    home = f"torchvision.datasets.{kind.__name__}(ROOT, download=True)"
-    return Dataset(title.lower(), title, read, sizes, f"{folder}/, downloaded by torchvision", home)
+    """Return a dataset, by default named like its title."""
+    name = name or title.lower().replace(" ", "-")
+    return Dataset(name, title, read, sizes, layout, home, **options)
+
+
+def _downloaded(
+    title: str, data: Any, sizes: Sizes, folder: str, split: str | Reader, *splits: str
+) -> Dataset:
+    """Return a dataset from torchvision, with its training splits or our own reader."""
+    if isinstance(split, str):
+        split = readers.from_torchvision(data, folder, split, *splits)
+    home = f"torchvision.datasets.{data.__name__}(ROOT, download=True)"
+    return _dataset(title, split, sizes, f"{folder}/, downloaded by torchvision", home)
 
 
 def _offline(
-    name: str,
-    title: str,
-    create: Callable[[], tuple[Source, Source]],
-    sizes: Sizes,
-    kind: Kind = "classes",
+    title: str, create: Callable[[], tuple[Source, Source]], sizes: Sizes, **options: Any
 ) -> Dataset:
     home = "pip install '.[transfer]' in a clone"
-    return Dataset(name, title, lambda _root: create(), sizes, "no files", home, kind=kind)
+    return _dataset(title, lambda _root: create(), sizes, "no files", home, **options)
 
 
-def _packaged(name: str, title: str, sizes: Sizes, layout: str) -> Dataset:
+def _packaged(title: str, name: str, sizes: Sizes, layout: str) -> Dataset:
     home = "python -m benchmarks.package_images --output ROOT in a clone"
-    return Dataset(
-        name, title, lambda root: readers.class_folders(root / name), sizes, layout, home
+    return _dataset(
+        title, lambda root: readers.class_folders(root / name), sizes, layout, home, name
     )
 
 
+_VOC2012 = _downloaded(
+    "VOC2012", tv.VOCSegmentation, Sizes(21, 1464, 1449), "VOCdevkit/VOC2012", readers.voc
+)
 _KNOWN = [
-    Dataset(
-        "imagenet",
+    _dataset(
         "ImageNet-1K",
         readers.imagenet,
         Sizes(1000, 1281167, 50000),
         "class folders imagenet/train/WNID and imagenet/val/WNID (n01440764, ...); the archive of "
         "validation images has none, torchvision.datasets.ImageNet(ROOT, 'val') creates them",
         "https://image-net.org/download.php",
-        "sgd",
+        name="imagenet",
+        classifier="sgd",
     ),
     _downloaded(
         "Aircraft", tv.FGVCAircraft, Sizes(100, 6667, 3333), "fgvc-aircraft-2013b", "trainval"
     ),
-    Dataset(
-        "cars196",
+    _dataset(
         "Cars196",
         readers.from_torchvision(tv.StanfordCars, "stanford_cars", "train"),
         Sizes(196, 8144, 8041),
@@ -157,14 +158,11 @@ _KNOWN = [
         "a mirror, as https://ai.stanford.edu/~jkrause/cars/car_dataset.html is offline",
     ),
     _downloaded("DTD", tv.DTD, Sizes(47, 3760, 1880), "dtd/dtd", "train", "val"),
-    _downloaded("EuroSAT", tv.EuroSAT, Sizes(10, 18900, 8100), "eurosat", read=readers.eurosat),
+    _downloaded("EuroSAT", tv.EuroSAT, Sizes(10, 18900, 8100), "eurosat", readers.eurosat),
     _downloaded("Flowers", tv.Flowers102, Sizes(102, 2040, 6149), "flowers-102", "train", "val"),
-    _downloaded(
-        "Pets", tv.OxfordIIITPet, Sizes(37, 3680, 3669), "oxford-iiit-pet", read=readers.pets
-    ),
+    _downloaded("Pets", tv.OxfordIIITPet, Sizes(37, 3680, 3669), "oxford-iiit-pet", readers.pets),
     _downloaded("Food101", tv.Food101, Sizes(101, 75750, 25250), "food-101", "train"),
-    Dataset(
-        "sun397",
+    _dataset(
         "SUN397",
         readers.sun397,
         Sizes(397, 19850, 19850),
@@ -173,84 +171,68 @@ _KNOWN = [
         "https://vision.princeton.edu/projects/2010/SUN/ (SUN397.tar.gz, Partitions.zip)",
     ),
     *(
-        Dataset(
-            f"cog-l{level}",
+        _dataset(
             f"CoG L{level}",
             partial(readers.cog, level=level),
             Sizes(1000, None, 50000),
             "imagenet21k/WNID/*.JPEG, cog/levels.json and cog/splits.json (format: "
             "docs/transfer_data.md)",
             "https://image-net.org/download.php (images) and https://github.com/naver/cog (lists)",
-            "sgd",
+            classifier="sgd",
         )
         for level in range(1, 6)
     ),
     *(
-        Dataset(
-            f"inat{year}",
+        _dataset(
             f"iNat{year}",
             partial(readers.inaturalist, year=year),
             sizes,
             f"images in inat{year}/train_val{year}/ (or inat{year}/{year}/), "
             f"inat{year}/train{year}.json and inat{year}/val{year}.json",
             f"https://github.com/visipedia/inat_comp/tree/master/{year}",
-            "sgd",
+            classifier="sgd",
         )
         for year, sizes in ((2018, Sizes(8142, 437513, 24426)), (2019, Sizes(1010, 265213, 3030)))
     ),
     *(
-        Dataset(
-            name,
-            title,
+        _dataset(
+            f"Revisited {city}",
             partial(readers.landmarks, name=name),
             Sizes(1, images, 70),
             f"{name}/gnd_{name}.pkl and {name}/jpg/*.jpg",
             "https://github.com/filipradenovic/revisitop",
+            name=name,
             kind="landmarks",
         )
-        for name, title, images in (
-            ("roxford5k", "Revisited Oxford", 4993),
-            ("rparis6k", "Revisited Paris", 6322),
-        )
+        for city, name, images in (("Oxford", "roxford5k", 4993), ("Paris", "rparis6k", 6322))
     ),
-    Dataset(
-        "voc2007",
+    _dataset(
         "VOC2007",
-        label_readers.voc2007,
+        readers.voc2007,
         Sizes(20, 5011, 4952),
         "VOCdevkit/VOC2007/ImageSets/Main/*.txt and VOCdevkit/VOC2007/JPEGImages/*.jpg",
         "torchvision.datasets.VOCDetection(ROOT, '2007', SPLIT, download=True), trainval and test",
         kind="labels",
     ),
     *(
-        Dataset(
-            title.lower(),
-            title,
-            partial(readers.imagenet_variant, folder=folder, title=title),
-            Sizes(counts[0], None, counts[1]),
-            f"class folders {folder}/WNID{' or 0 to 999' * (title == 'ImageNet-V2')}",
+        _dataset(
+            f"ImageNet-{suffix}",
+            partial(readers.imagenet_variant, folder=folder, title=f"ImageNet-{suffix}"),
+            Sizes(classes, None, images),
+            f"class folders {folder}/WNID{' or 0 to 999' * (suffix == 'V2')}",
             f"https://github.com/{repository}",
             kind="imagenet",
         )
-        for title, folder, counts, repository in (
-            ("ImageNet-V2", "imagenet-v2", (1000, 10000), "modestyachts/ImageNetV2"),
-            ("ImageNet-A", "imagenet-a", (200, 7500), "hendrycks/natural-adv-examples"),
-            ("ImageNet-R", "imagenet-r", (200, 30000), "hendrycks/imagenet-r"),
-            ("ImageNet-Sketch", "imagenet-sketch", (1000, None), "HaohanWang/ImageNet-Sketch"),
-            ("ImageNet-ReaL", "imagenet/val", (1000, 50000), "google-research/reassessed-imagenet"),
+        for suffix, folder, classes, images, repository in (
+            ("V2", "imagenet-v2", 1000, 10000, "modestyachts/ImageNetV2"),
+            ("A", "imagenet-a", 200, 7500, "hendrycks/natural-adv-examples"),
+            ("R", "imagenet-r", 200, 30000, "hendrycks/imagenet-r"),
+            ("Sketch", "imagenet-sketch", 1000, None, "HaohanWang/ImageNet-Sketch"),
+            ("ReaL", "imagenet/val", 1000, 50000, "google-research/reassessed-imagenet"),
         )
     ),
-    Dataset(
-        "voc2012",
-        "VOC2012",
-        readers.voc,
-        Sizes(21, 1464, 1449),
-        "VOCdevkit/VOC2012/, downloaded by torchvision",
-        "torchvision.datasets.VOCSegmentation(ROOT, download=True)",
-        kind="masks",
-    ),
-    Dataset(
-        "ade20k",
+    replace(_VOC2012, kind="masks"),
+    _dataset(
         "ADE20K",
         readers.ade20k,
         Sizes(150, 20210, 2000),
@@ -259,16 +241,16 @@ _KNOWN = [
         "https://groups.csail.mit.edu/vision/datasets/ADE20K/ (scene parsing benchmark)",
         kind="masks",
     ),
-    _offline("fractals", "Fractals", _fractals, Sizes(40, 2000, 1000)),
-    _offline("fractals-unseen", "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000)),
-    _offline("digits", "Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
+    _offline("Fractals", _fractals, Sizes(40, 2000, 1000)),
     _offline(
-        "photographs", "Photographs", partial(samples.photographs, SIZE), Sizes(20, 1200, 600)
+        "Unseen fractals", partial(_fractals, 40), Sizes(40, 2000, 1000), name="fractals-unseen"
     ),
-    _packaged("clipart", "Clip art", Sizes(56, 1572, 393), "clipart/CLASS/*.png"),
-    _packaged("emoji", "Emoji", Sizes(200, 1000, 652), "emoji/train/NAME/ and emoji/test/NAME/"),
-    _offline("scenes", "Scenes", _scenes, Sizes(9, 400, 200), "masks"),
-    _offline("scene-labels", "Scene labels", _scenes, Sizes(9, 400, 200), "labels"),
+    _offline("Digits", partial(samples.digits, SIZE), Sizes(10, 1198, 599)),
+    _offline("Photographs", partial(samples.photographs, SIZE), Sizes(20, 1200, 600)),
+    _packaged("Clip art", "clipart", Sizes(56, 1572, 393), "clipart/CLASS/*.png"),
+    _packaged("Emoji", "emoji", Sizes(200, 1000, 652), "emoji/train/NAME/ and emoji/test/NAME/"),
+    _offline("Scenes", _scenes, Sizes(9, 400, 200), kind="masks"),
+    _offline("Scene labels", _scenes, Sizes(9, 400, 200), kind="labels"),
 ]
 
 DATASETS = {dataset.name: dataset for dataset in _KNOWN}
@@ -354,9 +336,8 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
         )
     if len(sources) > 1 and isinstance(train, FileSource) and isinstance(test, FileSource):
         fitted, tested = (list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test))
-        training_files = set(fitted)
-        shared = [index for index, file in enumerate(tested) if file in training_files]
-        if shared:
+        both = set(fitted).intersection(tested)
+        if shared := [index for index, file in enumerate(tested) if file in both]:
             raise ValueError(
                 f"{len(shared)} files are both training and test images (the same file or a link "
                 f"to it), such as {test.name(shared[0])}; remove them from one of the two"
@@ -399,19 +380,16 @@ def _layout(path: Path) -> tuple[Kind, Reader, str]:
         layout = f"class folders {path}/gallery/CLASS and {path}/query/CLASS"
         return "gallery", readers.query_and_gallery, layout
     if path.suffix == ".csv" or (path / "train.csv").is_file():
-        kind: Kind = "classes" if label_readers.has_one_label(path) else "labels"
+        kind: Kind = "classes" if readers.has_one_label(path) else "labels"
         columns = "path, and label, labels (separated by ;) or one column of 0 and 1 per class"
         files = f"{path}/train.csv and test.csv (or val.csv)" if path.is_dir() else str(path)
-        return kind, lambda _: label_readers.csv_files(path), f"{files} with the columns {columns}"
-    if any(
-        (base / "images").is_dir() and (base / "masks").is_dir() for base in (path, path / "train")
-    ):
+        return kind, lambda _: readers.csv_files(path), f"{files} with the columns {columns}"
+    pairs = [(base / "images", base / "masks") for base in (path, path / "train")]
+    if any(images.is_dir() and masks.is_dir() for images, masks in pairs):
         layout = (
             f"{path}/train/images, {path}/train/masks and the same in test/ (or val/), or only "
             f"{path}/images and {path}/masks; masks are PNG files with the images' names"
         )
         return "masks", readers.mask_folders, layout
-    layout = (
-        f"class folders {path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
-    )
-    return "classes", readers.class_folders, layout
+    layout = f"{path}/train/CLASS and {path}/test/CLASS (or val), or only {path}/CLASS"
+    return "classes", readers.class_folders, f"class folders {layout}"

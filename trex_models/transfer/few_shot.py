@@ -14,8 +14,6 @@ contribute all that they have; a k that no class has is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -86,7 +84,12 @@ class FewShot(Task):
                         correct = predict(x, y, queries) == targets
                         accuracies[row, column, episode] = correct.double().mean().item()
                     bar.update()
-        return {"scores": _scores(accuracies, numbers), "accuracies": accuracies.tolist()}
+        scores = {
+            f"{classifier}, {k}-shot": score(values.mean(), student_interval(values.tolist()))
+            for classifier, rows in zip(CLASSIFIERS, accuracies, strict=True)
+            for k, values in zip(numbers, rows, strict=True)
+        }
+        return {"scores": scores, "accuracies": accuracies.tolist()}
 
 
 def _shots(opened: OpenedDataset, plan: Plan) -> list[int]:
@@ -105,9 +108,8 @@ def image_ranks(source: Source, episode: int) -> np.ndarray:
     The order is that of the hashes of episode, class and name, which do not depend on where the
     files are stored.
     """
-    names = [b"%d" % index for index in range(len(source))]
-    if isinstance(source, FileSource):
-        names = source.paths.tolist()
+    numbers = [b"%d" % index for index in range(len(source))]
+    names = source.paths.tolist() if isinstance(source, FileSource) else numbers
     classes = [name.encode(errors="surrogateescape") for name in source.classes]
     pairs = zip(source.labels.tolist(), names, strict=True)
     order = hashed_order([classes[label] + b"/" + name for label, name in pairs], seed=episode)
@@ -125,11 +127,3 @@ def _logistic(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
 def _class_means(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
     means = torch.zeros(int(y.max()) + 1, x.shape[1], device=x.device).index_add_(0, y, x)
     return (queries @ F.normalize(means).T).argmax(1)
-
-
-def _scores(accuracies: np.ndarray, shots: Sequence[int]) -> Entry:
-    return {
-        f"{classifier}, {k}-shot": score(values.mean(), student_interval(values.tolist()))
-        for classifier, rows in zip(CLASSIFIERS, accuracies, strict=True)
-        for k, values in zip(shots, rows, strict=True)
-    }

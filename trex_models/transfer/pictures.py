@@ -186,11 +186,8 @@ def shots(reports: Sequence[Report]) -> Any:
         for axis in panels[len(names) :]:
             axis.remove()
         plotting.legend(figure, [_label(report) for report in reports])
-        figure.suptitle(
-            "solid: logistic regression; dashed: nearest class mean; bands: 95 % over episodes",
-            fontsize=9,
-            color=plotting.GRAY,
-        )
+        title = "solid: logistic regression; dashed: nearest class mean; bands: 95 % over episodes"
+        figure.suptitle(title, fontsize=9, color=plotting.GRAY)
     return figure
 
 

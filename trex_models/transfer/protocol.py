@@ -143,22 +143,16 @@ def sgd_scores(
         for features, labels in ((task.train, task.labels), (task.test, task.test_labels))
     )
     grid = [setting._asdict() for setting in settings]
+    score = partial(linear.fitted_accuracies, num_classes=task.num_classes, device=task.device)
+    score = partial(score, epochs=epochs, batch_size=batch_size)
     choices = []
     for seed in seeds:
         mask = torch.from_numpy(held_out(samples[1], VALIDATION_SHARE, seed))
         fitted, held = (everything._replace(rows=m.nonzero().flatten()) for m in (~mask, mask))
-        score = partial(
-            linear.fitted_accuracies,
-            num_classes=task.num_classes,
-            device=task.device,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-        )
         title = f"linear layer, seed {seed}"
-        curve = score(fitted, held, settings, title=f"{title}: settings")
+        curve = score(fitted, held, settings, seed=seed, title=f"{title}: settings")
         best = settings[int(np.argmax(curve))]
-        (top1,) = score(everything, tests, [best], title=f"{title}: fit to all")
+        (top1,) = score(everything, tests, [best], seed=seed, title=f"{title}: fit to all")
         choices.append(_choice(seed, grid, curve, top1, True))
     return choices
 

@@ -49,9 +49,7 @@ PUBLISHED = {
             Point("t-ReX*", 0.8019, 1.080),
         ),
     ),
-    "released": PublishedResults(
-        "ImageNet-1K, 15 transfer datasets", 15, tuple(_RELEASED.values())
-    ),
+    "released": PublishedResults("ImageNet-1K, 15 transfer datasets", 15, (*_RELEASED.values(),)),
 }
 
 

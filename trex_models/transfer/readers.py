@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from importlib.resources import files
 from itertools import chain
@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from trex_models.cli import progress_bar
+from trex_models.data import image_files
 from trex_models.data.decode import UnreadableImageError, image_size, unreadable_error
-from trex_models.data.image_files import FileSource, FolderSource, split_images, walk
+from trex_models.data.image_files import CsvSource, FileSource, FolderSource, split_images, walk
 from trex_models.data.sources import digest
 from trex_models.evaluation.segmentation_head import IGNORED
 from trex_models.evaluation.splits import hashed_order
@@ -33,9 +34,12 @@ Parts = tuple[FileSource, FileSource]
 EUROSAT_TEST_PER_CLASS = 810  # EuroSAT has no official split
 NUM_LEVELS = 5
 VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-    "motorbike person pottedplant sheep sofa train tvmonitor"
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
 )
+_VOC_TARGETS = {"1": 1, "-1": 0, "0": -1}  # 0: only difficult objects
+_CSV_TARGETS = {"1": 1, "0": 0, "-1": -1, "": -1}
 
 
 def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Parts]:
@@ -44,18 +48,22 @@ def from_torchvision(kind: Any, folder: str, *train: str) -> Callable[[Path], Pa
     def read(root: Path) -> Parts:
         splits = *train, "test"
         *fitted, tested = (kind(root, split, loader=str) for split in splits)
-        classes = tested.classes
-        if any(part.classes != classes for part in fitted):  # labels would differ
+        if any(part.classes != tested.classes for part in fitted):  # labels would differ
             raise ValueError(f"the splits {', '.join(splits)} list different classes")
 
-        def listed(parts: list[Any]) -> FileSource:
-            rows = [part[index] for part in parts for index in range(len(part))]
-            paths = [Path(path).relative_to(root / folder).as_posix() for path, _ in rows]
-            return FileSource(root / folder, paths, [int(label) for _, label in rows], classes)
+        def listed(*parts: Any) -> FileSource:
+            files = [part[index] for part in parts for index in range(len(part))]
+            rows = [(Path(path).relative_to(root / folder).as_posix(), n) for path, n in files]
+            return from_rows(root / folder, rows, tested.classes)
 
-        return listed(fitted), listed([tested])
+        return listed(*fitted), listed(tested)
 
     return read
+
+
+def from_rows(root: Path, rows: Sequence[tuple[str, Any]], classes: Sequence[str]) -> FileSource:
+    """Return a source from pairs of path and label."""
+    return FileSource(root, [path for path, _ in rows], [int(label) for _, label in rows], classes)
 
 
 def imagenet(root: Path) -> Parts:
@@ -90,7 +98,7 @@ def imagenet_variant(root: Path, folder: str, title: str) -> tuple[FileSource]:
 
 def eurosat(root: Path) -> Parts:
     """Read EuroSAT; its test images are selected by a hash, the same ones everywhere."""
-    return split_by_hash(FolderSource(root / "eurosat" / "2750"), lambda _: EUROSAT_TEST_PER_CLASS)
+    return split_by_hash(FolderSource(root / "eurosat" / "2750"), EUROSAT_TEST_PER_CLASS)
 
 
 def class_folders(path: Path) -> Parts:
@@ -99,29 +107,35 @@ def class_folders(path: Path) -> Parts:
     Training images are those in ``train/`` and, if there is also ``test/``, in ``val/``. Without
     ``train/``, a fifth of each class is held out for testing.
     """
-    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
-    if "train" not in found:
-        return split_by_hash(FolderSource(path), lambda count: max(1, round(count / 5)))
-    if len(found) == 1:
-        raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
+    if not (found := _parts(path)):
+        return split_by_hash(FolderSource(path))
     train, *val, test = (FolderSource(path / name) for name in found)
     if not val:
         return train, test
     if train.classes != val[0].classes:
         raise ValueError(f"{path}/train and {path}/val must contain the same class folders")
-    files = [b"train/" + file for file in train.paths.tolist()]
-    files += [b"val/" + file for file in val[0].paths.tolist()]
+    files = [
+        f"{part.root.name}/{os.fsdecode(file)}" for part in (train, *val) for file in part.paths
+    ]
     labels = np.concatenate([train.labels, val[0].labels])
     return FileSource(path, files, labels, train.classes), test
 
 
-def split_by_hash(source: FileSource, test_images: Callable[[int], int]) -> Parts:
-    """Hold out ``test_images(count)`` images of each class, by the hash of their paths."""
+def _parts(path: Path) -> list[str]:
+    """Return which of train, val and test are folders; none if train is not."""
+    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
+    if found == ["train"]:
+        raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
+    return found if "train" in found else []
+
+
+def split_by_hash(source: FileSource, count: int = 0) -> Parts:
+    """Hold out images of each class, by default a fifth, by the hash of their paths."""
     mask = np.zeros(len(source), dtype=bool)
     for label in range(len(source.classes)):
         members = np.flatnonzero(source.labels == label)
         order = hashed_order(source.paths[members].tolist(), seed=0)
-        mask[members[order[: test_images(len(members))]]] = True
+        mask[members[order[: count or max(1, round(len(members) / 5))]]] = True
     return source.part(np.flatnonzero(~mask)), source.part(np.flatnonzero(mask))
 
 
@@ -137,8 +151,8 @@ def pets(root: Path) -> Parts:
     classes = [names[breed] for breed in range(1, len(names) + 1)]
 
     def listed(rows: list[list[str]]) -> FileSource:
-        paths = [f"images/{image}.jpg" for image, *_ in rows]
-        return FileSource(folder, paths, [int(breed) - 1 for _, breed, *_ in rows], classes)
+        files = [(f"images/{image}.jpg", int(breed) - 1) for image, breed, *_ in rows]
+        return from_rows(folder, files, classes)
 
     return listed(train), listed(test)
 
@@ -156,12 +170,13 @@ def sun397(root: Path) -> Parts:
 
     classes = names("ClassName.txt")
     label_of = {name: label for label, name in enumerate(classes)}
-
-    def listed(paths: list[str]) -> FileSource:
-        labels = [label_of[path.rsplit("/", 1)[0]] for path in paths]
-        return FileSource(folder, paths, labels, classes)
-
-    return listed(names("Training_01.txt")), listed(names("Testing_01.txt"))
+    train, test = (
+        from_rows(
+            folder, [(path, label_of[path.rsplit("/", 1)[0]]) for path in names(file)], classes
+        )
+        for file in ("Training_01.txt", "Testing_01.txt")
+    )
+    return train, test
 
 
 def inaturalist(root: Path, year: int) -> Parts:
@@ -173,15 +188,13 @@ def inaturalist(root: Path, year: int) -> Parts:
         categories = sorted(content["categories"], key=lambda category: int(category["id"]))
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         file_of = {image["id"]: image["file_name"] for image in content["images"]}
-        rows = content["annotations"]
-        files = [file_of[row["image_id"]].removeprefix(f"{images}/") for row in rows]
-        renamed = files and (folder / str(year) / files[0]).exists()  # by torchvision
-        return FileSource(
-            folder / (str(year) if renamed else images),
-            files,
-            [label_of[row["category_id"]] for row in rows],
-            [str(category["name"]) for category in categories],
-        )
+        rows = [
+            (file_of[row["image_id"]].removeprefix(f"{images}/"), label_of[row["category_id"]])
+            for row in content["annotations"]
+        ]
+        renamed = rows and (folder / str(year) / rows[0][0]).exists()  # by torchvision
+        classes = [str(category["name"]) for category in categories]
+        return from_rows(folder / (str(year) if renamed else images), rows, classes)
 
     return listed("train"), listed("val")
 
@@ -196,21 +209,19 @@ def cog(root: Path, level: int) -> Parts:
     if len(levels) != NUM_LEVELS:
         raise ValueError(f"{levels_file} has {len(levels)} levels; it must be a list of 5 lists")
     concepts = sorted(levels[level - 1])
+
+    def listed(part: str) -> FileSource:
+        numbered = enumerate(concepts)
+        rows = [
+            (f"{name}/{file}", label) for label, name in numbered for file in splits[name][part]
+        ]
+        return from_rows(root / "imagenet21k", rows, concepts)
+
     try:
-        train, test = (
-            FileSource(
-                root / "imagenet21k",
-                [f"{concept}/{name}" for concept in concepts for name in splits[concept][part]],
-                [label for label, concept in enumerate(concepts) for _ in splits[concept][part]],
-                concepts,
-            )
-            for part in ("train", "test")
-        )
+        return listed("train"), listed("test")
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{splits_file} lacks a list of training or test images ({error})"
-        ) from error
-    return train, test
+        reason = f"lacks a list of training or test images ({error})"
+        raise ValueError(f"{splits_file} {reason}") from error
 
 
 def query_and_gallery(path: Path) -> Parts:
@@ -222,19 +233,12 @@ def query_and_gallery(path: Path) -> Parts:
 class LandmarkSource(FileSource):
     """Queries of revisited Oxford or Paris, cropped to their box.
 
-    Args:
-        root: Folder of the images.
-        paths: Paths of the N queries, relative to ``root``.
-        boxes: Box of each query in pixels: left, top, right, bottom, (N, 4).
-        ground_truth: Indices of ``easy``, ``hard`` and ``junk`` images of each query.
+    ``boxes`` contains left, top, right and bottom of each query in pixels, (N, 4); ``ground_truth``
+    the indices of its ``easy``, ``hard`` and ``junk`` images.
     """
 
     def __init__(
-        self,
-        root: Path,
-        paths: list[str],
-        boxes: list[list[float]],
-        ground_truth: list[dict[str, list[int]]],
+        self, root: Path, paths: list[str], boxes: Any, ground_truth: list[dict[str, list[int]]]
     ) -> None:
         super().__init__(root, paths, [0] * len(paths), ["landmark"])
         self.boxes = np.array(boxes, np.float64).round().astype(np.int64)
@@ -246,9 +250,8 @@ class LandmarkSource(FileSource):
         left, top, right, bottom = self.boxes[index].clip(0).tolist()
         cropped = image[top:bottom, left:right]
         if not cropped.size:
-            raise UnreadableImageError(
-                f"{self.name(index)}: the box {(left, top, right, bottom)} is outside the image"
-            )
+            box = left, top, right, bottom
+            raise UnreadableImageError(f"{self.name(index)}: the box {box} is outside the image")
         return np.ascontiguousarray(cropped)
 
     def digest(self) -> str:
@@ -271,7 +274,7 @@ def landmarks(root: Path, name: str) -> Parts:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not the ground truth of {name}: {reason}") from error
     for number, query in enumerate(truth):
-        for index in (index for indices in query.values() for index in indices):
+        for index in chain(*query.values()):
             if not 0 <= index < len(database):
                 raise ValueError(
                     f"{path}: query {number} lists image {index}, but there are {len(database)}"
@@ -282,16 +285,109 @@ def landmarks(root: Path, name: str) -> Parts:
     return gallery, LandmarkSource(images, queries, boxes, truth)
 
 
+class LabelsSource(FileSource):
+    """Source of image files with ``targets``, (N, C) int8: 1 present, 0 absent, -1 ignored."""
+
+    def __init__(
+        self, root: Path, paths: Sequence[str] | np.ndarray, targets: np.ndarray, classes: list[str]
+    ) -> None:
+        super().__init__(root, paths, np.zeros(len(paths)), classes)
+        self.targets = targets.astype(np.int8)
+
+    def digest(self) -> str:
+        """Return a hash of the paths, the targets and the classes."""
+        return digest(super().digest(), self.targets)
+
+    def part(self, indices: np.ndarray) -> LabelsSource:
+        """Return a source of the images at the given indices, in this order."""
+        return LabelsSource(self.root, self.paths[indices], self.targets[indices], self.classes)
+
+
+def voc2007(root: Path) -> Parts:
+    """Read the classification task of PASCAL VOC 2007."""
+    folder = root / "VOCdevkit" / "VOC2007"
+    lists = folder / "ImageSets" / "Main"
+
+    def listed(part: str) -> LabelsSource:
+        images = read_lines(lists / f"{part}.txt")
+        columns = []
+        for name in VOC_CLASSES:
+            values = dict(line.split() for line in read_lines(lists / f"{name}_{part}.txt"))
+            columns.append([_VOC_TARGETS[values[image]] for image in images])
+        paths = [f"JPEGImages/{image}.jpg" for image in images]
+        return LabelsSource(folder, paths, np.array(columns).T, list(VOC_CLASSES))
+
+    return listed("trainval"), listed("test")
+
+
+def has_one_label(path: Path) -> bool:
+    """Return True if the CSV file or files at PATH have the column ``label``, a class per image."""
+    return "label" in _header(path if path.suffix == ".csv" else path / "train.csv", "path")
+
+
+def _header(path: Path, *required: str) -> list[str]:
+    _, header = next(image_files.csv_rows(path))
+    for column in required:
+        image_files.csv_column(path, header, column)
+    return header
+
+
+def csv_files(path: Path) -> Parts:
+    """Read a CSV file, of which a fifth is held out for testing, or train.csv and test or val."""
+    read = CsvSource if has_one_label(path) else read_csv_labels
+    if path.suffix == ".csv":
+        return split_by_hash(read(path))
+    tests = [path / name for name in ("test.csv", "val.csv") if (path / name).exists()]
+    if len(tests) != 1:
+        raise ValueError(f"{path} has {len(tests)} of the files test.csv and val.csv; keep one")
+    train = read(path / "train.csv")
+    _header(tests[0], "path", *["label"] * (read is CsvSource))
+    return train, read(tests[0], classes=train.classes)
+
+
+def read_csv_labels(path: Path, classes: list[str] | None = None) -> LabelsSource:
+    """Read images with several labels each.
+
+    ``classes`` are those of the training images. Columns that other files lack are ignored there.
+    """
+    rows = image_files.csv_rows(path)
+    _, header = next(rows)
+    columns = {name: image_files.csv_column(path, header, name) for name in ("path", *header)}
+    found: dict[str, dict[str, int]] = {}
+    for line, row in rows:
+        place = f"{path}, line {line}"
+        image = image_files.csv_value(path, line, header, row, columns["path"])
+        targets = _row_targets(place, dict(zip(header, row, strict=True)))
+        if image in found:
+            raise ValueError(f"{place}: {image} is listed above; remove one of the rows")
+        if odd := sorted(targets.keys() - (classes or targets)):
+            raise ValueError(f"{place}: {odd[0]!r} is not in train.csv; fix or remove it")
+        found[image] = targets
+    classes = classes or sorted(set().union(*found.values()))
+    if not found or not classes:
+        raise ValueError(f"{path} has no rows with labels; add a row for each image")
+    missing = 0 if "labels" in header else -1
+    values = [[targets.get(name, missing) for name in classes] for targets in found.values()]
+    return LabelsSource(path.parent, list(found), np.array(values), classes)
+
+
+def _row_targets(place: str, row: dict[str, str]) -> dict[str, int]:
+    if "labels" in row:
+        return {name.strip(): 1 for name in row["labels"].split(";") if name.strip()}
+    targets = {name: value for name, value in row.items() if name != "path"}
+    for name, value in targets.items():
+        if value.strip() not in _CSV_TARGETS:
+            allowed = "1 (present), 0 (absent), or -1 or nothing (ignored)"
+            raise ValueError(f"{place}: {name!r} is {value!r}; use {allowed}")
+    return {name: _CSV_TARGETS[value.strip()] for name, value in targets.items()}
+
+
 class MaskSource(FileSource):
     """Source of images with masks, PNG files of class indices.
 
     Images are rotated as their EXIF orientation says; masks must match the rotated images.
-
-    Args:
-        root: Folder of the images and masks.
-        files: Paths of the N images and their masks, relative to ``root``.
-        classes: Class names, by label.
-        reduce_zero: If True, label 0 is ignored, and label k is class k - 1.
+    ``files`` are pairs of an image and its mask, relative to ``root``. If ``reduce_zero`` is True,
+    label 0 is ignored, and label k is class k - 1.
     """
 
     def __init__(
@@ -321,12 +417,9 @@ class MaskSource(FileSource):
     @cached_property
     def scan(self) -> list[tuple[np.ndarray, bytes]]:
         """Labels in each mask, (256,) bool, and its hash; checks the sizes of all masks."""
-        title, results = f"masks of {self.root}", []
-        with ThreadPoolExecutor() as pool, progress_bar(len(self), title, "mask") as bar:
-            for result in pool.map(self._scan_mask, range(len(self))):
-                results.append(result)
-                bar.update()
-        return results
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(self._scan_mask, range(len(self)))
+            return list(progress_bar(len(self), f"masks of {self.root}", "mask", iterable=results))
 
     def _scan_mask(self, index: int) -> tuple[np.ndarray, bytes]:
         mask, size = self.mask(index), image_size(self.name(index))
@@ -380,16 +473,12 @@ def mask_folders(path: Path) -> Parts:
     Parts are as in ``class_folders``. Class names are the lines of ``classes.txt``, if it exists.
     """
     names = read_lines(path / "classes.txt") if (path / "classes.txt").is_file() else []
-    found = [name for name in ("train", "val", "test") if (path / name).is_dir()]
-    if "train" in found:
-        if len(found) == 1:
-            raise ValueError(f"{path} contains train/, but neither test/ nor val/; add one of them")
-        files = [pair_masks(path, f"{name}/images", f"{name}/masks") for name in found]
-        parts: Any = [*chain(*files[:-1])], files[-1]
-        train, test = (MaskSource(path, part, names or ["class 0"]) for part in parts)
+    create = partial(MaskSource, path, classes=names or ["class 0"])
+    if found := _parts(path):
+        *fitted, tested = (pair_masks(path, f"{part}/images", f"{part}/masks") for part in found)
+        train, test = create([*chain(*fitted)]), create(tested)
     else:
-        source = MaskSource(path, pair_masks(path, "images", "masks"), names or ["class 0"])
-        parts = split_by_hash(source, lambda count: max(1, round(count / 5)))
+        parts: Any = split_by_hash(create(pair_masks(path, "images", "masks")))
         train, test = parts
     if not names:
         present = np.any([labels for labels, _ in train.scan], axis=0)[:IGNORED]
@@ -406,8 +495,7 @@ def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
     stems = [Path(path).relative_to(images).with_suffix("") for path in found]
     expected = [f"{masks}/{stem}.png" for stem in stems]
     existing = list(map(os.fsdecode, walk(root, masks)))
-    # A mask of two images is listed twice.
-    for name in sorted(Counter(expected) - Counter(existing)):
+    for name in sorted(Counter(expected) - Counter(existing)):  # twice, if of two images
         problem = "is the mask of two images" if name in existing else "is missing"
         raise ValueError(f"{root / name} {problem}; each image needs its own mask, named like it")
     if unused := sorted(set(existing) - set(expected)):
@@ -417,12 +505,12 @@ def pair_masks(root: Path, images: str, masks: str) -> list[tuple[str, str]]:
 
 def voc(root: Path) -> Parts:
     """Read VOC2012 segmentation; the validation images are used for testing."""
-    base, classes = root / "VOCdevkit" / "VOC2012", VOC_CLASSES.split()
+    base = root / "VOCdevkit" / "VOC2012"
 
     def listed(split: str) -> MaskSource:
         names = read_lines(base / "ImageSets" / "Segmentation" / f"{split}.txt")
         files = [(f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png") for name in names]
-        return MaskSource(base, files, classes)
+        return MaskSource(base, files, ["background", *VOC_CLASSES])
 
     return listed("train"), listed("val")
 

@@ -78,10 +78,8 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def results_by_task(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
     """Return the results of a report by task and dataset."""
-    found = {("classification", name): entry for name, entry in report["datasets"].items()}
-    for task, datasets in report["tasks"].items():
-        found |= {(task, name): entry for name, entry in datasets.items()}
-    return found
+    tasks = {"classification": report["datasets"], **report["tasks"]}
+    return {(task, name): entry for task in tasks for name, entry in tasks[task].items()}
 
 
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
@@ -129,33 +127,26 @@ def _escaped(text: str) -> str:
 
 
 def _rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    several = len(reports) > 1
-    header = ["dataset", "test images"]
+    rows = [["dataset", "test images"]]
     for report in reports:
-        name = f"{report['model']['label'][:_LABEL_WIDTH]}: " if several else ""
-        header += [f"{name}top-1, %", "k-NN, %", "log-odds"]
-    rows = [header]
+        name = f"{report['model']['label'][:_LABEL_WIDTH]}: " if len(reports) > 1 else ""
+        rows[0] += [f"{name}top-1, %", "k-NN, %", "log-odds"]
     for name in dict.fromkeys(name for report in reports for name in report["datasets"]):
         entries = [report["datasets"].get(name) for report in reports]
-        known = next(entry for entry in entries if entry)
+        known = next(filter(None, entries))
         training = all(report["training_task"] == name for report in reports)
         row = [known["title"] + " (training task)" * training, f"{known['test']['images']:,}"]
         for entry in entries:
-            if entry is None:
-                row += ["-"] * 3
-                continue
-            row.append(
-                _with_interval(entry["top1"]["mean"], entry["top1"]["test_interval"], 100, 1)
-            )
-            row += [f"{100 * entry['knn']['top1']:.1f}", f"{entry['log_odds']:.3f}"]
+            row.append(_cell(entry and entry["top1"], "mean", "test_interval"))
+            row.append(_cell(entry and entry["knn"], "top1"))
+            row.append(_cell(entry, "log_odds", scale=1))
         rows.append(row)
     counts = {len(report["transfer"]["datasets"]) for report in reports if report["transfer"]}
     count = str(*counts) if len(counts) == 1 else "transfer"
     last = [f"mean log-odds of {count} dataset{'s' * (count != '1')}", ""]
     for scores in (report["transfer"] for report in reports):
-        knn = f"{scores['knn_mean_log_odds']:.3f}" if scores else "-"
-        mean = _with_interval(scores["mean_log_odds"], scores["interval"], 1, 3) if scores else "-"
-        last += ["", knn, mean]
+        mean = _cell(scores, "mean_log_odds", "interval", scale=1)
+        last += ["", _cell(scores, "knn_mean_log_odds", scale=1), mean]
     return [*rows, last]
 
 
@@ -169,13 +160,18 @@ def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         first = next(entry for entry in known if "title" in entry)
         title, images = f"{key[0]}, {first['title']}", f"{first['test']['images']:,}"
         for name in dict.fromkeys(name for entry in known for name in entry["scores"]):
-            cells = [entry["scores"].get(name) for entry in known]
-            rows.append([f"{title}: {name}", images, *map(_cell, cells)])
+            cells = [_cell(entry["scores"].get(name), "value", "interval") for entry in known]
+            rows.append([f"{title}: {name}", images, *cells])
     return rows
 
 
-def _cell(score: Mapping[str, Any] | None) -> str:
-    return _with_interval(score["value"], score["interval"], 100, 1) if score else "-"
+def _cell(scores: Any, name: str, interval: str = "", scale: int = 100) -> str:
+    """Return a score and its interval as text, with one digit if it is a percentage."""
+    if scores is None:
+        return "-"
+    numbers = scores[name], *((interval and scores[interval]) or ())
+    text, *ends = (f"{scale * number:.{1 if scale == 100 else 3}f}" for number in numbers)
+    return f"{text} ({' to '.join(ends)})" if ends else text
 
 
 def describe_score(entry: Mapping[str, Any]) -> str:
@@ -185,11 +181,6 @@ def describe_score(entry: Mapping[str, Any]) -> str:
         return f"top-1 {top1:.2f} %, k-NN {knn:.2f} %"
     first = list(entry["scores"].items())[:4]
     return ", ".join(f"{name} {100 * score['value']:.2f} %" for name, score in first)
-
-
-def _with_interval(mean: float, interval: Sequence[float] | None, scale: float, digits: int) -> str:
-    text, *ends = (f"{scale * value:.{digits}f}" for value in (mean, *(interval or ())))
-    return f"{text} ({' to '.join(ends)})" if ends else text
 
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:

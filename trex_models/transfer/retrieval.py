@@ -17,14 +17,9 @@ from trex_models import plotting
 from trex_models.cli import progress_bar
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.sources import Source
+from trex_models.evaluation import ranking
 from trex_models.evaluation.frozen_model import FrozenModel
-from trex_models.evaluation.ranking import (
-    RECALLS,
-    class_retrieval,
-    landmark_metrics,
-    rankings,
-    whiten,
-)
+from trex_models.evaluation.ranking import RECALLS
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import mean_score, share_score
@@ -66,12 +61,9 @@ class Retrieval(Task):
             ranked = "the other test images" if alone else "the gallery"
             protocol["ranking"] = f"each test image is ranked against {ranked}"
         if plan.whiten:
-            source = plan.whiten.sources[0]
-            protocol["whitening"] = {
-                "dataset": plan.whiten.dataset.title,
-                "images": len(source),
-                "sha256": source.digest(),
-            }
+            source, title = plan.whiten.sources[0], plan.whiten.dataset.title
+            whitening = {"dataset": title, "images": len(source), "sha256": source.digest()}
+            protocol["whitening"] = whitening
         return protocol
 
     def evaluate(
@@ -83,20 +75,15 @@ class Retrieval(Task):
         parts: list[Any] = self.extract(model, opened, cache)
         if plan.whiten:
             title = f"{plan.whiten.dataset.name}-train"
-            parts = whiten(cache.features(model, plan.whiten.sources[0], title), *parts)
+            parts = ranking.whiten(cache.features(model, plan.whiten.sources[0], title), *parts)
         source, labels = opened.sources[-1], opened.sources[0].labels
         gallery, queries = parts[0], parts[1] if len(parts) > 1 else None
         with progress_bar(len(source), f"retrieval, {opened.dataset.name}", " queries") as bar:
             if isinstance(source, LandmarkSource):
-                return _landmarks(source, rankings(gallery, queries, plan.device, bar.update))
-            result = class_retrieval(
-                gallery,
-                labels,
-                queries,
-                source.labels,
-                neighbors=_NEIGHBORS,
-                device=plan.device,
-                progress=bar.update,
+                blocks = ranking.rankings(gallery, queries, plan.device, bar.update)
+                return _landmarks(source, blocks)
+            result = ranking.class_retrieval(
+                gallery, labels, queries, source.labels, _NEIGHBORS, plan.device, bar.update
             )
         valid = np.flatnonzero(np.isfinite(result.average_precision))
         precision = result.average_precision[valid]
@@ -114,16 +101,12 @@ class Retrieval(Task):
         del model, cache
         queries = opened.sources[-1]
         images = queries if opened.dataset.kind == "classes" else opened.sources[0]
-        with plotting.new_figure(
-            1.4 * (1 + _NEIGHBORS), 1.55 * len(entry["examples"]) + 0.6
-        ) as figure:
-            figure.suptitle(
-                f"{opened.dataset.title}: best, median and worst queries and their neighbors "
-                "(blue: relevant, orange: not)",
-                fontsize=10,
-            )
-            cells = figure.subplots(len(entry["examples"]), 1 + _NEIGHBORS, squeeze=False)
-            for row, example in zip(cells, entry["examples"], strict=True):
+        examples, columns = entry["examples"], 1 + _NEIGHBORS
+        title = f"{opened.dataset.title}: best, median and worst queries and their neighbors"
+        with plotting.new_figure(1.4 * columns, 1.55 * len(examples) + 0.6) as figure:
+            figure.suptitle(f"{title} (blue: relevant, orange: not)", fontsize=10)
+            cells = figure.subplots(len(examples), columns, squeeze=False)
+            for row, example in zip(cells, examples, strict=True):
                 for cell in row:
                     cell.axis("off")
                 row[0].set_title(f"query, AP {example['average_precision']:.2f}", fontsize=9)
@@ -142,7 +125,8 @@ def _landmarks(source: LandmarkSource, blocks: Iterable[tuple[slice, Tensor]]) -
             [np.concatenate([query[kind] for kind in part]) for part in kinds]
             for query in source.ground_truth
         ]
-        results = np.array([landmark_metrics(o, *t) for o, t in zip(orders, truth, strict=True)]).T
+        pairs = zip(orders, truth, strict=True)
+        results = np.array([ranking.landmark_metrics(order, *t) for order, t in pairs]).T
         for name, values in zip(("mAP", *(f"mP@{k}" for k in RECALLS)), results, strict=True):
             if np.isfinite(values).any():
                 scores[f"{name} ({difficulty})"] = mean_score(values[np.isfinite(values)])

@@ -46,9 +46,8 @@ class Robustness(Task):
         source: Any = opened.sources[0]
         if opened.dataset.name == "imagenet-real":
             count = sum(not labels for labels in real_labels(source))
-            protocol["ReaL"] = (
-                f"any of the labels is correct; {count} images without any are left out"
-            )
+            left_out = f"{count} images without any are left out"
+            protocol["ReaL"] = f"any of the labels is correct; {left_out}"
         return protocol
 
     def evaluate(
