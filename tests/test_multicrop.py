@@ -36,7 +36,7 @@ def test_default_crops_are_those_of_the_paper() -> None:
     global_crops, local_crops = TREX_CROPS
     assert global_crops == CropSpec(1, 224, (0.25, 1.0), GLOBAL_AUGMENTATION)
     assert local_crops == CropSpec(8, 96, (0.05, 0.25), LOCAL_AUGMENTATION)
-    assert MultiCropDataset(FractalSource(3, 5, 32)).specs == list(TREX_CROPS)
+    assert MultiCropDataset(FractalSource(3, 5, 32)).specs == TREX_CROPS
     assert MultiCrop().specs == list(TREX_CROPS)
 
 

@@ -44,8 +44,7 @@ class CenterCrop:
         crop_pct: Ratio of the crop's side to the shorter side of the resized image. Above 1, the
             resized image is padded with black.
         interpolation: "bilinear" or "bicubic"; both are antialiased.
-        crop_mode: "center" keeps the image's aspect ratio, "squash" resizes both sides
-            independently.
+        crop_mode: "center" keeps the image's aspect ratio, "squash" resizes each side separately.
         mean: Mean of each channel, (3,), for values in [0, 1].
         std: Standard deviation of each channel, (3,), for values in [0, 1].
 
@@ -78,14 +77,9 @@ class CenterCrop:
         channels, height, width = config["input_size"]
         if channels != 3:
             raise ValueError(f"the model must have 3 input channels (RGB), got {channels}")
-        return cls(
-            size=(height, width),
-            crop_pct=config["crop_pct"],
-            interpolation=config["interpolation"],
-            crop_mode=config["crop_mode"],
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-        )
+        same = {key: config[key] for key in ("crop_pct", "interpolation", "crop_mode")}
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return cls(size=(height, width), mean=mean, std=std, **same)
 
     def empty(self, count: int) -> Tensor:
         """Return an uninitialized buffer for crops, (count, H, W, 3) uint8."""
@@ -101,9 +95,8 @@ class CenterCrop:
         # Add the batch axis before slicing: otherwise torch does not recognize the strides as
         # channels last and uses a slower kernel.
         middle = torch.from_numpy(image)[None, top : top + height, left : left + width]
-        (resized,) = resize(
-            middle.permute(0, 3, 1, 2), *self._resized(height, width), self.interpolation
-        )
+        new_size = self._resized(height, width)
+        (resized,) = resize(middle.permute(0, 3, 1, 2), *new_size, self.interpolation)
         sides = zip(resized.shape[1:], self.size, strict=True)
         source, target = zip(*(_overlap(*lengths) for lengths in sides), strict=True)
         if self.crop_pct > 1:

@@ -82,9 +82,8 @@ def unreadable_error(name: str, reason: object) -> UnreadableImageError:
     elif isinstance(reason, OSError) and reason.strerror:  # its text repeats the path
         reason = reason.strerror
     text = " ".join(str(reason).split()) or type(reason).__name__
-    return UnreadableImageError(
-        f"{quoted(name)} cannot be read as an image ({text}); fix or replace it"
-    )
+    problem = f"{quoted(name)} cannot be read as an image ({text})"
+    return UnreadableImageError(f"{problem}; fix or replace it")
 
 
 def with_skip_hint(error: Exception, option: str = "--data.unreadable") -> UnreadableImageError:

@@ -11,6 +11,7 @@ Shapes: maps N, words (compositions of maps) W, points P, image side S in pixels
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class _System(NamedTuple):
     shift: np.ndarray  # (N, 2)
 
 
+@dataclass(eq=False)
 class FractalSource:
     """Source of fractal images that are rendered when read.
 
@@ -61,29 +63,23 @@ class FractalSource:
         ValueError: A count or the size is not positive, or another argument is negative.
     """
 
-    def __init__(
-        self,
-        num_classes: int = 40,
-        images_per_class: int = 150,
-        size: int = 64,
-        seed: int = 0,
-        first_class: int = 0,
-        first_image: int = 0,
-        variation: float = 1.0,
-    ) -> None:
-        require_positive(num_classes=num_classes, images_per_class=images_per_class, size=size)
-        firsts = {"first_class": first_class, "first_image": first_image}
-        for argument, value in {"seed": seed, "variation": variation, **firsts}.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{argument} must be finite and non-negative, got {value}")
-        self.images_per_class = images_per_class
-        self.size = size
-        self.seed = seed
-        self.first_class = first_class
-        self.first_image = first_image
-        self.variation = variation
-        self.classes = [f"fractal {first_class + label:04d}" for label in range(num_classes)]
-        self.labels = np.repeat(np.arange(num_classes, dtype=np.int64), images_per_class)
+    num_classes: int = 40
+    images_per_class: int = 150
+    size: int = 64
+    seed: int = 0
+    first_class: int = 0
+    first_image: int = 0
+    variation: float = 1.0
+
+    def __post_init__(self) -> None:
+        counts = ("num_classes", "images_per_class", "size")
+        require_positive(**{name: getattr(self, name) for name in counts})
+        for name in ("seed", "variation", "first_class", "first_image"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be finite and non-negative, got {value}")
+        labels = np.arange(self.num_classes, dtype=np.int64)
+        self.classes = [f"fractal {self.first_class + label:04d}" for label in labels]
+        self.labels = np.repeat(labels, self.images_per_class)
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -68,17 +68,14 @@ class HuggingFaceSource:
         if not len(rows):
             raise ValueError(f"{self._where} has no rows; use another split or dataset")
         features = dict(rows.features)
+        choose = partial(_choose_column, self._where, features)
         images = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
         others = [n for n, feature in features.items() if _is_bytes(feature)]
-        self._column = _choose_column(
-            self._where, features, "image", image_column, images + others, images or others
-        )
+        self._column = choose("image", image_column, images + others, images or others)
         labels = [n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         others = [n for n, feature in features.items() if n not in labels and _is_name(feature)]
         defaults = ["label"] if "label" in labels + others else labels
-        label_column = _choose_column(
-            self._where, features, "label", label_column, labels + others, defaults
-        )
+        label_column = choose("label", label_column, labels + others, defaults)
         self.classes, self.labels = _labels(
             f"{self._where}, column {label_column!r}",
             rows.data.column(label_column),
@@ -218,10 +215,8 @@ def _labels(
                 f"{np.sum(codes == code)} row(s)); use a split whose labels are not hidden"
             )
     class_names = [str(value) if names is None else names[value] for value in values]
+    known = names if classes is None else classes
     classes, labels = encode_labels(
-        class_names,
-        names if classes is None else classes,
-        where,
-        lambda c: f"row {np.argmax(codes == c)}",
+        class_names, known, where, lambda code: f"row {np.argmax(codes == code)}"
     )
     return classes, labels[codes]

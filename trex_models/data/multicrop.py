@@ -115,6 +115,7 @@ class Batch:
         )
 
 
+@dataclass(eq=False)
 class MultiCropDataset(Dataset[Batch]):
     """Dataset that returns complete batches of random crops.
 
@@ -130,25 +131,18 @@ class MultiCropDataset(Dataset[Batch]):
         source: Labeled images.
         specs: Crops of each resolution, global crops first.
         seed: Seed of all random draws.
-        substitute: Replace an unreadable sample by another one, which depends only on (seed,
-            epoch, index).
+        substitute: Replace an unreadable sample by another, drawn from (seed, epoch, index).
         num_buffers: Number of buffers per loader worker, reused in turn. 0 allocates memory for
             each batch, which takes a tenth of a worker's time.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        specs: Sequence[CropSpec] = TREX_CROPS,
-        seed: int = 0,
-        substitute: bool = False,
-        num_buffers: int = 0,
-    ) -> None:
-        self.source = source
-        self.specs = list(specs)
-        self.seed = seed
-        self.substitute = substitute
-        self.num_buffers = num_buffers
+    source: Source
+    specs: Sequence[CropSpec] = TREX_CROPS
+    seed: int = 0
+    substitute: bool = False
+    num_buffers: int = 0
+
+    def __post_init__(self) -> None:
         self._memory: dict[int, list[Tensor]] = {}
         self._num_batches = 0
 
@@ -180,9 +174,8 @@ class MultiCropDataset(Dataset[Batch]):
         self._num_batches += 1
         crops = self._memory.get(slot)
         if crops is None or crops[0].shape[1] != size:
-            crops = [
-                torch.empty(s.count, size, s.size, s.size, 3, dtype=torch.uint8) for s in self.specs
-            ]
+            shapes = [(s.count, size, s.size, s.size, 3) for s in self.specs]
+            crops = [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
             if shared:
                 self._memory[slot] = [c.share_memory_() for c in crops]
         return crops
@@ -206,6 +199,7 @@ class MultiCropDataset(Dataset[Batch]):
         )
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[list[Key]]):
     """Batch sampler over all epochs of a run, starting at any step.
 
@@ -227,33 +221,27 @@ class EpochSampler(Sampler[list[Key]]):
             with at least 2 images for each process.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-    ) -> None:
-        if batch_size > num_samples:
-            raise ValueError(
-                f"batch size {batch_size} exceeds the dataset's {num_samples} images; use fewer"
-            )
-        share, rest = divmod(batch_size, world_size)
+    num_samples: int
+    batch_size: int
+    epochs: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        size, images, processes = self.batch_size, self.num_samples, self.world_size
+        if size > images:
+            raise ValueError(f"batch size {size} exceeds the dataset's {images} images; use fewer")
+        share, rest = divmod(size, processes)
         if rest or share < 2:
             raise ValueError(
-                f"batch size must be at least {2 * world_size} and a multiple of the number "
-                f"of processes, {world_size} (BatchNorm requires 2 images each), got {batch_size}"
+                f"batch size must be at least {2 * processes} and a multiple of the number "
+                f"of processes, {processes} (BatchNorm requires 2 images each), got {size}"
             )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.steps_per_epoch = num_samples // batch_size
-        self.total_steps = epochs * self.steps_per_epoch
-        self.seed = seed
-        self.start_step = start_step
-        self._block = slice(rank * share, (rank + 1) * share)
+        self.steps_per_epoch = images // size
+        self.total_steps = self.epochs * self.steps_per_epoch
+        self._block = slice(self.rank * share, (self.rank + 1) * share)
 
     def __len__(self) -> int:
         """Return the number of remaining batches."""

@@ -19,16 +19,10 @@ from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
 from trex_models.distributed import Process
 from trex_models.heads import Projector
+from trex_models.method import objectives
 from trex_models.method.backbone import build_backbone, recompute_activations
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
-from trex_models.method.objectives import (
-    LOOK,
-    CosineSoftmax,
-    LinearSoftmax,
-    Objective,
-    OnlineClassMeans,
-)
 from trex_models.method.optimizer import learning_rates
 from trex_models.precision import free_cores
 from trex_models.train.config import (
@@ -45,22 +39,19 @@ from trex_models.train.validation import Neighbors, ValidationDataset
 def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Source:
     """Open the dataset that a configuration names; ``classes`` lists them in label order."""
     if data.source == "fractals":
-        return FractalSource(
-            data.num_classes, data.images_per_class, data.image_size, variation=data.variation
-        )
+        sizes = data.num_classes, data.images_per_class, data.image_size
+        return FractalSource(*sizes, variation=data.variation)
     if not data.path:
         known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
         raise ValueError(
             f"--data.path is not set; pass {known.get(data.source, 'a folder of class folders')}, "
             "or train on generated images with --data.source fractals"
         )
+    image_column, label_column = data.image_column, data.label_column
     if data.source == "csv":
-        image_column, label_column = data.image_column or "path", data.label_column or "label"
-        return CsvSource(data.path, image_column, label_column, classes)
+        return CsvSource(data.path, image_column or "path", label_column or "label", classes)
     if data.source == "huggingface":
-        return HuggingFaceSource(
-            data.path, data.split, data.image_column, data.label_column, classes
-        )
+        return HuggingFaceSource(data.path, data.split, image_column, label_column, classes)
     if Path(data.path).is_file():
         raise ValueError(
             f"{data.path} is a file, not a folder of class folders; use --data.source csv for a "
@@ -72,16 +63,9 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
 def open_validation(config: Config, source: Source) -> ValidationDataset | None:
     """Open the validation images, of the classes of ``source``; None if there are none."""
     data, validation = config.data, config.validation
-    if data.source == "fractals":
-        if not validation.images_per_class:
-            return None
-        held_out: Source = FractalSource(
-            data.num_classes,
-            validation.images_per_class,
-            data.image_size,
-            first_image=data.images_per_class,
-            variation=data.variation,
-        )
+    if isinstance(source, FractalSource) and validation.images_per_class:
+        first, count = source.images_per_class, validation.images_per_class
+        held_out: Source = replace(source, images_per_class=count, first_image=first)
     elif validation.path or validation.split:
         data = replace(data, path=validation.path or data.path, split=validation.split)
         held_out = open_source(data, source.classes)
@@ -110,9 +94,8 @@ def crop_specs(crops: CropsConfig) -> list[CropSpec]:
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
     """Build the sampler of this process's batches; ValueError if the batch size is invalid."""
-    return EpochSampler(
-        num_images, optim.batch_size, optim.epochs, seed, process.rank, process.world_size
-    )
+    ranks = process.rank, process.world_size
+    return EpochSampler(num_images, optim.batch_size, optim.epochs, seed, *ranks)
 
 
 def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
@@ -142,15 +125,15 @@ def build_method(config: Config, num_classes: int) -> TReX:
     return method
 
 
-def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> Objective:
+def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> objectives.Objective:
     if config.name == "softmax":
-        return LinearSoftmax(dim, num_classes)
+        return objectives.LinearSoftmax(dim, num_classes)
     if config.name == "cosine":
-        return CosineSoftmax(dim, num_classes, config.temperature)
+        return objectives.CosineSoftmax(dim, num_classes, config.temperature)
     bank = MemoryBank(config.resolved_bank_size, dim, num_classes)
     if config.name == "look":
-        return LOOK(bank, config.temperature, config.neighbors)
-    return OnlineClassMeans(bank, config.temperature)
+        return objectives.LOOK(bank, config.temperature, config.neighbors)
+    return objectives.OnlineClassMeans(bank, config.temperature)
 
 
 def num_workers(system: SystemConfig) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 
 from trex_models.data.decode import UnreadableImageError, with_skip_hint
 from trex_models.data.loading import NUM_BUFFERS
-from trex_models.data.sources import Source
+from trex_models.data.sources import Source, require_rgb
 
 _TOLERATED = 0.01  # warn if a larger share of the classes has no prototype
 _TARGET = 0.001  # largest share at the bank size that the warning recommends
@@ -57,9 +57,8 @@ def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | No
     advice = f"{share:.1%} of the classes without a prototype; --objective.bank-size {larger}"
     advice += f" would leave {_share_without_prototype(larger, counts):.1%}"
     if size < len(counts):
-        raise ValueError(
-            f"--objective.bank-size {size} is below the {len(counts)} classes and leaves {advice}"
-        )
+        problem = f"is below the {len(counts)} classes and leaves"
+        raise ValueError(f"--objective.bank-size {size} {problem} {advice}")
     return f"--objective.bank-size {size} leaves about {advice}" if share > _TOLERATED else None
 
 
@@ -114,10 +113,7 @@ def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
                 raise with_skip_hint(error) from error
             reasons.append(str(error))
             continue
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"{source.name(index)} must be uint8 (H, W, 3), got {image.dtype} {image.shape}"
-            )
+        require_rgb(image, source.name(index))
     count = f"of {len(indices)} sampled {name} images"
     if len(reasons) == len(indices):
         raise ValueError(f"none {count} is readable, such as: {reasons[-1]}")
