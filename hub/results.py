@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.utils import yaml_dump
 
 from hub.hub_folder import HubModel, load_folder
-from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
-from trex_models.transfer.report import read_report, results_by_task
+from trex_models.evaluation.frozen_model import FrozenModel, ModelOutput, weights_digest
+from trex_models.transfer.report import named_scores, read_report, results_by_task
 
 _HUB_TASKS = {"retrieval": "image-feature-extraction", "segmentation": "image-segmentation"}
 Results = Sequence[tuple[EvalResult, Mapping[str, Any]]]  # each with its report
@@ -39,9 +40,14 @@ def match_reports(models: Sequence[HubModel], paths: Sequence[Path]) -> dict[str
 
 
 def _digests(folder: Path) -> set[str]:
-    """Return the digests in reports on a model: of all weights, and without its classifier."""
-    frozen = FrozenModel.load(str(folder.resolve()))
-    return {weights_digest(load_folder(folder)), frozen.metadata["weights_sha256"]}
+    """Return the digests in reports on a model: of all weights, and of those of some outputs."""
+    digests = {weights_digest(load_folder(folder))}
+    outputs: tuple[ModelOutput, ...] = (None, "features_only")
+    for output in outputs:
+        with suppress(ValueError):  # timm's features_only does not support all models
+            frozen = FrozenModel.load(str(folder.resolve()), features=output)
+            digests.add(frozen.metadata["weights_sha256"])
+    return digests
 
 
 def merge_results(reports: Sequence[Any], repository: str) -> Results:
@@ -76,8 +82,7 @@ def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
     if "top1" in entry:
         top1, knn = entry["top1"]["mean"], entry["knn"]["top1"]
         return {"top-1 of a linear classifier": top1, "top-1 of k-NN": knn}
-    suffix = f", PCA whitening on {w['dataset']}" if (w := entry.get("whitening")) else ""
-    return {f"{name}{suffix}": score["value"] for name, score in entry["scores"].items()}
+    return {name: score["value"] for name, score in named_scores(entry).items()}
 
 
 def benchmark_yaml(results: Results, benchmarks: Sequence[str]) -> str:

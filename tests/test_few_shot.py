@@ -148,8 +148,12 @@ def test_the_group_figure_names_its_models(
         ("--shots 0,1", "--shots must be positive integers such as 1,2,5,10, got 0,1"),
         ("--shots 5", "--shots 5: the largest class of own has 4 training images; pass fewer"),
         ("--whiten digits", "--whiten digits is for the task retrieval; add --task retrieval"),
+        ("--whiten own", "--whiten own is for the task retrieval; add --task retrieval"),
         ("--task retrieval --whiten pets,dtd", "--whiten pets,dtd must be one dataset"),
-        ("--task retrieval --training-task own", "--training-task own is not in --datasets"),
+        (
+            "--task retrieval --training-task own",
+            "--training-task own is not a dataset of the task classification",
+        ),
         ("--episodes 0", "--episodes must be at least 1"),
         ("--model pixels,resnet10t --label x", "--label names one model, but --model lists 2"),
         ("--datasets roxford5k --task few-shot", "roxford5k has only the tasks retrieval; add"),

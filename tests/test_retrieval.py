@@ -185,11 +185,20 @@ def test_queries_and_gallery_in_folders(tmp_path: Path, capsys: pytest.CaptureFi
     entry = json.loads(output.read_text())["tasks"]["retrieval"]["own"]
     assert (entry["train"]["images"], entry["test"]["images"], entry["queries"]) == (7, 3, 3)
     assert entry["whitening"] is None
-    whitened = [*arguments, "--whiten", "own", "--datasets", own, "--output", str(output)]
-    assert main(whitened) == 0
-    again = json.loads(output.read_text())["tasks"]["retrieval"]["own"]
-    assert again["whitening"]["images"] == 7
-    assert again["scores"] != entry["scores"]
+    whitened = [*arguments, "--datasets", own, "--output", str(output), "--whiten"]
+    write_classes(tmp_path / "other" / "train", {"ant": 3, "bee": 4})
+    write_classes(tmp_path / "other" / "test", {"ant": 1, "bee": 1})
+    results = [entry["scores"]]
+    for seed in range(2):  # new pixels under the same names
+        save_image(tmp_path / "other" / "train" / "ant" / "0.png", seed, size=(9, 50))
+        assert main([*whitened, f"other={tmp_path / 'other'}"]) == 0
+        again = json.loads(output.read_text())["tasks"]["retrieval"]["own"]
+        assert again["whitening"]["images"] == 7
+        results.append(again["scores"])
+    assert results[0] != results[1] != results[2]
+    assert "retrieval, own: mAP, PCA whitening on other" in output.with_suffix(".md").read_text()
+    assert main([*whitened, "own"]) == 2
+    assert "--whiten own is also ranked; choose a dataset with" in capsys.readouterr().err
     write_classes(tmp_path / "one" / "query", {"bee": 2})
     write_classes(tmp_path / "one" / "gallery", {"bee": 2, "cow": 2})
     assert main([*arguments, "--datasets", f"one={tmp_path / 'one'}", "--output", str(output)]) == 0

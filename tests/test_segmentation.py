@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -238,6 +240,11 @@ A, B = "train/masks/a.png", "test/masks/b.png"
         (save(A, 0, 300, dtype=np.uint16), "a.png has labels up to 300"),
         (save(A, 0, 2), r"no training mask has the class class 1 \(label 1"),
         (save(B, 0, 3), "b.png has the label 3, but there are 3 classes"),
+        (save(B, 255, 255), "test pixels are all ignored; add masks with two classes"),
+        (
+            lambda root: [save(path, 0, 0)(root) for path in (A, B)],
+            "training masks have one class; add masks with two classes",
+        ),
         (lambda root: (root / A).write_bytes(b""), "a.png cannot be read as an image"),
     ],
 )
@@ -270,3 +277,27 @@ def test_the_command_writes_scores_and_a_picture(
     assert (entry["stride"], entry["channels"], len(entry["class_iou"])) == (8, 192, 3)
     assert re.search("mIoU .* %, pixel accuracy", capsys.readouterr().out)
     assert (tmp_path / "r.mine.segmentation.png").stat().st_size > 1000
+    # A changed test image is tested again, with the same head.
+    for part in ("images", "masks"):
+        shutil.move(tmp_path / part, tmp_path / "train" / part)
+        (tmp_path / "test" / part).mkdir(parents=True)
+    add(tmp_path, "test/images", "test/masks", "z")
+    steps: list[int] = []
+    step = LinearSegmentation._step
+
+    def counted(*arguments: Any) -> None:
+        steps.append(1)
+        step(*arguments)
+
+    monkeypatch.setattr(LinearSegmentation, "_step", counted)
+    for _ in range(2):
+        (tmp_path / "test/images/z.jpg").touch()
+        os.utime(tmp_path / "test/images/z.jpg", (len(steps), len(steps)))
+        assert main([*arguments.split(), "--output", str(tmp_path / "r.json")]) == 0
+    assert len(steps) == 3
+
+
+def test_one_image_is_not_enough(tmp_path: Path) -> None:
+    add(tmp_path, "images", "masks", "a")
+    with pytest.raises(ValueError, match="has one image, but training and testing need one each"):
+        own(tmp_path)

@@ -240,6 +240,13 @@ def test_links_to_training_images_are_reported(tmp_path: Path, link: str) -> Non
     assert "remove them from one of the two" in message
 
 
+def test_test_images_listed_twice_are_reported(tmp_path: Path) -> None:
+    folders(tmp_path, "train", 2)
+    path, *_ = folders(tmp_path, "test", 2)
+    os.link(tmp_path / path, (tmp_path / path).with_name("again.jpg"))
+    assert "is listed twice, or is a link to another one" in refused(own(tmp_path), tmp_path)
+
+
 # Variants of the lists, and damaged lists.
 
 

@@ -152,16 +152,24 @@ class LinearSegmentation:
         num_classes: Number of classes, K.
         settings: Settings of the training and the test.
         path: File of the head, the optimizer and the counts of test images, saved every minute.
-        key: Hash of everything that they depend on; a file with another key is replaced.
+        key: Hash of everything that the head depends on; a file with another key is replaced.
+        test_key: Hash of the test images; counts with another one are discarded.
 
     Raises:
         ValueError: The model does not accept images of the crop's size.
     """
 
     def __init__(
-        self, model: FrozenModel, num_classes: int, settings: Settings, path: Path, key: str
+        self,
+        model: FrozenModel,
+        num_classes: int,
+        settings: Settings,
+        path: Path,
+        key: str,
+        test_key: str = "",
     ) -> None:
-        self.model, self.settings, self.path, self.key = model, settings, path, key
+        self.model, self.settings, self.path = model, settings, path
+        self.key, self.test_key = key, test_key
         self.device = device_of(model.model)
         conv: Any = nn.Conv2d(model.shape[0], num_classes, 1)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -264,7 +272,7 @@ class LinearSegmentation:
         tensors = {
             f"{part} {name}": t for part, state in states.items() for name, t in state.items()
         }
-        metadata = {"key": self.key, "iteration": str(self.iteration)}
+        metadata = {"key": self.key, "test_key": self.test_key, "iteration": str(self.iteration)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as file:
             write_safetensors(file, {**tensors, "counts": self.counts}, metadata)
@@ -276,7 +284,9 @@ class LinearSegmentation:
             tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
         if metadata["key"] != self.key:
             return
-        self.iteration, self.counts = int(metadata["iteration"]), tensors.pop("counts")
+        self.iteration, counts = int(metadata["iteration"]), tensors.pop("counts")
+        if metadata["test_key"] == self.test_key:
+            self.counts = counts
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in tensors.items():
             part, name = key.split(" ")

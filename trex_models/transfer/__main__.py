@@ -140,7 +140,8 @@ def _evaluate(
         loaded, first = load(name), name
     opened = {dataset.name: open_dataset(dataset) for _, dataset in pairs}
     if whiten:
-        plan = replace(plan, whiten=opened.get(whiten) or open_dataset(_whitening(whiten, pairs)))
+        dataset = _whitening(whiten, pairs)
+        plan = replace(plan, whiten=opened.get(whiten) or open_dataset(dataset))
     jobs = [Job(task, opened[dataset.name]) for task, dataset in pairs]
     calibration = opened.get(plan.training_task or "", jobs[0].data)
     reports = []
@@ -167,8 +168,10 @@ def _outputs(model: str, label: str, output: Path) -> dict[str, Path]:
         outputs = {names[0]: output}
     elif label:
         raise ValueError(f"--label names one model, but --model lists {len(names)}; omit --label")
+    elif output.suffix == ".json":
+        raise ValueError(f"--output {output} must be a folder for several models")
     if not names or len(set(outputs.values())) < len(names):
-        raise ValueError(f"--model {model} must be one model or several with different names")
+        raise ValueError(f"--model {model} names no model, or two whose reports have one name")
     for path in outputs.values():
         cli.require_writable(path, ".json")
     return outputs
@@ -179,7 +182,9 @@ def _training_task(name: str | None, pairs: Sequence[tuple[Task, Dataset]]) -> s
     if name is None and "imagenet" in known:
         return "imagenet"
     if name not in (None, *known):
-        raise ValueError(f"--training-task {name} is not in --datasets; add it there")
+        raise ValueError(
+            f"--training-task {name} is not a dataset of the task classification; add it"
+        )
     return name
 
 
@@ -195,6 +200,7 @@ def _load(
     tasks = [task for task, _ in pairs]
     if untrained and any(task.features == "logits" for task in tasks):
         raise ValueError("--untrained has no classifier for the task robustness; omit one of them")
+    hint = "--untrained evaluates the architecture with random weights"
     models = {
         kind: FrozenModel.load(
             name,
@@ -203,7 +209,7 @@ def _load(
             precision=precision,
             untrained=untrained,
             device=device,
-            hint="" if untrained else "--untrained evaluates the architecture with random weights",
+            hint="" if untrained or kind == "logits" else hint,
         )
         for kind in dict.fromkeys(task.features for task in tasks)
     }
@@ -213,12 +219,16 @@ def _load(
 
 
 def _whitening(name: str, pairs: Sequence[tuple[Task, Dataset]]) -> Dataset:
-    if "retrieval" not in {task.name for task, _ in pairs}:
+    ranked = [dataset for task, dataset in pairs if task.name == "retrieval"]
+    if not ranked:
         raise ValueError(f"--whiten {name} is for the task retrieval; add --task retrieval")
-    dataset, *others = select(name)
-    if others or dataset.kind == "imagenet":
+    own = {dataset.name: dataset for _, dataset in pairs}
+    chosen = [own[name]] if name in own else select(name)
+    if len(chosen) > 1 or chosen[0].kind == "imagenet":
         raise ValueError(f"--whiten {name} must be one dataset with training images or a gallery")
-    return dataset
+    if chosen[0].kind != "classes" and chosen[0].name in {dataset.name for dataset in ranked}:
+        raise ValueError(f"--whiten {name} is also ranked; choose a dataset with other images")
+    return chosen[0]
 
 
 def _command_line(options: Mapping[str, Any]) -> str:

@@ -336,6 +336,12 @@ def _check(dataset: Dataset, sources: tuple[Source, ...]) -> None:
         )
     if len(sources) > 1 and isinstance(train, FileSource) and isinstance(test, FileSource):
         fitted, tested = (list(map(tuple, part.stats()[:, 2:].tolist())) for part in (train, test))
+        if len(set(tested)) < len(tested):
+            twice = next(index for index, file in enumerate(tested) if file in tested[:index])
+            raise ValueError(
+                f"the test image {test.name(twice)} is listed twice, or is a link to another one; "
+                "remove one of the two"
+            )
         both = set(fitted).intersection(tested)
         if shared := [index for index, file in enumerate(tested) if file in both]:
             raise ValueError(

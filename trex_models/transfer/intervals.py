@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,19 +26,28 @@ def share_score(correct: np.ndarray) -> dict[str, Any]:
 
 
 def mean_score(values: np.ndarray) -> dict[str, Any]:
-    """Return the entry of a mean over queries, (N,), with a normal interval."""
-    mean, half = float(values.mean()), _Z * float(values.std()) / math.sqrt(len(values))
+    """Return the entry of a mean over queries, (N,), with a normal interval; None for one."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return score(mean, None)
+    half = _Z * float(values.std(ddof=1)) / math.sqrt(len(values))
     return score(mean, (mean - half, mean + half))
 
 
-def bootstrap_score(measure: Callable[[np.ndarray], float], count: int) -> dict[str, Any]:
-    """Return the entry of a measure over N test images, with a percentile bootstrap interval.
+def bootstrap_scores(
+    measure: Callable[[np.ndarray], Mapping[str, float]], count: int
+) -> dict[str, Any]:
+    """Return the entries of scores over N test images, with percentile bootstrap intervals.
 
-    ``measure`` maps indices of test images, which may repeat, to the score.
+    ``measure`` maps indices of test images, which may repeat, to the scores by name.
     """
     rng = np.random.default_rng(0)
     samples = [measure(rng.integers(count, size=count)) for _ in range(_REPLICATES)]
-    return score(measure(np.arange(count)), np.nanquantile(samples, (0.025, 0.975)).tolist())
+    entries = {}
+    for name, value in measure(np.arange(count)).items():
+        ends = np.nanquantile([sample[name] for sample in samples], (0.025, 0.975))
+        entries[name] = score(value, ends.tolist())
+    return entries
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float] | None:

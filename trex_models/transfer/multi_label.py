@@ -18,7 +18,7 @@ from trex_models.evaluation.inputs import as_tensor
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
-from trex_models.transfer.intervals import bootstrap_score
+from trex_models.transfer.intervals import bootstrap_scores
 from trex_models.transfer.protocol import C_GRID, VALIDATION_SHARE
 from trex_models.transfer.task import Entry, Plan, Task
 
@@ -71,11 +71,8 @@ class MultiLabel(Task):
                     "converged": classifier.converged,
                 }
                 bar.update()
-        measures = {rule: partial(mean_precision, scores, truth, rule) for rule in RULES}
-        return {
-            "scores": {rule: bootstrap_score(mean, len(truth)) for rule, mean in measures.items()},
-            "classes": classes,
-        }
+        means = partial(mean_precisions, scores, truth)
+        return {"scores": bootstrap_scores(means, len(truth)), "classes": classes}
 
 
 def _scored(targets: np.ndarray) -> np.ndarray:
@@ -113,9 +110,9 @@ def binary_scores(classifier: logistic.LogisticFit, features: Tensor) -> np.ndar
     return present - absent
 
 
-def mean_precision(scores: np.ndarray, targets: np.ndarray, rule: str, rows: np.ndarray) -> float:
-    """Return the mean over the classes that have positives in ``rows``, resampled images."""
+def mean_precisions(scores: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """Return the means over the classes that have positives in ``rows``, resampled images."""
     pairs = zip(scores[rows].T, targets[rows].T, strict=True)
-    values = [average_precision(*pair)[rule] for pair in pairs]
-    present = [value for value in values if not np.isnan(value)]
-    return float(np.mean(present)) if present else np.nan
+    values = [[*average_precision(*pair).values()] for pair in pairs]
+    present = [value for value in values if not np.isnan(value[0])] or [[np.nan] * len(RULES)]
+    return dict(zip(RULES, np.mean(present, axis=0).tolist(), strict=True))

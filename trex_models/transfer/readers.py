@@ -458,7 +458,12 @@ def check_masks(train: MaskSource, test: MaskSource) -> None:
                     f"{source.masks.name(index)} has the label {label}, but there are {count} "
                     f"classes; correct the mask, or use {IGNORED} for ignored pixels"
                 )
-    present = np.any([found for found, _ in train.scan], axis=0)[:count]
+    present, tested = (
+        np.any([found for found, _ in source.scan], axis=0)[:count] for source in (train, test)
+    )
+    if count < 2 or not tested.any():
+        problem = "training masks have one class" if count < 2 else "test pixels are all ignored"
+        raise ValueError(f"{train.root}: {problem}; add masks with two classes or more")
     if not present.all():
         label = int(present.argmin())
         raise ValueError(
@@ -480,6 +485,8 @@ def mask_folders(path: Path) -> Parts:
     else:
         parts: Any = split_by_hash(create(pair_masks(path, "images", "masks")))
         train, test = parts
+    if not len(train):
+        raise ValueError(f"{path} has one image, but training and testing need one each; add more")
     if not names:
         present = np.any([labels for labels, _ in train.scan], axis=0)[:IGNORED]
         names = [f"class {label}" for label in range(1 + np.flatnonzero(present).max(initial=0))]

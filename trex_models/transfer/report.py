@@ -159,10 +159,18 @@ def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         known = [part.get(key, {"scores": {}}) for part in found]
         first = next(entry for entry in known if "title" in entry)
         title, images = f"{key[0]}, {first['title']}", f"{first['test']['images']:,}"
-        for name in dict.fromkeys(name for entry in known for name in entry["scores"]):
-            cells = [_cell(entry["scores"].get(name), "value", "interval") for entry in known]
+        scores = [named_scores(entry) for entry in known]
+        for name in dict.fromkeys(name for part in scores for name in part):
+            cells = [_cell(part.get(name), "value", "interval") for part in scores]
             rows.append([f"{title}: {name}", images, *cells])
     return rows
+
+
+def named_scores(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of a task; the names state the whitening."""
+    whitening = entry.get("whitening")
+    suffix = f", PCA whitening on {whitening['dataset']}" if whitening else ""
+    return {f"{name}{suffix}": score for name, score in entry["scores"].items()}
 
 
 def _cell(scores: Any, name: str, interval: str = "", scale: int = 100) -> str:

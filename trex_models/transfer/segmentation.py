@@ -19,7 +19,7 @@ from trex_models.evaluation.segmentation_head import (
 )
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
-from trex_models.transfer.intervals import bootstrap_score
+from trex_models.transfer.intervals import bootstrap_scores
 from trex_models.transfer.task import Entry, Plan, Task
 
 _DATASETS = {"scenes": Settings(iterations=300, batch_size=8, crop=192)}
@@ -53,20 +53,17 @@ class Segmentation(Task):
         counts = segmenter.test(test, opened.dataset.name, cache.workers)
         rows = counts.reshape(len(counts), -1)
 
-        def total(indices: np.ndarray) -> np.ndarray:
+        def measure(indices: np.ndarray) -> dict[str, float]:
             weights = np.bincount(indices, minlength=len(counts))
-            return (weights @ rows).reshape(counts.shape[1:])
-
-        def accuracy(indices: np.ndarray) -> float:
-            correct, _, labeled = total(indices).sum(1)
-            return float(correct / labeled)
+            total = (weights @ rows).reshape(counts.shape[1:])
+            correct, _, labeled = total.sum(1)
+            if not labeled:
+                return {"mIoU": np.nan, "pixel accuracy": np.nan}
+            return {"mIoU": np.nanmean(class_iou(total)), "pixel accuracy": correct / labeled}
 
         iou = class_iou(counts.sum(0))
         return {
-            "scores": {
-                "mIoU": bootstrap_score(lambda i: np.nanmean(class_iou(total(i))), len(counts)),
-                "pixel accuracy": bootstrap_score(accuracy, len(counts)),
-            },
+            "scores": bootstrap_scores(measure, len(counts)),
             "class_iou": [None if np.isnan(value) else float(value) for value in iou],
             "stride": model.metadata["stride"],
             "channels": model.shape[0],
@@ -110,8 +107,8 @@ def _trained(
     train: Any = opened.sources[0]
     chosen = _settings(opened, iterations)
     identities = [cache.identity(model, source) for source in opened.sources]
-    key = digest(as_text([asdict(chosen), identities]))
+    key, test_key = digest(as_text([asdict(chosen), identities[0]])), digest(as_text(identities[1]))
     path = cache.folder(model) / f"{opened.dataset.name}-segmentation-{key[:12]}.safetensors"
-    segmenter = LinearSegmentation(model, len(train.classes), chosen, path, key)
+    segmenter = LinearSegmentation(model, len(train.classes), chosen, path, key, test_key)
     segmenter.train(train, opened.dataset.name, cache.workers)
     return segmenter
