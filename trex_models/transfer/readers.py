@@ -322,7 +322,11 @@ def voc2007(root: Path) -> Parts:
 
 def has_one_label(path: Path) -> bool:
     """Return True if the CSV file or files at PATH have the column ``label``, a class per image."""
-    return "label" in _header(path if path.suffix == ".csv" else path / "train.csv", "path")
+    file = path if path.suffix == ".csv" else path / "train.csv"
+    header = _header(file, "path")
+    if {"label", "labels"} <= {*header}:
+        raise ValueError(f"{file} has the columns label and labels; remove one of them")
+    return "label" in header
 
 
 def _header(path: Path, *required: str) -> list[str]:
