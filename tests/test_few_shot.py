@@ -174,3 +174,17 @@ def test_the_list_shows_tasks_and_sizes(capsys: pytest.CaptureFixture[str]) -> N
     assert "--task few-shot        logistic regression and nearest class mean" in printed
     assert "DTD (47 classes, 3,760 training, 1,880 test); dtd/dtd/" in printed
     assert "classification, few-shot, retrieval" in printed
+
+
+@pytest.mark.cuda
+def test_cuda_scores_are_those_of_the_cpu(place: Path, tmp_path: Path) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        output, tasks = tmp_path / f"{device}.json", ["--task", "retrieval", "--shots", "1,2"]
+        options = ["--episodes", "3", "--untrained", "--device", device]
+        assert run(place, output, *tasks, *options, model="resnet10t") == 0
+        found[device] = json.loads(output.read_text())["tasks"]
+    for task, entries in found["cpu"].items():
+        for name, score in entries["own"]["scores"].items():
+            value = found["cuda"][task]["own"]["scores"][name]["value"]
+            assert value == pytest.approx(score["value"], abs=1.5 / 9)  # of nine test images

@@ -301,3 +301,15 @@ def test_one_image_is_not_enough(tmp_path: Path) -> None:
     add(tmp_path, "images", "masks", "a")
     with pytest.raises(ValueError, match="has one image, but training and testing need one each"):
         own(tmp_path)
+
+
+@pytest.mark.cuda
+def test_cuda_scores_are_those_of_the_cpu(tmp_path: Path) -> None:
+    source, settings = SceneSource(5, 64), replace(SMALL, crop=64)
+    scores = []
+    for device in ("cpu", "cuda"):
+        model = FrozenModel.load(
+            "resnet10t", features="features_only", untrained=True, device=device
+        )
+        scores.append(miou(model, source, settings, tmp_path / f"{device}.safetensors"))
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)

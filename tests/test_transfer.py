@@ -305,7 +305,7 @@ def test_the_list_tells_sets_and_groups(capsys: pytest.CaptureFixture[str]) -> N
         (["--datasets", "aircraft", "--data-root", "/nowhere"], "aircraft: .*fgvc-aircraft-2013b"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
-        (["--training-task", "digits"], "--training-task digits is not in --datasets"),
+        (["--training-task", "digits"], "--training-task digits is not a dataset of the task"),
         (["--model", "resnet5O"], "is not a timm model; .*resnet50"),
         (["--output", "report.txt"], "--output must be a .json file, got report.txt"),
         (["--cache", "{place}/easy/test/gray/0.png"], "0.png is not a folder; pass a folder"),
