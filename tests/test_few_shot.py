@@ -22,7 +22,7 @@ from trex_models.transfer.__main__ import main
 from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import Dataset, OpenedDataset, Sizes
 from trex_models.transfer.few_shot import FewShot
-from trex_models.transfer.task import Plan
+from trex_models.transfer.task import Context, Plan
 
 
 def source(per_class: list[int], seed: int) -> ArraySource:
@@ -43,7 +43,7 @@ def opened(per_class: list[int]) -> OpenedDataset:
 def test_episodes_equal_scikit_learn(tmp_path: Path) -> None:
     data, plan = opened([4, 6, 6]), Plan(shots=(1, 5, 7), episodes=3)
     cache = FeatureCache(root=tmp_path)
-    entry = FewShot().evaluate(FrozenModel.load("pixels"), data, cache, plan)
+    entry = FewShot().evaluate(data, Context(FrozenModel.load("pixels"), cache, plan))
     images = [np.stack([part.read(i) for i in range(len(part))]) for part in data.sources]
     x, queries = (part.reshape(len(part), -1) / 255.0 for part in images)
     x, queries = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, queries))

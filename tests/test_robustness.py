@@ -18,7 +18,7 @@ from trex_models.transfer.__main__ import main
 from trex_models.transfer.datasets import DATASETS, Dataset, OpenedDataset, Sizes, open_checked
 from trex_models.transfer.readers import imagenet_classes, timm_file
 from trex_models.transfer.report import read_report
-from trex_models.transfer.task import Plan
+from trex_models.transfer.task import Context, Plan
 
 WNIDS = ImageNetInfo().label_names()[::20]  # 50 classes
 SUBSETS = {
@@ -51,7 +51,7 @@ def scores(opened: OpenedDataset, logits: np.ndarray) -> dict[str, float]:
             return logits
 
     stand_in: Any = Cache()
-    entry = robustness.Robustness().evaluate(stand_in, opened, stand_in, Plan())
+    entry = robustness.Robustness().evaluate(opened, Context(stand_in, stand_in, Plan()))
     return {name: score["value"] for name, score in entry["scores"].items()}
 
 

@@ -61,13 +61,7 @@ def demo(output: str = "") -> Config:
     return Config(
         output=output,
         data=DataConfig(source="fractals", variation=0.4),
-        crops=CropsConfig(
-            global_size=32,
-            global_scale=(0.40, 1.0),
-            local_crops=4,
-            local_size=16,
-            local_scale=(0.05, 0.40),
-        ),
+        crops=replace(trexstar().crops, global_size=32, local_crops=4, local_size=16),
         model=ModelConfig(
             backbone="resnet10t",
             backbone_args=("channels=(24, 48, 96, 192)",),

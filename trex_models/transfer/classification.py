@@ -6,13 +6,11 @@ import time
 from dataclasses import asdict
 
 from trex_models.cli import progress_bar
-from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.geometry import analyze
 from trex_models.transfer import protocol
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.report import accuracy, knn_scores
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 
 class Classification(Task):
@@ -26,12 +24,10 @@ class Classification(Task):
         """Return the classifier of the dataset; the report describes the protocol once."""
         return {"classifier": opened.classifier}
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Choose and fit the linear classifiers, and score them and k-NN on the test images."""
-        started = time.monotonic()
-        features, (train, test) = self.extract(model, opened, cache), opened.sources
+        started, plan = time.monotonic(), context.plan
+        features, (train, test) = context.features(opened), opened.sources
         samples = features[0], train.labels, features[1], test.labels
         extracted = time.monotonic()
         fit = protocol.sgd_scores if opened.classifier == "sgd" else protocol.logistic_scores
@@ -48,13 +44,15 @@ class Classification(Task):
         }
 
 
-def geometry(model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan) -> Entry:
+def geometry(opened: OpenedDataset, context: Context) -> Entry:
     """Return the geometry of the training images' features, or the reason why it has none."""
     source = opened.sources[0]
-    features = cache.features(model, source, f"{opened.dataset.name}-train")
+    features, _ = context.features(opened)
     try:
         with progress_bar(len(source), "geometry", " images") as bar:
-            result = analyze(features, source.labels, device=plan.device, progress=bar.update)
+            result = analyze(
+                features, source.labels, device=context.plan.device, progress=bar.update
+            )
     except ValueError as error:  # such as constant features
         print(f"      geometry is not available: {error}", flush=True)
         return {"train": None, "reason": str(error)}

@@ -23,7 +23,7 @@ from trex_models.transfer.report import (
     new_report,
     summary,
 )
-from trex_models.transfer.task import Entry, Plan
+from trex_models.transfer.task import Context, Entry, Plan
 from trex_models.transfer.tasks import Job
 
 
@@ -61,7 +61,8 @@ def evaluate(
         task.protocol(opened, plan)  # errors are reported before anything is computed
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.data.summary()}, {job.task.name}", flush=True)
-        entry = evaluate_job(models[job.task.features], job, cache, plan)
+        context = Context(models[job.task.features], cache, plan)
+        entry = evaluate_job(job, context)
         name = job.data.dataset.name
         if job.task.name == "classification":
             report["datasets"][name] = entry
@@ -75,15 +76,14 @@ def evaluate(
         print(f"      {describe_score(entry)}", flush=True)
         if job.task.has_picture:
             picture = output.with_name(f"{output.stem}.{name}.{job.task.name}.png")
-            figure = job.task.draw(models[job.task.features], job.data, entry, cache)
-            plotting.save(figure, picture)
+            plotting.save(job.task.draw(job.data, entry, context), picture)
             print(f"      wrote {picture}", flush=True)
     return report
 
 
-def evaluate_job(model: FrozenModel, job: Job, cache: FeatureCache, plan: Plan) -> Entry:
+def evaluate_job(job: Job, context: Context) -> Entry:
     """Evaluate a model on one task and dataset; return the entry of the report."""
-    task, opened = job
+    (task, opened), (model, cache, plan) = job, context
     description = opened.describe() | task.protocol(opened, plan)
     settings = {
         **description,
@@ -96,7 +96,7 @@ def evaluate_job(model: FrozenModel, job: Job, cache: FeatureCache, plan: Plan) 
 
     def compute() -> Entry:
         started = time.monotonic()
-        entry = task.evaluate(model, opened, cache, plan)
+        entry = task.evaluate(opened, context)
         entry.setdefault("seconds", {})["total"] = round(time.monotonic() - started, 2)
         return entry
 
@@ -107,5 +107,5 @@ def evaluate_job(model: FrozenModel, job: Job, cache: FeatureCache, plan: Plan) 
     title = f"{opened.dataset.name}-{task.name}"
     entry = description | cache.scores(model, title, settings, compute)
     if plan.geometry and task.name == "classification":
-        entry["geometry"] = classification.geometry(model, opened, cache, plan)
+        entry["geometry"] = classification.geometry(opened, context)
     return entry

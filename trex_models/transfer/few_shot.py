@@ -23,13 +23,11 @@ from trex_models.cli import progress_bar
 from trex_models.data.image_files import FileSource
 from trex_models.data.sources import Source
 from trex_models.evaluation import logistic
-from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.inputs import as_tensor
 from trex_models.evaluation.splits import hashed_order
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import score, student_interval
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 C = 100.0  # from 1, 10, 100 and 1000, the best on drawings and digits with 1 and 5 images
 CLASSIFIERS = {
@@ -62,19 +60,17 @@ class FewShot(Task):
             "classes_with_fewer_images": {str(k): int((counts < k).sum()) for k in shots},
         }
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Fit and score both classifiers for each number of shots and each episode."""
-        name, (train, test) = opened.dataset.name, opened.sources
-        train_features, test_features = map(as_tensor, self.extract(model, opened, cache))
+        plan, (train, test) = context.plan, opened.sources
+        train_features, test_features = map(as_tensor, context.features(opened))
         labels, targets = (
             torch.from_numpy(source.labels).to(plan.device) for source in (train, test)
         )
         queries = _normalize(test_features, plan.device)
-        numbers = _shots(opened, plan)
+        numbers, title = _shots(opened, plan), f"few-shot, {opened.dataset.name}"
         accuracies = np.empty((len(CLASSIFIERS), len(numbers), plan.episodes))
-        with progress_bar(plan.episodes * len(numbers), f"few-shot, {name}", "fit") as bar:
+        with progress_bar(plan.episodes * len(numbers), title, "fit") as bar:
             for episode in range(plan.episodes):
                 ranks = image_ranks(train, episode)
                 for column, shots in enumerate(numbers):

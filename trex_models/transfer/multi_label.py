@@ -13,14 +13,12 @@ from torch import Tensor
 from trex_models.cli import progress_bar
 from trex_models.evaluation import logistic
 from trex_models.evaluation.average_precision import RULES, average_precision
-from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.inputs import as_tensor
 from trex_models.evaluation.splits import held_out
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import bootstrap_scores
 from trex_models.transfer.protocol import C_GRID, VALIDATION_SHARE
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 
 class MultiLabel(Task):
@@ -50,13 +48,11 @@ class MultiLabel(Task):
             "classes_left_out": np.delete(_names(test), scored).tolist(),
         }
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Choose C and fit a classifier for each class, and score the test images."""
         name, (train, test) = opened.dataset.name, cast("tuple[Any, Any]", opened.sources)
-        parts = self.extract(model, opened, cache)
-        x, test_x = (as_tensor(part).to(plan.device) for part in parts)
+        plan = context.plan
+        x, test_x = (as_tensor(part).to(plan.device) for part in context.features(opened))
         axes, scored, classes = logistic.principal_axes(x), _scored(test.targets), {}
         truth = test.targets[:, scored]
         scores = np.empty(truth.shape)

@@ -8,7 +8,7 @@ cropped to their box, and relevant and ignored images depend on the difficulty.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -18,13 +18,11 @@ from trex_models.cli import progress_bar
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.sources import Source
 from trex_models.evaluation import ranking
-from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.ranking import RECALLS
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import mean_score, share_score
 from trex_models.transfer.readers import LandmarkSource
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 DIFFICULTIES = {  # relevant images and ignored images
     "easy": (("easy",), ("junk", "hard")),
@@ -66,16 +64,14 @@ class Retrieval(Task):
             protocol["whitening"] = whitening
         return protocol
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Rank the images for all queries and score the rankings."""
         if opened.dataset.kind == "classes":  # the test images among themselves
             opened = opened._replace(sources=opened.sources[-1:])
-        parts: list[Any] = self.extract(model, opened, cache)
+        plan, parts = context.plan, cast("list[Any]", context.features(opened))
         if plan.whiten:
-            title = f"{plan.whiten.dataset.name}-train"
-            parts = ranking.whiten(cache.features(model, plan.whiten.sources[0], title), *parts)
+            train = plan.whiten._replace(sources=plan.whiten.sources[:1])
+            parts = ranking.whiten(*context.features(train), *parts)
         source, labels = opened.sources[-1], opened.sources[0].labels
         gallery, queries = parts[0], parts[1] if len(parts) > 1 else None
         with progress_bar(len(source), f"retrieval, {opened.dataset.name}", " queries") as bar:
@@ -94,11 +90,9 @@ class Retrieval(Task):
         examples = _examples(result.average_precision, result.neighbors, relevant)
         return {"scores": scores, "queries": len(valid), "examples": examples}
 
-    def draw(
-        self, model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache
-    ) -> Any:
+    def draw(self, opened: OpenedDataset, entry: Entry, context: Context) -> Any:
         """Draw the best, median and worst queries and their neighbors, framed by relevance."""
-        del model, cache
+        del context
         queries = opened.sources[-1]
         images = queries if opened.dataset.kind == "classes" else opened.sources[0]
         examples, columns = entry["examples"], 1 + _NEIGHBORS

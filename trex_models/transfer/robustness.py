@@ -16,11 +16,10 @@ import numpy as np
 from trex_models.data.image_files import FileSource
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.inputs import as_tensor
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import share_score
 from trex_models.transfer.readers import imagenet_classes, timm_file
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 
 class Robustness(Task):
@@ -50,12 +49,10 @@ class Robustness(Task):
             protocol["ReaL"] = f"any of the labels is correct; {left_out}"
         return protocol
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, _: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Score the predictions of the test images."""
         source: Any = opened.sources[0]
-        (logits,) = self.extract(model, opened, cache)
+        (logits,) = context.features(opened)
         ranked = _ranked(logits, source.classes)
         correct = ranked == source.labels[:, None]
         scores = {"top-1": share_score(correct[:, 0])}

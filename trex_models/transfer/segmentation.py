@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from trex_models import plotting
 from trex_models.data.sources import digest
 from trex_models.evaluation.extract import as_text
-from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.evaluation.segmentation_head import (
     IGNORED,
     LinearSegmentation,
     Settings,
     class_iou,
 )
-from trex_models.transfer.cache import FeatureCache
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import bootstrap_scores
-from trex_models.transfer.task import Entry, Plan, Task
+from trex_models.transfer.task import Context, Entry, Plan, Task
 
 _DATASETS = {"scenes": Settings(iterations=300, batch_size=8, crop=192)}
 _NOTE = (
@@ -44,13 +42,11 @@ class Segmentation(Task):
         protocol = {**asdict(_settings(opened, plan.iterations)), "ignored": IGNORED, "note": _NOTE}
         return {"segmentation": protocol}
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Train the head and score the test images."""
-        segmenter = _trained(model, opened, cache, plan.iterations)
+        segmenter = _trained(opened, context, context.plan.iterations)
         test: Any = opened.sources[1]
-        counts = segmenter.test(test, opened.dataset.name, cache.workers)
+        counts = segmenter.test(test, opened.dataset.name, context.cache.workers)
         rows = counts.reshape(len(counts), -1)
 
         def measure(indices: np.ndarray) -> dict[str, float]:
@@ -65,17 +61,15 @@ class Segmentation(Task):
         return {
             "scores": bootstrap_scores(measure, len(counts)),
             "class_iou": [None if np.isnan(value) else float(value) for value in iou],
-            "stride": model.metadata["stride"],
-            "channels": model.shape[0],
+            "stride": context.model.metadata["stride"],
+            "channels": context.model.shape[0],
         }
 
-    def draw(
-        self, model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache
-    ) -> Any:
+    def draw(self, opened: OpenedDataset, entry: Entry, context: Context) -> Any:
         """Draw test images, their labels and predictions."""
         from matplotlib.colors import to_rgb
 
-        segmenter = _trained(model, opened, cache, entry["segmentation"]["iterations"])
+        segmenter = _trained(opened, context, entry["segmentation"]["iterations"])
         source: Any = opened.sources[1]
         count = min(_EXAMPLES, len(source))
         indices = [number * len(source) // count for number in range(count)]
@@ -101,10 +95,8 @@ def _settings(opened: OpenedDataset, iterations: int) -> Settings:
     return replace(default, iterations=iterations or default.iterations)
 
 
-def _trained(
-    model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, iterations: int
-) -> LinearSegmentation:
-    train: Any = opened.sources[0]
+def _trained(opened: OpenedDataset, context: Context, iterations: int) -> LinearSegmentation:
+    model, cache, train = context.model, context.cache, cast("Any", opened.sources[0])
     chosen = _settings(opened, iterations)
     identities = [cache.identity(model, source) for source in opened.sources]
     key, test_key = digest(as_text([asdict(chosen), identities[0]])), digest(as_text(identities[1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,20 @@ class Plan:
     """Training iterations of the segmentation head; 0 for the dataset's default."""
 
 
+class Context(NamedTuple):
+    """Model under evaluation, cache of its features, and settings."""
+
+    model: FrozenModel
+    cache: FeatureCache
+    plan: Plan
+
+    def features(self, opened: OpenedDataset) -> list[np.ndarray]:
+        """Return the features of the training images, if any, and of the test images."""
+        name, splits = opened.dataset.name, ("train", "test")[-len(opened.sources) :]
+        pairs = zip(opened.sources, splits, strict=True)
+        return [self.cache.features(self.model, part, f"{name}-{split}") for part, split in pairs]
+
+
 class Task:
     """Task on frozen features; a subclass for each."""
 
@@ -56,22 +70,10 @@ class Task:
         """Return the protocol for the report; raise a ValueError for an unsuitable dataset."""
         raise NotImplementedError
 
-    def evaluate(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache, plan: Plan
-    ) -> Entry:
+    def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Return the results, with ``scores``."""
         raise NotImplementedError
 
-    def extract(
-        self, model: FrozenModel, opened: OpenedDataset, cache: FeatureCache
-    ) -> list[np.ndarray]:
-        """Return the features of the training images, if any, and of the test images."""
-        name, splits = opened.dataset.name, ("train", "test")[-len(opened.sources) :]
-        pairs = zip(opened.sources, splits, strict=True)
-        return [cache.features(model, source, f"{name}-{split}") for source, split in pairs]
-
-    def draw(
-        self, model: FrozenModel, opened: OpenedDataset, entry: Entry, cache: FeatureCache
-    ) -> Any:
+    def draw(self, opened: OpenedDataset, entry: Entry, context: Context) -> Any:
         """Return a figure of the results."""
         raise NotImplementedError
