@@ -42,7 +42,8 @@ from trex_models.evaluation.feature_file import DTYPES
 from trex_models.evaluation.frozen_model import FrozenModel, weights_digest
 from trex_models.evaluation.geometry import analyze
 from trex_models.evaluation.inputs import as_tensor, require_finite
-from trex_models.evaluation.ranking import class_retrieval
+from trex_models.evaluation.ranking import BLOCK as RANKING_BLOCK
+from trex_models.evaluation.ranking import PAIRS, class_retrieval
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import protocol
 from trex_models.transfer.cache import FeatureCache
@@ -196,6 +197,9 @@ def promised(part: str, setup: Setup) -> int | None:
         votes = min(4 * setup.queries * classes, 1 << 28)
         search = 4 * q * r + 20 * width * max(q, r) + 60 * q * k
         return search + 12 * setup.queries * k + votes
+    if part == "retrieval":
+        pairs = min(PAIRS, setup.queries * setup.images)
+        return 24 * pairs + 16 * RANKING_BLOCK * width
     if part == "SGD layers":
         return 4 * _at_once(setup) * classes * (2 * (width + 1) + 2 * linear.BATCH)
     if part == "geometry":

@@ -97,5 +97,5 @@ def test_a_run_records_each_part_and_no_part_holds_more_than_is_promised(
         # In addition, some batches of images or of 1024 float32 features, 8 MB each.
         assert row["held_bytes"] < (row["promised_bytes"] or 0) + 96e6, name
     printed = capsys.readouterr()
-    assert "[4/4] geometry" in printed.err
+    assert "[5/5] geometry" in printed.err
     assert printed.out.splitlines()[4].startswith("geometry")

@@ -46,8 +46,8 @@ def expected(similarity: np.ndarray, relevant: np.ndarray) -> tuple[list[float],
 def test_class_retrieval_equals_plain_loops(
     monkeypatch: pytest.MonkeyPatch, pairs: int, separate: bool
 ) -> None:
-    monkeypatch.setattr(ranking, "_PAIRS", pairs)  # 130: two queries per block
-    monkeypatch.setattr(ranking, "_BLOCK", 17)
+    monkeypatch.setattr(ranking, "PAIRS", pairs)  # 130: two queries per block
+    monkeypatch.setattr(ranking, "BLOCK", 17)
     gallery, labels = samples()
     queries, targets = samples(1) if separate else (gallery, labels)
     own = (queries, targets) if separate else (None, None)

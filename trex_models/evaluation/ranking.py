@@ -22,8 +22,8 @@ from trex_models.evaluation.inputs import as_tensor, require_finite, require_sam
 from trex_models.precision import full_float32
 
 RECALLS = (1, 5, 10)
-_PAIRS = 1 << 24  # pairs of query and image in memory, 24 bytes each
-_BLOCK = 8192
+PAIRS = 1 << 24  # pairs of query and image in memory, 24 bytes each
+BLOCK = 8192
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ def rankings(
     asked = images if queries is None else as_tensor(queries)
     require_samples(asked, name="queries", width=images.shape[1])
     require_finite("queries", asked)
-    count = max(1, _PAIRS // len(images))
+    count = max(1, PAIRS // len(images))
     similarities = torch.empty(min(count, len(asked)), len(images), device=device)
     for start in range(0, len(asked), count):
         rows = slice(start, min(start + count, len(asked)))
         block = similarities[: rows.stop - start]
         with full_float32(torch.device(device)):
             unit = _normalize(asked[rows].to(device))
-            for column in range(0, len(images), _BLOCK):
-                part = slice(column, column + _BLOCK)
+            for column in range(0, len(images), BLOCK):
+                part = slice(column, column + BLOCK)
                 torch.mm(unit, _normalize(images[part].to(device)).T, out=block[:, part])
         own = torch.arange(rows.start, rows.stop, device=device)[:, None]
         if queries is None:
@@ -164,14 +164,14 @@ def whiten(train: Tensor | np.ndarray, *parts: Tensor | np.ndarray) -> list[Tens
     require_samples(samples)
     require_finite("features", samples)
     mean = torch.zeros(samples.shape[1], dtype=torch.float64)
-    for block in samples.split(_BLOCK):
+    for block in samples.split(BLOCK):
         mean += _normalize(block).double().sum(0) / len(samples)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for block in samples.split(_BLOCK):
+    for block in samples.split(BLOCK):
         centered = _normalize(block).double() - mean
         covariance += centered.T @ centered / len(samples)
     values, axes = torch.linalg.eigh(covariance)
     kept = values > 1e-6 * values[-1]
     projection = (axes[:, kept] / values[kept].sqrt()).float()
-    split = [as_tensor(part).split(_BLOCK) for part in parts]
+    split = [as_tensor(part).split(BLOCK) for part in parts]
     return [torch.cat([(_normalize(b) - mean.float()) @ projection for b in p]) for p in split]
