@@ -98,4 +98,4 @@ def test_a_run_records_each_part_and_no_part_holds_more_than_is_promised(
         assert row["held_bytes"] < (row["promised_bytes"] or 0) + 96e6, name
     printed = capsys.readouterr()
     assert "[5/5] geometry" in printed.err
-    assert printed.out.splitlines()[4].startswith("geometry")
+    assert printed.out.splitlines()[5].startswith("geometry")
