@@ -74,7 +74,8 @@ def class_retrieval(
     parts = []
     for rows, order in rankings(gallery, queries, device, progress):
         relevant = labels[order] == targets[rows, None]
-        parts.append((*_metrics(relevant), order[:, :neighbors]))
+        # A copy, since a view would keep the rankings of all blocks in memory.
+        parts.append((*_metrics(relevant), order[:, :neighbors].clone()))
     return ClassRetrieval(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
 
 
