@@ -196,6 +196,8 @@ def test_queries_and_gallery_in_folders(tmp_path: Path, capsys: pytest.CaptureFi
         assert again["whitening"]["images"] == 7
         results.append(again["scores"])
     assert results[0] != results[1] != results[2]
+    names = [path.name[:9] for path in (tmp_path / "features").rglob("other-*.safetensors")]
+    assert names == ["other-tra"] * 2  # of the training images, once for each content
     assert "retrieval, own: mAP, PCA whitening on other" in output.with_suffix(".md").read_text()
     assert main([*whitened, "own"]) == 2
     assert "--whiten own is also ranked; choose a dataset with" in capsys.readouterr().err

@@ -21,8 +21,12 @@ class Classification(Task):
     kinds = ("classes",)
 
     def protocol(self, opened: OpenedDataset, _: Plan) -> Entry:
-        """Return the classifier of the dataset; the report describes the protocol once."""
+        """Return the classifier of the dataset."""
         return {"classifier": opened.classifier}
+
+    def dependencies(self, context: Context) -> Entry:
+        """Return the protocol, which the report describes once for all datasets."""
+        return protocol.describe(range(context.plan.seeds))
 
     def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Choose and fit the linear classifiers, and score them and k-NN on the test images."""

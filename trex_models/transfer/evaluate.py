@@ -90,6 +90,7 @@ def evaluate_job(job: Job, context: Context) -> Entry:
         "task": task.name,
         "features": [cache.identity(model, source) for source in opened.sources],
         "dtype": cache.dtype,
+        "dependencies": task.dependencies(context),
         "device": plan.device,
         "versions": environment()["versions"],
     }
@@ -100,10 +101,6 @@ def evaluate_job(job: Job, context: Context) -> Entry:
         entry.setdefault("seconds", {})["total"] = round(time.monotonic() - started, 2)
         return entry
 
-    if task.name == "classification":
-        settings["protocol"] = protocol.describe(range(plan.seeds))
-    if plan.whiten and task.name == "retrieval":
-        settings["whitening_features"] = cache.identity(model, plan.whiten.sources[0])
     title = f"{opened.dataset.name}-{task.name}"
     entry = description | cache.scores(model, title, settings, compute)
     if plan.geometry and task.name == "classification":

@@ -13,7 +13,7 @@ import numpy as np
 
 from trex_models import plotting
 from trex_models.transfer.published import PUBLISHED
-from trex_models.transfer.report import results_by_task
+from trex_models.transfer.report import task_scores
 
 Report = dict[str, Any]
 BARS_PER_ROW = 64
@@ -145,7 +145,7 @@ def _rows(reports: Sequence[Report]) -> list[list[str]]:
 
 def tasks(reports: Sequence[Report]) -> Any:
     """Draw the first score of all tasks but classification as bars."""
-    found = [{k: e for k, e in results_by_task(r).items() if "scores" in e} for r in reports]
+    found = [task_scores(report) for report in reports]
     keys = list(dict.fromkeys(key for part in found for key in part))
     if not keys:
         raise ValueError("no report contains other tasks than classification; use --kind bars")

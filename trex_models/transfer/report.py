@@ -82,6 +82,11 @@ def results_by_task(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[
     return {(task, name): entry for task in tasks for name, entry in tasks[task].items()}
 
 
+def task_scores(report: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the results of all tasks but classification, by task and dataset."""
+    return {key: entry for key, entry in results_by_task(report).items() if "scores" in entry}
+
+
 def require_same_images(reports: Sequence[Mapping[str, Any]]) -> None:
     """Check that datasets with the same name have the same images in all reports."""
     first: dict[tuple[str, str], tuple[str, Any]] = {}
@@ -154,7 +159,7 @@ def _task_rows(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return one row per task, dataset and score, with a column per model."""
     labels = [report["model"]["label"][:_LABEL_WIDTH] for report in reports]
     rows = [["task, dataset: score, %", "test images", *labels]]
-    found = [{k: e for k, e in results_by_task(r).items() if "scores" in e} for r in reports]
+    found = [task_scores(report) for report in reports]
     for key in dict.fromkeys(key for part in found for key in part):
         known = [part.get(key, {"scores": {}}) for part in found]
         first = next(entry for entry in known if "title" in entry)

@@ -64,14 +64,20 @@ class Retrieval(Task):
             protocol["whitening"] = whitening
         return protocol
 
+    def dependencies(self, context: Context) -> Entry:
+        """Return the identity of the features from which the whitening is learned."""
+        whiten = context.plan.whiten
+        return context.cache.identity(context.model, whiten.sources[0]) if whiten else {}
+
     def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Rank the images for all queries and score the rankings."""
         if opened.dataset.kind == "classes":  # the test images among themselves
             opened = opened._replace(sources=opened.sources[-1:])
         plan, parts = context.plan, cast("list[Any]", context.features(opened))
         if plan.whiten:
-            train = plan.whiten._replace(sources=plan.whiten.sources[:1])
-            parts = ranking.whiten(*context.features(train), *parts)
+            images, title = plan.whiten.sources[0], f"{plan.whiten.dataset.name}-train"
+            train = context.cache.features(context.model, images, title)
+            parts = ranking.whiten(train, *parts)
         source, labels = opened.sources[-1], opened.sources[0].labels
         gallery, queries = parts[0], parts[1] if len(parts) > 1 else None
         with progress_bar(len(source), f"retrieval, {opened.dataset.name}", " queries") as bar:

@@ -70,6 +70,10 @@ class Task:
         """Return the protocol for the report; raise a ValueError for an unsuitable dataset."""
         raise NotImplementedError
 
+    def dependencies(self, context: Context) -> Entry:  # noqa: ARG002 - for subclasses
+        """Return what the results depend on besides protocol, images and features."""
+        return {}
+
     def evaluate(self, opened: OpenedDataset, context: Context) -> Entry:
         """Return the results, with ``scores``."""
         raise NotImplementedError
