@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score
 from tests import replicas
 from tests.replicas import own, refused, touch, write
 from trex_models.evaluation import logistic
-from trex_models.evaluation.average_precision import RULES, average_precision
+from trex_models.evaluation.ranking import RULES, average_precision
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer import multi_label
 from trex_models.transfer.__main__ import main

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trex_models.cli import progress_bar
 from trex_models.evaluation import logistic
-from trex_models.evaluation.average_precision import RULES, average_precision
 from trex_models.evaluation.inputs import as_tensor
+from trex_models.evaluation.ranking import RULES, average_precision
 from trex_models.evaluation.splits import held_out
 from trex_models.transfer.datasets import OpenedDataset
 from trex_models.transfer.intervals import bootstrap_scores
