@@ -70,12 +70,16 @@ class OpenedDataset(NamedTuple):
         is_large = len(self.sources[0]) > LARGE
         return self.dataset.classifier or ("sgd" if is_large else "logistic")
 
+    @property
+    def splits(self) -> dict[str, Source]:
+        """The sources by the names "train", if there are two, and "test"."""
+        return dict(zip(("train", "test")[-len(self.sources) :], self.sources, strict=True))
+
     def describe(self) -> dict[str, Any]:
         """Return title, number of classes, numbers of images and their hashes, for the report."""
-        parts = [{"images": len(source), "sha256": source.digest()} for source in self.sources]
-        splits = dict(zip(("train", "test")[-len(parts) :], parts, strict=True))
-        count = len(self.sources[-1].classes)
-        return {"title": self.dataset.title, "num_classes": count, **splits}
+        entry = {"title": self.dataset.title, "num_classes": len(self.sources[-1].classes)}
+        parts = {k: {"images": len(s), "sha256": s.digest()} for k, s in self.splits.items()}
+        return {**entry, **parts}
 
     def summary(self) -> str:
         """Return title and numbers of images and classes as text."""

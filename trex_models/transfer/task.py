@@ -47,9 +47,8 @@ class Context(NamedTuple):
 
     def features(self, opened: OpenedDataset) -> list[np.ndarray]:
         """Return the features of the training images, if any, and of the test images."""
-        name, splits = opened.dataset.name, ("train", "test")[-len(opened.sources) :]
-        pairs = zip(opened.sources, splits, strict=True)
-        return [self.cache.features(self.model, part, f"{name}-{split}") for part, split in pairs]
+        name, parts = opened.dataset.name, opened.splits.items()
+        return [self.cache.features(self.model, part, f"{name}-{split}") for split, part in parts]
 
 
 class Task:

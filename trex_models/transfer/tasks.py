@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trex_models.transfer.classification import Classification
-from trex_models.transfer.datasets import Dataset, OpenedDataset
+from trex_models.transfer.datasets import Dataset, OpenedDataset, split_list
 from trex_models.transfer.few_shot import FewShot
 from trex_models.transfer.multi_label import MultiLabel
 from trex_models.transfer.retrieval import Retrieval
@@ -40,7 +40,7 @@ def select_tasks(
     Raises:
         ValueError: A task is unknown, or a task or a dataset is in no pair.
     """
-    words = list(dict.fromkeys(filter(None, map(str.strip, names.split(",")))))
+    words = split_list(names)
     if unknown := [word for word in words if word not in TASKS]:
         raise ValueError(f"--task {unknown[0]} is not a task; choose from {', '.join(TASKS)}")
     pairs = []
