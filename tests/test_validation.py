@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 from torchvision import transforms
 
 from tests.images import picture, save_classes
@@ -85,16 +86,22 @@ def crop(source: Source, index: int, side: int) -> Tensor:
     return transform(Image.fromarray(source.read(index)))
 
 
-def by_hand(method: TReX, source: Source, side: int = SIDE) -> dict[str, float]:
-    """Compute the accuracies image by image."""
+def by_hand(method: TReX, source: Source, side: int = SIDE) -> dict[str, Any]:
+    """Compute the accuracies image by image, and the rank from singular values."""
     method, top1, top5 = copy.deepcopy(method).eval(), 0, 0
+    features = []
     for index, label in enumerate(source.labels.tolist()):
         with torch.no_grad():
             logits = method.objective.logits(method.encoder([crop(source, index, side)[None]]))[0]
         better = int((logits > logits[label]).sum())
         top1 += better < 1
         top5 += better < 5
-    return {"val_top1": top1 / len(source), "val_top5": top5 / len(source)}
+        with torch.no_grad():
+            features.append(method.encoder.backbone(crop(source, index, side)[None])[0].numpy())
+    shares = np.linalg.svd(np.stack(features).astype(np.float64), compute_uv=False)
+    shares /= shares.sum()
+    rank = pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=0.01)
+    return {"val_top1": top1 / len(source), "val_top5": top5 / len(source), "val_rank": rank}
 
 
 def measure(
@@ -141,6 +148,22 @@ def test_nearest_neighbors_are_those_of_a_plain_loop(monkeypatch: pytest.MonkeyP
         assert measured == by_hand(method, source) | {"val_knn": expected}
     assert 0.2 < expected < 1
     assert sorted(references.seen) == sorted(3 * list(range(16, 37)))
+
+
+def test_starting_weights_are_measured_with_batch_statistics_and_left_unchanged() -> None:
+    source = Recording(37, 6)
+    method = make_method(source, offset=2.0)  # as wrong as the initial statistics
+    before = copy.deepcopy(method.state_dict())
+    crops = torch.cat([crop(source, index, SIDE)[None] for index in range(37)])
+    calibrated = copy.deepcopy(method)
+    update_bn([crops], calibrated.encoder.backbone)
+    expected = knn_by_hand(calibrated, source, source, 37)
+    dataset = ValidationDataset(source, SIDE)
+    neighbors = Neighbors(dataset, np.arange(37), K)
+    validator = Validator(dataset, ALONE, Precision.from_name("fp32", "cpu"), 37, 0, neighbors)
+    assert validator.measure_start(method, calibrate=True)["val_knn"] == expected
+    assert validator.measure_start(method, calibrate=False) == validator.measure(method)
+    assert_same_state(method.state_dict(), before)
 
 
 @pytest.mark.parametrize("side", [24, 32, 224])

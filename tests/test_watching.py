@@ -141,12 +141,15 @@ def test_every_line_contains_the_heads_health(watched: Path) -> None:
     assert last.items() >= expected.items()
     assert 0 < last["prototype_change"] < 2
     assert {"val_top1", "val_top5", "val_knn"} <= last.keys()
-    assert [line["bank_initial"] for line in logged(watched)] == [0.5, 0, 0, 0]
+    start, *lines = logged(watched)
+    assert start["step"] == 0
+    assert start.keys() == {"step", "epoch", "val_top1", "val_top5", "val_knn", "val_rank"}
+    assert [line["bank_initial"] for line in lines] == [0.5, 0, 0, 0]
 
 
 def test_summary(watched: Path) -> None:
     folders = [watched / "export/backbone", watched / "export/cls"]
-    first, *rest = summarize(watched, 8, folders)
+    first, *rest = summarize(watched, 8, folders, 40)
     assert re.match(
         r"finished: 8 steps, 2 epochs, 64 images in 0:\d\d \(\d+ images/s, \d+% wai", first
     )
@@ -156,11 +159,31 @@ def test_summary(watched: Path) -> None:
         f"training: loss {last['loss']:.4g}, accuracy {last['accuracy']:.1%}",
         f"top-1 {last['val_top1']:.1%} (best {best:.1%}",
         f"k-NN {last['val_knn']:.1%}",
+        f"of the starting weights; effective rank {last['val_rank']:.4g}, ",
         f"python -m trex_models.plot {watched}",
         f'timm.create_model("local-dir:{folders[0]}", pretrained=True)',
         f"python -m hub build {folders[0]} --output",
     ):
         assert expected in "\n".join(rest)
+
+
+@pytest.mark.parametrize(
+    ("after", "images", "verdict"),
+    [(0.6, 500, "is better"), (0.4, 500, "is worse"), (0.6, 50, "does not differ sig")],
+)
+def test_summary_compares_with_the_starting_weights(
+    tmp_path: Path, after: float, images: int, verdict: str
+) -> None:
+    accuracies = {"val_top1": 0.1, "val_top5": 0.2}
+    lines = [
+        {"step": 0, "epoch": 0, "val_knn": 0.5, "val_rank": 9.0, **accuracies},
+        {"step": 6, "epoch": 1, "val_knn": after, "val_rank": 21.5, **accuracies}
+        | {"images_per_second": 4.0, "waiting_for_data": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sentence = summarize(tmp_path, 16, [tmp_path], images)[2]
+    assert sentence.startswith(f"features: k-NN {after:.1%} {verdict}")
+    assert sentence.endswith("50.0% of the starting weights; effective rank 21.5, 9 at the start")
 
 
 def test_tensorboard_is_only_required_if_enabled(
@@ -179,7 +202,7 @@ def test_time_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
         {"step": 6, "epoch": 1.5, "images_per_second": 4.0, "waiting_for_data": 0.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first = summarize(tmp_path, 16, [tmp_path])[0]
+    first = summarize(tmp_path, 16, [tmp_path], 0)[0]
     # 32 images at 8 images/s, then 64 at 4 images/s; 2 of 20 seconds waiting
     assert first == (
         "finished: 6 steps, 1.5 epochs, 96 images in 0:20 (5 images/s, 10% waiting for data)"

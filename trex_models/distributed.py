@@ -165,6 +165,13 @@ def gather_rows(tensor: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum of the tensors of all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def gather_objects(value: T) -> list[T]:
     """Return the picklable values of all ranks in rank order."""
     if not dist.is_initialized():

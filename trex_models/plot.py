@@ -45,6 +45,7 @@ LARGE = (
 )
 RATES = (
     Panel("learning rate", ("learning_rate",), smooth=False),
+    Panel("effective rank of features", ("val_rank",), smooth=False),
     Panel("prototype change per step", ("prototype_change",), y_axis="log"),
     Panel("images per second", ("images_per_second",)),
     Panel("waiting for data, % of time", ("waiting_for_data",), 100),
@@ -66,6 +67,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[np.ndarray], float], str], ...] = (
     ("val top-1", "val_top1", LAST, "{:.1%}"),
     ("(best)", "val_top1", np.max, "{:.1%}"),
     ("val k-NN", "val_knn", LAST, "{:.1%}"),
+    ("rank", "val_rank", LAST, "{:.4g}"),
     ("images/s", "images_per_second", MEDIAN, "{:,.0f}"),
     ("waiting", "waiting_for_data", MEDIAN, "{:.1%}"),
 )

@@ -135,6 +135,22 @@ def analyze(
     )
 
 
+def rankme(gram: Tensor) -> float:
+    """Return the effective rank of features Z from their Gram matrix, Z^T Z, (F, F) float64.
+
+    RankMe (Garrido et al., ICML 2023, arXiv 2210.02885): exp(entropy of sigma_i / sum_j sigma_j)
+    of Z, unlike ``Geometry.effective_rank`` neither centered nor normalized. It is at most
+    min(N, F); 1 if all features are multiples of one vector, and 0 if all are zero.
+    """
+    return _effective_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
+
+
+def _effective_rank(singular: Tensor) -> float:
+    if not singular.any():
+        return 0.0
+    return torch.special.entr(singular / singular.sum()).sum().exp().item()
+
+
 def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
     variances = torch.linalg.eigvalsh(covariance).flip(0).cpu()
     # Rounding errors are relative to the rows of unit length, not to the variances.
@@ -142,9 +158,8 @@ def _spectrum(covariance: Tensor) -> tuple[Tensor, float, int]:
     singular = variances.sqrt()
     if not singular.any():
         return singular, 0.0, 0
-    entropy = torch.special.entr(singular / singular.sum()).sum()
     explained = variances.cumsum(0) / variances.sum()
-    return singular, entropy.exp().item(), 1 + _count(explained < 0.95)
+    return singular, _effective_rank(singular), 1 + _count(explained < 0.95)
 
 
 def _distances(sums: Tensor, counts: Tensor) -> tuple[float, float]:

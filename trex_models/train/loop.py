@@ -51,7 +51,8 @@ def train(config: Config, exits: bool = False) -> list[Path]:
         # From the file, not from memory, so that a later export of the run is identical.
         exported = export_checkpoint(run.folder, run.folder / "export", run.config.license)
         reporter.finish()
-        for line in summarize(run.folder, config.optim.batch_size, exported):
+        validated = len(run.validation.source) if run.validation else 0
+        for line in summarize(run.folder, config.optim.batch_size, exported, validated):
             reporter.log(line)
         return exported
 
@@ -65,6 +66,10 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
     flags, alarm = distributed.SharedFlags(2), Alarm(60 * system.save_minutes)
     pinned = process.device.type == "cuda"  # copies of page-locked batches overlap with steps
     log, asked = reporter.log_on_any_rank, lambda: signals.received
+    if validator and run.neighbors and sampler.start_step == 0:
+        with reporter.untimed():
+            start = validator.measure_start(run.method, calibrate=not run.config.init_from)
+            reporter.report_start(start)
     batches = reporter.timed(load_batches(run.dataset, sampler, run.workers, pinned, log, asked))
 
     for step in range(sampler.start_step, sampler.total_steps):

@@ -29,7 +29,7 @@ T = TypeVar("T")
 # Entries of metrics.jsonl that differ when the same run is repeated.
 TIMINGS = ("images_per_second", "waiting_for_data")
 _TRAINED = ("loss", "accuracy", "unreadable")
-_VALIDATED = ("val_top1", "val_top5", "val_knn")
+_VALIDATED = ("val_top1", "val_top5", "val_knn", "val_rank")
 _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -149,6 +149,13 @@ class Reporter:
         """Count one step."""
         self._bar.update()
 
+    def report_start(self, metrics: dict[str, float]) -> None:
+        """Record the validation of the weights before the first step."""
+        if self._process.is_main:
+            append(self._path, json.dumps({"step": 0, "epoch": 0.0, **metrics}) + "\n")
+            k, rank = metrics["val_knn"], metrics["val_rank"]
+            self.log(f"starting weights: k-NN {k:.1%}, effective rank of features {rank:.4g}")
+
     def report(self, done: int, metrics: dict[str, float]) -> None:
         """Print and record the metrics after ``done`` steps of the run."""
         if not self._process.is_main:
@@ -202,7 +209,7 @@ def _truncate(path: Path, start_step: int) -> None:
     if path.exists():
         for line in path.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= start_step:
+                if start_step and json.loads(line)["step"] <= start_step:
                     kept.append(line + "\n")
             except (KeyError, TypeError, ValueError):
                 continue
@@ -247,7 +254,22 @@ def head_health(objective: Objective, before: Tensor | None) -> dict[str, float]
     return measured
 
 
-def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> list[str]:
+def _compare(first: dict[str, Any], last: dict[str, Any], images: int) -> str:
+    """Say whether k-NN on the trained features is more accurate than on the initial ones."""
+    before, after = first["val_knn"], last["val_knn"]
+    error = ((before * (1 - before) + after * (1 - after)) / images) ** 0.5
+    verdict = "is better than" if after > before else "is worse than"
+    if abs(after - before) <= 2 * error:
+        verdict = f"does not differ significantly ({images} images) from"
+    return (
+        f"features: k-NN {after:.1%} {verdict} {before:.1%} of the starting weights; "
+        f"effective rank {last['val_rank']:.4g}, {first['val_rank']:.4g} at the start"
+    )
+
+
+def summarize(
+    folder: Path, images_per_step: int, exported: Sequence[Path], validation_images: int
+) -> list[str]:
     """Return a summary of a finished run in lines: time, rates, metrics and next steps.
 
     Time and rates are totals over all starts, without validation and checkpoints.
@@ -258,7 +280,7 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
         # Computed from the rates, so that time lost by an interruption does not count.
         seconds = waited = 0.0
         images = 0
-        for line in metrics:
+        for line in (line for line in metrics if line["step"]):
             before, images = images, line["step"] * images_per_step
             span = (images - before) / line["images_per_second"]
             seconds += span
@@ -278,6 +300,8 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
             f"validation: top-1 {last['val_top1']:.1%} (best {best['val_top1']:.1%} at epoch "
             f"{best['epoch']:g}), top-5 {last['val_top5']:.1%}{nearest}"
         )
+        if validated[0]["step"] == 0:
+            lines.append(_compare(validated[0], last, validation_images))
     listed = folder / "unreadable.txt"
     if listed.exists():
         count = len(listed.read_text().splitlines())

@@ -1,6 +1,6 @@
-"""Validation accuracy: of the training head, and of a k-NN classifier on features.
+"""Validation: accuracy of the training head and of k-NN on features, and the features' rank.
 
-Exact for any number of processes: each image counts once.
+Accuracies are exact for any number of processes: each image counts once.
 Shapes: N images, B batch, C classes, F features, S side in pixels.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from trex_models.data.center_crop import PROTOCOLS, CenterCropDataset, CropBatch
 from trex_models.data.decode import UnreadableImageError, with_skip_hint
@@ -22,14 +23,18 @@ from trex_models.distributed import (
     broadcast_buffers,
     gather,
     gather_rows,
+    preserve_buffers,
     raise_on_all_ranks,
+    sum_over_ranks,
 )
+from trex_models.evaluation.geometry import rankme
 from trex_models.evaluation.knn import knn_votes, topk_correct
 from trex_models.heads import widen
 from trex_models.method.model import TReX
 from trex_models.precision import Precision
 
 _QUERIES = 4096
+_CALIBRATION_IMAGES = 2048
 
 
 class ValidationDataset(CenterCropDataset):
@@ -92,7 +97,7 @@ class Validator:
         """Measure the accuracy of encoder and head; all ranks must call this method.
 
         Returns val_top1, val_top5 and, of the k-NN classifier, val_knn: accuracies on the readable
-        images. Raises ValueError on all ranks if an image is unreadable, or if all were skipped.
+        images; and val_rank, the effective rank of the backbone's features (``rankme``). Raises ValueError on all ranks if an image is unreadable, or if all were skipped.
         """
         was_training = method.training
         method.eval()
@@ -100,17 +105,41 @@ class Validator:
         try:
             references = self._references(method, self.neighbors) if self.neighbors else None
             with raise_on_all_ranks():
-                counts = self._count(method, references)
+                counts, gram = self._count(method, references)
         finally:
             method.train(was_training)
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
         if not images:
             raise ValueError("none of the validation images is readable; fix or replace them")
+        width = int(gather(torch.tensor([len(gram)], device=gram.device)).max())
+        gram = gram if len(gram) else gram.new_zeros(width, width)  # no images on this rank
         measured = {"val_top1": top1 / images, "val_top5": top5 / images}
+        # Rounded, since the order of the sum depends on the number of processes.
+        measured["val_rank"] = float(f"{rankme(sum_over_ranks(gram)):.6g}")
         return measured | ({"val_knn": nearest / images} if self.neighbors else {})
 
-    def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
+    @torch.no_grad()
+    def measure_start(self, method: TReX, calibrate: bool) -> dict[str, float]:
+        """Measure the weights that training starts from; all ranks must call this method.
+
+        ``calibrate`` computes BatchNorm statistics from training images, for random weights: with
+        initial statistics they would be too weak a baseline.
+        """
+        with preserve_buffers(method.encoder):
+            if calibrate and self.neighbors:
+                dataset, indices = self.neighbors.dataset, self.neighbors.indices
+                # The same images on all ranks: synchronized BatchNorm needs equal batches.
+                chosen = indices[:_CALIBRATION_IMAGES].tolist()
+                with raise_on_all_ranks(), self.precision.autocast():
+                    update_bn(self._crops(dataset, chosen, "BatchNorm"), method.encoder.backbone)
+            return self.measure(method)
+
+    def _count(
+        self, method: TReX, references: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return sums, (4,), and the Gram matrix of the features, (F, F), of this rank's images."""
         counts = torch.zeros(4, dtype=torch.int64, device=self.process.device)
+        gram = torch.zeros(0, 0, dtype=torch.float64, device=self.process.device)
         pending: list[tuple[Tensor, Tensor]] = []  # large batches of queries are faster
         indices = np.arange(len(self.dataset.source))
         for features, labels in self._features(method, self.dataset, indices, "validation"):
@@ -120,6 +149,9 @@ class Validator:
             counts[0] += correct[:, 0].sum()
             counts[1] += correct[:, -1].sum()
             counts[3] += len(labels)
+            rows = features.double()
+            gram = gram if len(gram) else rows.new_zeros(rows.shape[1], rows.shape[1])
+            gram.addmm_(rows.T, rows)
             if references is not None:
                 pending.append((features, labels))
                 if sum(len(part) for _, part in pending) >= _QUERIES:
@@ -127,7 +159,7 @@ class Validator:
                     pending = []
         if references is not None and pending:
             counts[2] += self._count_nearest(references, pending)
-        return counts
+        return counts, gram
 
     def _references(self, method: TReX, among: Neighbors) -> tuple[Tensor, Tensor]:
         features = torch.empty(0, 0, device=self.process.device)
@@ -165,9 +197,17 @@ class Validator:
     def _features(
         self, method: TReX, dataset: ValidationDataset, indices: np.ndarray, name: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        size, device, own = self.batch_size, self.process.device, self._own(indices).tolist()
+        for crops, labels in self._crops(dataset, self._own(indices).tolist(), name):
+            with self.precision.autocast():
+                features = method.encoder.backbone(crops)
+            yield features, labels
+
+    def _crops(
+        self, dataset: ValidationDataset, indices: list[int], name: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        size, device = self.batch_size, self.process.device
         on_skip = self.on_skip if dataset is self.dataset else self.on_skip_reference
-        batches = [own[at : at + size] for at in range(0, len(own), size)]
+        batches = [indices[at : at + size] for at in range(0, len(indices), size)]
         loaded = load_batches(
             dataset, batches, self.workers, device.type == "cuda", self.log, self.should_stop
         )
@@ -175,6 +215,4 @@ class Validator:
             on_skip(batch.unreadable)
             if len(batch.labels):
                 crops, labels = to_device([batch.images, batch.labels], device)
-                with self.precision.autocast():
-                    features = method.encoder.backbone(dataset.crop.normalize(crops))
-                yield features, labels
+                yield dataset.crop.normalize(crops), labels
