@@ -64,6 +64,9 @@ class DataConfig:
     image, which depends on the seed; skipped images are counted and listed in unreadable.txt."""
     max_unreadable: float = 0.01
     """Largest share of skipped training images; the run ends if there are more."""
+    decode: Literal["auto", "exact"] = "auto"
+    """How to decode JPEGs for training crops. auto: at 1/2, 1/4 or 1/8 of their size if that is at
+    least the resolution of every crop. exact: at full size."""
     num_classes: int = 40
     """Number of classes to generate (source fractals)."""
     images_per_class: int = 150
