@@ -47,7 +47,7 @@ IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extens
 T = TypeVar("T")
 
 Reduction = Callable[[int, int], int]
-"""Function from the height and width of a JPEG to the factor, 1, 2, 4 or 8, that divides them."""
+"""Function from the height and width of a JPEG to the factor that divides them: 1, 2 or 4."""
 
 _FORMATS = tuple(FORMATS)
 _MAX_BYTES = 1 << 31  # larger than any single frame within Pillow's pixel limit

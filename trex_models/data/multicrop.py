@@ -364,7 +364,7 @@ def _first_box(
 
 
 def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
-    """Return the largest factor, 1, 2, 4 or 8, that reduces an image without enlarging any crop.
+    """Return the largest factor, 1, 2 or 4, that reduces an image without enlarging any crop.
 
     Aspect ratios of boxes are between 3/4 and 4/3. A box with a share s of the area therefore has
     sides of at least sqrt(3/4 s H W), and the largest central box of at least min(H, W). The factor
@@ -375,7 +375,7 @@ def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
         min(math.sqrt(_RATIO[0] * spec.scale[0] * height * width), height, width) / spec.size
         for spec in specs
     )
-    return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, limit))
+    return max(factor for factor in (1, 2, 4) if factor <= max(1, limit))
 
 
 def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:

@@ -65,8 +65,9 @@ class DataConfig:
     max_unreadable: float = 0.01
     """Largest share of skipped training images; the run ends if there are more."""
     decode: Literal["auto", "exact"] = "auto"
-    """How to decode JPEGs for training crops. auto: at 1/2, 1/4 or 1/8 of their size if that is at
-    least the resolution of every crop. exact: at full size."""
+    """How to decode JPEGs for training crops. exact: at full size. auto: at 1/2 or 1/4 of their
+    size if no crop is enlarged by that, which is faster. Boxes are then rounded to pixels of the
+    reduced image, and the levels (0 to 255) within a box differ by 0.3 on average."""
     num_classes: int = 40
     """Number of classes to generate (source fractals)."""
     images_per_class: int = 150
