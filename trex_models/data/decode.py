@@ -157,9 +157,9 @@ def decode_image(data: bytes, name: str, reduction: Reduction | None = None) -> 
                 limit = Image.MAX_IMAGE_PIXELS
                 if colors in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
                     factor = reduction(height, width) if reduction else 1
-                    # A minimum of 0 is ignored; the full size as a minimum would reduce 1 x 1.
-                    least = (-(-height // factor), -(-width // factor)) if factor > 1 else (0, 0)
-                    pixels = simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1])
+                    # Of libjpeg's sizes (m/8), simplejpeg selects the smallest above the minimum.
+                    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+                    pixels = simplejpeg.decode_jpeg(data, **least)
                     return _upright(pixels, _jpeg_orientation(data))
         return _with_pillow(partial(_reduced_pixels, reduction), data)
     except MemoryError:
