@@ -6,9 +6,10 @@ Both variants cut the recipe's crops (1 x 224, 8 x 96) from the same JPEG files,
 returns uint8 crops and the random parameters of the photometric augmentation, which runs on the
 training device (see `benchmarks.augment`); the reference (`benchmarks.reference_pipeline`) returns
 augmented float32 tensors. `core`: CPU time of a worker's work, in one process with one thread, for
-files of about 30 KB, 100 KB and 500 KB; `decode` is only reading and decoding. `whole`: wall time
-with loader workers in the steady state, without their start. `memory`: memory of one worker beyond
-the memory that it shares with its parent process. Takes four minutes on two cores.
+files of about 30 KB, 100 KB, 500 KB and 2 MB; `decode` is only reading and decoding; `reduced`
+compares `--data.decode auto` with `exact`. `whole`: wall time with loader workers in the steady
+state, without their start. `memory`: memory of one worker beyond the memory that it shares with its
+parent process. Takes seven minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -40,11 +42,16 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, num_buffers=NUM_BUFFERS)
+        self.exact = replace(self.ours, source=FolderSource(root), decode="exact")
         self.reference = reference_dataset(root, SPECS)
 
     def make_ours(self, keys: Sequence[Key]) -> Batch:
         """Return a batch as our loader workers do."""
         return self.ours.__getitems__(keys)
+
+    def make_exact(self, keys: Sequence[Key]) -> Batch:
+        """Return a batch of crops of images decoded at full size."""
+        return self.exact.__getitems__(keys)
 
     def make_reference(self, keys: Sequence[Key]) -> Any:
         """Return a batch as the workers of a DataLoader do."""
@@ -102,7 +109,8 @@ def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
     with seeded(0):
         items = measure.compared(timed(files.make_ours), timed(files.make_reference), rounds)
         decode = measure.compared(timed(files.decode_ours), timed(files.decode_reference), rounds)
-    return {"images": images, "items": items, "decode": decode}
+        reduced = measure.compared(timed(files.make_ours), timed(files.make_exact), rounds)
+    return {"images": images, "items": items, "decode": decode, "reduced": reduced}
 
 
 def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
@@ -158,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.workers < 1:
         parser.error(f"--workers must be at least 1, got {parsed.workers}")
     batch: int = parsed.batch
-    counts = {"standard": parsed.files, "small": parsed.files // 2, "large": parsed.files // 8}
+    counts = {"standard": parsed.files, "small": parsed.files // 2}
+    counts |= {"large": parsed.files // 8, "huge": parsed.files // 16}
     with TemporaryDirectory() as folder:
         kinds = {}
         for kind, count in counts.items():
@@ -182,8 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     for kind, found in measured.items():
         print(f"\none core, {kind} files of about {KINDS[kind].kilobytes} KB")
-        for what in ("items", "decode"):
-            measure.print_compared(f"{what}, images/s of CPU time", found[what])
+        for what in ("items", "decode", "reduced"):
+            against = ", against decode='exact'" if what == "reduced" else ""
+            measure.print_compared(f"{what}, images/s of CPU time{against}", found[what])
     title = f"{parsed.workers} loader workers, batch size {batch}, standard files, images/s"
     measure.print_compared(title, loaders["rates"])
     print("\nmemory in MB")

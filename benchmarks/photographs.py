@@ -34,8 +34,9 @@ KINDS = {
     "standard": Kind(((500, 375),) * 7 + ((375, 500),) * 2 + ((500, 333),), 100, 1.2),
     "small": Kind(((500, 375),) * 10, 30, 1.4),
     "large": Kind(((2000, 1500),) * 10, 500, 1.4),
+    "huge": Kind(((4000, 3000),) * 10, 2000, 1.4),
 }
-"""ImageNet's usual sizes at about 100 KB; a third of the file size; a camera's resolution."""
+"""ImageNet's usual sizes at about 100 KB; a third of the file size; cameras' resolutions."""
 
 
 def write_photographs(root: Path, count: int, kind: str, seed: int = 0) -> None:

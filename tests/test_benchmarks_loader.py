@@ -53,7 +53,8 @@ def test_reference_creates_the_recipes_crops(tmp_path: Path) -> None:
 
 
 def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, "large", KINDS["small"])  # large ones take a second each
+    for kind in ("large", "huge"):  # these take seconds each
+        monkeypatch.setitem(KINDS, kind, KINDS["small"])
     out = tmp_path / "results" / "loader.json"
     settings = "--rounds 1 --batch 2 --batches 1 --workers 1 --files 8".split()
     threads = torch.get_num_threads()
@@ -63,7 +64,7 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["machine"]["processor"]
     for key in ("ratio", "ratio_whole"):
         assert_positive(result[key])
-    assert set(result["core"]) == {"standard", "small", "large"}
+    assert set(result["core"]) == {"standard", "small", "large", "huge"}
     for part in ("core", "whole", "memory_mb"):
         assert_positive(result[part])
     for weight in result["memory_mb"].values():

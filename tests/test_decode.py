@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -59,6 +60,35 @@ def test_jpeg_pixels_are_pillows(options: dict[str, Any]) -> None:
         data = encode(image, "JPEG", quality=85, **options)
         with Image.open(io.BytesIO(data)) as expected:
             same(decode_image(data, "x.img"), np.asarray(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("kind", ["444", "420", "progressive", "keep_rgb", "gray", "exif", "MPO"])
+def test_reduced_jpeg(kind: str, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both decoders give the same pixels, about the means of blocks of the full size."""
+    image = picture(77, 122)[:, :, 0] if kind == "gray" else picture(77, 122)
+    exif = oriented(5 if kind == "exif" else 1)
+    options: dict[str, Any] = {kind: True} if kind in ("progressive", "keep_rgb") else {}
+    options |= {"subsampling": {"444": 0, "420": 2}[kind]} if kind.startswith("4") else {}
+    data = encode(image, "MPO" if kind == "MPO" else "JPEG", quality=90, exif=exif, **options)
+    reduction = Mock(return_value=factor)
+    reduced = decode_image(data, "x.img", reduction)
+    expected = np.asarray(Image.fromarray(decode_image(data, "x.img")).reduce(factor))
+    assert reduced.shape == expected.shape
+    assert np.abs(reduced - expected.astype(float)).mean() < 2
+    monkeypatch.setattr(decode, "simplejpeg", None)
+    same(decode_image(data, "x.img", reduction), reduced)
+    assert reduction.call_args_list == [call(77, 122)] * 2
+
+
+@pytest.mark.usefixtures("_each_decoder")
+def test_other_formats_and_damaged_jpegs_ignore_the_reduction() -> None:
+    cmyk = Image.fromarray(picture(64, 64, channels=4), "CMYK")
+    for data in (encode(cmyk, "JPEG"), encode(picture(64, 64), "PNG")):
+        same(decode_image(data, "x.img", lambda *_: 4), decode_image(data, "x.img"))
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with pytest.raises(UnreadableImageError, match=UNREADABLE):
+        decode_image(encode(noise, "JPEG")[:3000], "x.img", lambda *_: 4)
 
 
 @pytest.mark.usefixtures("_each_decoder")

@@ -339,6 +339,14 @@ def test_the_digest_holds_images_and_labels_and_not_the_place(tmp_path: Path) ->
         assert HuggingFaceSource(saved(tmp_path / name, changed)).digest() != digest
 
 
+def test_jpegs_can_be_decoded_at_reduced_size(tmp_path: Path) -> None:
+    images = [{"bytes": encode(pixels(0), "JPEG"), "path": "x.jpg"}] * 7
+    source = HuggingFaceSource(saved(tmp_path / "set", rows(image=images)))
+    height, width, _ = pixels(0).shape
+    assert source.reduced(lambda *_: 2).read(3).shape == (-(-height // 2), -(-width // 2), 3)
+    assert source.read(3).shape == (height, width, 3)
+
+
 def test_worker_processes(tmp_path: Path) -> None:
     source = HuggingFaceSource(on_hub(tmp_path / "set"), "train")
     data = MultiCropDataset(source, [CropSpec(2, 8, (0.5, 1.0), LOCAL_AUGMENTATION)], seed=0)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.images import save_image
 from trex_models.data.decode import UnreadableImageError
 from trex_models.data.fractals import FractalSource
+from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import NUM_BUFFERS, load_batches
 from trex_models.data.multicrop import (
     TREX_CROPS,
@@ -18,6 +21,8 @@ from trex_models.data.multicrop import (
     MultiCrop,
     MultiCropDataset,
     augment,
+    draw_boxes,
+    reduction_factor,
 )
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, NUM_PARAMETERS
 from trex_models.data.sources import ArraySource
@@ -141,3 +146,36 @@ def test_substitutes_keep_their_label_and_index() -> None:
     assert batch.labels[[0, 2, 3]].tolist() != [2 % 3, 7 % 3, 2 % 3]
     for spec, crops in zip(SPECS, batch.crops, strict=True):
         assert (crops == 10 * batch.indices.repeat(spec.count)[:, None, None, None]).all()
+
+
+def test_no_crop_of_a_reduced_image_is_enlarged() -> None:
+    """Boxes in an image that is reduced by the factor have sides of at least S pixels."""
+    # sqrt(3/4 * 0.25 * 1034 * 1035) = 447.9 < 2 * 224. The last two only have the central box.
+    sizes = [(375, 500), (1034, 1035), (1034, 1036), (3000, 4000), (9000, 440), (450, 9000)]
+    assert [reduction_factor(TREX_CROPS, *size) for size in sizes] == [1, 1, 2, 4, 1, 2]
+    rng, factors = np.random.default_rng(0), set()
+    for _ in range(2000):
+        height, width = np.exp(rng.uniform(3, 8, 2)).astype(int).tolist()
+        low, size = float(rng.uniform(0.01, 1)), int(rng.integers(8, 256))
+        spec = CropSpec(8, size, (low, float(rng.uniform(low, 1.5))), LOCAL_AUGMENTATION)
+        factor = reduction_factor([spec], height, width)
+        factors.add(factor)
+        boxes = draw_boxes(rng, 8, -(-height // factor), -(-width // factor), spec.scale)
+        assert factor == 1 or min(min(box[2:]) for box in boxes) >= size
+    assert factors == {1, 2, 4}
+
+
+def test_only_the_training_crops_are_decoded_at_reduced_size(tmp_path: Path) -> None:
+    for label in "ab":
+        save_image(tmp_path / label / "0.jpg", size=(400, 300), quality=95)
+    source = FolderSource(tmp_path)
+    auto = MultiCropDataset(source, SPECS)
+    exact = MultiCropDataset(source, SPECS, decode="exact")
+    assert exact.source is source
+    assert auto.source.read(0).shape == (75, 100, 3)
+    assert source.read(0).shape == (300, 400, 3)
+    ours, others = (data.__getitems__([(0, 0), (0, 1)]) for data in (auto, exact))
+    for crops, expected in zip(ours.crops, others.crops, strict=True):
+        difference = (crops.float() - expected.float()).abs().mean()
+        assert 0 < difference < 3
+    assert all(map(torch.equal, ours.parameters, others.parameters))

@@ -34,6 +34,7 @@ CONFIG = parse(
     """--output unused --seed 11 --system.device cpu --system.workers 0
     --system.log-every 3 --system.save-minutes 1 --system.save-steps 0
     --data.source fractals --data.num-classes 3 --data.images-per-class 9 --data.image-size 44
+    --data.decode exact
     --crops.global-crops 2 --crops.global-size 40 --crops.global-scale 0.3 0.9
     --crops.local-crops 3 --crops.local-size 24 --crops.local-scale 0.07 0.2
     --model.backbone resnet10t --model.backbone-args channels=(8,8,16,20)
@@ -131,6 +132,7 @@ def test_every_part_of_a_run_follows_the_config() -> None:
     assert run.dataset.specs == SPECS
     assert list(run.sampler) == [batch_keys(step) for step in range(TOTAL)]
     assert (run.dataset.seed, run.dataset.substitute) == (11, False)
+    assert run.dataset.decode == "exact"
     assert run.precision.name == "fp32"
 
     assert run.validation is not None

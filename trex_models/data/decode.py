@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -44,6 +45,9 @@ FORMATS = {
 IMAGE_EXTENSIONS = tuple(extension for extensions in FORMATS.values() for extension in extensions)
 
 T = TypeVar("T")
+
+Reduction = Callable[[int, int], int]
+"""Function from the height and width of a JPEG to the factor that divides them: 1, 2 or 4."""
 
 _FORMATS = tuple(FORMATS)
 _MAX_BYTES = 1 << 31  # larger than any single frame within Pillow's pixel limit
@@ -99,13 +103,13 @@ def log_skipped(reasons: Sequence[str], listed: Path, log: Callable[[str], objec
         log(f"skipped: {len(reasons) - 5} more, listed in {listed}")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read and decode an image file by its content, (H, W, 3) uint8 RGB."""
+def read_image(path: str | Path, reduction: Reduction | None = None) -> np.ndarray:
+    """Read and decode an image file by its content, (H, W, 3) uint8 RGB; see ``decode_image``."""
     try:
         data = _read_file(path)
     except (OSError, ValueError) as error:  # ValueError: null byte in the path
         raise unreadable_error(str(path), error) from error
-    return decode_image(data, str(path))
+    return decode_image(data, str(path), reduction)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -134,10 +138,12 @@ def _open(path: str, flags: int) -> int:
     return os.open(path, flags | _NONBLOCK)  # otherwise opening a FIFO waits for its writer
 
 
-def decode_image(data: bytes, name: str) -> np.ndarray:
+def decode_image(data: bytes, name: str, reduction: Reduction | None = None) -> np.ndarray:
     """Decode the bytes of an image file in one of ``FORMATS``, (H, W, 3) uint8 RGB, writeable.
 
-    Pixels are converted as in ``rgb_pixels``. Only the first frame of an animation is decoded.
+    Pixels are converted as in ``rgb_pixels``. Only the first frame of an animation is decoded. With
+    ``reduction``, JPEGs except CMYK are decoded at a fraction of their size, rounded up, which is
+    faster. Other formats keep their size.
 
     Raises:
         UnreadableImageError: The image is damaged or incomplete, has more pixels than twice
@@ -150,8 +156,12 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
                 height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
                 limit = Image.MAX_IMAGE_PIXELS
                 if colors in ("YCbCr", "Gray") and (not limit or height * width <= 2 * limit):
-                    return _upright(simplejpeg.decode_jpeg(data), _jpeg_orientation(data))
-        return _with_pillow(rgb_pixels, data)
+                    factor = reduction(height, width) if reduction else 1
+                    # Of libjpeg's sizes (m/8), simplejpeg selects the smallest above the minimum.
+                    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+                    pixels = simplejpeg.decode_jpeg(data, **least)
+                    return _upright(pixels, _jpeg_orientation(data))
+        return _with_pillow(partial(_reduced_pixels, reduction), data)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise any type of error for broken files
@@ -196,6 +206,13 @@ def _is_essential(chunk: bytes) -> bool:
     if kind == b"eXIf":
         return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
     return kind[:1].isupper() or kind == b"tRNS"
+
+
+def _reduced_pixels(reduction: Reduction | None, image: Image.Image) -> np.ndarray:
+    if reduction and image.mode in ("RGB", "L"):
+        factor = reduction(image.height, image.width)
+        image.draft(None, (image.width // factor, image.height // factor))  # ignored unless JPEG
+    return rgb_pixels(image)
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from trex_models.data.decode import decode_image, read_image, unreadable_error
 from trex_models.data.image_files import walk
-from trex_models.data.sources import digest, encode_labels
+from trex_models.data.sources import EncodedSource, digest, encode_labels
 
 _REMEDIES = {
     "image": "images must be an Image feature or bytes: convert a column of paths with "
@@ -23,7 +23,7 @@ _REMEDIES = {
 _MISSING = (None, "", -1)  # -1 marks the hidden labels of test splits on the Hub
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(EncodedSource):
     """Source of the images of a Hugging Face dataset on disk; never accesses the network.
 
     A folder written by `save_to_disk` is memory-mapped. Parquet (one file, or a folder of files
@@ -95,9 +95,10 @@ class HuggingFaceSource:
         """Return one image, (H, W, 3) uint8 RGB; raise a ValueError if the row is unreadable."""
         data, path = self._row(index)
         if data is not None:
-            return decode_image(data, self._name(index, path))
+            return decode_image(data, self._name(index, path), self.reduction)
         if path:
-            return read_image((self.path if self.path.is_dir() else self.path.parent) / path)
+            folder = self.path if self.path.is_dir() else self.path.parent
+            return read_image(folder / path, self.reduction)
         raise unreadable_error(self._name(index, path), "the row contains neither bytes nor a path")
 
     def name(self, index: int) -> str:

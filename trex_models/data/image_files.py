@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from trex_models.data.decode import IMAGE_EXTENSIONS, UnreadableImageError, quoted, read_image
-from trex_models.data.sources import checked_labels, digest, encode_labels
+from trex_models.data.sources import EncodedSource, checked_labels, digest, encode_labels
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _THREADS, _BLOCK = 8, 4096
 _INT64 = (1 << 63) - 1  # some file systems have 64-bit unsigned inodes
 
 
-class FileSource:
+class FileSource(EncodedSource):
     """Source of image files: N paths, absolute or relative to ``root``, and their labels."""
 
     def __init__(
@@ -47,7 +47,7 @@ class FileSource:
 
     def read(self, index: int) -> np.ndarray:
         """Return one image, (H, W, 3) uint8 RGB; raise a ValueError if the file is unreadable."""
-        return read_image(Path(self.name(index)))
+        return read_image(Path(self.name(index)), self.reduction)
 
     def name(self, index: int) -> str:
         """Return the image's path."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from trex_models.data import photometric
 from trex_models.data.decode import UnreadableImageError, rgb_pixels, with_skip_hint
 from trex_models.data.loading import to_device
 from trex_models.data.photometric import NUM_DRAWS, PhotometricAugmentation
-from trex_models.data.sources import Source, require_rgb
+from trex_models.data.sources import EncodedSource, Source, require_rgb
 
 Key = tuple[int, int]  # (epoch, index)
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -134,6 +136,8 @@ class MultiCropDataset(Dataset[Batch]):
         substitute: Replace an unreadable sample by another, drawn from (seed, epoch, index).
         num_buffers: Number of buffers per loader worker, reused in turn. 0 allocates memory for
             each batch, which takes a tenth of a worker's time.
+        decode: "auto" decodes JPEGs at the size that ``reduction_factor`` allows, "exact" at full
+            size.
     """
 
     source: Source
@@ -141,8 +145,12 @@ class MultiCropDataset(Dataset[Batch]):
     seed: int = 0
     substitute: bool = False
     num_buffers: int = 0
+    decode: Literal["auto", "exact"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.decode == "auto" and isinstance(self.source, EncodedSource):
+            # A copy, because the source may also serve validation, which is always exact.
+            self.source = self.source.reduced(partial(reduction_factor, self.specs))
         self._memory: dict[int, list[Tensor]] = {}
         self._num_batches = 0
 
@@ -353,6 +361,21 @@ def _first_box(
     elif width / height > _RATIO[1]:
         box_width = round(height * _RATIO[1])
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
+    """Return the largest factor, 1, 2 or 4, that reduces an image without enlarging any crop.
+
+    Aspect ratios of boxes are between 3/4 and 4/3. A box with a share s of the area therefore has
+    sides of at least sqrt(3/4 s H W), and the largest central box of at least min(H, W). The factor
+    is at most the smaller of both divided by S for every spec. Boxes that are drawn in the reduced
+    image, of ceil(H / factor) x ceil(W / factor), then have sides of at least S.
+    """
+    limit = min(
+        min(math.sqrt(_RATIO[0] * spec.scale[0] * height * width), height, width) / spec.size
+        for spec in specs
+    )
+    return max(factor for factor in (1, 2, 4) if factor <= max(1, limit))
 
 
 def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +11,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Self
+
+    from trex_models.data.decode import Reduction
 
 
 class Source(Protocol):
@@ -40,6 +44,18 @@ class Source(Protocol):
     def digest(self) -> str:
         """Return a hash of the samples and their order; a resumed run compares it."""
         ...
+
+
+class EncodedSource:
+    """Base class of sources of encoded images, whose ``read`` applies ``reduction`` to JPEGs."""
+
+    reduction: Reduction | None = None
+
+    def reduced(self, reduction: Reduction) -> Self:
+        """Return a source of the same images that decodes JPEGs at reduced size."""
+        source = copy.copy(self)  # shares the arrays
+        source.reduction = reduction
+        return source
 
 
 class ArraySource:

@@ -64,6 +64,10 @@ class DataConfig:
     image, which depends on the seed; skipped images are counted and listed in unreadable.txt."""
     max_unreadable: float = 0.01
     """Largest share of skipped training images; the run ends if there are more."""
+    decode: Literal["auto", "exact"] = "auto"
+    """How to decode JPEGs for training crops. exact: at full size. auto: at 1/2 or 1/4 of their
+    size if no crop is enlarged by that, which is faster. Boxes are then rounded to pixels of the
+    reduced image, and the levels (0 to 255) within a box differ by 0.3 on average."""
     num_classes: int = 40
     """Number of classes to generate (source fractals)."""
     images_per_class: int = 150

@@ -104,7 +104,12 @@ def build_run(config: Config, process: Process) -> Run:
         precision=precision,
         # With buffers, workers do not allocate shared memory for each batch.
         dataset=MultiCropDataset(
-            source, specs, config.seed, config.data.skips_unreadable, num_buffers=NUM_BUFFERS
+            source,
+            specs,
+            config.seed,
+            config.data.skips_unreadable,
+            num_buffers=NUM_BUFFERS,
+            decode=config.data.decode,
         ),
         validation=validation,
         neighbors=build.build_neighbors(config, source),
