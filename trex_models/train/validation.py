@@ -91,8 +91,9 @@ class Validator:
     def measure(self, method: TReX) -> dict[str, float]:
         """Measure the accuracy of encoder and head; all ranks must call this method.
 
-        Returns val_top1, val_top5 and, of the k-NN classifier, val_knn: accuracies on the readable
-        images. Raises ValueError on all ranks if an image is unreadable, or if all were skipped.
+        Returns val_top1 and val_top5, if the objective predicts labels, and val_knn of the k-NN
+        classifier: accuracies on the readable images. Raises ValueError on all ranks if an image is
+        unreadable, or if all were skipped.
         """
         was_training = method.training
         method.eval()
@@ -106,7 +107,8 @@ class Validator:
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
         if not images:
             raise ValueError("none of the validation images is readable; fix or replace them")
-        measured = {"val_top1": top1 / images, "val_top5": top5 / images}
+        predicted = {"val_top1": top1 / images, "val_top5": top5 / images}
+        measured = predicted if method.objective.predicts_labels else {}
         return measured | ({"val_knn": nearest / images} if self.neighbors else {})
 
     def _count(self, method: TReX, references: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -114,11 +116,12 @@ class Validator:
         pending: list[tuple[Tensor, Tensor]] = []  # large batches of queries are faster
         indices = np.arange(len(self.dataset.source))
         for features, labels in self._features(method, self.dataset, indices, "validation"):
-            with self.precision.autocast():
-                logits = method.objective.logits(method.encoder.projector(widen(features)))
-            correct = topk_correct(logits, labels, 5, missing_score=-torch.inf)
-            counts[0] += correct[:, 0].sum()
-            counts[1] += correct[:, -1].sum()
+            if method.objective.predicts_labels:
+                with self.precision.autocast():
+                    logits = method.objective.logits(method.encoder.projector(widen(features)))
+                correct = topk_correct(logits, labels, 5, missing_score=-torch.inf)
+                counts[0] += correct[:, 0].sum()
+                counts[1] += correct[:, -1].sum()
             counts[3] += len(labels)
             if references is not None:
                 pending.append((features, labels))
