@@ -109,7 +109,6 @@ def options(folder: Path, teacher: str = "teacher", more: str = "") -> list[str]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images at several depths, teachers, and a run with its output."""
     folder = tmp_path_factory.mktemp("distillation")
     for index in range(32):
         save_image(folder / "images" / "abc"[: index % 4] / f"{index}.png", seed=index)
