@@ -37,6 +37,7 @@ class Objective(nn.Module):
     predicts_labels = True
     """If False, ``forward`` returns similarities to other targets, (N * B,), not logits."""
     teacher: Callable[[Tensor], Tensor] | None = None
+    """Frozen model that ``targets`` uses, of ``Distillation`` only."""
 
     def __init__(self, bank: MemoryBank | None = None) -> None:
         super().__init__()

@@ -271,9 +271,10 @@ def summarize(folder: Path, images_per_step: int, exported: Sequence[Path]) -> l
             f"{waited / seconds:.0%} waiting for data)"
         )
     if trained := [line for line in metrics if "loss" in line]:
-        loss, cosine = trained[-1]["loss"], trained[-1].get("cosine")
-        score = f"accuracy {trained[-1]['accuracy']:.1%}" if cosine is None else f"cosine {cosine:.3f}"
-        lines.append(f"training: loss {loss:.4g}, {score} (global crop)")
+        last = trained[-1]
+        score = f"cosine {last['cosine']:.3f}" if "cosine" in last else ""
+        score = score or f"accuracy {last['accuracy']:.1%}"
+        lines.append(f"training: loss {last['loss']:.4g}, {score} (global crop)")
     if validated := [line for line in metrics if "val_top1" in line]:
         last, best = validated[-1], max(validated, key=lambda line: line["val_top1"])
         nearest = f", k-NN {last['val_knn']:.1%}" if "val_knn" in last else ""
