@@ -156,7 +156,7 @@ def test_naver_license_stays(sources: dict[str, Path], tmp_path: Path) -> None:
     """Also after an interruption, when the file is not read again."""
     command = ["--init-from", str(sources["official ocm"])]
     err = refused(tmp_path / "run", *command, "--license", "mit")
-    assert "license cannot be mit: the run starts from weights under cc-by-nc-sa-4.0" in err
+    assert "license cannot be mit: the run uses weights under cc-by-nc-sa-4.0" in err
     assert not (tmp_path / "run").exists()
     out = output_of(tmp_path / "run", *command)
     assert "weights: cc-by-nc-sa-4.0, which covers derived weights" in out

@@ -109,5 +109,5 @@ def test_one_rule_for_every_command(
     command += "--objective.bank-size 64 --model.backbone test_resnet".split()
     command += ["--output", str(tmp_path / "run"), "--init-from", str(folder)]
     assert main([*command, "--license", "mit"]) == 2
-    assert "the run starts from weights under cc-by-nc-sa-4.0" in capsys.readouterr().err
+    assert "the run uses weights under cc-by-nc-sa-4.0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ def lines(count: int, every: int = 20) -> list[Line]:
     """What a run with everything on reports."""
     constant = {"learning_rate": 0.1, "seconds": 2.0, "images_per_second": 1000.0}
     constant |= {"waiting_for_data": 0.02, "bank_classes": 0.9, "bank_age": 16.0}
-    constant |= {"empty_prototypes": 3, "unreadable": 0}
+    constant |= {"empty_prototypes": 3, "unreadable": 0, "cosine": 0.5}
     validated = {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25}
     return [
         constant

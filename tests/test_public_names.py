@@ -58,8 +58,8 @@ NAMES = {
         "preprocessing"
     ),
     "trex_models.method": (
-        "LOOK CosineSoftmax Encoder LinearSoftmax MemoryBank MomentumEncoder Objective "
-        "OnlineClassMeans TReX build_backbone build_sgd learning_rates"
+        "LOOK CosineSoftmax Distillation Encoder LinearSoftmax MemoryBank MomentumEncoder "
+        "Objective OnlineClassMeans TReX build_backbone build_sgd learning_rates"
     ),
 }
 # Where each part of the method is from: papers, and equations of t-ReX.
@@ -73,6 +73,7 @@ SOURCES = {
     "MemoryBank": ("2206.15369", "section 3.2", "1911.05722"),
     "MomentumEncoder": ("1911.05722", "Eq. 2"),
     "LOOK": ("2110.06014", "reconstruction"),
+    "Distillation": ("2408.05088", "2104.14294"),
     "MultiCrop": ("2206.15369", "2006.09882"),
     "MultiCropDataset": ("2206.15369", "2006.09882"),
     "PhotometricAugmentation": ("2104.14294",),

@@ -41,6 +41,7 @@ class Panel(NamedTuple):
 LARGE = (
     Panel("training loss", ("loss",), y_axis="close"),
     Panel("accuracy, %: training; dashed: validation", ("accuracy", "val_top1"), 100),
+    Panel("cosine similarity to the teacher", ("cosine",)),
     Panel("validation, %: top-5; dashed: k-NN", ("val_top5", "val_knn"), 100),
 )
 RATES = (

@@ -201,6 +201,15 @@ class CsvSource(FileSource):
         super().__init__(self.path.parent, paths, codes, classes)
 
 
+def open_unlabeled(root: str) -> FileSource:
+    """Open the images of a folder, at any depth, as one class."""
+    images, others = split_images(walk(Path(root)))
+    if not images:
+        raise ValueError(f"{root} contains no images; pass another folder")
+    log_ignored(root, [os.path.join(os.fsencode(root), path) for path in others])  # noqa: PTH118
+    return FileSource(root, images, [0] * len(images), ["images"])
+
+
 def list_folder(folder: bytes) -> tuple[tuple[int, int], list[bytes], list[bytes]]:
     """Return a folder's (device, inode), subfolders and files, sorted, without hidden ones."""
     folders: list[bytes] = []

@@ -7,6 +7,7 @@ from trex_models.method.momentum import MomentumEncoder
 from trex_models.method.objectives import (
     LOOK,
     CosineSoftmax,
+    Distillation,
     LinearSoftmax,
     Objective,
     OnlineClassMeans,
@@ -16,6 +17,7 @@ from trex_models.method.optimizer import build_sgd, learning_rates
 __all__ = [
     "LOOK",
     "CosineSoftmax",
+    "Distillation",
     "Encoder",
     "LinearSoftmax",
     "MemoryBank",

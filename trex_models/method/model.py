@@ -96,14 +96,16 @@ class TReX(nn.Module):
     def forward(
         self, crops: Tensor | Sequence[Tensor], labels: Tensor, indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, a scalar, and the logits, (N * B, C).
+        """Return the loss, a scalar, and the logits, (N * B, C), or similarities, (N * B,).
 
         Args:
             crops: One tensor per crop or per resolution, as for ``Encoder``.
             labels: Class labels, (B,), integers in [0, C).
             indices: Sample indices, (B,); only ``LOOK`` reads them.
         """
-        return self.objective(self.encoder(crops), labels, indices)
+        # Before the encoder, whose activations need the memory that a teacher frees.
+        targets = self.objective.targets(crops, labels)
+        return self.objective(self.encoder(crops), targets, indices)
 
     @torch.no_grad()
     def update_bank(

@@ -1,16 +1,18 @@
-"""Losses with one interface: softmax, cosine softmax, online class means (OCM) and LOOK.
+"""Losses with one interface: softmax, cosine softmax, online class means, LOOK, distillation.
 
-Shapes: B batch, N crops, D embedding, C classes, Q bank size.
+Shapes: B batch, N crops, M global crops, S side in pixels, D embedding, C classes, Q bank size.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trex_models.distributed import gather
 from trex_models.heads import (
     CosineClassifier,
     cosine_logits,
@@ -32,9 +34,19 @@ class Objective(nn.Module):
         bank: Memory bank, if the objective has one; ``TReX.update_bank`` fills it.
     """
 
+    predicts_labels = True
+    """If False, ``forward`` returns similarities to other targets, (N * B,), not logits."""
+    teacher: Callable[[Tensor], Tensor] | None = None
+    """Frozen model that ``targets`` uses, of ``Distillation`` only."""
+
     def __init__(self, bank: MemoryBank | None = None) -> None:
         super().__init__()
         self.bank = bank
+
+    def targets(self, crops: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the ``labels`` argument of ``forward``: the labels themselves, (B,)."""
+        del crops
+        return labels
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return logits, (N * B, C), for embeddings, (N * B, D)."""
@@ -42,7 +54,7 @@ class Objective(nn.Module):
 
     def classifier_weights(self) -> Tensor | None:
         """Return the classifier weights or prototypes, (C, D); None if there are none."""
-        raise NotImplementedError
+        return None
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
@@ -182,9 +194,6 @@ class LOOK(Objective):
         self.temperature = temperature
         self.neighbors = min(neighbors, len(bank.labels))
 
-    def classifier_weights(self) -> None:
-        """Return None: there are neither classifier weights nor prototypes."""
-
     def logits(self, embeddings: Tensor) -> Tensor:
         """Return the log of each class's share of the votes, (N * B, C); -inf for no votes."""
         bank = F.normalize(self.bank.embeddings, dim=1)
@@ -250,3 +259,69 @@ class LOOK(Objective):
         shares = nearest.softmax(1).nan_to_num()  # 0 / 0 if all are the image's own entries
         votes = shares.new_zeros(len(shares), self.bank.num_classes)
         return votes.scatter_add_(1, self.bank.labels[entries], shares).log()
+
+
+class Distillation(Objective):
+    """Distillation of a frozen teacher: 0.5 (1 - cos(z, t)) + 0.5 smooth L1(z, t).
+
+    The loss of UNIC (Sariyildiz et al., ECCV 2024, arXiv 2408.05088) for one teacher; t are its
+    features, standardized per dimension with the mean and variance of earlier batches. UNIC's
+    momentum falls from 1 to 0.001 by a cosine schedule; max(1 / batches, 0.001) needs none: up to
+    1000 batches, the statistics are those of all features so far. A local crop has the mean target
+    of the image's global crops, an idea of DINO (arXiv 2104.14294).
+
+        objective = Distillation(768, teacher)
+        loss, cosines = objective(embeddings, objective.targets(crops, labels))
+
+    Args:
+        dim: Width of the teacher's features and embedding dimension, D.
+        teacher: Function that maps global crops, (M * B, 3, S, S), to features, (M * B, D). It is
+            neither trained nor saved; only ``targets`` requires it.
+    """
+
+    predicts_labels = False
+    target_mean: Tensor
+    target_variance: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, dim: int, teacher: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.__dict__["teacher"] = teacher  # setattr would register a module
+        self.register_buffer("target_mean", torch.zeros(dim))
+        self.register_buffer("target_variance", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    @torch.no_grad()
+    def targets(self, crops: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the targets of all crops, (N * B, D), and update the statistics in training mode.
+
+        ``crops`` has one tensor per resolution, crop-major, global crops first.
+        """
+        assert self.teacher is not None
+        crops = [crops] if isinstance(crops, Tensor) else crops
+        features = widen(self.teacher(crops[0]))
+        targets = (features - self.target_mean) / (self.target_variance.sqrt() + 1e-6)
+        if self.training:
+            self._update_statistics(gather(features))
+        mean = targets.unflatten(0, (-1, len(labels))).mean(0)
+        local_crops = sum(map(len, crops[1:])) // len(labels)
+        return torch.cat([targets, mean.repeat(local_crops, 1)])
+
+    def forward(
+        self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, and the cosines of embeddings and ``labels``, the targets."""
+        del indices
+        with without_autocast(embeddings.device.type):
+            embeddings = widen(embeddings)
+            cosines = F.cosine_similarity(embeddings, labels)
+            loss = (1 - cosines.mean() + F.smooth_l1_loss(embeddings, labels)) / 2
+        return loss, cosines
+
+    def _update_statistics(self, features: Tensor) -> None:
+        self.num_batches_tracked += 1
+        momentum = (1 / self.num_batches_tracked.to(features.dtype)).clamp(min=0.001)
+        variance, mean = torch.var_mean(features, 0, correction=0)
+        variance += (1 - momentum) * (mean - self.target_mean).square()  # between old and new mean
+        self.target_variance.lerp_(variance, momentum)
+        self.target_mean.lerp_(mean, momentum)

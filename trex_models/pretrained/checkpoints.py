@@ -67,6 +67,9 @@ KEY_TABLE = (
     KeyPattern("trainer", "objective.bank._extra_state", "bank pointer"),
     KeyPattern("trainer", "objective.classifier.weight", "classifier weights"),
     KeyPattern("trainer", "objective.classifier.bias", "classifier biases"),
+    KeyPattern("trainer", "objective.target_mean", "target mean"),
+    KeyPattern("trainer", "objective.target_variance", "target variance"),
+    KeyPattern("trainer", "objective.num_batches_tracked", "target batches"),
     KeyPattern("model", "proj.", "projector"),
     KeyPattern("model", "fc.weight", "classifier weights"),
     KeyPattern("model", "fc.bias", "classifier biases"),
@@ -76,7 +79,7 @@ KEY_TABLE = (
 _TIMM = {"arch", "epoch", "version", "args", "metric", "optimizer", "amp_scaler", "state_dict"}
 _TRAINER: dict[str, tuple[type, ...]] = {  # type of each entry, then the types of its items
     **dict.fromkeys(("config", "optimizer", "scaler"), (dict,)),
-    **dict.fromkeys(("images", "inherited_license"), (str,)),
+    **dict.fromkeys(("images", "teacher", "inherited_license"), (str,)),
     **dict.fromkeys(("step", "batchnorm_groups", "process"), (int,)),
     **dict.fromkeys(("meter", "labels", "indices"), (Tensor,)),
     "classes": (list, str),
@@ -330,6 +333,8 @@ def _new_key(part: str, name: str, encoder: str) -> str:
         return "prototypes: L2-normalized class means"
     if part.startswith("bank "):
         return "dropped: state of the bank"
+    if part.startswith("target "):
+        return "dropped: statistics of the teacher's features"
     if part.startswith("classifier "):
         return "fc.weight" if part == "classifier weights" else "fc.bias"
     if part.startswith("momentum ") != bool(encoder):

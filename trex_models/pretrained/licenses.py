@@ -79,11 +79,17 @@ def describe(path: Path, architecture: str) -> str:
     return found or "not stated"
 
 
+def combine(*stated: str) -> str:
+    """Return the license of weights derived from others: NAVER's if it is one, otherwise all."""
+    names = dict.fromkeys(name for name in stated if name and not name.startswith("not stated"))
+    return naver.LICENSE if naver.LICENSE in names else " and ".join(names)
+
+
 def resolve_license(chosen: str, inherited: str) -> str:
     """Return the license of weights trained from others: ``chosen``, unless NAVER's applies."""
     if inherited == naver.LICENSE and chosen not in ("", naver.LICENSE):
         raise ValueError(
-            f"license cannot be {chosen}: the run starts from weights under {naver.LICENSE}, "
+            f"license cannot be {chosen}: the run uses weights under {naver.LICENSE}, "
             "which also covers the trained weights; remove --license"
         )
     return chosen or inherited

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
 
+from trex_models.cli import first_line
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
-from trex_models.data.image_files import CsvSource, FolderSource
+from trex_models.data.image_files import CsvSource, FolderSource, open_unlabeled
 from trex_models.data.multicrop import CropSpec, EpochSampler
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
 from trex_models.distributed import Process
+from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.heads import Projector
 from trex_models.method import objectives
 from trex_models.method.backbone import build_backbone, recompute_activations
@@ -43,10 +46,13 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
         return FractalSource(*sizes, variation=data.variation)
     if not data.path:
         known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
+        known["images"] = "a folder of images"
         raise ValueError(
             f"--data.path is not set; pass {known.get(data.source, 'a folder of class folders')}, "
             "or train on generated images with --data.source fractals"
         )
+    if data.source == "images":
+        return open_unlabeled(data.path)
     image_column, label_column = data.image_column, data.label_column
     if data.source == "csv":
         return CsvSource(data.path, image_column or "path", label_column or "label", classes)
@@ -108,7 +114,45 @@ def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
     )
 
 
-def build_method(config: Config, num_classes: int) -> TReX:
+@dataclass(frozen=True)
+class Teacher:
+    """Frozen model of the student's crops, normalized for it as scale * crops + shift."""
+
+    frozen: FrozenModel
+    scale: Tensor
+    shift: Tensor
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        """Return features, (B, D), of crops, (B, 3, S, S)."""
+        return self.frozen.model(crops * self.scale + self.shift)
+
+
+@torch.no_grad()
+def load_teacher(config: Config, device: torch.device) -> Teacher | None:
+    """Load the teacher, which must accept the global crops; None if the objective has none."""
+    name, size = config.objective.teacher, config.crops.global_size
+    if not name:
+        return None
+    try:
+        frozen = FrozenModel.load(name, features="backbone", device=str(device))
+    except ValueError as error:
+        reason = str(error).removeprefix("--model ")
+        raise ValueError(f"--objective.teacher: {reason}") from error
+    own = frozen.transform
+    rows = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, own.mean, own.std
+    mean, std, own_mean, own_std = torch.tensor(rows, device=device)[..., None, None]
+    teacher = Teacher(frozen, std / own_std, (mean - own_mean) / own_std)
+    try:
+        teacher(torch.zeros(2, 3, size, size, device=device)).reshape(2, *frozen.shape)
+    except Exception as error:  # models raise different types
+        raise ValueError(
+            f"--objective.teacher: {name} does not accept crops of {size} pixels "
+            f"({first_line(error)}); use --crops.global-size {own.size[0]}"
+        ) from error
+    return teacher
+
+
+def build_method(config: Config, num_classes: int, teacher: Teacher | None = None) -> TReX:
     """Build the method on the CPU; its random weights depend only on the seed."""
     torch.manual_seed(config.seed)  # the same weights on every rank, whatever was drawn before
     model, sizes = config.model, [spec.size for spec in crop_specs(config.crops)]
@@ -117,7 +161,13 @@ def build_method(config: Config, num_classes: int) -> TReX:
     if model.projector == "mlp":
         projector = Projector(width, model.hidden_layers, model.hidden_dim, model.embedding_dim)
         width = model.embedding_dim
+    elif config.objective.name == "distill" and width != model.embedding_dim:
+        raise ValueError(
+            f"backbone {model.backbone} has {width} features, the teacher {model.embedding_dim}, "
+            "which --model.projector none requires to be equal; use --model.projector mlp"
+        )
     objective = _build_objective(config.objective, width, num_classes)
+    objective.teacher = teacher
     method = TReX(Encoder(backbone, projector), objective, config.objective.ema_momentum)
     # After the momentum encoder has copied the backbone: without gradients, it stores none.
     if config.system.checkpoint_activations:
@@ -130,6 +180,8 @@ def _build_objective(config: ObjectiveConfig, dim: int, num_classes: int) -> obj
         return objectives.LinearSoftmax(dim, num_classes)
     if config.name == "cosine":
         return objectives.CosineSoftmax(dim, num_classes, config.temperature)
+    if config.name == "distill":
+        return objectives.Distillation(dim)
     bank = MemoryBank(config.resolved_bank_size, dim, num_classes)
     if config.name == "look":
         return objectives.LOOK(bank, config.temperature, config.neighbors)

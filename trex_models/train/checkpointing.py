@@ -220,9 +220,10 @@ def check_belongs(
         )
     changed = [name for name, value in data_fingerprint.items() if state.get(name) != value]
     if changed:
+        names = " and ".join(changed).replace("teacher", "weights of the teacher")
         raise ValueError(
-            f"{path} was saved with different {' and '.join(changed)}; restore the data that the "
-            "run started with, or choose another --output"
+            f"{path} was saved with different {names}; restore those that the run started with, "
+            "or choose another --output"
         )
 
 

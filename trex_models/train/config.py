@@ -46,12 +46,12 @@ _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of 
 class DataConfig:
     """Training images."""
 
-    source: Literal["folder", "csv", "huggingface", "fractals"] = "folder"
+    source: Literal["folder", "csv", "huggingface", "fractals", "images"] = "folder"
     """folder: a folder with one folder of images per class. csv: a table of image paths and labels.
     huggingface: a local dataset, saved by the datasets library or as parquet files. fractals:
-    generated images."""
+    generated images. images: a folder of images without labels, at any depth (only distill)."""
     path: str = ""
-    """The folder of class folders, the CSV file, or the dataset's folder or parquet file."""
+    """The folder of class folders or images, the CSV file, or the dataset's folder or file."""
     split: str = ""
     """Split to train on (source huggingface). Optional if the dataset has only one split."""
     image_column: str = ""
@@ -83,7 +83,7 @@ class DataConfig:
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
-        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface")
+        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface", "images")
         _require_source(self, "--data.split", self.split, "huggingface")
         _require_source(self, "--data.image-column", self.image_column, "csv", "huggingface")
         _require_source(self, "--data.label-column", self.label_column, "csv", "huggingface")
@@ -172,14 +172,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """Classification loss."""
+    """Loss: a classification loss, or the distillation of a teacher."""
 
-    name: Literal["ocm", "cosine", "look", "softmax"] = "ocm"
+    name: Literal["ocm", "cosine", "look", "softmax", "distill"] = "ocm"
     """ocm: online class means of the memory bank (Eq. 2). cosine: learned classifier (Eq. 1).
     look: the nearest neighbors in the bank (a reconstruction of LOOK, Feng et al. 2022). softmax:
-    linear classifier with bias, as a baseline."""
+    linear classifier with bias, as a baseline. distill: features of a frozen teacher."""
+    teacher: str = ""
+    """Teacher (distill): a timm model, t-ReX or a model to compare with, a timm folder, or a run.
+    It receives the global crops; its width replaces --model.embedding-dim."""
     temperature: float = 0.1
-    """Temperature of the cosine similarities, tau (all but softmax)."""
+    """Temperature of the cosine similarities, tau (ocm, cosine, look)."""
     bank_size: int | None = None
     """Number of bank entries, Q (ocm, look). If unset: 8192 for ocm, 65536 for look."""
     neighbors: int = 256
@@ -199,6 +202,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         tau, m = self.temperature, self.ema_momentum
+        _require(
+            (self.name == "distill") == bool(self.teacher),
+            "--objective.teacher must be set for --objective.name distill, and only for it, got "
+            f"{self.teacher!r} for {self.name}; set both to distill a timm model, folder or run",
+        )
         _require(tau > 0, f"--objective.temperature must be positive, got {tau}")
         _require_at_least(1, self, "objective", "bank_size", "neighbors")
         _require(0 <= m <= 1, f"--objective.ema-momentum must be in [0, 1], got {m}")
@@ -317,17 +325,23 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
+        labeled, neighbors = self.data.source != "images", self.validation.neighbors
+        _require(
+            labeled or (self.objective.name == "distill" and not neighbors),
+            "--data.source images has no labels, as losses other than distill and "
+            "--validation.neighbors require; use --data.source folder, or leave them unset",
+        )
         path, split = self.validation.path, self.validation.split
         _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface")
         _require_source(self.data, "--validation.split", split, "huggingface")
 
 
 # Fields that may change when a run is resumed, because they do not affect the trained weights. The
-# path of the images is among them: a digest of names and labels detects another dataset.
+# paths of images and teacher are among them: digests of both detect others.
 _CHANGEABLE_ON_RESUME = {
     "output",
     "license",
-    *("data.path", "data.unreadable", "data.max_unreadable"),
+    *("data.path", "data.unreadable", "data.max_unreadable", "objective.teacher"),
     *(f"validation.{item.name}" for item in dataclasses.fields(ValidationConfig)),
     *(f"system.{item.name}" for item in dataclasses.fields(SystemConfig)),
 } - {"system.sync_batchnorm"}

@@ -22,7 +22,7 @@ from trex_models.pretrained import checkpoints, timm_folder
 from trex_models.pretrained.checkpoints import Checkpoint
 from trex_models.pretrained.licenses import resolve_license
 from trex_models.train import checkpointing
-from trex_models.train.build import build_method
+from trex_models.train.build import build_method, load_teacher
 from trex_models.train.config import Config, from_dict
 from trex_models.train.step import seed_step
 
@@ -144,8 +144,8 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
     Returns the method in training mode, its inputs (crops of each resolution, labels, sample
     indices) and the precision, on CUDA if available, otherwise on the CPU. To repeat the forward
     pass of the failed process, run ``with precision.autocast(): loss, logits = method(*inputs)``:
-    the global generators are seeded as in the run. Only BatchNorm's running statistics differ: they
-    already include this forward pass.
+    the global generators are seeded as in the run. Only running statistics (of BatchNorm, of a
+    teacher's features) differ: they already include this forward pass.
 
     Raises:
         ValueError: The file is not a failed step, or its precision requires CUDA.
@@ -159,6 +159,7 @@ def load_step(path: Path | str) -> tuple[TReX, tuple[list[Tensor], Tensor, Tenso
     precision.apply()
     seed_step(state["config"]["seed"], state["step"], state["process"])
     crops = [images.to(device) for images in state["crops"]]
+    method.objective.teacher = load_teacher(from_dict(state["config"]), device)
     inputs = crops, state["labels"].to(device), state["indices"].to(device)
     return method.train().to(device), inputs, precision
 

@@ -159,6 +159,8 @@ def _restore_momentum_encoder(method: TReX, file: _File, reason: str) -> list[st
 
 
 def _restore_head(objective: Objective, file: _File, reason: str, same_images: bool) -> list[str]:
+    if not objective.predicts_labels:
+        return [_line("classifier weights and memory bank", "not used (the objective has none)")]
     has_bank = file.value("bank features") is not None
     has_weights = file.value("classifier weights") is not None
     if objective.bank is None:

@@ -28,28 +28,30 @@ T = TypeVar("T")
 
 # Entries of metrics.jsonl that differ when the same run is repeated.
 TIMINGS = ("images_per_second", "waiting_for_data")
-_TRAINED = ("loss", "accuracy", "unreadable")
+_TRAINED = ("loss", "accuracy", "cosine", "unreadable")
 _VALIDATED = ("val_top1", "val_top5", "val_knn", "val_rank")
 _BAR = "{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Meter:
-    """Mean loss and accuracy since the last ``read``, accumulated on the device."""
+    """Mean loss and accuracy, or cosine, since the last ``read``, accumulated on the device."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, predicts_labels: bool = True) -> None:
         self._process = process
-        self._sums = torch.zeros(3, device=process.device)  # loss, accuracy, steps
+        self._score = "accuracy" if predicts_labels else "cosine"
+        self._sums = torch.zeros(3, device=process.device)  # loss, score, steps
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a step: its loss, the logits of the first global crop, (B, C), and labels, (B,)."""
-        correct = (logits.argmax(1) == labels).float().mean()
-        self._sums += torch.stack([loss.float(), correct, torch.ones_like(correct)])
+        """Add a step: its loss, labels, (B,), and first logits, (B, C), or similarities, (B,)."""
+        scores = logits if self._score == "cosine" else logits.argmax(1) == labels
+        score = scores.float().mean()
+        self._sums += torch.stack([loss.float(), score, torch.ones_like(score)])
 
     def read(self) -> dict[str, float]:
         """Return the means over steps and ranks and reset them; waits for the device."""
-        loss, correct, steps = self.gathered().sum(0).tolist()
+        loss, score, steps = self.gathered().sum(0).tolist()
         self._sums.zero_()
-        return {"loss": loss / steps, "accuracy": correct / steps}
+        return {"loss": loss / steps, self._score: score / steps}
 
     def gathered(self) -> Tensor:
         """Return the sums of all ranks, (ranks, 3); all ranks must call this method."""
@@ -291,8 +293,10 @@ def summarize(
             f"{waited / seconds:.0%} waiting for data)"
         )
     if trained := [line for line in metrics if "loss" in line]:
-        loss, accuracy = trained[-1]["loss"], trained[-1]["accuracy"]
-        lines.append(f"training: loss {loss:.4g}, accuracy {accuracy:.1%} (global crop)")
+        last = trained[-1]
+        score = f"cosine {last['cosine']:.3f}" if "cosine" in last else ""
+        score = score or f"accuracy {last['accuracy']:.1%}"
+        lines.append(f"training: loss {last['loss']:.4g}, {score} (global crop)")
     if validated := [line for line in metrics if "val_top1" in line]:
         last, best = validated[-1], max(validated, key=lambda line: line["val_top1"])
         nearest = f", k-NN {last['val_knn']:.1%}" if "val_knn" in last else ""
@@ -300,8 +304,11 @@ def summarize(
             f"validation: top-1 {last['val_top1']:.1%} (best {best['val_top1']:.1%} at epoch "
             f"{best['epoch']:g}), top-5 {last['val_top5']:.1%}{nearest}"
         )
-        if validated[0]["step"] == 0:
-            lines.append(_compare(validated[0], last, validation_images))
+    elif knn := [line["val_knn"] for line in metrics if "val_knn" in line]:
+        lines.append(f"validation: k-NN {knn[-1]:.1%} (best {max(knn):.1%})")
+    measured = [line for line in metrics if "val_knn" in line]
+    if measured and measured[0]["step"] == 0:
+        lines.append(_compare(measured[0], measured[-1], validation_images))
     listed = folder / "unreadable.txt"
     if listed.exists():
         count = len(listed.read_text().splitlines())

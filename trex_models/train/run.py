@@ -135,7 +135,7 @@ class Run:
         method = self.method
         shared: dict[str, Iterable[Tensor]] = {"encoder": method.encoder.parameters()}
         if method.momentum_encoder is None or method.objective.bank is None:
-            return shared | {"head": method.objective.parameters()}
+            return shared | {"head": method.objective.state_dict().values()}
         shared["momentum encoder"] = method.momentum_encoder.parameters()
         # Only the bank's buffers: those of BatchNorm differ by rank unless they are synchronized.
         bank = method.objective.bank

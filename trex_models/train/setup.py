@@ -29,7 +29,7 @@ from trex_models.method.model import TReX
 from trex_models.method.optimizer import build_sgd, match_memory_format
 from trex_models.precision import Precision
 from trex_models.pretrained import naver
-from trex_models.pretrained.licenses import resolve_license
+from trex_models.pretrained.licenses import combine, resolve_license
 from trex_models.train import build, checkpointing, checks
 from trex_models.train.config import Config, config_diff, to_json
 from trex_models.train.export import export_method
@@ -76,13 +76,19 @@ def build_run(config: Config, process: Process) -> Run:
         validation = build.open_validation(config, source)
         # The sampler rejects an invalid batch size before a network is built.
         sampler = build.build_sampler(config.optim, config.seed, len(source), process)
+        # The width of the teacher is saved: exports do not require the teacher itself.
+        teacher = build.load_teacher(config, process.device)
+        metadata = teacher.frozen.metadata if teacher else {}
+        width = metadata.get("num_features", config.model.embedding_dim)
+        config = replace(config, model=replace(config.model, embedding_dim=width))
         # Built on the CPU from the seed, so that all ranks and devices get equal weights.
-        method = build.build_method(config, len(source.classes))
+        method = build.build_method(config, len(source.classes), teacher)
 
         # Problems that would otherwise end or waste the run after hours.
         warnings = _check(config, source, validation, method, process)
         classes = list(source.classes)
         fingerprint = {"classes": classes, "images": source.digest()}
+        fingerprint |= {"teacher": metadata["weights_sha256"]} if teacher else {}
         is_new = not checkpointing.list_checkpoints(Path(config.output))
         if process.is_main and is_new:
             with tempfile.TemporaryDirectory() as trial:  # to fail now, not at the end
@@ -91,7 +97,12 @@ def build_run(config: Config, process: Process) -> Run:
     # Loaded on the CPU, before the method is moved to the device and wrapped. A resumed run has
     # these weights in its checkpoint, and does not load them again.
     report, inherited = _warm_start(config, method, fingerprint, is_new, process)
-    config = replace(config, license=resolve_license(config.license, inherited))
+    is_new, license_ = distributed.broadcast((is_new, metadata.get("license", "")))
+    inherited = combine(inherited, license_) if is_new else inherited
+    if teacher is not None:
+        report.append(f"teacher: {teacher.frozen.name}, license of derived weights: {license_}")
+    with raise_on_all_ranks():
+        config = replace(config, license=resolve_license(config.license, inherited))
 
     # Moved before the optimizer is created, which would keep references to tensors on the CPU.
     method.train().to(process.device)
@@ -118,7 +129,7 @@ def build_run(config: Config, process: Process) -> Run:
         method=method,
         model=method,
         optimizer=build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay),
-        meter=Meter(process),
+        meter=Meter(process, method.objective.predicts_labels),
         unreadable=UnreadableImages(
             Path(config.output) / "unreadable.txt", len(source), config.data.max_unreadable
         ),
@@ -135,8 +146,7 @@ def build_run(config: Config, process: Process) -> Run:
     first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
         differences = config_diff(json.loads(first), config)
-        if images != fingerprint:
-            differences.append("the images")
+        differences += [f"the {name}" for name in images if images[name] != fingerprint.get(name)]
         if differences:
             raise ValueError(
                 f"this process differs from rank 0 in {'; '.join(differences)}; start all "
@@ -299,6 +309,7 @@ def _describe(
     config: Config, source: Source, validation: ValidationDataset | None, process: Process
 ) -> list[str]:
     model, classes = config.model, f"{len(source.classes)} classes"
+    classes = "an unlabeled folder" if config.data.source == "images" else classes
     layers = f"{model.hidden_layers} hidden layer{'s' * (model.hidden_layers != 1)}"
     projector = f"projector with {layers}" if model.projector == "mlp" else "no projector"
     lines = [

@@ -96,8 +96,10 @@ class Validator:
     def measure(self, method: TReX) -> dict[str, float]:
         """Measure the accuracy of encoder and head; all ranks must call this method.
 
-        Returns val_top1, val_top5 and, of the k-NN classifier, val_knn: accuracies on the readable
-        images; and val_rank, the effective rank of the backbone's features (``rankme``). Raises ValueError on all ranks if an image is unreadable, or if all were skipped.
+        Returns val_top1 and val_top5, if the objective predicts labels, and val_knn of the k-NN
+        classifier: accuracies on the readable images; and val_rank, the effective rank of the
+        backbone's features (``rankme``). Raises ValueError on all ranks if an image is unreadable,
+        or if all were skipped.
         """
         was_training = method.training
         method.eval()
@@ -113,9 +115,10 @@ class Validator:
             raise ValueError("none of the validation images is readable; fix or replace them")
         width = int(gather(torch.tensor([len(gram)], device=gram.device)).max())
         gram = gram if len(gram) else gram.new_zeros(width, width)  # no images on this rank
-        measured = {"val_top1": top1 / images, "val_top5": top5 / images}
         # Rounded, since the order of the sum depends on the number of processes.
-        measured["val_rank"] = float(f"{rankme(sum_over_ranks(gram)):.6g}")
+        measured = {"val_rank": float(f"{rankme(sum_over_ranks(gram)):.6g}")}
+        if method.objective.predicts_labels:
+            measured |= {"val_top1": top1 / images, "val_top5": top5 / images}
         return measured | ({"val_knn": nearest / images} if self.neighbors else {})
 
     @torch.no_grad()
@@ -143,11 +146,12 @@ class Validator:
         pending: list[tuple[Tensor, Tensor]] = []  # large batches of queries are faster
         indices = np.arange(len(self.dataset.source))
         for features, labels in self._features(method, self.dataset, indices, "validation"):
-            with self.precision.autocast():
-                logits = method.objective.logits(method.encoder.projector(widen(features)))
-            correct = topk_correct(logits, labels, 5, missing_score=-torch.inf)
-            counts[0] += correct[:, 0].sum()
-            counts[1] += correct[:, -1].sum()
+            if method.objective.predicts_labels:
+                with self.precision.autocast():
+                    logits = method.objective.logits(method.encoder.projector(widen(features)))
+                correct = topk_correct(logits, labels, 5, missing_score=-torch.inf)
+                counts[0] += correct[:, 0].sum()
+                counts[1] += correct[:, -1].sum()
             counts[3] += len(labels)
             rows = features.double()
             gram = gram if len(gram) else rows.new_zeros(rows.shape[1], rows.shape[1])
