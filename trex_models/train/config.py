@@ -46,12 +46,13 @@ _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of 
 class DataConfig:
     """Training images."""
 
-    source: Literal["folder", "csv", "huggingface", "fractals"] = "folder"
+    source: Literal["folder", "csv", "huggingface", "tar", "fractals"] = "folder"
     """folder: a folder with one folder of images per class. csv: a table of image paths and labels.
-    huggingface: a local dataset, saved by the datasets library or as parquet files. fractals:
-    generated images."""
+    huggingface: a local dataset, saved by the datasets library or as parquet files. tar: tar files
+    of class folders, or of pairs as in WebDataset. fractals: generated images."""
     path: str = ""
-    """The folder of class folders, the CSV file, or the dataset's folder or parquet file."""
+    """The folder of class folders, the CSV file, the dataset's folder or parquet file, or the tar
+    file or a folder of tar files."""
     split: str = ""
     """Split to train on (source huggingface). Optional if the dataset has only one split."""
     image_column: str = ""
@@ -79,7 +80,7 @@ class DataConfig:
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
-        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface")
+        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface", "tar")
         _require_source(self, "--data.split", self.split, "huggingface")
         _require_source(self, "--data.image-column", self.image_column, "csv", "huggingface")
         _require_source(self, "--data.label-column", self.label_column, "csv", "huggingface")
@@ -314,7 +315,7 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
         path, split = self.validation.path, self.validation.split
-        _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface")
+        _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface", "tar")
         _require_source(self.data, "--validation.split", split, "huggingface")
 
 
