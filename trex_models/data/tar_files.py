@@ -35,17 +35,15 @@ class TarSource(FileSource):
             (labels numerically if all are integers).
 
     Raises:
-        ValueError: A tar file is missing, compressed or incomplete, an image has no label, two
-            labels or an unknown one, or there are no images or fewer than 2 classes.
+        ValueError: A tar file is compressed or incomplete, a label is missing, ambiguous or
+            unknown, or there are no images or fewer than 2 classes.
     """
 
     def __init__(self, path: str | Path, classes: Sequence[str] | None = None) -> None:
         path = Path(path)
-        root, tars = path.parent, [os.fsencode(path.name)] * path.is_file()
-        if path.is_dir():
+        root, tars = path.parent, [os.fsencode(path.name)]
+        if not path.is_file():
             root, tars = path, sorted(n for n in walk(path) if n.lower().endswith(_SUFFIXES))
-        if not tars:
-            raise ValueError(f"{path} is not a tar file or a folder of tar files; pass one")
         self.tars = FileSource(root, tars, [0] * len(tars), ["tar file"])
         paths, self.positions, labels = _open_index(path, self.tars)
         names = labels.tolist()
@@ -80,7 +78,7 @@ def _open_index(path: Path, tars: FileSource) -> list[np.ndarray]:
     from filelock import FileLock
 
     stats = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, tars.files())]
-    key, index = digest(repr(stats), *tars.paths.tolist()), list[np.ndarray]()
+    key, index = digest(f"format 1 {stats}", *tars.paths.tolist()), list[np.ndarray]()
     file = cache_folder() / "tar" / f"{digest(str(path.resolve()))[:32]}.npz"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,15 +109,14 @@ def _build_index(path: Path, tars: FileSource) -> list[np.ndarray]:
                 where = f"{tars.name(tar)}:{name}"
                 raise ValueError(f"{where} is both {first!r} and {text!r}; remove one of the files")
     if not images:
-        raise ValueError(f"{path} contains no images (.jpg, for example); add some")
+        raise ValueError(f"{path} contains no images in tar files; add some (.jpg, for example)")
     labels = [texts.get(image[1:3], "") for image in images] if texts else _folders(images, tars)
     if texts and "" in labels:
         name, tar, key, *_ = images[labels.index("")]
         where = f"{tars.name(tar)}:{name}"
-        raise ValueError(f"{where} has no label; add {key}.cls, a text, or remove the image")
+        raise ValueError(f"{where} has no label; add it as text in {key}.cls, or remove the image")
     log_ignored(path, others + [b"image"] * labels.count(""))
-    by_number = bool(texts) and all(map(str.isdecimal, labels))
-    order = [int(label) if by_number else label for label in labels]
+    order = map(int, labels) if texts and all(map(str.isdecimal, labels)) else labels
     rows = sorted(row for row in zip(order, images, labels, strict=True) if row[-1])
     paths = [tars.paths[image[1]] + b":" + os.fsencode(image[0]) for _, image, _ in rows]
     positions = [(tar, *position) for _, (_, tar, _, *position), _ in rows]

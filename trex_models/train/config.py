@@ -51,8 +51,7 @@ class DataConfig:
     huggingface: a local dataset, saved by the datasets library or as parquet files. tar: tar files
     of class folders, or of pairs as in WebDataset. fractals: generated images."""
     path: str = ""
-    """The folder of class folders, the CSV file, the dataset's folder or parquet file, or the tar
-    file or a folder of tar files."""
+    """Folder of class folders or tar files; CSV, tar or parquet file; or folder of a dataset."""
     split: str = ""
     """Split to train on (source huggingface). Optional if the dataset has only one split."""
     image_column: str = ""
