@@ -87,7 +87,11 @@ def test_pairs_and_one_tar_file_per_class(members: list[tuple[str, bytes]]) -> N
     [
         ([("a.txt", b"")], bytes, r"x.tar contains no images in tar files; add some"),
         (IMAGES[:2], bytes, "x.tar: every label is 'a', but at least 2 classes"),
-        ([*IMAGES, ("a/0.cls", b"7")], bytes, r"x.tar:a/1.jpg has no label; add a/1.cls"),
+        (
+            [*IMAGES, ("a/0.cls", b"7")],
+            bytes,
+            r"x.tar:a/1.jpg has no label; add it as text in a/1.cls",
+        ),
         ([*IMAGES, ("0.cls", b"7"), ("0.cls", b"8")], bytes, "0.cls is both '7' and '8'; remove"),
         (IMAGES, gzip.compress, r"x.tar is not .*uncompressed.* after the start.*gunzip"),
         (IMAGES, lambda data: data[:5500], "unexpected end of data, after b/1.jpg.*copy it again"),
