@@ -14,6 +14,7 @@ parent process. Takes seven minutes on two cores.
 
 from __future__ import annotations
 
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,14 +36,21 @@ from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
 from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import NUM_BUFFERS, load_batches
 from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
+from trex_models.data.tar_files import TarSource
 
 
 class Files:
     """Our dataset and the reference's for the same folder of photographs."""
 
-    def __init__(self, root: Path) -> None:
-        self.ours = MultiCropDataset(FolderSource(root), SPECS, seed=0, num_buffers=NUM_BUFFERS)
-        self.exact = replace(self.ours, source=FolderSource(root), decode="exact")
+    def __init__(self, root: Path, source: str = "folder") -> None:
+        self.folder = FolderSource(root)
+        packed = root.with_suffix(".tar")
+        if source == "tar":
+            with tarfile.open(packed, "w") as tar:
+                tar.add(root, root.name)
+        ours = TarSource(packed) if source == "tar" else self.folder
+        self.ours = MultiCropDataset(ours, SPECS, seed=0, num_buffers=NUM_BUFFERS)
+        self.exact = replace(self.ours, source=ours, decode="exact")
         self.reference = reference_dataset(root, SPECS)
 
     def make_ours(self, keys: Sequence[Key]) -> Batch:
@@ -65,7 +73,7 @@ class Files:
     def decode_reference(self, keys: Sequence[Key]) -> None:
         """Read and decode files as torchvision's ImageFolder does."""
         for _, index in keys:
-            pil_loader(self.ours.source.name(index))
+            pil_loader(self.folder.name(index))
 
     def keys(self, batch: int) -> Iterator[list[Key]]:
         """Yield lists of (epoch, index) keys, practically without end."""
@@ -162,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=8, help="batches timed in `whole`")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
+    parser.add_argument("--source", choices=["folder", "tar"], default="folder", help="of ours")
     parsed = parser.parse_args(arguments)
     if parsed.workers < 1:
         parser.error(f"--workers must be at least 1, got {parsed.workers}")
@@ -173,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kind, count in counts.items():
             count = max(count, NUM_CLASSES)
             write_photographs(Path(folder) / kind, count, kind)
-            kinds[kind] = Files(Path(folder) / kind)
+            kinds[kind] = Files(Path(folder) / kind, parsed.source)
         measured = {
             kind: core(files, min(batch, len(files.ours.source)), parsed.rounds)
             for kind, files in kinds.items()

@@ -51,7 +51,8 @@ NAMES = {
     "trex_models.data": (
         "GLOBAL_AUGMENTATION LOCAL_AUGMENTATION TREX_CROPS ArraySource Batch CenterCrop CropSpec "
         "CsvSource EpochSampler FolderSource FractalSource HuggingFaceSource MultiCrop "
-        "MultiCropDataset PhotometricAugmentation Source UnreadableImageError augment load_batches"
+        "MultiCropDataset PhotometricAugmentation Source TarSource UnreadableImageError augment "
+        "load_batches"
     ),
     "trex_models.evaluation": (
         "LogisticFit extract_features knn_accuracy knn_votes logistic nearest_neighbors "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
+from huggingface_hub import constants
 from torch import Tensor
 
 
@@ -81,6 +82,14 @@ def require_space(folder: Path, size: int, option: str) -> None:
     if free < size:
         space = f"{free / 1e6:.1f} MB of free space, but {size / 1e6:.1f} MB are required"
         raise ValueError(f"{folder} has {space}; delete files or choose another {option}")
+
+
+def cache_folder(cache_dir: Path | str | None = None) -> Path:
+    """Return our cache's folder: TREX_MODELS_CACHE, or a folder next to the Hub's cache."""
+    chosen = os.environ.get("TREX_MODELS_CACHE")
+    if cache_dir is None and chosen:
+        return Path(chosen).expanduser()
+    return Path(cache_dir or constants.HF_HOME) / "trex_models"
 
 
 def sync_folder(folder: Path) -> None:

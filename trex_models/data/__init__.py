@@ -21,6 +21,7 @@ from trex_models.data.photometric import (
     PhotometricAugmentation,
 )
 from trex_models.data.sources import ArraySource, Source
+from trex_models.data.tar_files import TarSource
 
 __all__ = [
     "GLOBAL_AUGMENTATION",
@@ -39,6 +40,7 @@ __all__ = [
     "MultiCropDataset",
     "PhotometricAugmentation",
     "Source",
+    "TarSource",
     "UnreadableImageError",
     "augment",
     "load_batches",

@@ -18,7 +18,8 @@ import torch
 from timm.data import IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from trex_models.pretrained import checkpoints, resolve
+from trex_models.atomic import cache_folder
+from trex_models.pretrained import checkpoints
 from trex_models.pretrained.checkpoints import CheckpointError
 from trex_models.pretrained.download import CachedFile, RemoteFile, recorded
 from trex_models.pretrained.manifest import WeightsError
@@ -81,7 +82,7 @@ def fetch(name: str) -> Path:
 
 
 def _cached_file(name: str) -> CachedFile:
-    folder, (_, license_, url) = resolve.cache_folder() / "figure", MODELS[name]
+    folder, (_, license_, url) = cache_folder() / "figure", MODELS[name]
     file = Path(urlsplit(url).path).name.replace("resnet50.pth", f"{name}.pth")  # of two models
     read = partial(_read, layout=LAYOUTS.get(name, ("", "")))
     metadata = {"license": license_, "source": url}

@@ -13,7 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trex_models.pretrained import naver, resolve
+from trex_models.atomic import cache_folder
+from trex_models.pretrained import naver
 from trex_models.pretrained.checkpoints import CheckpointError, load_checkpoint, sort_keys
 from trex_models.pretrained.manifest import WeightsError, load_manifest, sha256
 
@@ -46,7 +47,7 @@ def license_of(path: Path | None, contents: Mapping[str, Any] | None = None, for
     if path is None or not path.is_file():
         return ""
     published = load_manifest(missing_ok=True)  # maintainers have none before the first release
-    if sha256(path) in naver.known_hashes(resolve.cache_folder(), published):
+    if sha256(path) in naver.known_hashes(cache_folder(), published):
         return naver.LICENSE
     return _stated(path)
 

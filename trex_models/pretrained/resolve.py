@@ -12,7 +12,6 @@ local-dir:) bypass this module.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from huggingface_hub import (
@@ -23,6 +22,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
+from trex_models.atomic import cache_folder
 from trex_models.pretrained import manifest, naver
 from trex_models.pretrained.checkpoints import CheckpointError
 from trex_models.pretrained.manifest import Manifest, Published, WeightsError, without_credentials
@@ -51,14 +51,6 @@ def fetch(name: str, cache_dir: Path | str | None = None) -> Path:
     if path is not None:
         return path
     return _from_hub(name, entry, cache_dir) or _from_naver(name, cache, published, entry)
-
-
-def cache_folder(cache_dir: Path | str | None = None) -> Path:
-    """Return our cache's folder: TREX_MODELS_CACHE, or a folder next to the Hub's cache."""
-    chosen = os.environ.get("TREX_MODELS_CACHE")
-    if cache_dir is None and chosen:
-        return Path(chosen).expanduser()
-    return Path(cache_dir or constants.HF_HOME) / "trex_models"
 
 
 def _hub_cached(entry: Published | None, cache_dir: Path | str | None) -> Path | None:

@@ -19,6 +19,7 @@ from trex_models.data.image_files import CsvSource, FolderSource, open_unlabeled
 from trex_models.data.multicrop import CropSpec, EpochSampler
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
+from trex_models.data.tar_files import TarSource
 from trex_models.distributed import Process
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.heads import Projector
@@ -46,7 +47,7 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
         return FractalSource(*sizes, variation=data.variation)
     if not data.path:
         known = {"csv": "the CSV file", "huggingface": "the dataset's folder or parquet file"}
-        known["images"] = "a folder of images"
+        known |= {"images": "a folder of images", "tar": "a tar file or a folder of tar files"}
         raise ValueError(
             f"--data.path is not set; pass {known.get(data.source, 'a folder of class folders')}, "
             "or train on generated images with --data.source fractals"
@@ -58,10 +59,12 @@ def open_source(data: DataConfig, classes: Sequence[str] | None = None) -> Sourc
         return CsvSource(data.path, image_column or "path", label_column or "label", classes)
     if data.source == "huggingface":
         return HuggingFaceSource(data.path, data.split, image_column, label_column, classes)
+    if data.source == "tar":
+        return TarSource(data.path, classes)
     if Path(data.path).is_file():
         raise ValueError(
             f"{data.path} is a file, not a folder of class folders; use --data.source csv for a "
-            "CSV file, --data.source huggingface for a parquet file"
+            "CSV file, huggingface for a parquet file, tar for a tar file"
         )
     return FolderSource(data.path, classes)
 

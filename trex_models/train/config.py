@@ -46,12 +46,14 @@ _RESERVED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "device")  # of 
 class DataConfig:
     """Training images."""
 
-    source: Literal["folder", "csv", "huggingface", "fractals", "images"] = "folder"
+    source: Literal["folder", "csv", "huggingface", "tar", "fractals", "images"] = "folder"
     """folder: a folder with one folder of images per class. csv: a table of image paths and labels.
-    huggingface: a local dataset, saved by the datasets library or as parquet files. fractals:
-    generated images. images: a folder of images without labels, at any depth (only distill)."""
+    huggingface: a local dataset, saved by the datasets library or as parquet files. tar: tar files
+    of class folders, or of pairs as in WebDataset. fractals: generated images. images: a folder of
+    images without labels, at any depth (only distill)."""
     path: str = ""
-    """The folder of class folders or images, the CSV file, or the dataset's folder or file."""
+    """Folder of class folders, images or tar files; CSV, tar or parquet file; or a dataset's
+    folder."""
     split: str = ""
     """Split to train on (source huggingface). Optional if the dataset has only one split."""
     image_column: str = ""
@@ -83,7 +85,8 @@ class DataConfig:
         return self.unreadable == "skip"
 
     def __post_init__(self) -> None:
-        _require_source(self, "--data.path", self.path, "folder", "csv", "huggingface", "images")
+        files = "folder", "csv", "huggingface", "tar", "images"
+        _require_source(self, "--data.path", self.path, *files)
         _require_source(self, "--data.split", self.split, "huggingface")
         _require_source(self, "--data.image-column", self.image_column, "csv", "huggingface")
         _require_source(self, "--data.label-column", self.label_column, "csv", "huggingface")
@@ -332,7 +335,7 @@ class Config:
             "--validation.neighbors require; use --data.source folder, or leave them unset",
         )
         path, split = self.validation.path, self.validation.split
-        _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface")
+        _require_source(self.data, "--validation.path", path, "folder", "csv", "huggingface", "tar")
         _require_source(self.data, "--validation.split", split, "huggingface")
 
 
