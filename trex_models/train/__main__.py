@@ -1,10 +1,12 @@
 """Train t-ReX models from the command line.
 
     python -m trex_models.train RECIPE --output DIR [--OPTION VALUE ...]
+    python -m trex_models.train RUN/config.json --output DIR [--OPTION VALUE ...]
     python -m trex_models.train RECIPE --benchmark [--OPTION VALUE ...]
     python -m trex_models.train export RUN_OR_CHECKPOINT --output DIR
 
-``python -m trex_models.train RECIPE --help`` lists the options. To resume an interrupted run from
+``python -m trex_models.train RECIPE --help`` lists the options. The settings of a run are in its
+config.json, which can be edited and takes the place of a recipe. To resume an interrupted run from
 its last checkpoint, run the same command again. --benchmark measures the speed of loading and
 training on this machine in about a minute, without training a model. To train on several GPUs:
 
@@ -18,11 +20,14 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from trex_models import cli
-from trex_models.train.config import Config
+from trex_models import cli, distributed
+from trex_models.train import auto
+from trex_models.train.config import Config, load_config
 from trex_models.train.recipes import RECIPES
 
 _PROGRAM = "python -m trex_models.train"
@@ -50,8 +55,9 @@ def _command(arguments: list[str], exits: bool) -> None:
         cli.call(export, rest, prog=f"{_PROGRAM} export")
     elif command.startswith("-"):
         raise ValueError(f"the recipe must come first: {_PROGRAM} RECIPE {command} ...")
-    elif command not in RECIPES:
-        raise ValueError(f"unknown recipe {command!r}; choose from {', '.join(RECIPES)}, or export")
+    elif command not in RECIPES and not command.endswith(".json"):
+        names = f"{', '.join(RECIPES)}, or export"
+        raise ValueError(f"unknown recipe {command!r}; choose from {names}, or a config.json")
     elif _BENCHMARK in rest:
         from trex_models.train.benchmark import benchmark
 
@@ -63,9 +69,14 @@ def _command(arguments: list[str], exits: bool) -> None:
 
 
 def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> Config:
-    """Apply command-line options to a recipe, and print usage errors once for all ranks."""
+    """Apply command-line options to a recipe or file, and print usage errors once for all ranks."""
     import tyro
 
+    output: Any = tyro.MISSING if needs_output else ""
+    if recipe in RECIPES:
+        default, about = RECIPES[recipe](output), inspect.getdoc(RECIPES[recipe]) or ""
+    else:
+        default, about = replace(load_config(Path(recipe)), output=output), f"Settings of {recipe}."
     with ExitStack() as stack:
         if cli.rank():  # every rank parses, and rank 0 prints usage errors for all
             silence = stack.enter_context(Path(os.devnull).open("w"))
@@ -75,11 +86,16 @@ def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> C
             Config,
             arguments,
             prog=f"{_PROGRAM} {recipe}",
-            description=f"{inspect.getdoc(RECIPES[recipe]) or ''}\n{_ABOUT_BENCHMARK}",
-            default=RECIPES[recipe](tyro.MISSING if needs_output else ""),
+            description=f"{about}\n{_ABOUT_BENCHMARK}",
+            default=default,
             config=(tyro.conf.AvoidSubcommands,),
         )
+    if recipe != "auto":
         return config
+    try:
+        return auto.choose(config, arguments, (lambda _: None) if cli.rank() else print)
+    except ValueError as error:
+        raise distributed.SharedError(str(error)) from error
 
 
 def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> None:  # noqa: A002

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -363,6 +364,14 @@ def from_dict(saved: Mapping[str, Any]) -> Config:
     """
     config: Config = _build(Config, saved, "")
     return config
+
+
+def load_config(path: Path) -> Config:
+    """Read the config.json of a run; raise a ValueError if it is not one."""
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config.json of a run ({error}); fix it") from error
 
 
 def _build(hint: Any, value: Any, name: str) -> Any:

@@ -53,6 +53,17 @@ def plain1(output: str = "") -> Config:
     return replace(trexstar(output), objective=ObjectiveConfig(name="cosine"))
 
 
+def auto(output: str = "") -> Config:
+    """t-ReX for your images: settings chosen from their number and size and from the machine.
+
+    python -m trex_models.train auto --data.path IMAGES --output DIR
+
+    Prints each choice with its reason. Options that are set are kept. docs/pretraining.md compares
+    the result with the paper's settings, with plain softmax and with an untrained network.
+    """
+    return replace(trexstar(output), optim=OptimConfig(warmup_epochs=0))
+
+
 def demo(output: str = "") -> Config:
     """A small t-ReX* on generated fractals, which trains in five minutes on two CPU cores.
 
@@ -93,5 +104,5 @@ def smoke(output: str = "") -> Config:
 
 
 RECIPES: dict[str, Callable[[str], Config]] = {
-    recipe.__name__: recipe for recipe in (trex, trexstar, plain3, plain1, demo, smoke)
+    recipe.__name__: recipe for recipe in (auto, trex, trexstar, plain3, plain1, demo, smoke)
 }

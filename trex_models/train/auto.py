@@ -1,0 +1,169 @@
+"""Settings of the recipe ``auto``, chosen from the dataset and the machine.
+
+docs/pretraining.md has the measurements behind the rules. A field that is set on the command line
+keeps its value, and the later rules use it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from trex_models.data.sources import Source
+from trex_models.method.backbone import build_backbone
+from trex_models.precision import choose_device
+from trex_models.train import build
+from trex_models.train.config import Config
+
+_SAMPLES = 64  # images whose size is read
+_MANY_IMAGES = 500_000  # from here on the paper's settings, which are for 1.28 million images
+_CPU_CROP = 64  # largest global crop on a CPU, in pixels
+_BYTES_PER_PIXEL = 890  # of the crops in a step of ResNet-50 in bf16 (docs/memory.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Properties of the dataset and the machine on which the choices depend.
+
+    Args:
+        images: Number of training images.
+        classes: Number of classes.
+        side: Median of the images' shorter sides, in pixels.
+        processes: Number of training processes.
+        memory: Memory of the GPU of each process in bytes; 0 on a CPU.
+    """
+
+    images: int
+    classes: int
+    side: int
+    processes: int = 1
+    memory: int = 0
+
+    @classmethod
+    def of(cls, source: Source, device: str) -> Facts:
+        """Read some images of a source; raise a ValueError if one is unreadable."""
+        indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
+        side = int(np.median([min(source.read(index).shape[:2]) for index in indices]))
+        chosen = choose_device(device)
+        return cls(
+            images=len(source),
+            classes=len(source.classes),
+            side=side,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            memory=torch.cuda.mem_get_info(chosen)[1] if chosen.type == "cuda" else 0,
+        )
+
+
+class _Choices:
+    """A configuration whose fields are chosen one after the other, unless they are ``given``."""
+
+    def __init__(self, config: Config, given: Set[str], log: Callable[[str], object]) -> None:
+        self.config, self.given, self.log = config, given, log
+
+    def choose(self, field: str, value: Any, reason: str) -> None:
+        section, name = field.split(".")
+        part = getattr(self.config, section)
+        if field in self.given:
+            value, reason = getattr(part, name), "as given"
+        self.config = replace(self.config, **{section: replace(part, **{name: value})})
+        self.log(f"  --{field.replace('_', '-')} {value}: {reason}")
+
+
+def choose(config: Config, arguments: Sequence[str], log: Callable[[str], object]) -> Config:
+    """Choose the settings that the command line's ``arguments`` do not set.
+
+    ``log`` receives a line with the value and the reason of each choice.
+
+    Raises:
+        ValueError: The dataset or the backbone cannot be opened, or an image cannot be read.
+    """
+    options = (text.partition("=")[0] for text in arguments if text.startswith("--"))
+    given = {option[2:].replace("-", "_") for option in options}
+    facts = Facts.of(build.open_source(config.data), config.system.device)
+    log(f"auto: {facts.images:,} images of {facts.classes:,} classes, {facts.side} pixels")
+    choices = _Choices(config, given, log)
+    for rule in (_crops, _objective, _optimizer, _schedule, _bank):
+        rule(choices, facts)
+    if config.validation.path or config.validation.split:
+        choices.choose("validation.neighbors", 20, "compares features with the starting weights")
+    flips = "; set both to 0 for text, signs or anatomy"
+    log(f"  --crops.global-augmentation.flip and --crops.local-augmentation.flip 0.5{flips}")
+    return choices.config
+
+
+def _crops(choices: _Choices, facts: Facts) -> None:
+    size = 32 * min(max(round(0.8 * facts.side / 32), 1), 7)
+    reason = "about 0.8 times the side of the images, at most 224"
+    if not facts.memory and size > _CPU_CROP:
+        size, reason = _CPU_CROP, "on a CPU, larger crops take hours"
+    choices.choose("crops.global_size", size, reason)
+    size = choices.config.crops.global_size
+    choices.choose("crops.local_size", 16 * max(round(size * 3 / 112), 1), "3/7 of a global crop")
+    few = size <= _CPU_CROP
+    choices.choose("crops.local_crops", 4 if few else 8, "few" if few else "as in the paper")
+
+
+def _objective(choices: _Choices, facts: Facts) -> None:
+    is_large = facts.images >= _MANY_IMAGES
+    limit = f"{'at least' if is_large else 'fewer than'} {_MANY_IMAGES:,} images"
+    name, weights = ("ocm", "class means") if is_large else ("cosine", "learned class weights")
+    choices.choose("objective.name", name, f"{weights}, for {limit}")
+    choices.choose("model.hidden_layers", 3 if is_large else 1, limit)
+
+
+def _optimizer(choices: _Choices, facts: Facts) -> None:
+    crops, model = choices.config.crops, choices.config.model
+    sizes = crops.global_size, crops.local_size
+    with torch.device("meta"):
+        backbone, _ = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        reason = f"{model.backbone} has no BatchNorm"
+        choices.choose("optim.name", "adamw", reason)
+        choices.choose("optim.base_lr", 5e-4, f"{reason}; as in DINO")
+        choices.choose("optim.weight_decay", 0.05, f"{reason}; as in DeiT")
+    elif facts.images < _MANY_IMAGES:
+        choices.choose("optim.base_lr", 0.4, "best of five on small datasets")
+
+
+def _schedule(choices: _Choices, facts: Facts) -> None:
+    size = _power_of_two(facts.images / 50, 32, 256)
+    reason = "about 50 steps per epoch, from 32 to 256"
+    if facts.memory:
+        crops = choices.config.crops
+        pixels = crops.global_crops * crops.global_size**2 + crops.local_crops * crops.local_size**2
+        fits = facts.processes * 0.8 * (facts.memory - 1e9) / (_BYTES_PER_PIXEL * pixels)
+        if fits < size:
+            size, reason = _power_of_two(fits / 2**0.5, 8, 256), "more may not fit on the GPU"
+    size = -(-size // facts.processes) * facts.processes
+    choices.choose("optim.batch_size", size, reason)
+    epochs = min(300, 100 * (1_281_167 / facts.images) ** 0.25)
+    reason = "100 for ImageNet, up to 300 for fewer images"
+    if not facts.memory:
+        epochs, reason = epochs / 3, "a third of those for a GPU"
+    choices.choose("optim.epochs", round(epochs), reason)
+    epochs = choices.config.optim.epochs
+    choices.choose("optim.warmup_epochs", min(epochs, max(1, epochs // 20)), "5 % of the epochs")
+
+
+def _bank(choices: _Choices, facts: Facts) -> None:
+    objective, optim = choices.config.objective, choices.config.optim
+    if not objective.resolved_bank_size:
+        return
+    size, reason = min(8 * facts.classes, facts.images), "8 entries per class, as in the paper"
+    if objective.name == "look":
+        size, reason = min(facts.images // 2, 65536), "half of the images, at most 65536"
+    choices.choose("objective.bank_size", size, reason)
+    steps = optim.epochs * (facts.images // optim.batch_size)
+    momentum = round(1 - max(50 / max(steps, 100), 0.001), 4)
+    choices.choose("objective.ema_momentum", momentum, f"averages over 1/50 of {steps} steps")
+
+
+def _power_of_two(value: float, least: int, most: int) -> int:
+    return int(min(max(2 ** round(math.log2(value)), least), most))
