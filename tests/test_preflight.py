@@ -264,3 +264,19 @@ def test_changed_image_files(
     assert len(found) == len(expected)
     assert all(map(re.match, expected, found))
     assert files.warnings() == []
+
+
+def test_warnings_about_a_bank_that_is_too_slow_for_the_run() -> None:
+    assert checks.check_bank_refills(100, 1000) is None
+    assert "filled 9.9 times" in str(checks.check_bank_refills(100, 990))
+    assert checks.check_momentum(0.999, 5000) is None
+    message = str(checks.check_momentum(0.999, 4000))
+    assert "averages over 1,000 steps, more than a fifth of the run's 4000; use 0.99, or" in message
+    assert "infinitely many steps" in str(checks.check_momentum(1.0, 100))
+
+
+def test_recipes_for_imagenet_warn_on_few_images(tmp_path: Path) -> None:
+    output = output_of(tmp_path / "run", "--objective.ema-momentum", "0.999")
+    assert "warning: --objective.ema-momentum 0.999 averages over 1,000 steps" in output
+    assert "warning: --objective.bank-size 32 is filled 2.0 times by the run" in output
+    assert output.count("or the recipe auto") == 2

@@ -62,6 +62,27 @@ def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | No
     return f"--objective.bank-size {size} leaves about {advice}" if share > _TOLERATED else None
 
 
+def check_bank_refills(size: int, images: int) -> str | None:
+    """Return a warning if training with ``images`` images fills the bank fewer than ten times."""
+    if size * 10 <= images:
+        return None
+    return (
+        f"--objective.bank-size {size} is filled {images / size:.1f} times by the run, but should "
+        f"be at least 10 times; use at most {images // 10}, or the recipe auto"
+    )
+
+
+def check_momentum(momentum: float, steps: int) -> str | None:
+    """Return a warning if the momentum encoder averages over more than a fifth of the steps."""
+    if (1 - momentum) * steps >= 5:
+        return None
+    horizon = f"{1 / (1 - momentum):,.0f}" if momentum < 1 else "infinitely many"
+    return (
+        f"--objective.ema-momentum {momentum} averages over {horizon} steps, more than a fifth of "
+        f"the run's {steps}; use {max(0, 1 - 50 / steps):.2g}, or the recipe auto"
+    )
+
+
 def _share_without_prototype(size: int, counts: np.ndarray) -> float:
     total = counts.sum()
     if size >= total:

@@ -97,7 +97,7 @@ def smoke(output: str = "") -> Config:
     return replace(
         config,
         data=replace(config.data, num_classes=10, images_per_class=64),
-        objective=replace(config.objective, bank_size=256),
+        objective=replace(config.objective, bank_size=256, ema_momentum=0.95),
         optim=replace(config.optim, epochs=6, batch_size=32),
         system=replace(config.system, log_every=10),
     )

@@ -106,7 +106,8 @@ class Reporter:
             from torch.utils.tensorboard import SummaryWriter  # slow import
 
             # purge_step hides later steps, which an interrupted run wrote.
-            self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
+            purge_step = start_step + 1 if start_step else 0
+            self._writer = SummaryWriter(str(tensorboard), purge_step=purge_step)
         if process.is_main:
             _truncate(path, start_step)
 
@@ -154,7 +155,7 @@ class Reporter:
     def report_start(self, metrics: dict[str, float]) -> None:
         """Record the validation of the weights before the first step."""
         if self._process.is_main:
-            append(self._path, json.dumps({"step": 0, "epoch": 0.0, **metrics}) + "\n")
+            self._write({"step": 0, "epoch": 0.0, **metrics})
             k, rank = metrics["val_knn"], metrics["val_rank"]
             self.log(f"starting weights: k-NN {k:.1%}, effective rank of features {rank:.4g}")
 
@@ -173,12 +174,7 @@ class Reporter:
         epoch = done / self._sampler.steps_per_epoch
         line: dict[str, Any] = {"step": done, "epoch": round(epoch, 4), **metrics}
         line |= {"images_per_second": float(f"{rate:.4g}"), "waiting_for_data": round(waiting, 4)}
-        append(self._path, json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._writer.add_scalar(name, value, done)
-            self._writer.flush()
+        self._write(line)
         trained, validated = (
             "".join(f"{name} {metrics[name]:.4g} " for name in names if name in metrics)
             for names in (_TRAINED, _VALIDATED)
@@ -191,6 +187,14 @@ class Reporter:
             if validated:
                 self.log(f"epoch {epoch:g}: {validated.rstrip()}")
             self._bar.set_postfix_str(f"{speed}, {trained.rstrip()}")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        append(self._path, json.dumps(line) + "\n")
+        if self._writer is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, line["step"])
+            self._writer.flush()
 
     def finish(self) -> None:
         """Close the progress bar: later lines are printed below it."""
@@ -277,12 +281,13 @@ def summarize(
     Time and rates are totals over all starts, without validation and checkpoints.
     """
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    start = metrics.pop(0) if metrics and not metrics[0]["step"] else None
     lines = []
     if metrics:
         # Computed from the rates, so that time lost by an interruption does not count.
         seconds = waited = 0.0
         images = 0
-        for line in (line for line in metrics if line["step"]):
+        for line in metrics:
             before, images = images, line["step"] * images_per_step
             span = (images - before) / line["images_per_second"]
             seconds += span
@@ -306,9 +311,8 @@ def summarize(
         )
     elif knn := [line["val_knn"] for line in metrics if "val_knn" in line]:
         lines.append(f"validation: k-NN {knn[-1]:.1%} (best {max(knn):.1%})")
-    measured = [line for line in metrics if "val_knn" in line]
-    if measured and measured[0]["step"] == 0:
-        lines.append(_compare(measured[0], measured[-1], validation_images))
+    if start and (measured := [line for line in metrics if "val_knn" in line]):
+        lines.append(_compare(start, measured[-1], validation_images))
     listed = folder / "unreadable.txt"
     if listed.exists():
         count = len(listed.read_text().splitlines())

@@ -85,7 +85,7 @@ def build_run(config: Config, process: Process) -> Run:
         method = build.build_method(config, len(source.classes), teacher)
 
         # Problems that would otherwise end or waste the run after hours.
-        warnings = _check(config, source, validation, method, process)
+        warnings = _check(config, sampler.total_steps, source, validation, method, process)
         classes = list(source.classes)
         fingerprint = {"classes": classes, "images": source.digest()}
         fingerprint |= {"teacher": metadata["weights_sha256"]} if teacher else {}
@@ -175,6 +175,7 @@ def wrap_model(run: Run) -> nn.Module:
 
 def _check(
     config: Config,
+    steps: int,
     source: Source,
     validation: ValidationDataset | None,
     method: TReX,
@@ -201,6 +202,8 @@ def _check(
         calls.append(partial(checks.check_samples, "validation", validation.source, skip))
     if entries := config.objective.resolved_bank_size:
         calls.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
+        calls.append(partial(checks.check_bank_refills, entries, config.optim.batch_size * steps))
+        calls.append(partial(checks.check_momentum, config.objective.ema_momentum, steps))
     if process.is_main and config.system.tensorboard:
         calls.append(checks.check_tensorboard)
     if process.is_main and config.output:
