@@ -129,7 +129,9 @@ def _optimizer(choices: _Choices, facts: Facts) -> None:
         choices.choose("optim.base_lr", 5e-4, f"{reason}; as in DINO")
         choices.choose("optim.weight_decay", 0.05, f"{reason}; as in DeiT")
     elif facts.images < _MANY_IMAGES:
-        choices.choose("optim.base_lr", 0.4, "best of five on small datasets")
+        choices.choose("optim.base_lr", 0.4, "good on small datasets")
+    else:
+        choices.choose("optim.base_lr", 0.1, "as in the paper")
 
 
 def _schedule(choices: _Choices, facts: Facts) -> None:
