@@ -20,7 +20,7 @@ from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
 from trex_models.method.momentum import MomentumEncoder
 from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
-from trex_models.method.optimizer import build_sgd, learning_rates, match_memory_format
+from trex_models.method.optimizer import build_optimizer, learning_rates, match_memory_format
 
 
 def tiny_method(bank_size: int = 8) -> TReX:
@@ -134,7 +134,7 @@ def test_restored_momentum_follows_the_parameters_layout(layout: torch.memory_fo
     def build(layout: torch.memory_format) -> tuple[nn.Conv2d, torch.optim.SGD]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 5, 3).to(memory_format=layout)
-        return model, build_sgd(model, 0.9, 1e-4)
+        return model, build_optimizer(model)
 
     def step(model: nn.Module, optimizer: torch.optim.SGD, number: int) -> None:
         for group in optimizer.param_groups:

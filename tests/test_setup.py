@@ -41,7 +41,7 @@ CONFIG = parse(
     --objective.temperature 0.25 --objective.bank-size 18 --objective.neighbors 5
     --objective.ema-momentum 0.75
     --optim.epochs 5 --optim.batch-size 6 --optim.base-lr 0.7 --optim.final-lr 0.003
-    --optim.warmup-epochs 2 --optim.sgd-momentum 0.6 --optim.weight-decay 0.02
+    --optim.warmup-epochs 2 --optim.momentum 0.6 --optim.weight-decay 0.02
     --validation.every 2 --validation.images-per-class 2 --validation.neighbors 4
     --validation.neighbors-among 8""".split(),
 )
