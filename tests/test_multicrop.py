@@ -21,6 +21,8 @@ from trex_models.data.multicrop import (
 )
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, NUM_PARAMETERS
 from trex_models.data.sources import ArraySource
+from trex_models.train.__main__ import parse
+from trex_models.train.build import crop_specs
 
 SPECS = [
     CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
@@ -141,3 +143,17 @@ def test_substitutes_keep_their_label_and_index() -> None:
     assert batch.labels[[0, 2, 3]].tolist() != [2 % 3, 7 % 3, 2 % 3]
     for spec, crops in zip(SPECS, batch.crops, strict=True):
         assert (crops == 10 * batch.indices.repeat(spec.count)[:, None, None, None]).all()
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_flips_follow_the_options(flip: int) -> None:
+    """Levels increase to the right, in the image and in crops that are not flipped."""
+    kinds, settings = ("global", "local"), (f"flip={flip}", "jitter=0", "solarize=0")
+    options = [f"--crops.{kind}-augmentation.{each}" for kind in kinds for each in settings]
+    specs = crop_specs(parse("smoke", ["--output", "unused", *options]).crops)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 64, 3)).copy()
+    source = ArraySource([ramp] * 20, np.zeros(20, np.int64), ["ramp"])
+    batch = MultiCropDataset(source, specs).__getitems__([(0, index) for index in range(20)])
+    for crops in augment(batch):
+        rises = crops[..., -1].mean((1, 2)) > crops[..., 0].mean((1, 2))
+        assert rises.tolist() == [not flip] * len(crops)
