@@ -30,7 +30,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
 from trex_models.method.model import TReX
-from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build, step
 from trex_models.train.config import Config
@@ -235,7 +234,7 @@ def _method(config: Config, classes: int, device: str) -> TReX:
 def _parts(
     config: Config, method: TReX, batch: int, device: str
 ) -> tuple[torch.optim.Optimizer, tuple[list[Tensor], Tensor, Tensor]]:
-    optimizer = build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay)
+    optimizer = build.build_optimizer(config.optim, method)
     crops = [
         torch.zeros(spec.count * batch, 3, spec.size, spec.size, device=device).to(
             memory_format=torch.channels_last

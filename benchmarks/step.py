@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import measure
 from benchmarks import reference_step as reference
 from trex_models.distributed import Process
-from trex_models.method.optimizer import build_sgd
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build
 from trex_models.train.config import (
@@ -133,7 +132,7 @@ def our_step(
         method.to(memory_format=torch.channels_last)
     if compiled:
         method.encoder.compile()
-    optimizer = build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay)
+    optimizer = build.build_optimizer(config.optim, method)
     precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
     precision.apply()
     meter = Meter(Process(0, 1, device))

@@ -31,7 +31,7 @@ from trex_models.heads import Projector
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
 from trex_models.method.objectives import CosineSoftmax, Objective, OnlineClassMeans
-from trex_models.method.optimizer import build_sgd, learning_rates
+from trex_models.method.optimizer import build_optimizer, learning_rates
 from trex_models.precision import Precision
 from trex_models.train.step import training_step
 
@@ -111,7 +111,7 @@ def replay(case: dict[str, Any], process: Process = ALONE) -> dict[str, Any]:
     rank, world_size = process.rank, process.world_size
     method = build_method(case)
     model = data_parallel(method, process, sync_batchnorm=False)
-    optimizer = build_sgd(method, SGD_MOMENTUM, case["weight_decay"])
+    optimizer = build_optimizer(method, momentum=SGD_MOMENTUM, weight_decay=case["weight_decay"])
     precision = Precision.from_name("fp32", "cpu")
     rates = learning_rates(
         peak=case["lr"] * case["batch_size"] * world_size / 256,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, reference_step, step
-from trex_models.method.optimizer import build_sgd
+from trex_models.method.optimizer import build_optimizer
 from trex_models.precision import Precision
 from trex_models.train import build
 from trex_models.train.config import Config, CropsConfig, ModelConfig, ObjectiveConfig
@@ -37,7 +37,7 @@ def test_reference_takes_our_steps() -> None:
     reference.bank_labels = bank.labels.clone()
     for group in reference.optimizer.param_groups:
         group["lr"] = RATE  # small, since large steps amplify rounding
-    optimizer = build_sgd(method, 0.9, 1e-4)
+    optimizer = build_optimizer(method)
     precision = Precision.from_name("fp32", "cpu")
     for number in range(4):  # the bank wraps around
         torch.manual_seed(number)

@@ -12,7 +12,7 @@ import torch
 from tests.models import load
 from tests.runs import TINY
 from trex_models.method.model import TReX
-from trex_models.method.optimizer import build_sgd
+from trex_models.method.optimizer import build_optimizer
 from trex_models.precision import Precision
 from trex_models.train import build
 from trex_models.train.__main__ import parse
@@ -36,7 +36,7 @@ def train_a_step(config: Config) -> TReX:
         for spec in build.crop_specs(config.crops)
     ]
     labels, indices = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5]])
-    optimizer, precision = build_sgd(method, 0.9, 1e-4), Precision.from_name("fp32", "cpu")
+    optimizer, precision = build_optimizer(method), Precision.from_name("fp32", "cpu")
     loss, logits = training_step(method, method, optimizer, precision, crops, labels, indices, 0.1)
     assert loss.isfinite()
     assert logits.shape == (sum(len(part) for part in crops), len(CLASSES))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trex_models.data import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.train.config import (
     Config,
     ModelConfig,
@@ -38,10 +39,12 @@ def test_recipes_are_the_papers(
     crops, model, optim = (
         list(vars(section).values()) for section in (config.crops, config.model, config.optim)
     )
-    assert crops == [1, 224, global_scale, 8, 96, local_scale]
+    augmentations = [GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION]
+    assert crops == [1, 224, global_scale, 8, 96, local_scale, *augmentations]
     assert model == ["resnet50", (), "mlp", hidden_layers, 2048, 256]
-    # Epochs, batch size, both learning rates, epochs of warm-up, momentum, weight decay.
-    assert optim == [100, 256, 0.1, 1e-6, 10, 0.9, 1e-4]
+    # Epochs, batch size, both learning rates, epochs of warm-up, momentum, weight decay. Neither
+    # betas nor eps, and no clipping.
+    assert optim == ["sgd", 100, 256, 0.1, 1e-6, 10, 0.9, 1e-4, None, None, 0]
     found = config.objective
     assert found.resolved_bank_size == (8192 if objective == "ocm" else 0)
     assert (found.name, found.temperature, found.ema_momentum) == (objective, 0.1, 0.999)
@@ -64,6 +67,11 @@ def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
     assert config_diff(saved, moved) == []
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, hidden_layers=2))
     assert config_diff(saved, other) == ["model.hidden_layers: 1 -> 2"]
+    saved["crops"]["global_augmentation"]["flip"] = 0
+    assert "crops.global_augmentation.flip: 0 -> 0.5" in config_diff(saved, config)
+    del saved["crops"]["local_augmentation"]["blur"]
+    with pytest.raises(ValueError, match=r"the field crops.local_augmentation.blur is missing"):
+        from_dict(saved)
     saved["optim"]["lars"] = True
     with pytest.raises(ValueError, match="lars"):
         from_dict(saved)
@@ -87,6 +95,8 @@ def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
         ("optim", "batch_size", 0),
         ("optim", "base_lr", -1.0),
         ("optim", "warmup_epochs", 101),
+        ("optim", "betas", (0.9, 1.0)),
+        ("optim", "clip_grad", -1.0),
         ("system", "workers", -1),
         ("system", "log_every", 0),
     ],

@@ -20,7 +20,7 @@ from trex_models.data.multicrop import MultiCropDataset, augment
 from trex_models.data.sources import ArraySource
 from trex_models.distributed import Process
 from trex_models.method.objectives import LOOK
-from trex_models.method.optimizer import build_sgd
+from trex_models.method.optimizer import build_optimizer
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build, checkpointing, export
 from trex_models.train.config import Config, CropsConfig, ModelConfig
@@ -113,7 +113,7 @@ def test_no_step_waits_for_the_device(precision: PrecisionName) -> None:
     device = torch.device("cuda:0")
     method = build.build_method(STEP, 5).train().to(device)
     method.to(memory_format=torch.channels_last)
-    optimizer = build_sgd(method, 0.9, 1e-4)
+    optimizer = build_optimizer(method)
     types = Precision.from_name(precision, "cuda")
     meter = Meter(Process(0, 1, device))
     source = ArraySource(np.full((8, 60, 80, 3), 90, np.uint8), np.arange(8) % 5, list("abcde"))

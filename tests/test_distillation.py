@@ -21,7 +21,7 @@ from tests.runs import assert_same_state, last_state, logged, output_of, refused
 from trex_models.data.photometric import IMAGENET_MEAN, IMAGENET_STD
 from trex_models.distributed import data_parallel, process_group
 from trex_models.heads import Projector
-from trex_models.method import Distillation, Encoder, TReX, build_sgd
+from trex_models.method import Distillation, Encoder, TReX, build_optimizer
 from trex_models.precision import Precision
 from trex_models.pretrained import naver
 from trex_models.pretrained.licenses import combine
@@ -85,7 +85,7 @@ def train(_: Path) -> dict[str, Tensor]:
     method = TReX(Encoder(backbone, Projector(6, 0, 1, 4)), Distillation(4, channel_means))
     with process_group("cpu") as process:
         model = data_parallel(method, process, sync_batchnorm=False)
-        parts = model, method, build_sgd(method, 0.9, 1e-4), Precision.from_name("fp32", "cpu")
+        parts = model, method, build_optimizer(method, 0.9, 1e-4), Precision.from_name("fp32", "cpu")
         for _step in range(3):
             images = torch.randn(8, 3, 9, 9)[process.rank :: process.world_size]
             labels = torch.zeros(len(images), dtype=torch.int64)

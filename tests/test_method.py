@@ -20,7 +20,7 @@ from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
 from trex_models.method.momentum import MomentumEncoder
 from trex_models.method.objectives import CosineSoftmax, OnlineClassMeans
-from trex_models.method.optimizer import build_sgd, learning_rates, match_memory_format
+from trex_models.method.optimizer import build_optimizer, learning_rates, match_memory_format
 
 
 def tiny_method(bank_size: int = 8) -> TReX:
@@ -131,12 +131,12 @@ def test_momentum_encoder_averages_parameters_only() -> None:
 def test_restored_momentum_follows_the_parameters_layout(layout: torch.memory_format) -> None:
     """A run may be continued in another memory format."""
 
-    def build(layout: torch.memory_format) -> tuple[nn.Conv2d, torch.optim.SGD]:
+    def build(layout: torch.memory_format) -> tuple[nn.Conv2d, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Conv2d(3, 5, 3).to(memory_format=layout)
-        return model, build_sgd(model, 0.9, 1e-4)
+        return model, build_optimizer(model)
 
-    def step(model: nn.Module, optimizer: torch.optim.SGD, number: int) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.1
         for p in model.parameters():

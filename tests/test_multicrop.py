@@ -26,6 +26,8 @@ from trex_models.data.multicrop import (
 )
 from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION, NUM_PARAMETERS
 from trex_models.data.sources import ArraySource
+from trex_models.train.__main__ import parse
+from trex_models.train.build import crop_specs
 
 SPECS = [
     CropSpec(2, 24, (0.25, 1.0), GLOBAL_AUGMENTATION),
@@ -179,3 +181,17 @@ def test_only_the_training_crops_are_decoded_at_reduced_size(tmp_path: Path) -> 
         difference = (crops.float() - expected.float()).abs().mean()
         assert 0 < difference < 3
     assert all(map(torch.equal, ours.parameters, others.parameters))
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_flips_follow_the_options(flip: int) -> None:
+    """Levels increase to the right, in the image and in crops that are not flipped."""
+    kinds, settings = ("global", "local"), (f"flip={flip}", "jitter=0", "solarize=0")
+    options = [f"--crops.{kind}-augmentation.{each}" for kind in kinds for each in settings]
+    specs = crop_specs(parse("smoke", ["--output", "unused", *options]).crops)
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 64, 3)).copy()
+    source = ArraySource([ramp] * 20, np.zeros(20, np.int64), ["ramp"])
+    batch = MultiCropDataset(source, specs).__getitems__([(0, index) for index in range(20)])
+    for crops in augment(batch):
+        rises = crops[..., -1].mean((1, 2)) > crops[..., 0].mean((1, 2))
+        assert rises.tolist() == [not flip] * len(crops)

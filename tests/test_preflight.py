@@ -110,7 +110,8 @@ def test_disk_space_is_that_of_the_checkpoints(
     module = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False), torch.nn.BatchNorm1d(100))
     module[0].weight.requires_grad_(False)
     frozen, trained, buffers = 4 * 1000, 4 * 200, 4 * 200 + 8
-    assert checks.checkpoint_bytes(module) == frozen + 2 * trained + buffers
+    assert checks.checkpoint_bytes(module, "sgd") == frozen + 2 * trained + buffers
+    assert checks.checkpoint_bytes(module, "adamw") == frozen + 3 * trained + buffers
     monkeypatch.chdir(tmp_path)
     asked = set_free_space(monkeypatch, 1000)
     for folder in (tmp_path / "run" / "of" / "mine", tmp_path, Path("runs/mine")):
@@ -135,7 +136,7 @@ def test_size_of_a_checkpoint_and_of_a_bank(
     assert warned == (objective == "ocm")
     path = checkpointing.list_checkpoints(tmp_path / "run")[-1]
     method = build.build_method(from_dict(checkpointing.load(path)["config"]), 4)
-    size = checks.checkpoint_bytes(method)
+    size = checks.checkpoint_bytes(method, "sgd")
     assert size == pytest.approx(path.stat().st_size, rel=0.1)
     # Room for three: two are kept, and the next is written before the oldest is deleted.
     set_free_space(monkeypatch, 3 * size - 1)

@@ -43,7 +43,7 @@ from trex_models.method import (
     MomentumEncoder,
     OnlineClassMeans,
     TReX,
-    build_sgd,
+    build_optimizer,
 )
 
 NAMES = {
@@ -60,7 +60,7 @@ NAMES = {
     ),
     "trex_models.method": (
         "LOOK CosineSoftmax Distillation Encoder LinearSoftmax MemoryBank MomentumEncoder "
-        "Objective OnlineClassMeans TReX build_backbone build_sgd learning_rates"
+        "Objective OnlineClassMeans TReX build_backbone build_optimizer learning_rates"
     ),
 }
 # Where each part of the method is from: papers, and equations of t-ReX.
@@ -78,7 +78,7 @@ SOURCES = {
     "MultiCrop": ("2206.15369", "2006.09882"),
     "MultiCropDataset": ("2206.15369", "2006.09882"),
     "PhotometricAugmentation": ("2104.14294",),
-    "build_sgd": ("2206.15369",),
+    "build_optimizer": ("2206.15369",),
     "learning_rates": ("2206.15369",),
     "knn_accuracy": ("1805.01978", "2104.14294"),
     "knn_votes": ("1805.01978",),
@@ -206,7 +206,7 @@ def test_a_data_set_of_torchvision_and_a_plain_loader_train(tmp_path: Path) -> N
     loader = DataLoader(ImageFolder(tmp_path, MultiCrop(SPECS)), batch_size=4, shuffle=True)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     method = TReX(Encoder(backbone, Projector(8, 1, 16, 6)), OnlineClassMeans(MemoryBank(8, 6, 3)))
-    optimizer = build_sgd(method, lr=0.1)
+    optimizer = build_optimizer(method, lr=0.1)
     before = [parameter.clone() for parameter in method.encoder.parameters()]
     for crops, labels in loader:
         assert [tuple(crop.shape) for crop in crops] == [(4, 3, 24, 24)] * 2 + [(4, 3, 16, 16)] * 3

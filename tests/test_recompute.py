@@ -21,7 +21,7 @@ from trex_models.method.backbone import preserve_running_stats, recompute_activa
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
 from trex_models.method.objectives import OnlineClassMeans
-from trex_models.method.optimizer import build_sgd
+from trex_models.method.optimizer import build_optimizer
 from trex_models.precision import Precision
 from trex_models.train import build, checkpointing
 from trex_models.train.__main__ import parse
@@ -56,7 +56,7 @@ def train(
     method: TReX, model: nn.Module, precision: str, dtype: torch.dtype, rank: int = 0
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """Take three steps; return the end's state and gradients, and the losses."""
-    optimizer = build_sgd(method, 0.9, 1e-4)
+    optimizer = build_optimizer(method)
     types = Precision.from_name("bf16" if precision == "bf16" else "fp32", "cpu")
     losses = []
     for step in range(3):

@@ -42,13 +42,14 @@ CONFIG = parse(
     --objective.temperature 0.25 --objective.bank-size 18 --objective.neighbors 5
     --objective.ema-momentum 0.75
     --optim.epochs 5 --optim.batch-size 6 --optim.base-lr 0.7 --optim.final-lr 0.003
-    --optim.warmup-epochs 2 --optim.sgd-momentum 0.6 --optim.weight-decay 0.02
+    --optim.warmup-epochs 2 --optim.momentum 0.6 --optim.weight-decay 0.02 --optim.clip-grad 9
+    --crops.global-augmentation.flip 0.25 --crops.local-augmentation.hue 0.05
     --validation.every 2 --validation.images-per-class 2 --validation.neighbors 4
     --validation.neighbors-among 8""".split(),
 )
 SPECS = [
-    CropSpec(2, 40, (0.3, 0.9), GLOBAL_AUGMENTATION),
-    CropSpec(3, 24, (0.07, 0.2), LOCAL_AUGMENTATION),
+    CropSpec(2, 40, (0.3, 0.9), replace(GLOBAL_AUGMENTATION, flip=0.25)),
+    CropSpec(3, 24, (0.07, 0.2), replace(LOCAL_AUGMENTATION, hue=0.05)),
 ]
 # 27 images in batches of 6: 4 steps an epoch, 20 steps. The peak is 0.7 * 6 / 256.
 PEAK, WARMUP, TOTAL = 0.01640625, 8, 20
@@ -78,7 +79,8 @@ def train(config: Config, process: Process = ALONE) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
 
     def recording(model: Any, method: Any, optimizer: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        seen = dict(zip(("precision", "crops", "labels", "indices", "rate"), args, strict=True))
+        names = ("precision", "crops", "labels", "indices", "rate", "clip_grad")
+        seen = dict(zip(names, args, strict=True))
         seen["seed"] = torch.initial_seed()
         seen["files"] = {path.name for path in checkpointing.list_checkpoints(Path(config.output))}
         loss, logits = training_step(model, method, optimizer, *args)
@@ -173,6 +175,7 @@ def test_steps_use_the_runs_rates_order_and_crops(trained: Trained) -> None:
     _, steps = trained
     assert [seen["rate"] for seen in steps] == pytest.approx(RATES, rel=1e-12)
     assert [seen["group_rates"] for seen in steps] == [{seen["rate"]} for seen in steps]
+    assert {seen["clip_grad"] for seen in steps} == {9}
     source = build_run(CONFIG, ALONE).dataset.source
     for step, seen in enumerate(steps):
         keys = batch_keys(step)

@@ -192,6 +192,13 @@ def test_other_backbones(tmp_path: Path, backbone: str, args: list[str], whole: 
         ("--optim.batch-size 1", "BatchNorm requires 2"),
         ("--model.backbone hf-hub:timm/resnet18.a1_in1k", "name only the architecture"),
         ("--optim.epochs 0", "epochs must be at least 1"),
+        ("--optim.name adamww", "--optim.name 'adamww' is not available; use an optimizer of timm"),
+        ("--optim.name lion --optim.eps 1", "--optim.eps 1.0 is not a setting of lion; leave it"),
+        ("--optim.betas 0.9 0.99", "--optim.betas (0.9, 0.99) is not a setting of sgd"),
+        ("--optim.name adamw --optim.momentum 0", "--optim.momentum 0.0 is not a setting of adamw"),
+        ("--optim.name adan --optim.betas 0.9 0.99", "--optim.betas of adan must be 3 numbers"),
+        ("--optim.name nesterov --optim.momentum 0", "does not accept these settings (Nesterov"),
+        ("--crops.local-augmentation.flip 2", "--crops.local-augmentation.flip must be finite"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(

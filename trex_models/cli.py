@@ -104,7 +104,7 @@ def call(
 def _tidy(text: str) -> str:
     """Remove empty defaults from tyro's help, and wrap the descriptions of commands."""
     text = re.sub(r"\s*\(default:\s*(None|''|)\)", "", text).replace("{None,", "{")
-    text = re.sub(r"\[\[(\w+) \[\1\s+\.\.\.\]\]\]", r"[\1 ...]", text)
+    text = re.sub(r"(?:\{None\}\|\{|\[)\[(\w+) \[\1\s+\.\.\.\]\][\]}]", r"[\1 ...]", text)
     text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text)
     width = shutil.get_terminal_size().columns
     fits = ((len(line) <= width, line.rstrip()) for line in text.splitlines())
@@ -130,6 +130,7 @@ def _usage_error(text: str) -> str:
     lines = [" ".join(re.findall(r"^ {1,6}(\S.*?) *$", part, re.M)) for part in sections]
     message = re.sub(r"(values|\))\.;", r"\1;", "; ".join(lines) or text)  # tyro's full stops
     message = re.sub("For full helptext, (run|see):?", "see", message)
+    message = re.sub(r"^Error parsing (\w+\.[\w-]+): ", r"--\1.", message)  # and the field
     return re.sub(r"^Error parsing (\w+: (?=--))?", "", message)  # our messages name the option
 
 
@@ -154,7 +155,8 @@ def _adapt(command: Any) -> None:
             _adapt(section)  # type: ignore[arg-type]  # is hashable
     entries = "".join(f"\n    {name}: {text}" for name, text in fields.items())
     summary = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    command.__doc__ = f"{summary}\n\nArgs:{entries}"
+    if fields:  # not of a library class, whose docstring describes its fields
+        command.__doc__ = f"{summary}\n\nArgs:{entries}"
 
 
 def _one_or_more(hint: Any) -> Any:

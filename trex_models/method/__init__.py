@@ -12,7 +12,7 @@ from trex_models.method.objectives import (
     Objective,
     OnlineClassMeans,
 )
-from trex_models.method.optimizer import build_sgd, learning_rates
+from trex_models.method.optimizer import build_optimizer, learning_rates
 
 __all__ = [
     "LOOK",
@@ -26,6 +26,6 @@ __all__ = [
     "OnlineClassMeans",
     "TReX",
     "build_backbone",
-    "build_sgd",
+    "build_optimizer",
     "learning_rates",
 ]

@@ -47,7 +47,7 @@ def _command(arguments: list[str], exits: bool) -> None:
     command, *rest = arguments or [""]
     if command in ("", "-h", "--help"):
         about = {name: inspect.getdoc(recipe) or "" for name, recipe in RECIPES.items()}
-        recipes = [f"  {name:<10}{doc.partition(chr(10))[0]}" for name, doc in about.items()]
+        recipes = [f"  {name:<20}{doc.partition(chr(10))[0]}" for name, doc in about.items()]
         print("\n".join([(__doc__ or "").strip(), "", "Recipes:", *recipes]))
         if not arguments:
             raise SystemExit(2)

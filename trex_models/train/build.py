@@ -17,17 +17,15 @@ from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.image_files import CsvSource, FolderSource, open_unlabeled
 from trex_models.data.multicrop import CropSpec, EpochSampler
-from trex_models.data.photometric import GLOBAL_AUGMENTATION, LOCAL_AUGMENTATION
 from trex_models.data.sources import Source
 from trex_models.data.tar_files import TarSource
 from trex_models.distributed import Process
 from trex_models.evaluation.frozen_model import FrozenModel
 from trex_models.heads import Projector
-from trex_models.method import objectives
+from trex_models.method import objectives, optimizer
 from trex_models.method.backbone import build_backbone, recompute_activations
 from trex_models.method.bank import MemoryBank
 from trex_models.method.model import Encoder, TReX
-from trex_models.method.optimizer import learning_rates
 from trex_models.precision import free_cores
 from trex_models.train.config import (
     Config,
@@ -97,8 +95,8 @@ def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     """Return the crops of each resolution, global crops first."""
     large = crops.global_crops, crops.global_size, crops.global_scale
     small = crops.local_crops, crops.local_size, crops.local_scale
-    specs = [CropSpec(*large, GLOBAL_AUGMENTATION)]
-    return [*specs, CropSpec(*small, LOCAL_AUGMENTATION)] if crops.local_crops else specs
+    specs = [CropSpec(*large, crops.global_augmentation)]
+    return [*specs, CropSpec(*small, crops.local_augmentation)] if crops.local_crops else specs
 
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:
@@ -107,9 +105,20 @@ def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Proce
     return EpochSampler(num_images, optim.batch_size, optim.epochs, seed, *ranks)
 
 
+def build_optimizer(optim: OptimConfig, method: TReX) -> torch.optim.Optimizer:
+    """Build the optimizer; ValueError if it is not available or lacks a setting."""
+    peak = optim.base_lr * optim.batch_size / 256
+    names = "name", "momentum", "weight_decay", "betas", "eps"
+    settings = {name: getattr(optim, name) for name in names}
+    try:
+        return optimizer.build_optimizer(method, lr=peak, **settings)
+    except ValueError as error:
+        raise ValueError(f"--optim.{error}") from error
+
+
 def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
     """Return the learning rate of every step, (epochs * steps_per_epoch,)."""
-    return learning_rates(
+    return optimizer.learning_rates(
         peak=optim.base_lr * optim.batch_size / 256,
         final=optim.final_lr,
         warmup_steps=optim.warmup_epochs * steps_per_epoch,

@@ -36,6 +36,7 @@ _ENTRIES = {
     *("config", "step", "method", "optimizer", "scaler", "classes", "images", "environment"),
     *("batchnorm_groups", "unreadable", "inherited_license"),
 }
+_FACTORED = ("exp_avg_sq_row", "exp_avg_sq_col")  # of adafactor: means of rows and of columns
 _FAILED_STEP = {"process", "crops", "labels", "indices"}  # entries of a failed step's file
 
 
@@ -254,6 +255,7 @@ def restore(parts: Mapping[str, Any], state: Mapping[str, Any], path: Path) -> N
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            has_shape = isinstance(value, Tensor) and value.ndim and name not in _FACTORED
+            if has_shape and value.shape != parameter.shape:
                 raise ValueError(f"{name}: {tuple(value.shape)}, not {tuple(parameter.shape)}")
         checkpoints.check_finite({"optimizer": state})

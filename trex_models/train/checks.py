@@ -94,11 +94,12 @@ def _share_without_prototype(size: int, counts: np.ndarray) -> float:
     return float(np.where(total - counts < size, 0.0, np.exp(np.minimum(log, 0.0))).mean())
 
 
-def checkpoint_bytes(module: nn.Module) -> int:
-    """Return the approximate size in bytes of a checkpoint of a module."""
+def checkpoint_bytes(module: nn.Module, optimizer: str) -> int:
+    """Return the approximate size in bytes of a checkpoint of a module and its optimizer."""
     state = [value for value in module.state_dict().values() if isinstance(value, torch.Tensor)]
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum(tensor.nbytes for tensor in [*state, *trained])
+    averages = 1 if optimizer == "sgd" else 2  # most optimizers average first and second moments
+    return sum(tensor.nbytes for tensor in [*state, *trained * averages])
 
 
 def check_shared_memory(batch_bytes: int, workers: int, processes: int) -> None:

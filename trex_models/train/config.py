@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from trex_models.data import photometric
 from trex_models.precision import PrecisionName
 
 
@@ -102,7 +104,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CropsConfig:
-    """Number, size and scale of the crops of an image."""
+    """Number, size, scale and augmentation of the crops of an image."""
 
     global_crops: int = 1
     """Number of global (large) crops per image, M_g. The first one enters the memory bank."""
@@ -116,6 +118,10 @@ class CropsConfig:
     """Side length of a local crop in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.25)
     """Smallest and largest area of a local crop, as a share of the image's area."""
+    global_augmentation: photometric.PhotometricAugmentation = photometric.GLOBAL_AUGMENTATION
+    """Flip, colors and blur of the global crops."""
+    local_augmentation: photometric.PhotometricAugmentation = photometric.LOCAL_AUGMENTATION
+    """Flip, colors and blur of the local crops."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "crops", "global_crops")
@@ -218,8 +224,11 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum; the learning rate follows a linear warm-up and a cosine decay."""
+    """Optimizer; the learning rate follows a linear warm-up and a cosine decay."""
 
+    name: str = "sgd"
+    """sgd (without Nesterov momentum, as in the paper), or an optimizer of timm, such as adamw,
+    lamb, lion, muon (docs/training.md)."""
     epochs: int = 100
     """Number of epochs."""
     batch_size: int = 256
@@ -230,15 +239,24 @@ class OptimConfig:
     """Learning rate at the end of the cosine decay."""
     warmup_epochs: int = 10
     """Number of epochs of linear warm-up from 0."""
-    sgd_momentum: float = 0.9
-    """Momentum of SGD."""
+    momentum: float = 0.9
+    """Momentum, if the optimizer has this setting."""
     weight_decay: float = 1e-4
     """Weight decay of tensors with more than one dimension; others have none."""
+    betas: tuple[float, ...] | None = None
+    """Decay rates of the running averages, such as 0.9 0.999 for adamw. If unset: the optimizer's
+    defaults."""
+    eps: float | None = None
+    """Constant added to the denominator of the update. If unset: the optimizer's default."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient of all parameters; 0 disables clipping."""
 
     def __post_init__(self) -> None:
         _require_at_least(1, self, "optim", "epochs", "batch_size")
-        non_negative = "base_lr", "final_lr", "warmup_epochs", "sgd_momentum", "weight_decay"
-        _require_at_least(0, self, "optim", *non_negative)
+        non_negative = "base_lr", "final_lr", "warmup_epochs", "momentum", "weight_decay"
+        _require_at_least(0, self, "optim", *non_negative, "eps", "clip_grad")
+        in_range = all(0 <= beta < 1 for beta in self.betas or ())
+        _require(in_range, f"--optim.betas must be in [0, 1), got {self.betas}")
         _require(
             self.warmup_epochs <= self.epochs,
             f"--optim.warmup-epochs {self.warmup_epochs} exceeds --optim.epochs {self.epochs}",
@@ -381,8 +399,10 @@ def _build(hint: Any, value: Any, name: str) -> Any:
         if unknown := [key for key in value if key not in hints]:
             name = f"{prefix}{unknown[0]}"
             raise ValueError(f"not a configuration of this version: unknown field {name}")
-        if hint is Config and "output" not in value:  # all others have defaults
-            raise ValueError("not a configuration of this version: the field output is missing")
+        parameters = inspect.signature(hint).parameters.values()
+        if missing := [p.name for p in parameters if p.default is p.empty and p.name not in value]:
+            name = f"{prefix}{missing[0]}"
+            raise ValueError(f"not a configuration of this version: the field {name} is missing")
         return hint(**{key: _build(hints[key], value[key], f"{prefix}{key}") for key in value})
     converted = tuple(value) if isinstance(value, list) else value
     if not _has_type(converted, hint):

@@ -72,6 +72,8 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
             reporter.report_start(start)
     batches = reporter.timed(load_batches(run.dataset, sampler, run.workers, pinned, log, asked))
 
+    parts = run.model, run.method, run.optimizer, run.precision
+    clip_grad = run.config.optim.clip_grad
     for step in range(sampler.start_step, sampler.total_steps):
         try:
             batch = next(batches)
@@ -94,9 +96,7 @@ def _train_steps(run: Run, signals: StopSignals, reporter: Reporter) -> None:
         # head_health compares these with the prototypes after the step.
         before = class_directions(run.method.objective) if reports else None
         try:
-            loss, logits = training_step(
-                run.model, run.method, run.optimizer, run.precision, crops, labels, indices, rate
-            )
+            loss, logits = training_step(*parts, crops, labels, indices, rate, clip_grad)
         except NonFiniteLossError:  # raised before any weight changes: the step can be replayed
             raise ValueError(run.save_failed_step(step, crops, labels, indices)) from None
         # Stays on the device: reading the loss would wait for the step. The first B rows are the

@@ -64,6 +64,36 @@ def auto(output: str = "") -> Config:
     return replace(trexstar(output), optim=OptimConfig(warmup_epochs=0))
 
 
+def trex_vit_small(output: str = "") -> Config:
+    """t-ReX with a ViT-S/16 and AdamW, not yet run by us.
+
+    torchrun --nproc-per-node 8 -m trex_models.train trex_vit_small --data.path IMAGES --output DIR
+
+    Crops, projector, loss and final learning rate are those of trex. Learning rate (5e-4 per 512
+    images), batch size, weight decay, epochs, warm-up and drop path are those of DeiT (arXiv
+    2012.12877, table 9).
+    """
+    model = ModelConfig(backbone="vit_small_patch16_224", backbone_args=("drop_path_rate=0.1",))
+    adamw = OptimConfig(name="adamw", epochs=300, batch_size=1024, base_lr=2.5e-4)
+    optim = replace(adamw, warmup_epochs=5, weight_decay=0.05)
+    return Config(output=output, model=model, optim=optim)
+
+
+def trex_convnext_tiny(output: str = "") -> Config:
+    """t-ReX with a ConvNeXt-T and AdamW, not yet run by us.
+
+    Like trex_vit_small, with 20 epochs of warm-up. Learning rate (4e-3 per 4096 images), weight
+    decay, epochs, warm-up and drop path are those of ConvNeXt (arXiv 2201.03545, appendix A). The
+    batch size is DeiT's: the memory bank holds eight batches of it, but only two of 4096 images.
+    """
+    config = trex_vit_small(output)
+    return replace(
+        config,
+        model=replace(config.model, backbone="convnext_tiny"),
+        optim=replace(config.optim, warmup_epochs=20),
+    )
+
+
 def demo(output: str = "") -> Config:
     """A small t-ReX* on generated fractals, which trains in five minutes on two CPU cores.
 
@@ -103,6 +133,5 @@ def smoke(output: str = "") -> Config:
     )
 
 
-RECIPES: dict[str, Callable[[str], Config]] = {
-    recipe.__name__: recipe for recipe in (auto, trex, trexstar, plain3, plain1, demo, smoke)
-}
+_ALL = auto, trex, trexstar, plain3, plain1, trex_vit_small, trex_convnext_tiny, demo, smoke
+RECIPES: dict[str, Callable[[str], Config]] = {recipe.__name__: recipe for recipe in _ALL}

@@ -26,7 +26,7 @@ from trex_models.data.multicrop import MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.distributed import Process, raise_on_all_ranks
 from trex_models.method.model import TReX
-from trex_models.method.optimizer import build_sgd, match_memory_format
+from trex_models.method.optimizer import match_memory_format
 from trex_models.precision import Precision
 from trex_models.pretrained import naver
 from trex_models.pretrained.licenses import combine, resolve_license
@@ -84,6 +84,8 @@ def build_run(config: Config, process: Process) -> Run:
         # Built on the CPU from the seed, so that all ranks and devices get equal weights.
         method = build.build_method(config, len(source.classes), teacher)
 
+        build.build_optimizer(config.optim, method)  # only to check its settings
+
         # Problems that would otherwise end or waste the run after hours.
         warnings = _check(config, sampler.total_steps, source, validation, method, process)
         classes = list(source.classes)
@@ -128,7 +130,7 @@ def build_run(config: Config, process: Process) -> Run:
         lr_schedule=build.lr_schedule(config.optim, sampler.steps_per_epoch),
         method=method,
         model=method,
-        optimizer=build_sgd(method, config.optim.sgd_momentum, config.optim.weight_decay),
+        optimizer=build.build_optimizer(config.optim, method),
         meter=Meter(process, method.objective.predicts_labels),
         unreadable=UnreadableImages(
             Path(config.output) / "unreadable.txt", len(source), config.data.max_unreadable
@@ -211,7 +213,7 @@ def _check(
         folder = Path(config.output)
         saved = len(checkpointing.list_checkpoints(folder))
         count = max(1, checkpointing.MAX_CHECKPOINTS + 1 - saved)
-        size = count * checks.checkpoint_bytes(method)
+        size = count * checks.checkpoint_bytes(method, config.optim.name)
         calls.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(calls)
 

@@ -28,11 +28,13 @@ def training_step(
     labels: Tensor,
     indices: Tensor,
     learning_rate: float,
+    clip_grad: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run one training step: forward, backward, update of bank and weights.
 
     ``model`` is ``method``, or DistributedDataParallel around it. Crops are one tensor per
     resolution, (N_r * B, 3, S_r, S_r), crop-major, global first; labels and sample indices, (B,).
+    Gradients are scaled so that their norm is at most ``clip_grad``, unless it is 0.
     Returns the loss before the optimizer's step, and the logits, (N * B, C); both detached.
 
     Raises:
@@ -52,6 +54,9 @@ def training_step(
     with precision.autocast():
         # Before the optimizer's step: the average follows the weights that produced the loss.
         method.update_bank(crops, labels, indices)
+    if clip_grad:
+        precision.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(method.parameters(), clip_grad)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     return loss.detach(), logits.detach()
