@@ -46,8 +46,9 @@ FORBIDDEN = {
 }
 # Only these have a run's configuration in hand.
 SEE_CONFIG = {
-    *("demo", "plot", "train.__main__", "train.benchmark", "train.build", "train.checkpointing"),
-    *("train.export", "train.loop", "train.recipes", "train.run", "train.setup"),
+    *("demo", "plot", "train.__main__", "train.auto", "train.benchmark", "train.build"),
+    *("train.checkpointing", "train.export", "train.loop", "train.recipes", "train.run"),
+    "train.setup",
 }
 
 
