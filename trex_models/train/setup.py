@@ -70,7 +70,6 @@ def build_run(config: Config, process: Process) -> Run:
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
-
         # Data before the method: it sets the number of classes.
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
@@ -83,13 +82,11 @@ def build_run(config: Config, process: Process) -> Run:
         config = replace(config, model=replace(config.model, embedding_dim=width))
         # Built on the CPU from the seed, so that all ranks and devices get equal weights.
         method = build.build_method(config, len(source.classes), teacher)
-
         build.build_optimizer(config.optim, method)  # only to check its settings
-
         # Problems that would otherwise end or waste the run after hours.
         warnings = _check(config, sampler.total_steps, source, validation, method, process)
         classes = list(source.classes)
-        fingerprint = {"classes": classes, "images": source.digest()}
+        fingerprint: dict[str, Any] = {"classes": classes, "images": source.digest()}
         fingerprint |= {"teacher": metadata["weights_sha256"]} if teacher else {}
         is_new = not checkpointing.list_checkpoints(Path(config.output))
         if process.is_main and is_new:
@@ -101,8 +98,8 @@ def build_run(config: Config, process: Process) -> Run:
     report, inherited = _warm_start(config, method, fingerprint, is_new, process)
     is_new, license_ = distributed.broadcast((is_new, metadata.get("license", "")))
     inherited = combine(inherited, license_) if is_new else inherited
-    if teacher is not None:
-        report.append(f"teacher: {teacher.frozen.name}, license of derived weights: {license_}")
+    about = f"teacher: {config.objective.teacher}, license of derived weights: {license_}"
+    report += [about] if teacher else []
     with raise_on_all_ranks():
         config = replace(config, license=resolve_license(config.license, inherited))
 
@@ -110,7 +107,6 @@ def build_run(config: Config, process: Process) -> Run:
     method.train().to(process.device)
     if config.system.channels_last:
         method.to(memory_format=torch.channels_last)
-    specs = build.crop_specs(config.crops)
     run = Run(
         config=config,
         process=process,
@@ -118,7 +114,7 @@ def build_run(config: Config, process: Process) -> Run:
         # With buffers, workers do not allocate shared memory for each batch.
         dataset=MultiCropDataset(
             source,
-            specs,
+            build.crop_specs(config.crops),
             config.seed,
             config.data.skips_unreadable,
             num_buffers=NUM_BUFFERS,
@@ -144,7 +140,15 @@ def build_run(config: Config, process: Process) -> Run:
             *report,
         ],
     )
-    # Ranks that were started with other settings or data would train without an error.
+    _require_equal_ranks(config, fingerprint)
+    return run
+
+
+def _require_equal_ranks(config: Config, fingerprint: dict[str, Any]) -> None:
+    """Raise an error on all ranks if one was started with other settings or data.
+
+    It would train without an error.
+    """
     first, images = distributed.broadcast((to_json(config), fingerprint))
     with raise_on_all_ranks():
         differences = config_diff(json.loads(first), config)
@@ -154,7 +158,6 @@ def build_run(config: Config, process: Process) -> Run:
                 f"this process differs from rank 0 in {'; '.join(differences)}; start all "
                 "processes with the same command and the same data"
             )
-    return run
 
 
 def wrap_model(run: Run) -> nn.Module:
