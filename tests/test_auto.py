@@ -44,23 +44,27 @@ def chosen(
     [
         (
             Facts(images=1_500, classes=50, side=64),
-            {"crops.global_size": 64, "crops.local_size": 32, "crops.local_crops": 4}
-            | {"optim.batch_size": 32, "optim.epochs": 100, "objective.name": "cosine"},
+            {"crops.global_size": 64, "crops.local_size": 32, "crops.local_crops": 0}
+            | {"optim.batch_size": 32, "optim.epochs": 100, "optim.warmup_epochs": 5}
+            | {"objective.name": "softmax", "model.projector": "none"}
+            | {"optim.name": "adamw", "optim.base_lr": 0.016},
         ),
         (
-            Facts(images=1_500, classes=50, side=48),
-            {"crops.global_size": 32, "crops.local_size": 16, "optim.warmup_epochs": 5},
+            Facts(images=6_000, classes=50, side=48),
+            {"crops.global_size": 32, "crops.local_size": 16, "crops.local_crops": 0}
+            | {"optim.batch_size": 128, "objective.name": "softmax"},
         ),
         (
             Facts(images=50_000, classes=500, side=500, memory=24 * 10**9),
             {"crops.global_size": 224, "crops.local_size": 96, "crops.local_crops": 8}
-            | {"optim.batch_size": 128, "optim.epochs": 225, "model.hidden_layers": 1},
+            | {"optim.batch_size": 128, "optim.epochs": 225, "optim.base_lr": 0.4}
+            | {"objective.name": "cosine", "model.hidden_layers": 1},
         ),
         (
             Facts(images=1_281_167, classes=1000, side=400, memory=80 * 10**9, processes=3),
             {"optim.batch_size": 258, "optim.epochs": 100, "objective.name": "ocm"}
             | {"objective.bank_size": 8000, "objective.ema_momentum": 0.999}
-            | {"optim.base_lr": 0.1, "model.hidden_layers": 3},
+            | {"model.hidden_layers": 3},
         ),
     ],
 )
@@ -94,8 +98,8 @@ def test_networks_without_batchnorm_get_adamw(
     facts = Facts(images=5_000, classes=50, side=300, memory=80 * 10**9)
     settings, lines = chosen(monkeypatch, facts, model__backbone=backbone)
     assert settings["optim.name"] == "adamw"
-    assert settings["optim.base_lr"] == 5e-4
-    assert f"  --optim.name adamw: {backbone} has no BatchNorm" in lines
+    assert settings["optim.base_lr"] * settings["optim.batch_size"] / 256 == 5e-4
+    assert "  --optim.name adamw: for a network without BatchNorm" in lines
 
 
 def test_side_is_the_median_of_the_shorter_sides() -> None:

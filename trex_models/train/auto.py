@@ -24,6 +24,7 @@ from trex_models.train.config import Config
 
 _SAMPLES = 64  # images whose size is read
 _MANY_IMAGES = 500_000  # from here on the paper's settings, which are for 1.28 million images
+_FEW_STEPS = 5_000  # below, a projector and local crops do not pay
 _CPU_CROP = 64  # largest global crop on a CPU, in pixels
 _BYTES_PER_PIXEL = 890  # of the crops in a step of ResNet-50 in bf16 (docs/memory.md)
 
@@ -67,7 +68,12 @@ class _Choices:
     def __init__(self, config: Config, given: Set[str], log: Callable[[str], object]) -> None:
         self.config, self.given, self.log = config, given, log
 
+    def steps(self, facts: Facts) -> int:
+        """Return the number of steps of the run."""
+        return self.config.optim.epochs * (facts.images // self.config.optim.batch_size)
+
     def choose(self, field: str, value: Any, reason: str) -> None:
+        """Set a field, unless it is given, and log its value and the reason."""
         section, name = field.split(".")
         part = getattr(self.config, section)
         if field in self.given:
@@ -89,7 +95,7 @@ def choose(config: Config, arguments: Sequence[str], log: Callable[[str], object
     facts = Facts.of(build.open_source(config.data), config.system.device)
     log(f"auto: {facts.images:,} images of {facts.classes:,} classes, {facts.side} pixels")
     choices = _Choices(config, given, log)
-    for rule in (_crops, _objective, _optimizer, _schedule, _bank):
+    for rule in (_crop_sizes, _schedule, _objective, _optimizer, _bank):
         rule(choices, facts)
     if config.validation.path or config.validation.split:
         choices.choose("validation.neighbors", 20, "compares features with the starting weights")
@@ -98,45 +104,18 @@ def choose(config: Config, arguments: Sequence[str], log: Callable[[str], object
     return choices.config
 
 
-def _crops(choices: _Choices, facts: Facts) -> None:
+def _crop_sizes(choices: _Choices, facts: Facts) -> None:
     size = 32 * min(max(round(0.8 * facts.side / 32), 1), 7)
     reason = "about 0.8 times the side of the images, at most 224"
     if not facts.memory and size > _CPU_CROP:
         size, reason = _CPU_CROP, "on a CPU, larger crops take hours"
     choices.choose("crops.global_size", size, reason)
-    size = choices.config.crops.global_size
-    choices.choose("crops.local_size", 16 * max(round(size * 3 / 112), 1), "3/7 of a global crop")
-    few = size <= _CPU_CROP
-    choices.choose("crops.local_crops", 4 if few else 8, "few" if few else "as in the paper")
-
-
-def _objective(choices: _Choices, facts: Facts) -> None:
-    is_large = facts.images >= _MANY_IMAGES
-    limit = f"{'at least' if is_large else 'fewer than'} {_MANY_IMAGES:,} images"
-    name, weights = ("ocm", "class means") if is_large else ("cosine", "learned class weights")
-    choices.choose("objective.name", name, f"{weights}, for {limit}")
-    choices.choose("model.hidden_layers", 3 if is_large else 1, limit)
-
-
-def _optimizer(choices: _Choices, facts: Facts) -> None:
-    crops, model = choices.config.crops, choices.config.model
-    sizes = crops.global_size, crops.local_size
-    with torch.device("meta"):
-        backbone, _ = build_backbone(model.backbone, model.parsed_backbone_args(), sizes)
-    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
-        reason = f"{model.backbone} has no BatchNorm"
-        choices.choose("optim.name", "adamw", reason)
-        choices.choose("optim.base_lr", 5e-4, f"{reason}; as in DINO")
-        choices.choose("optim.weight_decay", 0.05, f"{reason}; as in DeiT")
-    elif facts.images < _MANY_IMAGES:
-        choices.choose("optim.base_lr", 0.4, "good on small datasets")
-    else:
-        choices.choose("optim.base_lr", 0.1, "as in the paper")
+    size = 16 * max(round(choices.config.crops.global_size * 3 / 112), 1)
+    choices.choose("crops.local_size", size, "3/7 of a global crop, as in the paper")
 
 
 def _schedule(choices: _Choices, facts: Facts) -> None:
-    size = _power_of_two(facts.images / 50, 32, 256)
-    reason = "about 50 steps per epoch, from 32 to 256"
+    size, reason = _power_of_two(facts.images / 50, 32, 256), "about 50 steps per epoch"
     if facts.memory:
         crops = choices.config.crops
         pixels = crops.global_crops * crops.global_size**2 + crops.local_crops * crops.local_size**2
@@ -144,7 +123,7 @@ def _schedule(choices: _Choices, facts: Facts) -> None:
         if fits < size:
             size, reason = _power_of_two(fits / 2**0.5, 8, 256), "more may not fit on the GPU"
     size = -(-size // facts.processes) * facts.processes
-    choices.choose("optim.batch_size", size, reason)
+    choices.choose("optim.batch_size", size, f"{reason}, from 32 to 256")
     epochs = min(300, 100 * (1_281_167 / facts.images) ** 0.25)
     reason = "100 for ImageNet, up to 300 for fewer images"
     if not facts.memory:
@@ -154,15 +133,54 @@ def _schedule(choices: _Choices, facts: Facts) -> None:
     choices.choose("optim.warmup_epochs", min(epochs, max(1, epochs // 20)), "5 % of the epochs")
 
 
+def _objective(choices: _Choices, facts: Facts) -> None:
+    steps, is_large = choices.steps(facts), facts.images >= _MANY_IMAGES
+    is_short = steps < _FEW_STEPS
+    short = f"{steps:,} steps, {'fewer than' if is_short else 'at least'} {_FEW_STEPS:,}"
+    large = f"{facts.images:,} images, {'at least' if is_large else 'fewer than'} {_MANY_IMAGES:,}"
+    name, reason = ("ocm", f"class means, for {large}") if is_large else ("cosine", large)
+    if is_short:
+        name, reason = "softmax", short
+    choices.choose("objective.name", name, reason)
+    if choices.config.objective.name == "softmax":
+        choices.choose("model.projector", "none", "learned class weights on the features")
+    else:
+        choices.choose("model.hidden_layers", 3 if is_large else 1, large)
+    is_small = choices.config.crops.global_size <= _CPU_CROP
+    count = 0 if is_short else 4 if is_small else 8
+    reason = "half of the paper's, for small crops" if is_small and count else short
+    choices.choose("crops.local_crops", count, reason)
+
+
+def _optimizer(choices: _Choices, facts: Facts) -> None:
+    config = choices.config
+    sizes = config.crops.global_size, config.crops.local_size
+    with torch.device("meta"):
+        backbone, _ = build_backbone(
+            config.model.backbone, config.model.parsed_backbone_args(), sizes
+        )
+    has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    if not has_batchnorm or config.objective.name in ("softmax", "distill"):
+        reason = config.objective.name if has_batchnorm else "a network without BatchNorm"
+        choices.choose("optim.name", "adamw", f"for {reason}")
+    if choices.config.optim.name == "adamw":
+        peak = 1e-3 if has_batchnorm else 5e-4
+        rate = round(peak * 256 / config.optim.batch_size, 6)
+        choices.choose("optim.base_lr", rate, f"a peak of {peak:g}")
+        choices.choose("optim.weight_decay", 0.05, "as in DeiT and ConvNeXt")
+    elif facts.images < _MANY_IMAGES:
+        choices.choose("optim.base_lr", 0.4, "sgd on small datasets")
+
+
 def _bank(choices: _Choices, facts: Facts) -> None:
-    objective, optim = choices.config.objective, choices.config.optim
+    objective = choices.config.objective
     if not objective.resolved_bank_size:
         return
     size, reason = min(8 * facts.classes, facts.images), "8 entries per class, as in the paper"
     if objective.name == "look":
         size, reason = min(facts.images // 2, 65536), "half of the images, at most 65536"
     choices.choose("objective.bank_size", size, reason)
-    steps = optim.epochs * (facts.images // optim.batch_size)
+    steps = choices.steps(facts)
     momentum = round(1 - max(50 / max(steps, 100), 0.001), 4)
     choices.choose("objective.ema_momentum", momentum, f"averages over 1/50 of {steps} steps")
 
