@@ -164,7 +164,7 @@ def _optimizer(choices: _Choices, facts: Facts) -> None:
         reason = config.objective.name if has_batchnorm else "a network without BatchNorm"
         choices.choose("optim.name", "adamw", f"for {reason}")
     if choices.config.optim.name == "adamw":
-        peak = 1e-3 if has_batchnorm else 5e-4
+        peak = 2e-3 if has_batchnorm else 5e-4
         rate = round(peak * 256 / config.optim.batch_size, 6)
         choices.choose("optim.base_lr", rate, f"a peak of {peak:g}")
         choices.choose("optim.weight_decay", 0.05, "as in DeiT and ConvNeXt")
