@@ -96,6 +96,19 @@ def test_every_objective_with_its_validation(tmp_path: Path, objective: str) -> 
     assert {"val_top1", "val_top5", "val_knn"} <= last.keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_distillation_with_adamw_and_clipping(tmp_path: Path, precision: str) -> None:
+    """The loss falls: gradients are unscaled before they are clipped."""
+    assert run(tmp_path / "teacher", *CUDA) == 0
+    optimizer = ["--optim.name", "adamw", "--optim.base-lr", "0.03", "--optim.clip-grad", "0.1"]
+    options = ["--objective.name", "distill", "--objective.teacher", str(tmp_path / "teacher")]
+    options += ["--precision", precision, "--optim.epochs", "20"]
+    assert run(tmp_path / "student", *CUDA, *optimizer, *options) == 0
+    trained = [line for line in logged(tmp_path / "student") if "cosine" in line]
+    assert trained[-1]["loss"] < trained[1]["loss"]
+    assert {"val_rank"} == {name for name in trained[-1] if name.startswith("val_")}
+
+
 def test_look_is_that_of_the_cpu() -> None:
     """The scores are float32 without TF32, also under autocast."""
     bank, (z, labels, indices) = make_bank().float(), batch()
