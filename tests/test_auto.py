@@ -104,7 +104,7 @@ def test_networks_without_batchnorm_get_adamw(
 
 def test_side_is_the_median_of_the_shorter_sides() -> None:
     images = [np.zeros((20 + i, 90, 3), np.uint8) for i in range(201)]
-    facts = Facts.of(ArraySource(images, [0] * 201, "a"), "cpu")
+    facts = Facts.of(ArraySource(images, [0] * 201, "a"), RECIPES["auto"](""))
     assert facts == Facts(images=201, classes=1, side=90)
 
 
@@ -125,6 +125,18 @@ def test_a_run_can_be_repeated_from_its_configuration(
     assert_same_state(last_state(first)["method"], last_state(second)["method"])
     assert main(["auto", *command, *SMALL_NET, "--output", str(first)]) == 0  # resumes
     assert "the run is finished" in capsys.readouterr().out
+
+
+def test_unreadable_images_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = save_classes(tmp_path / "images", 10)
+    (images / "a/0.jpg").write_bytes(b"damaged")
+    command = ["auto", "--data.path", str(images), "--output", str(tmp_path / "run"), *SMALL_NET]
+    command += ["--optim.epochs", "1", "--optim.batch-size", "8"]
+    assert main(command) == 2
+    assert "a/0.jpg cannot be read as an image" in capsys.readouterr().err
+    options = ["--data.unreadable", "skip", "--data.max-unreadable", "0.1"]
+    assert main([*command, *options]) == 0
+    assert "auto: 20 images of 2 classes, 30 pixels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trex_models.data.decode import UnreadableImageError
 from trex_models.data.sources import Source
 from trex_models.method.backbone import build_backbone
 from trex_models.precision import choose_device
@@ -48,15 +50,18 @@ class Facts:
     memory: int = 0
 
     @classmethod
-    def of(cls, source: Source, device: str) -> Facts:
+    def of(cls, source: Source, config: Config) -> Facts:
         """Read some images of a source; raise a ValueError if one is unreadable."""
-        indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
-        side = int(np.median([min(source.read(index).shape[:2]) for index in indices]))
-        chosen = choose_device(device)
+        skipped = [UnreadableImageError] * config.data.skips_unreadable
+        sides = list[int]()
+        for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist():
+            with suppress(*skipped):
+                sides.append(min(source.read(index).shape[:2]))
+        chosen = choose_device(config.system.device)
         return cls(
             images=len(source),
             classes=len(source.classes),
-            side=side,
+            side=int(np.median(sides or [224])),  # no readable sample is an error later
             processes=int(os.environ.get("WORLD_SIZE", "1")),
             memory=torch.cuda.mem_get_info(chosen)[1] if chosen.type == "cuda" else 0,
         )
@@ -92,7 +97,7 @@ def choose(config: Config, arguments: Sequence[str], log: Callable[[str], object
     """
     options = (text.partition("=")[0] for text in arguments if text.startswith("--"))
     given = {option[2:].replace("-", "_") for option in options}
-    facts = Facts.of(build.open_source(config.data), config.system.device)
+    facts = Facts.of(build.open_source(config.data), config)
     log(f"auto: {facts.images:,} images of {facts.classes:,} classes, {facts.side} pixels")
     choices = _Choices(config, given, log)
     for rule in (_crop_sizes, _schedule, _objective, _optimizer, _bank):
