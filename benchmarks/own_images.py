@@ -55,7 +55,8 @@ CELLS = {
     "paper": f"trexstar {SMALL} {LOCAL} --optim.warmup-epochs 2 --objective.bank-size BANK",
     "softmax": f"auto {SMALL} {ONE_CROP} {PLAIN} --optim.weight-decay 1e-4",
     "labels, 64 pixels": f"auto {LARGE}",
-    "lite0 as teacher": f"auto {LARGE} --objective.name distill --objective.teacher DATA/lite0",
+    "lite0 as teacher": f"auto {LARGE} --objective.name distill --objective.teacher DATA/lite0 "
+    "--objective.teacher-size 128",
 }
 """Recipe and options by name. BANK is the paper's 8192, or the number of images if it is lower."""
 FIRST = ("auto", "t-ReX-1", "paper", "softmax", "untrained")

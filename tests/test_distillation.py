@@ -6,6 +6,7 @@ import io
 import shutil
 import signal
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock, patch
 
@@ -76,6 +77,12 @@ def test_the_teacher_receives_its_own_normalization(folder: Path) -> None:
     with torch.no_grad():
         expected = load(folder / "teacher")((pixels - 0.5) / 0.5)
         torch.testing.assert_close(teacher((pixels - mean) / std), expected)
+        larger = replace(config, objective=replace(config.objective, teacher_size=48))
+        teacher = load_teacher(larger, torch.device("cpu"))
+        assert teacher is not None
+        resized = F.interpolate(pixels, (48, 48), mode="bicubic", antialias=True)
+        expected = load(folder / "teacher")((resized - 0.5) / 0.5)
+        torch.testing.assert_close(teacher((pixels - mean) / std), expected, rtol=1e-4, atol=1e-5)
 
 
 def train(_: Path) -> dict[str, Tensor]:
@@ -185,7 +192,7 @@ def test_labels_only_serve_validation_by_nearest_neighbors(folder: Path, tmp_pat
     ("changes", "message"),
     [
         ("--objective.teacher resnet50x", "--objective.teacher: resnet50x is not a timm model; "),
-        ("--objective.teacher FOLDER/vit", "does not accept crops of 32 pixels (.*global-size 48"),
+        ("--objective.teacher FOLDER/vit", "does not accept crops of 32 pixels (.*teacher-size 48"),
         ("--objective.teacher=", "--objective.teacher must be set for --objective.name distill"),
         ("--objective.name ocm", "only for it, got 'FOLDER/teacher' for ocm; set both to distill"),
         ("--objective.name ocm --objective.teacher=", "--data.source images has no labels, as"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -128,21 +129,25 @@ def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Frozen model of the student's crops, normalized for it as scale * crops + shift."""
+    """Frozen model; crops are resized to ``size`` and normalized for it, scale * crops + shift."""
 
     frozen: FrozenModel
+    size: int
     scale: Tensor
     shift: Tensor
 
     def __call__(self, crops: Tensor) -> Tensor:
         """Return features, (B, D), of crops, (B, 3, S, S)."""
+        if crops.shape[-1] != self.size:
+            crops = F.interpolate(crops, (self.size, self.size), mode="bicubic", antialias=True)
         return self.frozen.model(crops * self.scale + self.shift)
 
 
 @torch.no_grad()
 def load_teacher(config: Config, device: torch.device) -> Teacher | None:
     """Load the teacher, which must accept the global crops; None if the objective has none."""
-    name, size = config.objective.teacher, config.crops.global_size
+    name, crop = config.objective.teacher, config.crops.global_size
+    size = config.objective.teacher_size or crop
     if not name:
         return None
     try:
@@ -153,13 +158,13 @@ def load_teacher(config: Config, device: torch.device) -> Teacher | None:
     own = frozen.transform
     rows = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, own.mean, own.std
     mean, std, own_mean, own_std = torch.tensor(rows, device=device)[..., None, None]
-    teacher = Teacher(frozen, std / own_std, (mean - own_mean) / own_std)
+    teacher = Teacher(frozen, size, std / own_std, (mean - own_mean) / own_std)
     try:
-        teacher(torch.zeros(2, 3, size, size, device=device)).reshape(2, *frozen.shape)
+        teacher(torch.zeros(2, 3, crop, crop, device=device)).reshape(2, *frozen.shape)
     except Exception as error:  # models raise different types
         raise ValueError(
             f"--objective.teacher: {name} does not accept crops of {size} pixels "
-            f"({first_line(error)}); use --crops.global-size {own.size[0]}"
+            f"({first_line(error)}); use --objective.teacher-size {own.size[0]}"
         ) from error
     return teacher
 

@@ -191,6 +191,8 @@ class ObjectiveConfig:
     teacher: str = ""
     """Teacher (distill): a timm model, t-ReX or a model to compare with, a timm folder, or a run.
     It receives the global crops; its width replaces --model.embedding-dim."""
+    teacher_size: int | None = None
+    """Side length to which crops are resized for the teacher, in pixels. If unset: global-size."""
     temperature: float = 0.1
     """Temperature of the cosine similarities, tau (ocm, cosine, look)."""
     bank_size: int | None = None
@@ -218,7 +220,7 @@ class ObjectiveConfig:
             f"{self.teacher!r} for {self.name}; set both to distill a timm model, folder or run",
         )
         _require(tau > 0, f"--objective.temperature must be positive, got {tau}")
-        _require_at_least(1, self, "objective", "bank_size", "neighbors")
+        _require_at_least(1, self, "objective", "bank_size", "neighbors", "teacher_size")
         _require(0 <= m <= 1, f"--objective.ema-momentum must be in [0, 1], got {m}")
 
 
