@@ -49,6 +49,7 @@ def chosen(
             | {"objective.name": "softmax", "model.projector": "none"}
             | {"optim.name": "adamw", "optim.base_lr": 0.016},
         ),
+        (Facts(images=20, classes=2, side=64, processes=3), {"optim.batch_size": 18}),
         (
             Facts(images=6_000, classes=50, side=48),
             {"crops.global_size": 32, "crops.local_size": 16, "crops.local_crops": 0}
@@ -76,7 +77,7 @@ def test_choices_follow_from_the_images_and_the_machine(
     for field, value in expected.items():
         [line] = [line for line in lines if f"--{field.replace('_', '-')} {value}: " in line]
         assert len(line.partition(": ")[2]) > 2
-    assert "flip 0.5; set both to 0 for text" in lines[-1]
+    assert lines[-1] == ("  --crops.local-augmentation.flip 0.5: set 0 for text, signs or anatomy")
 
 
 def test_options_are_kept_and_later_choices_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +120,7 @@ def test_a_run_can_be_repeated_from_its_configuration(
     assert main(["auto", *command, *SMALL_NET, "--output", str(first)]) == 0
     printed = capsys.readouterr().out
     assert "auto: 40 images of 2 classes, 30 pixels\n  --crops.global-size 32: " in printed
+    assert "  --optim.batch-size 8: as given" in printed
     saved = first / "config.json"
     assert load_config(saved).crops.local_size == 16
     assert main([str(saved), "--output", str(second)]) == 0
@@ -145,9 +147,13 @@ def test_unreadable_images_are_skipped(tmp_path: Path, capsys: pytest.CaptureFix
         (["auto"], "--data.path is not set; pass a folder of class folders"),
         (["auto", "--data.path", "{}/missing"], "missing cannot be listed"),
         (["auto", "--data.path", "{}/images", "--model.backbone", "resnet1O"], "timm has no model"),
+        (
+            ["auto", "--data.path", "{}/images", "--optim.name", "lamb", *SMALL_NET],
+            "auto knows no learning rate for lamb; set --optim.base-lr, too",
+        ),
         (["{}/config.json"], "config.json is not the config.json of a run (Expecting property"),
         (["{}/none.json"], "none.json is not the config.json of a run ([Errno 2] No such file"),
-        (["{}/old.json"], "unknown field speed); fix it"),
+        (["{}/old.json"], "unknown field speed); pass another"),
         (["automatic"], "choose from auto, trex, "),
     ],
 )

@@ -69,9 +69,10 @@ def test_differences_name_the_field_and_pass_over_the_free_ones() -> None:
     assert config_diff(saved, other) == ["model.hidden_layers: 1 -> 2"]
     saved["crops"]["global_augmentation"]["flip"] = 0
     assert "crops.global_augmentation.flip: 0 -> 0.5" in config_diff(saved, config)
-    del saved["crops"]["local_augmentation"]["blur"]
+    blur = saved["crops"]["local_augmentation"].pop("blur")
     with pytest.raises(ValueError, match=r"the field crops.local_augmentation.blur is missing"):
         from_dict(saved)
+    saved["crops"]["local_augmentation"]["blur"] = blur
     saved["optim"]["lars"] = True
     with pytest.raises(ValueError, match="lars"):
         from_dict(saved)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from trex_models.evaluation.geometry import Geometry, analyze
+from trex_models.evaluation.geometry import Geometry, analyze, rankme
 
 
 def sample(images: int = 90, width: int = 12, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -169,3 +170,13 @@ def test_non_finite_rows_are_reported(value: float, row: int) -> None:
 def test_unsuitable_data_is_rejected(images: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyze(images, labels)
+
+
+def test_rankme() -> None:
+    """Features of F orthogonal directions of equal length have rank F."""
+    basis = torch.linalg.qr(torch.randn(6, 4, dtype=torch.float64))[0]
+    assert rankme(basis.T @ basis) == pytest.approx(4)
+    scaled = basis * torch.tensor([4.0, 2, 1, 1])  # shares 1/2, 1/4, 1/8, 1/8
+    assert rankme(scaled.T @ scaled) == pytest.approx(2**1.75)
+    assert rankme(torch.ones(3, 3, dtype=torch.float64)) == pytest.approx(1, abs=1e-5)
+    assert rankme(torch.zeros(3, 3)) == rankme(torch.full((3, 3), torch.nan)) == 0

@@ -31,7 +31,7 @@ def lines(count: int, every: int = 20) -> list[Line]:
     constant = {"learning_rate": 0.1, "seconds": 2.0, "images_per_second": 1000.0}
     constant |= {"waiting_for_data": 0.02, "bank_classes": 0.9, "bank_age": 16.0}
     constant |= {"empty_prototypes": 3, "unreadable": 0, "cosine": 0.5}
-    validated = {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25}
+    validated = {"val_top1": 0.5, "val_top5": 0.75, "val_knn": 0.25, "val_rank": 9.5}
     return [
         constant
         | {"step": index * every, "epoch": index / 10, "loss": 7 / index + 0.1 * (index % 2)}
@@ -69,7 +69,7 @@ def test_one_run_is_drawn_into_its_folder(make_run: Make) -> None:
     assert header.split()[:4] == ["step", "epoch", "loss", "accuracy"]
     loss = f"{lines(40)[-1]['loss']:.4g}"
     assert row.split() == [
-        *("first", "800", "4.00", loss, "97.5%", "50.0%", "50.0%", "25.0%", "1,000", "2.0%")
+        *("first", "800", "4.00", loss, "97.5%", "50.0%", "50.0%", "25.0%", "9.5", "1,000", "2.0%")
     ]
     assert last == f"wrote {folder / 'curves.png'}"
     assert sorted(path.name for path in folder.iterdir()) == [

@@ -99,7 +99,10 @@ def test_share_of_classes_without_a_prototype(
 
 
 def test_bank_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ValueError, match="bank-size 101 exceeds .* 100 images.* use at most 100$"):
+    with pytest.raises(
+        ValueError,
+        match="bank-size 101 exceeds .* 100 images.* use at most 100, or the recipe auto$",
+    ):
         checks.check_bank_size(101, labels_of([50, 50]), 2)
     assert checks.check_bank_size(100, labels_of([50, 50]), 2) is None
 

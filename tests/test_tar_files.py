@@ -96,6 +96,7 @@ def test_pairs_and_one_tar_file_per_class(members: list[tuple[str, bytes]]) -> N
         (IMAGES, gzip.compress, r"x.tar is not .*uncompressed.* after the start.*gunzip"),
         (IMAGES, lambda data: data[:5500], "unexpected end of data, after b/1.jpg.*copy it again"),
         (IMAGES, lambda data: data[: 4 * 1536], "no end-of-archive marker, after b/1.jpg"),
+        (IMAGES, lambda data: data + data, "data after the end-of-archive marker, after b/1.jpg"),
         (IMAGES, lambda data: data[:3072] + b"?" * 9 + data[3081:], "marker, after a/1.jpg"),
     ],
 )

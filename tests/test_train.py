@@ -214,7 +214,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trexx --output x", "unknown recipe 'trexx'; choose from trex, trexstar"),
+        ("trexx --output x", "unknown recipe 'trexx'; choose from auto, trex, trexstar"),
         ("smoke", "--output"),
         ("smoke --output x --optim.lr 3", "--optim.lr"),
         ("smoke --output x --optim.epochs many", "many"),

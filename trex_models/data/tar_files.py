@@ -77,8 +77,8 @@ def _open_index(path: Path, tars: FileSource) -> list[np.ndarray]:
     """Return paths (FILE.tar:NAME), positions (tar file, offset, size) and labels of the images."""
     from filelock import FileLock
 
-    stats = [(status.st_size, status.st_mtime_ns) for status in map(os.stat, tars.files())]
-    key, index = digest(f"format 1 {stats}", *tars.paths.tolist()), list[np.ndarray]()
+    key = digest("format 1", tars.stats()[:, :2], *tars.paths.tolist())
+    index = list[np.ndarray]()
     file = cache_folder() / "tar" / f"{digest(str(path.resolve()))[:32]}.npz"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,7 @@ def _build_index(path: Path, tars: FileSource) -> list[np.ndarray]:
             elif (first := texts.setdefault((tar, key), text)) != text:
                 where = f"{tars.name(tar)}:{name}"
                 raise ValueError(f"{where} is both {first!r} and {text!r}; remove one of the files")
+    images = list({image[:2]: image for image in images}.values())  # as after unpacking
     if not images:
         raise ValueError(f"{path} contains no images in tar files; add some (.jpg, for example)")
     labels = [texts.get(image[1:3], "") for image in images] if texts else _folders(images, tars)
@@ -142,6 +143,9 @@ def _scan(file: str) -> Iterator[tuple[str, int, int, str]]:
             stream.seek(tar.offset)
             if stream.read(512) != bytes(512):  # tarfile stops at a damaged header without error
                 raise tarfile.ReadError("no end-of-archive marker")
+            while rest := stream.read(1 << 20):
+                if rest.strip(b"\0"):  # tarfile ignores what cat or tar --concatenate appends
+                    raise tarfile.ReadError("data after the end-of-archive marker")
     except (OSError, tarfile.TarError) as error:
         raise ValueError(
             f"{file} is not a complete, uncompressed tar file ({error}, after {name}); copy it "

@@ -140,8 +140,11 @@ def rankme(gram: Tensor) -> float:
 
     RankMe (Garrido et al., ICML 2023, arXiv 2210.02885): exp(entropy of sigma_i / sum_j sigma_j)
     of Z, unlike ``Geometry.effective_rank`` neither centered nor normalized. It is at most
-    min(N, F); 1 if all features are multiples of one vector, and 0 if all are zero.
+    min(N, F); 1 if all features are multiples of one vector, and 0 if all are zero or one is not
+    finite.
     """
+    if not gram.isfinite().all():
+        return 0.0
     return _effective_rank(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt())
 
 

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trex_models import cli, distributed
+from trex_models import cli
 from trex_models.train import auto
 from trex_models.train.config import Config, load_config
 from trex_models.train.recipes import RECIPES
@@ -76,7 +76,9 @@ def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> C
     if recipe in RECIPES:
         default, about = RECIPES[recipe](output), inspect.getdoc(RECIPES[recipe]) or ""
     else:
-        default, about = replace(load_config(Path(recipe)), output=output), f"Settings of {recipe}."
+        # Its license may be that of other initial weights or of another teacher.
+        default = replace(load_config(Path(recipe)), output=output, license="")
+        about = f"Settings of {recipe}."
     with ExitStack() as stack:
         if cli.rank():  # every rank parses, and rank 0 prints usage errors for all
             silence = stack.enter_context(Path(os.devnull).open("w"))
@@ -92,10 +94,7 @@ def parse(recipe: str, arguments: Sequence[str], needs_output: bool = True) -> C
         )
     if recipe != "auto":
         return config
-    try:
-        return auto.choose(config, arguments, (lambda _: None) if cli.rank() else print)
-    except ValueError as error:
-        raise distributed.SharedError(str(error)) from error
+    return auto.choose(config, arguments, (lambda _: None) if cli.rank() else print)
 
 
 def export(checkpoint: Path, /, *, output: Path, license: str | None = None) -> None:  # noqa: A002

@@ -102,10 +102,12 @@ def choose(config: Config, arguments: Sequence[str], log: Callable[[str], object
     choices = _Choices(config, given, log)
     for rule in (_crop_sizes, _schedule, _objective, _optimizer, _bank):
         rule(choices, facts)
-    if config.validation.path or config.validation.split:
+    validation = config.validation
+    if validation.path or validation.split or validation.images_per_class:
         choices.choose("validation.neighbors", 20, "compares features with the starting weights")
-    flips = "; set both to 0 for text, signs or anatomy"
-    log(f"  --crops.global-augmentation.flip and --crops.local-augmentation.flip 0.5{flips}")
+    crops = choices.config.crops
+    for kind, part in (("global", crops.global_augmentation), ("local", crops.local_augmentation)):
+        log(f"  --crops.{kind}-augmentation.flip {part.flip:g}: set 0 for text, signs or anatomy")
     return choices.config
 
 
@@ -120,15 +122,17 @@ def _crop_sizes(choices: _Choices, facts: Facts) -> None:
 
 
 def _schedule(choices: _Choices, facts: Facts) -> None:
-    size, reason = _power_of_two(facts.images / 50, 32, 256), "about 50 steps per epoch"
+    size = _power_of_two(facts.images / 50, 32, 256)
+    reason = f"{facts.images // size:,} steps per epoch; from 32 to 256"
     if facts.memory:
         crops = choices.config.crops
         pixels = crops.global_crops * crops.global_size**2 + crops.local_crops * crops.local_size**2
         fits = facts.processes * 0.8 * (facts.memory - 1e9) / (_BYTES_PER_PIXEL * pixels)
         if fits < size:
             size, reason = _power_of_two(fits / 2**0.5, 8, 256), "more may not fit on the GPU"
-    size = -(-size // facts.processes) * facts.processes
-    choices.choose("optim.batch_size", size, f"{reason}, from 32 to 256")
+    # A multiple of the number of processes, and no more than there are images.
+    size = min(-(-size // facts.processes), facts.images // facts.processes) * facts.processes
+    choices.choose("optim.batch_size", size, reason)
     epochs = min(300, 100 * (1_281_167 / facts.images) ** 0.25)
     reason = "100 for ImageNet, up to 300 for fewer images"
     if not facts.memory:
@@ -165,16 +169,20 @@ def _optimizer(choices: _Choices, facts: Facts) -> None:
             config.model.backbone, config.model.parsed_backbone_args(), sizes
         )
     has_batchnorm = any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
-    if not has_batchnorm or config.objective.name in ("softmax", "distill"):
-        reason = config.objective.name if has_batchnorm else "a network without BatchNorm"
-        choices.choose("optim.name", "adamw", f"for {reason}")
-    if choices.config.optim.name == "adamw":
+    reason = str(config.objective.name) if has_batchnorm else "a network without BatchNorm"
+    is_adamw = not has_batchnorm or config.objective.name in ("softmax", "distill")
+    choices.choose("optim.name", "adamw" if is_adamw else "sgd", f"for {reason}")
+    name, is_large = choices.config.optim.name, facts.images >= _MANY_IMAGES
+    if name == "adamw":
         peak = 2e-3 if has_batchnorm else 5e-4
         rate = round(peak * 256 / config.optim.batch_size, 6)
         choices.choose("optim.base_lr", rate, f"a peak of {peak:g}")
         choices.choose("optim.weight_decay", 0.05, "as in DeiT and ConvNeXt")
-    elif facts.images < _MANY_IMAGES:
-        choices.choose("optim.base_lr", 0.4, "sgd on small datasets")
+    elif name == "sgd":
+        reason = "as in the paper" if is_large else f"fewer than {_MANY_IMAGES:,} images"
+        choices.choose("optim.base_lr", 0.1 if is_large else 0.4, reason)
+    elif "optim.base_lr" not in choices.given:
+        raise ValueError(f"auto knows no learning rate for {name}; set --optim.base-lr, too")
 
 
 def _bank(choices: _Choices, facts: Facts) -> None:
@@ -184,10 +192,12 @@ def _bank(choices: _Choices, facts: Facts) -> None:
     size, reason = min(8 * facts.classes, facts.images), "8 entries per class, as in the paper"
     if objective.name == "look":
         size, reason = min(facts.images // 2, 65536), "half of the images, at most 65536"
-    choices.choose("objective.bank_size", size, reason)
     steps = choices.steps(facts)
+    size = max(min(size, steps * choices.config.optim.batch_size // 10), facts.classes)
+    choices.choose("objective.bank_size", size, f"{reason}, or a tenth of the images seen")
     momentum = round(1 - max(50 / max(steps, 100), 0.001), 4)
-    choices.choose("objective.ema_momentum", momentum, f"averages over 1/50 of {steps} steps")
+    reason = f"averages over {1 / (1 - momentum):.0f} of {steps:,} steps"
+    choices.choose("objective.ema_momentum", momentum, reason)
 
 
 def _power_of_two(value: float, least: int, most: int) -> int:

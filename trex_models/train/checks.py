@@ -48,7 +48,7 @@ def check_bank_size(size: int, labels: np.ndarray, num_classes: int) -> str | No
     if size > len(labels):
         raise ValueError(
             f"--objective.bank-size {size} exceeds the dataset's {len(labels)} images: the bank "
-            f"would contain images twice; use at most {len(labels)}"
+            f"would contain images twice; use at most {len(labels)}, or the recipe auto"
         )
     share, larger = _share_without_prototype(size, counts), 1
     while _share_without_prototype(larger, counts) > _TARGET:

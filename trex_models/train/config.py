@@ -391,7 +391,9 @@ def load_config(path: Path) -> Config:
     try:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the config.json of a run ({error}); fix it") from error
+        raise ValueError(
+            f"{path} is not the config.json of a run ({error}); pass another"
+        ) from error
 
 
 def _build(hint: Any, value: Any, name: str) -> Any:
