@@ -33,21 +33,13 @@ _BYTES_PER_PIXEL = 890  # of the crops in a step of ResNet-50 in bf16 (docs/memo
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Properties of the dataset and the machine on which the choices depend.
-
-    Args:
-        images: Number of training images.
-        classes: Number of classes.
-        side: Median of the images' shorter sides, in pixels.
-        processes: Number of training processes.
-        memory: Memory of the GPU of each process in bytes; 0 on a CPU.
-    """
+    """Properties of the dataset and the machine on which the choices depend."""
 
     images: int
     classes: int
-    side: int
+    side: int  # median of the images' shorter sides, in pixels
     processes: int = 1
-    memory: int = 0
+    memory: int = 0  # of the GPU of each process, in bytes; 0 on a CPU
 
     @classmethod
     def of(cls, source: Source, config: Config) -> Facts:
