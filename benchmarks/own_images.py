@@ -116,7 +116,7 @@ def evaluate(model: FrozenModel, images: Path, dataset: str) -> dict[str, float]
     return {"logistic": logistic.top1, "knn": protocol.knn_score(*samples)}
 
 
-def train(cell: str, dataset: str, seed: int, data: Path, folder: Path, epochs: int) -> float:
+def train(cell: str, dataset: str, seed: int, data: Path, folder: Path) -> float:
     """Train a cell in another process; return the seconds."""
     source = open_images(folder.parent / "images", dataset, "train")
     where = ["--data.path", str(getattr(source, "root", ""))]
@@ -124,7 +124,8 @@ def train(cell: str, dataset: str, seed: int, data: Path, folder: Path, epochs: 
         where = ["--data.source", "fractals", "--data.image-size", str(SIDE)]
     options = CELLS[cell].replace("BANK", str(min(8192, len(source)))).replace("DATA", str(data))
     command = [sys.executable, "-m", "trex_models.train", *options.split(), *where, *NETWORK]
-    command += ["--optim.epochs", str(epochs), "--seed", str(seed), "--output", str(folder)]
+    command += ["--optim.epochs", str(EPOCHS[dataset]), "--seed", str(seed)]
+    command += ["--output", str(folder)]
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -133,9 +134,7 @@ def train(cell: str, dataset: str, seed: int, data: Path, folder: Path, epochs: 
     return time.monotonic() - started
 
 
-def run(
-    cell: str, dataset: str, seed: int, data: Path, output: Path, epochs: int | None = None
-) -> dict[str, Any]:
+def run(cell: str, dataset: str, seed: int, data: Path, output: Path) -> dict[str, Any]:
     """Train and evaluate a cell, or evaluate the network without training."""
     name, _, size = cell.partition(", ")
     trained = "auto" if name == "untrained" else cell
@@ -144,7 +143,7 @@ def run(
     if name == "untrained":
         folder = output / f"{'labels-64-pixels' if size else trained}-{dataset}-{seed}"
     else:
-        seconds = train(cell, dataset, seed, data, folder, epochs or EPOCHS[dataset])
+        seconds = train(cell, dataset, seed, data, folder)
     backbone = str(folder / "export/backbone")
     images = output / "images"
     model = FrozenModel.load(backbone, untrained=name == "untrained", seed=seed)

@@ -108,11 +108,10 @@ def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Proce
 
 def build_optimizer(optim: OptimConfig, method: TReX) -> torch.optim.Optimizer:
     """Build the optimizer; ValueError if it is not available or lacks a setting."""
-    peak = optim.base_lr * optim.batch_size / 256
     names = "name", "momentum", "weight_decay", "betas", "eps"
     settings = {name: getattr(optim, name) for name in names}
     try:
-        return optimizer.build_optimizer(method, lr=peak, **settings)
+        return optimizer.build_optimizer(method, lr=optim.peak_lr, **settings)
     except ValueError as error:
         raise ValueError(f"--optim.{error}") from error
 
@@ -120,7 +119,7 @@ def build_optimizer(optim: OptimConfig, method: TReX) -> torch.optim.Optimizer:
 def lr_schedule(optim: OptimConfig, steps_per_epoch: int) -> np.ndarray:
     """Return the learning rate of every step, (epochs * steps_per_epoch,)."""
     return optimizer.learning_rates(
-        peak=optim.base_lr * optim.batch_size / 256,
+        peak=optim.peak_lr,
         final=optim.final_lr,
         warmup_steps=optim.warmup_epochs * steps_per_epoch,
         total_steps=optim.epochs * steps_per_epoch,

@@ -253,6 +253,11 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Largest norm of the gradient of all parameters; 0 disables clipping."""
 
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up."""
+        return self.base_lr * self.batch_size / 256
+
     def __post_init__(self) -> None:
         _require_at_least(1, self, "optim", "epochs", "batch_size")
         non_negative = "base_lr", "final_lr", "warmup_epochs", "momentum", "weight_decay"

@@ -302,6 +302,7 @@ def summarize(
         score = f"cosine {last['cosine']:.3f}" if "cosine" in last else ""
         score = score or f"accuracy {last['accuracy']:.1%}"
         lines.append(f"training: loss {last['loss']:.4g}, {score} (global crop)")
+    measured = [line for line in metrics if "val_knn" in line]
     if validated := [line for line in metrics if "val_top1" in line]:
         last, best = validated[-1], max(validated, key=lambda line: line["val_top1"])
         nearest = f", k-NN {last['val_knn']:.1%}" if "val_knn" in last else ""
@@ -309,9 +310,10 @@ def summarize(
             f"validation: top-1 {last['val_top1']:.1%} (best {best['val_top1']:.1%} at epoch "
             f"{best['epoch']:g}), top-5 {last['val_top5']:.1%}{nearest}"
         )
-    elif knn := [line["val_knn"] for line in metrics if "val_knn" in line]:
+    elif measured:
+        knn = [line["val_knn"] for line in measured]
         lines.append(f"validation: k-NN {knn[-1]:.1%} (best {max(knn):.1%})")
-    if start and (measured := [line for line in metrics if "val_knn" in line]):
+    if start and measured:
         lines.append(_compare(start, measured[-1], validation_images))
     listed = folder / "unreadable.txt"
     if listed.exists():

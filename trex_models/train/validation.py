@@ -113,8 +113,8 @@ class Validator:
         top1, top5, nearest, images = gather(counts[None]).sum(0).tolist()
         if not images:
             raise ValueError("none of the validation images is readable; fix or replace them")
-        width = int(gather(torch.tensor([len(gram)], device=gram.device)).max())
-        gram = gram if len(gram) else gram.new_zeros(width, width)  # no images on this rank
+        width = _shared_width(gram)
+        gram = gram if len(gram) else gram.new_zeros(width, width)
         # Rounded, since the order of the sum depends on the number of processes.
         measured = {"val_rank": float(f"{rankme(sum_over_ranks(gram)):.6g}")}
         if method.objective.predicts_labels:
@@ -176,12 +176,11 @@ class Validator:
                 filled = sum(map(len, parts))
                 features[filled : filled + len(batch)] = batch
                 parts.append(labels)
-        # With fewer references than processes, some processes have none and do not know the width.
-        width = gather(torch.tensor([features.shape[1]], device=features.device)).max()
+        width = _shared_width(features)
         if not width:
             raise ValueError("none of the images that k-NN searches is readable; replace them")
         if not parts:
-            features = features.new_empty(0, int(width))
+            features = features.new_empty(0, width)
             parts = [torch.empty(0, dtype=torch.int64, device=features.device)]
         labels = torch.cat(parts)
         return gather_rows(features[: len(labels)]), gather_rows(labels)
@@ -220,3 +219,8 @@ class Validator:
             if len(batch.labels):
                 crops, labels = to_device([batch.images, batch.labels], device)
                 yield dataset.crop.normalize(crops), labels
+
+
+def _shared_width(rows: Tensor) -> int:
+    """Return the width of the rows of any rank: a rank without images does not know it."""
+    return int(gather(torch.tensor([rows.shape[1]], device=rows.device)).max())
