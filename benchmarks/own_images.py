@@ -57,10 +57,14 @@ CELLS = {
     "labels, 64 pixels": f"auto {LARGE}",
     "lite0 as teacher": f"auto {LARGE} --objective.name distill --objective.teacher DATA/lite0 "
     "--objective.teacher-size 128",
+    "auto, long": f"auto {SMALL}",
+    "softmax, long": f"auto {SMALL} {ONE_CROP} --objective.name softmax",
 }
 """Recipe and options by name. BANK is the paper's 8192, or the number of images if it is lower."""
 FIRST = ("auto", "t-ReX-1", "paper", "softmax", "untrained")
 SECOND = ("labels, 64 pixels", "lite0 as teacher", "untrained, 64 pixels")
+LONG = ("auto, long", "softmax, long")
+TIMES_LONGER = 6  # more than 5,000 steps, from which on auto does not choose softmax
 
 
 def copy_images(source: Path, target: Path, test_share: float) -> None:
@@ -124,7 +128,8 @@ def train(cell: str, dataset: str, seed: int, data: Path, folder: Path) -> float
         where = ["--data.source", "fractals", "--data.image-size", str(SIDE)]
     options = CELLS[cell].replace("BANK", str(min(8192, len(source)))).replace("DATA", str(data))
     command = [sys.executable, "-m", "trex_models.train", *options.split(), *where, *NETWORK]
-    command += ["--optim.epochs", str(EPOCHS[dataset]), "--seed", str(seed)]
+    epochs = EPOCHS[dataset] * (TIMES_LONGER if cell in LONG else 1)
+    command += ["--optim.epochs", str(epochs), "--seed", str(seed)]
     command += ["--output", str(folder)]
     started = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -191,7 +196,7 @@ def own_images(*, data: Path, output: Path, jobs: int = 2) -> None:
     done = {(row["cell"], row["dataset"], row["seed"]) for row in map(json.loads, lines)}
     photographs = [d for d in EPOCHS if d != "fractals"]
     wanted = [(cell, d, seed) for seed in SEEDS for d in EPOCHS for cell in FIRST]
-    wanted += [(cell, d, seed) for seed in SEEDS for d in photographs for cell in SECOND]
+    wanted += [(cell, d, seed) for seed in SEEDS for d in photographs for cell in SECOND + LONG]
     wanted.sort(key=lambda key: key[2])  # stable: complete tables early
     left = [key for key in wanted if key not in done]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:

@@ -147,6 +147,7 @@ def test_unreadable_images_are_skipped(tmp_path: Path, capsys: pytest.CaptureFix
         (["auto"], "--data.path is not set; pass a folder of class folders"),
         (["auto", "--data.path", "{}/missing"], "missing cannot be listed"),
         (["auto", "--data.path", "{}/images", "--model.backbone", "resnet1O"], "timm has no model"),
+        (["auto", "--data.path", "{}/images", "--optim.name", "lambb", *SMALL_NET], "such as lamb"),
         (
             ["auto", "--data.path", "{}/images", "--optim.name", "lamb", *SMALL_NET],
             "auto knows no learning rate for lamb; set --optim.base-lr, too",

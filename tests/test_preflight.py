@@ -279,6 +279,15 @@ def test_warnings_about_a_bank_that_is_too_slow_for_the_run() -> None:
     assert "infinitely many steps" in str(checks.check_momentum(1.0, 100))
 
 
+def test_a_learning_rate_of_sgd_is_too_high_for_adamw() -> None:
+    message = str(checks.check_rate("adamw", 0.1, 512))
+    assert message.startswith("the learning rate of adamw rises to 0.1, but is usually about 0.001")
+    assert "use --optim.base-lr 0.0005, or the recipe auto" in message
+    assert checks.check_rate("adamw", 0.01, 512) is None
+    for name in ("sgd", "sgdp", "lars", "adafactor", "muon"):
+        assert checks.check_rate(name, 0.2, 512) is None
+
+
 def test_recipes_for_imagenet_warn_on_few_images(tmp_path: Path) -> None:
     output = output_of(tmp_path / "run", "--objective.ema-momentum", "0.999")
     assert "warning: --objective.ema-momentum 0.999 averages over 1,000 steps" in output

@@ -69,10 +69,15 @@ def test_class_folders(
     assert set(TarSource(held, source.classes).labels.tolist()) == {0}
 
 
-def test_pairs_and_one_tar_file_per_class(members: list[tuple[str, bytes]]) -> None:
+def test_pairs_and_one_tar_file_per_class(
+    members: list[tuple[str, bytes]], caplog: pytest.LogCaptureFixture
+) -> None:
     files = [(f"v1.0/{i}.PNG", data) for i, (_, data) in enumerate(members[:6])]
-    texts = [(f"v1.0/{i}.cls", text) for i, text in enumerate(b"10,9,9,10\n,9,9".split(b","))]
-    source = TarSource(write_tar("pairs.tar", [*texts[:3], *files, *texts[3:]]))
+    masks = [(f"v1.0/{i}.mask.png", data) for i, (_, data) in enumerate(members[:3])]
+    texts = [(f"v1.0/{i}.CLS", text) for i, text in enumerate(b"10,9,9,10\n,9,9".split(b","))]
+    source = TarSource(write_tar("pairs.tar", [*texts[:3], *files, *masks, *texts[3:]]))
+    assert "3 file(s) ignored (3 with extension '.png')" in caplog.text
+    assert len(source) == 6
     assert list(source.classes) == ["9", "10"]
     assert "".join(source.name(i)[-5] for i in range(6)) == "124503"
     assert source.labels.tolist() == [0] * 4 + [1] * 2
@@ -86,6 +91,7 @@ def test_pairs_and_one_tar_file_per_class(members: list[tuple[str, bytes]]) -> N
     ("data", "change", "message"),
     [
         ([("a.txt", b"")], bytes, r"x.tar contains no images in tar files; add some"),
+        ([("0.png.jpg", b""), ("0.cls", b"7")], bytes, "no images in tar files"),
         (IMAGES[:2], bytes, "x.tar: every label is 'a', but at least 2 classes"),
         (
             [*IMAGES, ("a/0.cls", b"7")],

@@ -24,10 +24,11 @@ _Image = tuple[str, int, str, int, int]  # name, number of the tar file, key, of
 class TarSource(FileSource):
     """Source of images in a tar file, or in all tar files of a folder at any depth.
 
-    With labels, ``KEY.cls`` (a text) belongs to all images ``KEY.*`` of its tar file; a key ends at
-    the first dot of a name. Otherwise, the folders below the images' common root are the classes,
-    or the tar files, if no image is in a folder. Images are sorted by class and name, as in
-    FolderSource. Their positions are cached until a tar file's size or modification time changes.
+    With labels, ``KEY.cls`` (a text) is the label of ``KEY.jpg`` in its tar file; a key ends at the
+    first dot of a name, and ``KEY.mask.png`` is ignored. Otherwise, the folders below the images'
+    common root are the classes, or the tar files, if no image is in a folder. Images are sorted by
+    class and name, as in FolderSource. Their positions are cached until a tar file's size or
+    modification time changes.
 
     Args:
         path: Tar file or folder of tar files, which must not be compressed.
@@ -77,7 +78,7 @@ def _open_index(path: Path, tars: FileSource) -> list[np.ndarray]:
     """Return paths (FILE.tar:NAME), positions (tar file, offset, size) and labels of the images."""
     from filelock import FileLock
 
-    key = digest("format 1", tars.stats()[:, :2], *tars.paths.tolist())
+    key = digest("format 2", tars.stats()[:, :2], *tars.paths.tolist())
     index = list[np.ndarray]()
     file = cache_folder() / "tar" / f"{digest(str(path.resolve()))[:32]}.npz"
     try:
@@ -103,12 +104,15 @@ def _build_index(path: Path, tars: FileSource) -> list[np.ndarray]:
             key = re.sub(r"\.[^/]*$", "", name)
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append((name, tar, key, offset, size))
-            elif not name.endswith(".cls"):
+            elif not name.lower().endswith(".cls"):
                 others.append(os.fsencode(f"./{name}"))
             elif (first := texts.setdefault((tar, key), text)) != text:
                 where = f"{tars.name(tar)}:{name}"
                 raise ValueError(f"{where} is both {first!r} and {text!r}; remove one of the files")
     images = list({image[:2]: image for image in images}.values())  # as after unpacking
+    if texts:  # KEY.mask.png is not the image of KEY
+        named, images = images, [i for i in images if i[0][len(i[2]) :].lower() in IMAGE_EXTENSIONS]
+        others += [os.fsencode(f"./{name}") for name, *_ in set(named).difference(images)]
     if not images:
         raise ValueError(f"{path} contains no images in tar files; add some (.jpg, for example)")
     labels = [texts.get(image[1:3], "") for image in images] if texts else _folders(images, tars)
@@ -134,7 +138,7 @@ def _scan(file: str) -> Iterator[tuple[str, int, int, str]]:
                 name, text = os.path.normpath(member.name).lstrip("/"), ""
                 if member.isdir() or "/." in f"/{name}":
                     continue
-                if name.endswith(".cls"):
+                if name.lower().endswith(".cls"):
                     stream.seek(member.offset_data)
                     text = stream.read(member.size).decode(errors="backslashreplace").strip()
                 if not member.isreg() or member.issparse():

@@ -174,6 +174,7 @@ def _optimizer(choices: _Choices, facts: Facts) -> None:
         reason = "as in the paper" if is_large else f"fewer than {_MANY_IMAGES:,} images"
         choices.choose("optim.base_lr", 0.1 if is_large else 0.4, reason)
     elif "optim.base_lr" not in choices.given:
+        build.build_optimizer(choices.config.optim, nn.Linear(1, 1))  # rejects unknown names
         raise ValueError(f"auto knows no learning rate for {name}; set --optim.base-lr, too")
 
 

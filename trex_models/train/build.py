@@ -106,7 +106,7 @@ def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Proce
     return EpochSampler(num_images, optim.batch_size, optim.epochs, seed, *ranks)
 
 
-def build_optimizer(optim: OptimConfig, method: TReX) -> torch.optim.Optimizer:
+def build_optimizer(optim: OptimConfig, method: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer; ValueError if it is not available or lacks a setting."""
     names = "name", "momentum", "weight_decay", "betas", "eps"
     settings = {name: getattr(optim, name) for name in names}

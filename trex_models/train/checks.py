@@ -6,12 +6,14 @@ Shapes: N images, C classes, Q bank size.
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import timm.optim
 import torch
 from torch import nn
 
@@ -80,6 +82,19 @@ def check_momentum(momentum: float, steps: int) -> str | None:
     return (
         f"--objective.ema-momentum {momentum} averages over {horizon} steps, more than a fifth of "
         f"the run's {steps}; use {max(0, 1 - 50 / steps):.2g}, or the recipe auto"
+    )
+
+
+def check_rate(name: str, peak: float, batch_size: int) -> str | None:
+    """Return a warning if the peak rate is over ten times the default of an Adam-like optimizer."""
+    optimizer = timm.optim.get_optimizer_class(name, bind_defaults=False)
+    usual = inspect.signature(optimizer).parameters["lr"].default
+    has_betas = timm.optim.get_optimizer_info(name).has_betas
+    if not has_betas or not isinstance(usual, float) or peak <= 10 * usual:
+        return None
+    return (
+        f"the learning rate of {name} rises to {peak:g}, but is usually about {usual:g}: use "
+        f"--optim.base-lr {usual * 256 / batch_size:g}, or the recipe auto"
     )
 
 

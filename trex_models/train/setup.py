@@ -187,7 +187,8 @@ def _check(
     process: Process,
 ) -> list[str]:
     specs, workers = build.crop_specs(config.crops), build.num_workers(config.system)
-    share = config.optim.batch_size // process.world_size
+    optim = config.optim
+    share = optim.batch_size // process.world_size
     batch_bytes = share * sum(spec.count * 3 * spec.size**2 for spec in specs)
     if validation is not None:  # its batches are in memory next to the crops
         batch_bytes += share * 3 * config.crops.global_size**2
@@ -198,6 +199,7 @@ def _check(
         )
     smallest, skip = min(spec.size for spec in specs), config.data.skips_unreadable
     calls: list[Callable[[], str | None]] = [
+        partial(checks.check_rate, optim.name, optim.peak_lr, optim.batch_size),
         partial(checks.check_samples, "training", source, skip),
         partial(checks.check_classes, source),
         partial(checks.check_shared_memory, batch_bytes, workers, build.local_processes()),
@@ -207,7 +209,7 @@ def _check(
         calls.append(partial(checks.check_samples, "validation", validation.source, skip))
     if entries := config.objective.resolved_bank_size:
         calls.append(partial(checks.check_bank_size, entries, source.labels, len(source.classes)))
-        calls.append(partial(checks.check_bank_refills, entries, config.optim.batch_size * steps))
+        calls.append(partial(checks.check_bank_refills, entries, optim.batch_size * steps))
         calls.append(partial(checks.check_momentum, config.objective.ema_momentum, steps))
     if process.is_main and config.system.tensorboard:
         calls.append(checks.check_tensorboard)
@@ -216,7 +218,7 @@ def _check(
         folder = Path(config.output)
         saved = len(checkpointing.list_checkpoints(folder))
         count = max(1, checkpointing.MAX_CHECKPOINTS + 1 - saved)
-        size = count * checks.checkpoint_bytes(method, config.optim.name)
+        size = count * checks.checkpoint_bytes(method, optim.name)
         calls.append(partial(require_space, folder, size, "--output"))
     return checks.run_checks(calls)
 
