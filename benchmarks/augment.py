@@ -41,7 +41,7 @@ from benchmarks.reference_pipeline import (
     reference_tensor,
 )
 from trex_models.data import photometric as ph
-from trex_models.data.multicrop import Box, draw_boxes, resized_crop
+from trex_models.data.multicrop import Box, draw_boxes, resized_crops
 from trex_models.data.photometric import PhotometricAugmentation, apply, normalize
 
 Photographs = Sequence[NDArray[np.uint8]]
@@ -125,7 +125,7 @@ def cut_crops(
     """Cut crops with our code, cycling through photographs: (count, 3, size, size) uint8."""
     out = torch.empty(count, size, size, 3, dtype=torch.uint8)
     for row, (image, box) in zip(out, _boxes(photographs, count, scale, seed), strict=True):
-        resized_crop(image, box, size, row)
+        resized_crops(image, [box], size, row[None])
     return out.permute(0, 3, 1, 2)
 
 

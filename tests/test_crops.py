@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.augment import LIMITS, compare_boxes, crop_error, our_boxes, summary
 from benchmarks.photographs import bundled
 from benchmarks.reference_pipeline import random_boxes, reference_crop
-from trex_models.data.multicrop import Box, CropSpec, MultiCrop, resized_crop
+from trex_models.data.multicrop import Box, CropSpec, MultiCrop, resized_crops
 from trex_models.data.photometric import LOCAL_AUGMENTATION
 
 LOCAL, GLOBAL = (0.05, 0.25), (0.25, 1.0)
@@ -69,23 +69,23 @@ def test_crops_match_pil(size: int, scale: tuple[float, float]) -> None:
 def test_boxes_of_few_pixels_match_pil(box: Box) -> None:
     image = bundled()[2]
     out = torch.empty(32, 32, 3, dtype=torch.uint8)
-    resized_crop(image, box, 32, out)
+    resized_crops(image, [box], 32, out[None])
     theirs = np.asarray(reference_crop(Image.fromarray(image), box, 32)).astype(int)
     assert np.abs(out.numpy() - theirs).max() <= 4
 
 
-def test_resized_crop_reads_only_its_box_and_writes_only_its_row() -> None:
+def test_resized_crops_read_only_their_boxes_and_write_only_their_rows() -> None:
     image = bundled()[0]
     box = (40, 50, 100, 120)
     inside = slice(40, 140), slice(50, 170)
     other = 255 - image
     other[inside] = image[inside]
-    first, second = torch.empty(2, 64, 64, 3, dtype=torch.uint8)
-    resized_crop(image, box, 64, first)
-    resized_crop(other, box, 64, second)
+    first, second = torch.empty(2, 1, 64, 64, 3, dtype=torch.uint8)
+    resized_crops(image, [box], 64, first)
+    resized_crops(other, [box], 64, second)
     assert torch.equal(first, second)
     batch = torch.full((3, 16, 16, 3), 7, dtype=torch.uint8)
-    resized_crop(np.full((20, 30, 3), 200, dtype=np.uint8), (0, 0, 20, 30), 16, batch[1])
+    resized_crops(np.full((20, 30, 3), 200, dtype=np.uint8), [(0, 0, 20, 30)], 16, batch[1:2])
     assert (batch[1] == 200).all()
     assert (batch[[0, 2]] == 7).all()
 
@@ -97,7 +97,8 @@ def test_images_are_read_in_place_by_the_channels_last_kernel(
     for writeable in (True, False):
         image = bundled()[0].copy()
         image.flags.writeable = writeable
-        resized_crop(image, (10, 20, 90, 80), 32, torch.empty(32, 32, 3, dtype=torch.uint8))
+        out = torch.empty(1, 32, 32, 3, dtype=torch.uint8)
+        resized_crops(image, [(10, 20, 90, 80)], 32, out)
         patch, result = resized[-1]
         assert (patch.data_ptr() == image[10:, 20:].ctypes.data) == writeable
         assert result.is_contiguous(memory_format=torch.channels_last)

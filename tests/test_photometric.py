@@ -25,7 +25,7 @@ from benchmarks.augment import (
 from benchmarks.photographs import bundled
 from benchmarks.reference_pipeline import Rows, random_pipeline, random_rows, seeded
 from trex_models.data import photometric as ph
-from trex_models.data.multicrop import draw_boxes, resized_crop
+from trex_models.data.multicrop import draw_boxes, resized_crops
 from trex_models.data.photometric import (
     GLOBAL_AUGMENTATION,
     LOCAL_AUGMENTATION,
@@ -247,8 +247,7 @@ def test_augmented_images_have_the_reference_pipelines_distribution() -> None:
     height, width, _ = photograph.shape
     boxes = draw_boxes(np.random.default_rng(0), count, height, width, scale)
     batch = torch.empty(count, size, size, 3, dtype=torch.uint8)
-    for box, out in zip(boxes, batch, strict=True):
-        resized_crop(photograph, box, size, out)
+    resized_crops(photograph, boxes, size, batch)
     ours = normalize(augment(batch.permute(0, 3, 1, 2), draw_rows(GLOBAL_AUGMENTATION, count)))
     with seeded(0):
         pipeline = random_pipeline(size, scale, GLOBAL_AUGMENTATION)

@@ -74,8 +74,7 @@ class CropSpec:
         require_rgb(image)
         rng.random(out=draws)
         boxes = draw_boxes(rng, self.count, image.shape[0], image.shape[1], self.scale)
-        for crop, box in zip(out, boxes, strict=True):
-            resized_crop(image, box, self.size, crop)
+        resized_crops(image, boxes, self.size, out)
 
     def parameters(self, draws: np.ndarray) -> Tensor:
         """Convert a batch's draws, (B, N, NUM_DRAWS), to parameters, (N * B, P), crop-major."""
@@ -378,15 +377,15 @@ def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
     return max(factor for factor in (1, 2, 4) if factor <= max(1, limit))
 
 
-def resized_crop(image: np.ndarray, box: Box, size: int, out: Tensor) -> None:
-    """Resize only a box of an image, (H, W, 3) uint8, and write it to ``out``, (S, S, 3)."""
-    top, left, height, width = box
-    if not image.flags.writeable:  # torch does not support read-only arrays
-        image, top, left = image[top : top + height, left : left + width].copy(), 0, 0
+def resized_crops(image: np.ndarray, boxes: Sequence[Box], size: int, out: Tensor) -> None:
+    """Resize only boxes of an image, (H, W, 3) uint8, and write them to ``out``, (N, S, S, 3)."""
+    pixels = torch.from_numpy(image if image.flags.writeable else image.copy())  # as torch requires
     # Add the batch axis before slicing: otherwise torch does not recognize the strides as channels
     # last and uses a kernel that takes twice the time.
-    patch = torch.from_numpy(image)[None, top : top + height, left : left + width]
-    out[None].permute(0, 3, 1, 2).copy_(resize(patch.permute(0, 3, 1, 2), size, size, "bicubic"))
+    batch = pixels[None].permute(0, 3, 1, 2)
+    for crop, (top, left, height, width) in zip(out, boxes, strict=True):
+        patch = batch[:, :, top : top + height, left : left + width]
+        crop.copy_(resize(patch, size, size, "bicubic")[0].permute(1, 2, 0))
 
 
 def resize(images: Tensor, height: int, width: int, mode: str) -> Tensor:

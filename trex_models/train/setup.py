@@ -70,6 +70,8 @@ def build_run(config: Config, process: Process) -> Run:
         precision = Precision.from_name(config.precision, process.device.type)
         precision.apply()
         config = replace(config, precision=precision.name, objective=config.objective.resolved())
+        if process.is_main and config.data.path:  # on network storage it may take minutes
+            print(f"opening {config.data.path}", flush=True)
         # Data before the method: it sets the number of classes.
         source = build.open_source(config.data)
         validation = build.open_validation(config, source)
