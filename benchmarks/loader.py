@@ -8,8 +8,9 @@ training device (see `benchmarks.augment`); the reference (`benchmarks.reference
 augmented float32 tensors. `core`: CPU time of a worker's work, in one process with one thread, for
 files of about 30 KB, 100 KB, 500 KB and 2 MB; `decode` is only reading and decoding; `reduced`
 compares `--data.decode auto` with `exact`. `whole`: wall time with loader workers in the steady
-state, without their start. `memory`: memory of one worker beyond the memory that it shares with its
-parent process. Takes seven minutes on two cores.
+state, without their start. `slow`: the same for ours alone, on storage where each read takes some
+milliseconds, with more workers than cores. `memory`: memory of one worker beyond the memory that it
+shares with its parent process. Takes nine minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -35,8 +37,10 @@ from benchmarks.photographs import KINDS, NUM_CLASSES, write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
 from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import NUM_BUFFERS, load_batches
-from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
+from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset, reduction_factor
 from trex_models.data.tar_files import TarSource
+
+LATENCIES, WORKERS = (0.0, 1.0, 5.0, 20.0), (2, 8, 32)  # of `slow`: ms, and number of workers
 
 
 class Files:
@@ -78,6 +82,17 @@ class Files:
     def keys(self, batch: int) -> Iterator[list[Key]]:
         """Yield lists of (epoch, index) keys, practically without end."""
         return iter(EpochSampler(len(self.ours.source), batch, epochs=1 << 20, seed=0))
+
+
+class SlowSource(FolderSource):
+    """Class folders on storage whose reads take ``latency`` seconds."""
+
+    latency = 0.0
+
+    def read(self, index: int) -> np.ndarray:
+        """Wait, and return the image."""
+        time.sleep(self.latency)
+        return super().read(index)
 
 
 class Weighed:
@@ -124,17 +139,8 @@ def core(files: Files, images: int, rounds: int) -> dict[str, Any]:
 def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> dict[str, Any]:
     """Measure images per second of wall time with loader workers, in the steady state."""
     batches += -batches % workers
-    lead = 2 * workers
-    # One extra batch per worker keeps all of them busy until the last timed batch.
-    keys = list(islice(files.keys(batch), lead + batches + workers))
-
-    def steady(loaded: Iterator[Any]) -> float:
-        for _ in range(lead):
-            next(loaded)
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(loaded)
-        return batch * batches / (time.perf_counter() - start)
+    keys = _keys(files, batch, batches, workers)
+    steady = partial(_steady_rate, batch, batches, workers)
 
     def ours() -> float:
         return steady(load_batches(files.ours, keys, workers))
@@ -145,6 +151,41 @@ def whole(files: Files, batch: int, batches: int, workers: int, rounds: int) -> 
 
     rates = measure.compared(ours, reference, rounds)
     return {"batch": batch, "batches": batches, "workers": workers, "rates": rates}
+
+
+def _keys(files: Files, batch: int, batches: int, workers: int) -> list[list[Key]]:
+    # One extra batch per worker keeps all of them busy until the last timed batch.
+    return list(islice(files.keys(batch), 2 * workers + batches + workers))
+
+
+def _steady_rate(batch: int, batches: int, workers: int, loaded: Iterator[Any]) -> float:
+    """Return images per second after the first two batches of each worker."""
+    for _ in range(2 * workers):
+        next(loaded)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(loaded)
+    return batch * batches / (time.perf_counter() - start)
+
+
+def slow(files: Files, batch: int, batches: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Measure images per second by latency of a read in ms and number of workers."""
+    source = SlowSource(files.folder.root)
+    dataset = MultiCropDataset(source, SPECS, seed=0, num_buffers=NUM_BUFFERS)
+
+    def rate(latency: float, workers: int) -> float:
+        source.latency = latency / 1000
+        dataset.source = source.reduced(partial(reduction_factor, SPECS))
+        count = batches + -batches % workers
+        loaded = load_batches(dataset, _keys(files, batch, count, workers), workers)
+        return _steady_rate(batch, count, workers, loaded)
+
+    return {
+        f"{latency:g} ms": measure.spreads(
+            measure.alternate({str(n): partial(rate, latency, n) for n in WORKERS}, rounds, 0)
+        )
+        for latency in LATENCIES
+    }
 
 
 def memory(files: Files, batch: int, batches: int) -> dict[str, dict[str, float]]:
@@ -189,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         standard = kinds["standard"]
         loaders = whole(standard, batch, parsed.batches, parsed.workers, parsed.rounds)
+        delayed = slow(standard, batch, parsed.batches, max(1, parsed.rounds // 4))
         weights = memory(standard, batch, 4)
     result = {
         "machine": measure.machine(),
@@ -196,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratio_whole": loaders["rates"]["ratio"]["median"],
         "core": measured,
         "whole": loaders,
+        "slow": delayed,
         "memory_mb": weights,
     }
     for kind, found in measured.items():
@@ -205,6 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure.print_compared(f"{what}, images/s of CPU time{against}", found[what])
     title = f"{parsed.workers} loader workers, batch size {batch}, standard files, images/s"
     measure.print_compared(title, loaders["rates"])
+    print("\nimages/s by number of workers, if each read takes some milliseconds")
+    for latency, rates in delayed.items():
+        print(f"  {latency}: " + ", ".join(f"{n}: {r['median']:.0f}" for n, r in rates.items()))
     print("\nmemory in MB")
     for name, weight in weights.items():
         print(f"  {name}: " + ", ".join(f"{key} {value:g}" for key, value in weight.items()))

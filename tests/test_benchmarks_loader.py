@@ -57,6 +57,8 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(KINDS, kind, KINDS["small"])
     out = tmp_path / "results" / "loader.json"
     settings = "--rounds 1 --batch 2 --batches 1 --workers 1 --files 8".split()
+    monkeypatch.setattr(loader, "WORKERS", (1, 2))
+    monkeypatch.setattr(loader, "LATENCIES", (0.0, 100.0))
     threads = torch.get_num_threads()
     loader.main([*settings, "--out", str(out)])
     assert torch.get_num_threads() == threads
@@ -65,8 +67,12 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("ratio", "ratio_whole"):
         assert_positive(result[key])
     assert set(result["core"]) == {"standard", "small", "large", "huge"}
-    for part in ("core", "whole", "memory_mb"):
+    for part in ("core", "whole", "slow", "memory_mb"):
         assert_positive(result[part])
+    assert {latency: set(rates) for latency, rates in result["slow"].items()} == {
+        "0 ms": {"1", "2"},
+        "100 ms": {"1", "2"},
+    }
     for weight in result["memory_mb"].values():
         assert set(weight) == {"peak_rss", "uss", "batch"}
 
