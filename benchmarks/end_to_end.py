@@ -108,15 +108,12 @@ def _measure(
         "ours": _ours(root, cores, options, device),
         "reference": _reference(root, cores, options, device),
     }
-    rates = measure.alternate(
-        {name: partial(rate, name, trainer) for name, trainer in trainers.items()}, options.rounds
-    )
+    variants = {name: partial(rate, name, trainer) for name, trainer in trainers.items()}
+    rates = measure.alternate(variants, options.rounds, warm_up=0)  # `_train` warms up
     return {
         "cores": cores,
         "images_per_second": measure.spreads(rates),
-        "waiting": {
-            name: measure.spread(values[-options.rounds :]) for name, values in waiting.items()
-        },
+        "waiting": measure.spreads(waiting),
         "ratios": measure.ratios(rates["ours"], rates["reference"]),
     }
 

@@ -101,6 +101,7 @@ def account(config: Config, classes: int, batch: int) -> dict[str, int]:
 
 def measured_on_cuda(config: Config, classes: int, batch: int) -> dict[str, int]:
     """Measure the bytes of a real step with CUDA's allocator, by category."""
+    torch.cuda.empty_cache()  # otherwise, `reserved` includes that of the previous row
     torch.cuda.reset_peak_memory_stats()
     row = _two_steps(
         config,

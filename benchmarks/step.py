@@ -1,24 +1,27 @@
 """Compare the speed of the training step with a reference (`benchmarks.reference_step`).
 
     python -m benchmarks.step                                        # bf16 on the CPU, 3 minutes
-    python -m benchmarks.step --device cuda --batch 256 --steps 20 --also nchw compile
-    python -m benchmarks.step --device cuda --batch 256 --steps 20 --reference-dtype float16
+    python -m benchmarks.step --device cuda --batch 256 --steps 20 --reference-dtype float16 \
+        --also nchw unfused recomputed compile
 
 Both use the same crops, labels and sizes (recipe trex: 1 x 224 and 8 x 96 pixels, three hidden
 layers, 1000 classes, a memory bank of 8192). The inputs are already on the device, so loading and
 augmentation are not included. `ratio` is the reference's time divided by ours, median over the
-rounds. A profile then lists the time of both by kind of operator.
+rounds. A profile then lists the time of both by kind of operator. `--losses N` also trains for N
+steps in each precision, from equal weights and on equal batches, and compares the losses.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
@@ -38,6 +41,12 @@ _DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
     "float32": (torch.float32, "fp32"),
     "bfloat16": (torch.bfloat16, "bf16"),
     "float16": (torch.float16, "fp16"),
+}
+_VARIANTS = {
+    "nchw": {"channels_last": False},
+    "compile": {"compiled": True},
+    "unfused": {"fused": False},
+    "recomputed": {"recomputed": True},
 }
 _RATE = 0.05
 _CROPS = (1, 8)  # global and local
@@ -64,12 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ours": lambda: ours(last, labels, indices),
         "reference": lambda: theirs(crops, labels),
     }
-    if "nchw" in options.also:
-        plain = our_step(options, device, channels_last=False)
-        steps["nchw"] = lambda: plain(crops, labels, indices)
-    if "compile" in options.also:
-        compiled = our_step(options, device, compiled=True)
-        steps["compile"] = lambda: compiled(last, labels, indices)
+    for name in options.also:
+        variant = our_step(options, device, **_VARIANTS[name])
+        steps[name] = partial(variant, crops if name == "nchw" else last, labels, indices)
     seconds = measure.alternate(
         {
             name: partial(measure.seconds, partial(_several, step, options.steps), device)
@@ -99,6 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate, ratio = result["images_per_second"][name], result["ratios"][name]
         spreads = measure.format_spread(rate, " images/s"), measure.format_spread(ratio)
         print(f"{name:10} {spreads[0]}, ratio {spreads[1]}")
+    if options.losses:
+        result |= compare_losses(options, device)
+        print(f"losses: {result['loss_differences']}")
+    measure.record(options.out, result)  # in case that the profiler fails
     for name in ("ours", "reference"):
         result[f"profile_{name}"] = shares = _profile(steps[name], device)
         print(f"time of {name}: " + ", ".join(f"{kind} {s:.0%}" for kind, s in shares.items()))
@@ -124,26 +134,48 @@ def our_step(
     device: torch.device,
     channels_last: bool = True,
     compiled: bool = False,
-) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+    fused: bool = True,
+    recomputed: bool = False,
+) -> Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]:
     """Return a function of crops, labels and indices that runs a step as `train.loop` does."""
     config = _config(options)
+    config = replace(config, system=replace(config.system, checkpoint_activations=recomputed))
     method = build.build_method(config, options.classes).train().to(device)
     if channels_last:
         method.to(memory_format=torch.channels_last)
     if compiled:
         method.encoder.compile()
     optimizer = build.build_optimizer(config.optim, method)
+    if not fused:
+        optimizer = torch.optim.SGD([g | {"fused": None} for g in optimizer.param_groups], lr=_RATE)
     precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
     precision.apply()
     meter = Meter(Process(0, 1, device))
 
-    def step(crops: Sequence[Tensor], labels: Tensor, indices: Tensor) -> None:
+    def step(crops: Sequence[Tensor], labels: Tensor, indices: Tensor) -> Tensor:
         loss, logits = training_step(
             method, method, optimizer, precision, crops, labels, indices, _RATE
         )
         meter.update(loss, logits[: len(labels)], labels)
+        return loss
 
     return step
+
+
+def compare_losses(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Train in each precision and compare the losses with those in float32."""
+    losses = {}
+    for dtype in (name for name in _DTYPES if device.type == "cuda" or name != "float16"):
+        step = our_step(argparse.Namespace(**vars(options) | {"dtype": dtype}), device)
+        crops, labels, indices = _inputs(options, device)  # seeds the noise, too
+        noisy = ([c + torch.randn_like(c) for c in crops] for _ in range(options.losses))
+        losses[dtype] = torch.stack([step(images, labels, indices) for images in noisy]).cpu()
+    exact, differences = losses["float32"], {}
+    for dtype, values in losses.items():
+        differences[f"{dtype}, mean of the last 20 losses"] = values[-20:].mean().item()
+        differences[f"{dtype}, mean relative difference"] = (values / exact - 1).abs().mean().item()
+    lists = {dtype: values.tolist() for dtype, values in losses.items()}
+    return {"losses": lists, "loss_differences": differences}
 
 
 def reference_step(
@@ -164,9 +196,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser("step", __doc__)
     add_options(parser)
     parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="crop sizes, pixels")
-    parser.add_argument(
-        "--also", nargs="*", choices=("nchw", "compile"), default=(), help="additional variants"
-    )
+    parser.add_argument("--also", nargs="*", choices=_VARIANTS, default=(), help="further variants")
+    parser.add_argument("--losses", type=int, default=0, help="training steps in each precision")
     return parser.parse_args(arguments)
 
 
@@ -205,6 +236,8 @@ def _profile(step: Callable[[], object], device: torch.device) -> dict[str, floa
         measure.wait(device)
     spent: dict[str, float] = {}
     for event in recorded.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time also counts for the operator that started it
         kind = next(
             (kind for kind, parts in _KINDS.items() if any(p in event.key.lower() for p in parts)),
             "other",
