@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for count in options.cores:
             with _cores(all_cores[:count]):
                 results.append(_measure(Path(folder), count, options, device))
+                measure.record(options.out, {"by_cores": results})  # in case of a time limit
     machine = measure.machine(options.device)
     print(f"{machine['processor']}, {machine.get('device', 'CPU')}, {options.backbone}")
     for result in results:

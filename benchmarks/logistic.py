@@ -16,8 +16,7 @@ real: scikit-learn's handwritten digits at 32 px, encoded by timm's resnet10t wi
 ``ratio`` is scikit-learn's time divided by ours; ``excess`` is the largest relative excess of our
 objective over scikit-learn's, in float64.
 
-`--device cuda` instead compares k-NN, logistic regression and a linear layer trained by SGD on this
-device with the CPU, on the first size: seconds and the fraction of equal predictions.
+`--device cuda` instead compares k-NN, logistic regression and linear layers there and on the CPU.
 """
 
 from __future__ import annotations
@@ -131,26 +130,20 @@ def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, A
 def devices(size: str, device: torch.device) -> dict[str, float]:
     """Compare three classifiers on a device with the CPU: seconds and equal predictions."""
     samples, width, classes = map(int, size.split("x"))
-    (x, queries), (y, _) = (part.split(samples) for part in features(2 * samples, width, classes))
-    labeled, cpu = linear.Samples(x, y, torch.arange(samples)), torch.device("cpu")
-
-    def sgd(on: torch.device) -> Tensor:
-        options: dict[str, Any] = {"num_classes": classes, "device": on, "epochs": 20}
-        layers = linear.fit(labeled, [linear.Setting(0.5, 0.0)], **options)
-        return layers.logits(F.normalize(queries.to(on)))[:, 0]
-
-    found: dict[str, float] = {}
+    data, labels = features(2 * samples, width, classes)
+    (x, queries), y = F.normalize(data).split(samples), labels[:samples]
+    labeled, settings = linear.Samples(x, y, torch.arange(samples)), [linear.Setting(0.5, 0.0)]
+    train = partial(linear.fit, labeled, settings, num_classes=classes, epochs=20)
     methods: dict[str, Callable[[torch.device], Tensor]] = {
         "k-NN": lambda on: knn_votes(x.to(on), y.to(on), queries.to(on), classes),
         "logistic": lambda on: fit_path(x.to(on), y.to(on), [1.0])[0].logits(queries.to(on)),
-        "linear": sgd,
+        "linear": lambda on: train(device=on).logits(queries.to(on))[:, 0],
     }
+    found: dict[str, float] = {}
     for name, scores in methods.items():
-        classified = [scores(on).argmax(1).cpu() for on in (cpu, device)]
-        found[f"{name}, equal predictions"] = (
-            (classified[0] == classified[1]).double().mean().item()
-        )
-        for on in (cpu, device):
+        cpu, other = (scores(torch.device(on)).argmax(1).cpu() for on in ("cpu", device))
+        found[f"{name}, equal predictions"] = (cpu == other).double().mean().item()
+        for on in (torch.device("cpu"), device):
             found[f"{name}, s on {on}"] = measure.seconds(partial(scores, on), on)
     return found
 
@@ -164,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, help="compare this device with the CPU")
     args = parser.parse_args(arguments)
     if args.device:
-        print(found := devices(args.sizes[0], args.device))
-        machine = measure.machine(str(args.device))
-        measure.record(args.out, {"machine": machine, "devices": found})
+        found = devices(args.sizes[0], args.device)
+        measure.record(args.out, {"machine": measure.machine(str(args.device)), "devices": found})
         return
     if len(args.rounds) != len(args.sizes):
         parser.error(f"--rounds must have {len(args.sizes)} numbers, one for each size")

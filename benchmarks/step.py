@@ -42,12 +42,7 @@ _DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
     "bfloat16": (torch.bfloat16, "bf16"),
     "float16": (torch.float16, "fp16"),
 }
-_VARIANTS = {
-    "nchw": {"channels_last": False},
-    "compile": {"compiled": True},
-    "unfused": {"fused": False},
-    "recomputed": {"recomputed": True},
-}
+_VARIANTS = ("nchw", "compile", "unfused", "recomputed")
 _RATE = 0.05
 _CROPS = (1, 8)  # global and local
 # Kind -> substrings of operator names; the first match counts.
@@ -74,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "reference": lambda: theirs(crops, labels),
     }
     for name in options.also:
-        variant = our_step(options, device, **_VARIANTS[name])
-        steps[name] = partial(variant, crops if name == "nchw" else last, labels, indices)
+        given = crops if name == "nchw" else last
+        steps[name] = partial(our_step(options, device, name), given, labels, indices)
     seconds = measure.alternate(
         {
             name: partial(measure.seconds, partial(_several, step, options.steps), device)
@@ -107,7 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name:10} {spreads[0]}, ratio {spreads[1]}")
     if options.losses:
         result |= compare_losses(options, device)
-        print(f"losses: {result['loss_differences']}")
     measure.record(options.out, result)  # in case that the profiler fails
     for name in ("ours", "reference"):
         result[f"profile_{name}"] = shares = _profile(steps[name], device)
@@ -130,23 +124,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def our_step(
-    options: argparse.Namespace,
-    device: torch.device,
-    channels_last: bool = True,
-    compiled: bool = False,
-    fused: bool = True,
-    recomputed: bool = False,
+    options: argparse.Namespace, device: torch.device, variant: str = ""
 ) -> Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]:
     """Return a function of crops, labels and indices that runs a step as `train.loop` does."""
     config = _config(options)
-    config = replace(config, system=replace(config.system, checkpoint_activations=recomputed))
-    method = build.build_method(config, options.classes).train().to(device)
-    if channels_last:
+    system = replace(config.system, checkpoint_activations=variant == "recomputed")
+    method = build.build_method(replace(config, system=system), options.classes).train().to(device)
+    if variant != "nchw":
         method.to(memory_format=torch.channels_last)
-    if compiled:
+    if variant == "compile":
         method.encoder.compile()
     optimizer = build.build_optimizer(config.optim, method)
-    if not fused:
+    if variant == "unfused":
         optimizer = torch.optim.SGD([g | {"fused": None} for g in optimizer.param_groups], lr=_RATE)
     precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
     precision.apply()
@@ -163,19 +152,17 @@ def our_step(
 
 
 def compare_losses(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train in each precision and compare the losses with those in float32."""
-    losses = {}
+    """Train in each precision; return the losses and their mean difference relative to float32."""
+    losses, differences = {}, {}
     for dtype in (name for name in _DTYPES if device.type == "cuda" or name != "float16"):
         step = our_step(argparse.Namespace(**vars(options) | {"dtype": dtype}), device)
         crops, labels, indices = _inputs(options, device)  # seeds the noise, too
         noisy = ([c + torch.randn_like(c) for c in crops] for _ in range(options.losses))
-        losses[dtype] = torch.stack([step(images, labels, indices) for images in noisy]).cpu()
-    exact, differences = losses["float32"], {}
-    for dtype, values in losses.items():
-        differences[f"{dtype}, mean of the last 20 losses"] = values[-20:].mean().item()
-        differences[f"{dtype}, mean relative difference"] = (values / exact - 1).abs().mean().item()
-    lists = {dtype: values.tolist() for dtype, values in losses.items()}
-    return {"losses": lists, "loss_differences": differences}
+        found = torch.stack([step(images, labels, indices) for images in noisy]).tolist()
+        losses[dtype] = found
+        pairs = zip(found, losses["float32"], strict=True)
+        differences[dtype] = sum(abs(a / b - 1) for a, b in pairs) / options.losses
+    return {"losses": losses, "loss_differences": differences}
 
 
 def reference_step(
