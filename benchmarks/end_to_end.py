@@ -1,8 +1,6 @@
 """Compare the speed of complete training, data loading included, with a reference pipeline.
 
     python -m benchmarks.end_to_end                                  # small model on the CPU
-    python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 1024 \
-        --steps 10 --rounds 2 --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
 
 Both variants read the same JPEG photographs (500 x 375, about 100 KB) with one loader worker per
 core, cut the recipe's crops and run its training steps: ours with the code of `trex_models.train`,

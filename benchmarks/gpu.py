@@ -55,7 +55,8 @@ def _tests(result: Any) -> dict[str, Any]:
 def _rates(result: Any) -> dict[str, Any]:
     found = result.get("speed", result)
     rates = found["whole"]["rates"] if "whole" in found else found["images_per_second"]
-    return {"ratio": result["ratio"]} | {name: rate["median"] for name, rate in rates.items()}
+    figures = {f"{k}, images/s": v["median"] for k, v in rates.items() if k != "ratio"}
+    return figures | {"ratio": result.get("ratio_whole", result["ratio"])}
 
 
 def _end_to_end(result: Any) -> dict[str, Any]:
@@ -127,18 +128,22 @@ def summary(records: Sequence[Mapping[str, Any]], dry_run: bool) -> str:
     title = "Dry run, toy sizes on the CPU" if dry_run else machine.get("device", "No GPU was used")
     lines = [f"# {title}, {time.strftime('%Y-%m-%d')}\n\n{machine}\n"]
     lines += ["| part | status | seconds | main figures |", "|---|---|---|---|"]
-    figures = {}
+    figures: dict[str, Any] = {}
     for record in records:
         figures |= record["figures"]
-        shown = "; ".join(f"{k}: {v}" for k, v in record["figures"].items()).replace("|", "/")
-        lines.append("| {part} | {status} | {seconds} | ".format_map(record) + f"{shown} |")
+        pairs = record["figures"].items()
+        shown = (f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in pairs)
+        cells = record["part"], record["status"], str(record["seconds"]), "; ".join(shown)
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     lines += ["\n| end to end, 8 cores | goal | measured |", "|---|---|---|"]
     for name, goal in _GOALS.items():
         lines.append(f"| {name} | {goal} | {figures.get(f'8 cores, {name}', 'not measured')} |")
     if step := results.get("step"):
         rate = step["images_per_second"]["ours"]["median"]
-        lines += [f"\nStep: {rate} images/s, {rate * _GFLOP / _PEAK:.2%} of the peak of an H100 or"]
-        lines += ["H200. By arithmetic, 1,400 to 1,900 are good, 2,400 to 2,600 record-grade."]
+        lines += [
+            f"\nStep: {rate} images/s, {rate * _GFLOP / _PEAK:.2%} of the peak of an H100 or "
+        ]
+        lines[-1] += "H200. By arithmetic, 1,400 to 1,900 are good, 2,400 to 2,600 record-grade."
         if augment := results.get("augment"):
             share = rate / augment["speed"]["images_per_second"]["ours"]["median"]
             lines.append(f"The augmentation takes {share:.2%} of the time of a step.")
@@ -170,11 +175,11 @@ def _run(part: Part, limit: float, output: Path, dry_run: bool) -> dict[str, Any
                     os.killpg(child.pid, sent)  # its loader workers, too
                     child.wait(_GRACE)
     text = log.read_text(errors="replace")
-    record = {"status": status, "seconds": round(time.monotonic() - started, 1)}
-    record["figures"] = {} if status == "ok" else {"output": text.strip().rpartition("\n")[2]}
+    record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+    record["figures"] = {} if status == "ok" else {"last line": text.strip().rpartition("\n")[2]}
     with suppress(OSError, LookupError):  # no result, or an incomplete one
         result = json.loads(out.read_text()) if "--out" in words else {"output": text}
-        record |= {"result": result, "figures": part.figures(result)}
+        record |= {"result": result, "figures": record["figures"] | part.figures(result)}
     return record
 
 

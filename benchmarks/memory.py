@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": measure.machine(options.device),
         "how": "measured on a GPU" if options.device == "cuda" else "accounting; no GPU measured",
         "backbone": options.backbone,
-        "peaks": {f"{row['options']}, batch {row['batch']}": row["peak"] for row in rows},
+        "peaks": {f"{row['options']}, batch {row['batch']}, bytes": row["peak"] for row in rows},
         "rows": rows,
         "fits": fits(rows),
     }
