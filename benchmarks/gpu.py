@@ -77,7 +77,7 @@ _TOY = "--backbone resnet18 --hidden-dim 16 --bank 64 --classes 8 --batch 2 --ro
 _STEPS = (f"{_GPU} --steps 5 --rounds 5", f"{_TOY} --sizes 32 32")
 _CROPS = ("--device cuda --batch 256 --rounds 2 --crops 32", "--batch 1 --rounds 1 --crops 1")
 _RUNS = (f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores 4 8 16", f"{_TOY} --files 8 --cores 1")
-_BATCHES = ("fp32 --device cuda --batches 64 128 256", "--batches 2 4 --sizes 32 32")
+_BATCHES = ("--device cuda --batches 64 128 256", "--batches 2 4 --sizes 32 32")
 _SIZES = ("--device cuda --sizes 8000x2048x50", "--device cpu --sizes 60x8x3")
 _LOADER = "benchmarks.loader --kinds standard --rounds 1"
 _losses, _peaks, _devices = map(itemgetter, ("loss_differences", "peaks", "devices"))
@@ -87,8 +87,8 @@ PARTS = (
     Part("step", 0.3, _rates, "benchmarks.step --also nchw unfused recomputed", *_STEPS),
     Part("augment", 0.15, _rates, "benchmarks.augment --draws 200", *_CROPS),
     Part("end_to_end", 0.45, _end_to_end, "benchmarks.end_to_end", *_RUNS),
-    Part("precisions", 0.1, _losses, "benchmarks.step", _SMALL, f"{_STEPS[1]} --losses 2"),
-    Part("memory", 0.15, _peaks, "benchmarks.memory --options bf16", *_BATCHES),
+    Part("loss_differences", 0.1, _losses, "benchmarks.step", _SMALL, f"{_STEPS[1]} --losses 2"),
+    Part("memory", 0.15, _peaks, "benchmarks.memory --options bf16 'bf16, recomputed'", *_BATCHES),
     Part("classifiers", 0.15, _devices, "benchmarks.logistic", *_SIZES),
     Part("loader", 0.2, _rates, _LOADER, "--workers 8", "--workers 1 --batch 2 --batches 1"),
     Part("step_compiled", 0.3, _rates, "benchmarks.step --also compile", *_STEPS),
@@ -128,9 +128,8 @@ def summary(records: Sequence[Mapping[str, Any]], dry_run: bool) -> str:
     title = "Dry run, toy sizes on the CPU" if dry_run else machine.get("device", "No GPU was used")
     lines = [f"# {title}, {time.strftime('%Y-%m-%d')}\n\n{machine}\n"]
     lines += ["| part | status | seconds | main figures |", "|---|---|---|---|"]
-    figures: dict[str, Any] = {}
+    figures = {name: value for record in records for name, value in record["figures"].items()}
     for record in records:
-        figures |= record["figures"]
         pairs = record["figures"].items()
         shown = (f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in pairs)
         cells = record["part"], record["status"], str(record["seconds"]), "; ".join(shown)

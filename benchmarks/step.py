@@ -28,11 +28,7 @@ from benchmarks import reference_step as reference
 from trex_models.distributed import Process
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build
-from trex_models.train.config import (
-    Config,
-    ModelConfig,
-    ObjectiveConfig,
-)
+from trex_models.train.config import Config, ModelConfig, ObjectiveConfig
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
 
@@ -70,13 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.also:
         given = crops if name == "nchw" else last
         steps[name] = partial(our_step(options, device, name), given, labels, indices)
-    seconds = measure.alternate(
-        {
-            name: partial(measure.seconds, partial(_several, step, options.steps), device)
-            for name, step in steps.items()
-        },
-        options.rounds,
-    )
+    rounds = {name: partial(_several, step, options.steps) for name, step in steps.items()}
+    timed = {name: partial(measure.seconds, work, device) for name, work in rounds.items()}
+    seconds = measure.alternate(timed, options.rounds)
     machine = measure.machine(options.device)
     result: dict[str, Any] = {
         "machine": machine,

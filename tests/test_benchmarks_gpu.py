@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, gpu
-from tests.test_benchmarks_step import CONFIG
-from trex_models.train.build import crop_specs
+from benchmarks import gpu
 
 SLEEP = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
 KILL = SLEEP.replace("time;", "os, signal, time; os.kill(os.getppid(), signal.SIGTERM);")
@@ -32,7 +30,6 @@ class InThisProcess:
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", InThisProcess)  # importing torch takes seconds
     monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    monkeypatch.setattr(end_to_end, "SPECS", crop_specs(CONFIG.crops))
     names = [part.name for part in gpu.PARTS if part.figures is not gpu._tests]
     assert gpu.main(["--output", str(tmp_path), "--dry-run", "--parts", *names]) == 0
     summary = (tmp_path / "summary.md").read_text()
@@ -44,20 +41,18 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| convolution | {step['profile_ours']['convolution']:.2%} | " in summary
 
 
-@pytest.mark.parametrize(
-    ("command", "statuses"),
-    [(SLEEP, "ok, time limit, skipped, failed"), (KILL, "ok, interrupted, skipped, skipped")],
-)
-def test_failures(
-    command: str, statuses: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = ("a", 1, "pytest --version"), ("b", 0.01, command), ("c", 9, SLEEP), ("d", 1, "absent")
-    table = [gpu.Part(name, share, gpu._tests, module) for name, share, module in parts]
-    monkeypatch.setattr(gpu, "PARTS", table)
+@pytest.mark.parametrize("killed", [False, True])
+def test_failures(killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {"pytest --version": 1, KILL if killed else SLEEP: 0.01, "absent": 9, "no_module": 1}
+    parts = [gpu.Part(str(n), s, gpu._tests, c) for n, (c, s) in enumerate(commands.items())]
+    monkeypatch.setattr(gpu, "PARTS", parts)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     assert gpu.main(["--output", str(tmp_path)]) == 1
     signal.signal(signal.SIGTERM, before)
-    found = [json.loads((tmp_path / f"{part.name}.json").read_text()) for part in table]
-    assert ", ".join(record["status"] for record in found) == statuses
+    ends = ("interrupted", "skipped") if killed else ("time limit", "failed")
     summary = (tmp_path / "summary.md").read_text()
-    assert ("No module named absent" in summary) != (command == KILL)
+    for name, status in zip("0123", ("ok", ends[0], "skipped", ends[1]), strict=True):
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["status"] == status
+        assert f"| {name} | {status} | {record['seconds']} | " in summary
+    assert ("No module named no_module" in summary) != killed
