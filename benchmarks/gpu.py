@@ -73,11 +73,15 @@ _MARKED = [str(p) for p in sorted(_ROOT.glob("tests/test_*.py")) if "mark.cuda" 
 _PYTEST = f"pytest -m cuda -q -p no:cacheprovider {shlex.join(_MARKED)} -k"
 _GPU = "--device cuda --backbone resnet50 --dtype bfloat16 --reference-dtype float16 --batch 256"
 _SMALL = "--device cuda --backbone resnet18 --batch 64 --sizes 64 32 --classes 16 --losses 200"
-_TOY = "--backbone resnet18 --hidden-dim 16 --bank 64 --classes 8 --batch 2 --rounds 1"
+_TINY = "--backbone resnet18 --hidden-dim 16 --bank 64 --classes 8"
+_TOY = f"{_TINY} --batch 2 --rounds 1"
 _STEPS = (f"{_GPU} --steps 5 --rounds 5", f"{_TOY} --sizes 32 32")
 _CROPS = ("--device cuda --batch 256 --rounds 2 --crops 32", "--batch 1 --rounds 1 --crops 1")
-_RUNS = (f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores 4 8 16", f"{_TOY} --files 8 --cores 1")
-_BATCHES = ("--device cuda --batches 64 128 256", "--batches 2 4 --sizes 32 32")
+_RUNS = (
+    f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores 4 8 16",
+    f"{_TOY} --files 8 --cores 1 --steps 1",
+)
+_BATCHES = ("--device cuda --batches 64 128 256", f"{_TINY} --sizes 32 32 --batches 2 4")
 _SIZES = ("--device cuda --sizes 8000x2048x50", "--device cpu --sizes 60x8x3")
 _LOADER = "benchmarks.loader --kinds standard --rounds 1"
 _losses, _peaks, _devices = map(itemgetter, ("loss_differences", "peaks", "devices"))
@@ -90,7 +94,7 @@ PARTS = (
     Part("loss_differences", 0.1, _losses, "benchmarks.step", _SMALL, f"{_STEPS[1]} --losses 2"),
     Part("memory", 0.15, _peaks, "benchmarks.memory --options bf16 'bf16, recomputed'", *_BATCHES),
     Part("classifiers", 0.15, _devices, "benchmarks.logistic", *_SIZES),
-    Part("loader", 0.2, _rates, _LOADER, "--workers 8", "--workers 1 --batch 2 --batches 1"),
+    Part("loader", 0.2, _rates, _LOADER, "--workers 8", "--workers 1 --batch 2 --files 8"),
     Part("step_compiled", 0.3, _rates, "benchmarks.step --also compile", *_STEPS),
     Part("augment_compiled", 0.2, _rates, "benchmarks.augment --draws 200 --compile", *_CROPS),
 )

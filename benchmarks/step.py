@@ -151,9 +151,7 @@ def compare_losses(options: argparse.Namespace, device: torch.device) -> dict[st
         noisy = ([c + torch.randn_like(c) for c in crops] for _ in range(options.losses))
         losses[dtype] = [step(images, labels, indices).item() for images in noisy]
         pairs = zip(losses[dtype], losses["float32"], strict=True)
-        differences[f"{dtype}, mean relative difference of losses"] = (
-            sum(abs(a / b - 1) for a, b in pairs) / options.losses
-        )
+        differences[dtype] = sum(abs(a / b - 1) for a, b in pairs) / options.losses
     return {"losses": losses, "loss_differences": differences}
 
 
