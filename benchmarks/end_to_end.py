@@ -1,8 +1,6 @@
 """Compare the speed of complete training, data loading included, with a reference pipeline.
 
     python -m benchmarks.end_to_end                                  # small model on the CPU
-    python -m benchmarks.end_to_end --device cuda --backbone resnet50 --batch 256 --files 1024 \
-        --steps 10 --rounds 2 --cores 4 8 16 --dtype bfloat16 --reference-dtype float16
 
 Both variants read the same JPEG photographs (500 x 375, about 100 KB) with one loader worker per
 core, cut the recipe's crops and run its training steps: ours with the code of `trex_models.train`,
@@ -54,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for count in options.cores:
             with _cores(all_cores[:count]):
                 results.append(_measure(Path(folder), count, options, device))
+                measure.record(options.out, {"by_cores": results})  # in case of a time limit
     machine = measure.machine(options.device)
     print(f"{machine['processor']}, {machine.get('device', 'CPU')}, {options.backbone}")
     for result in results:
@@ -108,15 +107,12 @@ def _measure(
         "ours": _ours(root, cores, options, device),
         "reference": _reference(root, cores, options, device),
     }
-    rates = measure.alternate(
-        {name: partial(rate, name, trainer) for name, trainer in trainers.items()}, options.rounds
-    )
+    variants = {name: partial(rate, name, trainer) for name, trainer in trainers.items()}
+    rates = measure.alternate(variants, options.rounds, warm_up=0)  # `_train` warms up
     return {
         "cores": cores,
         "images_per_second": measure.spreads(rates),
-        "waiting": {
-            name: measure.spread(values[-options.rounds :]) for name, values in waiting.items()
-        },
+        "waiting": measure.spreads(waiting),
         "ratios": measure.ratios(rates["ours"], rates["reference"]),
     }
 

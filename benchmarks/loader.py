@@ -210,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--batches", type=int, default=8, help="batches timed in `whole`")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="incl. standard")
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
     parser.add_argument("--source", choices=["folder", "tar"], default="folder", help="of ours")
     parsed = parser.parse_args(arguments)
@@ -220,8 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts |= {"large": parsed.files // 8, "huge": parsed.files // 16}
     with TemporaryDirectory() as folder:
         kinds = {}
-        for kind, count in counts.items():
-            count = max(count, NUM_CLASSES)
+        for kind in parsed.kinds:
+            count = max(counts[kind], NUM_CLASSES)
             write_photographs(Path(folder) / kind, count, kind)
             kinds[kind] = Files(Path(folder) / kind, parsed.source)
         measured = {

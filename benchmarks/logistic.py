@@ -15,18 +15,21 @@ real: scikit-learn's handwritten digits at 32 px, encoded by timm's resnet10t wi
 
 ``ratio`` is scikit-learn's time divided by ours; ``excess`` is the largest relative excess of our
 objective over scikit-learn's, in float64.
+
+`--device cuda` instead compares k-NN, logistic regression and linear layers there and on the CPU.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -34,7 +37,9 @@ from torch import Tensor
 from benchmarks import measure
 from trex_models.data.center_crop import CenterCrop
 from trex_models.data.samples import digits
+from trex_models.evaluation import linear
 from trex_models.evaluation.extract import extract_features
+from trex_models.evaluation.knn import knn_votes
 from trex_models.evaluation.logistic import LogisticFit, fit_path, objective, principal_axes
 
 _SMALL, _DIGITS, _PETS = "1000x256x10", "digits", "3680x2048x37"
@@ -122,13 +127,39 @@ def benchmark(size: str, rounds: int, strengths: Sequence[float]) -> dict[str, A
     return result
 
 
+def devices(size: str, device: torch.device) -> dict[str, float]:
+    """Compare three classifiers on a device with the CPU: seconds and equal predictions."""
+    samples, width, classes = map(int, size.split("x"))
+    data, labels = features(2 * samples, width, classes)
+    (x, queries), y = F.normalize(data).split(samples), labels[:samples]
+    labeled, settings = linear.Samples(x, y, torch.arange(samples)), [linear.Setting(0.5, 0.0)]
+    train = partial(linear.fit, labeled, settings, num_classes=classes, epochs=20)
+    methods: dict[str, Callable[[torch.device], Tensor]] = {
+        "k-NN": lambda on: knn_votes(x.to(on), y.to(on), queries.to(on), classes),
+        "logistic": lambda on: fit_path(x.to(on), y.to(on), [1.0])[0].logits(queries.to(on)),
+        "linear": lambda on: train(device=on).logits(queries.to(on))[:, 0],
+    }
+    found: dict[str, float] = {}
+    for name, scores in methods.items():
+        cpu, other = (scores(torch.device(on)).argmax(1).cpu() for on in ("cpu", device))
+        found[f"{name}, equal predictions"] = (cpu == other).double().mean().item()
+        for on in (torch.device("cpu"), device):
+            found[f"{name}, s on {on}"] = measure.seconds(partial(scores, on), on)
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = measure.parser("logistic", __doc__)
     parser.add_argument("--sizes", nargs="+", default=[_SMALL, _DIGITS, _PETS], help="NxFxC")
     parser.add_argument("--rounds", type=int, nargs="+", default=[3, 1, 1], help="for each size")
     parser.add_argument("--num-C", type=int, default=30, help="number of C from 1e-5 to 1e6")
+    parser.add_argument("--device", type=torch.device, help="compare this device with the CPU")
     args = parser.parse_args(arguments)
+    if args.device:
+        found = devices(args.sizes[0], args.device)
+        measure.record(args.out, {"machine": measure.machine(str(args.device)), "devices": found})
+        return
     if len(args.rounds) != len(args.sizes):
         parser.error(f"--rounds must have {len(args.sizes)} numbers, one for each size")
     strengths = np.logspace(-5, 6, args.num_C).tolist()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from trex_models.atomic import write_text_file
 from trex_models.precision import free_cores, processor
 
 RESULTS = Path(__file__).parent / "results"
@@ -151,7 +152,7 @@ def _path(text: str) -> Path:
 def record(out: Path, result: Mapping[str, Any]) -> None:
     """Write a result as JSON."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_text_file(out, json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
 
 

@@ -101,6 +101,7 @@ def account(config: Config, classes: int, batch: int) -> dict[str, int]:
 
 def measured_on_cuda(config: Config, classes: int, batch: int) -> dict[str, int]:
     """Measure the bytes of a real step with CUDA's allocator, by category."""
+    torch.cuda.empty_cache()  # otherwise, `reserved` includes that of the previous row
     torch.cuda.reset_peak_memory_stats()
     row = _two_steps(
         config,
@@ -178,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": measure.machine(options.device),
         "how": "measured on a GPU" if options.device == "cuda" else "accounting; no GPU measured",
         "backbone": options.backbone,
+        "peaks": {f"{row['options']}, batch {row['batch']}, bytes": row["peak"] for row in rows},
         "rows": rows,
         "fits": fits(rows),
     }

@@ -41,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "bare": lambda: (unit_queries @ unit_features.T).topk(parsed.k),
         "product": lambda: unit_queries @ unit_features.T,
     }
-    times = measure.alternate(
-        {name: partial(measure.seconds, work, device) for name, work in variants.items()},
-        parsed.rounds,
-    )
+    timed = {name: partial(measure.seconds, work, device) for name, work in variants.items()}
+    times = measure.alternate(timed, parsed.rounds)
     found = measure.spreads(times)
     ratio = measure.ratios(times["ours"], times["bare"])
     for name, values in found.items():

@@ -2,23 +2,25 @@
 
     python -m benchmarks.step                                        # bf16 on the CPU, 3 minutes
     python -m benchmarks.step --device cuda --batch 256 --steps 20 --also nchw compile
-    python -m benchmarks.step --device cuda --batch 256 --steps 20 --reference-dtype float16
 
 Both use the same crops, labels and sizes (recipe trex: 1 x 224 and 8 x 96 pixels, three hidden
 layers, 1000 classes, a memory bank of 8192). The inputs are already on the device, so loading and
 augmentation are not included. `ratio` is the reference's time divided by ours, median over the
-rounds. A profile then lists the time of both by kind of operator.
+rounds. A profile then lists the time of both by kind of operator. `--losses N` also trains for N
+steps in each precision, from equal weights and on equal batches, and compares the losses.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
@@ -26,11 +28,7 @@ from benchmarks import reference_step as reference
 from trex_models.distributed import Process
 from trex_models.precision import Precision, PrecisionName
 from trex_models.train import build
-from trex_models.train.config import (
-    Config,
-    ModelConfig,
-    ObjectiveConfig,
-)
+from trex_models.train.config import Config, ModelConfig, ObjectiveConfig
 from trex_models.train.reporting import Meter
 from trex_models.train.step import training_step
 
@@ -39,6 +37,7 @@ _DTYPES: dict[str, tuple[torch.dtype, PrecisionName]] = {
     "bfloat16": (torch.bfloat16, "bf16"),
     "float16": (torch.float16, "fp16"),
 }
+_VARIANTS = ("nchw", "compile", "unfused", "recomputed")
 _RATE = 0.05
 _CROPS = (1, 8)  # global and local
 # Kind -> substrings of operator names; the first match counts.
@@ -64,19 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ours": lambda: ours(last, labels, indices),
         "reference": lambda: theirs(crops, labels),
     }
-    if "nchw" in options.also:
-        plain = our_step(options, device, channels_last=False)
-        steps["nchw"] = lambda: plain(crops, labels, indices)
-    if "compile" in options.also:
-        compiled = our_step(options, device, compiled=True)
-        steps["compile"] = lambda: compiled(last, labels, indices)
-    seconds = measure.alternate(
-        {
-            name: partial(measure.seconds, partial(_several, step, options.steps), device)
-            for name, step in steps.items()
-        },
-        options.rounds,
-    )
+    for name in options.also:
+        given = crops if name == "nchw" else last
+        steps[name] = partial(our_step(options, device, name), given, labels, indices)
+    rounds = {name: partial(_several, step, options.steps) for name, step in steps.items()}
+    timed = {name: partial(measure.seconds, work, device) for name, work in rounds.items()}
+    seconds = measure.alternate(timed, options.rounds)
     machine = measure.machine(options.device)
     result: dict[str, Any] = {
         "machine": machine,
@@ -99,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate, ratio = result["images_per_second"][name], result["ratios"][name]
         spreads = measure.format_spread(rate, " images/s"), measure.format_spread(ratio)
         print(f"{name:10} {spreads[0]}, ratio {spreads[1]}")
+    if options.losses:
+        result |= compare_losses(options, device)
+    measure.record(options.out, result)  # in case that the profiler fails
     for name in ("ours", "reference"):
         result[f"profile_{name}"] = shares = _profile(steps[name], device)
         print(f"time of {name}: " + ", ".join(f"{kind} {s:.0%}" for kind, s in shares.items()))
@@ -120,30 +115,44 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def our_step(
-    options: argparse.Namespace,
-    device: torch.device,
-    channels_last: bool = True,
-    compiled: bool = False,
-) -> Callable[[Sequence[Tensor], Tensor, Tensor], None]:
+    options: argparse.Namespace, device: torch.device, variant: str = ""
+) -> Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]:
     """Return a function of crops, labels and indices that runs a step as `train.loop` does."""
     config = _config(options)
-    method = build.build_method(config, options.classes).train().to(device)
-    if channels_last:
+    system = replace(config.system, checkpoint_activations=variant == "recomputed")
+    method = build.build_method(replace(config, system=system), options.classes).train().to(device)
+    if variant != "nchw":
         method.to(memory_format=torch.channels_last)
-    if compiled:
+    if variant == "compile":
         method.encoder.compile()
     optimizer = build.build_optimizer(config.optim, method)
+    if variant == "unfused":
+        optimizer = torch.optim.SGD([g | {"fused": None} for g in optimizer.param_groups], lr=_RATE)
     precision = Precision.from_name(_DTYPES[options.dtype][1], device.type)
     precision.apply()
     meter = Meter(Process(0, 1, device))
 
-    def step(crops: Sequence[Tensor], labels: Tensor, indices: Tensor) -> None:
+    def step(crops: Sequence[Tensor], labels: Tensor, indices: Tensor) -> Tensor:
         loss, logits = training_step(
             method, method, optimizer, precision, crops, labels, indices, _RATE
         )
         meter.update(loss, logits[: len(labels)], labels)
+        return loss
 
     return step
+
+
+def compare_losses(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Train in each precision; return the losses and their mean difference relative to float32."""
+    losses, differences = {}, {}
+    for dtype in (name for name in _DTYPES if device.type == "cuda" or name != "float16"):
+        step = our_step(argparse.Namespace(**vars(options) | {"dtype": dtype}), device)
+        crops, labels, indices = _inputs(options, device)  # seeds the noise, too
+        noisy = ([c + torch.randn_like(c) for c in crops] for _ in range(options.losses))
+        losses[dtype] = [step(images, labels, indices).item() for images in noisy]
+        pairs = zip(losses[dtype], losses["float32"], strict=True)
+        differences[dtype] = sum(abs(a / b - 1) for a, b in pairs) / options.losses
+    return {"losses": losses, "loss_differences": differences}
 
 
 def reference_step(
@@ -164,9 +173,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = measure.parser("step", __doc__)
     add_options(parser)
     parser.add_argument("--sizes", type=int, nargs=2, default=(224, 96), help="crop sizes, pixels")
-    parser.add_argument(
-        "--also", nargs="*", choices=("nchw", "compile"), default=(), help="additional variants"
-    )
+    parser.add_argument("--also", nargs="*", choices=_VARIANTS, default=(), help="further variants")
+    parser.add_argument("--losses", type=int, default=0, help="training steps in each precision")
     return parser.parse_args(arguments)
 
 
@@ -205,6 +213,8 @@ def _profile(step: Callable[[], object], device: torch.device) -> dict[str, floa
         measure.wait(device)
     spent: dict[str, float] = {}
     for event in recorded.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time also counts for the operator that started it
         kind = next(
             (kind for kind, parts in _KINDS.items() if any(p in event.key.lower() for p in parts)),
             "other",
