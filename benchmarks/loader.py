@@ -10,7 +10,7 @@ files of about 30 KB, 100 KB, 500 KB and 2 MB; `decode` is only reading and deco
 compares `--data.decode auto` with `exact`. `whole`: wall time with loader workers in the steady
 state, without their start. `slow`: the same for ours alone, on storage where each read takes some
 milliseconds, with more workers than cores. `memory`: memory of one worker beyond the memory that it
-shares with its parent process. Takes nine minutes on two cores.
+shares with its parent process. Takes twelve minutes on two cores.
 """
 
 from __future__ import annotations
