@@ -83,7 +83,7 @@ _RUNS = (
 )
 _BATCHES = ("--device cuda --batches 64 128 256", f"{_TINY} --sizes 32 32 --batches 2 4")
 _SIZES = ("--device cuda --sizes 8000x2048x50", "--device cpu --sizes 60x8x3")
-_LOADER = "benchmarks.loader --kinds standard --rounds 1"
+_LOADER = "benchmarks.loader --kinds standard --rounds 1 --latencies"
 _losses, _peaks, _devices = map(itemgetter, ("loss_differences", "peaks", "devices"))
 PARTS = (
     Part("tests_quick", 0.2, _tests, f"{_PYTEST} '{_QUICK}'"),

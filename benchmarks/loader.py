@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import tarfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,7 +41,7 @@ from trex_models.data.loading import NUM_BUFFERS, load_batches
 from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset, reduction_factor
 from trex_models.data.tar_files import TarSource
 
-LATENCIES, WORKERS = (0.0, 1.0, 5.0, 20.0), (2, 8, 32)  # of `slow`: ms, and number of workers
+WORKERS = 2, 8, 32  # of `slow`
 
 
 class Files:
@@ -168,8 +169,11 @@ def _steady_rate(batch: int, batches: int, workers: int, loaded: Iterator[Any]) 
     return batch * batches / (time.perf_counter() - start)
 
 
-def slow(files: Files, batch: int, batches: int, rounds: int) -> dict[str, dict[str, Any]]:
+def slow(
+    files: Files, batch: int, batches: int, rounds: int, latencies: Sequence[float]
+) -> dict[str, dict[str, Any]]:
     """Measure images per second by latency of a read in ms and number of workers."""
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     source = SlowSource(files.folder.root)
     dataset = MultiCropDataset(source, SPECS, seed=0, num_buffers=NUM_BUFFERS)
 
@@ -184,7 +188,7 @@ def slow(files: Files, batch: int, batches: int, rounds: int) -> dict[str, dict[
         f"{latency:g} ms": measure.spreads(
             measure.alternate({str(n): partial(rate, latency, n) for n in WORKERS}, rounds, 0)
         )
-        for latency in LATENCIES
+        for latency in latencies
     }
 
 
@@ -212,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="incl. standard")
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
+    parser.add_argument("--latencies", type=float, nargs="*", default=[0, 1, 5, 20], help="ms")
     parser.add_argument("--source", choices=["folder", "tar"], default="folder", help="of ours")
     parsed = parser.parse_args(arguments)
     if parsed.workers < 1:
@@ -231,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         standard = kinds["standard"]
         loaders = whole(standard, batch, parsed.batches, parsed.workers, parsed.rounds)
-        delayed = slow(standard, batch, parsed.batches, max(1, parsed.rounds // 4))
+        rounds = max(1, parsed.rounds // 4)
+        delayed = slow(standard, batch, parsed.batches, rounds, parsed.latencies)
         weights = memory(standard, batch, 4)
     result = {
         "machine": measure.machine(),

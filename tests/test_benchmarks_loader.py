@@ -56,9 +56,8 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("large", "huge"):  # these take seconds each
         monkeypatch.setitem(KINDS, kind, KINDS["small"])
     out = tmp_path / "results" / "loader.json"
-    settings = "--rounds 1 --batch 2 --batches 1 --workers 1 --files 8".split()
+    settings = "--rounds 1 --batch 2 --batches 1 --workers 1 --files 8 --latencies 0 9".split()
     monkeypatch.setattr(loader, "WORKERS", (1, 2))
-    monkeypatch.setattr(loader, "LATENCIES", (0.0, 100.0))
     threads = torch.get_num_threads()
     loader.main([*settings, "--out", str(out)])
     assert torch.get_num_threads() == threads
@@ -71,7 +70,7 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_positive(result[part])
     assert {latency: set(rates) for latency, rates in result["slow"].items()} == {
         "0 ms": {"1", "2"},
-        "100 ms": {"1", "2"},
+        "9 ms": {"1", "2"},
     }
     for weight in result["memory_mb"].values():
         assert set(weight) == {"peak_rss", "uss", "batch"}
