@@ -17,7 +17,8 @@ from trex_models.cli import first_line
 from trex_models.data.fractals import FractalSource
 from trex_models.data.huggingface import HuggingFaceSource
 from trex_models.data.image_files import CsvSource, FolderSource, open_unlabeled
-from trex_models.data.multicrop import CropSpec, EpochSampler
+from trex_models.data.loading import NUM_BUFFERS
+from trex_models.data.multicrop import CropSpec, EpochSampler, MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.data.tar_files import TarSource
 from trex_models.distributed import Process
@@ -98,6 +99,18 @@ def crop_specs(crops: CropsConfig) -> list[CropSpec]:
     small = crops.local_crops, crops.local_size, crops.local_scale
     specs = [CropSpec(*large, crops.global_augmentation)]
     return [*specs, CropSpec(*small, crops.local_augmentation)] if crops.local_crops else specs
+
+
+def build_dataset(config: Config, source: Source) -> MultiCropDataset:
+    """Build the dataset of the training crops."""
+    return MultiCropDataset(
+        source,
+        crop_specs(config.crops),
+        config.seed,
+        config.data.skips_unreadable,
+        num_buffers=NUM_BUFFERS,  # so that workers do not allocate shared memory for each batch
+        decode=config.data.decode,
+    )
 
 
 def build_sampler(optim: OptimConfig, seed: int, num_images: int, process: Process) -> EpochSampler:

@@ -21,8 +21,6 @@ from torch import nn
 from trex_models import distributed
 from trex_models.atomic import require_space
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.loading import NUM_BUFFERS
-from trex_models.data.multicrop import MultiCropDataset
 from trex_models.data.sources import Source
 from trex_models.distributed import Process, raise_on_all_ranks
 from trex_models.method.model import TReX
@@ -113,15 +111,7 @@ def build_run(config: Config, process: Process) -> Run:
         config=config,
         process=process,
         precision=precision,
-        # With buffers, workers do not allocate shared memory for each batch.
-        dataset=MultiCropDataset(
-            source,
-            build.crop_specs(config.crops),
-            config.seed,
-            config.data.skips_unreadable,
-            num_buffers=NUM_BUFFERS,
-            decode=config.data.decode,
-        ),
+        dataset=build.build_dataset(config, source),
         validation=validation,
         neighbors=build.build_neighbors(config, source),
         sampler=sampler,
