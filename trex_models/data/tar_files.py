@@ -104,7 +104,7 @@ def _build_index(path: Path, tars: FileSource) -> list[np.ndarray]:
             key = re.sub(r"\.[^/]*$", "", name)
             if name.lower().endswith(IMAGE_EXTENSIONS):
                 images.append((name, tar, key, offset, size))
-            elif not name.lower().endswith(".cls"):
+            elif text is None:
                 others.append(os.fsencode(f"./{name}"))
             elif (first := texts.setdefault((tar, key), text)) != text:
                 where = f"{tars.name(tar)}:{name}"
@@ -128,21 +128,21 @@ def _build_index(path: Path, tars: FileSource) -> list[np.ndarray]:
     return [np.array(paths), np.array(positions), np.array([label for *_, label in rows])]
 
 
-def _scan(file: str) -> Iterator[tuple[str, int, int, str]]:
+def _scan(file: str) -> Iterator[tuple[str, int, int, str | None]]:
     """Yield name, offset, size and, of a label, the text of each member that is not hidden."""
     name = "the start"
     try:
         with Path(file).open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             while member := tar.next():
                 tar.members = []  # type: ignore[attr-defined]  # it keeps all: 1 GB for a million
-                name, text = os.path.normpath(member.name).lstrip("/"), ""
+                name, text = os.path.normpath(member.name).lstrip("/"), None
                 if member.isdir() or "/." in f"/{name}":
                     continue
-                if name.lower().endswith(".cls"):
-                    stream.seek(member.offset_data)
-                    text = stream.read(member.size).decode(errors="backslashreplace").strip()
                 if not member.isreg() or member.issparse():
                     name += " (link or sparse)"  # ignored and counted
+                elif name.lower().endswith(".cls"):
+                    stream.seek(member.offset_data)
+                    text = stream.read(member.size).decode(errors="backslashreplace").strip()
                 yield name, member.offset_data, member.size, text
             stream.seek(tar.offset)
             if stream.read(512) != bytes(512):  # tarfile stops at a damaged header without error
