@@ -143,10 +143,10 @@ def summary(records: Sequence[Mapping[str, Any]], dry_run: bool) -> str:
         lines.append(f"| {name} | {goal} | {figures.get(f'8 cores, {name}', 'not measured')} |")
     if step := results.get("step"):
         rate = step["images_per_second"]["ours"]["median"]
-        lines += [
-            f"\nStep: {rate} images/s, {rate * _GFLOP / _PEAK:.2%} of the peak of an H100 or "
-        ]
-        lines[-1] += "H200. By arithmetic, 1,400 to 1,900 are good, 2,400 to 2,600 record-grade."
+        lines.append(
+            f"\nStep: {rate} images/s, {rate * _GFLOP / _PEAK:.2%} of the peak of an H100 or H200. "
+            "By arithmetic, 1,400 to 1,900 are good, 2,400 to 2,600 record-grade."
+        )
         if augment := results.get("augment"):
             share = rate / augment["speed"]["images_per_second"]["ours"]["median"]
             lines.append(f"The augmentation takes {share:.2%} of the time of a step.")

@@ -38,7 +38,7 @@ from benchmarks.photographs import KINDS, NUM_CLASSES, write_photographs
 from benchmarks.reference_pipeline import SPECS, reference_dataset, seeded
 from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import NUM_BUFFERS, load_batches
-from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset, reduction_factor
+from trex_models.data.multicrop import Batch, EpochSampler, Key, MultiCropDataset
 from trex_models.data.tar_files import TarSource
 
 WORKERS = 2, 8, 32  # of `slow`
@@ -175,11 +175,10 @@ def slow(
     """Measure images per second by latency of a read in ms and number of workers."""
     warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     source = SlowSource(files.folder.root)
-    dataset = MultiCropDataset(source, SPECS, seed=0, num_buffers=NUM_BUFFERS)
 
     def rate(latency: float, workers: int) -> float:
         source.latency = latency / 1000
-        dataset.source = source.reduced(partial(reduction_factor, SPECS))
+        dataset = MultiCropDataset(source, SPECS, seed=0, num_buffers=NUM_BUFFERS)
         count = batches + -batches % workers
         loaded = load_batches(dataset, _keys(files, batch, count, workers), workers)
         return _steady_rate(batch, count, workers, loaded)
