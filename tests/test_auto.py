@@ -49,6 +49,10 @@ def chosen(
             | {"objective.name": "softmax", "model.projector": "none"}
             | {"optim.name": "adamw", "optim.base_lr": 0.016},
         ),
+        (
+            Facts(images=1_600, classes=50, side=64, memory=24 * 10**9),
+            {"optim.batch_size": 32, "optim.epochs": 300, "objective.name": "softmax"},
+        ),
         (Facts(images=20, classes=2, side=64, processes=3), {"optim.batch_size": 18}),
         (
             Facts(images=6_000, classes=50, side=48),
