@@ -3,6 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
+from trex_models.data import fractals
 from trex_models.data.fractals import FractalSource, draw_fractal
 
 
@@ -38,10 +39,18 @@ def test_sources_follow_the_protocol() -> None:
 
 def test_the_same_bytes_in_any_order() -> None:
     source = FractalSource(num_classes=3, images_per_class=2, size=32, seed=5)
-    forwards = _stack(source)
     again = pickle.loads(pickle.dumps(source))
+    forwards = _stack(source)
     backwards = [again.read(index) for index in reversed(range(len(again)))]
     np.testing.assert_array_equal(forwards, backwards[::-1])
+
+
+def test_images_are_rendered_once_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fractals, "_CACHE_BYTES", 2 * 3 * 32**2)
+    source = FractalSource(num_classes=3, images_per_class=1, size=32)
+    first, again = ([source.read(index) for index in range(3)] for _ in range(2))
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    np.testing.assert_array_equal(first, again)
 
 
 def test_shifted_sources() -> None:

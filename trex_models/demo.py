@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,6 @@ def evaluate_offline(folder: Path, seed: int) -> list[dict[str, Any]]:
     output = folder / "transfer"
     output.mkdir(exist_ok=True)
     opened = [open_checked(dataset, Path()) for dataset in select("offline")]
-    for source in (source for dataset in opened for source in dataset.sources):
-        vars(source)["read"] = cache(source.read)  # rendering is slower than features
     backbone = str(folder / "export" / "backbone")
     untrained = FrozenModel.load(backbone, untrained=True, seed=seed)
     name = opened[0].dataset.name

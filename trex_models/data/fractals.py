@@ -27,6 +27,7 @@ _MIN_MAPS, _MAX_MAPS = 2, 5
 _MAX_SINGULAR_VALUE = 0.92
 _OVERSAMPLING = 2  # histogram cells per pixel along each axis
 _PROBE = 48  # side of the grid on which a new system is tested
+_CACHE_BYTES = 2**27  # images that a source keeps
 
 
 class _System(NamedTuple):
@@ -41,7 +42,7 @@ class _System(NamedTuple):
 
 @dataclass(eq=False)
 class FractalSource:
-    """Source of fractal images that are rendered when read.
+    """Source of fractal images that are rendered when first read; 128 MiB of them are kept.
 
     An image depends only on seed, class number, image number, size and variation. Sources whose
     `first_class` differs by `num_classes` or more contain disjoint classes, and sources whose
@@ -80,14 +81,20 @@ class FractalSource:
         labels = np.arange(self.num_classes, dtype=np.int64)
         self.classes = [f"fractal {self.first_class + label:04d}" for label in labels]
         self.labels = np.repeat(labels, self.images_per_class)
+        self._images: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
 
     def read(self, index: int) -> np.ndarray:
-        """Render one image, (S, S, 3) uint8 RGB."""
-        return draw_fractal(*self._numbers(index), self.size, self.seed, self.variation).image
+        """Return one image, (S, S, 3) uint8 RGB."""
+        if (image := self._images.get(index)) is None:
+            numbers = self._numbers(index)
+            image = draw_fractal(*numbers, self.size, self.seed, self.variation).image
+            if (len(self._images) + 1) * image.nbytes <= _CACHE_BYTES:
+                self._images[index] = image
+        return image
 
     def name(self, index: int) -> str:
         """Return the sample's name in error messages: its class and image numbers."""
