@@ -213,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--batches", type=int, default=8, help="batches timed in `whole`")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="incl. standard")
+    about = "the loader workers read the first"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=about)
     parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
     parser.add_argument("--latencies", type=float, nargs="*", default=[0, 1, 5, 20], help="ms")
     parser.add_argument("--source", choices=["folder", "tar"], default="folder", help="of ours")
@@ -233,14 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kind: core(files, min(batch, len(files.ours.source)), parsed.rounds)
             for kind, files in kinds.items()
         }
-        standard = kinds["standard"]
-        loaders = whole(standard, batch, parsed.batches, parsed.workers, parsed.rounds)
+        first = kinds[parsed.kinds[0]]
+        loaders = whole(first, batch, parsed.batches, parsed.workers, parsed.rounds)
         rounds = max(1, parsed.rounds // 4)
-        delayed = slow(standard, batch, parsed.batches, rounds, parsed.latencies)
-        weights = memory(standard, batch, 4)
+        delayed = slow(first, batch, parsed.batches, rounds, parsed.latencies)
+        weights = memory(first, batch, 4)
     result = {
         "machine": measure.machine(),
-        "ratio": measured["standard"]["items"]["ratio"]["median"],
+        "ratio": measured[parsed.kinds[0]]["items"]["ratio"]["median"],
         "ratio_whole": loaders["rates"]["ratio"]["median"],
         "core": measured,
         "whole": loaders,
@@ -252,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for what in ("items", "decode", "reduced"):
             against = ", against decode='exact'" if what == "reduced" else ""
             measure.print_compared(f"{what}, images/s of CPU time{against}", found[what])
-    title = f"{parsed.workers} loader workers, batch size {batch}, standard files, images/s"
+    title = f"{parsed.workers} workers, batch size {batch}, {parsed.kinds[0]} files, images/s"
     measure.print_compared(title, loaders["rates"])
     print("\nimages/s by number of workers, if each read takes some milliseconds")
     for latency, rates in delayed.items():
