@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from trex_models.data import photometric
 
 SLEEP = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
 KILL = SLEEP.replace("time;", "os, signal, time; os.kill(os.getppid(), signal.SIGTERM);")
@@ -30,6 +31,7 @@ class InThisProcess:
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", InThisProcess)  # importing torch takes seconds
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(photometric, "_kernel", lambda function, _: function)  # it has a cache
     names = [part.name for part in gpu.PARTS if part.figures is not gpu._tests]
     assert gpu.main(["--output", str(tmp_path), "--dry-run", "--parts", *names]) == 0
     summary = (tmp_path / "summary.md").read_text()
