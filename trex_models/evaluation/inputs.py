@@ -41,7 +41,10 @@ def require_finite(
 ) -> None:
     """Check that features, (N, F), are finite, in chunks; ``first`` is the first row's number."""
     for start in range(0, len(features), chunk):
-        finite = features[start : start + chunk].isfinite().all(1)
+        rows = features[start : start + chunk]
+        if rows.sum().isfinite():  # ten times as fast as the exact check, but may overflow
+            continue
+        finite = rows.isfinite().all(1)
         if not finite.all():
             row = first + start + int((~finite).nonzero()[0])
             raise ValueError(

@@ -230,5 +230,6 @@ def _nearest(
 
 def _normalize(features: Tensor) -> Tensor:
     features = features.float()
-    largest = features.abs().amax(1, keepdim=True)
-    return F.normalize(features / largest.clamp_min(torch.finfo(torch.float32).tiny), dim=1)
+    largest = torch.linalg.vector_norm(features, torch.inf, 1, keepdim=True)
+    scaled = features / largest.clamp_min(torch.finfo(torch.float32).tiny)
+    return F.normalize(scaled, dim=1, out=scaled)
