@@ -87,8 +87,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     available = len(os.sched_getaffinity(0))
-    if options.cores != sorted(options.cores) or not 0 < options.cores[-1] <= available:
-        parser.error(f"--cores must be ascending and at most {available}, got {options.cores}")
+    if (
+        options.cores != sorted(options.cores)
+        or not 0 < options.cores[0] <= options.cores[-1] <= available
+    ):
+        parser.error(f"--cores must be ascending, from 1 to {available}, got {options.cores}")
     return options
 
 

@@ -25,11 +25,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks import measure
 from trex_models.atomic import write_text_file
+from trex_models.precision import free_cores
 
 _ROOT = Path(__file__).parents[1]
 _GRACE = 5  # seconds from SIGINT to SIGKILL
+_STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _GFLOP = 69  # per image: student 224: 24.3, 8 x 96: 35.7, momentum encoder 8.2, heads 0.7
 _PEAK = 989e3  # GFLOP/s of an H100 or H200, dense bf16
 _GOALS = {"images/s": "at least 2400", "waiting": "below 0.03", "ratio": "at least 2"}
@@ -47,8 +51,9 @@ class Part(NamedTuple):
 
 
 def _tests(result: Any) -> dict[str, Any]:
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", result["output"].splitlines()[-1])
-    short = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+\.py\S*) - (.*)$", result["output"], re.M)
+    *_, last = re.findall(r"^.* in [\d.]+s.*$", result["output"], re.M)
+    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", last)
+    short = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+\.py.*?)(?: - (.*))?$", result["output"], re.M)
     return {name: int(count) for count, name in counts} | dict(short)
 
 
@@ -77,8 +82,9 @@ _TINY = "--backbone resnet18 --hidden-dim 16 --bank 64 --classes 8"
 _TOY = f"{_TINY} --batch 2 --rounds 1"
 _STEPS = (f"{_GPU} --steps 5 --rounds 5", f"{_TOY} --sizes 32 32")
 _CROPS = ("--device cuda --batch 256 --rounds 2 --crops 32", "--batch 1 --rounds 1 --crops 1")
+_CORES = sorted({str(min(count, free_cores())) for count in (4, 8, 16)}, key=int)
 _RUNS = (
-    f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores 4 8 16",
+    f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores {shlex.join(_CORES)}",
     f"{_TOY} --files 8 --cores 1 --steps 1",
 )
 _BATCHES = ("--device cuda --batches 64 128 256", f"{_TINY} --sizes 32 32 --batches 2 4")
@@ -104,13 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the parts; return the exit status."""
     names = [part.name for part in PARTS]
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--output", type=Path, required=True, help="new folder for the results")
     parser.add_argument("--minutes", type=float, default=8, help="time limit of all parts")
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU")
     options = parser.parse_args(arguments)
     output, total = options.output.expanduser().resolve(), 60 * options.minutes
-    output.mkdir(parents=True, exist_ok=True)
+    if not options.minutes >= 1:
+        parser.error(f"--minutes must be at least 1, got {options.minutes}")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no CUDA device is available; use --dry-run")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {error}")
+    if (output / "summary.md").exists():
+        parser.error(f"--output {output} contains results; choose another folder")
     deadline, records = time.monotonic() + total - 2 * _GRACE, []
     for part in (part for part in PARTS if part.name in options.parts):
         limit = min(part.share * total, deadline - time.monotonic())
@@ -173,19 +188,31 @@ def _run(part: Part, limit: float, output: Path, dry_run: bool) -> dict[str, Any
             status = "failed" if child.wait(limit) else "ok"
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "time limit"
-            for sent in (signal.SIGINT, signal.SIGKILL):  # on SIGINT, pytest prints its counts
-                with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(child.pid, sent)  # its loader workers, too
-                    child.wait(_GRACE)
+            _end(child)
     text = log.read_text(errors="replace")
     record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
     record["figures"] = {} if status == "ok" else {"last line": text.strip().rpartition("\n")[2]}
-    with suppress(OSError, LookupError):  # no result, or an incomplete one
+    try:
         result = json.loads(out.read_text()) if "--out" in words else {"output": text}
         record |= {"result": result, "figures": record["figures"] | part.figures(result)}
+    except Exception as error:  # no result, or an unexpected one, must not end the other parts
+        if status == "ok":
+            record |= {"status": "failed", "figures": {"result": repr(error)}}
     return record
 
 
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a part and its loader workers, even if this process is signaled again."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPS}
+    for sent in (signal.SIGINT, signal.SIGKILL):  # on SIGINT, pytest prints its counts
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(child.pid, sent)
+            child.wait(_GRACE)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in _STOPS:
+        signal.signal(stop, signal.default_int_handler)
     sys.exit(main())

@@ -213,11 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
     parser.add_argument("--batches", type=int, default=8, help="batches timed in `whole`")
     parser.add_argument("--workers", type=int, default=2)
-    about = "the loader workers read the first"
+    about = "sizes of the photographs; `whole` reads the first"
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help=about)
-    parser.add_argument("--files", type=int, default=128, help="photographs of about 100 KB")
-    parser.add_argument("--latencies", type=float, nargs="*", default=[0, 1, 5, 20], help="ms")
-    parser.add_argument("--source", choices=["folder", "tar"], default="folder", help="of ours")
+    parser.add_argument("--files", type=int, default=128, help="standard photographs")
+    parser.add_argument(
+        "--latencies", type=float, nargs="*", default=[0, 1, 5, 20], help="of a read, in ms"
+    )
+    parser.add_argument(
+        "--source", choices=["folder", "tar"], default="folder", help="of our loader"
+    )
     parsed = parser.parse_args(arguments)
     if parsed.workers < 1:
         parser.error(f"--workers must be at least 1, got {parsed.workers}")
@@ -235,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind, files in kinds.items()
         }
         first = kinds[parsed.kinds[0]]
+        batch = min(batch, len(first.ours.source))
         loaders = whole(first, batch, parsed.batches, parsed.workers, parsed.rounds)
         rounds = max(1, parsed.rounds // 4)
         delayed = slow(first, batch, parsed.batches, rounds, parsed.latencies)

@@ -46,7 +46,7 @@ _KINDS = {
     "batch norm": ("batch_norm",),
     "matrix products": ("addmm", "mm", "linear", "matmul"),
     "optimizer": ("sgd",),
-    "momentum encoder's average": ("foreach", "lerp"),
+    "foreach operations": ("foreach", "lerp"),
     "activation, sum, pooling": ("relu", "threshold", "gelu", "add", "pool", "mean"),
     "casts and copies": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
 }

@@ -16,6 +16,7 @@ from benchmarks import gpu
 from trex_models.data import photometric
 
 SLEEP = "timeit -n 1 -r 1 'import time; time.sleep(60)'"
+PASS = "timeit -n 1 -r 1 'print(\"FAILED a/test_b.py::c[d e]\\n1 passed in 0.1s\")'"
 KILL = SLEEP.replace("time;", "os, signal, time; os.kill(os.getppid(), signal.SIGTERM);")
 
 
@@ -45,16 +46,44 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_failures(killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = {"pytest --version": 1, KILL if killed else SLEEP: 0.01, "absent": 9, "no_module": 1}
+    commands = {PASS: 1, KILL if killed else SLEEP: 0.01, "absent": 9, "no_module": 1}
+    commands["timeit -n 1 pass"] = 1  # without a result
     parts = [gpu.Part(str(n), s, gpu._tests, c) for n, (c, s) in enumerate(commands.items())]
     monkeypatch.setattr(gpu, "PARTS", parts)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    assert gpu.main(["--output", str(tmp_path)]) == 1
-    signal.signal(signal.SIGTERM, before)
+    try:
+        assert gpu.main(["--output", str(tmp_path), "--dry-run"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     ends = ("interrupted", "skipped") if killed else ("time limit", "failed")
     summary = (tmp_path / "summary.md").read_text()
-    for name, status in zip("0123", ("ok", ends[0], "skipped", ends[1]), strict=True):
+    for name, status in zip("01234", ("ok", ends[0], "skipped", *2 * ends[1:]), strict=True):
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["status"] == status
         assert f"| {name} | {status} | {record['seconds']} | " in summary
     assert ("No module named no_module" in summary) != killed
+    assert "| passed: 1; test_b.py::c[d e]:  |" in summary
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dry-run --minutes 0", "--minutes must be at least 1, got 0.0"),
+        ("--dry-run --output {used}", "{used} contains results; choose another folder"),
+        ("--dry-run --output {used}/summary.md", "File exists: '{used}/summary.md'"),
+        ("", "no CUDA device is available; use --dry-run"),
+    ],
+)
+def test_invalid_options(
+    options: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "summary.md").touch()
+    arguments = f"--output {tmp_path / 'new'} {options.format(used=tmp_path)}".split()
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(arguments)
+    assert message.format(used=tmp_path) in capsys.readouterr().err

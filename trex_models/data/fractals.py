@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,9 @@ class _System(NamedTuple):
 
 @dataclass(eq=False)
 class FractalSource:
-    """Source of fractal images that are rendered when first read; 128 MiB of them are kept.
+    """Source of fractal images that are rendered when read.
+
+    Each process keeps up to 128 MiB of images, which must not be modified.
 
     An image depends only on seed, class number, image number, size and variation. Sources whose
     `first_class` differs by `num_classes` or more contain disjoint classes, and sources whose
@@ -81,7 +83,11 @@ class FractalSource:
         labels = np.arange(self.num_classes, dtype=np.int64)
         self.classes = [f"fractal {self.first_class + label:04d}" for label in labels]
         self.labels = np.repeat(labels, self.images_per_class)
-        self._images: dict[int, np.ndarray] = {}
+        self._images: dict[tuple[int, int], np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the images, which other processes render if they need them."""
+        return vars(self) | {"_images": {}}
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -89,11 +95,11 @@ class FractalSource:
 
     def read(self, index: int) -> np.ndarray:
         """Return one image, (S, S, 3) uint8 RGB."""
-        if (image := self._images.get(index)) is None:
-            numbers = self._numbers(index)
+        numbers = self._numbers(index)
+        if (image := self._images.get(numbers)) is None:
             image = draw_fractal(*numbers, self.size, self.seed, self.variation).image
             if (len(self._images) + 1) * image.nbytes <= _CACHE_BYTES:
-                self._images[index] = image
+                self._images[numbers] = image
         return image
 
     def name(self, index: int) -> str:
