@@ -379,12 +379,15 @@ def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
 
 def resized_crops(image: np.ndarray, boxes: Sequence[Box], size: int, out: Tensor) -> None:
     """Resize only boxes of an image, (H, W, 3) uint8, and write them to ``out``, (N, S, S, 3)."""
-    pixels = torch.from_numpy(image if image.flags.writeable else image.copy())  # as torch requires
     # Add the batch axis before slicing: otherwise torch does not recognize the strides as channels
     # last and uses a kernel that takes twice the time.
-    batch = pixels[None].permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2) if image.flags.writeable else None
     for crop, (top, left, height, width) in zip(out, boxes, strict=True):
-        patch = batch[:, :, top : top + height, left : left + width]
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        if pixels is None:  # torch does not support read-only arrays
+            patch = torch.from_numpy(image[rows, columns].copy())[None].permute(0, 3, 1, 2)
+        else:
+            patch = pixels[:, :, rows, columns]
         crop.copy_(resize(patch, size, size, "bicubic")[0].permute(1, 2, 0))
 
 
