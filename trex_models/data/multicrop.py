@@ -379,15 +379,11 @@ def reduction_factor(specs: Sequence[CropSpec], height: int, width: int) -> int:
 
 def resized_crops(image: np.ndarray, boxes: Sequence[Box], size: int, out: Tensor) -> None:
     """Resize only boxes of an image, (H, W, 3) uint8, and write them to ``out``, (N, S, S, 3)."""
-    # Add the batch axis before slicing: otherwise torch does not recognize the strides as channels
-    # last and uses a kernel that takes twice the time.
-    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2) if image.flags.writeable else None
     for crop, (top, left, height, width) in zip(out, boxes, strict=True):
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        if pixels is None:  # torch does not support read-only arrays
-            patch = torch.from_numpy(image[rows, columns].copy())[None].permute(0, 3, 1, 2)
-        else:
-            patch = pixels[:, :, rows, columns]
+        # A copy, which is faster than the one that torch would make.
+        box = torch.from_numpy(image[top : top + height, left : left + width].copy())
+        # The batch axis first: otherwise torch does not recognize the strides as channels last.
+        patch = box[None].permute(0, 3, 1, 2)
         crop.copy_(resize(patch, size, size, "bicubic")[0].permute(1, 2, 0))
 
 
