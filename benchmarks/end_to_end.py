@@ -32,6 +32,7 @@ from benchmarks.reference_pipeline import SPECS, reference_dataset
 from trex_models.data.image_files import FolderSource
 from trex_models.data.loading import NUM_BUFFERS, load_batches, to_device
 from trex_models.data.multicrop import EpochSampler, MultiCropDataset, augment
+from trex_models.precision import free_cores
 
 
 @dataclass
@@ -82,16 +83,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     step.add_options(parser)
     parser.set_defaults(backbone="resnet18", batch=16, dtype="float32", rounds=4, steps=4)
     parser.add_argument("--files", type=int, default=256, help="number of photographs")
-    parser.add_argument(
-        "--cores", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="ascending"
-    )
+    parser.add_argument("--cores", type=int, nargs="+", default=[free_cores()], help="ascending")
     options = parser.parse_args(arguments)
-    available = len(os.sched_getaffinity(0))
-    if (
-        options.cores != sorted(options.cores)
-        or not 0 < options.cores[0] <= options.cores[-1] <= available
-    ):
-        parser.error(f"--cores must be ascending, from 1 to {available}, got {options.cores}")
+    counts, available = options.cores, free_cores()
+    if counts != sorted(counts) or counts[0] < 1 or counts[-1] > available:
+        parser.error(f"--cores must be ascending, from 1 to {available}, got {counts}")
     return options
 
 

@@ -30,10 +30,10 @@ import torch
 from benchmarks import measure
 from trex_models.atomic import write_text_file
 from trex_models.precision import free_cores
+from trex_models.train.signals import STOP_SIGNALS
 
 _ROOT = Path(__file__).parents[1]
 _GRACE = 5  # seconds from SIGINT to SIGKILL
-_STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _GFLOP = 69  # per image: student 224: 24.3, 8 x 96: 35.7, momentum encoder 8.2, heads 0.7
 _PEAK = 989e3  # GFLOP/s of an H100 or H200, dense bf16
 _GOALS = {"images/s": "at least 2400", "waiting": "below 0.03", "ratio": "at least 2"}
@@ -82,9 +82,9 @@ _TINY = "--backbone resnet18 --hidden-dim 16 --bank 64 --classes 8"
 _TOY = f"{_TINY} --batch 2 --rounds 1"
 _STEPS = (f"{_GPU} --steps 5 --rounds 5", f"{_TOY} --sizes 32 32")
 _CROPS = ("--device cuda --batch 256 --rounds 2 --crops 32", "--batch 1 --rounds 1 --crops 1")
-_CORES = sorted({str(min(count, free_cores())) for count in (4, 8, 16)}, key=int)
+_CORES = sorted({min(count, free_cores()) for count in (4, 8, 16)})
 _RUNS = (
-    f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores {shlex.join(_CORES)}",
+    f"{_GPU} --files 1024 --steps 16 --rounds 1 --cores {' '.join(map(str, _CORES))}",
     f"{_TOY} --files 8 --cores 1 --steps 1",
 )
 _BATCHES = ("--device cuda --batches 64 128 256", f"{_TINY} --sizes 32 32 --batches 2 4")
@@ -203,7 +203,7 @@ def _run(part: Part, limit: float, output: Path, dry_run: bool) -> dict[str, Any
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End a part and its loader workers, even if this process is signaled again."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPS}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     for sent in (signal.SIGINT, signal.SIGKILL):  # on SIGINT, pytest prints its counts
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(child.pid, sent)
@@ -213,6 +213,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    for stop in _STOPS:
-        signal.signal(stop, signal.default_int_handler)
+    for stop in STOP_SIGNALS:
+        if signal.getsignal(stop) != signal.SIG_IGN:  # as under nohup
+            signal.signal(stop, signal.default_int_handler)
     sys.exit(main())

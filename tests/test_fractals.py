@@ -51,6 +51,7 @@ def test_images_are_rendered_once_if_they_fit(monkeypatch: pytest.MonkeyPatch) -
     first, again = ([source.read(index) for index in range(3)] for _ in range(2))
     assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
     np.testing.assert_array_equal(first, again)
+    assert len(pickle.dumps(source)) < len(pickle.dumps(first))
 
 
 def test_shifted_sources() -> None:
