@@ -7,7 +7,7 @@ The first command writes the images, searches a learning rate for each configura
 top-1 on held-out images of the training classes), then trains and evaluates each configuration with
 each seed. It writes one JSON file per run and skips runs whose file exists, so an interrupted study
 can be continued. On a CPU, one single-threaded run per core runs in parallel; on a GPU, one at a
-time. The second command draws the figures and prints the tables.
+time. The second command prints the scores and the claims, and draws the figure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks import measure
-from benchmarks.study.cells import CELLS, SCALES, SEARCH_SEED, Scale
+from benchmarks.study.cells import SCALES, SEARCH_SEED, Scale
 from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
 from trex_models import cli
 from trex_models.precision import free_cores
@@ -223,38 +223,25 @@ def run_all(
 
 
 def report(*, output: Path, scale: ScaleName = "cpu", results: Path | None = None) -> None:
-    """Print the tables and draw the figures.
+    """Print the tables of scores and claims, and draw the figure.
 
     Example: python -m benchmarks.study report --output docs
 
     Args:
-        output: Folder for the figures.
+        output: Folder for the figure.
         scale: Size of the study.
         results: Folder of the JSON files. The default is benchmarks/results/study-SCALE.
     """
     from benchmarks.study import claims, pictures, tables
+    from trex_models.plotting import save
 
-    folder = results or _results(scale)
-    found = claims.read_results(folder)
-    tested = claims.tested(found, claims.CLAIMS)
-    searches = {name: read(path) for name in CELLS if (path := _search_file(folder, name)).exists()}
-    print(tables.cells(found, ["task", "transfer"]), end="\n\n")
-    if tested:
+    found = claims.read_results(results or _results(scale))
+    print(tables.scores(found), end="\n\n")
+    if tested := claims.tested(found, [*claims.CLAIMS, *claims.BUT_HUES]):
         print(tables.claims(tested), end="\n\n")
-        print(tables.claims(claims.tested(found, claims.BUT_HUES)), end="\n\n")
-    print(tables.cells(found, ["fit", "gap", "means_gap", "change", "last"]), end="\n\n")
-    print(tables.fit(found), end="\n\n")
-    print(tables.datasets(found), end="\n\n")
-    if claims.found_effects(found):
-        print(tables.effects(found), end="\n\n")
-    print(tables.search(searches), end="\n\n")
-    starts = [read(path) for path in sorted(folder.glob("start-*.json"))]
-    trained = tables.core_hours(run for runs in found.values() for run in runs)
-    prepared = tables.core_hours([*searches.values(), *starts])
-    kinds = "searches and initializations" if starts else "searches"
-    print(f"{trained:.1f} core hours of runs, {prepared:.1f} of {kinds}")
-    for path in pictures.draw_all(found, tested, output):
-        print(f"wrote {path}")
+    picture = output / "study_tradeoff.png"
+    save(pictures.tradeoff(found), picture)
+    print(f"wrote {picture}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

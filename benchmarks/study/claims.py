@@ -80,20 +80,12 @@ def _change(result: Mapping[str, Any]) -> float | None:
     return statistics.fmean(change[len(change) // 10 :]) if change else None
 
 
-def _last_change(result: Mapping[str, Any]) -> float | None:
-    """Return the change per step at the end of training, where the learning rate is near 0."""
-    change = result["curves"].get("prototype_change")
-    return float(change[-1]) if change else None
-
-
 MEASURES = {
     "task": Measure("training task, top-1 %", lambda r: float(r["task_top1"]), ".1f", 100),
     "transfer": Measure("transfer, log-odds", lambda r: float(r["transfer_log_odds"]), ".3f"),
     "but_hues": Measure("transfer without hues, log-odds", _transfer_but_hues, ".3f"),
     "change": Measure("change of prototypes per step", _change, ".4f"),
-    "last": Measure("change per step at the end", _last_change, ".4f"),
     "fit": Measure("head on training images, top-1 %", _head("train"), ".1f", 100),
-    "new": Measure("head on new images, top-1 %", _head("test"), ".1f", 100),
     "gap": Measure("head: training minus new images, points", _head("train", "test"), ".1f", 100),
     "means_gap": Measure(
         "class means: training minus new images, points",
@@ -102,11 +94,6 @@ MEASURES = {
         100,
     ),
 }
-
-
-def accuracy(dataset: str) -> Measure:
-    """Return the top-1 accuracy on a dataset as a measure."""
-    return Measure("top-1, %", lambda run: float(run["datasets"][dataset]["top1"]), ".1f", 100)
 
 
 @dataclass(frozen=True)
@@ -162,44 +149,6 @@ CLAIMS = [
 
 BUT_HUES = [replace(c, measure="but_hues") for c in CLAIMS if c.measure == "transfer"]
 """Claims on transfer without the dataset on which all configurations are at chance level."""
-LOCAL_CROPS, DEPTH = "Local crops", "Three hidden layers instead of one"
-EFFECTS = {
-    LOCAL_CROPS: {
-        "L = 1": ("cosine-1", "cosine-1-global"),
-        "L = 3": ("cosine-3", "cosine-3-global"),
-    },
-    DEPTH: {
-        "learned, no local crops": ("cosine-3-global", "cosine-1-global"),
-        "learned": ("cosine-3", "cosine-1"),
-        "OCM": ("ocm-3", "ocm-1"),
-    },
-    "OCM instead of a learned classifier": {
-        "L = 1": ("ocm-1", "cosine-1"),
-        "L = 3": ("ocm-3", "cosine-3"),
-    },
-}
-"""Changes of the method -> pairs of configurations, with and without the change."""
-
-
-def found_effects(results: Results) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return the ``EFFECTS`` for which there are results."""
-    found = {
-        title: {kind: pair for kind, pair in pairs.items() if set(pair) <= results.keys()}
-        for title, pairs in EFFECTS.items()
-    }
-    return {title: pairs for title, pairs in found.items() if pairs}
-
-
-def by_dataset(results: Results, pair: tuple[str, str]) -> dict[str, Estimate]:
-    """Return the difference in top-1 on each dataset between a pair, with seeds as blocks."""
-    changed, baseline = pair
-    weights = {changed: 1.0, baseline: -1.0}
-    return {name: contrast(results, accuracy(name), weights) for name in list_datasets(results)}
-
-
-def list_datasets(results: Results) -> list[str]:
-    """Return the names of the datasets, starting with the training task."""
-    return list(next(iter(results.values()))[0]["datasets"])
 
 
 def read_results(folder: Path) -> Results:
