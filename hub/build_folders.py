@@ -8,17 +8,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import Positional
 
 from hub import cards, notices
 from hub.hub_folder import EVAL_RESULTS, HubModel, inspect_folder
-from hub.imagenet import read_results
 from hub.results import benchmark_yaml, match_reports, merge_results
 from trex_models.pretrained import naver, timm_folder
 from trex_models.pretrained.licenses import license_of
-from trex_models.pretrained.manifest import sha256
 
 NAMESPACE = "trex-models"
 Texts = dict[str, str]  # by file name
@@ -59,8 +56,8 @@ def build_folders(
         license: License of your own model, as the Hub's identifier. The default is the license
             stated in the weights or in config.json.
         namespace: Organization or user on the Hub, for the examples in the model cards.
-        results: Reports of the transfer evaluation and imagenet.json of import-naver, for the
-            model cards. A report is used for the models that have the evaluated weights.
+        results: Reports of the transfer evaluation, for the model cards. A report is used for the
+            models that have the evaluated weights.
         benchmark: Datasets that are benchmarks on the Hub, as DATASET=OWNER/NAME/TASK_ID.
     """
     sources = _timm_folders(converted)
@@ -69,15 +66,12 @@ def build_folders(
             f"--name requires one model, but {converted} has {len(sources)}; pass one timm folder"
         )
     models = [inspect_folder(source, name or source.resolve().name) for source in sources]
-    reports = [path for path in results if "format" in read_results(path)]
-    matched = match_reports(models, reports)
+    matched = match_reports(models, results)
     checked = []
     for model in models:
         identifier = _license(model, owner, license)
-        imagenet = [_measured(model, path) for path in results if path not in reports]
         found = merge_results(matched[model.name], f"{namespace}/{model.name}")
-        first = next(filter(None, imagenet), None)
-        texts = {"README.md": cards.render(model, identifier, owner, namespace, first, found)}
+        texts = {"README.md": cards.render(model, identifier, owner, namespace, found)}
         if benchmark:
             texts[EVAL_RESULTS] = benchmark_yaml(found, benchmark)
         checked.append((model, identifier, texts))
@@ -160,16 +154,6 @@ def _license(model: HubModel, owner: str | None, chosen: str | None) -> str:
     if not owner:
         raise ValueError(f"{model.folder}: NOTICE must name the weights' owner; add --owner NAME")
     return identifier
-
-
-def _measured(model: HubModel, path: Path) -> dict[str, Any] | None:
-    found = read_results(path).get(model.name)
-    if found and found["sha256"] != sha256(model.folder / "model.safetensors"):
-        raise ValueError(
-            f"{path}: {model.name} was measured with a model.safetensors that differs from the "
-            f"one in {model.folder}; measure it again"
-        )
-    return found
 
 
 def _write(model: HubModel, identifier: str, owner: str | None, texts: Texts, folder: Path) -> None:

@@ -25,7 +25,6 @@ def render(
     identifier: str,
     owner: str | None,
     namespace: str,
-    measured: Mapping[str, Any] | None = None,
     results: Results = (),
 ) -> str:
     """Return the README.md of a model's repository.
@@ -35,7 +34,6 @@ def render(
         identifier: Identifier of the model's license.
         owner: Owner of the weights; None for NAVER's weights.
         namespace: Organization or user on the Hub.
-        measured: Results of the model in imagenet.json, if available.
         results: Results of the model in reports of the transfer evaluation.
     """
     architecture, _, tag = model.name.partition(".")
@@ -66,7 +64,6 @@ def render(
         under_naver_license=identifier == naver.LICENSE,
         owner=owner,
         figures=reported(model.name) if model.is_naver else None,
-        ours=measured,
         reports=list({report["path"]: report for _, report in results}.values()),
         format_table=format_table,
     )

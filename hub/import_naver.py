@@ -1,8 +1,8 @@
-"""Import of NAVER's files: download, record, check and convert them, and measure the models.
+"""Import of NAVER's files: download, record, check and convert them, and evaluate the models.
 
 DIR/files/trex.pth ...          NAVER's files
 DIR/converted/NAME.TAG          timm folders, for `python -m hub build`
-DIR/imagenet.json               top-1 and the authors' results
+DIR/reproduce/report.md         top-1 and the authors' results
 
 NAVER publishes no hashes: those of the first download are recorded in the manifest, and different
 files are refused from then on. Finished steps are not repeated.
@@ -15,8 +15,9 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from benchmarks.reproduce import released, stages
+from benchmarks.reproduce.plan import Plan
 from convert.official import convert_official
-from hub.imagenet import format_results, measure
 from trex_models.pretrained import checkpoints, naver
 from trex_models.pretrained.download import download
 from trex_models.pretrained.manifest import (
@@ -36,14 +37,16 @@ def import_naver(
     imagenet: Path | None = None,
     manifest: Path | None = None,
 ) -> bool:
-    """Download, check and convert NAVER's files; with --imagenet, also measure the models.
+    """Download, check and convert NAVER's files; with --imagenet, also evaluate the models.
+
+    The evaluation is that of python -m benchmarks.reproduce --from-released on ImageNet only.
 
     Example: python -m hub import-naver --output DIR --imagenet IMAGENET
 
     Args:
         files: NAVER's names of the files, such as trex.pth. The default is all files.
         output: Folder for the files, the timm folders and the results.
-        imagenet: Folder of ImageNet-1K with val and train, to measure the top-1 accuracy.
+        imagenet: Folder of ImageNet-1K with train and val, to measure the top-1 accuracy.
         manifest: Manifest that records the files; created if missing. The default is
             TREX_MODELS_MANIFEST or the file in the package.
 
@@ -58,8 +61,6 @@ def import_naver(
                 f"{file!r} is not a file of NAVER's; choose from {', '.join(naver.ALL_FILES)}"
             )
     converted = output / "converted"
-    if imagenet is not None and not (imagenet / "val").is_dir():
-        raise ValueError(f"{imagenet} has no folder val; pass ImageNet's, with val (and train)")
     for folder in (output / "files", converted):
         folder.mkdir(parents=True, exist_ok=True)
     agree = True
@@ -79,9 +80,15 @@ def import_naver(
         raise WeightsError(f"{len(failures)} of {len(files)} files failed: {'; '.join(failures)}")
     if imagenet is None:
         return agree
-    results = measure(converted, imagenet, output)
-    print(f"\n{format_results(results)}")
-    return agree and all(result["within_tolerance"] for result in results.values())
+    plan = Plan(
+        scale_name="full",
+        imagenet=imagenet.absolute(),
+        data_root=None,
+        output=output.absolute() / "reproduce",
+        models=released.find(converted, output),
+        skip=("estimate", "train", "transfer", "figure", "folders"),
+    )
+    return stages.run(plan) and agree
 
 
 def _obtain(path: Path, manifest: Path) -> str:

@@ -7,11 +7,13 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 from PIL import Image
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def save_image(

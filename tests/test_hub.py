@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from huggingface_hub import HfApi, ModelCard
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from timm.data import ImageNetInfo
 
 from convert.official import convert_official
-from hub import cards, fixed_input, imagenet, notices
+from hub import cards, fixed_input, notices
 from hub.__main__ import main
 from hub.build_folders import build_folders
 from hub.errors import HubError
@@ -38,8 +35,6 @@ from tests.loopback import Fault
 from tests.loopback_hub import LFS_WARNING, Commit, HubServer, environment
 from tests.models import CFG, COLORS, TINY, edit_config, tiny_classifier, tiny_folder, write_folder
 from tests.processes import run_python
-from trex_models.evaluation.feature_file import load as load_features
-from trex_models.evaluation.linear import Samples, Setting, fitted_accuracies
 from trex_models.pretrained import naver
 from trex_models.pretrained.manifest import (
     Manifest,
@@ -48,7 +43,6 @@ from trex_models.pretrained.manifest import (
     save_manifest,
     sha256,
 )
-from trex_models.transfer.protocol import sgd_scores
 from trex_models.transfer.published import reported
 from trex_models.trex import default_cfgs
 
@@ -369,18 +363,7 @@ def test_card_of_naver_model(name: str) -> None:
     assert ("It needs the package trex_models" in text) is (backbone != name)
 
 
-def test_cards_contain_measured_and_reported_results() -> None:
-    measured = {"images": 50000, "top1": 77.3456, "protocol": imagenet.LINEAR}
-    render = partial(cards.render, identifier=naver.LICENSE, owner=None, namespace="x")
-    card = render(naver_model("trex_resnet50.in1k"), measured=measured)
-    assert "top-1 77.35 % with a linear layer on the features" in card
-    assert "Not measured" not in card
-    card = render(
-        naver_model("trex_resnet50_cls.in1k_r2"),
-        measured=measured | {"protocol": imagenet.PROTOTYPES},
-    )
-    assert "top-1 77.35 % with its own prototypes" in card
-    assert "This protocol differs from the authors' linear" in " ".join(card.split())
+def test_reported_results_are_the_published_ones() -> None:
     assert reported("trex_resnet50.in1k") == ("t-ReX", 0.780, 1.1704)
     assert reported("trexstar_resnet50.in1k") == ("t-ReX*", 0.802, 0.8829)
     for part in ("", "_proj", "_cls"):
@@ -389,16 +372,6 @@ def test_cards_contain_measured_and_reported_results() -> None:
     cfg = timm.get_pretrained_cfg("trex_resnet50")
     assert cfg is not None
     assert cfg.origin_url == notices.ORIGIN
-
-
-def test_results_must_be_of_the_same_weights(tiny: Path, tmp_path: Path) -> None:
-    results = tmp_path / "imagenet.json"
-    results.write_text(json.dumps({"small_trex": {"sha256": "0" * 64}}))
-    with pytest.raises(ValueError, match=r"imagenet.json: small_trex was measured with a model"):
-        build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=(results,))
-    results.write_text("[")
-    with pytest.raises(ValueError, match=r"imagenet.json has no results .*; delete it"):
-        build_folders(tiny / "small_trex", tmp_path / "out", **OWNER, results=(results,))
 
 
 def run_blocks(blocks: list[str], environ: Mapping[str, str], *, bare: bool = False) -> str:
@@ -715,160 +688,6 @@ def test_fixed_input_is_the_formula() -> None:
     assert fixed_input.relative_error((1.0, -2.0), (1.0, -2.5)) == pytest.approx(0.2)
 
 
-# ImageNet
-
-
-def picture(color: tuple[int, int, int], seed: int) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(-8, 9, (40, 48, 3))
-    return Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture(scope="module")
-def replica(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny ImageNet: each class is a color, and 2 of 16 images in val are in a wrong folder."""
-    root = tmp_path_factory.mktemp("imagenet")
-    for split, count in (("train", 5), ("val", 4)):
-        for c, (name, color) in enumerate(COLORS.items()):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                picture(color, 100 * c + i).save(folder / f"{split}_{i}.png")
-    for name, other in (("ant", "bee"), ("cat", "dog")):
-        picture(COLORS[other], 999).save(root / "val" / name / "val_0.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def rightful(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, and a classifier whose prototypes are the embeddings of the classes' colors.
-
-    The models have NAVER's names, since only those are measured.
-    """
-    folder = tmp_path_factory.mktemp("rightful")
-    tiny_folder(folder / "trex_resnet50.in1k")
-    embedder: Any = load_folder(tiny_classifier(folder / "first"))
-    shutil.rmtree(folder / "first")
-    embedder.reset_classifier(0)
-    colors = torch.tensor(list(COLORS.values())) / 127.5 - 1
-    with torch.inference_mode():
-        embeddings = embedder(colors.view(4, 3, 1, 1).expand(4, 3, 32, 32))
-    tiny_classifier(folder / "trex_resnet50_cls.in1k_r2", F.normalize(embeddings).clone())
-    shutil.copytree(folder / "trex_resnet50.in1k", folder / "trex_resnet50_proj.in1k_r2")
-    return folder
-
-
-SMALL = tuple(COLORS)
-
-
-@pytest.fixture
-def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reduce the grid to two settings, since a fifth of 20 images cannot rank all of them."""
-    settings = (Setting(1e-3, 1e-4), Setting(10.0, 1e-6))
-    monkeypatch.setattr(imagenet, "sgd_scores", partial(sgd_scores, settings=settings, epochs=300))
-
-
-@pytest.mark.usefixtures("few_settings")
-def test_measured_top1_is_the_known_one(
-    rightful: Path, replica: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = imagenet.measure(rightful, replica, tmp_path, SMALL)
-    assert json.loads((tmp_path / "imagenet.json").read_text()) == results
-    assert sorted(results) == ["trex_resnet50.in1k", "trex_resnet50_cls.in1k_r2"]
-    for result in results.values():
-        assert result["top1"] == 100 * 14 / 16
-        assert result["within_tolerance"] is False
-    linear, prototypes = results.values()
-    assert (linear["tolerance"], prototypes["tolerance"]) == (0.5, 1.5)
-    assert (linear["reported_top1"], prototypes["reported_top1"]) == (78.0, 77.9)
-    assert prototypes["protocol"] == "its own prototypes"
-    assert prototypes["reported_protocol"] == linear["protocol"] == "a linear layer on the features"
-    assert linear["learning_rate"] == 10.0
-
-    kept = sorted((tmp_path / "features").rglob("*.safetensors"))
-    found = [load_features(path).features for path in kept]
-    shapes = {(array.shape, str(array.dtype)) for array in found}
-    assert shapes == {((20, 32), "float16"), ((16, 32), "float16"), ((16, 4), "float32")}
-
-    text = imagenet.format_results(results)
-    assert re.search(r"trex_resnet50\.in1k +87\.50 +78\.0 +\+9\.50  NO \(0\.5\)", text)
-    assert re.search(r"trex_resnet50_cls\.in1k_r2 \(\*\) +87\.50 +77\.9", text)
-    assert "a different protocol" in text
-
-    capsys.readouterr()
-    before = [path.stat().st_mtime_ns for path in kept]
-    assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
-    out = capsys.readouterr().out
-    assert out.count("already measured, 87.50 %") == 2
-    # The features are reused, and only the layers are trained again.
-    (tmp_path / "imagenet.json").unlink()
-    assert imagenet.measure(rightful, replica, tmp_path, SMALL) == results
-    assert [path.stat().st_mtime_ns for path in kept] == before
-
-
-@pytest.mark.usefixtures("few_settings")
-def test_other_images_and_weights_are_measured_again(
-    rightful: Path, replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The setting is selected on a fifth of train, and the final layer is trained on all of it."""
-    root, out = tmp_path / "images", tmp_path / "out"
-    shutil.copytree(replica, root)
-    imagenet.measure(rightful, root, out, SMALL)
-    for file, kept in (("val/ant/val_0.png", 5), ("train/ant/train_0.png", 6)):
-        picture(COLORS["ant"], 7).save(root / file)
-        os.utime(root / file, (10**9, 10**9))
-        found = imagenet.measure(rightful, root, out, SMALL)
-        assert [result["top1"] for result in found.values()] == [100 * 15 / 16] * 2
-        assert len(list((out / "features").rglob("*.safetensors"))) == kept
-    sizes = []
-
-    def noting(train: Samples, test: Samples, settings: Sequence[Setting], **options: Any) -> Any:
-        sizes.append((len(train.rows), len(test.rows), len(settings)))
-        return fitted_accuracies(train, test, settings, **options)
-
-    monkeypatch.setattr("trex_models.evaluation.linear.fitted_accuracies", noting)
-    folder = tmp_path / "models" / "trex_resnet50.in1k"
-    for seed in (0, 1):
-        tiny_folder(folder, seed)
-        [result] = imagenet.measure(tmp_path / "models", replica, tmp_path, SMALL).values()
-        assert result["sha256"] == sha256(folder / "model.safetensors")
-        assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 2 * (seed + 1)
-    assert sizes == [(16, 4, 2), (20, 16, 1)] * 2
-
-
-def test_images_must_be_of_the_classes(rightful: Path, replica: Path, tmp_path: Path) -> None:
-    names = tuple(ImageNetInfo().label_names())
-    assert imagenet.CLASSES == names == tuple(sorted(names))
-    with pytest.raises(ValueError, match="4 class folders, .* the names of the 1000 .*: ant"):
-        imagenet.measure(rightful, replica, tmp_path)
-    shutil.copytree(replica / "val", tmp_path / "three" / "val")
-    shutil.rmtree(tmp_path / "three" / "val" / "dog")
-    three = ("ant", "bee", "cat")
-    with pytest.raises(ValueError, match="has 4 classes, but the images have 3"):
-        imagenet.measure(rightful, tmp_path / "three", tmp_path, three)
-    with pytest.raises(ValueError, match="cannot be listed"):
-        imagenet.measure(rightful, tmp_path / "nothing", tmp_path, SMALL)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_backbones_need_train_and_images_must_be_readable(
-    workers: int,
-    rightful: Path,
-    replica: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    shutil.copytree(replica / "val", tmp_path / "val")
-    monkeypatch.setattr(imagenet, "free_cores", lambda: workers)
-    found = imagenet.measure(rightful, tmp_path, tmp_path / "features", SMALL)
-    assert list(found) == ["trex_resnet50_cls.in1k_r2"]
-    assert f"not measured, since {tmp_path / 'train'} is missing" in capsys.readouterr().out
-    (tmp_path / "val" / "bee" / "val_1.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"^[^\n]*bee/val_1.png cannot be read[^\n]*$"):
-        imagenet.measure(rightful, tmp_path, tmp_path, SMALL)
-    assert not (tmp_path / "imagenet.json").exists()
-
-
 # import-naver
 
 
@@ -902,18 +721,15 @@ def test_import_fetches_converts_and_measures_once(
 
     files.log.clear()
     before = {p: p.stat().st_mtime_ns for p in converted.rglob("*")}
-    result = {"top1": 80.0, "protocol": imagenet.LINEAR, "within_tolerance": False}
-    result |= {"reported_top1": 80.2, "tolerance": 0.5}
-    measure = Mock(return_value={STARS[0]: result})
-    monkeypatch.setattr("hub.import_naver.measure", measure)
-    (tmp_path / "val").mkdir()
+    evaluate = Mock(side_effect=[False, True])  # within tolerance
+    monkeypatch.setattr("hub.import_naver.stages.run", evaluate)
     once = partial(import_naver, names, output=out, manifest=path, imagenet=tmp_path)
     assert not once()
-    result["within_tolerance"] = True
     assert once()
-    assert measure.mock_calls == [call(converted, tmp_path, out)] * 2
+    plan = evaluate.call_args.args[0]
+    assert [model.source for model in plan.models] == [str(converted / name) for name in STARS[:2]]
+    assert (plan.imagenet, plan.data_root, plan.is_dry) == (tmp_path, None, False)
     printed = capsys.readouterr().out
-    assert re.search(r"trexstar_resnet50.in1k_r2 +80.00 +80.2 +-0.20  NO \(0.5\)", printed)
     for name in names:
         assert printed.count(f"{name}: already downloaded") == 2
         assert printed.count(f"{name}: already converted") == 2
@@ -952,8 +768,6 @@ def test_import_keeps_no_other_file(
     files.files["trex.pth"] = right
     with pytest.raises(ValueError, match="'trex.zip' is not a file of NAVER's; choose from tr"):
         import_naver(("trex.zip",), output=tmp_path / "out", manifest=path)
-    with pytest.raises(ValueError, match="has no folder val"):
-        fetch(imagenet=tmp_path)
     save_manifest(Manifest(naver={"trex.pth": "0" * 64}), path)
     digest = sha256(release / "trex.pth")
     with pytest.raises(WeightsError, match=f"refused: SHA-256 of .*is {digest}, not 0000") as e:

@@ -104,7 +104,7 @@ def test_reports_are_combined(work: Path, tmp_path: Path) -> None:
     cfg: Any = timm.get_pretrained_cfg("trex_resnet50")
     config = {"num_classes": 0, "num_features": 2048, "pretrained_cfg": cfg.to_dict()}
     naver_model = HubModel("trex_resnet50.in1k", model, config, "backbone", is_stock=True)
-    card = cards.render(naver_model, naver.LICENSE, None, "x", None, merged)
+    card = cards.render(naver_model, naver.LICENSE, None, "x", merged)
     assert card.index("**authors' results**") < card.index("## Measured results")
     assert not any(words in card for words in ("Not measured by us", "\n\n\n"))
 

@@ -81,6 +81,12 @@ def fetch(name: str) -> Path:
         raise WeightsError(f"{cached.original.name}: {error}; {copy}") from error
 
 
+def is_available(name: str) -> bool:
+    """Return True if a model's file was downloaded, or copied to the cache."""
+    cached = _cached_file(name)
+    return cached.weights.exists() or cached.original.exists()
+
+
 def _cached_file(name: str) -> CachedFile:
     folder, (_, license_, url) = cache_folder() / "figure", MODELS[name]
     file = Path(urlsplit(url).path).name.replace("resnet50.pth", f"{name}.pth")  # of two models

@@ -1,0 +1,1 @@
+"""Reproduction of the paper, from images to its table and figure."""
