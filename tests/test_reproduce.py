@@ -80,7 +80,7 @@ def test_a_dry_run_that_is_killed_in_each_stage_equals_an_uninterrupted_one(tmp_
         "check": (r"\[1/8\] check", signal.SIGKILL),
         "estimate": ("loader only", signal.SIGKILL),
         "train": (r"step 2\d/120", signal.SIGTERM),
-        "the next model": (r"(?s)LOOK.*step 4\d/120", signal.SIGKILL),
+        "the next model": (r"(?s)objective.name look.*step 4\d/120", signal.SIGKILL),
         "linear": (r"\[4/8\] linear", signal.SIGKILL),
         "transfer": (r"\[7/16\]", signal.SIGKILL),
         "compare": (r"\[6/8\] compare", signal.SIGKILL),
@@ -401,15 +401,8 @@ def test_what_would_fail_later_is_reported_by_the_check(tmp_path: Path, dry: lis
     assert "lacks 98 of the 100 classes" in subset
     missing = ("--scale", "full", "--output", tmp_path / "o3", "--imagenet", tmp_path)
     assert f"{tmp_path} has no folder train" in error(*missing)
-    settings: dict[str, Any] = {
-        "scale": "full",
-        "imagenet": str(imagenet),
-        "data_root": None,
-        "models": [],
-    }
-    (output / "reproduce.json").write_text(json.dumps({"settings": settings}))
-    assert "contains a reproduction with data_root None, " in error(*dry)
-    assert "contains a reproduction with data_root None; use" in error(*full, "--data-root", output)
+    (output / "reproduce.json").write_text('{"scale": "full", "models": []}')
+    assert "contains a reproduction at scale full; choose another folder" in error(*dry)
     assert "the stage check has not passed" in error(*full, "--skip", "check")
     assert "is not the state of a reproduction" in error("status", tmp_path)
     with FileLock(output / ".lock"):

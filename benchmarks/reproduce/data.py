@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def folders(plan: Plan) -> dict[str, Path]:
 def _write_subset(plan: Plan, part: str) -> None:
     """List the images of the scale's classes in OUTPUT/data/imagenet100/PART.csv."""
     path = plan.data / plan.scale.task / f"{part}.csv"
-    source = FolderSource(plan.imagenet.resolve() / part)
+    source = FolderSource(plan.imagenet / part)
     if absent := sorted(set(plan.scale.subset) - set(source.classes)):
         raise ValueError(
             f"{plan.imagenet / part} lacks {len(absent)} of the {len(plan.scale.subset)} classes "
@@ -60,7 +61,9 @@ def _write_subset(plan: Plan, part: str) -> None:
     rows.writerow(("path", "label"))
     for index, label in enumerate(source.labels.tolist()):
         if source.classes[label] in plan.scale.subset:
-            rows.writerow((source.name(index), source.classes[label]))
+            # Relative, so that images and output can be moved.
+            file = os.fsdecode(source.paths[index])
+            rows.writerow((f"../imagenet/{part}/{file}", source.classes[label]))
     path.parent.mkdir(exist_ok=True)
     write_text_file(path, text.getvalue())
 

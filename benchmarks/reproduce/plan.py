@@ -184,6 +184,9 @@ class Plan:
     """Folder of the transfer datasets; None to evaluate only the training task."""
     output: Path
     models: Sequence[Model]
+    """Models to train and evaluate."""
+    others: Sequence[Model] = ()
+    """Models of earlier commands with the same output, which are compared, too."""
     skip: tuple[str, ...] = ()
     slurm: bool = False
     owner: str = ""

@@ -13,7 +13,7 @@ from trex_models.transfer.report import summary
 
 def render(plan: Plan, state: Mapping[str, Any], reports: Sequence[dict[str, Any]]) -> str:
     """Return the report of everything that was done so far."""
-    titles = {model.name: model.title for model in plan.models}
+    titles = {model.name: model.title for model in (*plan.others, *plan.models)}
     lines = [f"# Reproduction of t-ReX, scale {plan.scale_name}", ""]
     if plan.is_dry:
         lines += [f"**{MEANINGLESS}.** They show that each stage works.", ""]
@@ -26,7 +26,7 @@ def render(plan: Plan, state: Mapping[str, Any], reports: Sequence[dict[str, Any
             speed = f"{rate['images_per_second']:g} images/s, {rate['hours']:g} hours"
             lines.append(f"- Measured on this machine, {titles.get(name, name)}: {speed}.")
     if trained := state.get("train"):
-        lines += ["", "## Training", "", "| model | hours | command |", "|---|---|---|"]
+        lines += ["", "## Training", "", "| model | hours of steps | command |", "|---|---|---|"]
         for name, run in trained.items():
             row = titles.get(name, name), f"{run['seconds'] / 3600:.2f}", f"`{run['command']}`"
             lines.append(f"| {' | '.join(row)} |")
@@ -42,13 +42,12 @@ def render(plan: Plan, state: Mapping[str, Any], reports: Sequence[dict[str, Any
 
 
 def _machine(state: Mapping[str, Any]) -> list[str]:
-    settings, machine = state["settings"], state["environment"]["machine"]
-    versions = state["environment"]["versions"]
+    machine, versions = state["machine"], state["versions"]
     gpus = ", ".join(f"{g['name']} ({g['gigabytes']} GB)" for g in state["gpus"]) or "no GPU"
     return [
         f"- Machine: {machine['processor']}, {machine['cores']} cores, {gpus}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}",
-        f"- Models: {', '.join(settings['models'])}",
+        f"- Models: {', '.join(state['models'])}",
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.reproduce import compare, data, estimate, replica, report
-from benchmarks.reproduce.plan import MEANINGLESS, SETS, STAGES, Model, Plan
+from benchmarks.reproduce.plan import MEANINGLESS, MODELS, SETS, STAGES, Model, Plan
 from benchmarks.reproduce.status import read_state, seconds_of
 from hub import notices
 from hub.build_folders import build_folders
@@ -43,26 +43,21 @@ class State:
     """What a reproduction has done, as JSON in OUTPUT/reproduce.json; report.md is next to it."""
 
     def __init__(self, plan: Plan) -> None:
-        settings: dict[str, Any] = {
-            "scale": plan.scale_name,
-            "imagenet": str(plan.imagenet),
-            "data_root": plan.data_root and str(plan.data_root),
-            "models": [model.name for model in plan.models],
-        }
-        self._plan, self.path = plan, plan.output / "reproduce.json"
-        self.found: dict[str, Any] = {"format": 1}
+        self.path, self.found = plan.output / "reproduce.json", dict[str, Any](format=1)
+        names = [model.name for model in plan.models]
         if self.path.exists():
             self.found = read_state(plan.output)
-            known = self.found["settings"]
-            fixed = settings.keys() - {"models"}
-            if wrong := sorted(key for key in fixed if known.get(key) != settings[key]):
-                values = ", ".join(f"{key} {known.get(key)}" for key in wrong)
+            if (scale := self.found["scale"]) != plan.scale_name:
                 raise ValueError(
-                    f"--output {plan.output} contains a reproduction with {values}; use the same "
-                    "settings, or choose another folder"
+                    f"--output {plan.output} contains a reproduction at scale {scale}; choose "
+                    "another folder"
                 )
-            settings["models"] = list(dict.fromkeys([*known["models"], *settings["models"]]))
-        self.found |= {"settings": settings, "gpus": estimate.gpus(), "environment": environment()}
+            earlier = [name for name in self.found["models"] if name not in names]
+            plan = replace(plan, others=[MODELS[name] for name in earlier if name in MODELS])
+            names = [*earlier, *names]
+        self.plan = plan
+        self.found |= {"scale": plan.scale_name, "models": names}
+        self.found |= {"gpus": estimate.gpus(), **environment()}
         if plan.is_dry:
             self.found["note"] = MEANINGLESS
 
@@ -70,8 +65,8 @@ class State:
         """Update entries, and write the JSON file and the report."""
         self.found |= entries
         write_text_file(self.path, json.dumps(self.found, indent=2) + "\n")
-        text = report.render(self._plan, self.found, list(reports(self._plan).values()))
-        write_text_file(self._plan.output / "report.md", text)
+        text = report.render(self.plan, self.found, list(reports(self.plan).values()))
+        write_text_file(self.plan.output / "report.md", text)
 
 
 def run(plan: Plan) -> bool:
@@ -79,7 +74,8 @@ def run(plan: Plan) -> bool:
     plan.output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(plan.output / ".lock", timeout=0):
-            return _run_stages(plan, State(plan))
+            state = State(plan)
+            return _run_stages(state.plan, state)
     except Timeout:
         raise ValueError(
             f"another process is working in {plan.output}; wait until it ends, or choose another "
@@ -114,18 +110,18 @@ def check(plan: Plan, state: State) -> None:
     if plan.is_dry:
         replica.create(plan.imagenet.parent)
     data.require_folders(plan)
-    inputs = {"folders": [*data.folders(plan)], "models": [model.name for model in plan.models]}
-    known = state.found.get("check")
-    if known and known["inputs"] == inputs:
-        print("already passed")
-        return
-    if plan.trained and not plan.is_dry and not torch.cuda.is_available() and not plan.slurm:
+    waiting = [model for model in plan.trained if not plan.is_trained(model)]
+    if waiting and not (plan.is_dry or plan.slurm or torch.cuda.is_available()):
         raise ValueError(
             f"--scale {plan.scale_name} trains ResNet-50s, but no CUDA device is available; use "
             "--slurm to write a script for a cluster, or --scale dry to try the command"
         )
     if plan.owner and plan.license:
         notices.find_license(plan.license)
+    inputs = [str(plan.imagenet), str(plan.data_root), *data.folders(plan), *state.found["models"]]
+    if state.found.get("check", {}).get("inputs") == inputs:
+        print("already passed")
+        return
     data.link(plan)
     found = data.find(plan)
     images = len(found.task.sources[0])
@@ -194,18 +190,12 @@ def measure(plan: Plan, state: State) -> None:
             continue
         launcher, arguments = command(plan, model, images, "--benchmark")
         print(f"\n{model.title}: measuring for about a minute", flush=True)
-        measured |= {model.name: estimate.measure([*launcher, *arguments], _environment(plan))}
+        measured |= {model.name: estimate.measure([*launcher, *arguments])}
         state.write(estimate={"arithmetic": arithmetic, "measured": measured})
     state.write(estimate={"arithmetic": arithmetic, "measured": measured})
     if len(measured) == len(plan.trained) and measured:
         hours = sum(rate["hours"] for rate in measured.values())
         print(f"training takes {hours:.1f} hours in all on this machine")
-
-
-def _environment(plan: Plan) -> dict[str, str]:
-    """Return the environment of a training run; the processes of a dry run share the cores."""
-    threads = str(max(free_cores() // 2, 1)) if plan.is_dry else None
-    return {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
 
 
 def train(plan: Plan, state: State) -> None:
@@ -214,12 +204,8 @@ def train(plan: Plan, state: State) -> None:
     waiting = [m for m in plan.trained if not plan.is_trained(m)]
     if plan.slurm and waiting:
         script = plan.output / "submit.sh"
-        lines = [
-            "#!/usr/bin/env bash",
-            "# Settings of the jobs: docs/slurm.sh",
-            "set -euo pipefail",
-        ]
-        lines.append(f"cd {shlex.quote(str(ROOT))}")
+        lines = ["#!/usr/bin/env bash", "# docs/slurm.sh has the settings of the jobs."]
+        lines += ["set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
         for model in waiting:
             _, arguments = command(plan, model, images)
             lines.append(shlex.join(["sbatch", "docs/slurm.sh", *arguments]))
@@ -235,16 +221,16 @@ def train(plan: Plan, state: State) -> None:
         else:
             print(f"{model.title}: {shlex.join([*launcher, *arguments])}", flush=True)
             started = time.monotonic()
-            _run([*launcher, *arguments], _environment(plan))
+            _run([*launcher, *arguments])
             print(f"{model.title}: trained in {duration(time.monotonic() - started)}", flush=True)
         shown = shlex.join(["python", *launcher[1:], *arguments])
         records[model.name] = {"command": shown, "seconds": seconds_of(plan.run(model))}
         state.write(train=records)
 
 
-def _run(arguments: list[str], environment: dict[str, str]) -> None:
+def _run(arguments: list[str]) -> None:
     """Run a command; on a signal, let it save its state first."""
-    child = subprocess.Popen(arguments, env=environment, cwd=ROOT)
+    child = subprocess.Popen(arguments, cwd=ROOT)
     try:
         status = child.wait()
     except KeyboardInterrupt:
@@ -348,7 +334,7 @@ def _is_evaluated(path: Path, count: int) -> bool:
 def reports(plan: Plan) -> dict[str, dict[str, Any]]:
     """Return the most complete report of each evaluated model, by name."""
     found = {}
-    for model in plan.models:
+    for model in (*plan.others, *plan.models):
         for stage in ("linear", "transfer"):
             path = plan.report(stage, model)
             if path.exists() and (complete := read_report(path))["complete"]:
@@ -358,14 +344,17 @@ def reports(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def compare_all(plan: Plan, state: State) -> None:
     """Compare the results with the authors', and the models with each other."""
-    results = {name: compare.scores(found) for name, found in reports(plan).items()}
-    rows = [] if plan.scale.subset else compare.published(plan.models, results)
-    claims = compare.claims(plan.models, results)
+    found = reports(plan)
+    results = {name: compare.scores(each) for name, each in found.items()}
+    models = [*plan.others, *plan.models]
+    rows = [] if plan.scale.subset else compare.published(models, results)
+    claims = compare.claims(models, results)
     for row in (*rows, *claims):
         if plan.is_dry:
             row["verdict"] = "meaningless"
         print(f"  {row.get('claim') or row['model'] + ', ' + row['score']}: {row['verdict']}")
-    state.write(compare={"results": results, "published": rows, "claims": claims})
+    compared = {"results": results, "published": rows, "claims": claims}
+    state.write(compare=compared, reports=found)
 
 
 def draw(plan: Plan, state: State) -> None:
@@ -387,7 +376,7 @@ def build(plan: Plan, state: State) -> None:
         return
     tag = {"full": "in1k_repro", "dry": "dry_meaningless"}.get(plan.scale_name, "in100")
     built = []
-    for model in filter(plan.is_trained, plan.trained):
+    for model in filter(plan.is_trained, (*plan.others, *plan.trained)):
         paths = [plan.report(stage, model) for stage in ("transfer", "linear")]
         results = tuple([path for path in paths if path.exists()][:1])
         for source in sorted((plan.run(model) / "export").iterdir()):

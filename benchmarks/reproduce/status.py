@@ -19,7 +19,7 @@ def read_state(output: Path) -> dict[str, Any]:
     path = output / "reproduce.json"
     try:
         found = dict(json.loads(path.read_text()))
-        found["settings"]["models"]
+        _ = found["scale"], found["models"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not the state of a reproduction ({error}); pass its --output"
@@ -30,11 +30,10 @@ def read_state(output: Path) -> dict[str, Any]:
 def describe(output: Path) -> str:
     """Return one line per stage and model, and the remaining time as far as it is known."""
     found, running = read_state(output), _is_locked(output)
-    settings, rows, left = found["settings"], [], 0.0
-    unknown = False
+    rows, left, unknown = [], 0.0, False
     for stage in STAGES:
         if stage in ("train", "linear", "transfer"):
-            for name in settings["models"]:
+            for name in found["models"]:
                 text, seconds = _of_model(output, found, stage, name)
                 rows.append((stage, name, text))
                 left += seconds or 0
@@ -47,7 +46,7 @@ def describe(output: Path) -> str:
         state += f"; {remaining} left" if left else "; the remaining time is not known yet"
     width = 2 + max(len(name) for _, name, _ in rows)
     lines = (f"{stage:<10}{name:<{width}}{text}" for stage, name, text in rows)
-    return "\n".join([f"{output}, scale {settings['scale']}: {state}", *lines])
+    return "\n".join([f"{output}, scale {found['scale']}: {state}", *lines])
 
 
 def _is_locked(output: Path) -> bool:
