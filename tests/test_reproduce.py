@@ -18,7 +18,7 @@ import timm
 import torch
 from filelock import FileLock
 
-from benchmarks.reproduce import compare, data, estimate, released, replica, stages, status
+from benchmarks.reproduce import compare, data, estimate, released, replica, stages, state
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.plan import MODELS, SCALES, SETS, STAGES, Plan
 from tests.images import save_image
@@ -90,15 +90,16 @@ def test_a_dry_run_that_is_killed_in_each_stage_equals_an_uninterrupted_one(tmp_
     seen, shown = {}, {}
     for name, (pattern, number) in kills.items():
         seen[name] = kill_at(pattern, output, number, *both)
-        shown[name] = status.describe(output) if name != "check" else ""
+        shown[name] = state.describe(output) if name != "check" else ""
     assert "SIGTERM: stopping once the state is saved" in seen["train"]
     assert "interrupted; run the same command again to continue" in seen["train"]
-    assert re.search(r"not running.*\d:\d\d left\n", shown["train"])
+    assert re.search(r"dry: interrupted; .*; at least \d:\d\d left\n", shown["train"])
     assert re.search(r"train +trex +epoch [12]\.\d+ of 10, \d+ images/s\n", shown["train"])
     assert re.search(r"train +look +not started\n", shown["train"])
     assert re.search(r"train +trex +done in \d:\d\d\n", shown["the next model"])
     assert re.search(r"transfer +trex +6 datasets done\n", shown["transfer"])
     finish(output, *both)
+    assert "dry: finished\n" in state.describe(output)
     out = finish(output, *both)
     assert [out.count(f"already {word}") for word in ("passed", "trained", "evaluated")] == [
         1,
@@ -120,8 +121,17 @@ def test_a_dry_run_that_is_killed_in_each_stage_equals_an_uninterrupted_one(tmp_
         "trex_resnet50.dry_meaningless: this repository" in cards["trex_resnet50.dry_meaningless"]
     )
 
+    # Without interruption, but with a dataset and a model that are added later.
     other = tmp_path / "other"
+    replica.create(other / "replica")
+    (other / "replica" / "dtd").rename(tmp_path / "dtd")
     finish(other, "--models", "trex", "--skip", "estimate", "figure", "folders")
+    (tmp_path / "dtd").rename(other / "replica" / "dtd")
+    finish(other, "--models", "baseline", "--skip", "estimate", "transfer", "folders")
+    finish(other, "--models", "trex", "--skip", "estimate", "figure", "folders")
+    found = json.loads((other / "reproduce.json").read_text())
+    assert found["compare"]["results"].keys() == {"trex", "baseline"}
+    assert found["compare"]["claims"] == []
     ours, theirs = (
         json.loads((folder / "transfer" / "trex.json").read_text()) for folder in (output, other)
     )
@@ -139,7 +149,6 @@ def test_settings_of_each_model(scale: Any, name: str) -> None:
     images = settings.images or 192
     recipe, *options = settings.training(model, images, Path("images"))
     config = parse(recipe, options, needs_output=False)
-    assert config.objective.name == model.objective
     assert config.optim.batch_size == settings.batch_size
     bank, steps = config.objective.resolved_bank_size, config.optim.epochs * (images // 256)
     if scale == "full":
@@ -147,7 +156,7 @@ def test_settings_of_each_model(scale: Any, name: str) -> None:
         assert config == expected  # the recipe's own settings
         assert (config.data.path, config.validation.path) == ("images/train", "images/val")
     elif scale == "in100":
-        assert bank == {"ocm": 1024, "look": 6656}.get(model.objective, 0)
+        assert bank == {"ocm": 1024, "look": 6656}.get(config.objective.name, 0)
         assert (config.data.path, config.data.source) == ("images/train.csv", "csv")
         assert (config.optim.epochs, config.optim.warmup_epochs) == (200, 20)
         if bank:  # the average covers a 500th of the run, as the paper's 1,000 of 500,400 steps
@@ -205,14 +214,16 @@ def test_a_subset_is_listed_and_not_copied(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(SCALES, "in100", replace(SCALES["in100"], subset=few, num_classes=3))
     for _ in range(2):
         data.link(plan)
-        found = data.find(plan)
+        opened, missing = data.find(plan)
     rows = (plan.data / "imagenet100" / "train.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 2
     assert rows[0] == "path,label"
-    assert [len(source) for source in found.task.sources] == [6, 6]
-    assert found.task.sources[0].classes == sorted(few)
-    assert Path(found.task.sources[0].name(0)).resolve().is_relative_to(plan.imagenet)
-    assert list(found.missing) == list(SETS[15])
+    train, test = opened["imagenet100"].sources
+    assert (len(train), len(test), list(opened)) == (6, 6, ["imagenet100"])
+    assert train.classes == sorted(few)
+    assert Path(train.name(0)).resolve().is_relative_to(plan.imagenet)
+    assert list(missing) == list(SETS[15])
+    assert missing["cog-l1"] == ["cog", "imagenet21k"]
     folders = {path.name for path in plan.data.iterdir()}
     assert folders == {"imagenet", "imagenet100"}
 
@@ -241,10 +252,8 @@ def test_released_models_are_compared_and_missing_datasets_are_named(
         (output / "replica" / folder).rename(tmp_path / folder)
     code, out, err = captured(main, *dry)
     assert not code, err
-    assert re.findall(r"MISSING (\S+): there is no (\S+) in the", out) == [
-        ("dtd", "dtd"),
-        ("inat2018", "inat2018"),
-    ]
+    missing = re.findall(r"MISSING (\S+): .*replica has no folder (\S+)", out)
+    assert missing == [("dtd", "dtd"), ("inat2018", "inat2018")]
     found = json.loads((output / "reproduce.json").read_text())
     for name in NAVER:
         result = found["compare"]["results"][name]
@@ -265,7 +274,7 @@ def test_released_models_are_compared_and_missing_datasets_are_named(
     assert again[NAVER[0]]["15"]["count"] == 15
     names = re.findall(r"^(\S+)-train: \d+ images", out, re.M)
     assert set(names) == {"dtd", "inat2018"}
-    assert "done" in status.describe(output)
+    assert "done" in state.describe(output)
 
 
 def test_models_are_evaluated_in_parallel_on_several_devices(
@@ -321,7 +330,7 @@ def report_of(top1: float, datasets: dict[str, float], n: int = 1000) -> dict[st
 def test_verdicts() -> None:
     half = dict.fromkeys(SETS[15], 0.5)
     better = dict.fromkeys(SETS[13], 0.6)
-    reports = {"trex": report_of(0.778, half), "trexstar": report_of(0.79, better)}
+    reports = {"trex": report_of(0.784, half), "trexstar": report_of(0.79, better)}
     results = {name: compare.scores(report) for name, report in reports.items()}
     mean = results["trex"]["15"]
     assert (mean["mean"], mean["count"], mean["missing"]) == (0, 15, [])
@@ -331,13 +340,13 @@ def test_verdicts() -> None:
     verdicts = {(row["model"], row["score"], row["source"][:5]): row["verdict"] for row in rows}
     assert verdicts == {
         ("trex", "top1", "relea"): "within tolerance",
-        ("trex", "transfer", "relea"): "OUTSIDE tolerance",
+        ("trex", "transfer", "relea"): compare.OUTSIDE,
         ("trex", "top1", "paper"): "within tolerance",
-        ("trex", "transfer", "paper"): "OUTSIDE tolerance",
-        ("trexstar", "top1", "relea"): "OUTSIDE tolerance",
+        ("trex", "transfer", "paper"): compare.OUTSIDE,
+        ("trexstar", "top1", "relea"): compare.OUTSIDE,
         ("trexstar", "transfer", "relea"): "not comparable: 13 of 15 datasets",
-        ("trexstar", "top1", "paper"): "OUTSIDE tolerance",
-        ("trexstar", "transfer", "paper"): "OUTSIDE tolerance",
+        ("trexstar", "top1", "paper"): compare.OUTSIDE,
+        ("trexstar", "transfer", "paper"): compare.OUTSIDE,
     }
 
 
@@ -350,12 +359,18 @@ def test_claims() -> None:
         results = {name: compare.scores(report) for name, report in pair.items()}
         return {row["claim"]: row["verdict"] for row in compare.claims(models, results)}
 
-    depth = "Depth costs accuracy on the training task", "Depth helps transfer"
+    depth = "Depth costs accuracy on the training task", "Depth helps transfer, over 13 datasets"
     assert verdicts() == dict(zip(depth, ("within noise", "holds"), strict=True))
     pair["plain3"] = report_of(0.70, dict.fromkeys(SETS[15], 0.4))
     assert verdicts() == dict(zip(depth, ("holds", "fails"), strict=True))
-    pair["plain3"] = report_of(0.70, dict.fromkeys(SETS[13], 0.4))
-    assert verdicts()[depth[1]] == "not comparable: different datasets"
+    pair["plain3"] = report_of(0.70, {"dtd": 0.4})
+    different = verdicts()["Depth helps transfer, over 1 datasets"]
+    assert different == "not comparable: different datasets"
+    pair["plain1"] = report_of(0.70, {"dtd": 0.5})
+    results = {name: compare.scores(report) for name, report in pair.items()}
+    row = compare.claims(models, results)[1]
+    assert (row["claim"], row["authors"]) == ("Depth helps transfer, over 1 datasets", None)
+    assert row["verdict"] == "fails"
     assert not compare.claims(models, {"plain3": compare.scores(pair["plain3"])})
 
 
@@ -365,7 +380,7 @@ def test_the_exit_status_is_1_outside_the_tolerance(
     plan = plan_of(tmp_path, scale_name="full", skip=tuple(set(STAGES) - {"compare"}))
     path = plan.report("transfer", MODELS["trex"])
     for top1, passed in ((0.779, True), (0.76, False)):
-        monkeypatch.setattr(stages, "read_report", lambda _, p=top1: report_of(p, {}))
+        monkeypatch.setattr(state, "read_report", lambda _, p=top1: report_of(p, {}))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         assert stages.run(plan) is passed
@@ -407,7 +422,28 @@ def test_what_would_fail_later_is_reported_by_the_check(tmp_path: Path, dry: lis
     assert "is not the state of a reproduction" in error("status", tmp_path)
     with FileLock(output / ".lock"):
         assert "another process is working in" in error(*full)
-        assert ": running" in status.describe(output)
+        assert ": running" in state.describe(output)
+
+
+def test_a_run_that_another_process_trains_is_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tmp_path)
+    found = stages.State(plan)
+    found.results["check"] = {"datasets": {"imagenet100": (100, 126689, 5000)}, "missing": {}}
+    folder = plan.run(MODELS["trex"])
+    folder.mkdir(parents=True)
+    lock = FileLock(folder / ".lock")
+    lock.acquire()
+
+    def sleep(_: float) -> None:
+        tiny_folder(folder / "export" / "backbone")
+        lock.release()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    stages.train(plan, found)
+    expected = "t-ReX: waiting for the training of an earlier command\nt-ReX: already trained\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_a_damaged_dataset_is_an_error(dry: list[str], tmp_path: Path) -> None:
@@ -428,7 +464,8 @@ def test_slurm_jobs_are_submitted_by_a_script(
     command = ["--scale", "in100", "--imagenet", str(imagenet), "--output", str(output)]
     code, _, err = captured(main, *command, "--slurm", "--models", "trex", "plain1")
     assert code == 2
-    assert f"2 models are not trained: run bash {output}/submit.sh, and this command" in err
+    assert f"2 models are not trained: run bash {output}/submit.sh, and when" in err
+    assert json.loads((output / "reproduce.json").read_text())["train"].keys() == {"trex", "plain1"}
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\ntest -f "$1"\n')
     sbatch.chmod(0o755)

@@ -20,17 +20,14 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from benchmarks.reproduce import released, stages, status
+from benchmarks.reproduce import released, stages, state
 from benchmarks.reproduce.estimate import by_arithmetic, format_arithmetic, nominal_sizes
-from benchmarks.reproduce.plan import MODELS, SCALES, Plan, ScaleName
+from benchmarks.reproduce.plan import MODELS, SCALES, Plan, ScaleName, StageName
 from trex_models import cli
 from trex_models.pretrained.manifest import WeightsError
 from trex_models.train.signals import STOP_SIGNALS
 
 ModelName = Literal["trex", "trexstar", "plain3", "plain1", "baseline", "look"]
-StageName = Literal[
-    "check", "estimate", "train", "linear", "transfer", "compare", "figure", "folders"
-]
 _PROGRAM = "python -m benchmarks.reproduce"
 
 
@@ -50,7 +47,8 @@ def reproduce(
     """Train the models of the paper, evaluate them, and compare them with the authors' results.
 
     The stages are check, estimate, train, linear, transfer, compare, figure, folders. The same
-    command continues an interrupted reproduction, also with more models or datasets.
+    command continues an interrupted reproduction, also with more models or datasets. Further
+    commands: "status OUTPUT" shows what is done, "estimate --scale SCALE" prints hours on GPUs.
 
     Args:
         scale: The paper's (full), 100 classes of ImageNet (in100, settings not yet run by us), or
@@ -78,6 +76,8 @@ def reproduce(
         data_root = output / "replica"
     if imagenet is None and data_root is None:
         raise ValueError("--imagenet is not set; pass ImageNet's folder, with train and val")
+    if models and from_released:
+        raise ValueError("--models are trained, --from-released trains none; pass one of the two")
     chosen = [MODELS[name] for name in dict.fromkeys(models or MODELS)]
     if from_released:
         chosen = released.find(from_released, output)
@@ -108,7 +108,7 @@ def print_status(output: Positional[Path]) -> None:
     Args:
         output: Folder of the reproduction.
     """
-    print(status.describe(output))
+    print(state.describe(output))
 
 
 def print_estimate(*, scale: Literal["full", "in100"]) -> None:
@@ -118,8 +118,7 @@ def print_estimate(*, scale: Literal["full", "in100"]) -> None:
         scale: Scale of the reproduction.
     """
     settings, models = SCALES[scale], list(MODELS.values())
-    found = by_arithmetic(settings, models, nominal_sizes(settings))
-    print(format_arithmetic(found, {model.name: model.title for model in models}))
+    print(format_arithmetic(by_arithmetic(settings, models, nominal_sizes(settings))))
 
 
 def main(arguments: Sequence[str]) -> int:

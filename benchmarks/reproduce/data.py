@@ -7,7 +7,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.reproduce.plan import SETS, Plan
 from trex_models.atomic import write_text_file
@@ -17,27 +17,19 @@ from trex_models.transfer.readers import imagenet_classes
 from trex_models.transfer.robustness import real_labels
 
 
-class Found(NamedTuple):
-    """The datasets of a reproduction."""
-
-    task: OpenedDataset
-    transfer: dict[str, OpenedDataset]
-    missing: dict[str, str]
-    """Transfer datasets that are not below the data root, with the folder that each needs."""
-
-
 def link(plan: Plan) -> None:
     """Link ImageNet and the folders of the data root in OUTPUT/data, without copying images."""
     plan.data.mkdir(parents=True, exist_ok=True)
-    for name, target in {**folders(plan), "imagenet": plan.imagenet}.items():
-        place = plan.data / name
-        if place.is_symlink() and place.readlink() != target.resolve():
+    for place in plan.data.iterdir():
+        if place.is_symlink():
             place.unlink()
-        if not place.is_symlink():
-            place.symlink_to(target.resolve())
+    targets = {**folders(plan), "imagenet": plan.imagenet}
     if plan.scale.subset:
-        for part in ("train", "val"):
-            _write_subset(plan, part)
+        targets.pop(plan.scale.task, None)
+    for name, target in targets.items():
+        (plan.data / name).symlink_to(target.resolve())
+    for part in ("train", "val") if plan.scale.subset else ():
+        _write_subset(plan, part)
 
 
 def folders(plan: Plan) -> dict[str, Path]:
@@ -68,41 +60,38 @@ def _write_subset(plan: Plan, part: str) -> None:
     write_text_file(path, text.getvalue())
 
 
-def task_datasets(plan: Plan) -> str:
-    """Return the training task for ``--datasets`` of the evaluation."""
-    if not plan.scale.subset:
-        return plan.scale.task
-    path = str(plan.data / plan.scale.task).replace(",", "\\,")
-    return f"{plan.scale.task}={path}"
+def argument(plan: Plan, name: str) -> str:
+    """Return a dataset's name as argument of ``--datasets``, with the path of a subset."""
+    if name in DATASETS:
+        return name
+    path = str(plan.data / name).replace(",", "\\,")
+    return f"{name}={path}"
 
 
-def find(plan: Plan) -> Found:
+def find(plan: Plan) -> tuple[dict[str, OpenedDataset], dict[str, list[str]]]:
     """Open the training task and the transfer datasets; check all that needs no decoding.
+
+    Returns the datasets by name, and the folders that each missing transfer dataset lacks.
 
     Raises:
         ValueError: The training task is missing, or a dataset that exists is damaged.
     """
-    task = open_checked(select(task_datasets(plan))[0], plan.data)
-    if not plan.is_dry and not plan.scale.subset and task.sources[0].classes != imagenet_classes():
+    task = open_checked(select(argument(plan, plan.scale.task))[0], plan.data)
+    if plan.scale_name == "full" and task.sources[0].classes != imagenet_classes():
         raise ValueError(f"{plan.imagenet}: the class folders must be named n01440764, ...")
     if any(model.is_classifier for model in plan.models):
         real: Any = open_checked(DATASETS["imagenet-real"], plan.data).sources[0]
         real_labels(real)  # requires the official file names
-    opened, missing = {}, {}
+    opened, missing = {plan.scale.task: task}, {}
     for name in SETS[15]:
-        folder = _folder(name)
-        if (plan.data / folder).exists():
-            opened[name] = open_checked(DATASETS[name], plan.data)
+        layout = re.sub(r"\(.*?\)", "", DATASETS[name].layout)
+        needed = re.findall(r"(?<![\w/.-])[\w.-]+(?=/)", layout)  # folders in the data root
+        absent = [folder for folder in {*needed} if not (plan.data / folder).exists()]
+        if absent:
+            missing[name] = sorted(absent)
         else:
-            missing[name] = folder
-    return Found(task, opened, missing)
-
-
-def _folder(name: str) -> str:
-    """Return the first folder below the data root that a dataset needs."""
-    found = re.search(r"[\w.-]+(?=/)", DATASETS[name].layout)
-    assert found
-    return found[0]
+            opened[name] = open_checked(DATASETS[name], plan.data)
+    return opened, missing
 
 
 def require_folders(plan: Plan) -> None:

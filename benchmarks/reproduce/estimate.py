@@ -7,14 +7,13 @@ reached; energy and prices are not estimated.
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.reproduce.plan import SETS, Model, Scale
+from benchmarks.reproduce.plan import MODELS, SETS, Model, Scale
 from trex_models.evaluation import linear
 from trex_models.train.__main__ import parse
 from trex_models.train.benchmark import format_number
@@ -50,6 +49,7 @@ ASSUMPTIONS = (
 )
 _FORWARD, _HEADS, _FEATURES = 8.2e9, 0.7e9, 2048
 _RECOMPUTED, RECOMPUTED_BELOW = 1.29, 30
+_SIZES = {name: DATASETS[name].sizes for name in SETS[15]}  # a dry run changes DATASETS
 _DECODED = 1500  # images per second
 _COG_IMAGES, _VALIDATION_IMAGES = 1_100_000, 50  # per level; per class
 
@@ -66,10 +66,9 @@ def training_operations(config: Config) -> float:
 def nominal_sizes(scale: Scale) -> dict[str, tuple[int, int, int]]:
     """Return the published sizes of the training task and the transfer datasets."""
     task = scale.num_classes, scale.images, scale.num_classes * _VALIDATION_IMAGES
-    sizes = {name: DATASETS[name].sizes for name in SETS[15]}
     return {scale.task: task} | {
         name: (size.classes or 0, size.train or _COG_IMAGES, size.test or 0)
-        for name, size in sizes.items()
+        for name, size in _SIZES.items()
     }
 
 
@@ -134,14 +133,14 @@ def by_arithmetic(
     }
 
 
-def format_arithmetic(found: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+def format_arithmetic(found: Mapping[str, Any]) -> str:
     """Return the hours as a Markdown table, with the assumptions."""
     machines = found["machines"]
     lines = [f"| hours on | {' | '.join(machines)} |", "|---" * (1 + len(machines)) + "|"]
     for name, gflop in found["gflop_per_image"].items():
         hours = (machine["training_hours"][name] for machine in machines.values())
         cells = [" / ".join(map(format_number, row)) for row in hours]
-        title = f"{titles[name]}: {found['epochs'][name]} epochs, {gflop:g} GFLOP per image"
+        title = f"{MODELS[name].title}: {found['epochs'][name]} epochs, {gflop:g} GFLOP per image"
         lines.append(f"| {title} | {' | '.join(cells)} |")
     cells = [format_number(m["evaluation_hours_per_model"]) for m in machines.values()]
     lines.append(f"| evaluation of one model | {' | '.join(cells)} |")
@@ -151,16 +150,14 @@ def format_arithmetic(found: Mapping[str, Any], titles: Mapping[str, str]) -> st
     return "\n".join([*lines, "", *(f"- {note}" for note in (*notes, *found["assumptions"]))])
 
 
-def measure(command: Sequence[str]) -> dict[str, float]:
-    """Run the trainer's --benchmark; return its rate in images/s and the hours of the run."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    print(done.stdout, end="", flush=True)
-    rate = re.search(r"images at ([\d.,]+) images/s", done.stdout)
-    hours = re.search(r"The complete run takes ([\d.,]+) hours", done.stdout)
-    if done.returncode or not rate or not hours:
-        raise ValueError(f"the benchmark failed (exit status {done.returncode}); see above")
-    rate_, hours_ = (float(found[1].replace(",", "")) for found in (rate, hours))
-    return {"images_per_second": rate_, "hours": hours_}
+def parse_benchmark(output: str) -> dict[str, float]:
+    """Return the rate in images/s and the hours of a run from the output of --benchmark."""
+    rate = re.search(r"images at ([\d.,]+) images/s", output)
+    hours = re.search(r"The complete run takes ([\d.,]+) hours", output)
+    assert rate, output
+    assert hours, output
+    numbers = (float(text[1].replace(",", "")) for text in (rate, hours))
+    return dict(zip(("images_per_second", "hours"), numbers, strict=True))
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -6,13 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from trex_models.train.__main__ import parse
 from trex_models.transfer.datasets import GROUPS
 from trex_models.transfer.published import PUBLISHED, Point, reported
 
 ScaleName = Literal["full", "in100", "dry"]
-STAGES = ("check", "estimate", "train", "linear", "transfer", "compare", "figure", "folders")
+StageName = Literal[
+    "check", "estimate", "train", "linear", "transfer", "compare", "figure", "folders"
+]
+STAGES = get_args(StageName)
 SETS = {
     15: GROUPS["transfer"],
     # The paper's figure. Both means of the authors fit together only if iNaturalist is left out.
@@ -21,7 +25,6 @@ SETS = {
 """Transfer datasets of the authors' two means, by their number."""
 MEANINGLESS = "DRY RUN on generated images: the numbers are meaningless"
 _PAPER_STEPS, _PAPER_CLASSES = 100 * 5004, 1000
-_BANKS = {"ocm": 8192, "look": 65536}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +46,6 @@ class Model:
     def is_classifier(self) -> bool:
         """True for a released classifier, whose own logits are evaluated."""
         return not self.recipe and "_cls" in self.name
-
-    @property
-    def objective(self) -> str:
-        """Value of --objective.name."""
-        known = {"trex": "ocm", "trexstar": "ocm", "plain3": "cosine", "plain1": "cosine"}
-        return {"baseline": "softmax", "look": "look"}.get(self.name, known.get(self.recipe, ""))
 
 
 _PAPER = {point.name: point for point in PUBLISHED["paper"].points}
@@ -144,10 +141,12 @@ class Scale:
         train, validation = (f"{data / part}{suffix}" for part in ("train", "val"))
         options = ["--data.path", train, "--validation.path", validation, *self.options]
         options += ["--data.source", "csv"] if self.subset else []
-        if self.num_classes != _PAPER_CLASSES:
-            options += ["--optim.epochs", str(self.epochs)]
-            options += ["--optim.warmup-epochs", str(self.epochs // 10)]
-        if self.num_classes != _PAPER_CLASSES and (bank := _BANKS.get(model.objective, 0)):
+        if self.num_classes == _PAPER_CLASSES:
+            return [model.recipe, *options, *model.options]
+        options += ["--optim.epochs", str(self.epochs)]
+        options += ["--optim.warmup-epochs", str(self.epochs // 10)]
+        paper = parse(model.recipe, model.options, needs_output=False)
+        if bank := paper.objective.resolved_bank_size:
             batch, steps = self.batch_size, self.epochs * (images // self.batch_size)
             entries = bank * self.num_classes / _PAPER_CLASSES
             size = min(math.ceil(entries / batch), images // batch) * batch
@@ -179,10 +178,10 @@ class Plan:
     """A reproduction: what to do, with which images, and where."""
 
     scale_name: ScaleName
-    imagenet: Path
-    data_root: Path | None
-    """Folder of the transfer datasets; None to evaluate only the training task."""
     output: Path
+    imagenet: Path = Path()
+    data_root: Path | None = None
+    """Folder of the transfer datasets; None to evaluate only the training task."""
     models: Sequence[Model]
     """Models to train and evaluate."""
     others: Sequence[Model] = ()
@@ -203,9 +202,14 @@ class Plan:
         return self.scale_name == "dry"
 
     @property
-    def trained(self) -> list[Model]:
-        """Models that are trained."""
+    def to_train(self) -> list[Model]:
+        """Models to train."""
         return [model for model in self.models if model.recipe]
+
+    @property
+    def known(self) -> list[Model]:
+        """All models, with those of earlier commands."""
+        return [*self.others, *self.models]
 
     @property
     def data(self) -> Path:
@@ -223,7 +227,3 @@ class Plan:
     def is_trained(self, model: Model) -> bool:
         """Return True if a model's run has ended and was exported."""
         return (self.run(model) / "export" / "backbone" / "model.safetensors").exists()
-
-    def title(self, model: Model) -> str:
-        """Return a model's name in reports and figures."""
-        return f"{model.title} (meaningless)" if self.is_dry else model.title

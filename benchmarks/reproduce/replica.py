@@ -21,6 +21,7 @@ from trex_models.evaluation import logistic
 from trex_models.transfer import readers
 from trex_models.transfer.datasets import DATASETS, Sizes
 
+TITLES = {name: DATASETS[name].title for name in ("imagenet", *SETS[15])}
 _TRAIN, _VALIDATION, _SIDE = 24, 4, 48  # images per class; pixels
 
 
@@ -54,7 +55,10 @@ def _save(path: Path, label: str) -> None:
 @contextmanager
 def relaxed() -> Iterator[None]:
     """Accept the replicas' sizes and lists in the block, and end the fits of classifiers early."""
-    small = {name: replace(DATASETS[name], sizes=Sizes()) for name in ("imagenet", *SETS[15])}
+    small = {
+        name: replace(DATASETS[name], sizes=Sizes(), title=f"{TITLES[name]} (meaningless)")
+        for name in TITLES
+    }
     short = partial(logistic.fit_path, max_iterations=30)  # Flowers has more classes than features
     flowers = torchvision.datasets.flowers102
     with (

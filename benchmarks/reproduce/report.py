@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from benchmarks.reproduce import compare, estimate
@@ -13,29 +13,37 @@ from trex_models.transfer.report import summary
 
 def render(plan: Plan, state: Mapping[str, Any], reports: Sequence[dict[str, Any]]) -> str:
     """Return the report of everything that was done so far."""
-    titles = {model.name: model.title for model in (*plan.others, *plan.models)}
+    titles = {model.name: model.title for model in plan.known}
     lines = [f"# Reproduction of t-ReX, scale {plan.scale_name}", ""]
     if plan.is_dry:
         lines += [f"**{MEANINGLESS}.** They show that each stage works.", ""]
     lines += _machine(state)
     if check := state.get("check"):
-        lines += ["", "## Images", "", *_datasets(check)]
+        lines += [
+            "",
+            "## Images",
+            "",
+            *_datasets(check, {n for r in reports for n in r["datasets"]}),
+        ]
     if found := state.get("estimate"):
-        lines += ["", "## Estimate", "", estimate.format_arithmetic(found["arithmetic"], titles)]
+        lines += ["", f"## Estimate{', scale full' * plan.is_dry}", ""]
+        lines += [estimate.format_arithmetic(found["arithmetic"])]
         for name, rate in found["measured"].items():
             speed = f"{rate['images_per_second']:g} images/s, {rate['hours']:g} hours"
-            lines.append(f"- Measured on this machine, {titles.get(name, name)}: {speed}.")
+            lines.append(
+                f"- Measured here, {titles.get(name, name)} at scale {plan.scale_name}: {speed}"
+            )
     if trained := state.get("train"):
         lines += ["", "## Training", "", "| model | hours of steps | command |", "|---|---|---|"]
         for name, run in trained.items():
-            row = titles.get(name, name), f"{run['seconds'] / 3600:.2f}", f"`{run['command']}`"
-            lines.append(f"| {' | '.join(row)} |")
+            hours = f"{run['seconds'] / 3600:.2f}" if "seconds" in run else "-"
+            lines.append(f"| {titles.get(name, name)} | {hours} | `{run['command']}` |")
     if reports:
         lines += ["", "## Results", "", *_results(reports)]
     if found := state.get("compare"):
         lines += ["", "## Comparison with the authors' results", "", *_comparison(found, titles)]
     if found := state.get("figure"):
-        lines += ["", f"![top-1 on the training task against transfer]({found['file']})"]
+        lines += ["", f"![top-1 on the training task against transfer]({found})"]
     if found := state.get("folders"):
         lines += ["", "## Folders for the Hub", "", *(f"- `{path}`" for path in found)]
     return "\n".join(lines) + "\n"
@@ -51,13 +59,13 @@ def _machine(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _datasets(check: Mapping[str, Any]) -> list[str]:
+def _datasets(check: Mapping[str, Any], evaluated: Set[str]) -> list[str]:
     lines = ["| dataset | classes | training images | test images |", "|---|---|---|---|"]
     for name, (classes, train, test) in check["datasets"].items():
         lines.append(f"| {name} | {classes:,} | {train:,} | {test:,} |")
-    if missing := check["missing"]:
-        names = ", ".join(missing)
-        lines += ["", f"**Missing, and in no mean: {names}** ({len(missing)} of {len(SETS[15])})."]
+    if missing := [name for name in check["missing"] if name not in evaluated]:
+        count = f"{len(missing)} of {len(SETS[15])}"
+        lines += ["", f"**Missing, and in no mean: {', '.join(missing)}** ({count})."]
     return lines
 
 
@@ -122,18 +130,16 @@ def _number(row: Mapping[str, Any], value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if row["score"] == "transfer" else f"{100 * value:{sign}.2f}"
 
 
-def draw(plan: Plan, reports: Sequence[dict[str, Any]]) -> Any:
-    """Draw the models in the paper's figure, over the datasets that all of them have.
+def draw(plan: Plan, reports: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
+    """Draw models in the paper's figure, with means over the given datasets.
 
     The authors' results are added where they are comparable: over the 13 datasets of the figure.
     """
-    names = [name for name in SETS[13] if all(name in r["datasets"] for r in reports)]
     shown = []
-    for report in reports:
-        kept = {name: report["datasets"][name] for name in names}
-        task = {report["training_task"]: report["datasets"][report["training_task"]]}
-        transfer = summary(kept) if kept else None
-        shown.append(dict(report) | {"datasets": task | kept, "transfer": transfer})
+    for each in reports:
+        kept = {name: each["datasets"][name] for name in names}
+        task = {plan.scale.task: each["datasets"][plan.scale.task]}
+        shown.append(each | {"datasets": task | kept, "transfer": summary(kept)})
     comparable = len(names) == len(SETS[13]) and not plan.scale.subset
     figure = pictures.scatter(shown, "paper" if comparable else None)
     if plan.is_dry:

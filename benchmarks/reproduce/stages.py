@@ -16,57 +16,65 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.reproduce import compare, data, estimate, replica, report
-from benchmarks.reproduce.plan import MEANINGLESS, MODELS, SETS, STAGES, Model, Plan
-from benchmarks.reproduce.status import read_state, seconds_of
+from benchmarks.reproduce.plan import MEANINGLESS, MODELS, SCALES, SETS, STAGES, Model, Plan
+from benchmarks.reproduce.state import is_locked, read_metrics, read_results, read_state, reports
 from hub import notices
 from hub.build_folders import build_folders
 from trex_models import cli, plotting
 from trex_models.atomic import require_space, write_text_file
+from trex_models.data.sources import Source
 from trex_models.precision import free_cores
-from trex_models.train import checks
 from trex_models.train.__main__ import parse
 from trex_models.train.config import config_diff
-from trex_models.train.reporting import duration
 from trex_models.transfer.__main__ import evaluate_models
-from trex_models.transfer.report import environment, read_report
+from trex_models.transfer.report import environment
 
 ROOT = Path(__file__).parents[2]
-Job = tuple[str, Model, str]  # stage, model, datasets
+Job = tuple[str, Model, Sequence[str]]  # stage, model, datasets
 _RUN_BYTES, _FEATURE_BYTES = 3e9, 2 * 2048  # of checkpoints and exports; of an image, float16
+_SAMPLES = 16  # images of each part that are decoded
 
 
 class State:
-    """What a reproduction has done, as JSON in OUTPUT/reproduce.json; report.md is next to it."""
+    """The stages' results, as JSON in OUTPUT/reproduce.json; report.md is next to it."""
 
     def __init__(self, plan: Plan) -> None:
-        self.path, self.found = plan.output / "reproduce.json", dict[str, Any](format=1)
+        self.path, self.results = plan.output / "reproduce.json", dict[str, Any](format=1)
         names = [model.name for model in plan.models]
         if self.path.exists():
-            self.found = read_state(plan.output)
-            if (scale := self.found["scale"]) != plan.scale_name:
+            self.results = read_state(plan.output)
+            if (scale := self.results["scale"]) != plan.scale_name:
                 raise ValueError(
                     f"--output {plan.output} contains a reproduction at scale {scale}; choose "
                     "another folder"
                 )
-            earlier = [name for name in self.found["models"] if name not in names]
+            earlier = [name for name in self.results["models"] if name not in names]
             plan = replace(plan, others=[MODELS[name] for name in earlier if name in MODELS])
             names = [*earlier, *names]
         self.plan = plan
-        self.found |= {"scale": plan.scale_name, "models": names}
-        self.found |= {"gpus": estimate.gpus(), **environment()}
+        self.results |= {"scale": plan.scale_name, "models": names}
+        self.results |= {"gpus": estimate.gpus(), **environment()}
         if plan.is_dry:
-            self.found["note"] = MEANINGLESS
+            self.results["note"] = MEANINGLESS
 
     def write(self, **entries: Any) -> None:
         """Update entries, and write the JSON file and the report."""
-        self.found |= entries
-        write_text_file(self.path, json.dumps(self.found, indent=2) + "\n")
-        text = report.render(self.plan, self.found, list(reports(self.plan).values()))
+        self.results |= entries
+        write_text_file(self.path, json.dumps(self.results, indent=2) + "\n")
+        text = report.render(self.plan, self.results, list(reports(self.plan).values()))
         write_text_file(self.plan.output / "report.md", text)
+
+    @property
+    def check(self) -> dict[str, Any]:
+        """Result of the stage check, which the others need."""
+        if "check" not in self.results:
+            raise ValueError("the stage check has not passed; do not skip it")
+        return dict(self.results["check"])
 
 
 def run(plan: Plan) -> bool:
@@ -84,25 +92,19 @@ def run(plan: Plan) -> bool:
 
 
 def _run_stages(plan: Plan, state: State) -> bool:
-    actions: dict[str, Callable[[Plan, State], None]] = {
-        "check": check,
-        "estimate": measure,
-        "train": train,
-        "linear": lambda plan, state: evaluate(plan, state, "linear"),
-        "transfer": lambda plan, state: evaluate(plan, state, "transfer"),
-        "compare": compare_all,
-        "figure": draw,
-        "folders": build,
-    }
+    actions: list[Callable[[Plan, State], None]]
+    actions = [check, measure, train, linear, transfer, compare_all, draw, build]
     with replica.relaxed() if plan.is_dry else nullcontext():
-        for number, stage in enumerate(STAGES, start=1):
+        for number, (stage, action) in enumerate(zip(STAGES, actions, strict=True), start=1):
             skipped = stage in plan.skip
             print(f"\n[{number}/{len(STAGES)}] {stage}{' (skipped)' * skipped}", flush=True)
             if not skipped:
-                actions[stage](plan, state)
+                if state.path.exists():
+                    state.write(running=stage)
+                action(plan, state)
     print(f"\nwrote {state.path} and {plan.output / 'report.md'}")
-    rows = state.found.get("compare", {}).get("published", [])
-    return plan.is_dry or not any(row["verdict"].startswith("OUTSIDE") for row in rows)
+    rows = state.results.get("compare", {}).get("published", [])
+    return not any(row["verdict"] == compare.OUTSIDE for row in rows)
 
 
 def check(plan: Plan, state: State) -> None:
@@ -110,57 +112,68 @@ def check(plan: Plan, state: State) -> None:
     if plan.is_dry:
         replica.create(plan.imagenet.parent)
     data.require_folders(plan)
-    waiting = [model for model in plan.trained if not plan.is_trained(model)]
-    if waiting and not (plan.is_dry or plan.slurm or torch.cuda.is_available()):
-        raise ValueError(
-            f"--scale {plan.scale_name} trains ResNet-50s, but no CUDA device is available; use "
-            "--slurm to write a script for a cluster, or --scale dry to try the command"
-        )
-    if plan.owner and plan.license:
+    waiting = [model for model in plan.to_train if not plan.is_trained(model)]
+    if not (plan.is_dry or torch.cuda.is_available()):
+        if waiting and not plan.slurm:
+            raise ValueError(
+                f"--scale {plan.scale_name} trains ResNet-50s, but no CUDA device is available; "
+                "use --slurm to write a script for a cluster, or --scale dry to try the command"
+            )
+        print("note: without a CUDA device, the evaluation takes weeks")
+    if bool(plan.owner) != bool(plan.license):
+        raise ValueError("--owner and --license are only useful together; pass both or neither")
+    if plan.license:
         notices.find_license(plan.license)
-    inputs = [str(plan.imagenet), str(plan.data_root), *data.folders(plan), *state.found["models"]]
-    if state.found.get("check", {}).get("inputs") == inputs:
+    inputs = [
+        str(plan.imagenet),
+        str(plan.data_root),
+        *data.folders(plan),
+        *state.results["models"],
+    ]
+    if state.results.get("check", {}).get("inputs") == inputs:
         print("already passed")
         return
     data.link(plan)
-    found = data.find(plan)
-    images = len(found.task.sources[0])
+    opened, missing = data.find(plan)
+    images = len(opened[plan.scale.task].sources[0])
     if plan.scale.images and images != plan.scale.images:
-        print(f"note: {images:,} training images, but {plan.scale.images:,} are usual")
-    for model in plan.trained:
-        recipe, *options = command(plan, model, images)[-1]
-        config, path = parse(recipe, options), plan.run(model) / "config.json"
-        if path.exists() and (changes := config_diff(json.loads(path.read_text()), config)):
-            raise ValueError(f"{path.parent} has other settings ({'; '.join(changes)}); delete it")
-    opened = {found.task.dataset.name: found.task, **found.transfer}
-    for name, dataset in opened.items():
-        for source in dataset.sources:
-            checks.check_samples(name, source)
-    evaluated = sum(len(source) for dataset in opened.values() for source in dataset.sources)
-    needed = len(plan.trained) * _RUN_BYTES + evaluated * _FEATURE_BYTES
+        print(f"note: {images:,} training images, expected {plan.scale.images:,}")
+    for model in plan.to_train:
+        _check_run(plan, model, images)
+    sources = [source for dataset in opened.values() for source in dataset.sources]
+    for source in sources:
+        _read_some(source)
+    extracted = len(devices()) * sum(map(len, sources)) * _FEATURE_BYTES
     if not plan.is_dry:
-        require_space(plan.output, int(needed), "--output")
-    sizes = {name: _sizes(dataset) for name, dataset in opened.items()}
+        require_space(plan.output, int(len(waiting) * _RUN_BYTES + extracted), "--output")
+    sizes = {
+        name: (len(dataset.sources[-1].classes), *map(len, dataset.sources))
+        for name, dataset in opened.items()
+    }
     for name, (classes, train_images, test_images) in sizes.items():
         print(f"  {name}: {classes:,} classes, {train_images:,} training, {test_images:,} test")
-    for name, folder in found.missing.items():
-        print(f"  MISSING {name}: there is no {folder} in the data root")
-    print(
-        f"{len(found.transfer)} of {len(SETS[15])} transfer datasets; {len(estimate.gpus())} GPUs"
-    )
-    state.write(check={"inputs": inputs, "datasets": sizes, "missing": found.missing})
+    for name, folders in missing.items() if plan.data_root else ():
+        print(f"  MISSING {name}: {plan.data_root} has no folder {' or '.join(folders)}")
+    print(f"{len(opened) - 1} of {len(SETS[15])} transfer datasets; {len(estimate.gpus())} GPUs")
+    state.write(check={"inputs": inputs, "datasets": sizes, "missing": missing})
 
 
-def _sizes(opened: Any) -> tuple[int, int, int]:
-    train, test = opened.sources
-    return len(test.classes), len(train), len(test)
+def _check_run(plan: Plan, model: Model, images: int) -> None:
+    """Check a model's options, and that an earlier run in its folder has the same."""
+    recipe, *options = command(plan, model, images)[-1]
+    config, path = parse(recipe, options), plan.run(model) / "config.json"
+    if path.exists():
+        saved = json.loads(path.read_text()) | {"precision": config.precision}  # resolved
+        if changes := config_diff(saved, config):
+            raise ValueError(
+                f"{path.parent} is a run with other settings ({'; '.join(changes)}); choose "
+                "another --output"
+            )
 
 
-def images_of(state: State, plan: Plan) -> int:
-    """Return the number of training images, which the stage check has counted."""
-    if "check" not in state.found:
-        raise ValueError("the stage check has not passed; do not skip it")
-    return int(state.found["check"]["datasets"][plan.scale.task][1])
+def _read_some(source: Source) -> None:
+    for index in np.linspace(0, len(source) - 1, _SAMPLES).astype(int).tolist():
+        source.read(index)
 
 
 def command(plan: Plan, model: Model, images: int, *extra: str) -> tuple[list[str], list[str]]:
@@ -180,128 +193,145 @@ def command(plan: Plan, model: Model, images: int, *extra: str) -> tuple[list[st
 
 def measure(plan: Plan, state: State) -> None:
     """Estimate the hours by arithmetic, and from rates measured on this machine's GPUs."""
-    images, titles = images_of(state, plan), {m.name: m.title for m in plan.models}
-    sizes = state.found["check"]["datasets"]
-    arithmetic = estimate.by_arithmetic(plan.scale, plan.models, sizes)
-    print(estimate.format_arithmetic(arithmetic, titles), flush=True)
-    measured = state.found.get("estimate", {}).get("measured", {})
-    for model in plan.trained[:1] if plan.is_dry else plan.trained:
+    sizes = state.check["datasets"]
+    scale = SCALES["full"] if plan.is_dry else plan.scale  # the dry run trains no ResNet-50
+    known = estimate.nominal_sizes(scale) if plan.is_dry else sizes
+    arithmetic = estimate.by_arithmetic(scale, plan.models, known)
+    print(estimate.format_arithmetic(arithmetic), flush=True)
+    measured = state.results.get("estimate", {}).get("measured", {})
+    for model in plan.to_train[:1] if plan.is_dry else plan.to_train:
         if model.name in measured or plan.slurm:
             continue
-        launcher, arguments = command(plan, model, images, "--benchmark")
+        launcher, arguments = command(plan, model, sizes[plan.scale.task][1], "--benchmark")
         print(f"\n{model.title}: measuring for about a minute", flush=True)
-        measured |= {model.name: estimate.measure([*launcher, *arguments])}
+        output = run_command([*launcher, *arguments], capture=True)
+        print(output, end="", flush=True)
+        measured |= {model.name: estimate.parse_benchmark(output)}
         state.write(estimate={"arithmetic": arithmetic, "measured": measured})
     state.write(estimate={"arithmetic": arithmetic, "measured": measured})
-    if len(measured) == len(plan.trained) and measured:
+    if measured.keys() >= {model.name for model in plan.to_train}:
         hours = sum(rate["hours"] for rate in measured.values())
         print(f"training takes {hours:.1f} hours in all on this machine")
 
 
 def train(plan: Plan, state: State) -> None:
     """Train each model, or write the script that submits the runs to Slurm."""
-    images, records = images_of(state, plan), dict(state.found.get("train", {}))
-    waiting = [m for m in plan.trained if not plan.is_trained(m)]
+    images, records = state.check["datasets"][plan.scale.task][1], state.results.get("train", {})
+    commands = {model: command(plan, model, images) for model in plan.to_train}
+    waiting = [model for model in plan.to_train if not plan.is_trained(model)]
     if plan.slurm and waiting:
-        script = plan.output / "submit.sh"
-        lines = ["#!/usr/bin/env bash", "# docs/slurm.sh has the settings of the jobs."]
-        lines += ["set -euo pipefail", f"cd {shlex.quote(str(ROOT))}"]
+        script, jobs = plan.output / "submit.sh", []
         for model in waiting:
-            _, arguments = command(plan, model, images)
-            lines.append(shlex.join(["sbatch", "docs/slurm.sh", *arguments]))
-        write_text_file(script, "\n".join(lines) + "\n")
-        raise ValueError(
-            f"{len(waiting)} models are not trained: run bash {script}, and this command again "
-            "when the jobs have ended"
+            jobs.append(shlex.join(["sbatch", "docs/slurm.sh", *commands[model][-1]]))
+            records |= {model.name: {"command": jobs[-1]}}
+        head = (
+            "#!/usr/bin/env bash\n# docs/slurm.sh has the settings of the jobs.\nset -euo pipefail"
         )
-    for model in plan.trained:
-        launcher, arguments = command(plan, model, images)
+        write_text_file(script, "\n".join([head, f"cd {shlex.quote(str(ROOT))}", *jobs, ""]))
+        state.write(train=records)
+        raise ValueError(
+            f"{len(waiting)} models are not trained: run bash {script}, and when the jobs have "
+            "ended, this command again on a machine with a GPU"
+        )
+    for model, (launcher, arguments) in commands.items():
+        shown = shlex.join(["python", *launcher[1:], *arguments])
+        if is_locked(plan.run(model)):  # torchrun's processes survive if it is killed
+            print(f"{model.title}: waiting for the training of an earlier command", flush=True)
+        while is_locked(plan.run(model)):
+            time.sleep(1)
         if plan.is_trained(model):
             print(f"{model.title}: already trained")
         else:
-            print(f"{model.title}: {shlex.join([*launcher, *arguments])}", flush=True)
-            started = time.monotonic()
-            _run([*launcher, *arguments])
-            print(f"{model.title}: trained in {duration(time.monotonic() - started)}", flush=True)
-        shown = shlex.join(["python", *launcher[1:], *arguments])
-        records[model.name] = {"command": shown, "seconds": seconds_of(plan.run(model))}
+            print(f"{model.title}: {shown}", flush=True)
+            run_command([*launcher, *arguments])
+        seconds = read_metrics(plan.run(model))[1]
+        records[model.name] = (
+            {"command": shown} | records.get(model.name, {}) | {"seconds": seconds}
+        )
         state.write(train=records)
 
 
-def _run(arguments: list[str]) -> None:
-    """Run a command; on a signal, let it save its state first."""
-    child = subprocess.Popen(arguments, cwd=ROOT)
+def run_command(arguments: Sequence[str], capture: bool = False) -> str:
+    """Run a training command, return its output; on a signal, let it save its state first."""
+    pipe = subprocess.PIPE if capture else None
+    child = subprocess.Popen(arguments, cwd=ROOT, stdout=pipe, text=True)
     try:
-        status = child.wait()
+        output, _ = child.communicate()
     except KeyboardInterrupt:
         child.send_signal(signal.SIGTERM)
-        child.wait()
+        child.communicate()
         raise
-    if status:
-        raise ValueError(f"training failed (exit status {status}); its messages are above")
+    if child.returncode:
+        print(output or "", end="")
+        raise ValueError(f"training failed (status {child.returncode}); its messages are above")
+    return output or ""
 
 
-def evaluate(plan: Plan, state: State, stage: str) -> None:
-    """Evaluate the models on the training task, and in the stage transfer on all datasets."""
-    images_of(state, plan)
-    found = [name for name in SETS[15] if name not in state.found["check"]["missing"]]
-    jobs = []
+def linear(plan: Plan, state: State) -> None:
+    """Evaluate the models on the training task."""
+    _evaluate(plan, state, "linear", [])
+
+
+def transfer(plan: Plan, state: State) -> None:
+    """Evaluate the models on the transfer datasets; the scores of the training task are cached."""
+    _evaluate(plan, state, "transfer", [n for n in SETS[15] if n not in state.check["missing"]])
+
+
+def _evaluate(plan: Plan, state: State, stage: str, names: Sequence[str]) -> None:
+    jobs: list[Job] = []
     for model in plan.models:
-        names = [data.task_datasets(plan), *(found if stage == "transfer" else ())]
-        if model.is_classifier:
-            names = ["imagenet-real"]
+        wanted = ["imagenet-real"] if model.is_classifier else [plan.scale.task, *names]
+        results = read_results(plan.report(stage, model))
+        tasks = [results["datasets"], *results["tasks"].values()] if results else []
         if model.recipe and not plan.is_trained(model):
             print(f"{model.title}: not trained")
-        elif _is_evaluated(plan.report(stage, model), len(names)):
+        elif {*wanted} <= {name for task in tasks for name in task}:
             print(f"{model.title}: already evaluated")
         else:
-            jobs.append((stage, model, ",".join(names)))
-    found_devices = devices()
-    if len(found_devices) == 1 or len(jobs) < 2:
+            jobs.append((stage, model, wanted))
+    if len(devices()) == 1 or len(jobs) < 2:
         for job in jobs:
-            evaluate_one(plan, *job, found_devices[0], 1)
+            _evaluate_one(plan, *job, devices()[0], 1)
     else:
-        evaluate_in_parallel(plan, jobs, found_devices)
+        _evaluate_in_parallel(plan, jobs)
     state.write()
 
 
 def devices() -> list[str]:
-    """Return the devices that evaluate models at the same time."""
+    """Return the devices, each of which evaluates one model at a time."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def evaluate_one(
-    plan: Plan, stage: str, model: Model, names: str, device: str, processes: int
+def _evaluate_one(
+    plan: Plan, stage: str, model: Model, names: Sequence[str], device: str, processes: int
 ) -> None:
-    """Evaluate one model; its features are deleted after the stage transfer."""
     print(f"{model.title}: {stage}, on {device}", flush=True)
     features = plan.output / "features" / model.name
     with replica.relaxed() if plan.is_dry else nullcontext():
         evaluate_models(
             model=model.source or str(plan.run(model)),
-            datasets=names,
+            datasets=",".join(data.argument(plan, name) for name in names),
             output=plan.report(stage, model),
             data_root=plan.data,
             training_task=None if model.is_classifier else plan.scale.task,
-            label=plan.title(model),
+            label=model.title,
             seeds=plan.scale.seeds,
             cache=features,
             dtype="float16",
             device=device,
             workers=0 if plan.is_dry else min(max(free_cores() // processes, 1), 16),
         )
-    if stage == "transfer":
-        for path in features.rglob("*.safetensors"):  # scores stay in the cache
-            path.unlink()
+    for path in features.rglob("*.safetensors"):  # 33 GB at full scale; the scores are kept
+        path.unlink()
 
 
-def evaluate_in_parallel(plan: Plan, jobs: Sequence[Job], on: Sequence[str]) -> None:
+def _evaluate_in_parallel(plan: Plan, jobs: Sequence[Job]) -> None:
     """Evaluate models in one process per device."""
-    spawn = get_context("spawn")
+    spawn, used = get_context("spawn"), devices()
     queue: Any = spawn.SimpleQueue()
-    for job in [*jobs, *(None for _ in on)]:
+    for job in [*jobs, *(None for _ in used)]:
         queue.put(job)
-    arguments = [(plan, queue, device, len(on)) for device in on]
+    arguments = [(plan, queue, device, len(used)) for device in used]
     workers = [spawn.Process(target=_work, args=each) for each in arguments]
     try:
         for worker in workers:
@@ -318,37 +348,17 @@ def evaluate_in_parallel(plan: Plan, jobs: Sequence[Job], on: Sequence[str]) -> 
 def _work(plan: Plan, queue: Any, device: str, processes: int) -> None:
     def work(_: list[str]) -> None:
         for stage, model, names in iter(queue.get, None):
-            evaluate_one(plan, stage, model, names, device, processes)
+            _evaluate_one(plan, stage, model, names, device, processes)
 
     sys.exit(cli.run(work, [], "transfer"))
-
-
-def _is_evaluated(path: Path, count: int) -> bool:
-    if not path.exists():
-        return False
-    found = read_report(path)
-    robustness = found["tasks"].get("robustness", {})
-    return found["complete"] and len(found["datasets"]) + len(robustness) >= count
-
-
-def reports(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return the most complete report of each evaluated model, by name."""
-    found = {}
-    for model in (*plan.others, *plan.models):
-        for stage in ("linear", "transfer"):
-            path = plan.report(stage, model)
-            if path.exists() and (complete := read_report(path))["complete"]:
-                found[model.name] = complete
-    return found
 
 
 def compare_all(plan: Plan, state: State) -> None:
     """Compare the results with the authors', and the models with each other."""
     found = reports(plan)
     results = {name: compare.scores(each) for name, each in found.items()}
-    models = [*plan.others, *plan.models]
-    rows = [] if plan.scale.subset else compare.published(models, results)
-    claims = compare.claims(models, results)
+    rows = [] if plan.scale.subset else compare.published(plan.known, results)
+    claims = compare.claims(plan.known, results, with_authors=not plan.scale.subset)
     for row in (*rows, *claims):
         if plan.is_dry:
             row["verdict"] = "meaningless"
@@ -359,26 +369,28 @@ def compare_all(plan: Plan, state: State) -> None:
 
 def draw(plan: Plan, state: State) -> None:
     """Draw the figure of the models that have both scores."""
-    both = [r for r in reports(plan).values() if plan.scale.task in r["datasets"] and r["transfer"]]
-    if not both:
-        print("no model has both scores")
+    both = [r for r in reports(plan).values() if plan.scale.task in r["datasets"]]
+    both = [r for r in both if any(name in r["datasets"] for name in SETS[13])]
+    names = [name for name in SETS[13] if both and all(name in r["datasets"] for r in both)]
+    if not names:
+        print("no transfer dataset of the figure has results of all models")
         return
     path = plan.output / "figure.png"
-    plotting.save(report.draw(plan, both), path)
+    plotting.save(report.draw(plan, both, names), path)
     print(f"wrote {path}")
-    state.write(figure={"file": path.name, "models": [r["model"]["label"] for r in both]})
+    state.write(figure=path.name)
 
 
 def build(plan: Plan, state: State) -> None:
     """Build Hub folders of the trained models, with cards that contain the results."""
-    if not (plan.owner and plan.license):
+    if not plan.owner:
         print("skipped: pass --owner and --license, which the model cards state")
         return
     tag = {"full": "in1k_repro", "dry": "dry_meaningless"}.get(plan.scale_name, "in100")
     built = []
-    for model in filter(plan.is_trained, (*plan.others, *plan.trained)):
+    for model in filter(plan.is_trained, plan.known):
         paths = [plan.report(stage, model) for stage in ("transfer", "linear")]
-        results = tuple([path for path in paths if path.exists()][:1])
+        results = tuple([path for path in paths if read_results(path)][:1])
         for source in sorted((plan.run(model) / "export").iterdir()):
             is_backbone = source.name == "backbone"  # which the reports are of
             kind = "" if is_backbone else f"_{source.name}"
