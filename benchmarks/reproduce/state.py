@@ -23,8 +23,9 @@ def read_state(output: Path) -> dict[str, Any]:
         state = dict(json.loads(path.read_text()))
         _ = state["scale"], state["models"]
     except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
         raise ValueError(
-            f"{path} is not the state of a reproduction ({error!r}); pass its --output, or delete "
+            f"{path} is not the state of a reproduction ({reason}); pass its --output, or delete "
             "this file and run the reproduction again"
         ) from error
     return state
