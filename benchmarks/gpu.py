@@ -213,7 +213,5 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    for stop in STOP_SIGNALS:
-        if signal.getsignal(stop) != signal.SIG_IGN:  # as under nohup
-            signal.signal(stop, signal.default_int_handler)
+    measure.interrupt_on_signals()
     sys.exit(main())

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 
 from trex_models.atomic import write_text_file
 from trex_models.precision import free_cores, processor
+from trex_models.train.signals import STOP_SIGNALS
 
 RESULTS = Path(__file__).parent / "results"
 _CPU = torch.device("cpu")
@@ -154,6 +156,13 @@ def record(out: Path, result: Mapping[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text_file(out, json.dumps(result, indent=2) + "\n")
     print(f"wrote {out}")
+
+
+def interrupt_on_signals() -> None:
+    """Handle stop signals like Ctrl-C, unless they are ignored, as under nohup."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _instructions() -> str:

@@ -12,7 +12,6 @@ docs/reproduce.md describes the stages.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from benchmarks import measure
 from benchmarks.reproduce import released, stages, state
 from benchmarks.reproduce.estimate import by_arithmetic, format_arithmetic, nominal_sizes
 from benchmarks.reproduce.plan import MODELS, SCALES, Plan, ScaleName, StageName
 from trex_models import cli
 from trex_models.pretrained.manifest import WeightsError
-from trex_models.train.signals import STOP_SIGNALS
 
 ModelName = Literal["trex", "trexstar", "plain3", "plain1", "baseline", "look"]
 _PROGRAM = "python -m benchmarks.reproduce"
@@ -94,9 +93,6 @@ def reproduce(
         owner=owner or "nobody" * (scale == "dry"),
         license=license or "apache-2.0" * (scale == "dry"),
     )
-    for number in STOP_SIGNALS:  # the training run saves its state
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
     return stages.run(plan)
 
 
@@ -131,4 +127,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    measure.interrupt_on_signals()  # the training run saves its state
     sys.exit(main(sys.argv[1:]))
