@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks import package_images, typefaces
+from benchmarks.study.images import Text
 from trex_models.data.image_files import FolderSource
 
 STYLES = package_images.STYLES.replace("@", " ").split()[::2]
@@ -163,3 +164,18 @@ def test_typefaces(
     rng = np.random.default_rng
     texts = [typefaces.draw_text(fonts / file, rng(0)).tobytes() for file in used.values()]
     assert len(set(texts)) == 3  # the same text in different typefaces
+
+
+def test_study_of_rendered_text(tmp_path: Path) -> None:
+    text = Text(num_classes=2, per_class=1, size=4)
+    with pytest.raises(ValueError, match=r"python -m benchmarks\.typefaces --output .*test_study"):
+        text.write(tmp_path / "images")
+    for part in ("task/train", "task/test", "held-out", "unseen/train", "unseen/test"):
+        for name in "ab":
+            (tmp_path / "typefaces" / part / name).mkdir(parents=True)
+            (tmp_path / "typefaces" / part / name / f"{part[-4:]}.bmp").touch()
+    for _ in range(2):
+        text.write(tmp_path / "images")
+    for part, name in (("train", "rain"), ("held-out/test", "-out"), ("unseen/test", "test")):
+        source = FolderSource(tmp_path / "images" / part)
+        assert [Path(source.name(i)).stem for i in range(len(source))] == [name, name]
