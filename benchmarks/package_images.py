@@ -65,12 +65,12 @@ def run_tool(folder: Path, *command: str) -> None:
         raise ValueError(f"{text!r} failed ({reason}); run it in a shell and fix the cause")
 
 
-def fetch(cache: Path, pattern: str) -> Path:
-    """Return a package of `PACKAGES` from the cache; download it if it is not there."""
+def fetch(cache: Path, pattern: str, packages: Mapping[str, str] = PACKAGES) -> Path:
+    """Return a package from the cache; run its command of ``packages`` if it is not there."""
     if not any(cache.glob(pattern)):
-        print(PACKAGES[pattern], flush=True)
+        print(packages[pattern], flush=True)
         with temporary_folder(cache, "download") as folder:
-            run_tool(folder, *PACKAGES[pattern].split())
+            run_tool(folder, *packages[pattern].split())
             [file] = folder.glob(pattern)
             file.replace(cache / file.name)
     return max(cache.glob(pattern))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -11,13 +12,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from benchmarks import package_images
+from benchmarks import package_images, typefaces
+from benchmarks.study.images import Text
 from trex_models.data.image_files import FolderSource
 
 STYLES = package_images.STYLES.replace("@", " ").split()[::2]
@@ -130,3 +133,49 @@ def test_weights(tmp_path: Path) -> None:
     assert (model.num_classes, model.pretrained_cfg["license"]) == (1000, "apache-2.0")
     for name, value in model.state_dict().items():
         assert torch.equal(value, tensors[f"_{name}"]), name
+
+
+def test_typefaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fonts = tmp_path / "fonts"
+    fonts.mkdir()
+    for name in ("DejaVuSans", "DejaVuSansDisplay", "DejaVuSans-Bold", "DejaVuSerif", "cmtt10"):
+        shutil.copy(Path(matplotlib.get_data_path(), f"fonts/ttf/{name}.ttf"), fonts)
+    monkeypatch.setitem(typefaces.TASK, "task/train", (0, 5))
+    for output in ("first", "second"):
+        typefaces.write_images(fonts, tmp_path / output, 2, 1)
+    assert "left out: DejaVu-Sans-Display: no glyph for A\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="3 fonts are usable, but 4 needed; lower --families"):
+        typefaces.write_images(fonts, tmp_path / "third", 3, 1)
+    assert not (tmp_path / "third").exists()
+    used = json.loads((tmp_path / "first/fonts.json").read_text())["files"]
+    assert set(used.values()) == {"DejaVuSans.ttf", "DejaVuSerif.ttf", "cmtt10.ttf"}
+    first, again, held_out = (
+        FolderSource(tmp_path / part)
+        for part in ("first/task/train", "second/task/train", "first/held-out")
+    )
+    assert (len(first), first.classes) == (10, held_out.classes)
+    unseen = [folder.name for folder in (tmp_path / "first/unseen/test").iterdir()]
+    assert sorted([*first.classes, *unseen]) == sorted(used)
+    assert all(np.array_equal(first.read(i), again.read(i)) for i in range(10))
+    assert not np.array_equal(first.read(0), first.read(1))
+    assert not np.array_equal(first.read(0), held_out.read(0))
+    rng = np.random.default_rng
+    texts = [typefaces.draw_text(fonts / file, rng(0)).tobytes() for file in used.values()]
+    assert len(set(texts)) == 3  # the same text in different typefaces
+
+
+def test_study_of_rendered_text(tmp_path: Path) -> None:
+    text = Text(num_classes=2, per_class=1, size=4)
+    with pytest.raises(ValueError, match=r"python -m benchmarks\.typefaces --output .*test_study"):
+        text.write(tmp_path / "images")
+    for part in ("task/train", "task/test", "held-out", "unseen/train", "unseen/test"):
+        for name in "ab":
+            (tmp_path / "typefaces" / part / name).mkdir(parents=True)
+            (tmp_path / "typefaces" / part / name / f"{part[-4:]}.bmp").touch()
+    for _ in range(2):
+        text.write(tmp_path / "images")
+    for part, name in (("train", "rain"), ("held-out/test", "-out"), ("unseen/test", "test")):
+        source = FolderSource(tmp_path / "images" / part)
+        assert [Path(source.name(i)).stem for i in range(len(source))] == [name, name]

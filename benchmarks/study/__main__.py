@@ -30,7 +30,7 @@ from benchmarks.study.runs import FailedError, Run, read, sigterm_stops, write
 from trex_models import cli
 from trex_models.precision import free_cores
 
-ScaleName = Literal["cpu", "gpu"]
+ScaleName = Literal["cpu", "gpu", "gpu15"]
 
 
 def climb(score: Callable[[float], float], first: float) -> dict[float, float]:

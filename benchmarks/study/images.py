@@ -69,6 +69,11 @@ class Images:
     held_out: int = 40
     new: int = 40
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the evaluation datasets, keys of ``TITLES``, starting with the training task."""
+        return tuple(TITLES)
+
     def parts(self) -> dict[str, Callable[[], Part]]:
         """Return functions that generate the images, by folder."""
         used = self.per_class + self.held_out
@@ -158,3 +163,32 @@ class Images:
                 yield f"hue-{label}", drawn.image
                 if min(counts) == count:
                     return
+
+
+class Text(Images):
+    """Text that ``benchmarks.typefaces`` has rendered beforehand, labeled by typeface."""
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the evaluation datasets."""
+        return ("task", "unseen", *REAL_SETS)
+
+    def write(self, folder: Path) -> None:
+        """Link the folders of the rendered images, which are next to the folder."""
+        links = {
+            "train": "task/train",
+            "held-out/train": "task/train",
+            "held-out/test": "held-out",
+            "task": "task",
+            "unseen": "unseen",
+        }
+        rendered = folder.parent.absolute() / "typefaces"
+        if not rendered.is_dir():
+            raise ValueError(
+                f"{rendered} does not exist; run python -m benchmarks.typefaces --output "
+                f"{folder.parent}"
+            )
+        for link, target in links.items():
+            (folder / link).parent.mkdir(parents=True, exist_ok=True)
+            if not (folder / link).exists():
+                (folder / link).symlink_to(rendered / target)

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.study.cells import CELLS, Cell, Field, Scale
-from benchmarks.study.images import REAL_SETS, TITLES
+from benchmarks.study.images import REAL_SETS
 from trex_models.atomic import append, write_text_file
 from trex_models.data.image_files import FolderSource
 from trex_models.evaluation.extract import extract_features
@@ -178,7 +178,7 @@ class Run:
         """Train, evaluate on all datasets and write the result."""
         out = self.output / "transfer.json"
         self.train()
-        evaluation = [*self.evaluation(list(TITLES), out, _SEEDS), "--geometry"]
+        evaluation = [*self.evaluation(self.scale.images.sets, out, _SEEDS), "--geometry"]
         self._run_module("trex_models.transfer", evaluation)
         report = json.loads(out.read_text())
         metrics = [
