@@ -228,6 +228,46 @@ def test_a_subset_is_listed_and_not_copied(tmp_path: Path, monkeypatch: pytest.M
     assert folders == {"imagenet", "imagenet100"}
 
 
+@pytest.mark.client
+@pytest.mark.slow
+def test_a_subset_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, dry = SCALES["in100"].subset[:3], SCALES["dry"]
+    monkeypatch.setitem(SCALES, "in100", replace(dry, epochs=2, subset=few, num_classes=3))
+    monkeypatch.setattr(Plan, "is_dry", property(lambda _: True))  # a slim network on the CPU
+    images(tmp_path / "imagenet", classes=5, per_class=16)
+    plan = plan_of(tmp_path, skip=("estimate", "figure"), owner="Ada", license="mit")
+    (tmp_path / "data").mkdir()
+    assert stages.run(replace(plan, data_root=tmp_path / "data"))
+    report = json.loads(plan.report("transfer", MODELS["trex"]).read_text())
+    entry = report["datasets"]["imagenet100"]
+    assert (entry["num_classes"], entry["train"]["images"], entry["test"]["images"]) == (3, 48, 48)
+    assert (report["training_task"], report["transfer"]) == ("imagenet100", None)
+    config = json.loads((plan.run(MODELS["trex"]) / "config.json").read_text())
+    assert config["data"]["source"] == "csv"
+    assert "The authors have no results at this scale." in (plan.output / "report.md").read_text()
+    card = (plan.output / "hub" / "trex_resnet50.in100" / "README.md").read_text()
+    assert "| imagenet100 (training task) | 48 |" in card
+
+    moved = replace(plan, output=(tmp_path / "out").rename(tmp_path / "moved"))
+    (tmp_path / "imagenet").rename(tmp_path / "moved images")
+    moved = replace(moved, imagenet=tmp_path / "moved images", models=[MODELS["baseline"]])
+    assert stages.run(moved)
+    state_ = json.loads((moved.output / "reproduce.json").read_text())
+    assert state_["reports"].keys() == {"trex", "baseline"}
+
+
+def test_models_of_the_figure_are_added_if_their_files_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREX_MODELS_CACHE", str(tmp_path))
+    monkeypatch.setattr("trex_models.pretrained.figure.try_to_load_from_cache", lambda *_: "file")
+    (tmp_path / "figure").mkdir()
+    (tmp_path / "figure" / "dino_resnet50_pretrain.pth").touch()
+    dino, rsb = released.figure_models()
+    assert (dino.source, dino.paper) == ("dino_resnet50", Point("DINO", 0.748, 1.256))
+    assert (rsb.source, rsb.paper) == ("resnet50.a1_in1k", Point("RSB-A1", 0.7972, 0.978))
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """Converted models under NAVER's names."""

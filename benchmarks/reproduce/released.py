@@ -50,8 +50,8 @@ def find(folder: Path, output: Path) -> list[Model]:
 def figure_models() -> list[Model]:
     """Return the other models of the paper's figure whose files were downloaded before."""
     points = {point.name: point for point in PUBLISHED["paper"].points}
-    titles = [(name, figure.TITLES[name]) for name in figure.MODELS if figure.is_available(name)]
     return [
         Model(name=name, title=title, source=name, paper=points.get(title))
-        for name, title in titles
+        for name, title in figure.TITLES.items()
+        if not name.startswith("trex") and figure.is_available(name)
     ]

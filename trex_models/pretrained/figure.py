@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.data import IMAGENET_DEFAULT_STD
 from torch import Tensor
 
@@ -83,6 +84,8 @@ def fetch(name: str) -> Path:
 
 def is_available(name: str) -> bool:
     """Return True if a model's file was downloaded, or copied to the cache."""
+    if name not in MODELS:  # timm's
+        return isinstance(try_to_load_from_cache(f"timm/{name}", "model.safetensors"), str)
     cached = _cached_file(name)
     return cached.weights.exists() or cached.original.exists()
 
