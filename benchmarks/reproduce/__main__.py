@@ -80,6 +80,8 @@ def reproduce(
     chosen = [MODELS[name] for name in dict.fromkeys(models or MODELS)]
     if from_released:
         chosen = released.find(from_released, output)
+        if scale == "dry":  # whose validation images have too few classes
+            chosen = [model for model in chosen if not model.is_classifier]
     elif scale == "full":
         chosen += released.figure_models()
     plan = Plan(

@@ -39,7 +39,8 @@ MACHINES = (("A100", 4), ("H100", 8), ("RTX 4090", 1))
 SHARES = (0.1, 0.2, 0.3)
 ASSUMPTIONS = (
     "Training reaches 10, 20 or 30 % of the GPU's dense bf16 peak (a ResNet is bound by memory "
-    "traffic), and is as many times faster as there are GPUs.",
+    "traffic), and is as many times faster as there are GPUs. Loading keeps up: a core loads about "
+    "340 images/s (docs/performance.md).",
     "A ResNet-50 takes 8.2 GFLOP for the forward pass of a crop of 224 pixels, others by their "
     "pixels, and three times as much with the backward pass. The heads take 0.7 GFLOP per image.",
     "The evaluation of a model runs on one GPU: features at 20 % of the bf16 peak or at 1,500 "

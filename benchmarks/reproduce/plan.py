@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from trex_models.train.__main__ import parse
 from trex_models.transfer.datasets import GROUPS
@@ -19,7 +19,7 @@ StageName = Literal[
 STAGES = get_args(StageName)
 SETS = {
     15: GROUPS["transfer"],
-    # The paper's figure. Both means of the authors fit together only if iNaturalist is left out.
+    # The paper's figure. The authors' two means match only if iNaturalist is left out.
     13: tuple(name for name in GROUPS["transfer"] if not name.startswith("inat")),
 }
 """Transfer datasets of the authors' two means, by their number."""
@@ -41,6 +41,12 @@ class Model:
     """The authors' results in the paper, with the mean over 13 datasets."""
     released: Point | None = None
     """The authors' results on their released weights, with the mean over 15 datasets."""
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Model:
+        """Rebuild a model from the JSON of ``dataclasses.asdict``."""
+        points = {key: Point(*saved[key]) for key in ("paper", "released") if saved[key]}
+        return cls(**{**saved, "options": tuple(saved["options"]), **points})
 
     @property
     def is_classifier(self) -> bool:
@@ -224,6 +230,11 @@ class Plan:
         """Report of the stage linear or transfer."""
         return self.output / stage / f"{model.name}.json"
 
+    def weights(self, model: Model) -> Path:
+        """Weights of a model: those that its run exports at its end, or of its source."""
+        folder = Path(model.source) if model.source else self.run(model) / "export" / "backbone"
+        return folder / "model.safetensors"
+
     def is_trained(self, model: Model) -> bool:
         """Return True if a model's run has ended and was exported."""
-        return (self.run(model) / "export" / "backbone" / "model.safetensors").exists()
+        return bool(model.recipe) and self.weights(model).exists()

@@ -53,5 +53,5 @@ def figure_models() -> list[Model]:
     return [
         Model(name=name, title=title, source=name, paper=points.get(title))
         for name, title in figure.TITLES.items()
-        if not name.startswith("trex") and figure.is_available(name)
+        if name in figure.FIGURE[:-2] and figure.is_available(name)  # the last two are t-ReX
     ]

@@ -65,7 +65,7 @@ def _datasets(check: Mapping[str, Any], evaluated: Set[str]) -> list[str]:
         lines.append(f"| {name} | {classes:,} | {train:,} | {test:,} |")
     if missing := [name for name in check["missing"] if name not in evaluated]:
         count = f"{len(missing)} of {len(SETS[15])}"
-        lines += ["", f"**Missing, and in no mean: {', '.join(missing)}** ({count})."]
+        lines += ["", f"**Missing; excluded from all means: {', '.join(missing)}** ({count})."]
     return lines
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from benchmarks.reproduce import compare, data, estimate, replica, report
-from benchmarks.reproduce.plan import MEANINGLESS, MODELS, SCALES, SETS, STAGES, Model, Plan
+from benchmarks.reproduce.plan import MEANINGLESS, SCALES, SETS, STAGES, Model, Plan
 from benchmarks.reproduce.state import is_locked, read_metrics, read_results, read_state, reports
 from hub import notices
 from hub.build_folders import build_folders
@@ -45,19 +45,20 @@ class State:
 
     def __init__(self, plan: Plan) -> None:
         self.path, self.results = plan.output / "reproduce.json", dict[str, Any](format=1)
-        names = [model.name for model in plan.models]
+        names = {model.name for model in plan.models}
         if self.path.exists():
             self.results = read_state(plan.output)
-            if (scale := self.results["scale"]) != plan.scale_name:
+            scale, passed = self.results["scale"], "check" in self.results
+            if passed and scale != plan.scale_name:
                 raise ValueError(
                     f"--output {plan.output} contains a reproduction at scale {scale}; choose "
                     "another folder"
                 )
-            earlier = [name for name in self.results["models"] if name not in names]
-            plan = replace(plan, others=[MODELS[name] for name in earlier if name in MODELS])
-            names = [*earlier, *names]
+            earlier = map(Model.from_json, self.results["models"].values()) if passed else ()
+            plan = replace(plan, others=[m for m in earlier if m.name not in names])
         self.plan = plan
-        self.results |= {"scale": plan.scale_name, "models": names}
+        self.results |= {"scale": plan.scale_name, "skipped": plan.skip}
+        self.results["models"] = {model.name: asdict(model) for model in plan.known}
         self.results |= {"gpus": estimate.gpus(), **environment()}
         if plan.is_dry:
             self.results["note"] = MEANINGLESS
@@ -99,8 +100,7 @@ def _run_stages(plan: Plan, state: State) -> bool:
             skipped = stage in plan.skip
             print(f"\n[{number}/{len(STAGES)}] {stage}{' (skipped)' * skipped}", flush=True)
             if not skipped:
-                if state.path.exists():
-                    state.write(running=stage)
+                state.write(running=stage)
                 action(plan, state)
     print(f"\nwrote {state.path} and {plan.output / 'report.md'}")
     rows = state.results.get("compare", {}).get("published", [])
@@ -112,7 +112,8 @@ def check(plan: Plan, state: State) -> None:
     if plan.is_dry:
         replica.create(plan.imagenet.parent)
     data.require_folders(plan)
-    waiting = [model for model in plan.to_train if not plan.is_trained(model)]
+    trains = "train" not in plan.skip
+    waiting = [m for m in plan.to_train if trains and not plan.is_trained(m)]
     if not (plan.is_dry or torch.cuda.is_available()):
         if waiting and not plan.slurm:
             raise ValueError(
@@ -162,8 +163,9 @@ def _check_run(plan: Plan, model: Model, images: int) -> None:
     """Check a model's options, and that an earlier run in its folder has the same."""
     recipe, *options = command(plan, model, images)[-1]
     config, path = parse(recipe, options), plan.run(model) / "config.json"
+    config = replace(config, objective=config.objective.resolved())  # as in the file
     if path.exists():
-        saved = json.loads(path.read_text()) | {"precision": config.precision}  # resolved
+        saved = json.loads(path.read_text()) | {"precision": config.precision}
         if changes := config_diff(saved, config):
             raise ValueError(
                 f"{path.parent} is a run with other settings ({'; '.join(changes)}); choose "
@@ -180,13 +182,15 @@ def command(plan: Plan, model: Model, images: int, *extra: str) -> tuple[list[st
     """Return the launcher of a model's training, and the trainer's arguments."""
     folder = plan.data / plan.scale.task
     recipe, *options = plan.scale.training(model, images, folder)
-    count = 2 if plan.is_dry else torch.cuda.device_count()
+    count, gpus = 2, estimate.gpus()
+    if not plan.is_dry:  # each GPU has the same number of images
+        count = next((n for n in range(len(gpus), 1, -1) if plan.scale.batch_size % n == 0), 1)
     launcher = [sys.executable, "-m"]
     if count > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-    memory = sum(gpu["gigabytes"] for gpu in estimate.gpus())
+    memory = sum(gpu["gigabytes"] for gpu in gpus[:count])
     if 0 < memory < estimate.RECOMPUTED_BELOW:
-        options += ["--system.checkpoint-activations", "True"]
+        options.append("--system.checkpoint-activations")
     arguments = [recipe, *options, "--output", str(plan.run(model)), *extra]
     return [*launcher, "trex_models.train"], arguments
 
@@ -196,22 +200,24 @@ def measure(plan: Plan, state: State) -> None:
     sizes = state.check["datasets"]
     scale = SCALES["full"] if plan.is_dry else plan.scale  # the dry run trains no ResNet-50
     known = estimate.nominal_sizes(scale) if plan.is_dry else sizes
-    arithmetic = estimate.by_arithmetic(scale, plan.models, known)
+    arithmetic = estimate.by_arithmetic(scale, plan.known, known)
     print(estimate.format_arithmetic(arithmetic), flush=True)
-    measured = state.results.get("estimate", {}).get("measured", {})
+    earlier, gpus = state.results.get("estimate", {}), estimate.gpus()
+    measured = earlier["measured"] if earlier.get("gpus") == gpus else {}
     for model in plan.to_train[:1] if plan.is_dry else plan.to_train:
-        if model.name in measured or plan.slurm:
+        if model.name in measured or plan.slurm or plan.is_trained(model):
             continue
         launcher, arguments = command(plan, model, sizes[plan.scale.task][1], "--benchmark")
         print(f"\n{model.title}: measuring for about a minute", flush=True)
         output = run_command([*launcher, *arguments], capture=True)
         print(output, end="", flush=True)
         measured |= {model.name: estimate.parse_benchmark(output)}
-        state.write(estimate={"arithmetic": arithmetic, "measured": measured})
-    state.write(estimate={"arithmetic": arithmetic, "measured": measured})
-    if measured.keys() >= {model.name for model in plan.to_train}:
-        hours = sum(rate["hours"] for rate in measured.values())
-        print(f"training takes {hours:.1f} hours in all on this machine")
+        state.write(estimate={"arithmetic": arithmetic, "measured": measured, "gpus": gpus})
+    state.write(estimate={"arithmetic": arithmetic, "measured": measured, "gpus": gpus})
+    waiting = [model.name for model in plan.to_train if not plan.is_trained(model)]
+    if waiting and measured.keys() >= {*waiting}:
+        hours = sum(measured[name]["hours"] for name in waiting)
+        print(f"training takes {hours:.1f} hours on this machine")
 
 
 def train(plan: Plan, state: State) -> None:
@@ -229,10 +235,8 @@ def train(plan: Plan, state: State) -> None:
         )
         write_text_file(script, "\n".join([head, f"cd {shlex.quote(str(ROOT))}", *jobs, ""]))
         state.write(train=records)
-        raise ValueError(
-            f"{len(waiting)} models are not trained: run bash {script}, and when the jobs have "
-            "ended, this command again on a machine with a GPU"
-        )
+        text = f"{len(waiting)} models are not trained: run bash {script}, and when the jobs have "
+        raise cli.Stopped(f"{text}ended, this command again on a machine with a GPU", status=0)
     for model, (launcher, arguments) in commands.items():
         shown = shlex.join(["python", *launcher[1:], *arguments])
         if is_locked(plan.run(model)):  # torchrun's processes survive if it is killed
@@ -244,10 +248,9 @@ def train(plan: Plan, state: State) -> None:
         else:
             print(f"{model.title}: {shown}", flush=True)
             run_command([*launcher, *arguments])
-        seconds = read_metrics(plan.run(model))[1]
-        records[model.name] = (
-            {"command": shown} | records.get(model.name, {}) | {"seconds": seconds}
-        )
+            records[model.name] = {"command": shown}
+        record = records.setdefault(model.name, {"command": shown})
+        record["seconds"] = read_metrics(plan.run(model))[1]
         state.write(train=records)
 
 
@@ -281,11 +284,9 @@ def _evaluate(plan: Plan, state: State, stage: str, names: Sequence[str]) -> Non
     jobs: list[Job] = []
     for model in plan.models:
         wanted = ["imagenet-real"] if model.is_classifier else [plan.scale.task, *names]
-        results = read_results(plan.report(stage, model))
-        tasks = [results["datasets"], *results["tasks"].values()] if results else []
         if model.recipe and not plan.is_trained(model):
             print(f"{model.title}: not trained")
-        elif {*wanted} <= {name for task in tasks for name in task}:
+        elif _is_evaluated(plan, stage, model, wanted):
             print(f"{model.title}: already evaluated")
         else:
             jobs.append((stage, model, wanted))
@@ -297,6 +298,17 @@ def _evaluate(plan: Plan, state: State, stage: str, names: Sequence[str]) -> Non
     state.write()
 
 
+def _is_evaluated(plan: Plan, stage: str, model: Model, names: Sequence[str]) -> bool:
+    """Return True if a report on a model has all datasets and is newer than the weights."""
+    path, weights = plan.report(stage, model), plan.weights(model)
+    if not (results := read_results(path)):
+        return False
+    if weights.exists() and weights.stat().st_mtime > path.stat().st_mtime:
+        return False
+    tasks = [results["datasets"], *results["tasks"].values()]
+    return {*names} <= {name for task in tasks for name in task}
+
+
 def devices() -> list[str]:
     """Return the devices, each of which evaluates one model at a time."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
@@ -305,9 +317,13 @@ def devices() -> list[str]:
 def _evaluate_one(
     plan: Plan, stage: str, model: Model, names: Sequence[str], device: str, processes: int
 ) -> None:
-    print(f"{model.title}: {stage}, on {device}", flush=True)
     features = plan.output / "features" / model.name
-    with replica.relaxed() if plan.is_dry else nullcontext():
+    features.mkdir(parents=True, exist_ok=True)
+    # Processes of a killed command may still evaluate the model.
+    with FileLock(features / ".lock"), replica.relaxed() if plan.is_dry else nullcontext():
+        if _is_evaluated(plan, stage, model, names):
+            return
+        print(f"{model.title}: {stage}, on {device}", flush=True)
         evaluate_models(
             model=model.source or str(plan.run(model)),
             datasets=",".join(data.argument(plan, name) for name in names),
@@ -317,12 +333,12 @@ def _evaluate_one(
             label=model.title,
             seeds=plan.scale.seeds,
             cache=features,
-            dtype="float16",
+            dtype="float32" if model.is_classifier else "float16",  # logits must not be equal
             device=device,
             workers=0 if plan.is_dry else min(max(free_cores() // processes, 1), 16),
         )
-    for path in features.rglob("*.safetensors"):  # 33 GB at full scale; the scores are kept
-        path.unlink()
+        for path in features.rglob("*.safetensors"):  # 33 GB at full scale; the scores are kept
+            path.unlink()
 
 
 def _evaluate_in_parallel(plan: Plan, jobs: Sequence[Job]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from benchmarks.reproduce.plan import MODELS, STAGES, Model, Plan
+from benchmarks.reproduce.plan import STAGES, Model, Plan
 from trex_models.train.benchmark import format_number
 from trex_models.train.reporting import duration
 from trex_models.transfer.report import read_report
@@ -21,8 +21,8 @@ def read_state(output: Path) -> dict[str, Any]:
     path = output / "reproduce.json"
     try:
         state = dict(json.loads(path.read_text()))
-        _ = state["scale"], state["models"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        _ = state["scale"], [*map(Model.from_json, state["models"].values())]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else repr(error)
         raise ValueError(
             f"{path} is not the state of a reproduction ({reason}); pass its --output, or delete "
@@ -76,24 +76,25 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], float]:
 def describe(output: Path) -> str:
     """Return one line per stage and model, and the remaining time as far as it is known."""
     state, rows, left = read_state(output), [], list[float | None]()
-    models = [MODELS.get(name, Model(name=name, title=name)) for name in state["models"]]
+    models = [Model.from_json(saved) for saved in state["models"].values()]
     plan = Plan(scale_name=state["scale"], output=output, models=models)
     for stage in STAGES:
-        if stage not in ("train", "linear", "transfer"):
+        if stage in state.get("skipped", ()):
+            rows.append((stage, "", "skipped"))
+        elif stage not in ("train", "linear", "transfer"):
             rows.append((stage, "", "done" if stage in state else "not done"))
-            continue
-        for model in models if stage != "train" else plan.to_train:
-            describe_model = _training if stage == "train" else _evaluation
-            text, seconds = describe_model(plan, state, stage, model)
-            rows.append((stage, model.name, text))
-            left.append(seconds)
-    running = f"running {state.get('running')}" if is_locked(output) else ""
-    title = running or ("interrupted; the same command continues it" if any(left) else "finished")
-    if None in left:
-        title = running or "interrupted; the same command continues it"
-    known = sum(filter(None, left))
+        else:
+            for model in models if stage != "train" else plan.to_train:
+                describe_model = _training if stage == "train" else _evaluation
+                text, seconds = describe_model(plan, state, stage, model)
+                rows.append((stage, model.name, text))
+                left.append(seconds)
+    done = all(text.startswith(("done", "skipped")) for _, _, text in rows)
+    title = "finished" if done else "interrupted; the same command continues it"
+    if is_locked(output):
+        title = f"running {state.get('running')}"
     if any(left):
-        title += f"; {'at least ' * (None in left)}{duration(known)} left"
+        title += f"; {'at least ' * (None in left)}{duration(sum(filter(None, left)))} left"
     width = 2 + max(len(name) for _, name, _ in rows)
     lines = (f"{stage:<10}{name:<{width}}{text}" for stage, name, text in rows)
     return "\n".join([f"{output}, scale {state['scale']}: {title}", *lines])
@@ -118,7 +119,7 @@ def _training(plan: Plan, state: dict[str, Any], _: str, model: Model) -> tuple[
 def _evaluation(
     plan: Plan, _: dict[str, Any], stage: str, model: Model
 ) -> tuple[str, float | None]:
-    """Describe an evaluation; the others of the stage tell how long one takes."""
+    """Describe an evaluation; its time is the mean of the finished ones of the stage."""
     spent = [_seconds(stage, r) for m in plan.models if (r := read_results(plan.report(stage, m)))]
     path = plan.report(stage, model)
     if report := read_results(path):
