@@ -239,9 +239,13 @@ def test_a_subset_is_listed_and_not_copied(tmp_path: Path, monkeypatch: pytest.M
         data.link(plan)
     few = SCALES["in100"].subset[1:4]
     monkeypatch.setitem(SCALES, "in100", replace(SCALES["in100"], subset=few, num_classes=3))
+    own = tmp_path / "data" / "imagenet100"  # of the user, and not ours to write
+    own.mkdir(parents=True)
+    plan = replace(plan, data_root=own.parent)
     for _ in range(2):
         data.link(plan)
         opened, missing = data.find(plan)
+    assert not list(own.iterdir())
     rows = (plan.data / "imagenet100" / "train.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 2
     assert rows[0] == "path,label"
