@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.reproduce.plan import CLAIMS, SETS, Model
 from trex_models.transfer.published import Point
-from trex_models.transfer.report import summary
+from trex_models.transfer.report import log_odds, summary
 
 Report = Mapping[str, Any]
 TOLERANCES = {"top1": 0.005, "transfer": 0.03, "prototypes": 0.015}
@@ -41,15 +41,15 @@ def transfer_mean(report: Report, names: Sequence[str]) -> dict[str, Any]:
     variance = 0.0
     for entry in found.values():
         n = entry["test"]["images"]
-        p = min(max(entry["top1"]["mean"], 0.5 / n), 1 - 0.5 / n)
-        variance += 1 / (n * p * (1 - p))
+        odds = log_odds(entry["top1"]["mean"], n)
+        variance += 2 * (1 + math.cosh(odds)) / n  # equals 1 / (n p (1 - p))
     half = _Z * math.sqrt(variance) / len(found)
     mean = summary(found)["mean_log_odds"]
     return {"mean": mean, "half_width": half, "count": len(found), "missing": missing}
 
 
 def scores(report: Report) -> dict[str, Any]:
-    """Return a model's two scores, with the means over 15, over 13 and over all datasets found."""
+    """Return a model's two scores, with the means over the 15 and over the 13 datasets."""
     found: dict[str, Any] = {"label": report["model"]["label"]}
     if entry := report["datasets"].get(report["training_task"]):
         found["top1"] = _score(entry["top1"]["mean"], entry["top1"]["test_interval"])

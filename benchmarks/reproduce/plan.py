@@ -54,7 +54,7 @@ class Model:
         return not self.recipe and "_cls" in self.name
 
 
-_PAPER = {point.name: point for point in PUBLISHED["paper"].points}
+PAPER = {point.name: point for point in PUBLISHED["paper"].points}
 # Read from the paper's plot over the number of local crops, at 8. That these are of learned
 # classifiers is our inference: they differ from the values of t-ReX and t-ReX*.
 _PLAIN3, _PLAIN1 = Point("t-ReX-3", 0.7794, 1.349), Point("t-ReX-1", 0.7945, 1.175)
@@ -66,14 +66,14 @@ MODELS = {
             name="trex",
             title="t-ReX",
             recipe="trex",
-            paper=_PAPER["t-ReX"],
+            paper=PAPER["t-ReX"],
             released=reported("trex_resnet50.in1k_r2"),
         ),
         Model(
             name="trexstar",
             title="t-ReX*",
             recipe="trexstar",
-            paper=_PAPER["t-ReX*"],
+            paper=PAPER["t-ReX*"],
             released=reported("trexstar_resnet50.in1k_r2"),
         ),
         Model(name="plain3", title="t-ReX-3", recipe="plain3", paper=_PLAIN3),
@@ -84,7 +84,7 @@ MODELS = {
             title="LOOK + multi-crop",
             recipe="trex",
             options=("--objective.name", "look"),
-            paper=_PAPER["LOOK + multi-crop"],
+            paper=PAPER["LOOK + multi-crop"],
         ),
     )
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.reproduce.plan import Model
+from benchmarks.reproduce.plan import PAPER, Model
 from convert.official import convert_official
 from trex_models.atomic import cache_folder
 from trex_models.pretrained import figure, naver
 from trex_models.pretrained.manifest import load_manifest
-from trex_models.transfer.published import PUBLISHED, reported
+from trex_models.transfer.published import reported
 
 CACHE = Path("cache")
 
@@ -49,9 +49,9 @@ def find(folder: Path, output: Path) -> list[Model]:
 
 def figure_models() -> list[Model]:
     """Return the other models of the paper's figure whose files were downloaded before."""
-    points = {point.name: point for point in PUBLISHED["paper"].points}
+    titles = figure.TITLES
     return [
-        Model(name=name, title=title, source=name, paper=points.get(title))
-        for name, title in figure.TITLES.items()
-        if name in figure.FIGURE[:-2] and figure.is_available(name)  # the last two are t-ReX
+        Model(name=name, title=titles[name], source=name, paper=PAPER.get(titles[name]))
+        for name in figure.FIGURE[:-2]  # the last two are t-ReX
+        if figure.is_available(name)
     ]

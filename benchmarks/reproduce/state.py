@@ -120,12 +120,11 @@ def _evaluation(
     plan: Plan, _: dict[str, Any], stage: str, model: Model
 ) -> tuple[str, float | None]:
     """Describe an evaluation; its time is the mean of the finished ones of the stage."""
-    spent = [_seconds(stage, r) for m in plan.models if (r := read_results(plan.report(stage, m)))]
-    path = plan.report(stage, model)
-    if report := read_results(path):
+    report = read_results(plan.report(stage, model), complete=False)
+    if report and report["complete"]:
         return f"done in {duration(_seconds(stage, report))}", 0
-    report = read_results(path, complete=False)
     text = f"{len(report['datasets'])} datasets done" if report else "not done"
+    spent = [_seconds(stage, r) for m in plan.models if (r := read_results(plan.report(stage, m)))]
     return text, sum(spent) / len(spent) if spent else None
 
 
