@@ -16,7 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -27,7 +26,7 @@ from hub import notices
 from hub.build_folders import build_folders
 from trex_models import cli, plotting
 from trex_models.atomic import require_space, write_text_file
-from trex_models.data.sources import Source
+from trex_models.data.sources import spread_indices
 from trex_models.precision import free_cores
 from trex_models.train.__main__ import parse
 from trex_models.train.config import config_diff
@@ -143,7 +142,8 @@ def check(plan: Plan, state: State) -> None:
         _check_run(plan, model, images)
     sources = [source for dataset in opened.values() for source in dataset.sources]
     for source in sources:
-        _read_some(source)
+        for index in spread_indices(source, _SAMPLES):
+            source.read(index)
     extracted = len(devices()) * sum(map(len, sources)) * _FEATURE_BYTES
     if not plan.is_dry:
         require_space(plan.output, int(len(waiting) * _RUN_BYTES + extracted), "--output")
@@ -171,11 +171,6 @@ def _check_run(plan: Plan, model: Model, images: int) -> None:
                 f"{path.parent} is a run with other settings ({'; '.join(changes)}); choose "
                 "another --output"
             )
-
-
-def _read_some(source: Source) -> None:
-    for index in np.linspace(0, len(source) - 1, _SAMPLES).astype(int).tolist():
-        source.read(index)
 
 
 def command(plan: Plan, model: Model, images: int, *extra: str) -> tuple[list[str], list[str]]:

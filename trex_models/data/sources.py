@@ -141,6 +141,11 @@ def encode_labels(
     return list(classes), np.array([position[name] for name in names], dtype=np.int64)
 
 
+def spread_indices(source: Source, count: int) -> list[int]:
+    """Return at most ``count`` indices of images, spread over the source."""
+    return np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist()
+
+
 def require_positive(**arguments: int) -> None:
     """Raise a ValueError for an argument below 1."""
     for argument, value in arguments.items():

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from trex_models.data.decode import UnreadableImageError
-from trex_models.data.sources import Source
+from trex_models.data.sources import Source, spread_indices
 from trex_models.method.backbone import build_backbone
 from trex_models.precision import choose_device
 from trex_models.train import build
@@ -46,7 +46,7 @@ class Facts:
         """Read some images of a source; raise a ValueError if one is unreadable."""
         skipped = [UnreadableImageError] * config.data.skips_unreadable
         sides = list[int]()
-        for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist():
+        for index in spread_indices(source, _SAMPLES):
             with suppress(*skipped):
                 sides.append(min(source.read(index).shape[:2]))
         chosen = choose_device(config.system.device)

@@ -19,7 +19,7 @@ from torch import nn
 
 from trex_models.data.decode import UnreadableImageError, with_skip_hint
 from trex_models.data.loading import NUM_BUFFERS
-from trex_models.data.sources import Source, require_rgb
+from trex_models.data.sources import Source, require_rgb, spread_indices
 
 _TOLERATED = 0.01  # warn if a larger share of the classes has no prototype
 _TARGET = 0.001  # largest share at the bank size that the warning recommends
@@ -140,7 +140,7 @@ def check_samples(name: str, source: Source, skip: bool = False) -> str | None:
 
     If ``skip`` is set, unreadable images only cause a warning.
     """
-    indices = np.unique(np.linspace(0, len(source) - 1, _SAMPLES).astype(int)).tolist()
+    indices = spread_indices(source, _SAMPLES)
     reasons = []
     for index in indices:
         try:
